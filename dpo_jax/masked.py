@@ -1,0 +1,47 @@
+"""Masked statistics. A masked-out position never contributes, even when it holds NaN or infinity.
+
+`x` and `mask` have the same shape; the mask is boolean or 0/1. The statistics run over every axis, so under
+`jax.jit` on a sharded array they are those of the global batch.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def select(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """`x` where the mask holds, 0 elsewhere: unlike `x * mask`, this stops NaN, forwards and backwards."""
+    chex.assert_equal_shape([x, mask])
+    return jnp.where(mask.astype(bool), x, jnp.zeros_like(x))
+
+
+def total(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+    """Sum of `x` over the positions where the mask holds."""
+    return jnp.sum(select(x, mask), axis=axis)
+
+
+def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the masked-in positions, a scalar. NaN if there are none: an all-masked batch is a mistake."""
+    return total(x, mask) / jnp.sum(mask.astype(x.dtype))
+
+
+def var(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Unbiased variance (n - 1 in the denominator) over the masked-in positions, a scalar."""
+    n = jnp.sum(mask.astype(x.dtype))
+    return total(jnp.square(x - mean(x, mask)), mask) / (n - 1)
+
+
+def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+    """Scale the masked-in positions to unit (unbiased) variance and, if `shift_mean`, to zero mean.
+
+    Args:
+      x: any shape, floating.
+      mask: the same shape; positions outside it come back as whatever the same affine map gives (finite if x is).
+      epsilon: added to the variance, so that a constant `x` stays finite.
+
+    Returns:
+      An array shaped like `x`. Whitening [1, 2, 3, 4] under [0, 1, 1, 0] gives about [-2.12, -.71, .71, 2.12].
+    """
+    mu = mean(x, mask)
+    whitened = (x - mu) * jax.lax.rsqrt(var(x, mask) + epsilon)
+    return whitened if shift_mean else whitened + mu

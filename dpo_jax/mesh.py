@@ -1,0 +1,165 @@
+"""The device mesh, and the one table from logical axes to mesh axes. No other file names a mesh axis.
+
+Three mesh axes:
+  data    whole copies of the model, each with its share of the batch;
+  fsdp    the batch is split, and so is every parameter (gathered layer by layer when it is needed);
+  tensor  heads, feed-forward width and vocabulary are split within a layer.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. A mesh axis serves one axis of an array at most: the first that asks for it gets it,
+# so an activation ("batch", "length", "embed") has its embed axis whole, while a kernel ("embed", "mlp") splits it.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "responses": (),
+    "length": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "channels": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "rank": (),
+}
+
+LogicalAxes = tuple[str | None, ...]
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: every device of every process), with axes `data`, `fsdp`, `tensor`.
+
+    One size may be -1: it takes what the others leave. Raises `InputError` when the sizes do not give the number of
+    devices exactly.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise InputError(f"mesh {sizes}: sizes must be positive, and one of them at most -1 (meaning: the rest)")
+    if free:
+        if len(devices) % fixed:
+            raise InputError(
+                f"mesh {sizes}: {len(devices)} devices do not divide by {fixed}; change --mesh.{free[0]} or the others"
+            )
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise InputError(
+            f"mesh {sizes} needs {fixed} devices and there are {len(devices)}; set one of --mesh.data, --mesh.fsdp, --mesh.tensor to -1"
+        )
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=axis_types, devices=devices)
+
+
+def partition_spec(axes: LogicalAxes) -> PartitionSpec:
+    """The `PartitionSpec` of an array whose axes have these logical names (None = not split)."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for axis in axes:
+        names = tuple(n for n in RULES[axis] if n not in used) if axis is not None else ()
+        used.update(names)
+        entries.append(names or None)
+    return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+    """`partition_spec(axes)` on `mesh`."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
+    """Raise `InputError` naming the fix when a dimension of `shape` does not divide over the mesh axes it is split on."""
+    for size, axis, split in zip(shape, axes, partition_spec(axes), strict=True):
+        parts = math.prod(mesh.shape[n] for n in split or ())
+        if size % parts:
+            option = " x ".join(f"--mesh.{n}" for n in split)
+            raise InputError(
+                f"{name} {tuple(shape)}: its {axis} axis of {size} does not divide by {parts} ({option}); choose sizes that divide {size}"
+            )
+
+
+def _current() -> Mesh | jax.sharding.AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """Ask the compiler to lay `x` out by its logical axes. Without a mesh in force (`jax.set_mesh`) it returns `x`."""
+    if _current() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def parts(axis: str) -> int:
+    """How many pieces the mesh in force splits a logical axis into; 1 without a mesh."""
+    mesh = _current()
+    return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis])
+
+
+def batch_axes(ndim: int) -> LogicalAxes:
+    """Logical axes of a batch array: the first axis is the batch, the others are whole."""
+    return ("batch",) + (None,) * (ndim - 1)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many pieces a batch is split into on `mesh`: a batch size must be a multiple of it."""
+    return math.prod(mesh.shape[n] for n in RULES["batch"])
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Place a tree of host arrays [B, ...] on the mesh, the batch axis split.
+
+    Every process passes the same global batch; each copies only the rows that its own devices hold.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        where = sharding(mesh, batch_axes(x.ndim))
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+class ShardedStep:
+    """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings.
+
+    Call it like the step. `lower(state, batch)` takes `jax.ShapeDtypeStruct`s with shardings too, for compiling ahead
+    of time.
+    """
+
+    def __init__(self, step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh):
+        self._step = step
+        self.mesh = mesh
+        self._jitted: Any = None
+
+    def _jit(self, state: Any) -> Any:
+        if self._jitted is None:
+            kept = jax.tree.map(lambda x: x.sharding, state)
+            self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(kept, replicated(self.mesh)))
+        return self._jitted
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        with jax.set_mesh(self.mesh):
+            return self._jit(state)(state, batch)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        """`jax.jit(...).lower`, with this step's mesh and shardings."""
+        with jax.set_mesh(self.mesh):
+            return self._jit(state).lower(state, batch)

@@ -1,0 +1,130 @@
+"""The training state, the optimizer and its schedule."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from dpo_jax.config import OptimizerConfig
+from dpo_jax.errors import InputError
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step reads and writes.
+
+    Attributes:
+      step:      int32 [], optimizer steps done.
+      trainable: what the optimizer sees: {"params": ...} or, under LoRA, {"adapters": ...}; float32.
+      frozen:    what the step reads and never trains: {}, or {"params": ...} under LoRA, or {"reference": ...} for a
+                 reference policy that is computed in the step.
+      opt_state: optax state.
+      apply_fn:  `Llama.apply` (static).
+      tx:        the optax transformation (static).
+    """
+
+    step: jax.Array
+    trainable: Any
+    frozen: Any
+    opt_state: Any
+    apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The policy's variables, as `apply_fn` takes them."""
+        base = {"params": self.frozen["params"]} if "params" in self.frozen else {}
+        return {**base, **self.trainable}
+
+    def apply_gradients(self, gradients: Any) -> "TrainState":
+        """The state after one optimizer step along `gradients` (a tree like `trainable`)."""
+        updates, opt_state = self.tx.update(gradients, self.opt_state, self.trainable)
+        trainable = optax.apply_updates(self.trainable, updates)
+        return self.replace(step=self.step + 1, trainable=trainable, opt_state=opt_state)  # type: ignore[attr-defined]
+
+
+def create(
+    apply_fn: Callable[..., Any],
+    variables: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    *,
+    frozen: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """A state at step 0. With an `adapters` collection only that is trained; otherwise all `params` are.
+
+    The trained weights become float32, whatever they were loaded as. Each optimizer moment is laid out over devices
+    like its parameter.
+    """
+    collection = "adapters" if "adapters" in variables else "params"
+    trainable = {collection: jax.tree.map(lambda x: x.astype(jnp.float32), variables[collection])}
+    frozen = {**{k: v for k, v in variables.items() if k != collection}, **(frozen or {})}
+    leaf = jax.tree.leaves(trainable)[0]
+    opt_state = tx.init(trainable)
+    step = jnp.zeros((), jnp.int32)
+    if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        like = optax.tree_map_params(
+            tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
+        )
+        opt_state = jax.jit(tx.init, out_shardings=like)(trainable)
+        step = jax.device_put(step, everywhere)
+    return TrainState(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state, apply_fn=apply_fn, tx=tx)
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """step (from 0) -> learning rate.
+
+    Warm-up over W steps is peak x (step + 1) / (W + 1), so the first step already moves; then constant, or a linear or
+    cosine fall that reaches floor x peak at `total_steps`.
+    """
+    total = config.total_steps
+    if total is None and (config.schedule != "constant" or config.warmup_ratio is not None):
+        raise InputError("this learning-rate schedule needs --optimizer.total_steps (a training command fills it in)")
+    warmup = config.warmup_steps or 0
+    if config.warmup_ratio is not None:
+        assert total is not None
+        warmup = int(config.warmup_ratio * total)
+    peak, floor = config.learning_rate, config.floor or 0.0
+    if total is not None and warmup >= total:
+        raise InputError(f"warm-up of {warmup} steps does not fit into {total} steps; lower --optimizer.warmup_steps")
+
+    def schedule(step: Any) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        ramp = jnp.minimum((t + 1) / (warmup + 1), 1.0)
+        if config.schedule == "constant":
+            return peak * ramp
+        assert total is not None
+        progress = jnp.clip((t - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        fall = 1 - progress if config.schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * ramp * (floor + (1 - floor) * fall)
+
+    return schedule
+
+
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+    """Kernels, embeddings and adapter factors; not norm scales and biases (which are stacked by layer too)."""
+    return path[-1].key not in ("scale", "bias")
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW or RMSprop, then the schedule."""
+    schedule = learning_rate_schedule(config)
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "rmsprop":
+        # PyTorch's form, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
+        rms = optax.scale_by_rms(
+            decay=0.99 if config.decay is None else config.decay, eps=config.eps, eps_in_sqrt=False
+        )
+        return optax.chain(clip, rms, optax.scale_by_learning_rate(schedule))
+    adamw = optax.adamw(
+        schedule,
+        b1=0.9 if config.b1 is None else config.b1,
+        b2=0.999 if config.b2 is None else config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay or 0.0,
+        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), tree),
+    )
+    return optax.chain(clip, adamw)

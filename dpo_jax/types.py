@@ -1,0 +1,40 @@
+"""Batches: what flows between the data pipeline and the training steps.
+
+Glossary of axes, the same everywhere in this code base:
+B batch (prompts), K responses a prompt, P prompt tokens, R response tokens, T sequence tokens, D width,
+H heads, G key/value heads, C channels of a head, F feed-forward width, V vocabulary, L layers.
+"""
+
+import jax
+from flax import struct
+
+CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
+"""Positions on the K axis of a preference group. MISMATCHED is there only for KTO (see `align/dpo.py`)."""
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """A batch of preference groups: one prompt and K responses to it.
+
+    Arrays are right-padded, and lengths alone say what is real: the values at padded positions are never read
+    (so a tokenizer whose pad token is its EOS, or that has no pad token at all, needs no special care).
+
+    Attributes:
+      prompts:          int32 [B, P]     prompt ids, the BOS included where the tokenizer has one.
+      prompt_lengths:   int32 [B]        real prompt tokens, at least 1.
+      responses:        int32 [B, K, R]  response ids, the terminator included; K index 0 is chosen, 1 is rejected.
+      response_lengths: int32 [B, K]     real response tokens; 0 = this response is absent (unpaired KTO rows).
+      weights:          float32 [B]      1 for a real row, 0 for a filler row that completes the last batch of an epoch.
+      rows:             int32 [B]        number of the row in its data set (for error messages); -1 for a filler row.
+      format_masks:     bool [B, K, R]   True at header and turn-end tokens, or None where nobody asked for it.
+      reference_logps:  float32 [B, K]   cached summed log-probabilities under the reference policy, or None.
+    """
+
+    prompts: jax.Array
+    prompt_lengths: jax.Array
+    responses: jax.Array
+    response_lengths: jax.Array
+    weights: jax.Array
+    rows: jax.Array
+    format_masks: jax.Array | None = None
+    reference_logps: jax.Array | None = None
