@@ -3,6 +3,11 @@
 import os
 from pathlib import Path
 
+# Before anything imports jax: eight CPU devices, so that every mesh can be tried.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
