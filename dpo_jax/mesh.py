@@ -95,7 +95,7 @@ def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAx
             )
 
 
-def _current() -> Mesh | jax.sharding.AbstractMesh | None:
+def _current() -> jax.sharding.AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
@@ -111,6 +111,18 @@ def parts(axis: str) -> int:
     """How many pieces the mesh in force splits a logical axis into; 1 without a mesh."""
     mesh = _current()
     return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis])
+
+
+def platform() -> str:
+    """What computations are compiled for: "cpu", "gpu" or "tpu".
+
+    The devices of the mesh in force decide, also where they are only described (ahead-of-time compilation for a
+    topology that is not here); without a mesh, the default backend.
+    """
+    mesh = _current()
+    device = None if mesh is None else mesh.abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def batch_axes(ndim: int) -> LogicalAxes:

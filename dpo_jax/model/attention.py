@@ -1,0 +1,156 @@
+"""The one attention seam: plain XLA, cuDNN flash attention (NVIDIA GPUs), splash attention (TPUs).
+
+Every kernel computes softmax(scale x q k^T + mask) v with the softmax in float32, and every kernel may see G < H
+key/value heads (grouped queries: query head h reads key/value head h // (H / G)) without repeating them.
+
+B batch, T query tokens, S key tokens, H query heads, G key/value heads, M = H / G, C channels of a head.
+"""
+
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpo_jax.errors import InputError
+
+logger = logging.getLogger("dpo_jax")
+
+Prefix = tuple[int, int, int]
+
+
+@struct.dataclass
+class AttentionMask:
+    """Who sees whom. Without anything: token t sees tokens 0..t.
+
+    Attributes:
+      segments:  int32 [B, T]  a token sees only tokens of its own segment, and only those at or before its own index.
+                               Padding is segment 0: real tokens never see it, it sees only itself, and what it gives is
+                               finite and nobody's business.
+      positions: int32 [B, T]  the cached form: keys are S cache slots, and a query at position p sees slots 0..p.
+      prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
+                               K response blocks of R. A response sees the prompt and itself, never another response.
+    """
+
+    segments: jax.Array | None = None
+    positions: jax.Array | None = None
+    prefix: Prefix | None = struct.field(pytree_node=False, default=None)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: AttentionMask,
+    kernel: str,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attention with one of the kernels that `choose_kernel` names.
+
+    Args:
+      q: [B, T, H, C]; k, v: [B, S, G, C] with S = T, or S cache slots.
+      mask: who sees whom.
+      kernel: "xla", "cudnn" or "splash".
+      scale: factor of the scores; None means 1 / sqrt(C).
+
+    Returns:
+      [B, T, H, C], the dtype of q.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if mask.prefix is not None:
+        prompt, responses, length = mask.prefix
+        if q.shape[1] != prompt + responses * length:
+            raise ValueError(f"prefix {mask.prefix} does not describe {q.shape[1]} tokens")
+    if kernel != "xla":
+        raise ValueError(f"unknown attention kernel {kernel!r}")
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [B, T, G, M, C]
+    if mask.prefix is not None:
+        out = _xla_prefix(q, k, v, mask, scale)
+    else:
+        out = _xla(q, k, v, _visible(mask, q.shape[1], k.shape[1]), scale)
+    return out.reshape(*q.shape[:2], -1, q.shape[-1])
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _scores(spec: str, q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    return scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax over the last axis. A row that sees nothing gets equal weights: finite, and so is its gradient."""
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _visible(mask: AttentionMask, T: int, S: int) -> jax.Array:
+    """bool [B or 1, T, S] of the layouts without a shared prefix."""
+    if mask.positions is not None:
+        return jnp.arange(S) <= mask.positions[:, :, None]
+    causal = jnp.tril(jnp.ones((T, S), bool))[None]
+    if mask.segments is None:
+        return causal
+    return causal & (mask.segments[:, :, None] == mask.segments[:, None, :])
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+    """q [B, T, G, M, C], k and v [B, S, G, C], visible [B or 1, T, S] -> [B, T, G, M, C]."""
+    weights = _softmax(_scores("btgmc,bsgc->bgmts", q, k, scale), visible[:, None, None])
+    return jnp.einsum("bgmts,bsgc->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
+
+
+def _xla_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+    """The shared-prefix layout, block by block: P^2 + K R (P + R) scores instead of (P + K R)^2."""
+    assert mask.prefix is not None
+    P, K, R = mask.prefix
+    B = q.shape[0]
+
+    def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x[:, :P], x[:, P:].reshape(B, K, R, *x.shape[2:])
+
+    (q_p, q_r), (k_p, k_r), (v_p, v_r) = split(q), split(k), split(v)
+    segments = jnp.ones(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments
+    s_p, s_r = split(segments)
+    prompt = _xla(q_p, k_p, v_p, _visible(AttentionMask(segments=s_p), P, P), scale)
+
+    own = jnp.tril(jnp.ones((R, R), bool)) & (s_r[..., :, None] == s_r[..., None, :])  # [B, K, R, R]
+    shared = s_r[..., None] == s_p[:, None, None]  # [B, K, R, P]
+    scores = jnp.concatenate(
+        [_scores("bkrgmc,bpgc->bkgmrp", q_r, k_p, scale), _scores("bkrgmc,bksgc->bkgmrs", q_r, k_r, scale)], axis=-1
+    )
+    weights = _softmax(scores, jnp.concatenate([shared, own], axis=-1)[:, :, None, None]).astype(v.dtype)
+    responses = jnp.einsum("bkgmrp,bpgc->bkrgmc", weights[..., :P], v_p, precision=_precision(v)) + jnp.einsum(
+        "bkgmrs,bksgc->bkrgmc", weights[..., P:], v_r, precision=_precision(v)
+    )
+    return jnp.concatenate([prompt, responses.reshape(B, K * R, *responses.shape[3:])], axis=1)
+
+
+def choose_kernel(
+    requested: str,
+    platform: str,
+    *,
+    prefix: bool,
+    packed: bool,
+    cached: bool,
+    dtype: jnp.dtype,
+    head_dim: int,
+    length: int,
+) -> str:
+    """The kernel that will run: what was asked for, or under "auto" the best that can run here; logged once.
+
+    Args:
+      requested: "auto", "xla", "cudnn" or "splash".
+      platform: "cpu", "gpu" or "tpu": what the step is compiled for (`mesh.platform()`).
+      prefix, packed, cached: the layout: shared prefix, several segments in a row, keys from a cache.
+      dtype: of queries and keys; head_dim: C; length: T.
+
+    Raises:
+      InputError: the kernel asked for cannot run, and why.
+    """
+    if requested in ("auto", "xla"):
+        return "xla"
+    raise InputError(f"--train.attention {requested} cannot run on {platform}; use --train.attention auto")

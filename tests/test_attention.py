@@ -1,0 +1,135 @@
+"""The attention seam against a reference written in numpy, token by token, for every layout and kernel."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.errors import InputError
+from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
+
+
+def qkv(seed, B, T, S, H, G, C, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((B, T, H, C), (B, S, G, C), (B, S, G, C))
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def reference(q, k, v, visible):
+    """float64 attention; visible is bool [B, T, S]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, H, C = q.shape
+    out = np.zeros(q.shape)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[2])
+            for t in range(T):
+                seen = np.flatnonzero(visible[b, t])
+                scores = k[b, seen, g] @ q[b, t, h] / np.sqrt(C)
+                weights = np.exp(scores - scores.max())
+                out[b, t, h] = weights / weights.sum() @ v[b, seen, g]
+    return out
+
+
+def visible_tokens(segments, prefix=None):
+    segments = np.asarray(segments)
+    T = segments.shape[1]
+    block = np.zeros(T, int)
+    if prefix is not None:
+        P, K, R = prefix
+        block[P:] = 1 + np.arange(K * R) // R
+    seen = np.tril(np.ones((T, T), bool)) & ((block == 0)[None, :] | (block[:, None] == block[None, :]))
+    return seen & (segments[:, :, None] == segments[:, None, :])
+
+
+def lengths_to_segments(lengths, T):
+    return (np.arange(T) < np.asarray(lengths)[:, None]).astype(np.int32)
+
+
+def prefix_segments(prompt_lengths, response_lengths, prefix):
+    P, _, R = prefix
+    parts = [lengths_to_segments(prompt_lengths, P)]
+    parts += [lengths_to_segments(column, R) for column in np.asarray(response_lengths).T]
+    return np.concatenate(parts, axis=1)
+
+
+PREFIX = (7, 3, 5)
+LAYOUTS = {
+    "causal": (AttentionMask(), np.ones((2, 22), np.int32)),
+    "padded": (None, lengths_to_segments([22, 9], 22)),
+    "packed": (None, np.repeat([[1, 2, 3, 0], [5, 1, 1, 0]], [8, 9, 4, 1], axis=1).astype(np.int32)),
+    "prefix": (AttentionMask(prefix=PREFIX), np.ones((2, 22), np.int32)),
+    "prefix padded": (None, prefix_segments([7, 3], [[5, 1, 4], [2, 0, 5]], PREFIX)),
+}
+
+
+def layout(name):
+    mask, segments = LAYOUTS[name]
+    prefix = PREFIX if name.startswith("prefix") else None
+    if mask is None:
+        mask = AttentionMask(segments=jnp.asarray(segments), prefix=prefix)
+    return mask, visible_tokens(segments, prefix), segments > 0
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_xla_equals_reference(name, groups):
+    mask, visible, real = layout(name)
+    q, k, v = qkv(0, 2, 22, 22, 4, groups, 8)
+    out = jax.jit(lambda q, k, v: attend(q, k, v, mask=mask, kernel="xla"))(q, k, v)
+    np.testing.assert_allclose(np.asarray(out)[real], reference(q, k, v, visible)[real], atol=2e-6)
+    chex.assert_tree_all_finite(out)
+
+
+def test_cached_queries_see_the_slots_up_to_their_position():
+    q, k, v = qkv(1, 3, 2, 10, 4, 2, 8)
+    positions = jnp.array([[0, 1], [4, 5], [8, 9]])
+    visible = np.arange(10) <= np.asarray(positions)[..., None]
+    out = attend(q, k, v, mask=AttentionMask(positions=positions), kernel="xla")
+    np.testing.assert_allclose(out, reference(q, k, v, visible), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["padded", "packed", "prefix padded"])
+def test_padding_has_no_effect_forwards_or_backwards(name):
+    mask, _, real = layout(name)
+    q, k, v = qkv(2, 2, 22, 22, 4, 2, 8)
+    keep = jnp.asarray(real)[..., None, None]
+
+    def f(q, k, v):
+        return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel="xla")), 0))
+
+    huge = tuple(jnp.where(keep, x, 1e4) for x in (q, k, v))
+    np.testing.assert_allclose(f(*huge), f(q, k, v), rtol=1e-6)
+    gradients = jax.grad(f, argnums=(0, 1, 2))(*huge)
+    chex.assert_tree_all_finite(gradients)
+    for gradient in gradients:
+        assert not np.asarray(gradient)[~real].any()
+
+
+def test_a_wrong_prefix_is_refused():
+    q, k, v = qkv(0, 1, 12, 12, 2, 2, 4)
+    with pytest.raises(ValueError, match="does not describe 12"):
+        attend(q, k, v, mask=AttentionMask(prefix=(4, 2, 5)), kernel="xla")
+
+
+def choose(requested, platform, **changes):
+    settings = {
+        "prefix": False,
+        "packed": False,
+        "cached": False,
+        "dtype": jnp.bfloat16,
+        "head_dim": 128,
+        "length": 256,
+    }
+    return choose_kernel(requested, platform, **(settings | changes))
+
+
+def test_auto_on_cpu_is_xla():
+    assert choose("auto", "cpu") == "xla"
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_an_accelerator_kernel_on_cpu_is_refused(kernel):
+    with pytest.raises(InputError, match=kernel):
+        choose(kernel, "cpu")
