@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.model.architecture import LlamaConfig, to_hf
 
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = (
-    "the a good bad kind rude answer question film book was is very not quite we you they like hate red blue".split()
-)
+_TEXT = "the a good bad kind rude answer question film book was is very not quite we you they like hate red blue"
+WORDS = _TEXT.split()
 
 
 def sentence(rng: random.Random, words: int) -> str:
