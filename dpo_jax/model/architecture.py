@@ -53,7 +53,7 @@ class LlamaConfig:
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
 # Keys that say how the model was made or is to be served, and change none of its numbers.
-_WITHOUT_EFFECT = frozenset(
+_WITHOUT_EFFECT = frozenset(  # noqa: SIM905
     """_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache pad_token_id bos_token_id
     eos_token_id initializer_range pretraining_tp is_llama_config rope_interleaved transformers.js_config auto_map
     attn_implementation _attn_implementation_autoset use_return_dict return_dict output_attentions
@@ -154,9 +154,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     )
     unknown = sorted(key for key in raw if key not in seen and raw[key] is not None)
     if unknown:
-        raise InputError(
-            f"{where}: unknown key {unknown[0]} = {raw[unknown[0]]!r}; a value that might change the model is not ignored"
-        )
+        raise InputError(f"{where}: unknown key {unknown[0]} = {raw[unknown[0]]!r}; remove it if it changes nothing")
     if config.num_heads % config.num_kv_heads:
         raise InputError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"

@@ -29,6 +29,7 @@ class AttentionMask:
                                Padding is segment 0: real tokens never see it, it sees only itself, and what it gives is
                                finite and nobody's business.
       positions: int32 [B, T]  the cached form: keys are S cache slots, and a query at position p sees slots 0..p.
+      packed:    static; False promises that the segments of a row are 1 ... 1 0 ... 0.
       prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
                                K response blocks of R. A response sees the prompt and itself, never another response.
     """
@@ -36,6 +37,7 @@ class AttentionMask:
     segments: jax.Array | None = None
     positions: jax.Array | None = None
     prefix: Prefix | None = struct.field(pytree_node=False, default=None)
+    packed: bool = struct.field(pytree_node=False, default=True)
 
 
 def attend(

@@ -1,0 +1,90 @@
+"""How a preference group (one prompt, K responses) is laid out as sequences for the forward pass.
+
+    separate   K sequences a group, prompt + response each:         [B K, P + R]
+    shared     one sequence a group, the prompt computed once:      [B, P + K R]
+               block 0 is the prompt, block 1 + k the k-th response; a response sees the prompt and itself, and its
+               positions go on from the prompt's length, so each response gets the numbers it would get alone.
+
+Both give the same log-probabilities; "shared" does less work when prompts are long.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import Layout
+from dpo_jax.model.logprobs import token_logps
+from dpo_jax.types import PreferenceBatch
+
+
+def response_mask(batch: PreferenceBatch) -> jax.Array:
+    """bool [B, K, R]: which response tokens are real."""
+    return jnp.arange(batch.responses.shape[2]) < batch.response_lengths[..., None]
+
+
+def _shared(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Array:
+    """Hidden states [B, K, R, D] that predict each response token, from one sequence a group."""
+    (b, p), (_, k, r) = batch.prompts.shape, batch.responses.shape
+    lengths = batch.prompt_lengths[:, None]
+    tokens = jnp.concatenate([batch.prompts, batch.responses.reshape(b, k * r)], axis=1)
+    at_prompt = jnp.broadcast_to(jnp.arange(p), (b, p))
+    at_response = jnp.tile(lengths + jnp.arange(r), (1, k))
+    real = jnp.concatenate([at_prompt < lengths, response_mask(batch).reshape(b, k * r)], axis=1)
+    positions = jnp.concatenate([at_prompt, at_response], axis=1)
+    hidden = apply(_clean(tokens, real), positions, real.astype(jnp.int32), prefix=(p, k, r))
+    last = jnp.take_along_axis(hidden, batch.prompt_lengths[:, None, None] - 1, axis=1)[:, None]
+    states = hidden[:, p:].reshape(b, k, r, -1)
+    return jnp.concatenate([jnp.broadcast_to(last, (b, k, 1, last.shape[-1])), states[:, :, :-1]], axis=2)
+
+
+def _separate(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Array:
+    """Hidden states [B, K, R, D] that predict each response token, from K contiguous sequences a group."""
+    (b, p), (_, k, r) = batch.prompts.shape, batch.responses.shape
+    lengths = jnp.repeat(batch.prompt_lengths, k)[:, None]
+    at = jnp.broadcast_to(jnp.arange(p + r), (b * k, p + r))
+    prompts, responses = jnp.repeat(batch.prompts, k, axis=0), batch.responses.reshape(b * k, r)
+    in_prompt = jnp.take_along_axis(prompts, jnp.minimum(at, p - 1), axis=1)
+    in_response = jnp.take_along_axis(responses, jnp.clip(at - lengths, 0, r - 1), axis=1)
+    tokens = jnp.where(at < lengths, in_prompt, in_response)
+    real = at < lengths + batch.response_lengths.reshape(b * k, 1)
+    hidden = apply(_clean(tokens, real), at, real.astype(jnp.int32), packed=False)
+    states = jnp.take_along_axis(hidden, (lengths - 1 + jnp.arange(r))[..., None], axis=1)
+    return states.reshape(b, k, r, -1)
+
+
+def _clean(tokens: jax.Array, real: jax.Array) -> jax.Array:
+    """Padding may hold any value, even ones outside the vocabulary."""
+    return jnp.where(real, tokens, 0)
+
+
+def response_logps(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batch: PreferenceBatch,
+    *,
+    layout: Layout = "shared",
+    temperature: float = 1.0,
+    head_budget_bytes: int = 256 * 2**20,
+) -> jax.Array:
+    """Log-probability of every response token, float32 [B, K, R], in nats; 0 past `response_lengths`.
+
+    Args:
+      apply_fn: `Llama.apply`.
+      variables: {"params": ...} and, for an adapted policy, {"adapters": ...}.
+      batch: see `types.PreferenceBatch`.
+      layout: "shared" or "separate", see above.
+      temperature: divides the logits.
+      head_budget_bytes: see `logprobs.token_logps`.
+    """
+    b, k, r = batch.responses.shape
+    lay_out = _shared if layout == "shared" else _separate
+    hidden = lay_out(lambda *args, **kwargs: apply_fn(variables, *args, **kwargs), batch)
+    mask = response_mask(batch)
+    hidden = meshes.constrain(hidden, ("batch", "responses", "length", "embed")).reshape(b * k, r, -1)
+    unembedding = apply_fn(variables, method="unembedding")
+    targets = _clean(batch.responses, mask).reshape(b * k, r)
+    logps = token_logps(hidden, unembedding, targets, temperature=temperature, budget_bytes=head_budget_bytes)
+    return jnp.where(mask, logps.reshape(b, k, r), 0.0)

@@ -1,0 +1,412 @@
+"""Llama (Touvron et al. 2023, arXiv 2307.09288; Llama 3, arXiv 2407.21783) as one Flax Linen module.
+
+Whatever `LlamaForCausalLM` and `MistralForCausalLM` checkpoints hold: RMSNorm before each sub-layer, rotary positions
+(half-split, as Hugging Face stores them), grouped-query attention, SwiGLU, tied or untied embeddings, optional biases.
+
+    h   = x + Attention(RMSNorm(x))
+    out = h + W_down (silu(W_gate n) * W_up n),   n = RMSNorm(h)
+
+The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth. Trained adapters
+(LoRA) live in their own collection, `adapters`; applying the module to {"params": ...} alone gives the base model, so
+the reference policy under LoRA costs no second copy of the weights.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import AttentionKernel, LoraConfig, Remat
+from dpo_jax.errors import InputError
+from dpo_jax.model import attention
+from dpo_jax.model.architecture import LlamaConfig, RopeScaling
+
+# Logical axes (mesh.py) of each weight, by the name of its module; a scanned layer adds "layers" in front.
+_KERNEL_AXES: dict[str, tuple[str | None, str | None]] = {
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv"),
+    "v_proj": ("embed", "kv"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+
+_REMAT_POLICIES: dict[Remat, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of every layer. A token at position p stands in slot p of its row.
+
+    Attributes:
+      keys, values: [L, B, S, G, C].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 means float32: without this, TPUs would multiply in bfloat16 and GPUs in TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Angular frequency of each rotary pair, float32 [C / 2], radians per position (Su et al. 2021, section 3.2.2).
+
+    Made by NumPy in float32, as other implementations do: at position 10,000 the last bit of a frequency is 6e-4 rad.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    freqs = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
+    if scaling is None:
+        return freqs
+    if scaling.kind == "linear":
+        return freqs / np.float32(scaling.factor)
+    # Llama 3.1: wavelengths beyond original / low are slowed by the factor, those under original / high are kept.
+    turns = scaling.original_max_position * freqs / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return ((1 - blend) * freqs / scaling.factor + blend * freqs).astype(np.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn each pair (x_i, x_{i + C/2}) of x [B, T, H, C] by its angle; cos and sin are [B, T, C / 2], float32."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, Eq. 4)."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """x W (+ b) (+ scale x A B where this layer has an adapter and the `adapters` collection is given)."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    lora: LoraConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, exact = x.shape[-1], precision(self.dtype)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
+        y = jnp.matmul(x, kernel.astype(self.dtype), precision=exact)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        adapted = self.lora.rank > 0 and self.name in self.lora.targets
+        if adapted and (self.is_initializing() or self.has_variable("adapters", "lora_a")):
+            rank, bound = self.lora.rank, 1 / math.sqrt(width)
+
+            def uniform() -> jax.Array:
+                return jax.random.uniform(self.make_rng("params"), (width, rank), minval=-bound, maxval=bound)
+
+            a = self.variable("adapters", "lora_a", uniform).value
+            b = self.variable("adapters", "lora_b", jnp.zeros, (rank, self.features)).value
+            low = jnp.matmul(x, a.astype(self.dtype), precision=exact)
+            y = y + self.lora.scale * jnp.matmul(low, b.astype(self.dtype), precision=exact)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions; with `cache` [B, S, G, C] x 2, over the cached slots."""
+
+    config: LlamaConfig
+    dtype: Any
+    kernel: AttentionKernel
+    lora: LoraConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: attention.AttentionMask,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c, (b, t, _) = self.config, x.shape
+        bias = {"use_bias": c.attention_bias, "dtype": self.dtype, "lora": self.lora}
+        q = Linear(c.num_heads * c.head_dim, name="q_proj", **bias)(x).reshape(b, t, c.num_heads, c.head_dim)
+        k = Linear(c.num_kv_heads * c.head_dim, name="k_proj", **bias)(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        v = Linear(c.num_kv_heads * c.head_dim, name="v_proj", **bias)(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = meshes.constrain(q, ("batch", "length", "heads", "channels"))
+        k = meshes.constrain(k, ("batch", "length", "kv", "channels"))
+        v = meshes.constrain(v, ("batch", "length", "kv", "channels"))
+        if cache is not None:
+            assert mask.positions is not None
+            write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (start, 0, 0)))
+            start = mask.positions[:, 0]
+            k = write(cache[0], k.astype(cache[0].dtype), start)
+            v = write(cache[1], v.astype(cache[1].dtype), start)
+            cache = (k, v)
+            k, v = k.astype(self.dtype), v.astype(self.dtype)
+        kernel = attention.choose_kernel(
+            self.kernel,
+            meshes.platform(),
+            prefix=mask.prefix is not None,
+            packed=mask.segments is not None and mask.packed,
+            cached=mask.positions is not None,
+            dtype=self.dtype,
+            head_dim=c.head_dim,
+            length=t,
+        )
+        y = attention.attend(q, k, v, mask=mask, kernel=kernel)
+        y = y.reshape(b, t, c.num_heads * c.head_dim)
+        return Linear(c.hidden_size, name="o_proj", **bias)(y), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, Eq. 6)."""
+
+    config: LlamaConfig
+    dtype: Any
+    lora: LoraConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        bias = {"use_bias": c.mlp_bias, "dtype": self.dtype, "lora": self.lora}
+        gate = Linear(c.intermediate_size, name="gate_proj", **bias)(x)
+        up = Linear(c.intermediate_size, name="up_proj", **bias)(x)
+        h = meshes.constrain(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        return Linear(c.hidden_size, name="down_proj", **bias)(h)
+
+
+class Block(nn.Module):
+    """One layer; the body of the scan over layers."""
+
+    config: LlamaConfig
+    dtype: Any
+    kernel: AttentionKernel
+    lora: LoraConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: attention.AttentionMask,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        epsilon = self.config.rms_norm_eps
+        normed = RMSNorm(epsilon, self.dtype, name="input_layernorm")(x)
+        y, cache = Attention(self.config, self.dtype, self.kernel, self.lora, name="self_attn")(
+            normed, cache, cos, sin, mask
+        )
+        x = meshes.constrain(x + y, ("batch", "length", "embed"))
+        normed = RMSNorm(epsilon, self.dtype, name="post_attention_layernorm")(x)
+        x = x + MLP(self.config, self.dtype, self.lora, name="mlp")(normed)
+        return meshes.constrain(x, ("batch", "length", "embed")), cache
+
+
+class Table(nn.Module):
+    """A matrix that other methods read: the embedding [V, D] or the output head [D, V]."""
+
+    param_name: str
+    shape: tuple[int, int]
+
+    def setup(self) -> None:
+        self.value = self.param(self.param_name, nn.initializers.normal(0.02), self.shape)
+
+
+class Llama(nn.Module):
+    """The decoder. Parameters are made and kept float32 unless loaded otherwise; `dtype` is what it computes in.
+
+    Attributes:
+      config:    architecture.
+      dtype:     dtype of activations and matrix products.
+      remat:     what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (whole layers).
+      attention: kernel; see `model/attention.py`.
+      lora:      adapters, or rank 0.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    remat: Remat = "dots"
+    attention: AttentionKernel = "auto"
+    lora: LoraConfig = LoraConfig()
+
+    def setup(self) -> None:
+        c = self.config
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "adapters": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            length=c.num_layers,
+        )(c, self.dtype, self.attention, self.lora)
+        self.embed_tokens = Table("embedding", (c.vocab_size, c.hidden_size))
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_embeddings:
+            self.lm_head = Table("kernel", (c.hidden_size, c.vocab_size))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        *,
+        prefix: tuple[int, int, int] | None = None,
+        packed: bool = True,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: int32 [B, T].
+          positions: int32 [B, T], rotary positions; default 0..T-1. With a cache they are required, consecutive in
+            each row, and also name the slots that the new keys are written to.
+          segments: int32 [B, T]; 0 is padding, and a token sees only its own segment. Default: all one segment.
+          packed: static; False promises that each row is one segment followed by padding, which more kernels can run.
+          prefix: static (P, K, R): the sequence is a prompt block of P and K response blocks of R that all see the
+            prompt and not one another (`model/groups.py`).
+          cache: keys and values of earlier tokens; a token at position p sees slots 0..p of its row.
+
+        Returns:
+          [B, T, D] in `dtype`; with a cache the pair (hidden, new cache).
+        """
+        c = self.config
+        reach = tokens.shape[1] if cache is None else cache.keys.shape[2]
+        if c.sliding_window is not None and reach > c.sliding_window:
+            raise InputError(
+                f"sequences of {reach} tokens exceed the model's sliding window of {c.sliding_window}, which is not "
+                f"implemented beyond its length; lower --data.max_length to {c.sliding_window}"
+            )
+        if cache is not None:
+            if positions is None or segments is not None or prefix is not None:
+                raise ValueError("with a cache, give positions, and neither segments nor prefix")
+            mask = attention.AttentionMask(positions=positions)
+        else:
+            mask = attention.AttentionMask(segments=segments, prefix=prefix, packed=packed)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        freqs = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        angles = positions.astype(jnp.float32)[..., None] * freqs
+        x = jnp.take(self.embed_tokens.value, tokens, axis=0).astype(self.dtype)
+        x = meshes.constrain(x, ("batch", "length", "embed"))
+        layer_cache = None if cache is None else (cache.keys, cache.values)
+        x, layer_cache = self.layers(x, layer_cache, jnp.cos(angles), jnp.sin(angles), mask)
+        x = self.norm(x)
+        if self.is_initializing():
+            self.unembedding()  # creates the head, which only `logits` and the log-probabilities use
+        return x if layer_cache is None else (x, Cache(*layer_cache))
+
+    def unembedding(self) -> jax.Array:
+        """The output matrix [D, V] in `dtype`: the transposed embedding where they are tied."""
+        kernel = self.embed_tokens.value.T if self.config.tie_embeddings else self.lm_head.value
+        return kernel.astype(self.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
+        return jnp.matmul(
+            hidden, self.unembedding(), precision=precision(self.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def init_cache(model: Llama, batch: int, length: int, dtype: Any = None) -> Cache:
+    """An empty cache of `length` slots a row, in `dtype` (default: the model's)."""
+    c = model.config
+    shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+    zeros = jnp.zeros(shape, dtype or model.dtype)
+    return Cache(keys=zeros, values=zeros)
+
+
+def _init(model: Llama) -> Callable[[jax.Array], Any]:
+    return lambda key: model.clone(attention="xla").init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def abstract_variables(model: Llama, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The tree of `jax.ShapeDtypeStruct`s of the variables; parameters in `dtype`, adapters always float32."""
+    tree = dict(jax.eval_shape(_init(model), jax.random.key(0)))
+    tree["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree["params"])
+    return tree
+
+
+def logical_axes(model: Llama) -> dict[str, Any]:
+    """A tree like the variables whose leaves are tuples of logical axis names (see `mesh.RULES`)."""
+
+    def axes(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> meshes.LogicalAxes:
+        keys = [p.key for p in path]
+        module, leaf = keys[-2], keys[-1]
+        if leaf == "scale":
+            inner: meshes.LogicalAxes = (None,)
+        else:
+            first, last = _KERNEL_AXES[module]
+            inner = {"bias": (last,), "lora_a": (first, "rank"), "lora_b": ("rank", last)}.get(leaf, (first, last))
+        return ("layers", *inner) if "layers" in keys else inner
+
+    return jax.tree_util.tree_map_with_path(axes, abstract_variables(model))
+
+
+def shardings(model: Llama, mesh: Mesh) -> dict[str, Any]:
+    """A tree like the variables of `NamedSharding`s. Raises `InputError`, with the fix, when sizes do not divide."""
+    c = model.config
+    meshes.check_divisible(mesh, "attention heads", (c.num_heads,), ("heads",))
+    meshes.check_divisible(mesh, "key/value heads", (c.num_kv_heads,), ("kv",))
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, axes: meshes.LogicalAxes) -> NamedSharding:
+        meshes.check_divisible(mesh, "/".join(p.key for p in path), x.shape, axes)
+        return meshes.sharding(mesh, axes)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_variables(model), logical_axes(model))
+
+
+def init_variables(model: Llama, key: jax.Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
+    """Random variables, made directly in their places on `mesh`; the same numbers on any mesh."""
+
+    def make(key: jax.Array) -> Any:
+        tree = dict(_init(model)(key))
+        tree["params"] = jax.tree.map(lambda x: x.astype(dtype), tree["params"])
+        return tree
+
+    return jax.jit(make, out_shardings=None if mesh is None else shardings(model, mesh))(key)
+
+
+def init_adapters(model: Llama, key: jax.Array, *, mesh: Mesh | None = None) -> Any:
+    """Fresh adapters: A uniform in +-1/sqrt(fan-in), B zero, so that the adapted model starts as the base model."""
+    where = None if mesh is None else shardings(model, mesh)["adapters"]
+    return jax.jit(lambda key: _init(model)(key)["adapters"], out_shardings=where)(key)
+
+
+def merge_adapters(variables: Mapping[str, Any], lora: LoraConfig) -> Any:
+    """Parameters with W + (alpha / rank) A B in place of each adapted W; the sum is made in float32."""
+
+    def merge(params: Any, adapters: Any) -> Any:
+        if "lora_a" in adapters:
+            delta = jnp.matmul(adapters["lora_a"], adapters["lora_b"], precision=jax.lax.Precision.HIGHEST)
+            kernel = params["kernel"].astype(jnp.float32) + lora.scale * delta.astype(jnp.float32)
+            return {**params, "kernel": kernel.astype(params["kernel"].dtype)}
+        return {k: merge(v, adapters[k]) if k in adapters else v for k, v in params.items()}
+
+    return jax.jit(merge)(variables["params"], variables["adapters"])
