@@ -1,0 +1,130 @@
+"""From logits to one token a row: temperature, top-k, top-p, and the draw.
+
+Order: logits / temperature, then top-k, then top-p on what top-k left, then the draw from what both left. V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+
+def _cut(scores: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
+    """The highest value t for which the weights of {score >= t} still sum to `goal`, float32 [B, 1].
+
+    Bisection over the bits of t: non-negative floats sort like their bits, so 31 passes find t exactly, without sorting
+    the vocabulary. Equal scores stay or go together.
+
+    Args:
+      scores: [B, V], not negative.
+      weights: [B, V], not negative.
+      goal: [B, 1]; at most the row's whole weight.
+    """
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+
+    def narrow(i: jax.Array, low: jax.Array) -> jax.Array:
+        candidate = low | (1 << (30 - i))
+        reached = jnp.sum(jnp.where(bits >= candidate, weights, 0.0), axis=-1, keepdims=True)
+        return jnp.where(reached >= goal, candidate, low)
+
+    low = jax.lax.fori_loop(0, 31, narrow, jnp.zeros((scores.shape[0], 1), jnp.int32))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def keep_top_k(probabilities: jax.Array, k: jax.Array) -> jax.Array:
+    """Set all but the k most likely tokens to 0; the rest is not renormalised.
+
+    Tokens as likely as the k-th all stay, so that no token is preferred for its id. k >= V keeps everything.
+
+    Args:
+      probabilities: float32 [B, V].
+      k: int32 [], at least 1.
+    """
+    count = jnp.minimum(k, probabilities.shape[-1]).astype(jnp.float32)
+    cut = _cut(probabilities, jnp.ones_like(probabilities), jnp.full((probabilities.shape[0], 1), count))
+    return jnp.where(probabilities >= cut, probabilities, 0.0)
+
+
+def keep_top_p(probabilities: jax.Array, p: jax.Array) -> jax.Array:
+    """Set all but the nucleus to 0: the fewest, likeliest tokens whose share of the row's mass reaches p.
+
+    Nucleus sampling (Holtzman et al. 2020, Eq. 2). Tokens as likely as the last one kept all stay; the likeliest token
+    always does. The rest is not renormalised.
+
+    Args:
+      probabilities: float32 [B, V], not negative; rows need not sum to 1.
+      p: float32 [], in (0, 1]; p = 1 keeps everything.
+    """
+    # The same sum as inside `_cut`, so that the goal p = 1 is reached at the lowest score and not missed by rounding.
+    mass = jnp.sum(probabilities, axis=-1, keepdims=True)
+    cut = _cut(probabilities, probabilities, p * mass)
+    return jnp.where((probabilities >= cut) | (p >= 1), probabilities, 0.0)
+
+
+def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """One index a row, with probability proportional to its weight: the inverse of the cumulative sum.
+
+    A token of weight 0 is never drawn, whatever the rounding. The sum runs over blocks first and then inside the
+    block that was hit: two short sums keep the rounding small and the work at one pass.
+
+    Args:
+      weights: float32 [B, V], not negative, no row all 0.
+      uniform: float32 [B], in [0, 1): each row's own random number.
+
+    Returns:
+      int32 [B].
+    """
+    size = 256
+    rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(rows, -1, size)
+    sums = jnp.sum(blocks, axis=-1)
+    block, left = _first_beyond(sums, uniform * jnp.sum(sums, axis=-1))
+    inside, _ = _first_beyond(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], left)
+    return block * size + inside
+
+
+def _first_beyond(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index whose running sum exceeds target [B], among weights > 0, and what of target is left inside it."""
+    running = jnp.cumsum(weights, axis=-1)
+    beyond = (running > target[:, None]) & (weights > 0)
+    # Rounding may leave the target at or past the last sum; the heaviest entry then stands in.
+    index = jnp.where(jnp.any(beyond, -1), jnp.argmax(beyond, -1), jnp.argmax(weights, -1)).astype(jnp.int32)
+    at = index[:, None]
+    before = jnp.take_along_axis(running - weights, at, axis=-1)[:, 0]
+    return index, jnp.maximum(target - before, 0.0)
+
+
+def token_logps(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
+    """log softmax(logits / temperature) at the tokens: float32 [B] from [B, V] and int32 [B], before any filter."""
+    logps = jax.nn.log_softmax(logits / temperature, axis=-1)
+    return jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+
+
+def pick(
+    logits: jax.Array,
+    uniform: jax.Array,
+    *,
+    temperature: jax.Array | None,
+    top_k: jax.Array | None,
+    top_p: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The next token of each row and its log-probability.
+
+    Args:
+      logits: float32 [B, V].
+      uniform: float32 [B] in [0, 1), each row's own.
+      temperature: []; None is greedy: the highest logit, the lowest id among equals.
+      top_k, top_p: []; None is off.
+
+    Returns:
+      tokens int32 [B], and log-probabilities float32 [B] at the sampling temperature (greedy: at 1) before the filters.
+    """
+    if temperature is None:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return tokens, token_logps(logits, tokens, jnp.float32(1))
+    weights = jax.nn.softmax(logits / temperature, axis=-1)
+    if top_k is not None:
+        weights = keep_top_k(weights, top_k)
+    if top_p is not None:
+        weights = keep_top_p(weights, top_p)
+    tokens = draw(weights, uniform)
+    return tokens, token_logps(logits, tokens, temperature)
