@@ -1,0 +1,82 @@
+"""What `--model M` names: a folder, a file, a hub id, or `smollm2`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dpo_jax.errors import InputError
+from dpo_jax.weights import smollm2
+
+Kind = Literal["huggingface", "gguf", "orbax", "peft"]
+
+# Weights, configuration and tokenizer; no pickles, and no code.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_IGNORED = ["*/*", "consolidated*", "tekken.json"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved checkpoint: what it is, and where it lies on this machine."""
+
+    kind: Kind
+    path: Path
+
+
+def resolve(source: str | Path) -> Source:
+    """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
+
+    A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a finished run
+    folder (its `model`), `owner/name` on the Hugging Face hub, or `smollm2`. Raises `InputError` for anything else.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source("gguf", path)
+        raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
+    if str(source) == "smollm2":
+        return Source("gguf", smollm2.fetch())
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and path.suffix != ".gguf":
+        return _folder(_download(str(source)))
+    raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
+
+
+def _folder(path: Path) -> Source:
+    if (path / "adapter_config.json").is_file():
+        return Source("peft", path)
+    if (path / "config.json").is_file() and (path / "params").is_dir():
+        return Source("orbax", path)
+    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: config.json is missing; copy it from the original model")
+        return Source("huggingface", path)
+    if (path / "model").is_dir():
+        return _folder(path / "model")
+    if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
+        raise InputError(
+            f"{path}: only pickled weights ({pickles[0]}), which are not read; save the model as safetensors, e.g. with "
+            "transformers' save_pretrained"
+        )
+    if (path / "checkpoints").is_dir():
+        raise InputError(f"{path}: this run has no final model yet; resume it with the same command, and use it then")
+    if ggufs := sorted(path.glob("*.gguf")):
+        raise InputError(f"{path}: give the GGUF file itself, e.g. {ggufs[0]}")
+    raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
+
+
+def _download(name: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); check the name and the "
+            "network, log in for a gated model, or use smollm2"
+        ) from error
