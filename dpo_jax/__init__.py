@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
     from dpo_jax.weights.tokenizer import load_tokenizer
 
+__version__ = "0.1.0"
+
 __all__ = ["align", "load_pretrained", "load_tokenizer", "make_mesh", "masked", "sample", "save_pretrained"]
 
 _MODULES = ("align", "masked", "sample")

@@ -14,6 +14,9 @@ Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 Layout = Literal["shared", "separate"]
 
+ON_COMMAND_LINE = "(given on the command line)"
+"""Stands in a CONFIG.py for a field that the command line must give: the model, the data, the run folder."""
+
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -353,3 +356,104 @@ class DPORun:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """Judge a model on preference pairs: `dpo-jax eval`."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    reference: str | None = None
+    """Reference policy: gives rewards, margins and the distance to it. Not given: raw log-probabilities are compared."""
+    out: str | None = None
+    """JSON file for the results, which are shown as tables in any case."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    beta: float | None = None
+    """Scale of the rewards, beta x log-ratio to --reference. Not given: 0.1."""
+    samples: int | None = None
+    """Also answer the first so many prompts, and report on the repetition and length of the answers."""
+    seed: int = 0
+    """Seed of the answers."""
+    batch_size: int = 8
+    """Pairs in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.beta is None or self.reference is not None, "--beta has no effect without --reference")
+        _require(self.beta is None or self.beta > 0, f"--beta {self.beta} must be positive")
+        _require(self.samples is None or self.samples >= 1, "--samples must be at least 1")
+        _require(self.samples is not None or self.seed == 0, "--seed has no effect without --samples")
+        _require(
+            self.samples is not None or self.sample == SampleConfig(), "--sample.* has no effect without --samples"
+        )
+        _require(self.batch_size >= 1, "--batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class LogpsRun:
+    """Log-probabilities of both responses of every row, as JSON lines in input order: `dpo-jax logps`."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    out: str
+    """JSONL file: chosen_logps, rejected_logps (sums), chosen_tokens, rejected_tokens, and the row number."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    batch_size: int = 8
+    """Pairs in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "--batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class InspectRun:
+    """Show the tokens of some rows, coloured by whether the loss counts them: `dpo-jax inspect`."""
+
+    model: str
+    """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    rows: int = 3
+    """How many rows to show."""
+    first: int = 1
+    """Row number (from 1) to begin at."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 1, "--rows must be at least 1")
+        _require(self.first >= 1, "--first counts rows from 1")
+
+
+@dataclass(frozen=True)
+class ConvertRun:
+    """Rewrite a checkpoint in another format: `dpo-jax convert`."""
+
+    source: str
+    """Checkpoint to read: a Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    target: str
+    """Folder to write; it must be new or empty."""
+    format: Literal["huggingface", "orbax"] = "huggingface"
+    """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype to write. Not given: the source's."""

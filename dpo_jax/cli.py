@@ -1,0 +1,310 @@
+"""The command line: words in, one frozen dataclass of `config.py` out, handed to the function that does the work.
+
+Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` and a mistyped option answer at once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, NoReturn
+
+from dpo_jax import __version__, config
+from dpo_jax.errors import InputError
+
+PROGRAM = "dpo-jax"
+OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+GUESS_CUTOFF = 0.5
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Attributes:
+      options:   dataclass in `config.py` that holds its options, by name.
+      function:  `module:function` that takes an instance of it.
+      help:      one line for `dpo-jax --help`.
+      renamed:   field -> its name on the command line, where the two differ.
+      unused:    options of shared sections that this command has no use for: refused, and left out of its help.
+      recipe:    whether a CONFIG.py may stand before the options.
+    """
+
+    options: str
+    function: str
+    help: str
+    renamed: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
+    recipe: bool = False
+
+
+_NO_LOADER = ("data.shuffle", "data.workers")
+COMMANDS = {
+    "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
+    "dpo": Command(
+        "DPORun",
+        "dpo_jax.run.dpo:train",
+        "align a model with preference pairs",
+        renamed=(("source", "data"), ("eval_source", "eval_data")),
+        recipe=True,
+    ),
+    "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
+    "eval": Command(
+        "EvalRun",
+        "dpo_jax.run.evaluate:evaluate",
+        "reward accuracy, margins, perplexity, KL, repetition, tables per rating and source",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "logps": Command(
+        "LogpsRun",
+        "dpo_jax.run.logps:logps",
+        "log-probabilities of chosen and rejected, one JSON object a row",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "convert": Command(
+        "ConvertRun",
+        "dpo_jax.run.convert:convert",
+        "Hugging Face safetensors <-> orbax, GGUF -> either",
+        renamed=(("source", "from"), ("target", "to")),
+    ),
+    "inspect": Command(
+        "InspectRun",
+        "dpo_jax.run.inspect:inspect",
+        "tokens of some rows with the loss mask coloured",
+        renamed=(("source", "data"),),
+        unused=(*_NO_LOADER, "data.buckets"),
+    ),
+}
+
+# Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
+_EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(args)
+    except InputError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away (`dpo-jax inspect ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return OK if args else BAD_INPUT
+    if args[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return OK
+    if args[0] not in COMMANDS:
+        kind = "option" if args[0].startswith("-") else "command"
+        raise InputError(
+            f"unknown {kind} {args[0]}{_guess(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)} ({PROGRAM} --help)"
+        )
+    command = COMMANDS[args[0]]
+    if {"-h", "--help"} & set(args):
+        _show_help(args[0], args[1:])
+        return OK
+    options = parse(args[0], args[1:])
+    module, function = command.function.split(":")
+    getattr(importlib.import_module(module), function)(options)
+    return OK
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the options of a command; {PROGRAM} --version",
+        ]
+    )
+
+
+def parse(word: str, args: Sequence[str]) -> Any:
+    """The options of command `word`: an instance of its dataclass. Raises `InputError` for what does not parse."""
+    command, args = COMMANDS[word], list(args)
+    default, args = _split_recipe(word, args)
+    names = option_names(word)
+    given = {_check_name(word, token, names) for token in args if _is_option(token)}
+    if default is None:
+        missing = [name for name, required in names.items() if required and name not in given]
+        if missing:
+            raise InputError(f"missing {' and '.join('--' + m for m in missing)} ({PROGRAM} {word} --help)")
+    else:
+        default = _give_way(default, given)
+    options = _tyro(word, args, default)
+    for field in dataclasses.fields(options):
+        if getattr(options, field.name) == config.ON_COMMAND_LINE:
+            raise InputError(
+                f"missing --{dict(command.renamed).get(field.name, field.name)}: the CONFIG.py leaves it open"
+            )
+    return options
+
+
+def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
+    """The `config` of a leading CONFIG.py, or None; and the other words."""
+    if not COMMANDS[word].recipe or not args or args[0].startswith("-"):
+        return None, args
+    path, cls = args[0], getattr(config, COMMANDS[word].options)
+    if not path.endswith(".py"):
+        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such CONFIG file")
+    try:
+        loaded = runpy.run_path(path).get("config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(loaded, cls):
+        raise InputError(
+            f"{path}: must define `config`, a dpo_jax.config.{cls.__name__}; it is {type(loaded).__name__}"
+        )
+    return loaded, args[1:]
+
+
+def _give_way(default: Any, given: set[str]) -> Any:
+    for section, *pair in _EXCLUSIVE:
+        for name, other in (pair, pair[::-1]):
+            if f"{section}.{name}" in given and f"{section}.{other}" not in given:
+                part = dataclasses.replace(getattr(default, section), **{other: None})
+                default = dataclasses.replace(default, **{section: part})
+    return default
+
+
+def option_names(word: str) -> dict[str, bool]:
+    """Every option of a command, with underscores and without dashes -> whether it must be given."""
+    command, names = COMMANDS[word], {}
+    for prefix, field in _walk(getattr(config, command.options)):
+        name = prefix + (dict(command.renamed).get(field.name, field.name) if not prefix else field.name)
+        if name not in command.unused:
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            names[name] = required
+            if field.type is bool:
+                names[f"{prefix}no_{field.name}"] = False
+    return names
+
+
+def _walk(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from _walk(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix, field
+
+
+def _is_option(token: str) -> bool:
+    return token.startswith("-") and token.lstrip("-")[:1].isalpha()
+
+
+def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
+    """The option's name as in `names`; raises `InputError` with the nearest name when there is none."""
+    name = token.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in COMMANDS[word].unused:
+        raise InputError(f"--{name} has no effect in {PROGRAM} {word}: leave it out")
+    if name not in names or not token.startswith("--"):
+        spelled = token.partition("=")[0]
+        raise InputError(f"unknown option {spelled}{_guess(name, names, '--')} ({PROGRAM} {word} --help)")
+    return name
+
+
+def _guess(word: str, known: Any, prefix: str = "") -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=GUESS_CUTOFF)
+    if not near:  # `--learning_rate` for `--optimizer.learning_rate`
+        near = [name for name in known if name.rpartition(".")[2] == word][:1]
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _show_help(word: str, args: list[str]) -> None:
+    default, _ = _split_recipe(word, args)
+    with contextlib.suppress(SystemExit):
+        _parse_with_tyro(word, ["--help"], default)
+
+
+def _tyro(word: str, args: list[str], default: Any) -> Any:
+    """`_parse_with_tyro`, with its boxed complaint turned into an `InputError` of one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return _parse_with_tyro(word, args, default)
+    except SystemExit as error:
+        _raise_input_error(word, error, complaint.getvalue())
+
+
+def _raise_input_error(word: str, error: SystemExit, complaint: str) -> NoReturn:
+    cause: BaseException | None = error
+    while cause is not None:  # a section's own check speaks better than the parser that relays it
+        if isinstance(cause, InputError):
+            raise cause
+        cause = cause.__context__
+    lines = [line.strip(" │") for line in complaint.splitlines()]
+    body = [line for line in lines if line and line[0] not in "╭╰"]
+    end = next((i for i, line in enumerate(body) if not line.strip("─")), len(body))
+    text = " ".join(body[:end]).removeprefix("Error parsing ")
+    raise InputError(f"{text} ({PROGRAM} {word} --help)") from None
+
+
+def _parse_with_tyro(word: str, args: list[str], default: Any) -> Any:
+    import tyro
+
+    cls = getattr(config, COMMANDS[word].options)
+    spelled = _command_line_class(word)
+    parsed = tyro.cli(
+        spelled,
+        prog=f"{PROGRAM} {word}" + (" [CONFIG.py]" if COMMANDS[word].recipe else ""),
+        description=cls.__doc__,
+        args=args,
+        use_underscores=True,
+        default=tyro.MISSING if default is None else _as(spelled, default),
+    )
+    return _as(cls, parsed)
+
+
+def _as(cls: Any, options: Any) -> Any:
+    """The same options as an instance of `cls`, which has the same fields."""
+    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
+
+
+@cache
+def _command_line_class(word: str) -> Any:
+    """The command's dataclass, with fields renamed and hidden as the command line wants them."""
+    import tyro
+
+    command, cls = COMMANDS[word], getattr(config, COMMANDS[word].options)
+    renamed, changed = dict(command.renamed), []
+    for field in dataclasses.fields(cls):
+        kind: Any = field.type
+        unused = [o.partition(".")[2] for o in command.unused if o.partition(".")[0] == field.name]
+        if field.name in renamed:
+            kind = Annotated[kind, tyro.conf.arg(name=renamed[field.name])]
+        elif dataclasses.is_dataclass(kind) and unused:
+            inner = [(f.name, tyro.conf.Suppress[f.type], f) for f in dataclasses.fields(kind) if f.name in unused]
+            kind = dataclasses.make_dataclass(kind.__name__, inner, bases=(kind,), frozen=True)  # type: ignore[arg-type]
+            changed.append((field.name, kind, dataclasses.field(default_factory=kind)))
+            continue
+        else:
+            continue
+        changed.append((field.name, kind, dataclasses.field(default=field.default)))
+    return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True)
