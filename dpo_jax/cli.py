@@ -114,8 +114,9 @@ def _run(args: list[str]) -> int:
         return OK
     if args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
+        known = ", ".join(COMMANDS)
         raise InputError(
-            f"unknown {kind} {args[0]}{_guess(args[0], COMMANDS)}; commands are {', '.join(COMMANDS)} ({PROGRAM} --help)"
+            f"unknown {kind} {args[0]}{_guess(args[0], COMMANDS)}; commands are {known} ({PROGRAM} --help)"
         )
     command = COMMANDS[args[0]]
     if {"-h", "--help"} & set(args):
@@ -277,7 +278,7 @@ def _parse_with_tyro(word: str, args: list[str], default: Any) -> Any:
         description=cls.__doc__,
         args=args,
         use_underscores=True,
-        default=tyro.MISSING if default is None else _as(spelled, default),
+        **({} if default is None else {"default": _as(spelled, default)}),
     )
     return _as(cls, parsed)
 

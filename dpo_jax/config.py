@@ -31,7 +31,8 @@ def _only_with(owner: object, choice: str, table: dict[str, tuple[str, ...]], se
     for name, allowed in table.items():
         if getattr(owner, name) is not None and chosen not in allowed:
             raise InputError(
-                f"--{section}.{name} has no effect with --{section}.{choice} {chosen}; it belongs to {', '.join(allowed)}"
+                f"--{section}.{name} has no effect with --{section}.{choice} {chosen};"
+                f" it belongs to {', '.join(allowed)}"
             )
 
 
@@ -189,11 +190,11 @@ class DataConfig:
     """From rows to token batches."""
 
     template: str | None = None
-    """Chat template: llama2, llama3, zephyr, chatml, or raw (no template: the texts as they stand). Not given: the tokenizer's own."""
+    """Chat template: llama2, llama3, zephyr, chatml, or raw (none: the texts as they stand). Not given: the tokenizer's."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens; the start of a longer prompt is cut."""
+    max_prompt_length: int = 0
+    """Longest prompt in tokens; the start of a longer prompt is cut. 0: half of max_length."""
     buckets: int = 4
     """Number of batch shapes: rows of like length share a batch, and each shape is compiled once."""
     shuffle: bool = True
@@ -204,10 +205,16 @@ class DataConfig:
     """Threads that prepare batches ahead of the step."""
 
     def __post_init__(self) -> None:
-        _require(self.max_prompt_length >= 1, "--data.max_prompt_length must be at least 1")
+        _require(
+            self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
+        )
+        _require(self.max_prompt_length >= 0, "--data.max_prompt_length must be positive, or 0 (half of max_length)")
+        if self.max_prompt_length == 0:
+            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
         _require(
             self.max_length > self.max_prompt_length,
-            f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {self.max_prompt_length}, or no response fits",
+            f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {self.max_prompt_length},"
+            " or no response fits",
         )
         _require(self.buckets >= 1, "--data.buckets must be at least 1")
         _require(self.limit is None or self.limit >= 1, "--data.limit must be at least 1")
@@ -347,7 +354,7 @@ class DPORun:
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: a bad row stops the run before it starts, after the whole file was checked. skip: leave them out, counted by reason."""
+    """refuse: a bad row stops the run before it starts, after the whole file was checked. skip: it is left out, counted."""
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -367,7 +374,7 @@ class EvalRun:
     source: str
     """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
     reference: str | None = None
-    """Reference policy: gives rewards, margins and the distance to it. Not given: raw log-probabilities are compared."""
+    """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
     out: str | None = None
     """JSON file for the results, which are shown as tables in any case."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -450,7 +457,7 @@ class ConvertRun:
     """Rewrite a checkpoint in another format: `dpo-jax convert`."""
 
     source: str
-    """Checkpoint to read: a Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
     target: str
     """Folder to write; it must be new or empty."""
     format: Literal["huggingface", "orbax"] = "huggingface"
