@@ -57,21 +57,27 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
         raise InputError(
-            f"mesh {sizes} needs {fixed} devices and there are {len(devices)}; set one of --mesh.data, --mesh.fsdp, --mesh.tensor to -1"
+            f"mesh {sizes} needs {fixed} devices and there are {len(devices)}; "
+            "set one of --mesh.data, --mesh.fsdp, --mesh.tensor to -1"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=axis_types, devices=devices)
 
 
+def _split(axes: LogicalAxes) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of an array."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...]] = []
+    for axis in axes:
+        names = () if axis is None else tuple(n for n in RULES[axis] if n not in used)
+        used.update(names)
+        entries.append(names)
+    return entries
+
+
 def partition_spec(axes: LogicalAxes) -> PartitionSpec:
     """The `PartitionSpec` of an array whose axes have these logical names (None = not split)."""
-    used: set[str] = set()
-    entries: list[tuple[str, ...] | None] = []
-    for axis in axes:
-        names = tuple(n for n in RULES[axis] if n not in used) if axis is not None else ()
-        used.update(names)
-        entries.append(names or None)
-    return PartitionSpec(*entries)
+    return PartitionSpec(*(names or None for names in _split(axes)))
 
 
 def sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
@@ -85,13 +91,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
-    """Raise `InputError` naming the fix when a dimension of `shape` does not divide over the mesh axes it is split on."""
-    for size, axis, split in zip(shape, axes, partition_spec(axes), strict=True):
-        parts = math.prod(mesh.shape[n] for n in split or ())
+    """Raise `InputError`, naming the fix, when an axis of `shape` does not divide over the mesh axes that split it."""
+    for size, axis, split in zip(shape, axes, _split(axes), strict=True):
+        parts = math.prod(mesh.shape[n] for n in split)
         if size % parts:
             option = " x ".join(f"--mesh.{n}" for n in split)
             raise InputError(
-                f"{name} {tuple(shape)}: its {axis} axis of {size} does not divide by {parts} ({option}); choose sizes that divide {size}"
+                f"{name} {tuple(shape)}: its {axis} axis of {size} does not divide by {parts} ({option}); "
+                f"choose sizes that divide {size}"
             )
 
 
@@ -122,7 +129,19 @@ def platform() -> str:
     mesh = _current()
     device = None if mesh is None else mesh.abstract_device
     name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
+    return "gpu" if name == "cuda" else name
+
+
+def shard_map(function: Callable[..., Any], inputs: Sequence[LogicalAxes], output: LogicalAxes) -> Callable[..., Any]:
+    """`function` applied by every device to its own shards, for code that the compiler cannot split by itself.
+
+    `inputs` and `output` are the logical axes of the arguments (one of which may be None) and of the result. Without a
+    mesh in force, `function` itself.
+    """
+    if _current() is None:
+        return function
+    in_specs = tuple(partition_spec(axes) for axes in inputs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=partition_spec(output), check_vma=False)
 
 
 def batch_axes(ndim: int) -> LogicalAxes:

@@ -1,5 +1,7 @@
 """The attention seam against a reference written in numpy, token by token, for every layout and kernel."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import InputError
+from dpo_jax.mesh import make_mesh, platform
+from dpo_jax.model import attention
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
 
 
@@ -96,12 +100,13 @@ def test_padding_has_no_effect_forwards_or_backwards(name):
     q, k, v = qkv(2, 2, 22, 22, 4, 2, 8)
     keep = jnp.asarray(real)[..., None, None]
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
     def f(q, k, v):
         return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel="xla")), 0))
 
-    huge = tuple(jnp.where(keep, x, 1e4) for x in (q, k, v))
-    np.testing.assert_allclose(f(*huge), f(q, k, v), rtol=1e-6)
-    gradients = jax.grad(f, argnums=(0, 1, 2))(*huge)
+    value, gradients = f(*(jnp.where(keep, x, 1e4) for x in (q, k, v)))
+    np.testing.assert_allclose(value, f(q, k, v)[0], rtol=1e-6)
     chex.assert_tree_all_finite(gradients)
     for gradient in gradients:
         assert not np.asarray(gradient)[~real].any()
@@ -111,6 +116,40 @@ def test_a_wrong_prefix_is_refused():
     q, k, v = qkv(0, 1, 12, 12, 2, 2, 4)
     with pytest.raises(ValueError, match="does not describe 12"):
         attend(q, k, v, mask=AttentionMask(prefix=(4, 2, 5)), kernel="xla")
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", "prefix", "prefix padded"])
+def test_splash_equals_xla(name):
+    """In Pallas' interpreter: 22 tokens are padded to one block of 128."""
+    mask, _, real = layout(name)
+    q, k, v = qkv(3, 2, 22, 22, 4, 2, 8)
+    keep = jnp.asarray(real)[..., None, None]
+
+    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def f(q, k, v, kernel):
+        return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel=kernel, scale=0.3)), 0))
+
+    chex.assert_trees_all_close(f(q, k, v, "splash"), f(q, k, v, "xla"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_splash_equals_xla_over_several_blocks_and_devices():
+    """700 tokens make 6 blocks of 128, on a mesh that splits rows and heads."""
+    prefix = (300, 2, 200)
+    mask = AttentionMask(
+        segments=jnp.asarray(prefix_segments([300, 150], [[200, 10], [64, 199]], prefix)), prefix=prefix
+    )
+    q, k, v = qkv(4, 2, 700, 700, 4, 2, 16)
+    keep = (mask.segments > 0)[..., None, None]
+
+    def f(q, k, v, mask, kernel):
+        return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel=kernel)), 0))
+
+    step = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)), static_argnums=4)
+    expected = step(q, k, v, mask, "xla")
+    with jax.set_mesh(make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])):
+        chex.assert_trees_all_close(step(q, k, v, mask, "splash"), expected, atol=2e-5, rtol=1e-5)
 
 
 def choose(requested, platform, **changes):
@@ -125,11 +164,55 @@ def choose(requested, platform, **changes):
     return choose_kernel(requested, platform, **(settings | changes))
 
 
-def test_auto_on_cpu_is_xla():
-    assert choose("auto", "cpu") == "xla"
+@pytest.mark.parametrize(
+    ("platform", "changes", "kernel"),
+    [
+        ("cpu", {}, "xla"),
+        ("tpu", {}, "splash"),
+        ("tpu", {"prefix": True, "packed": True}, "splash"),
+        ("tpu", {"cached": True}, "xla"),
+        ("tpu", {"dtype": jnp.float32}, "xla"),
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"prefix": True}, "xla"),
+        ("gpu", {"packed": True}, "xla"),
+        ("gpu", {"cached": True}, "xla"),
+        ("gpu", {"dtype": jnp.float32}, "xla"),
+        ("gpu", {"head_dim": 256}, "xla"),
+    ],
+)
+def test_auto_takes_the_best_that_can_run(platform, changes, kernel):
+    assert choose("auto", platform, **changes) == kernel
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
-def test_an_accelerator_kernel_on_cpu_is_refused(kernel):
-    with pytest.raises(InputError, match=kernel):
-        choose(kernel, "cpu")
+@pytest.mark.parametrize(
+    ("kernel", "platform", "changes", "reason"),
+    [
+        ("splash", "cpu", {}, "TPU"),
+        ("splash", "gpu", {}, "TPU"),
+        ("splash", "tpu", {"dtype": jnp.float32}, "float32"),
+        ("splash", "tpu", {"cached": True}, "cache"),
+        ("cudnn", "cpu", {}, "NVIDIA"),
+        ("cudnn", "gpu", {"prefix": True}, "shared by several responses"),
+        ("cudnn", "gpu", {"packed": True}, "several segments"),
+        ("cudnn", "gpu", {"head_dim": 100}, "multiples of 8"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_with_the_reason(kernel, platform, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        choose(kernel, platform, **changes)
+
+
+def test_the_choice_is_logged_once(caplog):
+    caplog.set_level("INFO", logger="dpo_jax")
+    attention._log_once.cache_clear()
+    for _ in range(2):
+        choose("auto", "tpu", prefix=True)
+    assert len(caplog.messages) == 1
+    assert "splash" in caplog.text
+    assert "shared-prefix" in caplog.text
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert platform() == "cpu"
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        assert platform() == "cpu"

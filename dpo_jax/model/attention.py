@@ -6,13 +6,17 @@ key/value heads (grouped queries: query head h reads key/value head h // (H / G)
 B batch, T query tokens, S key tokens, H query heads, G key/value heads, M = H / G, C channels of a head.
 """
 
+import functools
 import logging
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.experimental.pallas.ops.tpu import splash_attention
 
+from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
 
 logger = logging.getLogger("dpo_jax")
@@ -65,6 +69,10 @@ def attend(
         prompt, responses, length = mask.prefix
         if q.shape[1] != prompt + responses * length:
             raise ValueError(f"prefix {mask.prefix} does not describe {q.shape[1]} tokens")
+    if kernel == "splash":
+        return _splash(q, k, v, mask, scale)
+    if kernel == "cudnn":
+        return _cudnn(q, k, v, mask, scale)
     if kernel != "xla":
         raise ValueError(f"unknown attention kernel {kernel!r}")
     q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [B, T, G, M, C]
@@ -131,6 +139,75 @@ def _xla_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, s
     return jnp.concatenate([prompt, responses.reshape(B, K * R, *responses.shape[3:])], axis=1)
 
 
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+    """cuDNN's flash attention: causal, rows right-padded."""
+    lengths = None if mask.segments is None else jnp.sum(mask.segments != 0, axis=1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
+LANES = 128  # a TPU's vector registers are 128 wide, and splash attention's blocks are multiples of that
+
+
+def _block(length: int) -> int:
+    """The largest block of at most 512 that divides `length` (a multiple of 128). Larger ones keep the TPU busier."""
+    return max(size for size in range(LANES, 512 + 1, LANES) if length % size == 0)
+
+
+def _static_mask(length: int, prefix: Prefix | None) -> splash_attention.Mask:
+    """Causal, and a response does not see another response; what follows the last response sees only its own kind."""
+    if prefix is None:
+        return splash_attention.CausalMask((length, length))
+    prompt, _, response = prefix
+    index = np.arange(length)
+    block = np.where(index < prompt, 0, 1 + (index - prompt) // response)
+    seen = (block == 0) | (block[:, None] == block)
+    return splash_attention.NumpyMask(seen & (index <= index[:, None]))
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+    """Splash attention on every device's own rows and heads; off TPUs, in Pallas' interpreter (for tests)."""
+    T, H = q.shape[1:3]
+    length = -(-T // LANES) * LANES
+    heads = H // meshes.parts("heads")
+    interpret = meshes.platform() != "tpu"
+    block = _block(length)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    static = splash_attention.MultiHeadMask([_static_mask(length, mask.prefix)] * heads)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        kernel = splash_attention.make_splash_mha(
+            static, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        ids = None if segments is None else splash_attention.SegmentIds(q=segments, kv=segments)
+        return jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, length - T)] + [(0, 0)] * (x.ndim - 2))
+
+    # The kernel itself does not scale. Padding needs no segment of its own: it stands last, and the mask is causal.
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    segments = None if mask.segments is None else pad(mask.segments)
+    axes = (("batch", "length", "heads", None), *[("batch", "length", "kv", None)] * 2, ("batch", "length"))
+    out = meshes.shard_map(local, axes, axes[0])(pad(q), pad(k), pad(v), segments)
+    return out[:, :T]
+
+
 def choose_kernel(
     requested: str,
     platform: str,
@@ -153,6 +230,37 @@ def choose_kernel(
     Raises:
       InputError: the kernel asked for cannot run, and why.
     """
-    if requested in ("auto", "xla"):
-        return "xla"
-    raise InputError(f"--train.attention {requested} cannot run on {platform}; use --train.attention auto")
+    obstacles = {
+        "splash": [
+            (platform != "tpu", f"it runs on TPUs, and this is compiled for {platform}"),
+            (cached, "it does not read from a cache"),
+            (dtype != jnp.bfloat16, f"it computes in bfloat16, and this is {jnp.dtype(dtype)}"),
+        ],
+        "cudnn": [
+            (platform != "gpu", f"it runs on NVIDIA GPUs, and this is compiled for {platform}"),
+            (cached, "it does not read from a cache"),
+            (prefix, "it cannot mask a prompt shared by several responses (--train.layout shared)"),
+            (packed, "it cannot mask several segments in one row"),
+            (dtype not in (jnp.bfloat16, jnp.float16), f"it computes in bfloat16, and this is {jnp.dtype(dtype)}"),
+            (head_dim % 8 != 0 or head_dim > 128, f"heads of {head_dim} channels: it takes multiples of 8 up to 128"),
+        ],
+        "xla": [],
+    }
+    reasons = {kernel: [reason for true, reason in checks if true] for kernel, checks in obstacles.items()}
+    layout = "cached" if cached else "shared-prefix" if prefix else "packed" if packed else "plain"
+    if requested == "auto":
+        kernel = next(kernel for kernel, obstacle in reasons.items() if not obstacle)
+        rest = "; ".join(f"not {other}: {why[0]}" for other, why in reasons.items() if why)
+        _log_once(f"attention kernel {kernel} for {layout} sequences ({rest})")
+        return kernel
+    if reasons[requested]:
+        raise InputError(
+            f"attention {requested} cannot run here: {reasons[requested][0]}; use --train.attention auto or xla"
+        )
+    _log_once(f"attention kernel {requested} for {layout} sequences, as asked for")
+    return requested
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
