@@ -1,4 +1,4 @@
-"""Direct Preference Optimization: Rafailov et al. 2023 (arXiv 2305.18290), appendix B, and the authors' released config.
+"""Direct Preference Optimization: Rafailov et al. 2023 (arXiv 2305.18290), appendix B, and the authors' config.
 
 beta 0.1, batches of 64 pairs, RMSprop at 1e-6 after a linear warm-up of 150 steps, gradients clipped to norm 10,
 512 tokens of which at most 256 are prompt; one epoch. For summarisation the paper takes beta 0.5 (`--dpo.beta 0.5`).

@@ -1,7 +1,7 @@
 """One round of Iterative RPO: Pang et al. 2024 (arXiv 2404.19733).
 
 DPO with beta 0.1 plus the length-normalised negative log-likelihood of the chosen response with weight 1, learning rate
-7e-7, batches of 16 pairs. The paper makes the pairs of each of its 4 rounds anew: 30 samples a problem (temperature 0.8,
+7e-7, batches of 16 pairs. The paper makes the pairs of each of its 4 rounds anew: 30 samples a problem (at 0.8,
 later 1.3), right answers against wrong ones, up to 10 pairs a problem. Schedule and lengths are ours.
 
     dpo-jax dpo configs/iterative_rpo.py --model LAST_ROUND --data PAIRS.jsonl --out runs/rpo

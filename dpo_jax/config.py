@@ -190,7 +190,7 @@ class DataConfig:
     """From rows to token batches."""
 
     template: str | None = None
-    """llama2, llama3, zephyr, chatml, or raw (no template: texts as they stand). Not given: the tokenizer's own template."""
+    """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
     max_prompt_length: int = 0
@@ -354,7 +354,7 @@ class DPORun:
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: bad rows stop the run before it starts, once the whole file is checked. skip: they are left out, counted."""
+    """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
