@@ -10,6 +10,7 @@ from flax import struct
 
 from dpo_jax.config import OptimizerConfig
 from dpo_jax.errors import InputError
+from dpo_jax.mesh import replicated
 
 
 @struct.dataclass
@@ -65,7 +66,7 @@ def create(
     opt_state = tx.init(trainable)
     step = jnp.zeros((), jnp.int32)
     if isinstance(leaf.sharding, jax.sharding.NamedSharding):
-        everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        everywhere = replicated(leaf.sharding.mesh)
         like = optax.tree_map_params(
             tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
         )
