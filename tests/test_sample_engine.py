@@ -1,0 +1,291 @@
+"""`dpo_jax.sample.generate` against transformers, full forward passes and exact distributions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy import stats
+
+import dpo_jax
+from dpo_jax.config import SampleConfig
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import make_mesh
+from dpo_jax.model import llama
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.sample import engine, generate
+
+CONFIG = LlamaConfig(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    tie_embeddings=True,
+)
+PROMPTS = [[1, 2, 3], [7] * 20, [50], [9, 8, 7, 6, 5, 4]]
+SAMPLED = SampleConfig(max_new_tokens=12, temperature=0.9, top_k=40, top_p=0.95)
+
+
+def make(config: LlamaConfig = CONFIG, seed: int = 0):
+    """A random model whose next-token distributions are neither flat nor certain."""
+    model = llama.Llama(config)
+    variables = llama.init_variables(model, jax.random.key(seed))
+    return model, jax.tree.map(lambda x: x * 8 if x.ndim > 1 and x.shape[-1] > 1 else x, variables)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make()
+
+
+def full_logits(model, variables, ids):
+    """float32 [T, V]: logits of a plain forward pass without a cache."""
+    hidden = model.apply(variables, jnp.asarray([ids], jnp.int32))
+    return np.asarray(model.apply(variables, hidden, method="logits")[0], np.float64)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def texts(generation):
+    tokens, mask, _ = (np.asarray(x) for x in generation)
+    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
+def test_cached_decode_equals_full_forward(small):
+    model, variables = small
+    ids = jax.random.randint(jax.random.key(1), (2, 24), 0, CONFIG.vocab_size)
+    cache = llama.init_cache(model, 2, 32)
+    hidden, cache = model.apply(variables, ids[:, :9], jnp.tile(jnp.arange(9), (2, 1)), cache=cache)
+    states = [hidden]
+    for t in range(9, 24):
+        hidden, cache = model.apply(variables, ids[:, t : t + 1], jnp.full((2, 1), t), cache=cache)
+        states.append(hidden)
+    cached = model.apply(variables, jnp.concatenate(states, axis=1), method="logits")
+    for row in range(2):
+        assert np.abs(cached[row] - full_logits(model, variables, ids[row])).max() <= 1e-4
+
+
+def test_greedy_is_the_argmax_of_full_forward_passes(small):
+    model, variables = small
+    out = texts(generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(8, temperature=0)))
+    for prompt, response in zip(PROMPTS, out, strict=True):
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(full_logits(model, variables, ids)[-1].argmax()))
+        assert response == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("config", [SAMPLED, SampleConfig(12, temperature=0), SampleConfig(12, temperature=2.0)])
+def test_logps_are_those_of_a_full_forward_before_the_filters(small, config):
+    model, variables = small
+    tokens, mask, logps = generate(model, variables, PROMPTS, jax.random.key(3), config=config)
+    assert mask.all()
+    temperature = config.temperature or 1.0
+    for i, prompt in enumerate(PROMPTS):
+        response = np.asarray(tokens[i]).tolist()
+        logits = full_logits(model, variables, prompt + response)[len(prompt) - 1 : -1]
+        want = log_softmax(logits / temperature)[np.arange(12), response]
+        np.testing.assert_allclose(logps[i], want, atol=1e-4)
+
+
+def test_first_token_frequencies_match_the_exact_filtered_distribution(small):
+    model, variables = small
+    config = SampleConfig(1, temperature=1.3, top_k=30, top_p=0.9)
+    draws = 4096
+    tokens, _, _ = generate(model, variables, [[5, 6, 7]] * draws, jax.random.key(4), config=config)
+    p = np.exp(log_softmax(full_logits(model, variables, [5, 6, 7])[-1] / 1.3))
+    order = np.argsort(-p)
+    p[order[30:]] = 0
+    p[order[np.searchsorted(np.cumsum(p[order]) / p.sum(), 0.9) + 1 :]] = 0
+    p /= p.sum()
+    counts = np.bincount(np.asarray(tokens)[:, 0], minlength=CONFIG.vocab_size)
+    assert counts[p == 0].sum() == 0
+    common = p * draws >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(p[common], p[~common].sum()) * draws
+    keep = expected > 0
+    assert stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
+
+
+def test_keys_matter_and_repeat(small):
+    model, variables = small
+    a = texts(generate(model, variables, PROMPTS, jax.random.key(0), config=SAMPLED))
+    assert a == texts(generate(model, variables, PROMPTS, jax.random.key(0), config=SAMPLED))
+    assert a != texts(generate(model, variables, PROMPTS, jax.random.key(1), config=SAMPLED))
+    assert a == texts(generate(model, variables, PROMPTS, jax.random.PRNGKey(0), config=SAMPLED)), "old-style keys"
+    same_prompt = texts(generate(model, variables, [PROMPTS[0]] * 3, jax.random.key(0), config=SAMPLED))
+    assert len({tuple(x) for x in same_prompt}) == 3, "rows draw their own numbers"
+
+
+def test_a_row_does_not_depend_on_neighbours_padding_or_place(small):
+    model, variables = small
+    key = jax.random.key(5)
+    together = texts(generate(model, variables, PROMPTS, key, config=SAMPLED))
+    for i, prompt in enumerate(PROMPTS):
+        assert texts(generate(model, variables, [prompt], key, config=SAMPLED, row_ids=[i])) == [together[i]]
+    order = [2, 0, 3, 1]
+    shuffled = texts(
+        generate(model, variables, [PROMPTS[i] for i in order] + [[3] * 70], key, config=SAMPLED, row_ids=[*order, 9])
+    )
+    assert shuffled[:4] == [together[i] for i in order]
+    padded = np.full((4, 45), 100, np.int32)
+    for i, prompt in enumerate(PROMPTS):
+        padded[i, : len(prompt)] = prompt
+    lengths = [len(p) for p in PROMPTS]
+    assert texts(generate(model, variables, padded, key, config=SAMPLED, prompt_lengths=lengths)) == together
+
+
+def test_a_shorter_limit_gives_a_prefix(small):
+    model, variables = small
+    long = texts(generate(model, variables, PROMPTS, jax.random.key(6), config=SAMPLED))
+    short = dataclasses.replace(SAMPLED, max_new_tokens=5)
+    assert texts(generate(model, variables, PROMPTS, jax.random.key(6), config=short)) == [x[:5] for x in long]
+
+
+def test_stop_token_ends_the_row_and_belongs_to_it(small):
+    model, variables = small
+    free = texts(generate(model, variables, PROMPTS, jax.random.key(7), config=SAMPLED))
+    stops = (free[0][3], free[1][6])
+    config = dataclasses.replace(SAMPLED, stop_tokens=stops)
+    tokens, mask, logps = (
+        np.asarray(x) for x in generate(model, variables, PROMPTS, jax.random.key(7), config=config)
+    )
+    for i, row in enumerate(free):
+        ends = [t for t, token in enumerate(row) if token in stops]
+        length = ends[0] + 1 if ends else len(row)
+        assert mask[i].tolist() == [t < length for t in range(12)]
+        assert tokens[i, :length].tolist() == row[:length]
+        assert (tokens[i, length:] == engine.PAD).all()
+        assert (logps[i, length:] == 0).all()
+        assert (logps[i, :length] < 0).all()
+
+
+def test_one_program_serves_all_settings_and_like_lengths(small):
+    model, variables = small
+    generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(9, temperature=0.5, top_k=3))
+    compiled = engine._generate._cache_size()
+    for config in (SampleConfig(16, temperature=1.5, top_k=30), SampleConfig(2, temperature=1.0, top_k=1)):
+        generate(model, variables, [[1] * 17, *PROMPTS[1:]], jax.random.key(1), config=config)
+    assert engine._generate._cache_size() == compiled
+    assert [engine.bucket(n) for n in (1, 16, 17, 64, 65, 128, 129, 300)] == [16, 16, 32, 64, 80, 128, 160, 320]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_mesh_changes_nothing(small, sizes):
+    model, variables = small
+    config = dataclasses.replace(CONFIG, vocab_size=104)
+    model, variables = make(config)
+    mesh = make_mesh(*sizes)
+    alone = generate(model, variables, PROMPTS[:3], jax.random.key(8), config=SAMPLED)
+    sharded = jax.device_put(variables, llama.shardings(model, mesh))
+    split = generate(model, sharded, PROMPTS[:3], jax.random.key(8), config=SAMPLED, mesh=mesh)
+    assert texts(split) == texts(alone)
+    np.testing.assert_allclose(split.logps, alone.logps, atol=1e-5)
+
+
+def test_sliding_window_is_a_limit_and_not_a_bucket(small):
+    model, variables = small
+    model = model.clone(config=dataclasses.replace(CONFIG, sliding_window=32))
+    out = generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(12, temperature=0))
+    want = generate(small[0], variables, PROMPTS, jax.random.key(0), config=SampleConfig(12, temperature=0))
+    assert texts(out) == texts(want)
+    with pytest.raises(InputError, match="sliding window of 32"):
+        generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(13, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[1], []], {}, "prompt 1 .* is empty"),
+        ([[1, 101]], {}, "token id 101"),
+        ([[-1]], {}, "token id -1"),
+        ([[1]], {"row_ids": [1, 2]}, "row_ids"),
+        ([[1]], {"prompt_lengths": [1]}, "prompt_lengths"),
+        (np.ones((2, 3)), {}, "must be integers"),
+        (np.ones((2, 3), np.int32), {"prompt_lengths": [1, 4]}, "do not fit"),
+    ],
+)
+def test_bad_input_is_one_clear_line(small, prompts, options, message):
+    model, variables = small
+    with pytest.raises(InputError, match=message) as caught:
+        generate(model, variables, prompts, jax.random.key(0), config=SAMPLED, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_package_exports_the_function():
+    assert dpo_jax.sample.generate is engine.generate
+
+
+def greedy_by_transformers(folder, prompts, new, stop):
+    """Greedy continuations by `transformers`, one row at a time, the terminator included."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                eos_token_id=list(stop) or None,
+                pad_token_id=0,
+                repetition_penalty=1.0,
+            )
+        rows.append(out[0, len(prompt) :].tolist())
+    return rows
+
+
+@pytest.mark.parametrize(("kv_heads", "tied"), [(2, True), (4, False)])
+def test_greedy_equals_transformers_on_tiny_models(tmp_path, kv_heads, tied):
+    folder = tiny.folder(tmp_path / "model", kv_heads=kv_heads, tied=tied, seed=kv_heads)
+    model, variables = dpo_jax.load_pretrained(str(folder))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 320, size).tolist() for size in (1, 5, 17, 30)]
+    stop = (2,)
+    config = SampleConfig(32, temperature=0, stop_tokens=stop)
+    got = texts(generate(model, variables, prompts, jax.random.key(0), config=config))
+    assert got == greedy_by_transformers(folder, prompts, 32, stop)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_greedy_equals_transformers_on_smollm2(tmp_path):
+    model, variables = dpo_jax.load_pretrained("smollm2")
+    tokenizer = dpo_jax.load_tokenizer("smollm2")
+    dpo_jax.save_pretrained(tmp_path / "hf", model, variables, tokenizer)
+    questions = (
+        "Why is the sky blue?",
+        "Name three colours.",
+        "Write a haiku about rain.",
+        "What is 17 + 25?",
+        "Translate 'good morning' into French.",
+        "Who wrote Hamlet?",
+    )
+    prompts = [
+        tokenizer.encode(
+            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True),
+            add_special_tokens=False,
+        )
+        for q in questions
+    ]
+    prompts += [tokenizer.encode(t) for t in ("The film was", "Once upon a time, in a small village by the sea,")]
+    stop = model.config.eos_token_ids
+    config = SampleConfig(32, temperature=0, stop_tokens=stop)
+    generation = generate(model, variables, prompts, jax.random.key(0), config=config)
+    assert texts(generation) == greedy_by_transformers(tmp_path / "hf", prompts, 32, stop)
+    for prompt, response, logps in zip(prompts, texts(generation), np.asarray(generation.logps), strict=True):
+        logits = full_logits(model, variables, prompt + response)[len(prompt) - 1 : -1]
+        want = log_softmax(logits)[np.arange(len(response)), response]
+        np.testing.assert_allclose(logps[: len(response)], want, atol=1e-4)
