@@ -326,7 +326,7 @@ class SampleConfig:
     top_p: float | None = None
     """Keep the smallest set of tokens whose probability reaches p (nucleus sampling)."""
     stop_tokens: tuple[int, ...] = ()
-    """Ids that end a response (the end is part of it). Empty: nothing stops before max_new_tokens."""
+    """Ids that end a response (the end is part of it), beside those a command adds by itself."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
@@ -464,3 +464,60 @@ class ConvertRun:
     """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype to write. Not given: the source's."""
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """Answer prompts: `dpo-jax generate`.
+
+    A response ends at the model's own terminators, at those of the chat template, and at --sample.stop_tokens.
+    """
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    prompt: str | None = None
+    """One prompt; its response is printed as text."""
+    prompts: str | None = None
+    """File of prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    out: str | None = None
+    """JSONL file to write, one object a row in input order; an interrupted run goes on with it. Not given: stdout."""
+    raw: bool = False
+    """Continue the text as it stands, without a chat template."""
+    template: str | None = None
+    """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
+    batch_size: int = 8
+    """Prompts generated from at once, over all devices."""
+    seed: int = 0
+    """Seed of the draw. A row's text depends on it, on the prompt and on the row number, and not on other rows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
+        _require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
+        _require(not (self.raw and self.template), "--template has no effect with --raw")
+        _require(self.batch_size >= 1, "--batch_size must be at least 1")
+        _require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """The whole thing on a real 135M Llama: `dpo-jax demo`.
+
+    The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1): the model writes reviews, a
+    sentiment lexicon judges them, DPO learns from the pairs, and unseen prompts show what it did.
+    """
+
+    out: str = "dpo-jax-demo"
+    """Folder for samples, pairs, the run and the report; an interrupted demo goes on with it."""
+    fast: bool = False
+    """A smaller experiment: about two minutes on a laptop instead of about six."""
+    seed: int = 0
+    """Seed of everything."""
+    model: str = "smollm2"
+    """A Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
