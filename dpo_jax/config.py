@@ -506,8 +506,8 @@ class GenerateRun:
 class DemoRun:
     """The whole thing on a real 135M Llama: `dpo-jax demo`.
 
-    The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1): the model writes reviews, a
-    sentiment lexicon judges them, DPO learns from the pairs, and unseen prompts show what it did.
+    The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1): the model writes reviews,
+    a sentiment lexicon judges them, DPO learns from the pairs, and unseen prompts show what it did.
     """
 
     out: str = "dpo-jax-demo"

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-
 def _cut(scores: jax.Array, weights: jax.Array, goal: jax.Array) -> jax.Array:
     """The highest value t for which the weights of {score >= t} still sum to `goal`, float32 [B, 1].
 
