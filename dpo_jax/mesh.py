@@ -90,6 +90,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def one_per_device(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array [number of devices] of which each device holds one element."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
 def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
     """Raise `InputError`, naming the fix, when an axis of `shape` does not divide over the mesh axes that split it."""
     for size, axis, split in zip(shape, axes, _split(axes), strict=True):
