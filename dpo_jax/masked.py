@@ -22,13 +22,14 @@ def total(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
 
 def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean over the masked-in positions, a scalar. NaN if there are none: an all-masked batch is a mistake."""
-    return total(x, mask) / jnp.sum(mask.astype(x.dtype))
+    return total(x, mask) / jnp.sum(mask.astype(jnp.float32))
 
 
 def var(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Unbiased variance (n - 1 in the denominator) over the masked-in positions, a scalar."""
-    n = jnp.sum(mask.astype(x.dtype))
-    return total(jnp.square(x - mean(x, mask)), mask) / (n - 1)
+    # Masked before the square: the gradient of a square at NaN is NaN, even under a cotangent of 0.
+    deviation = select(x - mean(x, mask), mask)
+    return jnp.sum(jnp.square(deviation)) / (jnp.sum(mask.astype(jnp.float32)) - 1)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
@@ -36,12 +37,14 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
 
     Args:
       x: any shape, floating.
-      mask: the same shape; positions outside it come back as whatever the same affine map gives (finite if x is).
+      mask: the same shape; positions outside it come back as what the same affine map gives, a non-finite value
+        there counting as 0.
       epsilon: added to the variance, so that a constant `x` stays finite.
 
     Returns:
       An array shaped like `x`. Whitening [1, 2, 3, 4] under [0, 1, 1, 0] gives about [-2.12, -.71, .71, 2.12].
     """
+    x = select(x, mask.astype(bool) | jnp.isfinite(x))
     mu = mean(x, mask)
     whitened = (x - mu) * jax.lax.rsqrt(var(x, mask) + epsilon)
     return whitened if shift_mean else whitened + mu

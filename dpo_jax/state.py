@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import NamedSharding
 
 from dpo_jax.config import OptimizerConfig
 from dpo_jax.errors import InputError
@@ -57,22 +58,37 @@ def create(
     """A state at step 0. With an `adapters` collection only that is trained; otherwise all `params` are.
 
     The trained weights become float32, whatever they were loaded as. Each optimizer moment is laid out over devices
-    like its parameter.
+    like its parameter. With `jax.ShapeDtypeStruct`s in place of arrays (their shardings set, where there is a mesh) the
+    state is abstract too.
     """
     collection = "adapters" if "adapters" in variables else "params"
-    trainable = {collection: jax.tree.map(lambda x: x.astype(jnp.float32), variables[collection])}
+    trainable = {collection: jax.tree.map(_as_float32, variables[collection])}
     frozen = {**{k: v for k, v in variables.items() if k != collection}, **(frozen or {})}
     leaf = jax.tree.leaves(trainable)[0]
-    opt_state = tx.init(trainable)
-    step = jnp.zeros((), jnp.int32)
-    if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+    opt_state, step = jax.eval_shape(tx.init, trainable), jax.ShapeDtypeStruct((), jnp.int32)
+    like = None
+    if isinstance(leaf.sharding, NamedSharding):
         everywhere = replicated(leaf.sharding.mesh)
         like = optax.tree_map_params(
             tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
         )
-        opt_state = jax.jit(tx.init, out_shardings=like)(trainable)
-        step = jax.device_put(step, everywhere)
+        opt_state, step = jax.tree.map(_placed, (opt_state, step), (like, everywhere))
+        like = (like, everywhere)
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        # One jitted call makes each array in its place: no moment is ever whole on one device.
+        start = jax.jit(lambda weights: (tx.init(weights), jnp.zeros((), jnp.int32)), out_shardings=like)
+        opt_state, step = start(trainable)
     return TrainState(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state, apply_fn=apply_fn, tx=tx)
+
+
+def _as_float32(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(dtype=jnp.float32)
+    return x.astype(jnp.float32)
+
+
+def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return x.update(sharding=where)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -115,7 +131,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     schedule = learning_rate_schedule(config)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     if config.name == "rmsprop":
-        # PyTorch's form, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
+        # PyTorch's, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
         rms = optax.scale_by_rms(
             decay=0.99 if config.decay is None else config.decay, eps=config.eps, eps_in_sqrt=False
         )

@@ -1,0 +1,397 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its family, as one pure step.
+
+    L(θ) = Σ_i w_i ℓ(Lc_i, Lr_i, Rc_i, Rr_i) / Σ_i w_i         ℓ from `align/losses.py`, e.g. Eq. 7: −log σ(β (u − v))
+    Lc = Σ_t log π_θ(y_c,t | x, y_c,<t)    Rc = Σ_t log π_ref(y_c,t | x, y_c,<t)    u = Lc − Rc    (v: the rejected)
+
+x is the prompt, w_i is 1 for a row and 0 for a filler row. The reference policy π_ref is one of
+    cached   its log-probabilities come with the batch (`PreferenceBatch.reference_logps`, made by `reference_logps`);
+    live     computed in every step: under LoRA by the same weights without their adapters (no second copy), else by a
+             copy of the weights that training started from.
+
+With `config.accumulate` = k the batch is split into k micro-batches whose gradients are summed. Everything that one
+row's loss takes from the whole batch (Σ w, the token mean of the NLL, KTO's KL point) is fixed before the split, so the
+result is that of one big batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from dpo_jax import masked
+from dpo_jax import mesh as meshes
+from dpo_jax import state as states
+from dpo_jax.align import microbatches
+from dpo_jax.align.losses import implicit_rewards, nll_loss, preference_loss
+from dpo_jax.config import DPOConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model.groups import response_logps, response_mask
+from dpo_jax.model.llama import Llama
+from dpo_jax.state import TrainState
+from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch
+
+__all__ = [
+    "eval_step",
+    "init_state",
+    "jit_eval_step",
+    "jit_train_step",
+    "nll_loss",
+    "preference_loss",
+    "reference_logps",
+    "train_step",
+]
+
+Metrics = dict[str, jax.Array]
+
+
+def init_state(
+    model: Llama,
+    variables: Mapping[str, Any],
+    config: DPOConfig,
+    *,
+    reference: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """The training state at step 0: the adapters are trained where `variables` has them, all parameters otherwise.
+
+    The state takes over the arrays of `variables`, and the jitted step uses them up (it donates its state): where they
+    are needed later, pass a copy. With `jax.ShapeDtypeStruct`s in place of arrays the state is abstract too, for
+    compiling ahead of time.
+
+    Args:
+      model: the policy.
+      variables: {"params": ...[, "adapters": ...]}.
+      config: its `reference` decides whether the state must hold a reference policy.
+      reference: for `config.reference == "live"`, the parameters ({"params": ...}) of a reference policy other than
+        the starting point.
+    """
+    live = config.reference == "live" and not config.reference_free
+    frozen = {}
+    if reference is not None:
+        if not live:
+            raise InputError(f"a reference policy has no effect with reference {config.reference}, loss {config.loss}")
+        frozen["reference"] = reference["params"]
+    elif live and "adapters" not in variables:
+        # A real copy: the step is given the buffers of the trained weights for good.
+        abstract = isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct)
+        frozen["reference"] = variables["params"] if abstract else jax.tree.map(jnp.copy, variables["params"])
+    return states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
+
+
+@struct.dataclass
+class _Whole:
+    """What the loss of one row takes from the whole batch; scalars.
+
+    Attributes:
+      weight:     Σ w.
+      nll_length: mean tokens of a chosen response.
+      responses:  mean responses present in a row (2, except for unpaired KTO rows).
+      kl:         KTO's z₀.
+    """
+
+    weight: jax.Array
+    nll_length: jax.Array
+    responses: jax.Array
+    kl: jax.Array
+
+
+@struct.dataclass
+class _Rows:
+    """What the step computes for each row. K is 2 here.
+
+    Attributes:
+      loss:    [B], 0 for a filler row.
+      policy:  [B, K] summed log-probabilities, absent responses 0.
+      rewards: [B, K].
+      nll:     [B] negative log-likelihood of the whole chosen response, absent ones 0.
+    """
+
+    loss: jax.Array
+    policy: jax.Array
+    rewards: jax.Array
+    nll: jax.Array
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+def _responses(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:
+    """The batch with responses first..last - 1 only."""
+    k = batch.responses.shape[1]
+    if k < last:
+        what = "kto takes its KL point from mismatched responses" if last > 2 else "a preference pair"
+        raise InputError(f"{what}: the batch must have {last} responses a prompt, and has {k}")
+    cut = partial(jax.tree.map, lambda x: x[:, first:last])
+    return batch.replace(
+        responses=cut(batch.responses),
+        response_lengths=cut(batch.response_lengths),
+        format_masks=cut(batch.format_masks),
+        reference_logps=cut(batch.reference_logps),
+    )
+
+
+def _scored(batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
+    """bool [B, K, R]: the response tokens in the preference sums; None for all of them."""
+    if not config.mask_format_tokens:
+        return None
+    if batch.format_masks is None:
+        raise InputError("mask_format_tokens needs batches with format_masks (data made with format masks)")
+    return response_mask(batch) & ~batch.format_masks
+
+
+def _lengths(batch: PreferenceBatch, config: DPOConfig) -> jax.Array:
+    """[B, K]: the tokens in each preference sum."""
+    scored = _scored(batch, config)
+    return batch.response_lengths if scored is None else jnp.sum(scored, axis=-1)
+
+
+def _sums(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, config: DPOConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probabilities of each response, [B, K] twice: of the tokens that are scored, and of all."""
+    logps = response_logps(apply_fn, variables, batch, layout=config.layout, head_budget_bytes=config.head_budget_bytes)
+    whole = jnp.sum(logps, axis=-1)
+    scored = _scored(batch, config)
+    return (whole if scored is None else masked.total(logps, scored, axis=-1)), whole
+
+
+def reference_logps(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, config: DPOConfig
+) -> jax.Array:
+    """Summed log-probability of each of the K responses, float32 [B, K], in nats, as `train_step` wants it cached.
+
+    Over the tokens that the preference term scores (without format tokens where `config` masks them).
+    """
+    return _sums(apply_fn, variables, batch, config)[0]
+
+
+def _present(batch: PreferenceBatch) -> jax.Array:
+    """bool [B, K]: responses that are there, in rows that count."""
+    return (batch.response_lengths > 0) & (batch.weights > 0)[:, None]
+
+
+def _reference(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
+    """[B, K] summed log-probabilities under the reference policy, no gradient; None where the loss has none."""
+    if config.reference_free:
+        return None
+    if config.reference == "cached":
+        if batch.reference_logps is None:
+            raise InputError(
+                f'loss {config.loss} with reference "cached": the batch has no reference_logps; fill them in with '
+                'reference_logps, or use reference "live"'
+            )
+        sums = batch.reference_logps
+    else:
+        if "reference" in state.frozen:
+            params = state.frozen["reference"]
+        elif "params" in state.frozen:
+            params = state.frozen["params"]
+        else:
+            raise InputError('reference "live": the state holds no reference policy; make it with this config')
+        sums = reference_logps(state.apply_fn, {"params": params}, batch, config=config)
+    return jax.lax.stop_gradient(masked.select(sums, _present(batch)))
+
+
+# ---------------------------------------------------------------- the loss of each row
+
+
+def _row_values(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batch: PreferenceBatch,
+    reference: jax.Array | None,
+    whole: _Whole,
+    config: DPOConfig,
+) -> _Rows:
+    """Loss, log-probabilities and rewards of the rows of a (micro-)batch of pairs."""
+    sums, sums_of_all = _sums(apply_fn, variables, batch, config)
+    lengths = _lengths(batch, config)
+    nll = -sums_of_all[:, CHOSEN]
+    loss = preference_loss(
+        sums[:, CHOSEN],
+        sums[:, REJECTED],
+        None if reference is None else reference[:, CHOSEN],
+        None if reference is None else reference[:, REJECTED],
+        chosen_lengths=lengths[:, CHOSEN],
+        rejected_lengths=lengths[:, REJECTED],
+        config=config,
+        chosen_nll=nll,
+        nll_lengths=batch.response_lengths[:, CHOSEN],
+        mean_nll_length=whole.nll_length,
+        mean_responses=whole.responses,
+        kl=whole.kl,
+    )
+    rewards = implicit_rewards(sums, reference, lengths, config=config)
+    return _Rows(loss=masked.select(loss, batch.weights > 0), policy=sums, rewards=rewards, nll=nll)
+
+
+def _whole(batch: PreferenceBatch, kl: jax.Array, config: DPOConfig) -> _Whole:
+    w, weight = batch.weights, jnp.sum(batch.weights)
+    nll_length = jnp.sum(w * batch.response_lengths[:, CHOSEN]) / weight
+    responses = jnp.sum(w * jnp.sum(_lengths(batch, config) > 0, axis=1)) / weight
+    return _Whole(weight=weight, nll_length=nll_length, responses=responses, kl=kl)
+
+
+def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array:
+    """KTO's z₀ = max(0, mean over the batch of log π_θ − log π_ref on mismatched pairs). A scalar, no gradient."""
+    mismatched = _responses(batch, MISMATCHED, MISMATCHED + 1)
+
+    def log_ratio(rows: PreferenceBatch) -> jax.Array:
+        reference = _reference(state, rows, config)
+        assert reference is not None
+        return _sums(state.apply_fn, state.variables, rows, config)[0] - reference
+
+    ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, config.accumulate))
+    return jax.nn.relu(masked.mean(ratios, _present(mismatched)))
+
+
+def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config: DPOConfig) -> tuple[Any, _Rows]:
+    """∂L/∂trainable, and the rows, summed over the micro-batches."""
+
+    def part(rows_of: PreferenceBatch) -> tuple[Any, _Rows]:
+        reference = _reference(state, rows_of, config)
+
+        def objective(trainable: Any) -> tuple[jax.Array, _Rows]:
+            variables = state.replace(trainable=trainable).variables
+            rows = _row_values(state.apply_fn, variables, rows_of, reference, whole, config)
+            return jnp.sum(rows_of.weights * rows.loss) / whole.weight, rows
+
+        return jax.grad(objective, has_aux=True)(state.trainable)
+
+    return microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -> tuple[TrainState, Metrics]:
+    """One optimizer step on a batch of preference pairs. Pure: neither jitted nor tied to a mesh (`jit_train_step` is).
+
+    Where the loss or the gradient is not finite, the state comes back as it was, so that the caller can name the step
+    and the rows and stop with nothing spoilt.
+
+    Args:
+      state: from `init_state`.
+      batch: K >= 2 responses a prompt; the first two are the pair. For kto, K >= 3: index 2 is a mismatched response
+        (another row's), which only moves the KL point, and a response of length 0 is absent.
+      config: the one that `init_state` was given.
+
+    Returns:
+      The new state, and metrics: float32 scalars over the rows that count,
+        loss, grad_norm (before clipping), learning_rate (the one used in this step), nll_loss (where the loss has that
+        term), kl (KTO's z₀),
+        rewards/chosen, rewards/rejected (means of β u and β v), rewards/margins (their difference),
+        rewards/accuracies (share of pairs with a strictly larger chosen reward),
+        logps/chosen, logps/rejected (means of the sums), lengths/chosen, lengths/rejected (mean tokens),
+        tokens (in the batch: prompts once, and both responses),
+      and rows/nonfinite, int32 [B]: the file row number (`batch.rows`) of each row whose loss or log-probabilities are
+      not finite, -1 for all others. Where it names no row though grad_norm is not finite, the backward pass overflowed.
+
+    Raises:
+      InputError: the batch lacks what `config` asks for (at trace time).
+    """
+    pairs = _responses(batch, CHOSEN, REJECTED + 1)
+    kl = _kl_point(state, batch, config) if config.loss == "kto" else jnp.zeros(())
+    whole = _whole(pairs, kl, config)
+    gradients, rows = _gradients(state, pairs, whole, config)
+    loss = jnp.sum(pairs.weights * rows.loss) / whole.weight
+    grad_norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updated = state.apply_gradients(gradients)
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new_state = state.replace(
+        step=keep(updated.step, state.step),
+        trainable=keep(updated.trainable, state.trainable),
+        opt_state=keep(updated.opt_state, state.opt_state),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": states.learning_rate_schedule(config.optimizer)(state.step),
+        **_row_metrics(pairs, rows, whole, config),
+    }
+    return new_state, metrics
+
+
+def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPOConfig) -> Metrics:
+    present = _present(batch)
+    counted = batch.weights > 0
+    paired = jnp.all(present, axis=1)
+
+    def mean(x: jax.Array, response: int) -> jax.Array:
+        return masked.mean(x[:, response].astype(jnp.float32), present[:, response])
+
+    chosen, rejected = mean(rows.rewards, CHOSEN), mean(rows.rewards, REJECTED)
+    wins = rows.rewards[:, CHOSEN] > rows.rewards[:, REJECTED]
+    tokens = batch.prompt_lengths + jnp.sum(batch.response_lengths, axis=1)
+    bad = counted & ~(jnp.isfinite(rows.loss) & jnp.all(jnp.isfinite(rows.policy), axis=1))
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": masked.mean(wins.astype(jnp.float32), paired),
+        "logps/chosen": mean(rows.policy, CHOSEN),
+        "logps/rejected": mean(rows.policy, REJECTED),
+        "lengths/chosen": mean(batch.response_lengths, CHOSEN),
+        "lengths/rejected": mean(batch.response_lengths, REJECTED),
+        "tokens": masked.total(tokens.astype(jnp.float32), counted),
+        "rows/nonfinite": jnp.where(bad, batch.rows, -1),
+    }
+    if config.nll_coefficient > 0 or config.loss == "orpo":
+        normalization = config.nll_normalization if config.nll_coefficient > 0 else "sequence"
+        lengths = batch.response_lengths[:, CHOSEN]
+        nll = nll_loss(rows.nll, lengths, normalization=normalization, mean_length=whole.nll_length)
+        metrics["nll_loss"] = masked.mean(nll, counted)
+    if config.loss == "kto":
+        metrics["kl"] = whole.kl
+    return metrics
+
+
+def jit_train_step(config: DPOConfig, mesh: Mesh) -> meshes.ShardedStep:
+    """`train_step` jitted for `mesh`: `step(state, batch) -> (state, metrics)`. The state is donated.
+
+    Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the devices.
+    """
+    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+
+
+def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -> Metrics:
+    """The loss and its parts for each row; nothing is trained.
+
+    Returns:
+      Arrays [B]: loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected (sums), lengths/chosen,
+      lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed). Values of filler rows
+      mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token), it takes from
+      this one.
+    """
+    config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
+    pairs = _responses(batch, CHOSEN, REJECTED + 1)
+    kl = _kl_point(state, batch, config) if config.loss == "kto" else jnp.zeros(())
+    reference = _reference(state, pairs, config)
+    rows = _row_values(state.apply_fn, state.variables, pairs, reference, _whole(pairs, kl, config), config)
+    return {
+        "loss": rows.loss,
+        "rewards/chosen": rows.rewards[:, CHOSEN],
+        "rewards/rejected": rows.rewards[:, REJECTED],
+        "logps/chosen": rows.policy[:, CHOSEN],
+        "logps/rejected": rows.policy[:, REJECTED],
+        "lengths/chosen": pairs.response_lengths[:, CHOSEN],
+        "lengths/rejected": pairs.response_lengths[:, REJECTED],
+        "nll": rows.nll,
+    }
+
+
+def jit_eval_step(config: DPOConfig, mesh: Mesh) -> Callable[[TrainState, PreferenceBatch], Metrics]:
+    """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
+    jitted = jax.jit(partial(eval_step, config=config), out_shardings=meshes.replicated(mesh))
+
+    def step(state: TrainState, batch: PreferenceBatch) -> Metrics:
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    return step

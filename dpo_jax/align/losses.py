@@ -1,0 +1,186 @@
+"""Preference losses: one number for each pair, from summed log-probabilities.
+
+Of a pair: Lc, Lr the summed log-probabilities of the chosen and rejected response under the policy, Rc, Rr under the
+reference, nc, nr the numbers of tokens summed, and
+
+    u = Lc − Rc    v = Lr − Rr    D = u − v    σ the logistic function
+
+    sigmoid       −(1−ε) log σ(βD) − ε log σ(−βD)                  Rafailov et al. 2023 (arXiv 2305.18290), Eq. 7;
+                                                                   ε > 0: cDPO, Mitchell 2023, "A note on DPO with noisy
+                                                                   preferences"
+    robust        [−(1−ε) log σ(βD) + ε log σ(−βD)] / (1−2ε)       Chowdhury et al. 2024 (2403.00409)
+    hinge         max(0, 1 − βD)                                   Zhao et al. 2023 (SLiC-HF, 2305.10425)
+    ipo           (u/nc − v/nr − 1/(2β))²                          Azar et al. 2023 (2310.12036), Eq. 17, token means
+    ipo_sum       (D − 1/(2β))²                                    the same, sums
+    sigmoid_norm  −log σ(β (u/nc − v/nr))                          Lambert et al. 2024 (Tülu 3, 2411.15124), section 5
+    simpo         −log σ(β (Lc/nc − Lr/nr) − γ)                    Meng et al. 2024 (2405.14734), Eq. 6
+    orpo          −Lc/nc − λ log σ(ω(Lc/nc) − ω(Lr/nr)),           Hong et al. 2024 (2403.07691), Eqs. 4-7
+                  ω(l) = l − log(1 − eˡ)   (log-odds)
+    kto           λ_D (1 − σ(β (u − z₀)))  of the chosen,          Ethayarajh et al. 2024 (2402.01306), Eq. 8
+                  λ_U (1 − σ(β (z₀ − v)))  of the rejected,
+                  z₀ = max(0, mean of policy − reference on mismatched pairs), no gradient
+    dpop          −log σ(β (D − λ max(0, Rc − Lc)))                Pal et al. 2024 (Smaug, 2402.13228v2)
+    + a NLL       NLL = −Lc/nc of each pair (Pang et al. 2024, Iterative RPO, 2404.19733), or over the mean
+                  length of all chosen responses of the batch, which makes its batch mean a mean over tokens
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, sigmoid
+from jax.typing import ArrayLike
+
+from dpo_jax.config import DPOLossConfig
+from dpo_jax.errors import InputError
+
+Numbers = ArrayLike | list[float] | list[int] | tuple[float, ...]
+"""What a caller may pass for a float array [B]."""
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def per_token(total: jax.Array, tokens: jax.Array) -> jax.Array:
+    """total / tokens; 0 tokens (an absent response) count as 1, so that 0 / 0 is 0."""
+    return total / jnp.maximum(tokens, 1)
+
+
+def log_odds(l: jax.Array) -> jax.Array:
+    """ω(l) = l − log(1 − eˡ) of a mean log-probability l ≤ 0.
+
+    A float32 log-probability is not known to better than about 1e-7, so a probability nearer to 1 than that is taken
+    as 1 − 1e-7 (with no gradient), and the log-odds stay finite.
+    """
+    l = jnp.minimum(l, -jnp.finfo(l.dtype).eps)
+    return l - jax.nn.log1mexp(-l)
+
+
+def nll_loss(
+    chosen_nll: Numbers,
+    lengths: Numbers,
+    *,
+    normalization: Literal["sequence", "token"] = "sequence",
+    mean_length: ArrayLike | None = None,
+) -> jax.Array:
+    """Negative log-likelihood of the chosen responses, [B], in nats a token.
+
+    Args:
+      chosen_nll: [B], minus the summed log-probability of each chosen response.
+      lengths: [B], its tokens. A row with none contributes 0.
+      normalization: "sequence" divides each row by its own length (the batch mean is a mean over pairs); "token" by
+        the mean length over the batch, so that the mean of the result over the batch is the mean over its tokens.
+      mean_length: for "token", that mean length where these rows are only a part of the batch. Default: over `lengths`.
+    """
+    chosen_nll, lengths = jnp.asarray(chosen_nll, jnp.float32), jnp.asarray(lengths, jnp.float32)
+    if normalization == "sequence":
+        return per_token(chosen_nll, lengths)
+    return chosen_nll / (jnp.mean(lengths) if mean_length is None else mean_length)
+
+
+def preference_loss(
+    policy_chosen: Numbers,
+    policy_rejected: Numbers,
+    reference_chosen: Numbers | None = None,
+    reference_rejected: Numbers | None = None,
+    *,
+    chosen_lengths: Numbers,
+    rejected_lengths: Numbers,
+    config: DPOLossConfig,
+    chosen_nll: Numbers | None = None,
+    nll_lengths: Numbers | None = None,
+    mean_nll_length: ArrayLike | None = None,
+    mean_responses: ArrayLike | None = None,
+    kl: ArrayLike = 0.0,
+) -> jax.Array:
+    """The loss of each pair, float32 [B], by `config.loss`; the formulas stand at the top of this file.
+
+    The NLL term is part of it where `config.nll_coefficient` is positive. The loss of a batch is the plain mean of the
+    result (weighted, where there are filler rows).
+
+    Args:
+      policy_chosen, policy_rejected: [B], Lc and Lr, in nats.
+      reference_chosen, reference_rejected: [B], Rc and Rr; not read, and may be None, for simpo and orpo.
+      chosen_lengths, rejected_lengths: [B], nc and nr: the tokens in those sums. For kto, 0 marks an absent response,
+        whose log-probabilities are not read.
+      config: which loss, and its coefficients.
+      chosen_nll: [B], the negative log-likelihood of the whole chosen response. Default: -policy_chosen. It differs
+        where format tokens are left out of the preference sums.
+      nll_lengths: [B], the tokens in `chosen_nll`. Default: chosen_lengths.
+      mean_nll_length: scalar, mean of `nll_lengths` over the whole batch, for `nll_normalization="token"` where these
+        rows are only a part of it. Default: over these rows.
+      mean_responses: scalar, for kto: the mean number of responses present a row, over the whole batch. Rows are
+        divided by it, so that the batch mean is a mean over responses. Default: over these rows.
+      kl: scalar z₀ of kto, at least 0; no gradient flows into it.
+
+    Raises:
+      InputError: the loss needs a reference and there is none.
+    """
+    array = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    Lc, Lr = array(policy_chosen), array(policy_rejected)
+    nc, nr = array(chosen_lengths), array(rejected_lengths)
+    nll = -Lc if chosen_nll is None else array(chosen_nll)
+    nll_n = nc if nll_lengths is None else array(nll_lengths)
+    if config.reference_free:
+        Rc, Rr = jnp.zeros_like(Lc), jnp.zeros_like(Lr)
+    elif reference_chosen is None or reference_rejected is None:
+        raise InputError(f"loss {config.loss} compares with a reference policy: give its log-probabilities")
+    else:
+        Rc, Rr = array(reference_chosen), array(reference_rejected)
+
+    β, ε = config.beta, _or(config.label_smoothing, 0.0)
+    u, v = Lc - Rc, Lr - Rr
+    D = u - v
+    match config.loss:
+        case "sigmoid":
+            loss = -(1 - ε) * log_sigmoid(β * D) - ε * log_sigmoid(-β * D)
+        case "robust":
+            loss = (-(1 - ε) * log_sigmoid(β * D) + ε * log_sigmoid(-β * D)) / (1 - 2 * ε)
+        case "hinge":
+            loss = jax.nn.relu(1 - β * D)
+        case "ipo":
+            loss = jnp.square(per_token(u, nc) - per_token(v, nr) - 1 / (2 * β))
+        case "ipo_sum":
+            loss = jnp.square(D - 1 / (2 * β))
+        case "sigmoid_norm":
+            loss = -log_sigmoid(β * (per_token(u, nc) - per_token(v, nr)))
+        case "simpo":
+            γ = _or(config.simpo_gamma, 0.5)
+            loss = -log_sigmoid(β * (per_token(Lc, nc) - per_token(Lr, nr)) - γ)
+        case "orpo":
+            λ = _or(config.orpo_lambda, 0.1)
+            ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
+            loss = nll_loss(nll, nll_n) - λ * log_sigmoid(ratio)
+        case "kto":
+            λ_D, λ_U = _or(config.desirable_weight, 1.0), _or(config.undesirable_weight, 1.0)
+            has_c, has_r = nc > 0, nr > 0
+            u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
+            nll = jnp.where(has_c, nll, 0.0)
+            z0 = jax.lax.stop_gradient(array(kl))
+            # 1 − σ(x) is written σ(−x), which keeps its digits where σ(x) is near 1.
+            desirable = jnp.where(has_c, λ_D * sigmoid(-β * (u - z0)), 0.0)
+            undesirable = jnp.where(has_r, λ_U * sigmoid(-β * (z0 - v)), 0.0)
+            if mean_responses is None:
+                mean_responses = jnp.mean(has_c.astype(jnp.float32) + has_r)
+            loss = (desirable + undesirable) / mean_responses
+        case "dpop":
+            λ = _or(config.dpop_lambda, 50.0)
+            loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
+    if config.nll_coefficient > 0:
+        loss += config.nll_coefficient * nll_loss(
+            nll, nll_n, normalization=config.nll_normalization, mean_length=mean_nll_length
+        )
+    return loss
+
+
+def implicit_rewards(
+    policy: jax.Array, reference: jax.Array | None, lengths: jax.Array, *, config: DPOLossConfig
+) -> jax.Array:
+    """What the policy's log-probabilities say of each response, in units of reward; shaped like `policy`.
+
+    β (L − R), never smoothed. Without a reference, β L / n: what SimPO and ORPO compare (SimPO, Eq. 4).
+    """
+    if reference is None:
+        return config.beta * per_token(policy, lengths)
+    return config.beta * (policy - reference)

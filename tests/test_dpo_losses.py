@@ -1,0 +1,238 @@
+"""The preference losses: check values, limits, identities, and finite gradients at extreme inputs."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from dpo_jax.align import dpo
+from dpo_jax.align.losses import implicit_rewards, log_odds
+from dpo_jax.config import DPOLossConfig
+from dpo_jax.errors import InputError
+
+# Three pairs; D = [2, -2, 0].
+LC, LR = [-12.0, -20.0, -8.0], [-15.0, -18.0, -9.0]
+RC, RR = [-13.0, -19.0, -8.0], [-14.0, -19.0, -9.0]
+NC, NR = [4, 7, 3], [6, 5, 3]
+
+LOG2 = 0.6931471806
+EVERY_LOSS = ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop")
+
+
+def loss(config, lc=LC, lr=LR, rc=RC, rr=RR, nc=NC, nr=NR, **kwargs):
+    return dpo.preference_loss(
+        *(jnp.asarray(x, jnp.float32) for x in (lc, lr, rc, rr)),
+        chosen_lengths=jnp.asarray(nc),
+        rejected_lengths=jnp.asarray(nr),
+        config=config,
+        **kwargs,
+    )
+
+
+class CheckValues(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(
+        ("sigmoid", {"loss": "sigmoid"}, [0.5981388694, 0.7981388694, LOG2]),
+        ("cdpo", {"loss": "sigmoid", "label_smoothing": 0.1}, [0.6181388694, 0.7781388694, LOG2]),
+        ("robust", {"loss": "robust", "label_smoothing": 0.1}, [0.5731388694, 0.8231388694, LOG2]),
+        ("hinge", {"loss": "hinge"}, [0.8, 1.2, 1.0]),
+        ("ipo", {"loss": "ipo"}, [21.0069444444, 28.5461224490, 25.0]),
+        ("ipo_sum", {"loss": "ipo_sum"}, [9.0, 49.0, 25.0]),
+        ("sigmoid_norm", {"loss": "sigmoid_norm", "beta": 5.0}, [0.1173513616, 1.8798783803, LOG2]),
+        ("dpop_5", {"loss": "dpop", "dpop_lambda": 5.0}, [0.5981388694, 1.1031860489, LOG2]),
+        ("dpop_50", {"loss": "dpop"}, [0.5981388694, 5.2055014039, LOG2]),
+        # By hand: x = 2 (Lc/nc - Lr/nr) - 0.5 = [-1.5, 0.9857142857, 0.1666666667], loss log(1 + e^-x).
+        ("simpo", {"loss": "simpo", "beta": 2.0}, [1.7014132780, 0.3171238144, 0.6132820581]),
+        # By hand in float64: -Lc/nc + 0.1 log(1 + exp(-(w(Lc/nc) - w(Lr/nr)))).
+        ("orpo", {"loss": "orpo"}, [3.0995742553, 2.8950567431, 2.7198281943]),
+        # By hand, both halves / 2: [s(-.1) + s(-.1), s(.1) + s(.1), 1] / 2.
+        ("kto", {"loss": "kto"}, [0.4750208125, 0.5249791875, 0.5]),
+    )
+    def test_table(self, options, expected):
+        config = DPOLossConfig(**options)
+        np.testing.assert_allclose(self.variant(lambda: loss(config))(), expected, rtol=2e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_nll(self):
+        nll = jnp.asarray([12.0, 20.0, 8.0])
+        per_pair = self.variant(lambda: dpo.nll_loss(nll, jnp.asarray(NC)))()
+        np.testing.assert_allclose(per_pair, [3, 2.8571428571, 2.6666666667], rtol=1e-6)
+        by_token = self.variant(lambda: dpo.nll_loss(nll, jnp.asarray(NC), normalization="token"))()
+        np.testing.assert_allclose(jnp.mean(by_token), 2.8571428571, rtol=1e-6)
+
+
+def reference_orpo(lc, lr, nc, nr, lam=0.1):
+    lc, lr = np.asarray(lc, np.float64) / nc, np.asarray(lr, np.float64) / nr
+
+    def odds(l):
+        return l - np.log1p(-np.exp(l))
+
+    return -lc + lam * np.log1p(np.exp(-(odds(lc) - odds(lr))))
+
+
+def test_orpo_and_simpo_table_entries_follow_from_the_formula():
+    np.testing.assert_allclose(loss(DPOLossConfig(loss="orpo")), reference_orpo(LC, LR, NC, NR), rtol=1e-6)
+    x = 2 * (np.divide(LC, NC) - np.divide(LR, NR)) - 0.5
+    np.testing.assert_allclose(loss(DPOLossConfig(loss="simpo", beta=2.0)), np.log1p(np.exp(-x)), rtol=1e-6)
+
+
+def test_plain_lists_are_accepted():
+    values = dpo.preference_loss(LC, LR, RC, RR, chosen_lengths=NC, rejected_lengths=NR, config=DPOLossConfig())
+    np.testing.assert_allclose(values, [0.5981388694, 0.7981388694, LOG2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_the_nll_term_is_added_to_every_loss(name, normalization):
+    plain = loss(DPOLossConfig(loss=name))
+    config = DPOLossConfig(loss=name, nll_coefficient=0.2, nll_normalization=normalization)
+    term = dpo.nll_loss([12.0, 20.0, 8.0], NC, normalization=normalization)
+    np.testing.assert_allclose(loss(config), plain + 0.2 * term, rtol=1e-6)
+
+
+def test_nll_of_more_tokens_than_the_preference_sum():
+    config = DPOLossConfig(nll_coefficient=1.0)
+    values = loss(config, chosen_nll=jnp.asarray([15.0, 21.0, 12.0]), nll_lengths=jnp.asarray([5, 7, 4]))
+    np.testing.assert_allclose(values - loss(DPOLossConfig()), [3.0, 3.0, 3.0], rtol=1e-6)
+
+
+def test_token_nll_over_parts_of_a_batch_is_the_global_token_mean():
+    config = DPOLossConfig(nll_coefficient=1.0, nll_normalization="token")
+    whole = loss(config)
+    mean = jnp.mean(jnp.asarray(NC, jnp.float32))
+    parts = [loss(config, *([x[i]] for x in (LC, LR, RC, RR, NC, NR)), mean_nll_length=mean) for i in range(3)]
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(whole) - jnp.mean(loss(DPOLossConfig())), 40 / 14, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "dpop", "sigmoid_norm"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_policy_equal_to_reference_gives_log_2_exactly(name, jit):
+    def call():
+        return loss(DPOLossConfig(loss=name), rc=LC, rr=LR)
+
+    values = jax.jit(call)() if jit else call()
+    np.testing.assert_array_equal(values, np.full(3, np.log(2), np.float32))
+
+
+def test_label_smoothing_keeps_log_2_at_the_reference():
+    for name in ("sigmoid", "robust"):
+        values = loss(DPOLossConfig(loss=name, label_smoothing=0.2), rc=LC, rr=LR)
+        np.testing.assert_allclose(values, LOG2, rtol=1e-6)
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin():
+    """sigmoid(D) + the swapped one: log s(bD) - log s(-bD) = bD."""
+    there, back = loss(DPOLossConfig()), loss(DPOLossConfig(), LR, LC, RR, RC, NR, NC)
+    np.testing.assert_allclose(back - there, 0.1 * np.asarray([2.0, -2.0, 0.0]), atol=1e-6)
+
+
+def test_robust_is_unbiased_under_flips():
+    """(1 - e) robust(D) + e robust(-D) = sigmoid(D)."""
+    config = DPOLossConfig(loss="robust", label_smoothing=0.3)
+    mixed = 0.7 * loss(config) + 0.3 * loss(config, LR, LC, RR, RC, NR, NC)
+    np.testing.assert_allclose(mixed, loss(DPOLossConfig()), rtol=1e-6)
+
+
+def test_gradient_of_sigmoid_is_the_papers():
+    """dL/dLc = -beta s(-beta D) = -dL/dLr (Rafailov et al. 2023, the gradient under Eq. 7)."""
+    grads = jax.grad(lambda lc, lr: jnp.sum(loss(DPOLossConfig(), lc, lr)), argnums=(0, 1))(
+        jnp.asarray(LC), jnp.asarray(LR)
+    )
+    expected = -0.1 / (1 + np.exp(0.1 * np.asarray([2.0, -2.0, 0.0])))
+    np.testing.assert_allclose(grads[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(grads[1], -expected, rtol=1e-6)
+
+
+EXTREMES = [-1e6, -1e4, -100.0, -1.0, -1e-8, -1e-30, 0.0]
+
+
+class Extremes(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(name=EVERY_LOSS, nll=(0.0, 0.5))
+    def test_values_and_gradients_stay_finite(self, name, nll):
+        grid = np.stack(np.meshgrid(EXTREMES, EXTREMES, EXTREMES[1::2], EXTREMES[1::2])).reshape(4, -1)
+        lengths = jnp.tile(jnp.asarray([1, 7, 1000]), grid.shape[1] // 3 + 1)[: grid.shape[1]]
+        config = DPOLossConfig(loss=name, nll_coefficient=nll)
+
+        def total(x):
+            values = loss(config, *x, lengths, lengths[::-1], kl=0.3)
+            return jnp.sum(values), values
+
+        grads, values = self.variant(jax.grad(total, has_aux=True))(jnp.asarray(grid, jnp.float32))
+        chex.assert_tree_all_finite((grads, values))
+
+
+def test_log_odds_keeps_its_digits_at_both_ends():
+    l = np.asarray([-1e4, -30.0, -1.0, -1e-3, -1e-6])
+    np.testing.assert_allclose(log_odds(jnp.asarray(l, jnp.float32)), l - np.log(-np.expm1(l)), rtol=1e-5)
+
+
+def test_kto_halves_are_apart_and_absent_ones_weigh_nothing():
+    """Eq. 8 over six responses is the mean of chosen and rejected ones, each as its own row."""
+    config = DPOLossConfig(loss="kto", desirable_weight=1.5, undesirable_weight=0.5)
+    paired = loss(config, kl=0.7)
+    nan = [np.nan] * 3
+    unpaired = loss(config, LC + nan, nan + LR, RC + nan, nan + RR, nc=NC + [0] * 3, nr=[0] * 3 + NR, kl=0.7)
+    np.testing.assert_allclose(jnp.mean(paired), jnp.mean(unpaired), rtol=1e-6)
+
+    def s(x):
+        return 1 / (1 + np.exp(-x))
+
+    u, v = np.subtract(LC, RC), np.subtract(LR, RR)
+    by_hand = np.concatenate([1.5 * (1 - s(0.1 * (u - 0.7))), 0.5 * (1 - s(0.1 * (0.7 - v)))])
+    np.testing.assert_allclose(unpaired, by_hand, rtol=1e-6)
+
+
+def test_kto_gradients_ignore_nan_of_absent_responses_and_the_kl_point():
+    config = DPOLossConfig(loss="kto", nll_coefficient=1.0)
+    lengths = {"nc": [4, 0, 3], "nr": [0, 5, 3]}
+
+    def total(lc, lr, kl):
+        return jnp.sum(loss(config, lc, lr, **lengths, kl=kl))
+
+    nan = np.nan
+    lc, lr = jnp.asarray([-12.0, nan, -8.0]), jnp.asarray([nan, -18.0, -9.0])
+    by_lc, by_lr, by_kl = jax.grad(total, argnums=(0, 1, 2))(lc, lr, 0.5)
+    chex.assert_tree_all_finite((by_lc, by_lr))
+    assert by_lc[1] == by_lr[0] == by_kl == 0
+    assert by_lc[0] < 0 < by_lr[1]
+
+
+def test_kto_mean_over_responses_holds_over_parts_of_a_batch():
+    config = DPOLossConfig(loss="kto")
+    nr = [0, 5, 3]
+    whole = loss(config, nr=nr)
+    parts = [loss(config, *([x[i]] for x in (LC, LR, RC, RR, NC, nr)), mean_responses=5 / 3) for i in range(3)]
+    np.testing.assert_allclose(jnp.concatenate(parts), whole, rtol=1e-6)
+
+
+def test_dpop_penalty_pushes_the_chosen_response_up():
+    """Where Lc < Rc the gradient on Lc is larger than DPO's by 1 + lambda, at the same point of the sigmoid."""
+    config = DPOLossConfig(loss="dpop", dpop_lambda=3.0)
+    grad = jax.grad(lambda lc: jnp.sum(loss(config, lc)))(jnp.asarray(LC))
+    x = 0.1 * (-2.0 - 3.0 * 1.0)
+    np.testing.assert_allclose(grad[1], -0.1 * 4.0 / (1 + np.exp(x)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_reference_free_losses_take_no_reference(name):
+    config = DPOLossConfig(loss=name)
+    without = dpo.preference_loss(LC, LR, None, None, chosen_lengths=NC, rejected_lengths=NR, config=config)
+    np.testing.assert_array_equal(without, loss(config))
+
+
+def test_a_missing_reference_is_refused():
+    with pytest.raises(InputError, match="compares with a reference policy"):
+        dpo.preference_loss(LC, LR, chosen_lengths=NC, rejected_lengths=NR, config=DPOLossConfig())
+
+
+def test_rewards_are_beta_times_the_log_ratio():
+    policy, reference = jnp.asarray([LC, LR]).T, jnp.asarray([RC, RR]).T
+    lengths = jnp.asarray([NC, NR]).T
+    rewards = implicit_rewards(policy, reference, lengths, config=DPOLossConfig(label_smoothing=0.3))
+    np.testing.assert_allclose(rewards, 0.1 * np.asarray([[1, -1], [-1, 1], [0, 0]]), rtol=1e-6)
+    free = implicit_rewards(policy, None, lengths, config=DPOLossConfig(loss="simpo", beta=2.0))
+    np.testing.assert_allclose(free[0], [2 * -12 / 4, 2 * -15 / 6], rtol=1e-6)
