@@ -260,10 +260,14 @@ def _raise_input_error(word: str, error: SystemExit, complaint: str) -> NoReturn
         if isinstance(cause, InputError):
             raise cause
         cause = cause.__context__
-    lines = [line.strip(" │") for line in complaint.splitlines()]
-    body = [line for line in lines if line and line[0] not in "╭╰"]
-    end = next((i for i, line in enumerate(body) if not line.strip("─")), len(body))
-    text = " ".join(body[:end]).removeprefix("Error parsing ")
+    # A title, a rule, what is wrong, a rule, advice: in a drawn box, or in dashes where the terminal is plain ASCII.
+    blocks: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        if any(letter.isalnum() for letter in line):
+            blocks[-1].append(line.strip(" │╭╮─"))
+        if line.strip(" │")[-1:] in ("╮", "─", "-"):
+            blocks.append([])
+    text = " ".join(blocks[1] if len(blocks) > 1 else blocks[0]).removeprefix("Error parsing ")
     raise InputError(f"{text} ({PROGRAM} {word} --help)") from None
 
 

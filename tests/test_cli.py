@@ -1,0 +1,199 @@
+"""The command line as words: parsing, names, recipes, one-line errors. No command does its work here."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import __version__, cli, config
+from dpo_jax.config import DPORun
+
+ROOT = Path(__file__).resolve().parent.parent
+GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line of complaint of `dpo-jax words...`, which must exit with code 2."""
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dpo-jax: error: ")
+    assert said.err.count("\n") == 1
+    return said.err.removeprefix("dpo-jax: error: ").strip()
+
+
+def test_sections_and_renamed_options() -> None:
+    words = [*GIVEN, "--eval_data", "e.jsonl", "--data.max_length", "64", "--dpo.loss", "ipo", "--lora.rank=8"]
+    run = cli.parse("dpo", [*words, "--lora.targets", "q_proj", "v_proj", "--optimizer.clip_norm", "None"])
+    assert type(run) is DPORun
+    assert (run.model, run.source, run.out, run.eval_source) == ("m", "d.jsonl", "o", "e.jsonl")
+    assert (run.data.max_length, run.data.max_prompt_length) == (64, 32)
+    assert (run.dpo.loss, run.lora.rank, run.lora.targets) == ("ipo", 8, ("q_proj", "v_proj"))
+    assert run.optimizer.clip_norm is None
+
+
+def test_defaults_are_those_of_config_py() -> None:
+    assert cli.parse("dpo", GIVEN) == DPORun(model="m", source="d.jsonl", out="o")
+
+
+@pytest.mark.parametrize("spelled", ["--on-bad-rows", "--on_bad_rows"])
+def test_hyphens_and_underscores(spelled: str) -> None:
+    run = cli.parse("dpo", [*GIVEN, spelled, "skip", "--data.max-prompt-length", "9", "--data.no-shuffle"])
+    assert (run.on_bad_rows, run.data.max_prompt_length, run.data.shuffle) == ("skip", 9, False)
+
+
+@pytest.mark.parametrize("word", cli.COMMANDS)
+def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    required = [name for name, needed in cli.option_names(word).items() if needed]
+    if word == "generate":
+        required.append("prompt")
+    parsed = cli.parse(word, [part for name in required for part in (f"--{name}", "x")])
+    assert type(parsed) is getattr(config, cli.COMMANDS[word].options)
+    assert cli.main([word, "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in cli.option_names(word):
+        assert f"--{name}" in text
+    for name in cli.COMMANDS[word].unused:
+        assert f"--{name} " not in text
+
+
+def test_every_option_is_documented() -> None:
+    for cls in ast.parse((ROOT / "dpo_jax" / "config.py").read_text()).body:
+        if isinstance(cls, ast.ClassDef):
+            assert ast.get_docstring(cls), cls.name
+            for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                    text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert text, f"{cls.name}.{ast.unparse(field.target)} has no text for --help"
+
+
+def test_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--data.max_lengh; did you mean --data.max_length?" in error(capsys, "dpo", *GIVEN, "--data.max_lengh", "3")
+    assert "did you mean --optimizer.learning_rate?" in error(capsys, "dpo", *GIVEN, "--learning-rate", "3")
+    assert "--optimizer.lr" in error(capsys, "dpo", *GIVEN, "--optimizer.lr=3")
+    assert "unknown option -m" in error(capsys, "dpo", "-m", "x")
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "demos").startswith("unknown command demos; did you mean demo?")
+    # Algorithms that are not there are unknown, not stubs.
+    assert error(capsys, "sft").startswith("unknown command sft; commands are demo, dpo")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "m"], "missing --data and --out"),
+        ([*GIVEN, "--data.max_length", "many"], "--data.max_length: invalid literal for int() with base 10: 'many'"),
+        ([*GIVEN, "--dpo.loss", "dop"], "invalid choice 'dop' for argument '--dpo.loss'"),
+        ([*GIVEN, "--dpo.loss"], "Missing value for argument '--dpo.loss'"),
+        ([*GIVEN, "stray"], "Unrecognized options: stray"),
+        ([*GIVEN, "--data.shuffle", "False"], "Unrecognized options: False"),
+        # A section's own check comes through word for word.
+        ([*GIVEN, "--data.max_length", "8", "--data.max_prompt_length", "8"], "--data.max_length 8 must exceed"),
+        ([*GIVEN, "--dpo.simpo_gamma", "1"], "--dpo.simpo_gamma has no effect with --dpo.loss sigmoid; it"),
+        ([*GIVEN, "--lora.alpha", "4"], "--lora.alpha has no effect without --lora.rank"),
+        ([*GIVEN, "--train.batch_size", "8", "--train.accumulate", "3"], "--train.batch_size 8 does not divide by"),
+        ([*GIVEN, "--train.steps", "1", "--train.epochs", "1"], "give --train.steps or --train.epochs, not both"),
+    ],
+)  # fmt: skip
+def test_one_line_for_what_does_not_parse(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error(capsys, "dpo", *words).startswith(expected)
+
+
+def test_an_option_without_effect_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--data.shuffle has no effect in dpo-jax eval" in error(capsys, "eval", *GIVEN[:4], "--data.shuffle")
+    assert "--beta has no effect without --reference" in error(capsys, "eval", *GIVEN[:4], "--beta", "1")
+    assert "without --samples" in error(capsys, "eval", *GIVEN[:4], "--sample.top_k", "5")
+    assert "--dpo.beta" in error(capsys, "logps", *GIVEN, "--dpo.beta", "1")
+
+
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes(path: Path) -> None:
+    run = cli.parse("dpo", [str(path), *GIVEN, "--dpo.beta", "0.7"])
+    assert isinstance(run, DPORun)
+    assert (run.model, run.source, run.dpo.beta) == ("m", "d.jsonl", 0.7)
+    text = path.read_text()
+    assert "dpo-jax dpo configs/" + path.name in text
+    assert any(year in text for year in ("2022", "2023", "2024")), "a recipe says where its numbers come from"
+
+
+def test_recipes_hold_the_published_numbers() -> None:
+    paper = cli.parse("dpo", [str(ROOT / "configs" / "dpo_paper.py"), *GIVEN])
+    assert (paper.optimizer.name, paper.optimizer.learning_rate) == ("rmsprop", 1e-6)
+    assert (paper.dpo.beta, paper.train.batch_size, paper.optimizer.clip_norm) == (0.1, 64, 10.0)
+    assert (paper.optimizer.warmup_steps, paper.data.max_length, paper.data.max_prompt_length) == (150, 512, 256)
+    zephyr = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
+    assert (zephyr.train.batch_size, zephyr.train.epochs, zephyr.optimizer.learning_rate) == (32, 3, 5e-7)
+    llama3 = cli.parse("dpo", [str(ROOT / "configs" / "llama3_dpo.py"), *GIVEN])
+    assert (llama3.dpo.nll_coefficient, llama3.dpo.mask_format_tokens, llama3.optimizer.learning_rate) == (
+        0.2,
+        True,
+        1e-5,
+    )
+
+
+def test_a_recipe_leaves_open_what_the_command_line_must_give(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(ROOT / "configs" / "dpo_paper.py")
+    assert error(capsys, "dpo", path, "--data", "d", "--out", "o").startswith("missing --model: the CONFIG.py leaves")
+    assert error(capsys, "dpo", path, "--model", "m", "--out", "o").startswith("missing --data")
+    model = cli.parse("dpo", [str(ROOT / "configs" / "smollm2_hh_dpo.py"), "--data", "d", "--out", "o"]).model
+    assert model == "smollm2"
+
+
+def test_steps_on_the_command_line_replace_a_recipes_epochs() -> None:
+    run = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN, "--train.steps", "5"])
+    assert (run.train.steps, run.train.epochs) == (5, None)
+    run = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN, "--optimizer.warmup_steps", "5"])
+    assert (run.optimizer.warmup_steps, run.optimizer.warmup_ratio) == (5, None)
+
+
+def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def recipe(text: str) -> str:
+        (tmp_path / "c.py").write_text(text)
+        return error(capsys, "dpo", str(tmp_path / "c.py"), *GIVEN)
+
+    assert "c.py: must define `config`, a dpo_jax.config.DPORun; it is NoneType" in recipe("x = 1")
+    assert "c.py: SyntaxError" in recipe("config = = 1")
+    assert "c.py: ModuleNotFoundError" in recipe("import no_such_module_at_all")
+    assert "c.py: --lora.rank -1 must be" in recipe("from dpo_jax.config import LoraConfig\nLoraConfig(rank=-1)")
+    assert "no such CONFIG file" in error(capsys, "dpo", str(tmp_path / "none.py"), *GIVEN)
+    assert "CONFIG must be a Python file" in error(capsys, "dpo", "pairs.jsonl", *GIVEN)
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(args: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "dpo-jax: interrupted\n"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpo-jax {__version__}\n"
+    assert cli.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"  {word} " in overview for word in cli.COMMANDS)
+    assert cli.main([]) == 2
+
+
+def test_help_does_not_start_jax() -> None:
+    script = "import sys; from dpo_jax.cli import main; main(['dpo', '--help']); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, "dpo-jax --help imports jax"
+
+
+def test_module_entry() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_jax", "dp"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dpo-jax: error: unknown command dp; did you mean dpo?")
+    assert "Traceback" not in done.stderr
