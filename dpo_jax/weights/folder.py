@@ -1,0 +1,55 @@
+"""Folders that appear whole or not at all."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpo_jax.errors import InputError
+
+# What a model folder of ours consists of; a folder that holds nothing else may be replaced by a newer one.
+_OURS = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
+)
+
+
+def check_free(path: Path, *, replace: bool) -> None:
+    """Raise `InputError` unless `path` is absent, an empty folder, or (with `replace`) an earlier model folder."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; name a folder that does not exist yet")
+    entries = list(path.iterdir())
+    if entries and not (replace and all(_OURS.fullmatch(e.name) and e.is_file() for e in entries)):
+        raise InputError(f"{path}: is not empty; name a new folder, or remove this one first")
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place when the block ends, and vanishes if it fails.
+
+    An earlier model folder at `path` is replaced (with `replace`); anything else there is refused. An unwritable or
+    full disk is an `InputError`.
+    """
+    path = path.absolute()
+    scratch, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    try:
+        check_free(path, replace=replace)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed
+        scratch.mkdir()
+        try:
+            yield scratch
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error

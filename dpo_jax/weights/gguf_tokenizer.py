@@ -1,0 +1,156 @@
+"""The tokenizer inside a GGUF file: byte-level BPE or SentencePiece BPE, rebuilt as a `transformers` fast tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.errors import InputError
+from dpo_jax.weights.gguf import metadata, open_gguf
+
+# Entries of `tokenizer.ggml.token_type`.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+# How text is cut before merging, by `tokenizer.ggml.pre`.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, with its special tokens, BOS rule and chat template.
+
+    Raises `InputError` where there is none, or of a kind whose ids would not be certain to be right.
+    """
+    meta = metadata(open_gguf(path))
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise InputError(f"{path}: has no tokenizer (tokenizer.ggml.tokens); use a model folder with one")
+    if len(set(tokens)) != len(tokens):
+        raise InputError(f"{path}: a token is listed twice in tokenizer.ggml.tokens")
+    kind = meta.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        backend, add_bos = _byte_level(path, meta)
+    elif kind == "llama":
+        backend, add_bos = _sentencepiece(path, meta), True
+    else:
+        raise InputError(f"{path}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama")
+    backend.add_special_tokens(_added(meta, _CONTROL, special=True))
+    backend.add_tokens(_added(meta, _USER_DEFINED, special=False))
+
+    def token(name: str) -> str | None:
+        index = meta.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not 0 <= index < len(tokens):
+            raise InputError(f"{path}: tokenizer.ggml.{name}_token_id {index} is not a token")
+        return None if index is None else tokens[index]
+
+    bos, eos = token("bos"), token("eos")
+    add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and bos is not None
+    add_eos = meta.get("tokenizer.ggml.add_eos_token", False) and eos is not None
+    if add_bos or add_eos:
+        _surround(backend, bos if add_bos else None, eos if add_eos else None)
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": token("unknown"), "pad_token": token("padding")}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=int(meta.get("llama.context_length") or 10**30),
+        **{name: value for name, value in special.items() if value is not None},
+    )
+    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _added(meta: Mapping[str, Any], kind: int, *, special: bool) -> list[AddedToken]:
+    types = meta.get("tokenizer.ggml.token_type") or []
+    return [
+        AddedToken(token, special=special, normalized=False)
+        for token, its in zip(meta["tokenizer.ggml.tokens"], types, strict=False)
+        if its == kind
+    ]
+
+
+def _surround(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Put BOS before and EOS after a text that is encoded with special tokens."""
+    text = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    pair = [*text, *[f"{piece}:1" for piece in (*([bos] if bos else []), "$B", *([eos] if eos else []))]]
+    ids = [(t, backend.token_to_id(t)) for t in dict.fromkeys([bos, eos]) if t]
+    template = processors.TemplateProcessing(single=text, pair=pair, special_tokens=ids)
+    behind = backend.post_processor
+    backend.post_processor = template if behind is None else processors.Sequence([behind, template])
+
+
+def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
+    """GPT-2's byte-level BPE (Radford et al. 2019) with the cut that `tokenizer.ggml.pre` names; and its BOS default."""
+    cut = meta.get("tokenizer.ggml.pre", "default")
+    merges = meta.get("tokenizer.ggml.merges")
+    if not merges:
+        raise InputError(f"{path}: tokenizer.ggml.merges is missing; convert the model again")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path}: tokenizer.ggml.merges holds an entry that is not two tokens")
+    steps: list[Any]
+    if cut in _LLAMA3_NAMES:
+        steps = [
+            pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    elif cut == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    elif cut == "gpt-2":
+        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        known = ", ".join(("gpt-2", "smollm", *_LLAMA3_NAMES))
+        raise InputError(
+            f"{path}: pre-tokenizer {cut!r} is not supported (supported: {known}); use the model's Hugging Face folder"
+        )
+    # Llama 3's vocabulary was made so that a whole piece that is a token stays one, whatever the merges say.
+    model = models.BPE(_vocabulary(meta), pairs, ignore_merges=cut in _LLAMA3_NAMES)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend, cut in _LLAMA3_NAMES
+
+
+def _vocabulary(meta: Mapping[str, Any]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(meta["tokenizer.ggml.tokens"])}
+
+
+def _sentencepiece(path: Path, meta: Mapping[str, Any]) -> Tokenizer:
+    """SentencePiece BPE with byte fallback (Llama 2, Mistral): a merge ranks by the score of the token it makes."""
+    if meta.get("tokenizer.ggml.precompiled_charsmap") or meta.get("tokenizer.ggml.remove_extra_whitespaces"):
+        raise InputError(f"{path}: a SentencePiece tokenizer that normalises its text is not supported")
+    scores, types = meta.get("tokenizer.ggml.scores"), meta.get("tokenizer.ggml.token_type")
+    vocabulary = _vocabulary(meta)
+    if not scores or not types or not len(scores) == len(types) == len(vocabulary):
+        raise InputError(f"{path}: tokenizer.ggml.scores or token_type is missing or of another length than the tokens")
+    if sum(its == _BYTE for its in types) != 256:
+        raise InputError(f"{path}: a SentencePiece tokenizer without 256 byte tokens is not supported")
+    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    mergeable = {t for t, its in zip(vocabulary, types, strict=True) if its not in (_UNKNOWN, _CONTROL, _BYTE)}
+    merges = []
+    for token in mergeable:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in mergeable and right in mergeable:
+                merges.append((-scores[vocabulary[token]], vocabulary[left], vocabulary[right], left, right))
+    backend = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in sorted(merges)],
+            unk_token=meta["tokenizer.ggml.tokens"][unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    ends = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    return backend

@@ -1,0 +1,142 @@
+"""Hugging Face model folders: config.json, safetensors, tokenizer files, generation_config.json."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig, from_hf, to_hf
+from dpo_jax.weights import layout, shards
+from dpo_jax.weights.folder import new_folder
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weight file: the size that Hugging Face's hub recommends."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "tokenizer.model chat_template.jinja chat_template.json"
+).split()
+
+# Entries of a config.json that speak of the file they stood in, not of the model.
+_NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """The architecture that a folder's config.json describes."""
+    return from_hf(shards.read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
+    """Configuration and checked weights of a Hugging Face folder: every tensor is there once, in its shape.
+
+    Raises `InputError` for a missing, unknown, duplicate or mis-shaped tensor, a truncated or missing file, or an
+    unsupported architecture.
+    """
+    config = read_config(folder)
+    reader = shards.open_folder(folder)
+    redundant = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
+    layout.check_keys(layout.parameter_slots(config), reader, redundant)
+    if redundant & set(reader.shapes()):
+        _check_tied(reader)
+    return config, reader
+
+
+def _check_tied(reader: shards.SafetensorsReader) -> None:
+    """A tied model's own output matrix is redundant only if it is the embedding, bit for bit."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    rows, width = reader.shapes()[embedding]
+    same = reader.shapes()[head] == (rows, width)
+    for start in range(0, rows if same else 0, 4096):
+        part = slice(start, min(start + 4096, rows), 1), slice(0, width, 1)
+        same = same and reader.read(head, part).tobytes() == reader.read(embedding, part).tobytes()
+    if not same:
+        raise InputError(
+            f"{reader.where}: config.json ties lm_head to the embedding, and lm_head.weight differs from it; set "
+            "tie_word_embeddings to false if both are meant"
+        )
+
+
+def _dump(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_configs(folder: Path, config: LlamaConfig, dtype: Any, source: Path | None) -> None:
+    """config.json and generation_config.json; what else those of the folder `source` say is carried along."""
+    raw = to_hf(config)
+    extras: dict[str, Any] = {}
+    if source is not None and (source / "config.json").is_file():
+        known = raw.keys() | _NOT_CARRIED
+        extras = {k: v for k, v in shards.read_json(source / "config.json").items() if k not in known}
+    _dump(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
+    if source is not None and (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    else:
+        ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _dump(folder / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of a model folder that `folder` does not have yet."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> None:
+    """Write a `transformers` tokenizer, and the SentencePiece model of `source`, which other tools read."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    saved = {k: v for k, v in shards.read_json(path).items() if k not in ("is_local", "local_files_only")}
+    if saved.get("tokenizer_class") == "TokenizersBackend":
+        # transformers 5's new name for a class that version 4 knows by the old one; both read the old one.
+        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _dump(path, saved)
+    if source is not None and (source / "tokenizer.model").is_file():
+        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+
+
+def write_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterator[np.ndarray],
+    dtype: Any,
+    finish: Callable[[Path], None],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    replace: bool = True,
+) -> None:
+    """Write a model folder that appears whole or not at all. Every process calls this; process 0 writes.
+
+    Args:
+      path: the folder; an earlier model folder there is replaced if `replace`.
+      shapes: key and shape of each tensor, in the order of `tensors`.
+      tensors: the values, made one at a time (by all processes together where they are sharded over several).
+      dtype: what they are stored as.
+      finish: writes the other files into the folder it is given.
+      shard_bytes: largest weight file.
+      replace: see `path`.
+
+    Raises `InputError`, on every process, when the disk is full or the folder cannot be written; nothing is left then.
+    """
+    failure: InputError | None = None
+    if jax.process_index() == 0:
+        try:
+            with new_folder(path, replace=replace) as scratch:
+                shards.write_all(scratch, shapes, tensors, dtype, shard_bytes)
+                finish(scratch)
+        except InputError as error:
+            failure = error
+    if jax.process_count() > 1:
+        for _ in tensors:  # the processes gather each tensor together, so all of them go through all
+            pass
+        failed = multihost_utils.process_allgather(np.int32(failure is not None))
+        if failure is None and failed.any():
+            failure = InputError(f"{path}: process 0 could not write it; its message says why")
+    if failure is not None:
+        raise failure

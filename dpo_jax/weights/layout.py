@@ -1,0 +1,214 @@
+"""Which tensor of a Hugging Face checkpoint is which leaf of our parameter tree, and how leaves are read.
+
+A kernel is [in, out] here and [out, in] there; the L layers are one stacked leaf here and L tensors there.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama, abstract_variables
+
+Slices = tuple[slice, ...]
+Tree = dict[str, Any]
+
+
+class TensorReader(Protocol):
+    """A checkpoint file or folder as a set of named tensors (Hugging Face's names, shapes and row order)."""
+
+    where: str
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        ...
+
+    def read(self, key: str, index: Slices) -> np.ndarray:
+        """The values of a rectangle of one tensor, floating, in the dtype they are stored in or float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One leaf of our tree and the tensors that fill it.
+
+    Attributes:
+      path:       names from the root of the tree.
+      keys:       one tensor a layer for a stacked leaf, otherwise one tensor.
+      shape:      of the leaf, the L axis included.
+      stacked:    the leaf has a leading L axis.
+      transposed: the tensors are the transpose of the leaf (or of its layers).
+    """
+
+    path: tuple[str, ...]
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    stacked: bool
+    transposed: bool
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of the tensors."""
+        inner = self.shape[1:] if self.stacked else self.shape
+        return inner[::-1] if self.transposed else inner
+
+
+_LEAF_NAMES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+_ADAPTER_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+
+
+def _slots(tree: Tree, prefix: str, names: Mapping[str, str]) -> list[Slot]:
+    slots = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = tuple(p.key for p in path)
+        module, name = list(parts[:-1]), parts[-1]
+        stacked = module[0] == "layers"
+        keys = []
+        for layer in range(leaf.shape[0] if stacked else 1):
+            where = ["layers", str(layer), *module[1:]] if stacked else module
+            root = [] if where == ["lm_head"] else ["model"]
+            keys.append(prefix + ".".join([*root, *where, names[name]]))
+        slots.append(Slot(parts, tuple(keys), leaf.shape, stacked, name in ("kernel", "lora_a", "lora_b")))
+    return slots
+
+
+def parameter_slots(config: LlamaConfig) -> list[Slot]:
+    """Every parameter of a model, with the tensors of a Hugging Face checkpoint that hold it."""
+    return _slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES)
+
+
+def adapter_slots(model: Llama) -> list[Slot]:
+    """Every LoRA factor, with the tensors of a PEFT adapter file that hold it."""
+    return _slots(abstract_variables(model)["adapters"], "base_model.model.", _ADAPTER_NAMES)
+
+
+def insert(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+    """tree[path[0]][path[1]]... = leaf."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def lookup(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """tree[path[0]][path[1]]..."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _natural(key: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def _some(keys: set[str]) -> str:
+    first = sorted(keys, key=_natural)[:3]
+    return ", ".join(first) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def check_keys(slots: list[Slot], reader: TensorReader, ignored: frozenset[str] = frozenset()) -> None:
+    """Raise `InputError` unless the tensors are exactly those that `slots` want (besides `ignored`), in their shapes."""
+    shapes = reader.shapes()
+    wanted = {key: slot.tensor_shape for slot in slots for key in slot.keys}
+    if missing := set(wanted) - set(shapes):
+        raise InputError(
+            f"{reader.where}: tensor missing: {_some(missing)}; the file is incomplete or config.json is another model's"
+        )
+    if unknown := set(shapes) - set(wanted) - ignored:
+        raise InputError(
+            f"{reader.where}: unknown tensor: {_some(unknown)}; a weight that the model would not use is not ignored "
+            "(is config.json another model's?)"
+        )
+    for key, shape in wanted.items():
+        if tuple(shapes[key]) != shape:
+            raise InputError(
+                f"{reader.where}: tensor {key} has shape {tuple(shapes[key])}, and config.json asks for {shape}"
+            )
+
+
+def _read_leaf(slot: Slot, reader: TensorReader, index: Slices, dtype: np.dtype) -> np.ndarray:
+    """A rectangle of a leaf, read from the matching rectangle of each of its tensors."""
+    layers = index[0] if slot.stacked else slice(0, 1, 1)
+    inner = index[1:] if slot.stacked else index
+    outer = inner[::-1] if slot.transposed else inner
+    keys = slot.keys[layers]
+    block = np.empty((len(keys), *(s.stop - s.start for s in inner)), dtype)
+    for row, key in zip(block, keys, strict=True):
+        values = reader.read(key, outer)
+        row[...] = values.T if slot.transposed else values
+    return block if slot.stacked else block[0]
+
+
+def _load_leaf(slot: Slot, reader: TensorReader, sharding: Sharding, dtype: np.dtype) -> jax.Array:
+    memo: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}  # replicas of a shard are read once
+
+    def shard(index: Slices | None) -> np.ndarray:
+        index = index or ()
+        bounds = tuple(s.indices(n) for s, n in zip(index, slot.shape, strict=True))
+        if bounds not in memo:
+            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b) for b in bounds), dtype)
+        return memo[bounds]
+
+    return jax.make_array_from_callback(slot.shape, sharding, shard)
+
+
+def load_tree(slots: list[Slot], reader: TensorReader, shardings: Mapping[str, Any] | Sharding, dtype: Any) -> Tree:
+    """Read every leaf straight into its shards: host memory holds the local shards of one leaf at a time.
+
+    Args:
+      slots: what to read; run `check_keys` first.
+      reader: where from.
+      shardings: a tree of shardings with the paths of `slots`, or one for all.
+      dtype: of the result.
+    """
+    tree: Tree = {}
+    for slot in slots:
+        where = shardings if isinstance(shardings, Sharding) else lookup(shardings, slot.path)
+        insert(tree, slot.path, _load_leaf(slot, reader, where, np.dtype(dtype)))
+    return tree
+
+
+def _in_file_order(slots: list[Slot]) -> list[tuple[Slot, int]]:
+    """(slot, layer) of every tensor: the embedding, layer by layer, and the rest."""
+    stacked = [slot for slot in slots if slot.stacked]
+    single = [slot for slot in slots if not slot.stacked]
+    first = [(slot, 0) for slot in single if slot.path[0] == "embed_tokens"]
+    last = [(slot, 0) for slot in single if slot.path[0] != "embed_tokens"]
+    layers = len(stacked[0].keys) if stacked else 0
+    return first + [(slot, layer) for layer in range(layers) for slot in stacked] + last
+
+
+def tensor_shapes(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor, in the order in which `tensors` gives them."""
+    return {slot.keys[layer]: slot.tensor_shape for slot, layer in _in_file_order(slots)}
+
+
+def tensors(slots: list[Slot], tree: Mapping[str, Any], dtype: Any) -> Iterator[np.ndarray]:
+    """Every tensor in the order of `tensor_shapes`, whole and on the host, one at a time.
+
+    Every process has to run through it: a tensor whose shards lie on several processes is gathered by all of them.
+    """
+    for slot, layer in _in_file_order(slots):
+        yield _gather(lookup(tree, slot.path), layer if slot.stacked else None, slot.transposed, np.dtype(dtype))
+
+
+@jax.jit
+def _layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _gather(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    if isinstance(leaf, jax.Array):
+        leaf = leaf if layer is None else _layer(leaf, np.int32(layer))
+        if not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    elif layer is not None:
+        leaf = leaf[layer]
+    values = np.asarray(leaf)
+    return np.ascontiguousarray(values.T if transposed else values, dtype)

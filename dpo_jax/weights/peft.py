@@ -1,0 +1,97 @@
+"""LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from dpo_jax.config import LINEAR_LAYERS, LoraConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model.llama import Llama, shardings
+from dpo_jax.weights import huggingface, layout, shards
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Entries that say how the adapter was trained or found, and change none of its numbers.
+_WITHOUT_EFFECT = frozenset(
+    """base_model_name_or_path revision inference_mode lora_dropout init_lora_weights task_type peft_type r lora_alpha
+    target_modules auto_mapping peft_version megatron_config megatron_core ensure_weight_tying eva_config corda_config
+    lora_ga_config loftq_config runtime_config layers_pattern""".split()
+)  # fmt: skip
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return shards.read_json(folder / CONFIG)
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter folder names."""
+    base = _config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing; write the base model's folder or id there")
+    return base
+
+
+def read_lora(folder: Path) -> LoraConfig:
+    """Rank, alpha and targets of an adapter folder. `InputError` for anything but plain LoRA on linear layers."""
+    raw, where = _config(folder), folder / CONFIG
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported; only LORA is")
+    for key, value in raw.items():
+        # false, 0, "none", {} and null are how PEFT spells "not used"
+        if key not in _WITHOUT_EFFECT and value not in (None, False, 0, "none", {}, []):
+            raise InputError(f"{where}: {key} = {value!r} is not supported; only plain LoRA is read")
+    targets = raw.get("target_modules")
+    if targets == "all-linear":
+        targets = list(LINEAR_LAYERS)
+    if not isinstance(targets, list) or not set(targets) <= set(LINEAR_LAYERS):
+        raise InputError(f"{where}: target_modules {targets!r} is not supported; list some of {', '.join(LINEAR_LAYERS)}")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise InputError(f"{where}: r {rank!r} or lora_alpha {alpha!r} is not a positive number")
+    return LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(t for t in LINEAR_LAYERS if t in targets))
+
+
+def load_adapters(folder: Path, model: Llama, mesh: Mesh | None) -> Any:
+    """The adapters of a folder, float32, for a model made with `read_lora`."""
+    reader = shards.SafetensorsReader(folder, [WEIGHTS])
+    slots = layout.adapter_slots(model)
+    layout.check_keys(slots, reader)
+    where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else shardings(model, mesh)["adapters"]
+    return layout.load_tree(slots, reader, where, jnp.float32)
+
+
+def save_adapters(path: Path, model: Llama, adapters: Any, tokenizer: Any, *, base: str, dtype: Any) -> None:
+    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this."""
+    lora = model.lora
+    alpha = lora.scale * lora.rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+    def finish(folder: Path) -> None:
+        (folder / shards.SINGLE).rename(folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            huggingface.save_tokenizer(tokenizer, folder)
+
+    slots = layout.adapter_slots(model)
+    tensors = layout.tensors(slots, adapters, dtype)
+    unlimited = 1 << 62  # PEFT reads one file
+    huggingface.write_weights(path, layout.tensor_shapes(slots), tensors, dtype, finish, shard_bytes=unlimited)

@@ -1,0 +1,161 @@
+"""Safetensors, single file or sharded: tensors read slice by slice, and written one after the other."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dpo_jax.errors import InputError
+from dpo_jax.weights.layout import Slices
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
+# Buffers that old checkpoints carry although they follow from config.json.
+_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` for anything else, a key given twice included."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            raise InputError(f"{path}: key {next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)!r} twice")
+        return result
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is expected, and this is a {type(value).__name__}")
+    return value
+
+
+class SafetensorsReader:
+    """The tensors of some safetensors files of one folder (a `TensorReader`).
+
+    Every file is opened and its header checked at once, so a truncated one is found before anything is loaded.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str], weight_map: Mapping[str, str] | None = None):
+        self.where = str(folder)
+        self._slices: dict[str, Any] = {}
+        home: dict[str, str] = {}
+        for name in files:
+            try:
+                handle = safe_open(folder / name, framework="np")
+                keys = list(handle.keys())
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{folder / name}: truncated or not a safetensors file ({error}); fetch it again") from error
+            for key in keys:
+                if _BUFFER.fullmatch(key):
+                    continue
+                if key in home:
+                    raise InputError(f"{folder}: tensor {key} is in both {home[key]} and {name}")
+                if weight_map is not None and weight_map.get(key) != name:
+                    raise InputError(f"{folder / INDEX}: tensor {key} of {name} is {_told(weight_map.get(key))}")
+                home[key] = name
+                self._slices[key] = handle.get_slice(key)
+                if (kind := self._slices[key].get_dtype()) not in _NAMES.values():
+                    raise InputError(f"{folder / name}: tensor {key} is {kind}; only F32, BF16 and F16 weights are read")
+        for key, name in (weight_map or {}).items():
+            if key not in home and not _BUFFER.fullmatch(key):
+                raise InputError(f"{folder / INDEX}: tensor {key} should be in {name}, and is not there")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {key: tuple(tensor.get_shape()) for key, tensor in self._slices.items()}
+
+    def read(self, key: str, index: Slices) -> np.ndarray:
+        """A rectangle of a tensor, in the dtype of the file."""
+        try:
+            return self._slices[key][index]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.where}: tensor {key} cannot be read ({error})") from error
+
+
+def _told(file: str | None) -> str:
+    return "not named" if file is None else f"said to be in {file}"
+
+
+def open_folder(folder: Path) -> SafetensorsReader:
+    """The weights of a Hugging Face folder: `model.safetensors`, or the files that its index names."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise InputError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that is not meant")
+    if single.is_file():
+        return SafetensorsReader(folder, [SINGLE])
+    if not index.is_file():
+        raise InputError(f"{folder}: neither {SINGLE} nor {INDEX}; fetch the missing file")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map is missing or empty")
+    files = dict.fromkeys(weight_map.values())
+    for name in files:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+            raise InputError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{index}: names {name}, which is not there; fetch it")
+    return SafetensorsReader(folder, files, weight_map)
+
+
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[np.ndarray], dtype: Any) -> None:
+    """Write the next `len(shapes)` of `tensors` as one safetensors file: header length, JSON header, data.
+
+    Done here because the library's own writer wants all tensors of a file in memory together.
+    """
+    dtype, offset = np.dtype(dtype), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for key, shape in shapes.items():
+        end = offset + int(np.prod(shape)) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, shape in shapes.items():
+            tensor = next(tensors)
+            assert tensor.shape == shape, (key, tensor.shape, shape)
+            file.write(np.ascontiguousarray(tensor, dtype).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def split(shapes: Mapping[str, tuple[int, ...]], dtype: Any, shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> keys: consecutive tensors, as many to a file as fit into `shard_bytes` (at least one)."""
+    groups: list[list[str]] = [[]]
+    room = shard_bytes
+    for key, shape in shapes.items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(key)
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
+
+
+def write_all(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[np.ndarray], dtype: Any, shard_bytes: int
+) -> None:
+    """Write tensors, given in the order of `shapes`, into files of at most `shard_bytes`, with an index if several."""
+    files = split(shapes, dtype, shard_bytes)
+    for name, keys in files.items():
+        write_file(folder / name, {key: shapes[key] for key in keys}, tensors, dtype)
+    if len(files) > 1:
+        size = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(dtype).itemsize
+        weight_map = {key: name for name, keys in files.items() for key in keys}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
