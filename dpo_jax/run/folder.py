@@ -1,0 +1,141 @@
+"""The run folder: what is in it, whether it is ours, and whether a run in it is new, unfinished or finished.
+
+run.json       marks the folder as a run of ours: the options as given, and whether the run has finished;
+config.json    the resolved options (what was computed from the data, such as the number of steps, filled in);
+metrics.jsonl, TensorBoard events, checkpoints/, model/, adapter/, report.html
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_jax.errors import InputError
+
+# Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
+FREE = ("out", "mesh.", "distributed.", "checkpoint.", "data.workers")
+
+Status = Literal["new", "unfinished", "finished"]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as what `json` reads back (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all. Raises `InputError` when the disk is full or read-only."""
+    data = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path | str, error: OSError) -> InputError:
+    """The one line for a full or unwritable disk."""
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
+
+
+class RunFolder:
+    """One run folder of one command. `open` decides what may happen in it, before anything expensive."""
+
+    def __init__(self, path: Path, command: str, config: Mapping[str, Any], *, writes: bool = True):
+        """`config`: the options as given (JSON-able, nested). `writes`: False in every process but the first."""
+        self.path = path
+        self.command = command
+        self.given = dict(config)
+        self.writes = writes
+
+    @property
+    def marker(self) -> Path:
+        """The file that makes a folder a run folder."""
+        return self.path / "run.json"
+
+    def open(self) -> Status:
+        """Say whether the run is new, unfinished or finished. Nothing is written yet (see `claim`).
+
+        Raises `InputError` where the folder holds something else, a run of another command, a run with other options
+        (the first that differs is named), or cannot be written. A run that never reached a checkpoint counts as new.
+        """
+        if not self.marker.exists():
+            self._check_free()
+            return "new"
+        try:
+            marker = json.loads(self.marker.read_text())
+            command, before, finished = marker["command"], flatten(marker["given"]), bool(marker["finished"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.marker}: not readable as the marker of a run; choose another --out") from error
+        if command != self.command:
+            raise InputError(f"{self.path}: holds a run of `dpo-jax {command}`; choose another --out")
+        if not finished and not has_checkpoints(self.path):
+            return "new"
+        now = flatten(self.given)
+        for name in sorted(before.keys() | now.keys()):
+            if name.startswith(FREE) or before.get(name) == now.get(name):
+                continue
+            raise InputError(
+                f"{self.path}: the run in it has {option(name)} {before.get(name)}, this command has {now.get(name)};"
+                " give the same value to go on with it, or choose another --out"
+            )
+        return "finished" if finished else "unfinished"
+
+    def _check_free(self) -> None:
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise InputError(f"{self.path}: exists and is not a run of dpo-jax; choose another --out")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"{self.path}: {parent} is not a writable folder; choose another --out")
+
+    def claim(self, resolved: Mapping[str, Any]) -> None:
+        """Make the folder ours: write the marker and the resolved options. Call it once the input has been checked."""
+        self._mark(finished=False)
+        if self.writes:
+            write_atomically(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
+
+    def _mark(self, *, finished: bool) -> None:
+        if self.writes:
+            content = {"command": self.command, "finished": finished, "given": self.given}
+            write_atomically(self.marker, json.dumps(content, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._mark(finished=True)
+
+
+def has_checkpoints(path: Path) -> bool:
+    """True where at least one checkpoint was completed in this run folder."""
+    folder = path / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field of the configuration."""
+    return {"source": "--data", "eval_source": "--eval_data"}.get(name, f"--{name}")

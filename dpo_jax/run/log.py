@@ -1,0 +1,220 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard events, a progress bar, and warnings in words."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dpo_jax.errors import InputError
+from dpo_jax.run.folder import cannot_write
+
+# Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
+CLOCK_KEYS = ("tokens_per_second", "seconds_per_step")
+
+Row = dict[str, float | int]
+
+
+def say(text: str) -> None:
+    """One line to the person who waits, on stderr (stdout is for results)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A bar on a terminal; elsewhere (a file, a job's log) one plain line every ten seconds and one at the end."""
+
+    def __init__(self, label: str, total: int, *, done: int = 0, shown: bool = True, every_seconds: float = 10.0):
+        console = Console(stderr=True)
+        self._label, self._total, self._done, self._text = label, total, done, ""
+        self._every, self._last = every_seconds, time.monotonic()
+        self._plain = shown and not console.is_terminal
+        self._printed = -1
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not shown or self._plain,
+        )
+        self._task = self._bar.add_task(label, total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._plain and self._printed != self._done:
+            self._line()
+        self._bar.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        """Show that `done` of `total` are done, with a few figures as `text`."""
+        self._done, self._text = done, text
+        self._bar.update(self._task, completed=done, text=text)
+        if self._plain and time.monotonic() - self._last >= self._every:
+            self._line()
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar.disable:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def _line(self) -> None:
+        say(f"{self._label} {self._done}/{self._total} {self._text}".rstrip())
+        self._last, self._printed = time.monotonic(), self._done
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; what stands after the last whole line (a killed process) is left out."""
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricLog:
+    """The log of one run. Only the process that `writes` touches the disk and the terminal.
+
+    Args:
+      folder: the run folder; `metrics.jsonl` and the TensorBoard events go there.
+      total: steps of the whole run.
+      start: steps already done (of a resumed run): rows after it are cut off, so that the run repeats them exactly.
+    """
+
+    def __init__(self, folder: Path, *, total: int, start: int = 0, writes: bool = True):
+        self.path = folder / "metrics.jsonl"
+        self.rows: list[Row] = [row for row in read_metrics(self.path) if row["step"] <= start] if start else []
+        self._writes = writes
+        self._drift = DriftWarning()
+        self.bar = ProgressBar("training", total, done=start, shown=writes)
+        for row in self.rows:
+            self._drift.add(row)
+        if not writes:
+            return
+        if [row["step"] for row in self.rows] != list(range(1, start + 1)):
+            raise InputError(
+                f"{self.path}: does not hold steps 1 to {start}, which the checkpoint has; restore the file, or start"
+                " again with another --out"
+            )
+        from tensorboardX import SummaryWriter
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = "".join(json.dumps(row) + "\n" for row in self.rows)
+            self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by `close`
+            self._file.write(kept.encode())
+            self._file.truncate()
+            self._file.flush()
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def __enter__(self) -> Self:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__(kind, error, trace)
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+    def write(self, row: Row) -> None:
+        """Append the row of one step ("step" and the metrics): to the file (flushed), TensorBoard and the bar."""
+        if "logps/chosen" in row:
+            # The metrics of the first step are those of the untrained model.
+            first = self.rows[0] if self.rows else row
+            row = {**row, "logps/chosen_change": row["logps/chosen"] - first["logps/chosen"]}
+        self.rows.append(row)
+        if not self._writes:
+            return
+        try:
+            self._file.write((json.dumps(row) + "\n").encode())
+            self._file.flush()
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, int(row["step"]))
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self.bar.update(int(row["step"]), summary_text(row))
+        warning = self._drift.add(row)
+        if warning:
+            self.bar.say(f"warning: {warning}")
+
+    def sync(self) -> None:
+        """Make sure that what was written is on the disk (before a checkpoint claims those steps as done)."""
+        if not self._writes:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._events.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def summary_text(row: Mapping[str, float]) -> str:
+    """The few figures that stand beside the progress bar."""
+    shown = (
+        ("loss", "loss", ".4f"),
+        ("rewards/accuracies", "accuracy", ".2f"),
+        ("tokens_per_second", "tokens/s", ",.0f"),
+    )
+    return "  ".join(f"{label} {row[key]:{form}}" for key, label, form in shown if key in row)
+
+
+class DriftWarning:
+    """Notices, once a run, that the chosen responses become less likely while the accuracy rises.
+
+    That is what a preference loss may do unseen: it asks only for the difference of the two. The means over the last
+    `window` steps are compared with those over the first, beyond twice the standard error of their difference.
+    """
+
+    def __init__(self, window: int = 20):
+        self._window = window
+        self._logps: list[float] = []
+        self._accuracies: list[float] = []
+        self._warned = False
+
+    def add(self, row: Mapping[str, float]) -> str | None:
+        """Take in the row of a step; return the warning, in words, if now is the time for it."""
+        if self._warned or "logps/chosen" not in row or "rewards/accuracies" not in row:
+            return None
+        self._logps.append(row["logps/chosen"])
+        self._accuracies.append(row["rewards/accuracies"])
+        n = self._window
+        if len(self._logps) < 2 * n:
+            return None
+        first, last = np.asarray(self._logps[:n]), np.asarray(self._logps[-n:])
+        error = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / n)
+        accuracy_first, accuracy_last = np.mean(self._accuracies[:n]), np.mean(self._accuracies[-n:])
+        if last.mean() >= first.mean() - 2 * error or accuracy_last <= accuracy_first:
+            return None
+        self._warned = True
+        return (
+            f"at step {int(row['step'])} the chosen responses have become less likely (logps/chosen {last.mean():.1f},"
+            f" at the start {first.mean():.1f}) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}): the"
+            " model is pushed away from the rejected responses and from the chosen ones too; a smaller learning rate, a"
+            " larger --dpo.beta, --dpo.nll_coefficient or --dpo.loss dpop counteracts this"
+        )

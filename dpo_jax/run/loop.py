@@ -1,0 +1,231 @@
+"""The one training loop. It knows nothing of the algorithm: a state, a step, batches in; log rows and checkpoints out.
+
+While the devices compute step n, the host logs step n - 1 and prepares the batch of step n + 1; only evaluation and
+checkpoints wait for the devices.
+
+Where a run resumes: at the newest intact checkpoint, with the state, the position in the data and the log as they were
+there. Every batch is a function of the seed and the position and every step a function of state and batch, so the
+steps after it come out bit for bit as they would have without the interruption.
+"""
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import one_per_device, put_batch, replicated
+from dpo_jax.run.log import MetricLog, Row
+from dpo_jax.state import TrainState
+from dpo_jax.weights.checkpoint import Checkpoints
+
+PER_ROW = "rows/"
+"""Metrics under this prefix are int32 [B], row numbers that are to blame and -1 elsewhere; only the guard reads them."""
+
+
+class Batch(Protocol):
+    """A batch names the rows of the data set that it holds: int32 [B], -1 for fillers."""
+
+    rows: Any
+
+
+class Loader(Protocol):
+    """Batches in order, and where in that order it stands."""
+
+    def __iter__(self) -> Iterable[Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens, in steps."""
+
+    steps: int
+    checkpoint_every: int
+    eval_every: int | None = None
+    save_after_eval: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop hands back: the last state, and whether all steps were done or a signal stopped it."""
+
+    state: TrainState
+    step: int
+    finished: bool
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    loader: Any,
+    *,
+    plan: Plan,
+    mesh: Mesh,
+    log: MetricLog,
+    checkpoints: Checkpoints,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+) -> Outcome:
+    """Train from `state.step` to `plan.steps`.
+
+    Args:
+      state: donated.
+      step: a jitted step, `mesh.ShardedStep`.
+      loader: a `Loader` that stands at the batch after `state.step`.
+      evaluate: figures of a state; logged as `eval_...` in the row of its step.
+
+    Returns:
+      An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
+
+    Raises:
+      InputError: a figure or a weight is not finite (the step and the rows are named; nothing of it is saved), or the
+        disk is full.
+    """
+    done = int(jax.device_get(state.step))
+    stopping = False
+    pending: _Pending | None = None
+    with StopRequest(mesh) as stop:
+        mark = time.perf_counter()
+        for batch in itertools.islice(iter(loader), plan.steps - done):
+            on_device = put_batch(mesh, batch)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, on_device)
+            del on_device
+            done += 1
+            previous, pending = pending, _Pending(done, metrics, np.asarray(batch.rows), stop.everywhere())
+            if previous is not None:
+                row, stopping = previous.fetch(mark)
+                mark = time.perf_counter()
+                log.write(row)
+            stopping = stopping or stop.here()
+            last = done == plan.steps
+            evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
+            saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.save_after_eval)
+            if not (evaluating or saving):
+                continue
+            row, asked = pending.fetch(mark)
+            stopping = stopping or asked
+            if evaluating:
+                assert evaluate is not None
+                row |= {f"eval_{name}": value for name, value in evaluate(state).items()}
+            log.write(row)
+            if saving:
+                _refuse_nonfinite(state, pending)
+                log.sync()
+                checkpoints.save(state, data=loader.get_state(), metrics=row)
+            pending = None
+            mark = time.perf_counter()
+            if stopping:
+                break
+        checkpoints.wait()
+    if not stopping and done != plan.steps:
+        raise RuntimeError(f"the loader ended at step {done} of {plan.steps}")
+    return Outcome(state, done, finished=done == plan.steps)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose figures are still being computed."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    rows: np.ndarray
+    stop: jax.Array | None
+
+    def fetch(self, mark: float) -> tuple[Row, bool]:
+        """Wait for this step; its row of the log, and whether any process was asked to stop when it was dispatched.
+
+        `mark` is when the step before was fetched. Raises `InputError` when a figure is not finite.
+        """
+        values = jax.device_get(dict(self.metrics))
+        seconds = time.perf_counter() - mark
+        row: Row = {"step": self.step}
+        row |= {name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)}
+        bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            per_row = [np.asarray(value) for name, value in values.items() if name.startswith(PER_ROW)]
+            raise InputError(_not_finite(self.step, bad[0], self.blame(per_row)))
+        row["seconds_per_step"] = seconds
+        if "tokens" in row:
+            row["tokens_per_second"] = row["tokens"] / seconds
+        return row, self.stop is not None and bool(jax.device_get(self.stop))
+
+    def blame(self, per_row: list[np.ndarray]) -> str:
+        """The rows to name: those that a per-row figure gives, or else all of the batch."""
+        guilty = {int(row) for rows in per_row for row in rows.ravel() if row >= 0}
+        among = sorted(guilty or {int(row) for row in self.rows if row >= 0})
+        numbers = f"row{'s' * (len(among) > 1)} {', '.join(map(str, among))} of the data"
+        return f"from {numbers}" if guilty else f"somewhere in {numbers}"
+
+
+def _not_finite(step: int, what: str, where: str) -> str:
+    return (
+        f"step {step}: {what}, {where}; the last checkpoint is intact: look at those rows, or lower"
+        " --optimizer.learning_rate, and start again with another --out"
+    )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _refuse_nonfinite(state: TrainState, pending: _Pending) -> None:
+    """Stop before a state with a NaN or infinity in it is saved over a good one."""
+    if not bool(jax.device_get(_all_finite((state.trainable, state.opt_state)))):
+        raise InputError(_not_finite(pending.step, "the update left a weight not finite", pending.blame([])))
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT interrupts at once.
+
+    With several processes the signal may reach them at different steps, or only one of them, and they must stop at the
+    same step. So with each step goes an "any of us?" over all devices, which is read, like the step's figures, while
+    the next step runs.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+        self._devices, self._split = mesh.size, one_per_device(mesh)
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                break  # not in the main thread, where alone handlers can be set: whoever runs the thread handles them
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def here(self) -> bool:
+        """Whether to stop now. False with several processes: they go by `everywhere`."""
+        return self._asked and jax.process_count() == 1
+
+    def everywhere(self) -> jax.Array | None:
+        """bool [], whether any process was asked, without waiting for it; None with one process."""
+        if jax.process_count() == 1:
+            return None
+        mine = np.full(1, self._asked)
+        return self._any(jax.make_array_from_callback((self._devices,), self._split, lambda index: mine))

@@ -1,0 +1,274 @@
+"""Checkpoints of a whole run, by orbax: asynchronous, atomic, restorable on another mesh.
+
+What is in one: the step, the trained weights and the optimizer state; the position in the data; the identity of the run
+(which model, data and options: a checkpoint of anything else is refused); a hash of the arrays.
+What is not: frozen weights. Under LoRA they are the base model and with a live reference the reference model, both of
+which are loaded again from where they came; their hash is part of the identity.
+
+Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state), `meta/` (JSON), and `files.json`, the size of every
+file, written before the checkpoint gets its final name.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dpo_jax.errors import InputError
+from dpo_jax.state import TrainState
+from dpo_jax.weights.fingerprint import fingerprint
+
+FILES = "files.json"
+Identity = Mapping[str, str | int | float | bool | None]
+
+# A smaller value of these is better; of every other metric, a larger one.
+_SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
+
+
+def saved(state: TrainState) -> dict[str, Any]:
+    """The part of a state that a checkpoint holds."""
+    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restored checkpoint: the state, and where the data stood (what the loader's `get_state` gave)."""
+
+    state: TrainState
+    step: int
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process makes one and calls its methods together with the others.
+
+    Args:
+      folder: where they go, one subfolder a step.
+      keep: how many of the newest to keep.
+      best: also keep the best by this metric (of those that were saved with it).
+      identity: flat facts that a checkpoint must share with this run, by the name that the error message shows.
+      say: where notes in words go (a damaged checkpoint that is passed over).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        best: str | None = None,
+        identity: Identity | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.folder = Path(folder).absolute()
+        self._best = best
+        self._identity = dict(identity or {})
+        self._say = say if jax.process_index() == 0 else (lambda text: None)
+        # Orbax tells at length of every file it touches.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._set_aside_damaged()
+        self._manager = self._open(keep)
+
+    def _open(self, keep: int) -> ocp.CheckpointManager:
+        newest = policies.LatestN(n=keep)
+        policy: Any = newest
+        if self._best is not None:
+            reverse = any(word in self._best for word in _SMALLER_IS_BETTER)
+            best = policies.BestN(
+                get_metric_fn=self._metric, reverse=reverse, n=1, keep_checkpoints_without_metrics=False
+            )
+            policy = policies.AnyPreservationPolicy([newest, best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=None if self._best is None else self._metric,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sizes),
+        )
+        try:
+            return ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _metric(self, metrics: Mapping[str, float]) -> float:
+        assert self._best is not None
+        return metrics[self._best]
+
+    def steps(self) -> list[int]:
+        """The steps of the completed checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, *, data: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+        """Start saving; the arrays are written while training goes on. At a step that is saved already, do nothing.
+
+        Args:
+          state: its arrays may be donated right after this call.
+          data: the position in the data, JSON-able.
+          metrics: figures of this step; the `best` metric is looked up here (a checkpoint without it cannot be best).
+
+        Raises `InputError` when this or the previous checkpoint could not be written (a full disk).
+        """
+        step = int(jax.device_get(state.step))
+        tree = saved(state)
+        meta = {
+            "format": 1,
+            "step": step,
+            "identity": self._identity,
+            "data": dict(data),
+            "arrays": _describe(tree),
+            "hash": fingerprint(tree),
+        }
+        chosen = None
+        if self._best is not None and metrics is not None and self._best in metrics:
+            chosen = {self._best: float(metrics[self._best])}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        try:
+            self.wait()
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=arguments, metrics=chosen, force=True)
+        except _WRITE_ERRORS as error:
+            raise self._cannot_write(error) from error
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is complete on the disk. Raises `InputError` when it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except _WRITE_ERRORS as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Wait, and release the threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, state: TrainState) -> Restored | None:
+        """The newest intact checkpoint, laid out over devices as `state` is; None where there is none.
+
+        `state` says what is expected (shapes, dtypes, shardings) and gives the frozen weights; its other arrays are
+        freed, as if it had been donated. A damaged checkpoint is passed over, in words, for the one before it.
+        Raises `InputError` when the newest belongs to another run, or when every one is damaged.
+        """
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved(state))
+        freed = False
+        for step in reversed(self.steps()):
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                self._check_identity(step, meta, _describe(target))
+                if not freed:  # two copies of a large state would not fit
+                    jax.tree.map(lambda x: x.delete(), saved(state))
+                    freed = True
+                tree = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                ).state
+                if fingerprint(tree) != meta["hash"]:
+                    raise _Damaged("its arrays are not those that were saved")
+            except InputError:
+                raise
+            except (OSError, ValueError, KeyError, _Damaged) as error:  # what orbax and tensorstore make of bad files
+                self._set_aside(step, str(error))
+                self._manager.reload()
+                continue
+            return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
+        if any(self.folder.glob("damaged-*")):
+            raise InputError(
+                f"{self.folder}: every checkpoint was damaged and is set aside; run the command again to start from the"
+                " beginning, or choose another --out"
+            )
+        return None
+
+    def _check_identity(self, step: int, meta: Mapping[str, Any], expected: Mapping[str, list[Any]]) -> None:
+        there = meta["identity"]
+        for name in sorted(there.keys() | self._identity.keys()):
+            if there.get(name) != self._identity.get(name):
+                raise InputError(
+                    f"{self.folder / str(step)}: belongs to another run: {name} is {there.get(name)} there and"
+                    f" {self._identity.get(name)} here; choose another --out"
+                )
+        for name in sorted(meta["arrays"].keys() | expected.keys()):
+            if meta["arrays"].get(name) != expected.get(name):
+                raise InputError(
+                    f"{self.folder / str(step)}: belongs to another model or optimizer: {name} is"
+                    f" {meta['arrays'].get(name)} there and {expected.get(name)} here; choose another --out"
+                )
+
+    def _set_aside_damaged(self) -> None:
+        """Set aside checkpoints whose files are not all there, so that orbax never sees them. Process 0 looks."""
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for path in sorted(self.folder.iterdir()):
+                reason = _missing_or_cut(path) if path.name.isdigit() else None
+                if reason:
+                    self._set_aside(int(path.name), reason)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Say that a checkpoint is damaged, and rename it: its step will be saved again."""
+        if jax.process_index() != 0:
+            return
+        path = self.folder / str(step)
+        kept = _free_name(self.folder / f"damaged-{step}")
+        path.rename(kept)
+        self._say(
+            f"checkpoint {step} is damaged ({' '.join(reason.split())[:200]}): set aside as {kept};"
+            " the one before it is used"
+        )
+
+    def _write_sizes(self) -> None:
+        """Record the files of the checkpoint that is about to get its final name."""
+        if jax.process_index() != 0:
+            return
+        for unfinished in self.folder.glob("*orbax-checkpoint-tmp*"):
+            # What stands in subfolders is complete by now; orbax still writes to its own notes beside them.
+            paths = [path for path in sorted(unfinished.glob("*/**/*")) if path.is_file()]
+            sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
+            (unfinished / FILES).write_text(json.dumps(sizes))
+
+    def _cannot_write(self, error: BaseException) -> InputError:
+        return InputError(
+            f"{self.folder}: a checkpoint cannot be written ({' '.join(str(error).split())[:200]});"
+            " free space or choose another --out; the checkpoints before it are intact"
+        )
+
+
+class _Damaged(Exception):
+    """A checkpoint that reads, and is not what was saved."""
+
+
+# Tensorstore reports a failed write as a ValueError.
+_WRITE_ERRORS = (OSError, ValueError)
+
+
+def _describe(tree: Any) -> dict[str, list[Any]]:
+    """{path of the leaf: [dtype, shape]}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): [str(np.dtype(x.dtype)), list(x.shape)] for path, x in leaves}
+
+
+def _missing_or_cut(step: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, by the sizes recorded in it; None when all are there."""
+    try:
+        sizes = json.loads((step / FILES).read_text())
+    except (OSError, ValueError):
+        return f"{FILES} is missing or unreadable"
+    for name, size in sizes.items():
+        path = step / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number behind it where that name is taken."""
+    candidate, i = path, 1
+    while candidate.exists():
+        i += 1
+        candidate = path.with_name(f"{path.name}-{i}")
+    return candidate

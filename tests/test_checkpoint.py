@@ -1,0 +1,244 @@
+"""Checkpoints: round trip, how many are kept, damage, another mesh, another run."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import state as states
+from dpo_jax.config import OptimizerConfig
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import make_mesh, replicated, sharding
+from dpo_jax.state import TrainState
+from dpo_jax.weights.checkpoint import Checkpoints
+
+
+def apply(variables, x):
+    return x @ variables["params"]["mlp"]["kernel"]
+
+
+def make_state(mesh=None, seed: int = 0, width: int = 8, frozen=None) -> TrainState:
+    mesh = mesh or make_mesh()
+    kernel = jax.random.normal(jax.random.key(seed), (width, width))
+    params = {
+        "mlp": {"kernel": jax.device_put(kernel, sharding(mesh, ("embed", "mlp")))},
+        "norm": {"scale": jax.device_put(jnp.ones(width), replicated(mesh))},
+    }
+    tx = states.make_optimizer(OptimizerConfig(learning_rate=0.1))
+    return states.create(apply, {"params": params}, tx, frozen=frozen)
+
+
+@jax.jit
+def update(state: TrainState) -> TrainState:
+    gradients = jax.tree.map(lambda x: jnp.sin(x + state.step), state.trainable)
+    return state.apply_gradients(gradients)
+
+
+def arrays(state: TrainState) -> list[np.ndarray]:
+    return [np.array(x) for x in jax.tree.leaves((state.step, state.trainable, state.opt_state))]
+
+
+def assert_same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def fill(folder: Path, steps: int, *, keep: int = 10, **options) -> list[list[np.ndarray]]:
+    """Checkpoints of steps 1 to `steps` in `folder`; the arrays at each step, from step 0."""
+    state, history = make_state(), []
+    history.append(arrays(state))
+    checkpoints = Checkpoints(folder, keep=keep, **options)
+    for step in range(1, steps + 1):
+        state = update(state)
+        history.append(arrays(state))
+        checkpoints.save(state, data={"position": step}, metrics={"eval_loss": abs(step - 2.0), "eval_accuracy": step})
+    checkpoints.close()
+    return history
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    history = fill(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path, keep=10)
+    restored = checkpoints.restore(make_state(seed=5))
+    assert restored is not None
+    assert (restored.step, restored.data) == (2, {"position": 2})
+    assert_same(arrays(restored.state), history[2])
+    assert_same(arrays(update(restored.state)), arrays(update(restored.state)))
+    checkpoints.close()
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = make_state()
+    assert checkpoints.restore(state) is None
+    assert arrays(state)  # and the state is still whole
+    checkpoints.close()
+
+
+def test_training_goes_on_while_it_saves(tmp_path: Path) -> None:
+    """The arrays are those at the call, though the next step is given their buffers at once."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = make_state(width=512)
+    donating = jax.jit(lambda s: update(s), donate_argnums=0)
+    at_call = arrays(state)
+    checkpoints.save(state, data={})
+    for _ in range(3):
+        state = donating(state)
+    jax.block_until_ready(state.trainable)
+    checkpoints.wait()
+    restored = checkpoints.restore(make_state(width=512, seed=1))
+    assert restored is not None
+    assert_same(arrays(restored.state), at_call)
+    checkpoints.close()
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    fill(tmp_path, 5, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.steps() == [4, 5]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("metric", "kept"), [("eval_loss", [2, 5]), ("eval_accuracy", [5])])
+def test_keeps_the_best(tmp_path: Path, metric: str, kept: list[int]) -> None:
+    fill(tmp_path, 5, keep=1, best=metric)
+    checkpoints = Checkpoints(tmp_path, keep=1, best=metric)
+    assert checkpoints.steps() == kept
+    checkpoints.close()
+
+
+def test_the_best_survives_a_restart(tmp_path: Path) -> None:
+    fill(tmp_path, 3, keep=1, best="eval_loss")
+    checkpoints = Checkpoints(tmp_path, keep=1, best="eval_loss")
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert restored.step == 3
+    checkpoints.save(update(restored.state), data={}, metrics={"eval_loss": 9.0})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [("fsdp", (1, 8, 1)), ("both", (2, 2, 2)), ("tensor", (1, 1, 8))])
+def test_restores_onto_another_mesh(tmp_path: Path, shape: str, sizes: tuple[int, int, int]) -> None:
+    history = fill(tmp_path, 1)
+    target = make_state(make_mesh(*sizes), seed=3)
+    layout = jax.tree.map(lambda x: x.sharding, (target.trainable, target.opt_state))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    restored = checkpoints.restore(target)
+    assert restored is not None
+    assert_same(arrays(restored.state), history[1])
+    assert jax.tree.map(lambda x: x.sharding, (restored.state.trainable, restored.state.opt_state)) == layout
+    checkpoints.close()
+
+
+def largest_file(step: Path) -> Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(step: Path) -> None:
+    data = next(p for p in sorted((step / "state").rglob("d/*")) if p.is_file())
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+
+
+def remove(step: Path) -> None:
+    largest_file(step).unlink()
+
+
+def flip(step: Path) -> None:
+    """Same size, other contents, in every data file."""
+    for data in (step / "state").rglob("d/*"):
+        content = bytearray(data.read_bytes())
+        for i in range(len(content) // 4, len(content), 5):
+            content[i] ^= 0xFF
+        data.write_bytes(bytes(content))
+
+
+def spoil_meta(step: Path) -> None:
+    (step / "meta" / "metadata").write_text("{")
+
+
+def lose_the_list(step: Path) -> None:
+    (step / "files.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, remove, flip, spoil_meta, lose_the_list])
+def test_a_damaged_checkpoint_falls_back(tmp_path: Path, damage) -> None:
+    history = fill(tmp_path, 3)
+    damage(tmp_path / "3")
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=10, say=said.append)
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert restored.step == 2
+    assert_same(arrays(restored.state), history[2])
+    assert len(said) == 1
+    assert "checkpoint 3 is damaged" in said[0]
+    # Step 3 can be saved again.
+    checkpoints.save(update(restored.state), data={})
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=10, say=said.append)
+    assert again.steps() == [1, 2, 3]
+    assert len(said) == 1
+    again.close()
+
+
+def test_all_damaged(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    truncate(tmp_path / "1")
+    truncate(tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path, keep=10, say=lambda text: None)
+    with pytest.raises(InputError, match="every checkpoint was damaged"):
+        checkpoints.restore(make_state())
+    checkpoints.close()
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, 1, identity={"data": "aaa", "model": "x"})
+    checkpoints = Checkpoints(tmp_path, keep=1, identity={"data": "bbb", "model": "x"})
+    with pytest.raises(InputError, match="data is aaa there and bbb here") as caught:
+        checkpoints.restore(make_state())
+    assert "\n" not in str(caught.value)
+    checkpoints.close()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(InputError, match=r"belongs to another model.*\[8, 8\].*\[16, 16\]"):
+        checkpoints.restore(make_state(width=16))
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+def test_frozen_weights_are_not_written(tmp_path: Path) -> None:
+    frozen = {"reference": {"kernel": jax.device_put(jnp.ones((64, 64)), replicated(make_mesh()))}}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(make_state(frozen=frozen), data={})
+    checkpoints.wait()
+    meta = json.loads((tmp_path / "0" / "meta" / "metadata").read_text())
+    assert not any("reference" in name for name in meta["arrays"])
+    restored = checkpoints.restore(make_state(frozen=frozen))
+    assert restored is not None
+    assert restored.state.frozen["reference"]["kernel"].shape == (64, 64)
+    checkpoints.close()
+
+
+def test_leftovers_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    leftover = tmp_path / "2.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert restored.step == 1
+    checkpoints.save(update(restored.state), data={})
+    checkpoints.close()
+    assert not leftover.exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1", "2"]
