@@ -214,7 +214,7 @@ class DriftWarning:
         self._warned = True
         return (
             f"at step {int(row['step'])} the chosen responses have become less likely (logps/chosen {last.mean():.1f},"
-            f" at the start {first.mean():.1f}) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}): the"
-            " model is pushed away from the rejected responses and from the chosen ones too; a smaller learning rate, a"
-            " larger --dpo.beta, --dpo.nll_coefficient or --dpo.loss dpop counteracts this"
+            f" at the start {first.mean():.1f}) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}):"
+            " the model is pushed away from the rejected responses and from the chosen ones too; a smaller learning"
+            " rate, a larger --dpo.beta, --dpo.nll_coefficient or --dpo.loss dpop counteracts this"
         )

@@ -29,7 +29,7 @@ from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
 
 PER_ROW = "rows/"
-"""Metrics under this prefix are int32 [B], row numbers that are to blame and -1 elsewhere; only the guard reads them."""
+"""Metrics under this prefix are int32 [B], row numbers that are to blame and -1 elsewhere; the guard reads them."""
 
 
 class Batch(Protocol):

@@ -158,14 +158,13 @@ class Checkpoints:
         freed = False
         for step in reversed(self.steps()):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
                 self._check_identity(step, meta, _describe(target))
                 if not freed:  # two copies of a large state would not fit
                     jax.tree.map(lambda x: x.delete(), saved(state))
                     freed = True
-                tree = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                ).state
+                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                tree = self._manager.restore(step, args=arguments)["state"]
                 if fingerprint(tree) != meta["hash"]:
                     raise _Damaged("its arrays are not those that were saved")
             except InputError:

@@ -1,0 +1,191 @@
+"""The report of a run: one HTML file with its pictures inside, readable without a network.
+
+It is built from sections (plots, tables, texts), so that any command can put its own together. Everything that comes
+from outside (options, file names, texts of a model) is escaped.
+"""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from dpo_jax.run.folder import flatten, write_atomically
+from dpo_jax.run.log import Row
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+p.note { color: #666 } table { border-collapse: collapse; font-size: .92em }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4 }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem } th { font-weight: 600 }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem } .plots figure { margin: 0 } .plots svg { max-width: 100%; height: auto }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines over a common x axis, or (with `bars`) a histogram given as bin edges x and counts y."""
+
+    title: str
+    series: tuple[Series, ...]
+    x_label: str = "step"
+    bars: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; `texts` names the columns that hold running text."""
+
+    head: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a line of explanation, and plots or a table."""
+
+    title: str
+    note: str = ""
+    plots: tuple[Plot, ...] = ()
+    table: Table | None = None
+
+
+def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
+    """Write the HTML file. Raises `InputError` when the disk is full or not writable."""
+    body = "\n".join(_section(section) for section in sections)
+    write_atomically(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n"
+        f"{body}\n</body></html>\n",
+    )
+
+
+def training_section(rows: Sequence[Row]) -> Section:
+    """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
+    wanted = (
+        ("Loss", ("loss", "eval_loss", "nll_loss")),
+        ("Rewards", ("rewards/chosen", "rewards/rejected")),
+        ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
+        ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
+        ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
+        ("KL to the reference", ("kl", "eval_kl")),
+        ("Learning rate", ("learning_rate",)),
+        ("Gradient norm before clipping", ("grad_norm",)),
+    )
+    plots = []
+    for title, names in wanted:
+        series = [_series(rows, name) for name in names]
+        shown = tuple(s for s in series if s.x)
+        if shown:
+            plots.append(Plot(title, shown))
+    return Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
+
+
+def _series(rows: Sequence[Row], name: str) -> Series:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return Series(name, [x for x, _ in points], [y for _, y in points])
+
+
+def final_section(rows: Sequence[Row]) -> Section:
+    """The figures of the last step, and the first for comparison."""
+    if not rows:
+        return Section("Final figures", "No step was made.")
+    first, last = rows[0], rows[-1]
+    names = [name for name in last if name != "step"]
+    cells = [(name, _number(first.get(name)), _number(last[name])) for name in names]
+    return Section("Final figures", table=Table(("figure", f"step {first['step']}", f"step {last['step']}"), cells))
+
+
+def options_section(config: Mapping[str, Any]) -> Section:
+    """All options, as they were in force."""
+    rows = [(f"--{name}", "" if value is None else value) for name, value in flatten(config).items()]
+    return Section("Options", table=Table(("option", "value"), rows))
+
+
+def lengths_plot(title: str, lengths: Mapping[str, np.ndarray]) -> Plot:
+    """Histogram of token counts, one outline for each kind of text."""
+    top = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
+    edges = np.linspace(0, top + 1, 41)
+    series = tuple(
+        Series(name, edges.tolist(), np.histogram(values, edges)[0].tolist()) for name, values in lengths.items()
+    )
+    return Plot(title, series, x_label="tokens", bars=True)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.note:
+        parts.append(f'<p class="note">{html.escape(section.note)}</p>')
+    if section.plots:
+        figures = "".join(f"<figure>{_svg(plot)}</figure>" for plot in section.plots)
+        parts.append(f'<div class="plots">{figures}</div>')
+    if section.table is not None:
+        parts.append(_table(section.table))
+    return "\n".join(parts)
+
+
+def _table(table: Table) -> str:
+    def cell(name: str, value: Any) -> str:
+        kind = ' class="text"' if name in table.texts else ""
+        return f"<td{kind}>{html.escape(str(value))}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
+    rows = ("".join(cell(name, value) for name, value in zip(table.head, row, strict=True)) for row in table.rows)
+    return f"<table><tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _svg(plot: Plot) -> str:
+    # A fixed salt and no date: the same run gives the same file.
+    with rc_context({"svg.hashsalt": "dpo_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for series in plot.series:
+            _draw(axes, series, bars=plot.bars)
+        axes.set_title(_plain(plot.title), loc="left")
+        axes.set_xlabel(_plain(plot.x_label))
+        if len(plot.series) > 1:
+            axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw(axes: Any, series: Series, *, bars: bool) -> None:
+    label = _plain(series.label)
+    if bars:
+        axes.stairs(series.y, series.x, label=label)
+        return
+    if len(series.x) < 50:
+        axes.plot(series.x, series.y, label=label, marker="." if len(series.x) < 20 else None)
+        return
+    (line,) = axes.plot(series.x, series.y, linewidth=0.6, alpha=0.35)
+    window = max(len(series.x) // 25, 5)
+    mean = np.convolve(series.y, np.ones(window) / window, mode="valid")
+    axes.plot(series.x[window - 1 :], mean, color=line.get_color(), label=label)
+
+
+def _plain(text: str) -> str:
+    """Text without matplotlib's formula signs."""
+    return text.replace("$", r"\$")
