@@ -1,0 +1,266 @@
+"""A tokenised preference data set, in memory: two flat arrays of ids and where each row lies in them."""
+
+import hashlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import DataConfig
+from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, truncate
+from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, Extra, parse_pair
+from dpo_jax.data.problems import BadRow, Tally
+from dpo_jax.errors import InputError
+
+_CHUNK = 256  # rows tokenised in one call: enough for the tokenizer's threads, little memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of unequal length in one flat array; item i is `values[starts[i] : starts[i + 1]]`."""
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, items: Sequence[np.ndarray], dtype: Any) -> "Ragged":
+        """Join `items`, 1-D arrays."""
+        starts = np.zeros(len(items) + 1, np.int64)
+        np.cumsum([len(item) for item in items], out=starts[1:])
+        return cls(np.concatenate([np.zeros(0, dtype), *items]).astype(dtype, copy=False), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.starts[i] : self.starts[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [len]."""
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
+class PreferenceDataset:
+    """N preference groups: a prompt and K responses each (K index 0 chosen, 1 rejected, 2 mismatched for KTO).
+
+    Attributes:
+      prompts: N sequences of ids, BOS included.
+      responses: N x K sequences of ids, response k of row i at i * K + k, terminator included; empty = absent.
+      formats: bool sequences like `responses`, True at tokens that the template wrote; None where nobody asked.
+      row_numbers: int32 [N], numbers of the rows in their file, from 1.
+      extras: column -> N values (None where a row has none).
+      dropped: how many rows were left out, by reason.
+      rows_read: how many rows the file held (or `limit`).
+      unused_columns: columns of the file that nothing reads.
+      terminators: ids that end a response.
+      source: what was read.
+      reference_logps: float32 [N, K], or None.
+    """
+
+    prompts: Ragged
+    responses: Ragged
+    formats: Ragged | None
+    row_numbers: np.ndarray
+    extras: dict[str, list[Extra | None]]
+    dropped: Counter[str]
+    rows_read: int
+    unused_columns: tuple[str, ...]
+    terminators: tuple[int, ...]
+    source: str
+    reference_logps: np.ndarray | None = None
+    problems: str = field(default="", repr=False)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """K."""
+        return len(self.responses) // len(self)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int64 [N]."""
+        return self.prompts.lengths
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """int64 [N, K]; 0 = absent."""
+        return self.responses.lengths.reshape(len(self), -1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the reference log-probabilities: ids, lengths and format masks, in order."""
+        digest = hashlib.sha256()
+        for part in (self.prompts, self.responses, self.formats):
+            for array in () if part is None else (part.values, part.starts):
+                digest.update(f"{array.dtype.str}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def with_reference(self, logps: np.ndarray) -> "PreferenceDataset":
+        """A copy with the summed reference log-probabilities float32 [N, K], in row order."""
+        logps = np.asarray(logps, np.float32)
+        if logps.shape != self.response_lengths.shape:
+            raise ValueError(f"reference log-probs {logps.shape} for a data set of shape {self.response_lengths.shape}")
+        return replace(self, reference_logps=logps)
+
+    def summary(self) -> str:
+        """A few lines for the log: rows used and left out, lengths, columns not read."""
+        prompts, responses = self.prompt_lengths, self.response_lengths[:, :2]
+        shown = responses[responses > 0]
+        lines = [
+            f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
+            f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()})"
+        ]
+        if self.problems:
+            lines.append(f"left out: {self.problems}")
+        if self.unused_columns:
+            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        return "\n".join(lines)
+
+
+def load_preferences(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    on_bad_rows: Literal["refuse", "skip"] = "refuse",
+    with_mismatched: bool = False,
+    with_format_masks: bool = False,
+    needs_pairs: bool = True,
+) -> PreferenceDataset:
+    """Read, check and tokenise a preference file.
+
+    Args:
+      source: see `files.read_rows`; the layouts of rows: see `preferences.py`.
+      tokenizer: a fast tokenizer.
+      config: template, lengths, limit.
+      vocab_size: rows of the model's embedding.
+      on_bad_rows: "refuse": read the whole file, then raise one error that counts the bad rows by reason and names the
+        first of each. "skip": leave them out. Which rows are left out in either case: see `problems.py`.
+      with_mismatched: add K index 2, the response of another prompt (for KTO's KL point).
+      with_format_masks: keep the masks of header and turn-end tokens.
+      needs_pairs: refuse unpaired rows (prompt, completion, label).
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
+    """
+    encoder = ConversationEncoder(tokenizer, config.template)
+    tally = Tally()
+    prompts: list[np.ndarray] = []
+    responses: list[np.ndarray] = []
+    formats: list[np.ndarray] = []
+    numbers: list[int] = []
+    extras: list[dict[str, Extra]] = []
+    columns: set[str] = set()
+    rows_read = 0
+
+    def encode(waiting: Sequence[tuple[int, Rendered, dict[str, Extra]]]) -> None:
+        encoded = encoder.encode([rendered for _, rendered, _ in waiting])
+        for (number, _, extra), pair in zip(waiting, encoded, strict=True):
+            try:
+                pair = _fitted(pair, config, encoder.bos)
+            except BadRow as problem:
+                tally.add(number, problem)
+                continue
+            _check_ids(pair, vocab_size, number)
+            prompts.append(pair.prompt)
+            responses.extend(pair.responses)
+            formats.extend(pair.formats)
+            numbers.append(number)
+            extras.append(extra)
+
+    waiting: list[tuple[int, Rendered, dict[str, Extra]]] = []
+    for number, row in itertools.islice(read_rows_or_problems(source), config.limit):
+        rows_read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            columns.update(map(str, row))
+            pair = parse_pair(row, needs_pairs=needs_pairs)
+            waiting.append((number, encoder.render(pair), pair.extras))
+        except BadRow as problem:
+            tally.add(number, problem)
+        if len(waiting) == _CHUNK:
+            encode(waiting)
+            waiting = []
+    encode(waiting)
+
+    if on_bad_rows == "refuse":
+        tally.refuse(source, rows_read)
+    if not prompts:
+        raise InputError(f"{source}: none of {rows_read} rows can be used: {tally.describe(tally.dropped)}")
+    dataset = PreferenceDataset(
+        prompts=Ragged.of(prompts, np.int32),
+        responses=Ragged.of(responses, np.int32),
+        formats=Ragged.of(formats, bool) if with_format_masks else None,
+        row_numbers=np.asarray(numbers, np.int32),
+        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in columns},
+        dropped=tally.dropped,
+        rows_read=rows_read,
+        unused_columns=tuple(sorted(columns - COLUMNS)),
+        terminators=encoder.terminators,
+        source=source,
+        problems=tally.describe(tally.dropped),
+    )
+    if tally.dropped:
+        log.warning("%s: left out %s", source, dataset.problems)
+    return _with_mismatched(dataset, config.max_length) if with_mismatched else dataset
+
+
+def _fitted(pair: Encoded | BadRow, config: DataConfig, bos: int | None) -> Encoded:
+    if isinstance(pair, BadRow):
+        raise pair
+    return truncate(pair, max_length=config.max_length, max_prompt_length=config.max_prompt_length, bos=bos)
+
+
+def _check_ids(pair: Encoded, vocab_size: int, number: int) -> None:
+    largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.responses))
+    if largest >= vocab_size:
+        raise InputError(
+            f"row {number}: the tokenizer gives the id {largest}, and the model's embedding has {vocab_size} rows; "
+            "use the model's own tokenizer"
+        )
+
+
+def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
+    """Add to each row the response of the next row that has another prompt (the first rows follow the last).
+
+    It is that row's chosen response, or of an unpaired row the one it has, cut to `max_length` with this prompt. So
+    the pairing depends on the data set alone, not on batches.
+    """
+    n = len(dataset)
+    following = np.roll(np.arange(n), -1)
+    for i in range(2 * n - 1, -1, -1):  # twice around, so that runs of one prompt across the end are seen whole
+        here, after = i % n, (i + 1) % n
+        same = np.array_equal(dataset.prompts[here], dataset.prompts[after])
+        following[here] = following[after] if same else after
+    if np.array_equal(dataset.prompts[0], dataset.prompts[int(following[0])]):
+        raise InputError(f"{dataset.source}: KTO needs responses to other prompts, and all rows have the same one")
+    responses: list[np.ndarray] = []
+    formats: list[np.ndarray] = []
+    lengths = dataset.response_lengths
+    for i in range(n):
+        other = int(following[i])
+        source = 2 * other + (0 if lengths[other, 0] else 1)
+        room = max_length - len(dataset.prompts[i])
+        responses += [dataset.responses[2 * i], dataset.responses[2 * i + 1], dataset.responses[source][:room]]
+        if dataset.formats is not None:
+            formats += [dataset.formats[2 * i], dataset.formats[2 * i + 1], dataset.formats[source][:room]]
+    return replace(
+        dataset,
+        responses=Ragged.of(responses, np.int32),
+        formats=None if dataset.formats is None else Ragged.of(formats, bool),
+    )

@@ -1,0 +1,76 @@
+"""Rows that cannot be used: how one is described, how many are told together.
+
+Three kinds of problem, told apart because each asks for another answer:
+
+* `bad`: the row breaks the format (a field is missing, the JSON is malformed). By default the whole file is checked and
+  then refused; `--on-bad-rows skip` leaves such rows out.
+* `noise`: what published sets of implicit prompts really hold here and there, such as two conversations without a
+  common prompt, or a blank answer. Left out and counted while rare; above `NOISE_LIMIT` of the rows the file is not
+  what it was taken for, and these rows count as bad.
+* `lost`: the row is good, and the lengths or the template leave nothing to learn from. Always left out and counted.
+"""
+
+from collections import Counter
+from typing import Literal
+
+from dpo_jax.errors import InputError
+
+Severity = Literal["bad", "noise", "lost"]
+
+NOISE_LIMIT = 0.02
+"""Largest share of `noise` rows that is left out without asking."""
+
+
+class BadRow(InputError):
+    """One row that cannot be used.
+
+    Attributes:
+      reason: short, the same for all rows with this problem: rows are counted by it.
+      detail: what this row shows, and how to mend it; may be empty.
+      severity: see the module's docstring.
+    """
+
+    def __init__(self, reason: str, detail: str = "", severity: Severity = "bad"):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+        self.severity = severity
+
+
+class Tally:
+    """Counts problems by reason, and remembers the first row of each."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Severity, Counter[str]] = {"bad": Counter(), "noise": Counter(), "lost": Counter()}
+        self._first: dict[str, tuple[int, BadRow]] = {}
+
+    def add(self, number: int, problem: BadRow) -> None:
+        """Count `problem`, found in row `number`."""
+        self._counts[problem.severity][problem.reason] += 1
+        self._first.setdefault(problem.reason, (number, problem))
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows were left out, by reason."""
+        return self._counts["bad"] + self._counts["noise"] + self._counts["lost"]
+
+    def describe(self, counts: Counter[str]) -> str:
+        """`N x reason (first: row R: detail); ...`, the most frequent first."""
+        parts = []
+        for reason, count in counts.most_common():
+            number, problem = self._first[reason]
+            detail = f": {problem.detail}" if problem.detail else ""
+            parts.append(f"{count} x {reason} (first: row {number}{detail})")
+        return "; ".join(parts)
+
+    def refuse(self, source: str, rows: int) -> None:
+        """Raise one `InputError` for all bad rows, if there are any among the `rows` read."""
+        counts = self._counts["bad"]
+        noise = self._counts["noise"]
+        if noise.total() > NOISE_LIMIT * rows:
+            counts = counts + noise
+        if counts:
+            raise InputError(
+                f"{source}: {counts.total()} of {rows} rows cannot be used: {self.describe(counts)}; "
+                "mend them, or leave them out with --on-bad-rows skip"
+            )

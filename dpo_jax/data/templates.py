@@ -1,0 +1,143 @@
+"""Chat templates: how messages become one text.
+
+Named templates (`--data.template`), as Jinja:
+
+  llama2   Touvron et al. 2023, as Meta's reference code spaces it: `[INST] user [/INST] answer </s>`, the system prompt
+           inside the first user turn between <<SYS>> marks. One difference: BOS stands at the very start only.
+  llama3   Dubey et al. 2024: header tokens around the role, `<|eot_id|>` after each message.
+  zephyr   Tunstall et al. 2023: `<|user|>` and the like on a line of their own, EOS after each message.
+  chatml   `<|im_start|>role`, the text, `<|im_end|>`.
+  raw      no template: the prompt's text and the response's text as they stand, then EOS.
+
+Without a name, the tokenizer's own `chat_template` is used. Both go through transformers' sandboxed Jinja.
+"""
+
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.data.preferences import Message
+from dpo_jax.data.problems import BadRow
+from dpo_jax.errors import InputError
+
+RAW = "raw"
+
+_TURNS = """\
+{%- set has_system = messages[0]['role'] == 'system' -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{- raise_exception('after at most one system message, user and assistant must take turns') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+TEMPLATES: dict[str, str] = {
+    "llama2": _TURNS
+    + """\
+{%- for message in (messages[1:] if has_system else messages) -%}
+{%- if message['role'] == 'user' -%}
+{%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' if has_system and loop.first else '' -%}
+{{- bos_token if loop.first -}}{{- turn_space + '[INST] ' + (system + message['content']) | trim + ' [/INST]' -}}
+{%- else -%}
+{{- ' ' + message['content'] | trim + ' ' + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "llama3": """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt -}}
+""",
+    "zephyr": """\
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' -}}
+{%- endfor -%}
+{{- '<|assistant|>\n' if add_generation_prompt -}}
+""",
+    "chatml": """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\n' if add_generation_prompt -}}
+""",
+}
+
+# Tokens that each named template writes and that must be one token each, or generation could not stop at its turn end.
+_NEEDED = {
+    "llama2": (),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "zephyr": (),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}
+
+
+class ChatTemplate:
+    """Renders conversations for one tokenizer.
+
+    Attributes:
+      name: one of the named templates, or "tokenizer" for the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None):
+        """Args: the tokenizer; the name of a template except raw, or None for the tokenizer's own.
+
+        Raises `InputError` for an unknown name, a missing template, or a tokenizer without the tokens it needs.
+        """
+        self._tokenizer = tokenizer
+        self.name = name or "tokenizer"
+        choices = f"choose --data.template {', '.join((*TEMPLATES, RAW))}"
+        if name is not None and name not in TEMPLATES:
+            raise InputError(f"--data.template {name} is unknown; {choices}")
+        if name is None and not tokenizer.chat_template:
+            raise InputError(f"the tokenizer has no chat template, and none is named; {choices}")
+        missing = [t for t in _NEEDED.get(self.name, ()) if t not in tokenizer.get_vocab()]
+        if missing:
+            raise InputError(
+                f"--data.template {name} writes {' '.join(missing)}, which this tokenizer does not have; "
+                "choose llama2, zephyr or raw"
+            )
+        if tokenizer.eos_token is None and self.name in ("llama2", "zephyr"):
+            raise InputError(f"--data.template {name} ends each answer with EOS, which this tokenizer does not have")
+        self._variables = {"turn_space": _turn_space(tokenizer)} if name == "llama2" else {}
+
+    def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
+        """The text of a conversation; `generation` opens the assistant's answer after it.
+
+        Raises `BadRow` where the template refuses the conversation.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [m._asdict() for m in messages],
+                chat_template=TEMPLATES.get(self.name),
+                tokenize=False,
+                add_generation_prompt=generation,
+                **self._variables,
+            )
+        except TemplateError as error:
+            roles = " ".join(m.role for m in messages[:12])
+            detail = f"{str(error).strip() or type(error).__name__}; the roles are {roles}"
+            raise BadRow("the chat template refuses the conversation", detail) from error
+        except ValueError as error:  # transformers: several named templates and no default among them
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the tokenizer's chat template cannot be used ({reason}); name one with --data.template"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+
+def _turn_space(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What must stand between a special token and `[INST]` for it to get the ids that Meta's code gives it.
+
+    Meta encodes each turn alone, so SentencePiece puts its dummy space in front; a Hugging Face tokenizer does so after
+    a special token only if it is a `legacy` one.
+    """
+    alone = tokenizer("[INST]", add_special_tokens=False)["input_ids"]
+    for space in ("", " "):
+        ids = tokenizer(f"{tokenizer.eos_token}{space}[INST]", add_special_tokens=False)["input_ids"]
+        if ids == [tokenizer.eos_token_id, *alone]:
+            return space
+    return ""
