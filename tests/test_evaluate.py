@@ -53,7 +53,7 @@ def test_swapping_negates_the_margin() -> None:
 
 
 def test_tables() -> None:
-    extras = [{"rating": 3, "source": "a"}, {"rating": 1, "source": "a"}, {"source": "a"}]
+    extras = {"rating": [3, 1, None], "source": ["a", "a", "a"], "margin": [1.0, 2.0, 3.0]}
     found = judgement.tables(POLICY, LENGTHS, REFERENCE, extras)
     assert [(row["value"], row["pairs"], row["accuracy"]) for row in found["rating"]] == [
         (1, 1, 0),
@@ -66,10 +66,11 @@ def test_tables() -> None:
 
 
 def test_tables_without_columns_or_with_too_many_values() -> None:
-    assert judgement.tables(POLICY, LENGTHS, None, [{}, {}, {}]) == {}
+    assert judgement.tables(POLICY, LENGTHS, None, {}) == {}
+    assert judgement.tables(POLICY, LENGTHS, None, {"rating": [None] * 3}) == {}
     many = 60
     policy, lengths = np.tile(POLICY[:1], (many, 1)), np.tile(LENGTHS[:1], (many, 1))
-    assert judgement.tables(policy, lengths, None, [{"source": f"id {i}"} for i in range(many)]) == {}
+    assert judgement.tables(policy, lengths, None, {"source": [f"id {i}" for i in range(many)]}) == {}
 
 
 def test_kl_estimates() -> None:

@@ -78,19 +78,19 @@ def tables(
     policy: np.ndarray,
     lengths: np.ndarray,
     reference: np.ndarray | None,
-    extras: Sequence[Mapping[str, Any]],
+    extras: Mapping[str, Sequence[Any]],
     *,
     beta: float = 0.1,
 ) -> dict[str, list[dict[str, Any]]]:
     """Accuracy and margin by value, for each of `COLUMNS` that the rows have: {column: [{value, pairs, ...}]}.
 
-    Rows without the column are gathered under the value None. `accuracy` and `margin` are those of the rewards where
+    `extras` is column -> N values. Rows without one are gathered under the value None. `accuracy` and `margin` are those of the rewards where
     there is a reference, of the summed log-probabilities otherwise.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     scores = policy if reference is None else beta * (policy - reference)
     for column in COLUMNS:
-        values = [_label(row.get(column)) for row in extras]
+        values = [_label(value) for value in extras.get(column, ())]
         kinds = sorted(set(values), key=lambda value: (value is None, str(value)))
         if kinds in ([], [None]) or len(kinds) > MOST_GROUPS:
             continue
