@@ -84,8 +84,8 @@ def tables(
 ) -> dict[str, list[dict[str, Any]]]:
     """Accuracy and margin by value, for each of `COLUMNS` that the rows have: {column: [{value, pairs, ...}]}.
 
-    `extras` is column -> N values. Rows without one are gathered under the value None. `accuracy` and `margin` are those of the rewards where
-    there is a reference, of the summed log-probabilities otherwise.
+    `extras` is column -> N values. Rows without one are gathered under the value None. `accuracy` and `margin` are
+    those of the rewards where there is a reference, of the summed log-probabilities otherwise.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     scores = policy if reference is None else beta * (policy - reference)
