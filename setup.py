@@ -63,6 +63,8 @@ setup(
             # PyTorch and PEFT are the other side of the parity tests; nothing in the package imports them.
             "torch==2.13.0",
             "peft>=0.17",
+            # libtpu compiles for TPU slices that are not here; it has wheels for this platform only.
+            "jax[tpu]>=0.10,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'",
             *NOTEBOOK,
         ],
     },
