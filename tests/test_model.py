@@ -83,7 +83,7 @@ def test_cached_decoding_equals_the_full_forward(model, variables, tokens, chunk
     cache, start, parts = llama.init_cache(model, batch=2, length=16), 0, []
     for size in chunks:
         piece = slice(start, start + size)
-        hidden, cache = model.apply(variables, tokens[:, piece], positions[:, piece], cache=cache)
+        hidden, cache = jax.jit(model.apply)(variables, tokens[:, piece], positions[:, piece], cache=cache)
         parts.append(hidden)
         start += size
     full = model.apply(variables, tokens)
@@ -113,7 +113,7 @@ def test_packed_segments_equal_separate_rows(model, variables, tokens):
 def whole_sequence_logps(model, variables, batch, i, k):
     p, r = int(batch.prompt_lengths[i]), int(batch.response_lengths[i, k])
     sequence = np.concatenate([batch.prompts[i, :p], batch.responses[i, k, :r]])[None]
-    z = model.apply(variables, model.apply(variables, sequence), method="logits")
+    z = model.apply(variables, jax.jit(model.apply)(variables, sequence), method="logits")
     logp = jax.nn.log_softmax(z)[0]
     return np.array([logp[p - 1 + j, sequence[0, p + j]] for j in range(r)])
 
@@ -147,8 +147,9 @@ def test_padding_changes_nothing(model, variables, layout):
     def loss(v, b):
         return groups.response_logps(model.apply, v, b, layout=layout).sum()
 
-    one, one_grad = jax.value_and_grad(loss)(variables, batch)
-    two, two_grad = jax.value_and_grad(loss)(variables, wide)
+    step = jax.jit(jax.value_and_grad(loss))
+    one, one_grad = step(variables, batch)
+    two, two_grad = step(variables, wide)
     np.testing.assert_allclose(one, two, rtol=1e-6)
     chex.assert_trees_all_close(one_grad, two_grad, atol=2e-5)
 
@@ -158,7 +159,7 @@ def test_layouts_have_the_same_gradients(model, variables):
         logps = groups.response_logps(model.apply, v, make_batch(), layout=layout)
         return jnp.sum(logps * jnp.arange(5))
 
-    shared, separate = (jax.grad(loss)(variables, layout) for layout in ("shared", "separate"))
+    shared, separate = (jax.jit(jax.grad(loss), static_argnums=1)(variables, layout) for layout in ("shared", "separate"))
     chex.assert_trees_all_close(shared, separate, atol=5e-5)
 
 
