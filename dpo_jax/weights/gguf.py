@@ -7,6 +7,7 @@ interleaved. They are put back here. Whatever the metadata says that this model 
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dpo_jax.weights.layout import Slices
 
 _Q = GGMLQuantizationType
 _TYPES = (_Q.F32, _Q.F16, _Q.BF16, _Q.Q8_0, _Q.Q4_0, _Q.Q4_1)
+_PLAIN = {_Q.F32: np.float32, _Q.F16: np.float16, _Q.BF16: ml_dtypes.bfloat16}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _LAYER_NAMES = {
@@ -47,11 +49,20 @@ _NAMES = {
 def open_gguf(path: Path) -> GGUFReader:
     """Parse the header of a GGUF file (tensors stay on the disk). `InputError` where it is damaged."""
     try:
+        stat = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return _parse(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a vocabulary takes a second to parse, and the weights and the tokenizer both want it
+def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
+    del mtime_ns
+    try:
         reader = GGUFReader(path)
     # the parser checks nothing: on damaged bytes it fails wherever NumPy, an enum or memory happens to object
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError, OSError) as error:
         raise InputError(f"{path}: truncated or not a GGUF file ({_line(error)}); fetch it again") from error
-    size = path.stat().st_size
     for tensor in reader.tensors:
         if tensor.data_offset + tensor.n_bytes > size:
             raise InputError(f"{path}: truncated: tensor {tensor.name} ends beyond the file; fetch it again")
@@ -98,6 +109,8 @@ class GGUFTensors:
                 )
             if tensor.name != _ROPE_FACTORS:
                 self._tensors[_hf_name(tensor.name)] = tensor
+        kinds = {tensor.tensor_type for tensor in self._tensors.values()}
+        self.dtype = np.dtype(_PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor; GGUF lists the fastest axis first."""
@@ -114,11 +127,8 @@ class GGUFTensors:
         columns = index[1]
         block, size = GGML_QUANT_SIZES[tensor.tensor_type]
         first, last = columns.start // block, -(-columns.stop // block)
-        raw = tensor.data[rows]
-        if block > 1 or raw.dtype == np.uint8:  # bytes: cut at whole blocks
-            raw = raw[:, first * size : last * size]
-        else:
-            raw = raw[:, first:last]
+        unit = size if tensor.data.dtype == np.uint8 else 1  # quantised rows are bytes, cut at whole blocks
+        raw = tensor.data[rows][:, first * unit : last * unit]
         return _decode(raw, tensor.tensor_type)[:, columns.start - first * block : columns.stop - first * block]
 
 
@@ -149,7 +159,9 @@ def read_config(path: Path, reader: GGUFReader, meta: Mapping[str, Any]) -> Llam
 
     def get(key: str) -> Any:
         if own.get(key) is None:
-            raise InputError(f"{path}: metadata llama.{key} is missing; the file is damaged or too old, convert it again")
+            raise InputError(
+                f"{path}: metadata llama.{key} is missing; the file is damaged or too old, convert it again"
+            )
         return own[key]
 
     names = {tensor.name for tensor in reader.tensors}
@@ -165,7 +177,8 @@ def read_config(path: Path, reader: GGUFReader, meta: Mapping[str, Any]) -> Llam
     window = own.get("attention.sliding_window")
     raw = {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "vocab_size": own.get("vocab_size") or (int(embedding.shape[1]) if embedding is not None else len(tokens or [])),
+        "vocab_size": own.get("vocab_size")
+        or (int(embedding.shape[1]) if embedding is not None else len(tokens or [])),
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -199,7 +212,9 @@ def _scaling(
     factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")
     factors = next((t for t in reader.tensors if t.name == _ROPE_FACTORS), None)
     if kind not in ("none", "linear"):
-        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; supported are linear and Llama 3.1's factors")
+        raise InputError(
+            f"{path}: RoPE scaling {kind!r} is not supported; supported are linear and Llama 3.1's factors"
+        )
     linear = factor not in (None, 0, 1) and kind in ("linear", "none")
     if factors is None:
         return {"rope_type": "linear", "factor": _short(factor)} if linear else None

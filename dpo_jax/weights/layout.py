@@ -25,6 +25,8 @@ class TensorReader(Protocol):
     """A checkpoint file or folder as a set of named tensors (Hugging Face's names, shapes and row order)."""
 
     where: str
+    dtype: np.dtype
+    """What the tensors are stored in; float32 where they differ or are quantised."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor."""

@@ -31,7 +31,9 @@ def base_of(folder: Path) -> str:
     """The base model that an adapter folder names."""
     base = _config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise InputError(f"{folder / CONFIG}: base_model_name_or_path is missing; write the base model's folder or id there")
+        raise InputError(
+            f"{folder / CONFIG}: base_model_name_or_path is missing; write the base model's folder or id there"
+        )
     return base
 
 
@@ -48,7 +50,9 @@ def read_lora(folder: Path) -> LoraConfig:
     if targets == "all-linear":
         targets = list(LINEAR_LAYERS)
     if not isinstance(targets, list) or not set(targets) <= set(LINEAR_LAYERS):
-        raise InputError(f"{where}: target_modules {targets!r} is not supported; list some of {', '.join(LINEAR_LAYERS)}")
+        raise InputError(
+            f"{where}: target_modules {targets!r} is not supported; list some of {', '.join(LINEAR_LAYERS)}"
+        )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise InputError(f"{where}: r {rank!r} or lora_alpha {alpha!r} is not a positive number")

@@ -27,6 +27,18 @@ def open_tensors(place: Source) -> tuple[LlamaConfig, layout.TensorReader]:
     return huggingface.open_folder(place.path)
 
 
+def origin_folder(place: Source) -> Path | None:
+    """The folder whose config.json and generation_config.json belong to a checkpoint; None for a GGUF file."""
+    if place.kind == "peft":
+        return origin_folder(resolve(peft.base_of(place.path)))
+    return None if place.kind == "gguf" else place.path
+
+
+def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
+    """The parameters, with the adapters, if there are any, added to them."""
+    return merge_adapters(variables, model.lora) if "adapters" in variables else variables["params"]
+
+
 def _places(model: Llama, mesh: Mesh | None) -> Mapping[str, Any] | Sharding:
     return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else shardings(model, mesh)["params"]
 
@@ -62,11 +74,15 @@ def load_pretrained(
     adapters_from: Path | None = None
     if place.kind == "peft":
         if lora is not None and lora.rank:
-            raise InputError(f"{place.path}: already has adapters; leave --lora.rank out, or merge them with convert first")
+            raise InputError(
+                f"{place.path}: already has adapters; leave --lora.rank out, or merge them with convert first"
+            )
         adapters_from, lora = place.path, peft.read_lora(place.path)
         place = resolve(peft.base_of(place.path))
         if place.kind == "peft":
-            raise InputError(f"{adapters_from}: its base model {place.path} is an adapter folder too; merge that one first")
+            raise InputError(
+                f"{adapters_from}: its base model {place.path} is an adapter folder too; merge that one first"
+            )
     lora = lora or LoraConfig()
     chosen: dict[str, Any] = {
         "dtype": jnp.dtype(dtype if compute_dtype is None else compute_dtype),
@@ -127,15 +143,14 @@ def save_pretrained(
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         peft.save_adapters(path, model, variables["adapters"], tokenizer, base=str(source), dtype=dtype or jnp.float32)
         return
-    params = merge_adapters(variables, model.lora) if "adapters" in variables else variables["params"]
+    params = merged_params(model, variables)
     dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
-    origin = None if source is None else resolve(source)
-    origin_folder = None if origin is None or origin.kind == "gguf" else origin.path
+    origin = None if source is None else origin_folder(resolve(source))
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, model.config, dtype, origin_folder)
+        huggingface.write_configs(folder, model.config, dtype, origin)
         if tokenizer is not None:
-            huggingface.save_tokenizer(tokenizer, folder, origin_folder)
+            huggingface.save_tokenizer(tokenizer, folder, origin)
 
     slots = layout.parameter_slots(model.config)
     tensors = layout.tensors(slots, params, dtype)

@@ -55,7 +55,9 @@ class SafetensorsReader:
                 handle = safe_open(folder / name, framework="np")
                 keys = list(handle.keys())
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{folder / name}: truncated or not a safetensors file ({error}); fetch it again") from error
+                raise InputError(
+                    f"{folder / name}: truncated or not a safetensors file ({error}); fetch it again"
+                ) from error
             for key in keys:
                 if _BUFFER.fullmatch(key):
                     continue
@@ -66,10 +68,15 @@ class SafetensorsReader:
                 home[key] = name
                 self._slices[key] = handle.get_slice(key)
                 if (kind := self._slices[key].get_dtype()) not in _NAMES.values():
-                    raise InputError(f"{folder / name}: tensor {key} is {kind}; only F32, BF16 and F16 weights are read")
+                    raise InputError(
+                        f"{folder / name}: tensor {key} is {kind}; only F32, BF16 and F16 weights are read"
+                    )
         for key, name in (weight_map or {}).items():
             if key not in home and not _BUFFER.fullmatch(key):
                 raise InputError(f"{folder / INDEX}: tensor {key} should be in {name}, and is not there")
+
+        kinds = {tensor.get_dtype() for tensor in self._slices.values()}
+        self.dtype = next((d for d, name in _NAMES.items() if kinds == {name}), np.dtype(np.float32))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""

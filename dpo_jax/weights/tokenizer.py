@@ -28,7 +28,9 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
             from dpo_jax.weights.peft import base_of
 
             return load_tokenizer(base_of(place.path))
-        raise InputError(f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there")
+        raise InputError(
+            f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place.path))
     except Exception as error:  # transformers and the Rust library beneath raise bare Exceptions for a damaged file
