@@ -57,8 +57,8 @@ def _folder(path: Path) -> Source:
         return _folder(path / "model")
     if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
         raise InputError(
-            f"{path}: only pickled weights ({pickles[0]}), which are not read; save the model as safetensors, e.g. with "
-            "transformers' save_pretrained"
+            f"{path}: only pickled weights ({pickles[0]}), which are not read; save the model as safetensors, "
+            "e.g. with transformers' save_pretrained"
         )
     if (path / "checkpoints").is_dir():
         raise InputError(f"{path}: this run has no final model yet; resume it with the same command, and use it then")
@@ -68,13 +68,13 @@ def _folder(path: Path) -> Source:
 
 
 def _download(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError as ConnectionFailed  # of the HTTP library that the hub client uses
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionFailed, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); check the name and the "
