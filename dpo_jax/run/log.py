@@ -1,6 +1,7 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events, a progress bar, and warnings in words."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,6 +27,17 @@ Row = dict[str, float | int]
 def say(text: str) -> None:
     """One line to the person who waits, on stderr (stdout is for results)."""
     print(text, file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quieten orbax."""
+    notes = logging.getLogger("dpo_jax")
+    if not notes.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        notes.addHandler(handler)
+        notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every file of a checkpoint
 
 
 class ProgressBar:

@@ -10,7 +10,6 @@ file, written before the checkpoint gets its final name.
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +70,6 @@ class Checkpoints:
         self._best = best
         self._identity = dict(identity or {})
         self._say = say if jax.process_index() == 0 else (lambda text: None)
-        # Orbax tells at length of every file it touches.
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self._set_aside_damaged()
         self._manager = self._open(keep)
 

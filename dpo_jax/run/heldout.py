@@ -1,0 +1,71 @@
+"""Figures of a policy on held-out pairs, during training: the same names as in training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import dpo
+from dpo_jax.config import DPOConfig
+from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.loader import eval_batches
+from dpo_jax.mesh import put_batch
+from dpo_jax.run import distributed
+from dpo_jax.run.log import ProgressBar
+from dpo_jax.state import TrainState
+
+
+def evaluator(
+    dataset: PreferenceDataset, *, config: DPOConfig, mesh: Mesh, batch_size: int, buckets: int
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function from a state to its figures on the whole of `dataset`, for `loop.fit`.
+
+    Returns loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}; each is a mean over rows (not
+    over batches), of those rows that have the response.
+    """
+    step = dpo.jit_eval_step(config, mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        parts: list[tuple[np.ndarray, Any]] = []
+        waiting: tuple[np.ndarray, Any] | None = None
+        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main()) as bar:
+            for indices, batch in eval_batches(dataset, batch_size, buckets):
+                running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
+                if waiting is not None:  # one behind, so that the devices always have work
+                    parts.append((waiting[0], jax.device_get(waiting[1])))
+                    bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
+                waiting = running
+            assert waiting is not None
+            parts.append((waiting[0], jax.device_get(waiting[1])))
+            bar.update(len(dataset))
+        rows = {
+            name: np.concatenate([np.asarray(values[name], np.float64)[indices >= 0] for indices, values in parts])
+            for name in parts[0][1]
+        }
+        return figures(rows)
+
+    return evaluate
+
+
+def figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means of the per-row arrays [N] that `dpo.eval_step` gives."""
+    chosen, rejected = rows["lengths/chosen"] > 0, rows["lengths/rejected"] > 0
+    pairs = chosen & rejected
+    wins = rows["rewards/chosen"] > rows["rewards/rejected"]
+    found = {
+        "loss": float(rows["loss"].mean()),
+        "rewards/chosen": _mean(rows["rewards/chosen"][chosen]),
+        "rewards/rejected": _mean(rows["rewards/rejected"][rejected]),
+    }
+    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    if pairs.any():
+        found["rewards/accuracies"] = _mean(wins[pairs])
+    found["logps/chosen"] = _mean(rows["logps/chosen"][chosen])
+    found["logps/rejected"] = _mean(rows["logps/rejected"][rejected])
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")

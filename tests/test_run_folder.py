@@ -1,0 +1,95 @@
+"""The run folder: new, unfinished, finished, somebody else's, another command's, other options."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_jax.errors import InputError
+from dpo_jax.run.folder import RunFolder, flatten, write_atomically
+
+GIVEN = {"model": "m", "source": "d.jsonl", "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
+
+
+def claimed(path: Path) -> RunFolder:
+    folder = RunFolder(path, "dpo", GIVEN)
+    assert folder.open() == "new"
+    folder.claim({**GIVEN, "resolved": True})
+    return folder
+
+
+def with_checkpoint(path: Path) -> None:
+    (path / "checkpoints" / "10").mkdir(parents=True)
+
+
+def test_a_run_goes_through_its_states(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    folder = claimed(path)
+    assert json.loads((path / "config.json").read_text())["resolved"] is True
+    assert RunFolder(path, "dpo", GIVEN).open() == "new"  # nothing was saved yet: it starts from the beginning
+    with_checkpoint(path)
+    assert RunFolder(path, "dpo", GIVEN).open() == "unfinished"
+    folder.finish()
+    assert RunFolder(path, "dpo", GIVEN).open() == "finished"
+
+
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a", "dpo", GIVEN).open()
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"has --dpo\.beta 0\.1, this command has 0\.5") as caught:
+        RunFolder(tmp_path, "dpo", {**GIVEN, "dpo": {"beta": 0.5}}).open()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"has --data d\.jsonl"):
+        RunFolder(tmp_path, "dpo", {**GIVEN, "source": "e.jsonl"}).open()
+
+
+def test_another_mesh_or_name_may_go_on(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with_checkpoint(tmp_path)
+    assert RunFolder(tmp_path, "dpo", {**GIVEN, "mesh": {"data": 8}, "out": "b"}).open() == "unfinished"
+
+
+def test_other_options_are_fine_before_the_first_checkpoint(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    assert RunFolder(tmp_path, "dpo", {**GIVEN, "dpo": {"beta": 0.5}}).open() == "new"
+
+
+def test_another_command_is_refused(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with pytest.raises(InputError, match="holds a run of `dpo-jax dpo`"):
+        RunFolder(tmp_path, "sft", GIVEN).open()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"command": "dpo"}', '{"command": "dpo", "finished": 0, "given": 3}'])
+def test_a_damaged_marker_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match="not readable"):
+        RunFolder(tmp_path, "dpo", GIVEN).open()
+
+
+def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="is not a run of dpo-jax"):
+        RunFolder(tmp_path, "dpo", GIVEN).open()
+    with pytest.raises(InputError, match="is not a run of dpo-jax"):
+        RunFolder(tmp_path / "thesis.tex", "dpo", GIVEN).open()
+    with pytest.raises(InputError, match="not a writable folder"):
+        RunFolder(tmp_path / "thesis.tex" / "below", "dpo", GIVEN).open()
+
+
+def test_unwritable_files_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_atomically(tmp_path / "file" / "x", "text")
+    write_atomically(tmp_path / "deep" / "x", "text")
+    assert (tmp_path / "deep" / "x").read_text() == "text"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]
+
+
+def test_flatten() -> None:
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == {"a": 1, "b.c": 2, "b.d.e": 3}

@@ -1,0 +1,125 @@
+"""The log: what is written and shown, the warning about falling chosen log-probabilities, full disks, the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_jax.errors import InputError
+from dpo_jax.run import report
+from dpo_jax.run.log import DriftWarning, MetricLog, ProgressBar, read_metrics, summary_text
+
+
+def rows(n: int, *, chosen: float, accuracy: float, noise: float = 1.0) -> list[dict[str, float]]:
+    """n rows in which logps/chosen and accuracy move by `chosen` and `accuracy` in all."""
+    rng = np.random.default_rng(0)
+    at = np.linspace(0, 1, n)
+    return [
+        {
+            "step": i + 1,
+            "logps/chosen": -50 + chosen * at[i] + noise * float(rng.standard_normal()),
+            "rewards/accuracies": 0.5 + accuracy * at[i],
+        }
+        for i in range(n)
+    ]
+
+
+def warnings(series: list[dict[str, float]]) -> list[str]:
+    drift = DriftWarning()
+    return [text for row in series if (text := drift.add(row))]
+
+
+def test_it_warns_once_when_chosen_falls_while_accuracy_rises() -> None:
+    said = warnings(rows(200, chosen=-30, accuracy=0.4))
+    assert len(said) == 1
+    assert "chosen responses have become less likely" in said[0]
+    assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize(
+    "quiet", [{"chosen": 5, "accuracy": 0.4}, {"chosen": -30, "accuracy": -0.2}, {"chosen": 0, "accuracy": 0.4}]
+)
+def test_it_is_quiet_otherwise(quiet: dict[str, float]) -> None:
+    assert warnings(rows(200, **quiet, noise=5.0)) == []
+
+
+def test_change_of_chosen_is_logged_from_the_first_step(tmp_path: Path) -> None:
+    with MetricLog(tmp_path, total=2) as log:
+        log.write({"step": 1, "logps/chosen": -10.0})
+        log.write({"step": 2, "logps/chosen": -12.5})
+    assert [row["logps/chosen_change"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, -2.5]
+
+
+def test_only_the_writing_process_touches_the_disk(tmp_path: Path) -> None:
+    with MetricLog(tmp_path / "run", total=1, writes=False) as log:
+        log.write({"step": 1, "loss": 0.5})
+        log.sync()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        MetricLog(tmp_path / "file", total=1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here to stand for a full disk")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot be written"), MetricLog(tmp_path, total=1) as log:
+        log.write({"step": 1, "loss": 0.5})
+
+
+def test_progress_without_a_terminal_is_plain_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("training", 3, every_seconds=0.0) as bar:
+        bar.update(1, "loss 0.6931")
+        bar.update(3, "loss 0.5000")
+    assert capfd.readouterr().err.splitlines() == ["training 1/3 loss 0.6931", "training 3/3 loss 0.5000"]
+
+
+def test_the_bar_shows_the_figures_that_are_there() -> None:
+    row = {"loss": 0.5, "rewards/accuracies": 0.75, "tokens_per_second": 1234.5}
+    assert summary_text(row) == "loss 0.5000  accuracy 0.75  tokens/s 1,234"
+    assert summary_text({"loss": 0.5}) == "loss 0.5000"
+
+
+def test_the_report_is_self_contained_and_escaped(tmp_path: Path) -> None:
+    log = [
+        {"step": i, "loss": 1.0 / i, "eval_loss": 0.5, "rewards/chosen": 0.1 * i, "learning_rate": 1e-6}
+        for i in range(1, 80)
+    ]
+    evil = "<script>alert('$x$')</script>"
+    sections = [
+        report.final_section(log),
+        report.training_section(log),
+        report.Section(
+            evil,
+            note=evil,
+            plots=(report.lengths_plot(evil, {evil: np.arange(30), "none": np.zeros(0, int)}),),
+            table=report.Table(("prompt", "text"), [(evil, evil)], texts=("text",)),
+        ),
+        report.options_section({"model": evil, "dpo": {"beta": 0.1}, "reference": None}),
+    ]
+    path = tmp_path / "report.html"
+    report.write_report(path, evil, evil, sections)
+    text = path.read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "src=" not in text
+    assert text.count("<svg") == 4  # loss, rewards, learning rate, lengths
+    assert "--dpo.beta" in text
+    report.write_report(tmp_path / "again.html", evil, evil, sections)
+    assert (tmp_path / "again.html").read_text() == text
+
+
+def test_a_report_of_no_steps(tmp_path: Path) -> None:
+    report.write_report(tmp_path / "r.html", "t", "s", [report.final_section([]), report.training_section([])])
+    assert "No step was made" in (tmp_path / "r.html").read_text()
+
+
+def test_metrics_of_a_killed_process_are_read_up_to_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
