@@ -198,6 +198,29 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None] | Non
     return messages, raw
 
 
+def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
+    """Read one row of a file of prompts, to generate from.
+
+    Args:
+      row: `messages`, or one of `PROMPT_COLUMNS`; an optional `system`. Other columns are not read.
+
+    Returns:
+      The messages, a user message last, and the prompt as plain text (None where only a template can join them).
+
+    Raises:
+      BadRow: says which field, and how to mend it.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise BadRow("'messages' is not a list", 'write [{"role": "user", "content": ...}]')
+        row["conversations"] = row.pop("messages")
+    prompt = _prompt(row)
+    if prompt is None:
+        raise BadRow("missing field 'prompt'", f"{_columns(row)}; understood are prompt (a text) and messages")
+    return prompt
+
+
 def _response(value: object, name: str) -> tuple[tuple[Message, ...], str]:
     """(the messages in front of the response, if any; the response)."""
     if isinstance(value, str):
