@@ -1,4 +1,4 @@
-"""`dpo-jax dpo`: one DPO run from a model and a preference file to an aligned model, in the order in which it happens."""
+"""`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
 import dataclasses
 import math
@@ -70,8 +70,9 @@ def train(config: DPORun) -> Path:
     heldout = None if config.eval_source is None else _load_data(config, config.eval_source, tokenizer, vocabulary)
     for dataset in (data, heldout):
         if dataset is not None:
-            _check_lengths(dataset, architecture)
+            check_lengths(dataset, architecture)
             talk(dataset.summary())
+    del dataset
 
     # -------------------------------------------------------------- options that follow from the data
     lengths = {"steps": config.train.steps, "epochs": config.train.epochs}
@@ -123,6 +124,8 @@ def train(config: DPORun) -> Path:
         state, start = restored.state, restored.step
         loader.set_state(restored.data)
         talk(f"{out}: going on after step {start} of {total}")
+    else:
+        talk(loader.summary())
     del restored
 
     # -------------------------------------------------------------- training
@@ -131,6 +134,7 @@ def train(config: DPORun) -> Path:
         evaluate = evaluator(heldout, config=step_config, mesh=mesh, **_evaluation_shapes(config, mesh))
     plan = Plan(
         steps=total,
+        steps_per_epoch=loader.steps_per_epoch,
         checkpoint_every=config.checkpoint.every,
         eval_every=config.train.eval_every,
         save_after_eval=config.checkpoint.best is not None,
@@ -147,6 +151,7 @@ def train(config: DPORun) -> Path:
             evaluate=evaluate,
         )
     checkpoints.close()
+    loader.close()
     state = outcome.state
     if not outcome.finished:
         talk(f"{out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there")
@@ -202,13 +207,14 @@ def _check_batch(config: DPORun, mesh: Mesh) -> None:
         )
 
 
-def _check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig) -> None:
+def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig) -> None:
+    """Raise `InputError` where a row, as truncated, is longer than the model's context."""
     totals = dataset.prompt_lengths + dataset.response_lengths.max(axis=1)
     longest = int(totals.argmax())
     if totals[longest] > architecture.max_position:
         raise InputError(
-            f"{dataset.source}, row {dataset.row_numbers[longest]}: {totals[longest]} tokens, and the model's context is"
-            f" {architecture.max_position}; set --data.max_length to at most {architecture.max_position}"
+            f"{dataset.source}, row {dataset.row_numbers[longest]}: {totals[longest]} tokens, and the model's context"
+            f" is {architecture.max_position}; set --data.max_length to at most {architecture.max_position}"
         )
 
 
@@ -269,8 +275,8 @@ def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
     live = config.dpo.reference == "live"
     if live and ("adapters" in variables or model.config != read_architecture(config.model)):
         raise InputError(
-            f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters of"
-            " its own; use --dpo.reference cached"
+            f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters"
+            " of its own; use --dpo.reference cached"
         )
     return model, variables
 

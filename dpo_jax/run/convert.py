@@ -1,0 +1,11 @@
+"""`dpo-jax convert`: a checkpoint in another format. The work is in `weights/convert.py`."""
+
+from dpo_jax.config import ConvertRun
+from dpo_jax.run.log import say
+from dpo_jax.weights import convert as formats
+
+
+def convert(run: ConvertRun) -> None:
+    """Write `run.source` to the folder `run.target`. Raises `InputError`."""
+    formats.convert(run.source, run.target, to=run.format, dtype=run.dtype)
+    say(f"{run.target}: {run.format} checkpoint of {run.source}")

@@ -1,0 +1,179 @@
+"""`dpo-jax eval`: a model judged on preference pairs, and by the texts that it writes."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import EvalRun, SampleConfig
+from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.files import read_rows
+from dpo_jax.data.preferences import parse_pair
+from dpo_jax.mesh import put_batch, replicated
+from dpo_jax.model.groups import response_logps
+from dpo_jax.model.llama import Llama
+from dpo_jax.run import judgement, score
+from dpo_jax.run import text as texts
+from dpo_jax.run.folder import write_atomically
+from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.sample import generate
+from dpo_jax.types import PreferenceBatch
+
+BETA = 0.1
+Answers = list[tuple[list[int], list[int]]]
+"""(prompt ids, response ids) of each generated text."""
+
+
+def evaluate(run: EvalRun) -> dict[str, Any]:
+    """Judge `run.model`; print tables, write `run.out` if it is given, and return what is in it. Raises `InputError`.
+
+    The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
+    `judgement.figures` and, with --samples, `judgement.kl_estimates` (where there is a reference and the answers are
+    not greedy), and under `tables` and `samples` the groups and the `TextHealth` of the answers.
+    """
+    setting = score.Setting.of(
+        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
+    )
+    out = None if run.out is None else score.check_output(run.out)
+    tokenizer, dataset = score.load_data(run.model, run.source, run.data, run.on_bad_rows)
+    beta = BETA if run.beta is None else run.beta
+
+    model, variables = setting.load(run.model, tokenizer)
+    policy = setting.logps(model, variables, dataset, "log-probabilities")
+    answers: Answers = []
+    written = None
+    if run.samples is not None:
+        answers = _answer(run, setting, model, variables, tokenizer, dataset)
+        if run.reference is not None and run.sample.temperature > 0:
+            written = _answer_logps(setting, model, variables, answers, run.sample.temperature)
+    del variables  # one model at a time on the devices
+
+    reference, kl = None, {}
+    if run.reference is not None:
+        model, variables = setting.load(run.reference, tokenizer)
+        reference = setting.logps(model, variables, dataset, "log-probabilities under the reference")
+        if written is not None:
+            mask = np.arange(written.shape[1]) < np.array([len(response) for _, response in answers])[:, None]
+            under = _answer_logps(setting, model, variables, answers, run.sample.temperature)
+            kl = judgement.kl_estimates(written, under, mask)
+
+    lengths = dataset.response_lengths
+    result = {
+        "model": run.model,
+        "reference": run.reference,
+        "data": run.source,
+        "pairs": len(dataset),
+        "dropped": dict(dataset.dropped),
+        **judgement.figures(policy, lengths, reference, beta=beta),
+        **kl,
+        "tables": judgement.tables(policy, lengths, reference, dataset.extras, beta=beta),
+        "samples": dataclasses.asdict(texts.health([response for _, response in answers])) if answers else None,
+    }
+    _show(result)
+    if out is not None:
+        write_atomically(out, json.dumps(result, indent=2) + "\n")
+        say(f"{out}: written")
+    return result
+
+
+def _answer(
+    run: EvalRun,
+    setting: score.Setting,
+    model: Llama,
+    variables: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: PreferenceDataset,
+) -> Answers:
+    """The model's answers to the prompts of the first `run.samples` usable rows."""
+    encoder = ConversationEncoder(tokenizer, run.data.template)
+    wanted = set(dataset.row_numbers[: run.samples].tolist())
+    prompts = []
+    for number, row in read_rows(run.source, on_problem=lambda number, problem: None):
+        if number in wanted:
+            pair = parse_pair(row, needs_pairs=True)
+            prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages
+            prompts.append(encoder.prompt_ids(prompt)[-run.data.max_prompt_length :])
+        if len(prompts) == len(wanted):
+            break
+    stops = tuple(dict.fromkeys((*run.sample.stop_tokens, *dataset.terminators, *model.config.eos_token_ids)))
+    config: SampleConfig = dataclasses.replace(run.sample, stop_tokens=stops)
+    key, answers = jax.random.key(run.seed), []
+    with ProgressBar("answers", len(prompts)) as bar:
+        for start in range(0, len(prompts), setting.batch_size):
+            part = prompts[start : start + setting.batch_size]
+            rows = np.arange(start, start + len(part))
+            written = generate(model, variables, part, key, config=config, row_ids=rows, mesh=setting.mesh)
+            tokens, mask = np.asarray(written.tokens), np.asarray(written.mask)
+            answers += [(prompt, tokens[i][mask[i]].tolist()) for i, prompt in enumerate(part)]
+            bar.update(len(answers))
+    return answers
+
+
+def _answer_logps(
+    setting: score.Setting, model: Llama, variables: Any, answers: Answers, temperature: float
+) -> np.ndarray:
+    """float64 [N, R] log-probability of each token of the answers; R is the longest one's length."""
+    longest_prompt = max(len(prompt) for prompt, _ in answers)
+    longest = max(len(response) for _, response in answers)
+    size = setting.batch_size
+
+    def padded(rows: list[list[int]], width: int) -> np.ndarray:
+        table = np.zeros((size, width), np.int32)
+        for i, row in enumerate(rows):
+            table[i, : len(row)] = row
+        return table
+
+    def forward(variables: Any, batch: PreferenceBatch) -> jax.Array:
+        return response_logps(model.apply, variables, batch, temperature=temperature)
+
+    jitted = jax.jit(forward, out_shardings=replicated(setting.mesh))
+    parts = []
+    for start in range(0, len(answers), size):
+        part = answers[start : start + size]
+        filler = size - len(part)
+        batch = PreferenceBatch(
+            prompts=padded([prompt for prompt, _ in part], longest_prompt),
+            prompt_lengths=np.array([len(prompt) for prompt, _ in part] + [1] * filler, np.int32),
+            responses=padded([response for _, response in part], longest)[:, None],
+            response_lengths=np.array([len(response) for _, response in part] + [0] * filler, np.int32)[:, None],
+            weights=np.array([1.0] * len(part) + [0.0] * filler, np.float32),
+            rows=np.full(size, -1, np.int32),
+        )
+        with jax.set_mesh(setting.mesh):
+            parts.append(np.asarray(jitted(variables, put_batch(setting.mesh, batch)))[: len(part), 0])
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The result as tables on stdout."""
+    console = Console()
+    table = Table(title=f"{result['model']} on {result['pairs']:,} pairs of {result['data']}")
+    table.add_column("figure")
+    table.add_column("chosen", justify="right")
+    table.add_column("rejected", justify="right")
+    both = [name.removesuffix("/chosen") for name in result if name.endswith("/chosen")]
+    for name in sorted(both):
+        table.add_row(name, *(f"{result[f'{name}/{side}']:.4f}" for side in ("chosen", "rejected")))
+    console.print(table)
+
+    single = Table("figure", "value", title="whole pairs and texts")
+    sides = {f"{name}/{side}" for name in both for side in ("chosen", "rejected")}
+    for name, value in result.items():
+        if name.startswith("eval_") and name not in sides:
+            single.add_row(name, f"{value:.4f}")
+    for name, value in (result["samples"] or {}).items():
+        single.add_row(f"samples/{name}", f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(single)
+
+    for column, rows in result["tables"].items():
+        grouped = Table(column, *(name for name in rows[0] if name != "value"), title=f"by {column}")
+        for row in rows:
+            shown = (f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in row.items() if name != "value")
+            grouped.add_row("(none)" if row["value"] is None else str(row["value"]), *shown)
+        console.print(grouped)
