@@ -1,5 +1,6 @@
 """The training state, the optimizer and its schedule."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ class TrainState:
         """The state after one optimizer step along `gradients` (a tree like `trainable`)."""
         updates, opt_state = self.tx.update(gradients, self.opt_state, self.trainable)
         trainable = optax.apply_updates(self.trainable, updates)
-        return self.replace(step=self.step + 1, trainable=trainable, opt_state=opt_state)  # type: ignore[attr-defined]
+        return dataclasses.replace(self, step=self.step + 1, trainable=trainable, opt_state=opt_state)
 
 
 def create(
@@ -65,10 +66,12 @@ def create(
     trainable = {collection: jax.tree.map(_as_float32, variables[collection])}
     frozen = {**{k: v for k, v in variables.items() if k != collection}, **(frozen or {})}
     leaf = jax.tree.leaves(trainable)[0]
-    opt_state, step = jax.eval_shape(tx.init, trainable), jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state: Any = jax.eval_shape(tx.init, trainable)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     like = None
     if isinstance(leaf.sharding, NamedSharding):
-        everywhere = replicated(leaf.sharding.mesh)
+        mesh: Any = leaf.sharding.mesh
+        everywhere = replicated(mesh)
         like = optax.tree_map_params(
             tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
         )

@@ -127,7 +127,8 @@ def _responses(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch
         what = "kto takes its KL point from mismatched responses" if last > 2 else "a preference pair"
         raise InputError(f"{what}: the batch must have {last} responses a prompt, and has {k}")
     cut = partial(jax.tree.map, lambda x: x[:, first:last])
-    return batch.replace(
+    return dataclasses.replace(
+        batch,
         responses=cut(batch.responses),
         response_lengths=cut(batch.response_lengths),
         format_masks=cut(batch.format_masks),
@@ -257,7 +258,7 @@ def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config:
         reference = _reference(state, rows_of, config)
 
         def objective(trainable: Any) -> tuple[jax.Array, _Rows]:
-            variables = state.replace(trainable=trainable).variables
+            variables = dataclasses.replace(state, trainable=trainable).variables
             rows = _row_values(state.apply_fn, variables, rows_of, reference, whole, config)
             return jnp.sum(rows_of.weights * rows.loss) / whole.weight, rows
 
@@ -304,7 +305,8 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updated = state.apply_gradients(gradients)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    new_state = state.replace(
+    new_state = dataclasses.replace(
+        state,
         step=keep(updated.step, state.step),
         trainable=keep(updated.trainable, state.trainable),
         opt_state=keep(updated.opt_state, state.opt_state),

@@ -1,0 +1,364 @@
+"""The DPO step on a tiny Llama: its identities, its metrics, and what it refuses."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.align import dpo
+from dpo_jax.config import DPOConfig, OptimizerConfig
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import make_mesh
+from pairs import TINY, gradients, make_batch, model_and_variables, pad, take, with_sgd
+
+SMALL = dataclasses.replace(TINY, num_layers=1)
+EVERY_LOSS = ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return model_and_variables(SMALL)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return model_and_variables(SMALL, lora=2, noise=0.3)
+
+
+def run(model, variables, batch, config, **kwargs):
+    """One jitted step of plain gradient descent: (metrics, gradients)."""
+    state = with_sgd(dpo.init_state(model, variables, config, **kwargs))
+    after, metrics = jax.jit(partial(dpo.train_step, config=config))(state, batch)
+    return metrics, gradients(state, after)
+
+
+def assert_same(a, b, rtol=2e-5, atol=2e-6):
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
+
+
+def scalars(metrics):
+    return {k: v for k, v in metrics.items() if not k.startswith("rows/")}
+
+
+# ---------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("jit", [False, True])
+def test_policy_equal_to_reference(lora, jit):
+    model, variables = model_and_variables(SMALL, lora=lora)
+    config = DPOConfig(reference="live")
+    step = partial(dpo.train_step, config=config)
+    _, metrics = (jax.jit(step) if jit else step)(dpo.init_state(model, variables, config), make_batch())
+    np.testing.assert_array_equal(metrics["loss"], np.float32(np.log(2)))
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        np.testing.assert_array_equal(metrics[name], 0)
+    assert metrics["grad_norm"] > 0.1
+
+
+def test_swapping_chosen_and_rejected_negates_the_rewards(small):
+    model, variables = small
+    config, batch = DPOConfig(), make_batch()
+    swapped = jax.tree.map(lambda x: x[:, ::-1] if x.ndim > 1 and x.shape[1] == 2 else x, batch)
+    state = dpo.init_state(model, variables, config)
+    step = jax.jit(partial(dpo.eval_step, config=config))
+    there, back = step(state, batch), step(state, swapped)
+    assert_same(there["rewards/chosen"], back["rewards/rejected"])
+    assert_same(there["logps/rejected"], back["logps/chosen"])
+    margin = there["rewards/chosen"] - there["rewards/rejected"]
+    assert_same(back["loss"] - there["loss"], margin, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_accumulation_equals_one_big_batch(small, name):
+    batch = make_batch(responses=3)
+    batch = dataclasses.replace(batch, weights=np.asarray([1, 1, 0, 1, 1, 1, 1, 0], np.float32))
+    if name == "kto":  # unpaired rows, spread unevenly over the micro-batches
+        lengths = batch.response_lengths.copy()
+        lengths[[0, 4], 1] = lengths[3, 0] = 0
+        batch = dataclasses.replace(batch, response_lengths=lengths)
+    config = DPOConfig(loss=name, nll_coefficient=0.3, nll_normalization="token")
+    whole, whole_gradients = run(*small, batch, config)
+    assert np.isfinite(whole["grad_norm"])
+    parts, parts_gradients = run(*small, batch, dataclasses.replace(config, accumulate=4))
+    assert_same(whole, parts, rtol=1e-5)
+    scale = float(whole["grad_norm"])
+    assert_same(whole_gradients, parts_gradients, rtol=1e-4, atol=1e-6 * max(scale, 1))
+
+
+def test_accumulation_with_a_live_reference(adapted):
+    batch = make_batch()
+    config = DPOConfig(reference="live")
+    whole, whole_gradients = run(*adapted, batch, config)
+    parts, parts_gradients = run(*adapted, batch, dataclasses.replace(config, accumulate=2))
+    assert_same(whole, parts)
+    assert_same(whole_gradients, parts_gradients, rtol=1e-4)
+
+
+def test_padding_changes_nothing(small):
+    batch = make_batch()
+    config = DPOConfig(mask_format_tokens=True, nll_coefficient=0.1)
+    tight, tight_gradients = run(*small, batch, config)
+    wide, wide_gradients = run(*small, pad(batch, 5, 9), config)
+    assert_same(tight, wide)
+    assert_same(tight_gradients, wide_gradients, rtol=1e-4)
+
+
+def test_shared_prompt_equals_separate_sequences(small):
+    batch = make_batch(responses=3)
+    config = DPOConfig(loss="kto")
+    shared, shared_gradients = run(*small, batch, config)
+    separate, separate_gradients = run(*small, batch, dataclasses.replace(config, layout="separate"))
+    assert_same(shared, separate)
+    assert_same(shared_gradients, separate_gradients, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask_format_tokens", [False, True])
+def test_cached_reference_equals_live_reference(adapted, mask_format_tokens):
+    model, variables = adapted
+    batch = make_batch()
+    live = DPOConfig(reference="live", mask_format_tokens=mask_format_tokens)
+    cached = dataclasses.replace(live, reference="cached")
+    base = {"params": variables["params"]}
+    logps = dpo.reference_logps(model.apply, base, batch, config=cached)
+    assert logps.shape == (8, 2)
+    there, there_gradients = run(model, variables, dataclasses.replace(batch, reference_logps=None), live)
+    here, here_gradients = run(model, variables, dataclasses.replace(batch, reference_logps=logps), cached)
+    assert abs(there["rewards/margins"]) > 1e-3
+    assert_same(there, here)
+    assert_same(there_gradients, here_gradients)
+
+
+def test_full_fine_tuning_against_its_own_copy_or_another_policy(small):
+    model, variables = small
+    _, other = model_and_variables(SMALL, seed=5)
+    config, batch = DPOConfig(reference="live"), make_batch()
+    logps = dpo.reference_logps(model.apply, other, batch, config=config)
+    there, _ = run(model, variables, batch, config, reference=other)
+    here, _ = run(model, variables, dataclasses.replace(batch, reference_logps=logps), DPOConfig())
+    assert_same(there, here)
+
+
+def test_a_live_reference_stays_where_training_started():
+    """The state is donated; its reference must not be: after some steps it still gives the first log-probabilities."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model, variables = model_and_variables(SMALL, mesh=mesh)
+    config = DPOConfig(reference="live", optimizer=OptimizerConfig(learning_rate=1e-2))
+    batch = make_batch()
+    first = dpo.reference_logps(model.apply, variables, batch, config=config)
+    state, step = dpo.init_state(model, variables, config), dpo.jit_train_step(config, mesh)
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    assert metrics["loss"] < 0.5
+    kept = dpo.reference_logps(model.apply, {"params": state.frozen["reference"]}, batch, config=config)
+    assert_same(first, kept)
+
+
+def test_filler_rows_change_nothing(small):
+    model, variables = small
+    batch = make_batch(6)
+    fillers = take(make_batch(8, seed=1), slice(6, 8))
+    fillers = dataclasses.replace(
+        fillers,
+        weights=np.zeros(2, np.float32),
+        rows=np.full(2, -1, np.int32),
+        response_lengths=np.asarray([[7, 3], [0, 0]], np.int32),
+        reference_logps=np.asarray([[np.nan, np.inf], [np.nan, -np.inf]], np.float32),
+    )
+    filled = jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, fillers)
+    for config in (DPOConfig(nll_coefficient=1.0, nll_normalization="token"), DPOConfig(loss="ipo")):
+        without, without_gradients = run(model, variables, batch, config)
+        with_fillers, with_gradients = run(model, variables, filled, config)
+        assert_same(scalars(without), scalars(with_fillers))
+        assert_same(without_gradients, with_gradients, rtol=1e-4)
+        np.testing.assert_array_equal(with_fillers["rows/nonfinite"], -1)
+
+
+def test_nan_of_absent_responses_cannot_leak(small):
+    batch = make_batch(responses=3)
+    lengths, logps = batch.response_lengths.copy(), batch.reference_logps.copy()
+    lengths[0, 0] = lengths[1, 1] = lengths[2, 2] = 0
+    clean = dataclasses.replace(batch, response_lengths=lengths)
+    logps[lengths == 0] = np.nan
+    spoilt = dataclasses.replace(clean, reference_logps=logps)
+    a, b = (run(*small, x, DPOConfig(loss="kto")) for x in (clean, spoilt))
+    chex.assert_tree_all_finite(a)
+    chex.assert_trees_all_equal(a, b)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_the_steps_loss_is_that_of_its_log_probabilities(small, name):
+    model, variables = small
+    batch = make_batch(responses=3)
+    config = DPOConfig(loss=name, mask_format_tokens=True, nll_coefficient=0.5)
+    state = dpo.init_state(model, variables, config)
+    rows = dpo.eval_step(state, batch, config=config)
+    sums = dpo.reference_logps(model.apply, variables, batch, config=config)
+    whole = dpo.reference_logps(model.apply, variables, batch, config=DPOConfig())
+    real = np.arange(7) < batch.response_lengths[..., None]
+    scored = (real & ~batch.format_masks).sum(-1)
+    kl = np.maximum(0, np.mean(sums[:, 2] - batch.reference_logps[:, 2])) if name == "kto" else 0.0
+    expected = dpo.preference_loss(
+        sums[:, 0],
+        sums[:, 1],
+        batch.reference_logps[:, 0],
+        batch.reference_logps[:, 1],
+        chosen_lengths=scored[:, 0],
+        rejected_lengths=scored[:, 1],
+        config=config,
+        chosen_nll=-whole[:, 0],
+        nll_lengths=batch.response_lengths[:, 0],
+        kl=kl,
+    )
+    assert_same(rows["loss"], expected, rtol=1e-4, atol=1e-4)
+    assert_same(rows["nll"], -whole[:, 0])
+    assert_same(rows["logps/chosen"], sums[:, 0])
+    assert not np.allclose(sums[:, :2], whole[:, :2])
+
+
+def test_metrics(small):
+    model, variables = small
+    batch = make_batch()
+    batch = dataclasses.replace(batch, weights=np.asarray([1, 1, 1, 1, 1, 0, 1, 1], np.float32))
+    config = DPOConfig(nll_coefficient=0.5, label_smoothing=0.2, optimizer=OptimizerConfig(learning_rate=0.5))
+    state = dpo.init_state(model, variables, config)
+    rows = take(dpo.eval_step(state, batch, config=config), batch.weights > 0)
+    _, metrics = dpo.train_step(state, batch, config=config)
+    real = take(batch, batch.weights > 0)
+    chosen, rejected = np.asarray(rows["rewards/chosen"]), np.asarray(rows["rewards/rejected"])
+    assert_same(chosen, 0.1 * (rows["logps/chosen"] - real.reference_logps[:, 0]), atol=1e-5)
+    expected = {
+        "loss": np.mean(rows["loss"]),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": chosen.mean() - rejected.mean(),
+        "rewards/accuracies": np.mean(chosen > rejected),
+        "logps/chosen": np.mean(rows["logps/chosen"]),
+        "logps/rejected": np.mean(rows["logps/rejected"]),
+        "lengths/chosen": real.response_lengths[:, 0].mean(),
+        "lengths/rejected": real.response_lengths[:, 1].mean(),
+        "tokens": real.prompt_lengths.sum() + real.response_lengths.sum(),
+        "nll_loss": np.mean(rows["nll"] / real.response_lengths[:, 0]),
+        "learning_rate": 0.5,
+    }
+    assert_same({k: metrics[k] for k in expected}, {k: np.float32(v) for k, v in expected.items()})
+    assert set(metrics) == set(expected) | {"grad_norm", "rows/nonfinite"}
+    assert {v.dtype for v in scalars(metrics).values()} == {jnp.dtype("float32")}
+    assert 0 < metrics["rewards/accuracies"] < 1
+
+
+def test_kto_kl_point_comes_from_mismatched_responses_only(small):
+    model, variables = small
+    config, batch = DPOConfig(loss="kto"), make_batch(responses=3)
+    logps = dpo.reference_logps(model.apply, variables, batch, config=config)
+    ratios = np.asarray(logps[:, 2] - batch.reference_logps[:, 2])
+    for shift in (ratios.mean() - 1.5, ratios.mean() + 1.5):
+        reference = batch.reference_logps.copy()
+        reference[:, 2] += shift
+        metrics, _ = run(model, variables, dataclasses.replace(batch, reference_logps=reference), config)
+        np.testing.assert_allclose(metrics["kl"], max(0.0, ratios.mean() - shift), atol=1e-4)
+
+
+def test_learning_rate_and_step_count(small):
+    model, variables = small
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
+    config = DPOConfig(optimizer=optimizer)
+    state, rates = dpo.init_state(model, variables, config), []
+    step = jax.jit(partial(dpo.train_step, config=config))
+    for _ in range(4):
+        state, metrics = step(state, make_batch())
+        rates.append(float(metrics["learning_rate"]))
+    np.testing.assert_allclose(rates, [1e-3, 2e-3, 3e-3, 3e-3], rtol=1e-6)
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_training_learns_the_preferences(lora, dtype):
+    model, variables = model_and_variables(SMALL, lora=lora, dtype=dtype)
+    if lora:
+        variables = {**variables, "params": jax.tree.map(lambda x: x.astype(dtype), variables["params"])}
+    config = DPOConfig(reference="live", optimizer=OptimizerConfig(learning_rate=2e-2 if lora else 5e-3))
+    state = dpo.init_state(model, variables, config)
+    step = jax.jit(partial(dpo.train_step, config=config))
+    for _ in range(15):
+        state, metrics = step(state, make_batch())
+    assert metrics["loss"] < 0.3
+    assert metrics["rewards/accuracies"] == 1
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_compute_stays_near_float32(small):
+    model, variables = small
+    batch, config = make_batch(), DPOConfig()
+    exact, _ = run(model, variables, batch, config)
+    rough, _ = run(model.clone(dtype=jnp.bfloat16), variables, batch, config)
+    np.testing.assert_allclose(rough["loss"], exact["loss"], rtol=0.05)
+    np.testing.assert_allclose(rough["logps/chosen"], exact["logps/chosen"], rtol=0.02)
+
+
+# ---------------------------------------------------------------- trouble
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_nonfinite_row_is_named_and_the_state_kept(small, accumulate):
+    model, variables = small
+    batch = make_batch()
+    reference = batch.reference_logps.copy()
+    reference[4, 1], reference[5, 0] = np.nan, np.inf
+    config = DPOConfig(accumulate=accumulate, optimizer=OptimizerConfig(learning_rate=0.1))
+    state = dpo.init_state(model, variables, config)
+    step = jax.jit(partial(dpo.train_step, config=config))
+    after, metrics = step(state, dataclasses.replace(batch, reference_logps=reference))
+    assert not np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(metrics["rows/nonfinite"], [-1, -1, -1, -1, 5, 6, -1, -1])
+    chex.assert_trees_all_equal(after, state)
+    after, metrics = step(state, batch)
+    assert np.isfinite(metrics["loss"])
+    np.testing.assert_array_equal(metrics["rows/nonfinite"], -1)
+    assert int(after.step) == 1
+
+
+def test_nonfinite_weights_show_in_every_row(small):
+    model, variables = small
+    spoilt = jax.tree.map(lambda x: x.at[0].set(jnp.nan), variables)
+    _, metrics = dpo.train_step(dpo.init_state(model, spoilt, DPOConfig()), make_batch(), config=DPOConfig())
+    np.testing.assert_array_equal(metrics["rows/nonfinite"], np.arange(1, 9))
+
+
+def test_missing_pieces_are_refused(small):
+    model, variables = small
+    batch, config = make_batch(), DPOConfig()
+    state = dpo.init_state(model, variables, config)
+
+    def refused(match, batch, config):
+        with pytest.raises(InputError, match=match) as error:
+            dpo.train_step(state, batch, config=config)
+        assert "\n" not in str(error.value)
+
+    refused("no reference_logps", dataclasses.replace(batch, reference_logps=None), config)
+    refused("holds no reference policy", batch, DPOConfig(reference="live"))
+    refused("must have 2 responses", take(batch, (slice(None),)).replace(responses=batch.responses[:, :1]), config)
+    refused("must have 3 responses", batch, DPOConfig(loss="kto"))
+    refused("does not split into 3", batch, DPOConfig(accumulate=3))
+    refused("format_masks", dataclasses.replace(batch, format_masks=None), DPOConfig(mask_format_tokens=True))
+    with pytest.raises(InputError, match="no effect"):
+        dpo.init_state(model, variables, config, reference=variables)
+
+
+def test_reference_free_losses_need_no_reference(small):
+    model, variables = small
+    batch = dataclasses.replace(make_batch(), reference_logps=None)
+    for name in ("simpo", "orpo"):
+        config = DPOConfig(loss=name)
+        _, metrics = dpo.train_step(dpo.init_state(model, variables, config), batch, config=config)
+        assert np.isfinite(metrics["loss"])
+        per_token = metrics["rewards/chosen"] / config.beta
+        assert -12 < per_token < -1
