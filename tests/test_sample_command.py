@@ -1,0 +1,134 @@
+"""`dpo-jax generate`: files in and out, resuming, and one clear line for bad input."""
+
+import json
+
+import pytest
+import tiny
+
+from dpo_jax.cli import main
+from dpo_jax.run import generate as command
+from dpo_jax.run.rows import RowsFile, read_lines
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny.folder(tmp_path_factory.mktemp("generate") / "model"))
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"prompt": f"the {word} film was"} for word in ("good", "bad", "red", "blue")]
+    rows.append({"messages": [{"role": "system", "content": "kind"}, {"role": "user", "content": "hate?"}]})
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(model, *args):
+    return main(["generate", "--model", model, "--sample.max_new_tokens", "8", *map(str, args)])
+
+
+def test_one_prompt_prints_its_response(model, capsys):
+    assert run(model, "--prompt", "we like", "--sample.temperature", "0") == 0
+    first = capsys.readouterr().out
+    assert first.strip()
+    assert run(model, "--prompt", "we like", "--sample.temperature", "0", "--seed", "3") == 0
+    assert capsys.readouterr().out == first, "greedy has no seed"
+    assert run(model, "--prompt", "we like", "--sample.temperature", "0", "--raw") == 0
+    assert capsys.readouterr().out != first, "the chat template changes the prompt"
+
+
+def test_a_file_gives_one_object_a_row_in_order(model, prompts, tmp_path):
+    out = tmp_path / "new" / "out.jsonl"
+    assert run(model, "--prompts", prompts, "--out", out, "--batch_size", 2) == 0
+    rows = read_lines(out)
+    given = [json.loads(line) for line in prompts.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [row.get("prompt", row.get("messages")) for row in given]
+    for number, row in enumerate(rows, start=1):
+        assert row.keys() == {"row", "prompt", "response", "finish_reason", "tokens", "logp", "seed"}
+        assert row["row"] == number
+        assert (row["finish_reason"] == "length") == (row["tokens"] == 8) or row["finish_reason"] == "stop"
+        assert row["logp"] < 0
+    assert not list(out.parent.glob("*.part"))
+    again = tmp_path / "again.jsonl"
+    assert run(model, "--prompts", prompts, "--out", again, "--batch_size", 3) == 0
+    assert [r["response"] for r in read_lines(again)] == [r["response"] for r in rows], "batching changes no text"
+    assert run(model, "--prompts", prompts, "--out", again, "--seed", 1) == 0
+    assert [r["response"] for r in read_lines(again)] != [r["response"] for r in rows]
+
+
+def test_an_interrupted_run_goes_on(model, prompts, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert run(model, "--prompts", prompts, "--out", whole, "--batch_size", 1) == 0
+    real, calls = command.sample, []
+
+    def breaks(*args, **kwargs):
+        calls.append(kwargs["row_ids"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(command, "sample", breaks)
+    assert run(model, "--prompts", prompts, "--out", out, "--batch_size", 1) == 130
+    assert not out.exists()
+    with open(tmp_path / "out.jsonl.part", "ab") as file:
+        file.write(b'{"row": 3, "resp')  # a line cut by a kill
+    assert run(model, "--prompts", prompts, "--out", out, "--batch_size", 1) == 0
+    assert calls == [[0], [1], [2], [2], [3], [4]]
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_other_settings_start_afresh(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with RowsFile(path, {"seed": 0}) as file:
+        file.append([{"a": 1}, {"a": 2}])
+    with RowsFile(path, {"seed": 0}) as file:
+        assert file.rows == [{"a": 1}, {"a": 2}]
+    with RowsFile(path, {"seed": 1}) as file:
+        assert file.rows == []
+        file.append([{"a": "ü"}])
+        assert file.finish() == [{"a": "ü"}]
+    assert path.read_text("utf-8") == '{"a": "ü"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ('{"prompt": 3}\n', (), "row 1: 'prompt' is not text"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', (), "row 2: missing field 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt"\n', (), "prompts.jsonl:2"),
+        ('{"messages": "a"}\n', (), "'messages' is not a list"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', (), "bad role order"),
+        ('{"prompt": "a"}\n{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+         ("--raw",), "row 2: --raw takes plain text"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_one_line(model, tmp_path, capsys, rows, options, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(rows)
+    assert run(model, "--prompts", path, "--out", tmp_path / "out.jsonl", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give --prompt TEXT or --prompts FILE"),
+        (("--prompt", "a", "--prompts", "b"), "not both"),
+        (("--prompt", " "), "--prompt is blank"),
+        (("--prompts", "absent.jsonl"), "absent.jsonl"),
+        (("--prompt", "a", "--raw", "--template", "zephyr"), "--template has no effect with --raw"),
+        (("--prompt", "a", "--sample.temperature", "0", "--sample.top_k", "3"), "no effect at temperature 0"),
+        (("--prompt", "a", "--sample.top_p", "0"), "top_p"),
+        (("--prompt", "a", "--template", "lama"), "lama"),
+        (("--prompt", "a", "--out", "."), "is a folder"),
+    ],
+)
+def test_bad_options_are_one_line(model, capsys, options, message):
+    assert run(model, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
