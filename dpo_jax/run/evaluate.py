@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import EvalRun, SampleConfig
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.files import read_rows
+from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.preferences import parse_pair
+from dpo_jax.data.problems import BadRow
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
@@ -94,8 +95,8 @@ def _answer(
     encoder = ConversationEncoder(tokenizer, run.data.template)
     wanted = set(dataset.row_numbers[: run.samples].tolist())
     prompts = []
-    for number, row in read_rows(run.source, on_problem=lambda number, problem: None):
-        if number in wanted:
+    for number, row in read_rows_or_problems(run.source):
+        if number in wanted and not isinstance(row, BadRow):
             pair = parse_pair(row, needs_pairs=True)
             prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages
             prompts.append(encoder.prompt_ids(prompt)[-run.data.max_prompt_length :])

@@ -38,6 +38,9 @@ def show_log() -> None:
         notes.addHandler(handler)
         notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every file of a checkpoint
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+        root.removeHandler(handler)  # absl adds it when orbax is imported, and it would say every note twice
 
 
 class ProgressBar:

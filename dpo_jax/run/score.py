@@ -4,7 +4,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -68,14 +68,26 @@ class Setting:
 
 
 def load_data(
-    model: str, source: str, config: DataConfig, on_bad_rows: Any
+    model: str,
+    source: str,
+    config: DataConfig,
+    on_bad_rows: Literal["refuse", "skip"],
+    *,
+    with_format_masks: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, PreferenceDataset]:
-    """The model's tokenizer, and the pairs of a file, checked before any weights are read; what was left out is said."""
+    """The model's tokenizer and the pairs of a file, checked before weights are read; what was left out is said."""
     show_log()
     architecture = read_architecture(model)
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, architecture)
-    dataset = load_preferences(source, tokenizer, config, vocab_size=architecture.vocab_size, on_bad_rows=on_bad_rows)
+    dataset = load_preferences(
+        source,
+        tokenizer,
+        config,
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=on_bad_rows,
+        with_format_masks=with_format_masks,
+    )
     check_lengths(dataset, architecture)
     say(dataset.summary())
     return tokenizer, dataset
