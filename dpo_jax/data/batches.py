@@ -9,7 +9,7 @@ All of it is a pure function of the lengths, the seed and the epoch.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,9 +61,9 @@ def plan_buckets(
     needs = np.stack([_round(prompt_lengths, multiple), _round(response_lengths.max(axis=1), multiple)], axis=1)
     unique, inverse, counts = np.unique(needs, axis=0, return_inverse=True, return_counts=True)
     best: tuple[int, np.ndarray] | None = None
-    for n in range(1, min(buckets, len(unique)) + 1):
+    for n in sorted({min(2**i, buckets, len(unique)) for i in range(buckets.bit_length() + 1)}):
         shapes = _shapes(unique, counts, k, n)
-        rows = np.bincount(_cheapest(shapes, unique, k)[0], weights=counts, minlength=len(shapes)).astype(int)
+        rows = np.bincount(_cheapest(shapes, unique, k), weights=counts, minlength=n).astype(int)
         batches = [len(b) for b in _fill([np.arange(m) for m in rows], _larger(shapes), batch_size)]
         cost = batch_size * int(np.dot(batches, _cost(shapes, k)))
         if best is None or cost < best[0]:
@@ -72,7 +72,7 @@ def plan_buckets(
     cost, shapes = best
     return BucketPlan(
         shapes=tuple((int(p), int(r)) for p, r in shapes),
-        rows=_cheapest(shapes, unique, k)[0][inverse.reshape(-1)],
+        rows=_cheapest(shapes, unique, k)[inverse.reshape(-1)],
         larger=_larger(shapes),
         padding=cost / int(prompt_lengths.sum() + response_lengths.sum()),
     )
@@ -89,11 +89,15 @@ def _cost(shapes: np.ndarray, k: int) -> np.ndarray:
     return shapes[:, 0] + k * shapes[:, 1]
 
 
-def _cheapest(shapes: np.ndarray, needs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each need (P, R), the cheapest shape that holds it, and its cost."""
+def _costs(shapes: np.ndarray, needs: np.ndarray, k: int) -> np.ndarray:
+    """int64 [M, n]: the cost of each need [M, 2] in each shape [n, 2]; the largest integer where it does not fit."""
     holds = (needs[:, None, :] <= shapes[None]).all(axis=-1)
-    cost = np.where(holds, _cost(shapes, k), np.iinfo(np.int64).max)
-    return cost.argmin(axis=1), cost.min(axis=1)
+    return np.where(holds, _cost(shapes, k), np.iinfo(np.int64).max)
+
+
+def _cheapest(shapes: np.ndarray, needs: np.ndarray, k: int) -> np.ndarray:
+    """For each need, the index of the cheapest shape that holds it."""
+    return _costs(shapes, needs, k).argmin(axis=1)
 
 
 def _larger(shapes: np.ndarray) -> tuple[int, ...]:
@@ -109,21 +113,22 @@ def _shapes(needs: np.ndarray, counts: np.ndarray, k: int, n: int) -> np.ndarray
     Start from the best cut of the needs, sorted by cost, into n runs (dynamic programming); then move one side of one
     shape at a time while that saves tokens.
     """
-    shapes = _runs(
-        needs[np.argsort(_cost(needs, k), kind="stable")], counts[np.argsort(_cost(needs, k), kind="stable")], k, n
-    )
+    order = np.argsort(_cost(needs, k), kind="stable")
+    shapes = _runs(needs[order], counts[order], k, n)
     shapes[-1] = needs.max(axis=0)
-    total = np.dot(_cheapest(shapes, needs, k)[1], counts)
+    total = np.dot(_costs(shapes, needs, k).min(axis=1), counts)
     improved = True
     while improved:
         improved = False
         for i in range(n - 1):
+            others = _costs(np.delete(shapes, i, axis=0), needs, k).min(axis=1)
             for axis in (0, 1):
-                for size in np.unique(needs[:, axis]):
-                    changed = shapes.copy()
-                    changed[i, axis] = size
-                    if (cost := np.dot(_cheapest(changed, needs, k)[1], counts)) < total:
-                        shapes, total, improved = changed, cost, True
+                sizes = np.unique(needs[:, axis])
+                moved = np.repeat(shapes[i : i + 1], len(sizes), axis=0)
+                moved[:, axis] = sizes
+                totals = counts @ np.minimum(_costs(moved, needs, k), others[:, None])
+                if totals.min() < total:
+                    shapes[i], total, improved = moved[totals.argmin()], totals.min(), True
     return shapes[np.argsort(_cost(shapes, k), kind="stable")]
 
 
@@ -204,13 +209,14 @@ def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch
             if formats is not None and dataset.formats is not None:
                 formats[b, j, : len(ids)] = dataset.formats[row * k + j]
     real = np.arange(batch_size) < len(indices)
-    return PreferenceBatch(
-        prompts=prompts,
-        prompt_lengths=dataset.prompt_lengths[rows].astype(np.int32),
-        responses=responses,
-        response_lengths=dataset.response_lengths[rows].astype(np.int32),
-        weights=real.astype(np.float32),
-        rows=np.where(real, dataset.row_numbers[rows], -1).astype(np.int32),
-        format_masks=formats,
-        reference_logps=None if dataset.reference_logps is None else dataset.reference_logps[rows],
-    )
+    arrays: dict[str, Any] = {
+        "prompts": prompts,
+        "prompt_lengths": dataset.prompt_lengths[rows].astype(np.int32),
+        "responses": responses,
+        "response_lengths": dataset.response_lengths[rows].astype(np.int32),
+        "weights": real.astype(np.float32),
+        "rows": np.where(real, dataset.row_numbers[rows], -1).astype(np.int32),
+        "format_masks": formats,
+        "reference_logps": None if dataset.reference_logps is None else dataset.reference_logps[rows],
+    }
+    return PreferenceBatch(**arrays)

@@ -15,7 +15,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -68,15 +68,15 @@ class ConversationEncoder:
         if not tokenizer.is_fast:
             raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
         # A copy without post-processor: it adds no BOS and trims no spaces off the offsets (the ids are the same).
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
         self._backend.post_processor = None
         self._backend.no_padding()
         self._backend.no_truncation()
-        bos = tokenizer.bos_token_id
+        bos = cast(int | None, tokenizer.bos_token_id)
         self._added_bos = bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
-        self._eos = tokenizer.eos_token_id
+        self._eos = cast(int | None, tokenizer.eos_token_id)
         self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._closers = self._special.keys() - {bos, tokenizer.unk_token_id} | {self._eos}
+        self._closers = self._special.keys() - {bos, cast(int | None, tokenizer.unk_token_id)} | {self._eos}
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._template = None if template == RAW else ChatTemplate(tokenizer, template)
@@ -84,7 +84,7 @@ class ConversationEncoder:
         self._tail, self._closing, self._terminator = self._turn_end(probe[probe.rindex(_PROBE) + len(_PROBE) :])
         # Some templates open every turn with the token that the tokenizer calls BOS; there it marks no start.
         written = self._backend.encode(probe, add_special_tokens=False).ids
-        self.bos: int | None = bos if written[0] == bos and written.count(bos) == 1 else self._added_bos
+        self.bos = bos if bos is not None and written[0] == bos and written.count(bos) == 1 else self._added_bos
 
     @property
     def terminators(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
@@ -157,8 +157,9 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
         if magic.startswith(start):
             raise InputError(f"{path}: is compressed with {name}; unpack it, or use gzip")
     packed = magic.startswith(b"\x1f\x8b")
-    with io.BufferedReader(_Unpacked(path), 2**16) if packed else path.open("rb") as stream:
-        head = stream.peek(2**12)
+    with io.BufferedReader(_Unpacked(path), 2**16) if packed else path.open("rb") as reader:
+        head = reader.peek(2**12)
+        stream = cast(BinaryIO, reader)
         if head.startswith(b"PAR1"):
             yield from _parquet(path, io.BytesIO(stream.read()) if packed else stream)
         elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -175,7 +176,7 @@ def _checked(row: object, where: str) -> Row | BadRow:
     return BadRow("row is not an object", f'{where} holds {kind}; write {{"field": value, ...}}')
 
 
-def _json_lines(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row | BadRow]]:
+def _json_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
     number = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
@@ -211,7 +212,7 @@ def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
         yield number, _checked(row, f"{path}, element {number},")
 
 
-def _parquet(path: Path, stream: io.BufferedReader | io.BytesIO) -> Iterator[tuple[int, Row]]:
+def _parquet(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,18 +42,19 @@ def pieces(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, index
         parts = ["format" if f else "response" for f in dataset.formats[at]]
     if ids and ids[-1] in dataset.terminators:
         parts[-1] = "terminator"
-    return _decode([*prompt, *ids], ["prompt"] * len(prompt) + parts, tokenizer)
+    in_front: list[Part] = ["prompt"] * len(prompt)
+    return _decode([*prompt, *ids], in_front + parts, tokenizer)
 
 
-def _decode(ids: Sequence[int], parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+def _decode(ids: list[int], parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Text token by token. Tokens that hold parts of one character are put together, for they have no text alone."""
     found: list[Piece] = []
     start = 0
     for end in range(1, len(ids) + 1):
         # The token in front keeps SentencePiece from dropping the space that opens a text.
         before = ids[max(start - 1, 0) : start]
-        lead = tokenizer.decode(before)
-        text = tokenizer.decode([*before, *ids[start:end]])
+        lead = cast(str, tokenizer.decode(before))
+        text = cast(str, tokenizer.decode([*before, *ids[start:end]]))
         same_part = end < len(ids) and parts[end] == parts[start]
         if text.endswith(_BROKEN) and same_part and end - start < 4:
             continue

@@ -9,7 +9,7 @@ with it a run's numbers, depend on the number of processes.
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -44,8 +44,8 @@ class _Steps:
         epoch, index = divmod(step, self._per_epoch)
         return self._epoch(epoch)[index]
 
-    def __getitem__(self, step: int) -> PreferenceBatch:
-        batch = self.rows_of(step)
+    def __getitem__(self, step: SupportsIndex) -> PreferenceBatch:
+        batch = self.rows_of(int(step))
         try:
             return collate(self._dataset, batch.indices, self._plan.shapes[batch.bucket], self._batch_size)
         except Exception as error:  # told apart from the end of the data, and with the rows that it struck

@@ -249,7 +249,7 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
     if contexts[0] != messages:  # the conversations tell more than the prompt field, such as a system message
         messages, raw = contexts[0], None
         _check_roles(messages)
-    return Pair(messages, *answers, raw=None if raw is None else (raw, *texts), extras=extras)
+    return Pair(messages, *answers, raw=None if raw is None else (raw, texts[0], texts[1]), extras=extras)
 
 
 def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
@@ -302,7 +302,7 @@ def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict
     _check_roles(messages, "noise")
     mark = len(_ASSISTANT)
     prompt, answers = chosen[: cuts[0] + mark], (chosen[cuts[0] + mark :], rejected[cuts[1] + mark :])
-    raw = (prompt, *answers) if messages[0].role != "system" else None
+    raw = (prompt, answers[0], answers[1]) if messages[0].role != "system" else None
     return Pair(messages, answers[0].strip(), answers[1].strip(), raw=raw, extras=extras)
 
 

@@ -34,7 +34,7 @@ class BadRow(InputError):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
         self.detail = detail
-        self.severity = severity
+        self.severity: Severity = severity
 
 
 class Tally:

@@ -101,7 +101,7 @@ class ChatTemplate:
             )
         if tokenizer.eos_token is None and self.name in ("llama2", "zephyr"):
             raise InputError(f"--data.template {name} ends each answer with EOS, which this tokenizer does not have")
-        self._variables = {"turn_space": _turn_space(tokenizer)} if name == "llama2" else {}
+        self._turn_space = _turn_space(tokenizer) if name == "llama2" else ""
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         """The text of a conversation; `generation` opens the assistant's answer after it.
@@ -114,7 +114,7 @@ class ChatTemplate:
                 chat_template=TEMPLATES.get(self.name),
                 tokenize=False,
                 add_generation_prompt=generation,
-                **self._variables,
+                turn_space=self._turn_space,
             )
         except TemplateError as error:
             roles = " ".join(m.role for m in messages[:12])
