@@ -248,16 +248,18 @@ def choose_kernel(
     }
     reasons = {kernel: [reason for true, reason in checks if true] for kernel, checks in obstacles.items()}
     layout = "cached" if cached else "shared-prefix" if prefix else "packed" if packed else "plain"
+    # One token is the model's initialisation, or a further step of a decode whose prefill has been logged.
+    log = _log_once if length > 1 else lambda message: None
     if requested == "auto":
         kernel = next(kernel for kernel, obstacle in reasons.items() if not obstacle)
         rest = "; ".join(f"not {other}: {why[0]}" for other, why in reasons.items() if why)
-        _log_once(f"attention kernel {kernel} for {layout} sequences ({rest})")
+        log(f"attention kernel {kernel} for {layout} sequences ({rest})")
         return kernel
     if reasons[requested]:
         raise InputError(
             f"attention {requested} cannot run here: {reasons[requested][0]}; use --train.attention auto or xla"
         )
-    _log_once(f"attention kernel {requested} for {layout} sequences, as asked for")
+    log(f"attention kernel {requested} for {layout} sequences, as asked for")
     return requested
 
 
