@@ -119,8 +119,11 @@ class ConversationEncoder:
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
-    def prompt_ids(self, prompt: Sequence[Message] | str) -> list[int]:
-        """Ids to generate an answer from: messages under the template, or with `raw` a text."""
+    def prompt_ids(self, prompt: Sequence[Message] | str, *, max_length: int | None = None) -> list[int]:
+        """Ids to generate an answer from: messages under the template, or with `raw` a text.
+
+        Of a prompt of more than `max_length` tokens, BOS and the end are kept.
+        """
         if self._template is None:
             if not isinstance(prompt, str):
                 raise InputError("--data.template raw takes prompts as text, not as messages")
@@ -128,7 +131,8 @@ class ConversationEncoder:
         else:
             messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
             text = self._template.render(messages, generation=True)
-        return self._with_bos(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = np.asarray(self._with_bos(self._backend.encode(text, add_special_tokens=False).ids), np.int32)
+        return _end_of(ids, len(ids) if max_length is None else max_length, self.bos).tolist()
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if self._added_bos is None or ids[:1] == [self._added_bos] else [self._added_bos, *ids]
@@ -144,7 +148,6 @@ class ConversationEncoder:
                 detail = f"{found[0]!r} would be read as such; spell it differently"
                 raise BadRow("the text holds a control token of the tokenizer", detail, "noise")
         prompt = self._template.render(pair.messages, generation=True)
-        bare = self._template.render(pair.messages)
         wholes: list[str | None] = []
         ends, boundaries = [], []
         for answer in map(self._unclosed, (pair.chosen, pair.rejected)):
@@ -153,16 +156,14 @@ class ConversationEncoder:
                 ends.append(0)
                 continue
             whole = self._template.render((*pair.messages, Message("assistant", answer)))
-            if not (whole.startswith(bare) and whole.endswith(self._tail)):
-                detail = (
-                    "what it writes for the prompt or after the answer depends on the answer; name another template"
-                )
+            start, end = len(prompt), len(whole) - len(self._tail)
+            if not whole.startswith(prompt):
+                # The header for generation may be more than what stands before a given answer (an opened <think>, say).
+                bare = self._template.render(pair.messages)
+                start = whole.rfind(answer.strip(), len(bare), end) if whole.startswith(bare) else -1
+            if start < 0 or not whole.endswith(self._tail):
+                detail = "what it writes around the answer depends on the answer; name another template"
                 raise BadRow("the chat template renders the prompt differently with an answer", detail)
-            end = len(whole) - len(self._tail)
-            # The header for generation may be more than what stands before a given answer (an opened <think>, say).
-            start = len(prompt) if whole.startswith(prompt) else whole.rfind(answer.strip(), len(bare), end)
-            if start < 0:
-                raise BadRow("the chat template rewrites the answer", "it cannot be found in the rendered text")
             boundaries.append(start)
             ends.append(end)
             wholes.append(whole[:end] + self._closing)
@@ -257,13 +258,18 @@ def truncate(encoded: Encoded, *, max_length: int, max_prompt_length: int, bos: 
     The prompt gets at most `max_prompt_length` tokens, prompt and response at most `max_length`. A cut response has no
     terminator. Raises `BadRow` where chosen and rejected differ in nothing that is left.
     """
-    prompt = encoded.prompt
-    if len(prompt) > max_prompt_length:
-        keep_bos = max_prompt_length > 1 and prompt[0] == bos
-        tail = prompt[len(prompt) - max_prompt_length + keep_bos :]
-        prompt = np.concatenate([prompt[:1], tail]) if keep_bos else tail
+    prompt = _end_of(encoded.prompt, max_prompt_length, bos)
     room = max_length - len(prompt)
     responses = tuple(r[:room] for r in encoded.responses)
     if np.array_equal(responses[0], responses[1]):
         raise BadRow(_SAME, f"the first {room} of them; raise --data.max_length", "lost")
     return Encoded(prompt, responses, tuple(f[:room] for f in encoded.formats))
+
+
+def _end_of(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
+    """The last `length` tokens of a prompt, its BOS among them if it has one."""
+    if len(prompt) <= length:
+        return prompt
+    if length > 1 and prompt[0] == bos:
+        return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1 :]])
+    return prompt[len(prompt) - length :]

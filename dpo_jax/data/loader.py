@@ -44,8 +44,9 @@ class _Steps:
         epoch, index = divmod(step, self._per_epoch)
         return self._epoch(epoch)[index]
 
-    def __getitem__(self, step: SupportsIndex) -> PreferenceBatch:
-        batch = self.rows_of(int(step))
+    def __getitem__(self, index: SupportsIndex) -> PreferenceBatch:
+        step = int(index)
+        batch = self.rows_of(step)
         try:
             return collate(self._dataset, batch.indices, self._plan.shapes[batch.bucket], self._batch_size)
         except Exception as error:  # told apart from the end of the data, and with the rows that it struck
