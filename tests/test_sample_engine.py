@@ -155,9 +155,7 @@ def test_stop_token_ends_the_row_and_belongs_to_it(small):
     free = texts(generate(model, variables, PROMPTS, jax.random.key(7), config=SAMPLED))
     stops = (free[0][3], free[1][6])
     config = dataclasses.replace(SAMPLED, stop_tokens=stops)
-    tokens, mask, logps = (
-        np.asarray(x) for x in generate(model, variables, PROMPTS, jax.random.key(7), config=config)
-    )
+    tokens, mask, logps = (np.asarray(x) for x in generate(model, variables, PROMPTS, jax.random.key(7), config=config))
     for i, row in enumerate(free):
         ends = [t for t, token in enumerate(row) if token in stops]
         length = ends[0] + 1 if ends else len(row)

@@ -1,0 +1,319 @@
+"""`dpo-jax demo`: controlled sentiment (Rafailov et al. 2023, section 6.1) on a real Llama, in minutes on a CPU.
+
+    1  samples.jsonl   the model goes on with openings of reviews, several times each
+    2  pairs.jsonl     VADER's lexicon judges the samples; of each opening the best and the worst make a pair
+    3  before.jsonl    openings that no pair came from, continued by the model as it is
+    4  dpo/            DPO on the pairs: a run like any other of `dpo-jax dpo`
+    5  after.jsonl     the same unseen openings with the same random numbers, continued by the aligned model
+    6  report.html, summary.json
+
+A stage whose file is there is not done again; samples and texts go on in the middle of a file. The judge sees only
+what the model wrote, not the opening.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DemoRun,
+    DPOLossConfig,
+    DPORun,
+    LoraConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.model.groups import response_logps
+from dpo_jax.model.llama import Llama
+from dpo_jax.run import demo_report, dpo
+from dpo_jax.run.folder import write_atomically
+from dpo_jax.run.generate import Response, responses, terminators
+from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.run.openings import review_openings
+from dpo_jax.run.rows import Row, RowsFile, read_lines, write_lines
+from dpo_jax.types import PreferenceBatch
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
+
+TEMPERATURE = 0.8
+"""Of all samples. At 1 the texts of so small a model lose their thread. KL is measured at the same temperature."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. The openings of training and the unseen ones do not overlap."""
+
+    prompts: int
+    samples: int
+    unseen: int
+    unseen_samples: int
+    new_tokens: int
+    epochs: float
+    batch_size: int = 48
+
+
+FULL = Size(prompts=120, samples=5, unseen=64, unseen_samples=3, new_tokens=40, epochs=3)
+FAST = Size(prompts=48, samples=4, unseen=32, unseen_samples=2, new_tokens=28, epochs=3, batch_size=32)
+
+
+class Judge:
+    """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
+
+    def __init__(self) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, text: str) -> float:
+        """The compound score: -1 most negative, 0 neutral, 1 most positive."""
+        return float(self._analyzer.polarity_scores(text)["compound"])
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """All that continuing openings takes, but for the weights."""
+
+    model: Llama
+    tokenizer: PreTrainedTokenizerBase
+    encoder: ConversationEncoder
+    config: SampleConfig
+    batch_size: int
+    judge: Judge
+
+    def write(
+        self,
+        path: Path,
+        label: str,
+        variables: Any,
+        openings: Sequence[str],
+        samples: int,
+        *,
+        seed: int,
+        reference: Any = None,
+    ) -> list[Row]:
+        """Continue each opening `samples` times, judge, and keep the rows in `path`; or read them if they are there.
+
+        Args:
+          variables: of the model that writes.
+          reference: of the model that its texts are also scored with (for the KL divergence), or None.
+        """
+        if path.exists():
+            say(f"{label}: from {path}")
+            return read_lines(path)
+        rows = [(opening, k) for opening in openings for k in range(samples)]
+        prompts = [self.encoder.prompt_ids(opening) for opening, _ in rows]
+        settings = {"openings": list(openings), "samples": samples, "seed": seed, "sample": asdict(self.config)}
+        with RowsFile(path, settings) as file, ProgressBar(label, len(rows), done=len(file.rows)) as bar:
+            start, tokens = time.monotonic(), 0
+            options = {"seed": seed, "config": self.config, "batch_size": self.batch_size, "raw": True}
+            first = len(file.rows)
+            for batch in responses(self.model, variables, self.tokenizer, prompts, first=first, **options):
+                done = len(file.rows)
+                added = list(self._rows(rows[done : done + len(batch)], batch))
+                if reference is not None:
+                    scores = self._scores(reference, prompts[done : done + len(batch)], batch)
+                    for row, response, score in zip(added, batch, scores, strict=True):
+                        row |= {"logps": response.logps, "reference_logps": score}
+                file.append(added)
+                tokens += sum(len(row["ids"]) for row in added)
+                mean = np.mean([row["sentiment"] for row in file.rows])
+                speed = tokens / (time.monotonic() - start)
+                bar.update(len(file.rows), f"mean sentiment {mean:+.3f}  {speed:.0f} tokens/s")
+            return file.finish()
+
+    def _rows(self, rows: Sequence[tuple[str, int]], batch: Sequence[Response]) -> Iterator[Row]:
+        for (opening, k), response in zip(rows, batch, strict=True):
+            yield {
+                "prompt": opening,
+                "sample": k,
+                "response": response.text,
+                "sentiment": self.judge(response.text),
+                "finish_reason": response.finish_reason,
+                "ids": response.ids,
+            }
+
+    def _scores(self, variables: Any, prompts: Sequence[Sequence[int]], batch: Sequence[Response]) -> list[list[float]]:
+        """Log-probability of each token of each response under `variables`, at the sampling temperature."""
+        texts = [response.ids for response in batch]
+        fillers = self.batch_size - len(batch)
+        group = PreferenceBatch(
+            prompts=_padded([*prompts, *[[0]] * fillers], 32),
+            prompt_lengths=np.asarray([*map(len, prompts), *[1] * fillers], np.int32),
+            responses=_padded([*texts, *[[0]] * fillers], self.config.max_new_tokens)[:, None],
+            response_lengths=np.asarray([*map(len, texts), *[1] * fillers], np.int32)[:, None],
+            weights=np.ones(self.batch_size, np.float32),
+            rows=np.full(self.batch_size, -1, np.int32),
+        )
+        logps = np.asarray(_score(variables, group, model=self.model, temperature=self.config.temperature))[:, 0]
+        return [logps[i, : len(text)].tolist() for i, text in enumerate(texts)]
+
+
+@partial(jax.jit, static_argnames=("model", "temperature"))
+def _score(variables: Any, batch: PreferenceBatch, *, model: Llama, temperature: float) -> jax.Array:
+    return response_logps(model.apply, variables, batch, layout="separate", temperature=temperature)
+
+
+def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Any:
+    """int32 [B, longest row rounded up]; numpy, typed as the jax array it becomes."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    return np.asarray([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
+
+
+def make_pairs(rows: Sequence[Row]) -> list[Row]:
+    """Best against worst of the samples of each prompt, in the order of the prompts.
+
+    Blank samples do not take part; where best and worst are equally good there is no pair.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        # A sample may end inside a character of several bytes; the broken one is no text to learn from.
+        text = row["response"].rstrip("\N{REPLACEMENT CHARACTER}")
+        if text.strip():
+            groups.setdefault(row["prompt"], []).append({**row, "response": text})
+    pairs = []
+    for prompt, samples in groups.items():
+        best = max(samples, key=lambda row: row["sentiment"])
+        worst = min(samples, key=lambda row: row["sentiment"])
+        if best["sentiment"] > worst["sentiment"]:
+            pairs.append(
+                {
+                    "prompt": prompt,
+                    "chosen": best["response"],
+                    "rejected": worst["response"],
+                    "score_chosen": best["sentiment"],
+                    "score_rejected": worst["sentiment"],
+                }
+            )
+    return pairs
+
+
+def training_run(run: DemoRun, size: Size) -> DPORun:
+    """The DPO run of the demo: what `dpo-jax dpo` would be told.
+
+    LoRA, because on a CPU it saves a third of each step. The end token of a response counts for nothing
+    (`mask_format_tokens`): nearly all samples were cut at `new_tokens`, so it would teach where to stop for no reason.
+    """
+    out = Path(run.out)
+    return DPORun(
+        model=run.model,
+        source=str(out / "pairs.jsonl"),
+        out=str(out / "dpo"),
+        dpo=DPOLossConfig(beta=0.1, mask_format_tokens=True),
+        lora=LoraConfig(rank=16),
+        optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=2),
+        data=DataConfig(template=RAW, max_length=256, max_prompt_length=128, buckets=1),
+        train=TrainConfig(epochs=size.epochs, batch_size=8, seed=run.seed),
+        checkpoint=CheckpointConfig(every=1000, keep=1),
+    )
+
+
+def _claim(run: DemoRun, out: Path) -> None:
+    """Make the folder this demo's, or refuse one that holds something else."""
+    marker, settings = out / "demo.json", asdict(run)
+    settings.pop("out")
+    if marker.exists():
+        try:
+            before = json.loads(marker.read_text())
+        except ValueError as error:
+            raise InputError(f"{marker}: not readable; choose another --out") from error
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{out}: the demo in it has --{name} {before.get(name)} and this command has {value}; "
+                    "give the same value to go on with it, or choose another --out"
+                )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and holds no demo; choose another --out")
+    else:
+        write_atomically(marker, json.dumps(settings, indent=2) + "\n")
+
+
+def demo(run: DemoRun) -> Path:
+    """The `demo` command; returns its folder. See the module for the stages."""
+    return _demo(run, FAST if run.fast else FULL)
+
+
+def _demo(run: DemoRun, size: Size) -> Path:
+    out = Path(run.out)
+    _claim(run, out)
+    if (out / "summary.json").exists():
+        say(f"{out}: this demo is finished; to run it again choose another --out")
+        demo_report.show(json.loads((out / "summary.json").read_text()), out)
+        return out
+    openings = review_openings(run.seed)
+    seen, unseen = openings[: size.prompts], openings[size.prompts : size.prompts + size.unseen]
+    clock = _Clock()
+
+    clock.stage(f"{run.model}: loading the model")
+    tokenizer = load_tokenizer(run.model)
+    model, variables = load_pretrained(run.model)
+    encoder = ConversationEncoder(tokenizer, RAW)
+    config = terminators(model, encoder, SampleConfig(size.new_tokens, temperature=TEMPERATURE))
+    writer = _Writer(model, tokenizer, encoder, config, size.batch_size, Judge())
+
+    clock.stage(f"[1/5] {size.prompts} openings of reviews, continued {size.samples} times each")
+    rows = writer.write(out / "samples.jsonl", "samples", variables, seen, size.samples, seed=run.seed)
+
+    pairs = make_pairs(rows)
+    clock.stage(f"[2/5] best against worst by VADER: {len(pairs)} pairs ({len(seen) - len(pairs)} ties left out)")
+    if not pairs:
+        raise InputError(
+            f"{run.model}: all its samples are equally positive, so there are no pairs; try another --seed"
+        )
+    write_lines(out / "pairs.jsonl", pairs)
+
+    clock.stage(f"[3/5] {size.unseen} unseen openings before training")
+    later = {"openings": unseen, "samples": size.unseen_samples, "seed": (run.seed + 1) % 2**32, "reference": variables}
+    before = writer.write(out / "before.jsonl", "before", variables, **later)
+
+    clock.stage("[4/5] DPO on the pairs")
+    folder = dpo.train(training_run(run, size))
+
+    clock.stage(f"[5/5] {size.unseen} unseen openings after training")
+    _, aligned = load_pretrained(folder)
+    after = writer.write(out / "after.jsonl", "after", aligned, **later)
+
+    seconds = clock.stop()
+    summary = {"model": run.model, "seed": run.seed, "pairs": len(pairs), "prompts": size.prompts}
+    summary |= demo_report.figures(before, after, seed=run.seed)
+    demo_report.write(out, summary, before, after, pairs)
+    write_atomically(out / "summary.json", json.dumps(summary | {"seconds": seconds}, indent=2) + "\n")
+    demo_report.show(summary, out)
+    say(f"{sum(seconds.values()):.0f} seconds in all")
+    return out
+
+
+class _Clock:
+    """Announces stages and measures them."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._name, self._start = "", time.monotonic()
+
+    def stage(self, name: str) -> None:
+        """The stage before is over; this one begins."""
+        self.stop()
+        self._name = name
+        say(name)
+
+    def stop(self) -> dict[str, float]:
+        """Seconds of all stages so far."""
+        now = time.monotonic()
+        if self._name:
+            self._seconds[self._name] = round(now - self._start, 1)
+        self._start = now
+        return self._seconds

@@ -1,0 +1,194 @@
+"""What the demo found: its figures, the report, and the closing table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.run import report
+from dpo_jax.run.judgement import kl_estimates
+from dpo_jax.run.log import read_metrics
+from dpo_jax.run.rows import Row
+from dpo_jax.run.text import health
+
+RESAMPLES = 10_000
+
+
+def _per_prompt(rows: Sequence[Row]) -> np.ndarray:
+    """Mean sentiment of each prompt's samples [prompts], in order."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row["sentiment"])
+    return np.asarray([np.mean(group) for group in groups.values()])
+
+
+def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent `values` (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _kl(rows: Sequence[Row]) -> dict[str, float]:
+    """KL(writer, reference) from what the writer wrote: nats a response, and a token."""
+    width = max(len(row["ids"]) for row in rows)
+
+    def table(name: str) -> np.ndarray:
+        return np.asarray([[*row[name], *[0.0] * (width - len(row[name]))] for row in rows])
+
+    mask = np.arange(width) < np.asarray([len(row["ids"]) for row in rows])[:, None]
+    return kl_estimates(table("logps"), table("reference_logps"), mask)
+
+
+def _side(rows: Sequence[Row]) -> dict[str, Any]:
+    scores = np.asarray([row["sentiment"] for row in rows])
+    kl = _kl(rows)
+    return {
+        "sentiment": float(scores.mean()),
+        "positive": float((scores >= 0.05).mean()),
+        "negative": float((scores <= -0.05).mean()),
+        "kl": kl["eval_kl"],
+        "kl_token": kl["eval_kl_token"],
+        "stopped": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
+        **asdict(health([row["ids"] for row in rows])),
+    }
+
+
+def figures(before: Sequence[Row], after: Sequence[Row], *, seed: int) -> dict[str, Any]:
+    """All figures of the demo, from its rows on the unseen prompts.
+
+    `difference` is the mean over prompts of (mean sentiment after - mean sentiment before), `interval` its 95 %
+    bootstrap interval over prompts. KL is the Monte Carlo estimate on each side's own samples; before training it is 0
+    up to rounding.
+    """
+    change = _per_prompt(after) - _per_prompt(before)
+    return {
+        "unseen_prompts": len(change),
+        "before": _side(before),
+        "after": _side(after),
+        "difference": float(change.mean()),
+        "interval": interval(change, seed=seed),
+        "prompts_up": float((change > 0).mean()),
+        "prompts_down": float((change < 0).mean()),
+    }
+
+
+_LINES = (
+    ("mean sentiment (VADER, -1 to 1)", "sentiment", "+.3f"),
+    ("positive texts", "positive", ".0%"),
+    ("negative texts", "negative", ".0%"),
+    ("KL to the reference, nats a text", "kl", ".2f"),
+    ("KL to the reference, nats a token", "kl_token", ".3f"),
+    ("distinct tokens / tokens", "distinct_1", ".3f"),
+    ("distinct token pairs / pairs", "distinct_2", ".3f"),
+    ("repeated 4-grams in a text", "repetition_4", ".1%"),
+    ("tokens a text", "length", ".1f"),
+    ("texts that ended by themselves", "stopped", ".0%"),
+)
+
+
+def _cells(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    def cell(side: str, key: str, form: str) -> str:
+        value = summary[side][key]
+        return format(0.0 if abs(value) < 5e-5 else value, form)  # no "-0.00" for what is rounding
+
+    return [(name, cell("before", key, form), cell("after", key, form)) for name, key, form in _LINES]
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """The outcome in one sentence, whatever it is."""
+    low, high = summary["interval"]
+    found = "rose" if low > 0 else "fell" if high < 0 else "did not change beyond chance"
+    return (
+        f"On {summary['unseen_prompts']} unseen openings the mean sentiment {found}: {summary['difference']:+.3f} "
+        f"(95 % interval {low:+.3f} to {high:+.3f}), at a KL divergence of {summary['after']['kl']:.1f} nats a text."
+    )
+
+
+def _clip(text: str, length: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def show(summary: Mapping[str, Any], out: Path) -> None:
+    """Print the closing table and some texts to stdout."""
+    console = Console()
+    table = Table(title=f"DPO on {summary['pairs']} pairs, {summary['unseen_prompts']} unseen openings")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for cells in _cells(summary):
+        table.add_row(*cells)
+    console.print(table)
+    texts = Table(title="The same opening, the same random numbers", show_lines=True)
+    for name in ("opening", "before", "after"):
+        texts.add_column(name, ratio=1 if name == "opening" else 2)
+    for opening, first, second in summary["examples"][:3]:
+        texts.add_row(*(_escape(_clip(text)) for text in (opening, first, second)))
+    console.print(texts)
+    console.print(verdict(summary), highlight=False)
+    console.print(
+        f"Report: {out / 'report.html'}   aligned model: {out / 'dpo' / 'model'}", highlight=False, soft_wrap=True
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def write(
+    out: Path, summary: dict[str, Any], before: Sequence[Row], after: Sequence[Row], pairs: Sequence[Row]
+) -> None:
+    """Write `report.html`; adds to `summary` the texts that `show` prints: the first sample of the first openings."""
+    firsts = [(a, b) for a, b in zip(before, after, strict=True) if a["sample"] == 0]
+    summary["examples"] = [(a["prompt"], a["response"], b["response"]) for a, b in firsts[:5]]
+    edges = np.linspace(-1, 1, 21)
+    sides = (("before", before), ("after", after))
+    histogram = report.Plot(
+        "Sentiment of the texts",
+        tuple(
+            report.Series(name, edges.tolist(), np.histogram([r["sentiment"] for r in rows], edges)[0].tolist())
+            for name, rows in sides
+        ),
+        x_label="VADER compound score",
+        bars=True,
+    )
+    grid = (np.arange(len(before)) + 1) / len(before)
+    cumulative = report.Plot(
+        "Share of texts up to a score",
+        tuple(report.Series(name, sorted(r["sentiment"] for r in rows), grid.tolist()) for name, rows in sides),
+        x_label="VADER compound score",
+    )
+    low, high = summary["interval"]
+    table = [*_cells(summary), ("difference in mean sentiment", "", f"{summary['difference']:+.3f}")]
+    table += [("its 95 % interval (bootstrap over openings)", f"{low:+.3f}", f"{high:+.3f}")]
+    table += [("openings that went down, up", f"{summary['prompts_down']:.0%}", f"{summary['prompts_up']:.0%}")]
+    side_by_side = [
+        (a["prompt"], a["response"], f"{a['sentiment']:+.2f}", b["response"], f"{b['sentiment']:+.2f}")
+        for a, b in firsts
+    ]
+    sections = [
+        report.Section(
+            "Before and after", plots=(histogram, cumulative), table=report.Table(("", "before", "after"), table)
+        ),
+        report.training_section(read_metrics(out / "dpo" / "metrics.jsonl")),
+        report.Section(
+            "Texts side by side",
+            "The first sample of every unseen opening, drawn with the same random numbers; none is picked by hand.",
+            table=report.Table(("opening", "before", "score", "after", "score "), side_by_side, ("before", "after")),
+        ),
+        report.Section(
+            "Some of the pairs",
+            table=report.Table(
+                ("opening", "chosen", "rejected"),
+                [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs[:10]],
+                ("chosen", "rejected"),
+            ),
+        ),
+    ]
+    report.write_report(out / "report.html", "Controlled sentiment by DPO", verdict(summary), sections)
