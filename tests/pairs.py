@@ -1,6 +1,9 @@
 """A tiny Llama and made-up preference batches, for the tests of the training steps."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -36,6 +39,29 @@ def model_and_variables(
     variables = llama.init_variables(model, jax.random.key(seed), mesh=mesh)
     where = jax.tree.map(lambda x: x.sharding, variables)
     return model, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(scaled, tree), out_shardings=where)(variables)
+
+
+def toy_policy(seed: int = 0, *, vocab: int = 64, width: int = 8) -> tuple[Any, Any]:
+    """(model, variables) of a one-matrix language model that compiles at once, for tests of the step around a model.
+
+    h_t = E[y_t] + mean of E[y_s] over s <= t, logits = h Eᵀ. For layout "separate" only.
+    """
+
+    def apply(variables: Any, *args: jax.Array, method: str | None = None, packed: bool = False) -> jax.Array:
+        table = variables["params"]["embed"]["kernel"]
+        if method == "unembedding":
+            return table.T
+        tokens, positions, segments = args
+        x = table[tokens] * segments[..., None]
+        return x + jnp.cumsum(x, axis=1) / (positions + 1)[..., None]
+
+    table = jax.random.normal(jax.random.key(seed), (vocab, width))
+    return SimpleNamespace(apply=apply), {"params": {"embed": {"kernel": table}}}
+
+
+def quick_jit(f: Callable[..., Any], **fixed: Any) -> Any:
+    """`jax.jit` of `f` with keywords filled in, compiled without optimisation: the model is tiny, compiling is not."""
+    return jax.jit(partial(f, **fixed), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_batch(

@@ -301,7 +301,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     whole = _whole(pairs, kl, config)
     gradients, rows = _gradients(state, pairs, whole, config)
     loss = jnp.sum(pairs.weights * rows.loss) / whole.weight
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updated = state.apply_gradients(gradients)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
