@@ -159,9 +159,7 @@ def read_config(path: Path, reader: GGUFReader, meta: Mapping[str, Any]) -> Llam
 
     def get(key: str) -> Any:
         if own.get(key) is None:
-            raise InputError(
-                f"{path}: metadata llama.{key} is missing; the file is damaged or too old, convert it again"
-            )
+            raise InputError(f"{path}: metadata llama.{key} is missing; the file is damaged or too old")
         return own[key]
 
     names = {tensor.name for tensor in reader.tensors}
@@ -171,14 +169,14 @@ def read_config(path: Path, reader: GGUFReader, meta: Mapping[str, Any]) -> Llam
         if (own.get(key) or head_dim) != head_dim:
             raise InputError(f"{path}: metadata llama.{key} = {own[key]} differs from the head size {head_dim}")
     theta = own.get("rope.freq_base") or 10_000.0
-    tokens = meta.get("tokenizer.ggml.tokens")
     embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+    if embedding is None:
+        raise InputError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
     eos = [meta[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in meta]
     window = own.get("attention.sliding_window")
     raw = {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "vocab_size": own.get("vocab_size")
-        or (int(embedding.shape[1]) if embedding is not None else len(tokens or [])),
+        "vocab_size": own.get("vocab_size") or int(embedding.shape[1]),
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -215,9 +213,9 @@ def _scaling(
         raise InputError(
             f"{path}: RoPE scaling {kind!r} is not supported; supported are linear and Llama 3.1's factors"
         )
-    linear = factor not in (None, 0, 1) and kind in ("linear", "none")
+    linear = factor is not None and factor not in (0, 1)
     if factors is None:
-        return {"rope_type": "linear", "factor": _short(factor)} if linear else None
+        return {"rope_type": "linear", "factor": _short(factor)} if factor and linear else None
     if linear:
         raise InputError(f"{path}: both linear RoPE scaling and {_ROPE_FACTORS}, which is not supported")
     return _llama3_scaling(path, np.asarray(factors.data, np.float32), head_dim, theta)

@@ -84,7 +84,7 @@ def _surround(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    """GPT-2's byte-level BPE (Radford et al. 2019) with the cut that `tokenizer.ggml.pre` names; and its BOS default."""
+    """GPT-2's byte-level BPE (Radford et al. 2019), cut as `tokenizer.ggml.pre` names it; and its BOS default."""
     cut = meta.get("tokenizer.ggml.pre", "default")
     merges = meta.get("tokenizer.ggml.merges")
     if not merges:

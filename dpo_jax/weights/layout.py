@@ -115,12 +115,12 @@ def _some(keys: set[str]) -> str:
 
 
 def check_keys(slots: list[Slot], reader: TensorReader, ignored: frozenset[str] = frozenset()) -> None:
-    """Raise `InputError` unless the tensors are exactly those that `slots` want (besides `ignored`), in their shapes."""
+    """Raise `InputError` unless the tensors are those of `slots`, in their shapes, and (but `ignored`) no more."""
     shapes = reader.shapes()
     wanted = {key: slot.tensor_shape for slot in slots for key in slot.keys}
     if missing := set(wanted) - set(shapes):
         raise InputError(
-            f"{reader.where}: tensor missing: {_some(missing)}; the file is incomplete or config.json is another model's"
+            f"{reader.where}: tensor missing: {_some(missing)}; files are missing, or config.json is another model's"
         )
     if unknown := set(shapes) - set(wanted) - ignored:
         raise InputError(

@@ -49,7 +49,7 @@ def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> Non
 
 def _metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
     try:
-        return checkpointer.metadata(path).item_metadata.tree
+        return checkpointer.metadata(path).item_metadata.tree  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{path}: not a checkpoint that convert wrote, or damaged ({_line(error)})") from error
 

@@ -18,8 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Entries that say how the adapter was trained or found, and change none of its numbers.
 _WITHOUT_EFFECT = frozenset(
     """base_model_name_or_path revision inference_mode lora_dropout init_lora_weights task_type peft_type r lora_alpha
-    target_modules auto_mapping peft_version megatron_config megatron_core ensure_weight_tying eva_config corda_config
-    lora_ga_config loftq_config runtime_config layers_pattern""".split()
+    target_modules auto_mapping peft_version megatron_config megatron_core qalora_group_size layers_pattern""".split()
 )  # fmt: skip
 
 
@@ -46,6 +45,9 @@ def read_lora(folder: Path) -> LoraConfig:
         # false, 0, "none", {} and null are how PEFT spells "not used"
         if key not in _WITHOUT_EFFECT and value not in (None, False, 0, "none", {}, []):
             raise InputError(f"{where}: {key} = {value!r} is not supported; only plain LoRA is read")
+    if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian"):
+        # PiSSA and its like also changed the base weights
+        raise InputError(f"{where}: init_lora_weights = {start!r} is not supported; convert it to plain LoRA with peft")
     targets = raw.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_LAYERS)
