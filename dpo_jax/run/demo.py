@@ -40,7 +40,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.run import demo_report, dpo
-from dpo_jax.run.folder import write_atomically
+from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.openings import review_openings
@@ -281,7 +281,10 @@ def _demo(run: DemoRun, size: Size) -> Path:
     before = writer.write(out / "before.jsonl", "before", variables, **later)
 
     clock.stage("[4/5] DPO on the pairs")
-    folder = dpo.train(training_run(run, size))
+    training = training_run(run, size)
+    folder = dpo.train(training)
+    if RunFolder(folder, "dpo", as_json(training)).open() != "finished":
+        return out  # it was told to stop, and has said how to go on
 
     clock.stage(f"[5/5] {size.unseen} unseen openings after training")
     _, aligned = load_pretrained(folder)
