@@ -223,7 +223,7 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
 
 def _response(value: object, name: str) -> tuple[tuple[Message, ...], str]:
     """(the messages in front of the response, if any; the response)."""
-    if isinstance(value, str):
+    if not isinstance(value, list | dict):
         return (), _text(value, name)
     messages = _messages(value if isinstance(value, list) else [value], name)
     if messages[-1].role != "assistant":

@@ -118,7 +118,8 @@ class ChatTemplate:
             )
         except TemplateError as error:
             roles = " ".join(m.role for m in messages[:12])
-            detail = f"{str(error).strip() or type(error).__name__}; the roles are {roles}"
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            detail = f"{reason}; the roles are {roles}"
             raise BadRow("the chat template refuses the conversation", detail) from error
         except ValueError as error:  # transformers: several named templates and no default among them
             reason = str(error).splitlines()[0]
