@@ -143,6 +143,9 @@ def load_preferences(
 ) -> PreferenceDataset:
     """Read, check and tokenise a preference file.
 
+    Every process does so itself: it is about a thousand chat pairs a second and core, so no cache of ids is kept that
+    could go stale.
+
     Args:
       source: see `files.read_rows`; the layouts of rows: see `preferences.py`.
       tokenizer: a fast tokenizer.
