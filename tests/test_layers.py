@@ -39,7 +39,6 @@ OWNERS = {
     "safetensors": {"weights"},
     "gguf": {"weights"},
     "orbax": {"weights"},
-    "etils": {"weights"},
     "tokenizers": {"weights", "data"},
     "transformers": {"weights", "data", "run"},
     "sentencepiece": {"weights"},

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import EvalRun, SampleConfig
+from dpo_jax.config import EvalRun
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.files import read_rows_or_problems
@@ -22,13 +22,13 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.run import judgement, score
 from dpo_jax.run import text as texts
 from dpo_jax.run.folder import write_atomically
+from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
-from dpo_jax.sample import generate
 from dpo_jax.types import PreferenceBatch
 
 BETA = 0.1
-Answers = list[tuple[list[int], list[int]]]
-"""(prompt ids, response ids) of each generated text."""
+Answers = list[tuple[list[int], Response]]
+"""Prompt ids and response of each generated text."""
 
 
 def evaluate(run: EvalRun) -> dict[str, Any]:
@@ -36,7 +36,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
     The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
     `judgement.figures` and, with --samples, `judgement.kl_estimates` (where there is a reference and the answers are
-    not greedy), and under `tables` and `samples` the groups and the `TextHealth` of the answers.
+    not greedy); under `tables` the groups, and under `samples` the `TextHealth` of the answers and the share of
+    them that end by themselves.
     """
     setting = score.Setting.of(
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
@@ -60,7 +61,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         model, variables = setting.load(run.reference, tokenizer)
         reference = setting.logps(model, variables, dataset, "log-probabilities under the reference")
         if written is not None:
-            mask = np.arange(written.shape[1]) < np.array([len(response) for _, response in answers])[:, None]
+            mask = np.arange(written.shape[1]) < np.array([len(answer.ids) for _, answer in answers])[:, None]
             under = _answer_logps(setting, model, variables, answers, run.sample.temperature)
             kl = judgement.kl_estimates(written, under, mask)
 
@@ -74,7 +75,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         **judgement.figures(policy, lengths, reference, beta=beta),
         **kl,
         "tables": judgement.tables(policy, lengths, reference, dataset.extras, beta=beta),
-        "samples": dataclasses.asdict(texts.health([response for _, response in answers])) if answers else None,
+        "samples": _health([answer for _, answer in answers]) if answers else None,
     }
     _show(result)
     if out is not None:
@@ -102,18 +103,23 @@ def _answer(
             prompts.append(encoder.prompt_ids(prompt)[-run.data.max_prompt_length :])
         if len(prompts) == len(wanted):
             break
-    stops = tuple(dict.fromkeys((*run.sample.stop_tokens, *dataset.terminators, *model.config.eos_token_ids)))
-    config: SampleConfig = dataclasses.replace(run.sample, stop_tokens=stops)
-    key, answers = jax.random.key(run.seed), []
+    config = terminators(model, encoder, run.sample)
+    written = responses(
+        model,
+        variables,
+        tokenizer,
+        prompts,
+        seed=run.seed,
+        config=config,
+        batch_size=setting.batch_size,
+        mesh=setting.mesh,
+    )
+    answers: list[Response] = []
     with ProgressBar("answers", len(prompts)) as bar:
-        for start in range(0, len(prompts), setting.batch_size):
-            part = prompts[start : start + setting.batch_size]
-            rows = np.arange(start, start + len(part))
-            written = generate(model, variables, part, key, config=config, row_ids=rows, mesh=setting.mesh)
-            tokens, mask = np.asarray(written.tokens), np.asarray(written.mask)
-            answers += [(prompt, tokens[i][mask[i]].tolist()) for i, prompt in enumerate(part)]
+        for batch in written:
+            answers += batch
             bar.update(len(answers))
-    return answers
+    return list(zip(prompts, answers, strict=True))
 
 
 def _answer_logps(
@@ -121,7 +127,7 @@ def _answer_logps(
 ) -> np.ndarray:
     """float64 [N, R] log-probability of each token of the answers; R is the longest one's length."""
     longest_prompt = max(len(prompt) for prompt, _ in answers)
-    longest = max(len(response) for _, response in answers)
+    longest = max(len(answer.ids) for _, answer in answers)
     size = setting.batch_size
 
     def padded(rows: list[list[int]], width: int) -> np.ndarray:
@@ -138,17 +144,25 @@ def _answer_logps(
     for start in range(0, len(answers), size):
         part = answers[start : start + size]
         filler = size - len(part)
-        batch = PreferenceBatch(
-            prompts=padded([prompt for prompt, _ in part], longest_prompt),
-            prompt_lengths=np.array([len(prompt) for prompt, _ in part] + [1] * filler, np.int32),
-            responses=padded([response for _, response in part], longest)[:, None],
-            response_lengths=np.array([len(response) for _, response in part] + [0] * filler, np.int32)[:, None],
-            weights=np.array([1.0] * len(part) + [0.0] * filler, np.float32),
-            rows=np.full(size, -1, np.int32),
-        )
+        arrays: dict[str, Any] = {
+            "prompts": padded([prompt for prompt, _ in part], longest_prompt),
+            "prompt_lengths": np.array([len(prompt) for prompt, _ in part] + [1] * filler, np.int32),
+            "responses": padded([answer.ids for _, answer in part], longest)[:, None],
+            "response_lengths": np.array([len(answer.ids) for _, answer in part] + [0] * filler, np.int32)[:, None],
+            "weights": np.array([1.0] * len(part) + [0.0] * filler, np.float32),
+            "rows": np.full(size, -1, np.int32),
+        }
+        batch = PreferenceBatch(**arrays)
         with jax.set_mesh(setting.mesh):
             parts.append(np.asarray(jitted(variables, put_batch(setting.mesh, batch)))[: len(part), 0])
     return np.concatenate(parts).astype(np.float64)
+
+
+def _health(answers: list[Response]) -> dict[str, Any]:
+    """`TextHealth` without the terminators, and `finished`: the share of answers that have one."""
+    stopped = [answer.finish_reason == "stop" for answer in answers]
+    bodies = [answer.ids[:-1] if stop else answer.ids for answer, stop in zip(answers, stopped, strict=True)]
+    return {**dataclasses.asdict(texts.health(bodies)), "finished": float(np.mean(stopped))}
 
 
 def _show(result: dict[str, Any]) -> None:

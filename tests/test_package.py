@@ -1,0 +1,152 @@
+"""Packaging and the README: what they say is what is there, and what the README shows runs."""
+
+import ast
+import os
+import re
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import tiny
+
+from dpo_jax import __version__, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_first_screen_has_the_two_command_lines() -> None:
+    first_screen = README.splitlines()[:30]
+    commands = [line for line in first_screen if "pip install" in line and "&&" in line]
+    assert len(commands) == 2
+    assert commands[0].endswith("pip install -e . && dpo-jax demo")
+    assert commands[1].endswith("pip install -e '.[test]' && pytest")
+    for command in commands:
+        made, entered = re.match(r"python3 -m venv (\S+) && \. (\S+)/bin/activate && ", command).groups()  # type: ignore[union-attr]
+        assert made == entered
+
+
+def test_file_list_is_the_tree() -> None:
+    listed = re.findall(r"^\s*(?:\* )?`(\w[\w/]*\.py)`", README[README.index("## Where is what") :], re.MULTILINE)
+    package = ROOT / "dpo_jax"
+    there = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+    # A room's own __init__.py only says what the room is for.
+    assert sorted(listed) == sorted(name for name in there if not name.endswith("/__init__.py"))
+
+
+def test_readme_commands_parse() -> None:
+    commands = [
+        line
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("dpo-jax ") and "..." not in line
+    ]
+    assert len(commands) >= 5
+    commands += [f"{line} --model M" for line in re.findall(r"`(dpo-jax inspect [^`]*)`", README)]
+    for line in commands:
+        _, word, *rest = shlex.split(line)
+        cli.parse(word, rest)
+
+
+def test_readme_names_options_that_exist() -> None:
+    known = {name for word in cli.COMMANDS for name in cli.option_names(word)}
+    named = set(re.findall(r"--((?:train|dpo|optimizer|mesh|data|lora|distributed|checkpoint)\.[a-z_]+)", README))
+    assert named
+    assert named <= known
+    table = README[README.index("| `--dpo.loss` |") : README.index("With any of them:")]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    from dpo_jax.config import Loss
+
+    assert sorted(listed) == sorted(Loss.__args__)
+    options = {name.removeprefix("dpo.") for name in known if name.startswith("dpo.")}
+    assert {
+        name
+        for row in re.findall(r"^\| `.*", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row.split("|")[-2])
+    } <= options
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.folder(tmp_path / "tiny")
+    tiny.preferences(tmp_path / "pairs.jsonl", rows=8)
+    code = blocks("python")[number].replace('"smollm2"', '"tiny"')
+    exec(compile(code, f"README snippet {number}", "exec"), {})
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_readme_snippet_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.preferences(tmp_path / "pairs.jsonl", rows=8)
+    exec(compile(blocks("python")[0], "README snippet", "exec"), {})
+
+
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "safetensors": "safetensors", "ml_dtypes": "ml_dtypes"}
+
+
+def requirements() -> dict[str, str]:
+    """Distribution -> bounds, of `INSTALL` in setup.py."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTALL":
+            return dict(re.fullmatch(r"([\w-]+)(.*)", item).groups() for item in ast.literal_eval(node.value))  # type: ignore[union-attr,misc]
+    raise AssertionError("setup.py has no INSTALL")
+
+
+def imported() -> set[str]:
+    """Distributions whose modules the package imports, anywhere in it."""
+    names: set[str] = set()
+    for path in (ROOT / "dpo_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+    return {DISTRIBUTIONS.get(name, name) for name in names - {"dpo_jax"} - set(sys.stdlib_module_names)}
+
+
+# Needed at run time though no file imports them: transformers renders chat templates with Jinja and reads SentencePiece
+# tokenizer files through sentencepiece.
+UNSEEN = {"jinja2", "sentencepiece"}
+
+
+def test_setup_asks_for_what_is_imported() -> None:
+    assert requirements().keys() == imported() | UNSEEN
+
+
+def test_lower_bounds_hold_here() -> None:
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+    for name, bounds in requirements().items():
+        lower = re.match(r">=([\d.]+)", bounds)
+        assert lower, f"{name}: no lower bound"
+        assert numbers(metadata.version(name)) >= numbers(lower[1]), name
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_licence() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_ci_runs_the_readmes_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    pattern = re.search(r'grep -m1 "(.*?)" README.md', script.read_text())
+    assert pattern is not None
+    first = next(line for line in README.splitlines() if re.search(pattern[1], line))
+    assert first.endswith("pip install -e '.[test]' && pytest")
