@@ -72,7 +72,6 @@ def train(config: DPORun) -> Path:
         if dataset is not None:
             check_lengths(dataset, architecture)
             talk(dataset.summary())
-    del dataset
 
     # -------------------------------------------------------------- options that follow from the data
     lengths = {"steps": config.train.steps, "epochs": config.train.epochs}

@@ -54,18 +54,13 @@ def figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
     chosen, rejected = rows["lengths/chosen"] > 0, rows["lengths/rejected"] > 0
     pairs = chosen & rejected
     wins = rows["rewards/chosen"] > rows["rewards/rejected"]
-    found = {
-        "loss": float(rows["loss"].mean()),
-        "rewards/chosen": _mean(rows["rewards/chosen"][chosen]),
-        "rewards/rejected": _mean(rows["rewards/rejected"][rejected]),
-    }
-    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    found = {"loss": float(rows["loss"].mean())}
+    for name, present in (("chosen", chosen), ("rejected", rejected)):
+        if present.any():
+            found[f"rewards/{name}"] = float(rows[f"rewards/{name}"][present].mean())
+            found[f"logps/{name}"] = float(rows[f"logps/{name}"][present].mean())
+    if chosen.any() and rejected.any():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     if pairs.any():
-        found["rewards/accuracies"] = _mean(wins[pairs])
-    found["logps/chosen"] = _mean(rows["logps/chosen"][chosen])
-    found["logps/rejected"] = _mean(rows["logps/rejected"][rejected])
+        found["rewards/accuracies"] = float(wins[pairs].mean())
     return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")

@@ -52,6 +52,7 @@ class Plan:
 
     steps: int
     checkpoint_every: int
+    steps_per_epoch: int | None = None
     eval_every: int | None = None
     save_after_eval: bool = False
 
@@ -102,7 +103,8 @@ def fit(
                 state, metrics = step(state, on_device)
             del on_device
             done += 1
-            previous, pending = pending, _Pending(done, metrics, np.asarray(batch.rows), stop.everywhere())
+            epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
+            previous, pending = pending, _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere())
             if previous is not None:
                 row, stopping = previous.fetch(mark)
                 mark = time.perf_counter()
@@ -117,9 +119,9 @@ def fit(
             stopping = stopping or asked
             if evaluating:
                 assert evaluate is not None
-                row |= {f"eval_{name}": value for name, value in evaluate(state).items()}
+                row |= _evaluated(done, evaluate(state))
             log.write(row)
-            if saving:
+            if saving or stopping:
                 _refuse_nonfinite(state, pending)
                 log.sync()
                 checkpoints.save(state, data=loader.get_state(), metrics=row)
@@ -138,6 +140,7 @@ class _Pending:
     """A step whose figures are still being computed."""
 
     step: int
+    epoch: float | None
     metrics: Mapping[str, jax.Array]
     rows: np.ndarray
     stop: jax.Array | None
@@ -149,7 +152,7 @@ class _Pending:
         """
         values = jax.device_get(dict(self.metrics))
         seconds = time.perf_counter() - mark
-        row: Row = {"step": self.step}
+        row: Row = {"step": self.step} if self.epoch is None else {"step": self.step, "epoch": self.epoch}
         row |= {name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)}
         bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
@@ -166,6 +169,14 @@ class _Pending:
         among = sorted(guilty or {int(row) for row in self.rows if row >= 0})
         numbers = f"row{'s' * (len(among) > 1)} {', '.join(map(str, among))} of the data"
         return f"from {numbers}" if guilty else f"somewhere in {numbers}"
+
+
+def _evaluated(step: int, figures: Mapping[str, float]) -> Row:
+    row: Row = {f"eval_{name}": value for name, value in figures.items()}
+    bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise InputError(_not_finite(step, bad[0], "from the evaluation data"))
+    return row
 
 
 def _not_finite(step: int, what: str, where: str) -> str:

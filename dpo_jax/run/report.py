@@ -19,12 +19,14 @@ from dpo_jax.run.folder import flatten, write_atomically
 from dpo_jax.run.log import Row
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p.note { color: #666 } table { border-collapse: collapse; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4 }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem } th { font-weight: 600 }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem } .plots figure { margin: 0 } .plots svg { max-width: 100%; height: auto }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem }
+.plots figure { margin: 0 } .plots svg { max-width: 100%; height: auto }
 """
 
 

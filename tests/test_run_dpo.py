@@ -1,0 +1,380 @@
+"""`dpo-jax dpo` from end to end on a tiny random model."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+
+from dpo_jax import mesh
+from dpo_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DPOLossConfig,
+    DPORun,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from dpo_jax.errors import InputError
+from dpo_jax.run import dpo as run_dpo
+from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model (`model`), training data and evaluation data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.folder(folder / "model", hidden=16, heads=4, kv_heads=2)
+    tiny.preferences(folder / "train.jsonl", rows=20)
+    tiny.preferences(folder / "eval.jsonl", rows=7, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
+    sizes = (data, fsdp, tensor)
+    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_dpo, "make_mesh", make_mesh)
+    return tmp_path / "cache"
+
+
+def options(inputs: Path, out: Path, **changes) -> DPORun:
+    """Six steps on four rows each, with evaluation and checkpoints on the way."""
+    config = DPORun(
+        model=str(inputs / "model"),
+        source=str(inputs / "train.jsonl"),
+        eval_source=str(inputs / "eval.jsonl"),
+        out=str(out),
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
+        data=DataConfig(max_length=96, buckets=1),
+        train=TrainConfig(steps=6, batch_size=4, eval_every=4),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        mesh=ONE_DEVICE,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the wall-clock figures."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def weights(out: Path, name: str = "model/model.safetensors") -> dict[str, np.ndarray]:
+    return load_file(out / name)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
+        patch.setattr(run_dpo, "make_mesh", make_mesh)
+        return run_dpo.train(options(inputs, folder / "run"))
+
+
+def test_the_whole_run(inputs: Path, whole: Path) -> None:
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]
+    assert abs(rows[0]["loss"] - np.log(2)) < 1e-5  # the policy is the reference still
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["loss"] < 0.6
+    assert rows[4]["epoch"] == 1.0
+    names = {path.name for path in whole.iterdir()}
+    assert {"run.json", "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "report.html"} <= names
+    resolved = json.loads((whole / "config.json").read_text())
+    assert resolved["train"]["steps"] == resolved["optimizer"]["total_steps"] == 6
+    assert sorted(int(path.name) for path in (whole / "checkpoints").iterdir()) == [4, 6]
+    text = (whole / "report.html").read_text()
+    assert text.count("<svg") >= 8
+    assert "rows used" in text
+    before = load_file(inputs / "model" / "model.safetensors")
+    after = weights(whole)
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_transformers_loads_the_result(whole: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert model.config.num_hidden_layers == 2
+    assert transformers.AutoTokenizer.from_pretrained(whole / "model").chat_template == tiny.TEMPLATE
+
+
+def test_a_finished_run_is_left_alone(inputs: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    assert run_dpo.train(options(inputs, whole)) == whole
+    assert "this run is finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_another_configuration_is_refused(inputs: Path, whole: Path) -> None:
+    with pytest.raises(InputError, match=r"has --dpo\.beta 0\.1, this command has 0\.3"):
+        run_dpo.train(options(inputs, whole, dpo=DPOLossConfig(beta=0.3)))
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process SIGTERM when the batch of `step` is drawn."""
+    original = run_dpo.PreferenceLoader.__next__
+
+    def draw(self):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(run_dpo.PreferenceLoader, "__next__", draw)
+
+
+def test_stopped_and_resumed_is_exact(
+    inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        run_dpo.train(options(inputs, tmp_path / "run"))
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
+    run_dpo.train(options(inputs, tmp_path / "run"))
+    assert "going on after step 3 of 6" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_resumed_on_another_mesh(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        run_dpo.train(options(inputs, tmp_path / "run"))
+    run_dpo.train(options(inputs, tmp_path / "run", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    for row, expected in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_other_data_under_the_same_name_is_refused(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.preferences(tmp_path / "data.jsonl", rows=20)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        run_dpo.train(options(inputs, tmp_path / "run", source=str(data)))
+    tiny.preferences(data, rows=20, seed=9)
+    with pytest.raises(InputError, match="belongs to another run: the data is"):
+        run_dpo.train(options(inputs, tmp_path / "run", source=str(data)))
+
+
+def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path) -> None:
+    config = options(
+        inputs,
+        tmp_path / "run",
+        lora=LoraConfig(rank=2),
+        eval_source=None,
+        train=TrainConfig(steps=2, batch_size=4),
+    )
+    out = run_dpo.train(config)
+    adapter = weights(out, "adapter/adapter_model.safetensors")
+    assert all("lora_A" in name or "lora_B" in name for name in adapter)
+    before, after = load_file(inputs / "model" / "model.safetensors"), weights(out)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed
+    assert all("proj" in name for name in changed)
+    named = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(inputs / "model")
+    state = json.loads((out / "checkpoints" / "2" / "meta" / "metadata").read_text())
+    assert not any("'params'" in name for name in state["arrays"])
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -> None:
+    runs = {}
+    for reference in ("cached", "live"):
+        config = options(
+            inputs,
+            tmp_path / reference,
+            dpo=DPOLossConfig(reference=reference),
+            lora=LoraConfig(rank=lora),
+            eval_source=None,
+            train=TrainConfig(steps=3, batch_size=4),
+        )
+        runs[reference] = metrics(run_dpo.train(config))
+    for cached, live in zip(runs["cached"], runs["live"], strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], abs=1e-5)
+        assert cached["rewards/margins"] == pytest.approx(live["rewards/margins"], abs=1e-4)
+
+
+def test_another_reference_model(inputs: Path, tmp_path: Path) -> None:
+    other = tiny.folder(tmp_path / "other", hidden=32, seed=4)
+    config = options(
+        inputs, tmp_path / "run", reference=str(other), eval_source=None, train=TrainConfig(steps=1, batch_size=4)
+    )
+    first = metrics(run_dpo.train(config))[0]
+    assert first["rewards/chosen"] != 0
+
+
+@pytest.mark.parametrize("loss", ["simpo", "kto"])
+def test_losses_with_other_needs(inputs: Path, tmp_path: Path, loss) -> None:
+    config = options(
+        inputs, tmp_path / "run", dpo=DPOLossConfig(loss=loss), train=TrainConfig(steps=2, batch_size=4, eval_every=1)
+    )
+    rows = metrics(run_dpo.train(config))
+    assert len(rows) == 2
+    assert "eval_loss" in rows[-1]
+
+
+# ---------------------------------------------------------------- the reference cache
+
+
+def test_the_reference_is_computed_once(
+    inputs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
+    first = metrics(run_dpo.train(config))
+    (entry,) = (cache / "reference").iterdir()
+    written = entry.stat().st_mtime_ns
+    capsys.readouterr()
+    config = dataclasses.replace(config, out=str(tmp_path / "b"), optimizer=OptimizerConfig(learning_rate=1e-4))
+    second = metrics(run_dpo.train(config))
+    assert "20 rows from the cache" in capsys.readouterr().err
+    assert entry.stat().st_mtime_ns == written
+    assert second[0]["loss"] == first[0]["loss"]
+    # Another length limit gives other tokens, and so another entry.
+    config = dataclasses.replace(config, out=str(tmp_path / "c"), data=DataConfig(max_length=60, buckets=1))
+    run_dpo.train(config)
+    assert len(list((cache / "reference").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "text"])
+def test_a_damaged_cache_is_computed_again(
+    inputs: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
+    first = metrics(run_dpo.train(config))
+    (entry,) = (cache / "reference").iterdir()
+    content = entry.read_bytes()
+    middle = len(content) // 3
+    damaged = {
+        "truncate": content[:middle],
+        "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "text": b"hello",
+    }
+    entry.write_bytes(damaged[damage])
+    second = metrics(run_dpo.train(dataclasses.replace(config, out=str(tmp_path / "b"))))
+    assert "damaged" in capsys.readouterr().err
+    assert second == first
+    assert entry.read_bytes() == content
+
+
+def test_an_interrupted_reference_goes_on(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpo_jax.run import reference
+
+    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
+    batches = reference.eval_batches
+
+    def interrupted(*args, **kwargs):
+        for i, batch in enumerate(batches(*args, **kwargs)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "SAVE_SECONDS", 0.0)
+        patch.setattr(reference, "eval_batches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_dpo.train(config)
+    computed = []
+    put = reference.put_batch
+    monkeypatch.setattr(reference, "put_batch", lambda mesh, batch: computed.append(batch) or put(mesh, batch))
+    run_dpo.train(config)
+    assert len(computed) == 3  # of five batches, two had been saved
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": TrainConfig(batch_size=6), "mesh": MeshConfig(4, 1, 2)}, r"batch_size 6 does not divide by 4"),
+        ({"mesh": MeshConfig(data=1, fsdp=1, tensor=8)}, r"(?s)heads.*does not divide by 8"),
+        ({"mesh": MeshConfig(data=3, fsdp=-1, tensor=1)}, r"8 devices do not divide by 3"),
+        ({"model": "nowhere"}, r"nowhere: no such folder"),
+        ({"source": "nowhere.jsonl"}, r"nowhere.jsonl"),
+        ({"dpo": DPOLossConfig(loss="simpo"), "reference": "x"}, r"--reference has no effect"),
+        ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
+        ({"eval_source": None}, r"eval_every has no effect"),
+        ({"checkpoint": CheckpointConfig(best="loss")}, r"checkpoint.best loss"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(inputs: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        run_dpo.train(options(inputs, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_beyond_the_context_are_refused(inputs: Path, tmp_path: Path) -> None:
+    short = tiny.folder(tmp_path / "short", hidden=16, max_position=24)
+    with pytest.raises(InputError, match=r"the model's context is 24; set --data.max_length to at most 24"):
+        run_dpo.train(options(inputs, tmp_path / "run", model=str(short)))
+
+
+def test_a_folder_with_other_things_is_refused(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="is not a run of dpo-jax"):
+        run_dpo.train(options(inputs, tmp_path / "run"))
+
+
+def test_the_guard_stops_the_run(inputs: Path, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: stopped in words, with no checkpoint that is not finite."""
+    config = options(
+        inputs,
+        tmp_path / "run",
+        eval_source=None,
+        optimizer=OptimizerConfig(learning_rate=1e30),
+        train=TrainConfig(steps=6, batch_size=4),
+    )
+    with pytest.raises(InputError, match=r"step [12]: .*of the data; the last checkpoint is intact"):
+        run_dpo.train(config)
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
