@@ -150,14 +150,15 @@ class _Writer:
         """Log-probability of each token of each response under `variables`, at the sampling temperature."""
         texts = [response.ids for response in batch]
         fillers = self.batch_size - len(batch)
-        group = PreferenceBatch(
-            prompts=_padded([*prompts, *[[0]] * fillers], 32),
-            prompt_lengths=np.asarray([*map(len, prompts), *[1] * fillers], np.int32),
-            responses=_padded([*texts, *[[0]] * fillers], self.config.max_new_tokens)[:, None],
-            response_lengths=np.asarray([*map(len, texts), *[1] * fillers], np.int32)[:, None],
-            weights=np.ones(self.batch_size, np.float32),
-            rows=np.full(self.batch_size, -1, np.int32),
-        )
+        arrays: dict[str, Any] = {
+            "prompts": _padded([*prompts, *[[0]] * fillers], 32),
+            "prompt_lengths": np.asarray([*map(len, prompts), *[1] * fillers], np.int32),
+            "responses": _padded([*texts, *[[0]] * fillers], self.config.max_new_tokens)[:, None],
+            "response_lengths": np.asarray([*map(len, texts), *[1] * fillers], np.int32)[:, None],
+            "weights": np.ones(self.batch_size, np.float32),
+            "rows": np.full(self.batch_size, -1, np.int32),
+        }
+        group = PreferenceBatch(**arrays)
         logps = np.asarray(_score(variables, group, model=self.model, temperature=self.config.temperature))[:, 0]
         return [logps[i, : len(text)].tolist() for i, text in enumerate(texts)]
 
@@ -167,8 +168,8 @@ def _score(variables: Any, batch: PreferenceBatch, *, model: Llama, temperature:
     return response_logps(model.apply, variables, batch, layout="separate", temperature=temperature)
 
 
-def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Any:
-    """int32 [B, longest row rounded up]; numpy, typed as the jax array it becomes."""
+def _padded(rows: Sequence[Sequence[int]], multiple: int) -> np.ndarray:
+    """int32 [B, longest row rounded up]."""
     width = -(-max(map(len, rows)) // multiple) * multiple
     return np.asarray([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
 

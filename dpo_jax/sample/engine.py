@@ -9,7 +9,7 @@ neighbours nor on padding nor on its place in the batch.
 B batch, P prompt tokens, N new tokens, S cache slots, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,10 +84,11 @@ def _decode(
 ) -> Generation:
     """Prefill and decode. `new` (tokens) and `slots` are static; rows of length 0 are fillers and done at once."""
     rows = prompts.shape[0]
+    forward: Callable[..., Any] = model.apply
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
     def pick(hidden: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(variables, hidden, method="logits")
+        logits = forward(variables, hidden, method="logits")
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(row_keys)
         return filters.pick(
             logits, uniform, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
@@ -111,11 +112,11 @@ def _decode(
 
     def advance(loop: _Loop) -> _Loop:
         positions = (jnp.maximum(lengths, 1) + loop.step - 1)[:, None]
-        hidden, cache = model.apply(variables, loop.token[:, None], positions, cache=loop.cache)
+        hidden, cache = forward(variables, loop.token[:, None], positions, cache=loop.cache)
         return record(loop, hidden[:, 0], cache)
 
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    hidden, cache = model.apply(variables, prompts, positions, cache=llama.init_cache(model, rows, slots))
+    hidden, cache = forward(variables, prompts, positions, cache=llama.init_cache(model, rows, slots))
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     start = _Loop(
         step=jnp.int32(0),
