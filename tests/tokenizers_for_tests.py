@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo_jax.weights.source import Source
+from dpo_jax.weights.tokenizer import tokenizer_of
 
 TEXT = (
     "Human Assistant user assistant system the quick brown fox jumps over a lazy dog. Hello, how are you today? "
@@ -68,24 +70,4 @@ def llama2(shared_data: Path, folder: Path, *, legacy: bool = False) -> PreTrain
         "unk_token": "<unk>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    tokenizer.backend_tokenizer.model = _merged_by_score(folder / "tokenizer.model")
-    return tokenizer
-
-
-def _merged_by_score(path: Path) -> models.BPE:
-    """SentencePiece's BPE merges in the order of their scores, as in the tokenizer.json that Llama 2 is published with.
-
-    transformers 5 orders them by id when it finds a tokenizer.model alone, and then joins two spaces before a word
-    where SentencePiece does not.
-    """
-    pieces = sentencepiece.SentencePieceProcessor(str(path))
-    ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    merges = [
-        (-pieces.get_score(i), ids[word[:at]], ids[word[at:]], (word[:at], word[at:]))
-        for word, i in ids.items()
-        for at in range(1, len(word))
-        if word[:at] in ids and word[at:] in ids
-    ]
-    ordered = [pair for *_, pair in sorted(merges)]
-    return models.BPE(ids, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    return tokenizer_of(Source("huggingface", folder))
