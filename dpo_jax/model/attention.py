@@ -6,6 +6,7 @@ key/value heads (grouped queries: query head h reads key/value head h // (H / G)
 B batch, T query tokens, S key tokens, H query heads, G key/value heads, M = H / G, C channels of a head.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -162,15 +163,25 @@ def _block(length: int) -> int:
     return max(size for size in range(LANES, 512 + 1, LANES) if length % size == 0)
 
 
-def _static_mask(length: int, prefix: Prefix | None) -> splash_attention.Mask:
-    """Causal, and a response does not see another response; what follows the last response sees only its own kind."""
-    if prefix is None:
-        return splash_attention.CausalMask((length, length))
-    prompt, _, response = prefix
-    index = np.arange(length)
-    block = np.where(index < prompt, 0, 1 + (index - prompt) // response)
-    seen = (block == 0) | (block[:, None] == block)
-    return splash_attention.NumpyMask(seen & (index <= index[:, None]))
+@dataclasses.dataclass(frozen=True)
+class _PrefixMask(splash_attention.Mask):
+    """The shared-prefix layout, computed where it is looked at: the whole mask of a long sequence is large.
+
+    What follows the last response (padding) counts as more responses.
+    """
+
+    length: int
+    prefix: Prefix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.length, self.length
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        prompt, _, response = self.prefix
+        t, s = (np.arange(self.length)[part] for part in index)
+        block_t, block_s = (np.where(x < prompt, 0, 1 + (x - prompt) // response) for x in (t, s))
+        return (s <= t[:, None]) & ((block_s == 0) | (block_s == block_t[:, None]))
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
@@ -188,7 +199,9 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale
         block_q_dq=block,
         block_kv_dq=block,
     )
-    static = splash_attention.MultiHeadMask([_static_mask(length, mask.prefix)] * heads)
+    causal = splash_attention.CausalMask((length, length))
+    one_head = causal if mask.prefix is None else _PrefixMask(length, mask.prefix)
+    static = splash_attention.MultiHeadMask([one_head] * heads)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         kernel = splash_attention.make_splash_mha(
