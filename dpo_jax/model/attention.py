@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale
     static = splash_attention.MultiHeadMask([one_head] * heads)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        kernel = splash_attention.make_splash_mha(
+        kernel: Any = splash_attention.make_splash_mha(
             static, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
         )
         ids = None if segments is None else splash_attention.SegmentIds(q=segments, kv=segments)
