@@ -8,9 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, orbax_params, peft
+from dpo_jax.weights import huggingface, layout, orbax_params
 from dpo_jax.weights.folder import check_free
-from dpo_jax.weights.pretrained import load_pretrained, merged_params, open_tensors, origin_folder
+from dpo_jax.weights.pretrained import (
+    base_place,
+    has_adapters,
+    load_pretrained,
+    merged_params,
+    open_tensors,
+    origin_folder,
+)
 from dpo_jax.weights.source import Source, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary, tokenizer_of
 
@@ -67,18 +74,17 @@ def _read_all(reader: layout.TensorReader, shapes: dict[str, tuple[int, ...]], d
 
 
 def _stored_dtype(place: Source) -> np.dtype:
-    if place.kind == "peft":
-        return _stored_dtype(resolve(peft.base_of(place.path)))
-    if place.kind == "orbax":
-        return orbax_params.stored_dtype(place.path)
-    return open_tensors(place)[1].dtype
+    if place.kind == "checkpoint" and not has_adapters(place):
+        return np.dtype(np.float32)  # trained weights
+    base = base_place(place)
+    return orbax_params.stored_dtype(base.path) if base.kind == "orbax" else open_tensors(base)[1].dtype
 
 
 def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
     origin = origin_folder(place)
     tokenizer = None
-    if origin is None or place.kind == "peft":
+    if origin != place.path:
         tokenizer = tokenizer_of(place)
         check_vocabulary(tokenizer, config)
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
@@ -147,32 +146,31 @@ def _read_leaf(slot: Slot, reader: TensorReader, index: Slices, dtype: np.dtype)
     return block if slot.stacked else block[0]
 
 
-def _load_leaf(slot: Slot, reader: TensorReader, sharding: Sharding, dtype: np.dtype) -> jax.Array:
+def _load_leaf(slot: Slot, reader: TensorReader, target: jax.ShapeDtypeStruct) -> jax.Array:
     memo: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}  # replicas of a shard are read once
 
     def shard(index: Slices | None) -> np.ndarray:
         index = index or ()
         bounds = tuple(s.indices(n) for s, n in zip(index, slot.shape, strict=True))
         if bounds not in memo:
-            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b) for b in bounds), dtype)
+            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b) for b in bounds), np.dtype(target.dtype))
         return memo[bounds]
 
-    return jax.make_array_from_callback(slot.shape, sharding, shard)
+    assert target.sharding is not None
+    return jax.make_array_from_callback(slot.shape, target.sharding, shard)
 
 
-def load_tree(slots: list[Slot], reader: TensorReader, shardings: Mapping[str, Any] | Sharding, dtype: Any) -> Tree:
+def load_tree(slots: list[Slot], reader: TensorReader, target: Mapping[str, Any]) -> Tree:
     """Read every leaf straight into its shards: host memory holds the local shards of one leaf at a time.
 
     Args:
       slots: what to read; run `check_keys` first.
       reader: where from.
-      shardings: a tree of shardings with the paths of `slots`, or one for all.
-      dtype: of the result.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings.
     """
     tree: Tree = {}
     for slot in slots:
-        where = shardings if isinstance(shardings, Sharding) else lookup(shardings, slot.path)
-        insert(tree, slot.path, _load_leaf(slot, reader, where, np.dtype(dtype)))
+        insert(tree, slot.path, _load_leaf(slot, reader, lookup(target, slot.path)))
     return tree
 
 

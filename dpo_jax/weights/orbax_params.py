@@ -1,37 +1,59 @@
-"""Our own folder of parameters: `params/` (orbax), with config.json and the tokenizer files beside it."""
+"""Parameters in orbax: folders that `convert` wrote, and the trained part of a run's checkpoint.
 
-from collections.abc import Callable, Mapping
+A folder of `convert` holds `params/`, with config.json and the tokenizer files beside it. A checkpoint of a run,
+`<run>/checkpoints/<step>`, holds the training state in `state/`; the run's config.json names the model it began with.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
 
+from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model.llama import Llama, abstract_variables
 from dpo_jax.weights.folder import new_folder
+from dpo_jax.weights.shards import read_json
 
 
-def load_params(folder: Path, model: Llama, shardings: Mapping[str, Any] | Sharding, dtype: Any) -> Any:
-    """The parameter tree, each leaf read straight into its shards in `dtype`. `InputError` where it does not fit."""
-    wanted = abstract_variables(model, dtype)["params"]
-    places = jax.tree.map(lambda _: shardings, wanted) if isinstance(shardings, Sharding) else shardings
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, places)
+def load_params(folder: Path, target: Any) -> Any:
+    """The parameters in a folder of `convert`, each leaf read straight into its shards.
+
+    target: a tree of `jax.ShapeDtypeStruct` with shardings. Raises `InputError` where the folder holds another tree.
+    """
     path = (folder / "params").absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
-        _check(path, _metadata(checkpointer, path), wanted)
-        try:
-            return checkpointer.restore(path, target)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: damaged ({_line(error)}); convert the model again") from error
+    _check(path, _metadata(path), target)
+    return _restore(path, target)
+
+
+def load_trained(step: Path, target: Any) -> Any:
+    """What a run's checkpoint has trained, {"params": ...} or {"adapters": ...}; `target` as for `load_params`."""
+    path = (step / "state").absolute()
+    stored = _metadata(path)
+    if not isinstance(stored, dict) or "trainable" not in stored:
+        raise InputError(f"{step}: is not a checkpoint of a training run")
+    _check(path, stored["trainable"], target)
+    return _restore(path, {"trainable": target})["trainable"]
+
+
+def origin(step: Path) -> tuple[str, LoraConfig]:
+    """The model that a run began with, and its adapters, from the run's config.json."""
+    path = step.parent.parent / "config.json"
+    raw = read_json(path)
+    model, lora = raw.get("model"), raw.get("lora")
+    if not isinstance(model, str) or not isinstance(lora, dict):
+        raise InputError(f"{path}: does not say which model the run began with (model, lora)")
+    try:
+        return model, LoraConfig(**{**lora, "targets": tuple(lora.get("targets", ()))})
+    except TypeError as error:
+        raise InputError(f"{path}: lora is not readable ({error})") from error
 
 
 def stored_dtype(folder: Path) -> np.dtype:
-    """Dtype of the stored parameters."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return np.dtype(jax.tree.leaves(_metadata(checkpointer, (folder / "params").absolute()))[0].dtype)
+    """Dtype of the parameters in a folder of `convert`."""
+    return np.dtype(jax.tree.leaves(_metadata((folder / "params").absolute()))[0].dtype)
 
 
 def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> None:
@@ -47,15 +69,27 @@ def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> Non
         finish(scratch)
 
 
-def _metadata(checkpointer: ocp.StandardCheckpointer, path: Path) -> Any:
+def _metadata(path: Path) -> Any:
     try:
-        return checkpointer.metadata(path).item_metadata.tree  # type: ignore[union-attr]
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.metadata(path).item_metadata.tree  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{path}: not a checkpoint that convert wrote, or damaged ({_line(error)})") from error
+        raise InputError(f"{path}: not a checkpoint of ours, or damaged ({_line(error)})") from error
+
+
+def _restore(path: Path, target: Any) -> Any:
+    arguments = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(path, args=arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged ({_line(error)}); use another checkpoint, or convert again") from error
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _check(path: Path, stored: Any, wanted: Any) -> None:

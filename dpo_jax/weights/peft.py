@@ -4,13 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
-
 from dpo_jax.config import LINEAR_LAYERS, LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model.llama import Llama, shardings
+from dpo_jax.model.llama import Llama
 from dpo_jax.weights import huggingface, layout, shards
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,13 +57,12 @@ def read_lora(folder: Path) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(t for t in LINEAR_LAYERS if t in targets))
 
 
-def load_adapters(folder: Path, model: Llama, mesh: Mesh | None) -> Any:
-    """The adapters of a folder, float32, for a model made with `read_lora`."""
+def load_adapters(folder: Path, model: Llama, target: Any) -> Any:
+    """The adapters of a folder, for a model made with `read_lora`; `target` as for `layout.load_tree`."""
     reader = shards.SafetensorsReader(folder, [WEIGHTS])
     slots = layout.adapter_slots(model)
     layout.check_keys(slots, reader)
-    where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else shardings(model, mesh)["adapters"]
-    return layout.load_tree(slots, reader, where, jnp.float32)
+    return layout.load_tree(slots, reader, target)
 
 
 def save_adapters(path: Path, model: Llama, adapters: Any, tokenizer: Any, *, base: str, dtype: Any) -> None:

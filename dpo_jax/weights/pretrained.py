@@ -6,32 +6,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.llama import Llama, init_adapters, merge_adapters, shardings
-from dpo_jax.weights import huggingface, layout, orbax_params, peft
+from dpo_jax.model.llama import Llama, abstract_variables, init_adapters, merge_adapters, shardings
+from dpo_jax.weights import gguf, huggingface, layout, orbax_params, peft
 from dpo_jax.weights.source import Source, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 def open_tensors(place: Source) -> tuple[LlamaConfig, layout.TensorReader]:
     """Configuration and checked tensors of a resolved Hugging Face folder or GGUF file."""
-    if place.kind == "gguf":
-        from dpo_jax.weights.gguf import open_file
+    return (gguf.open_file if place.kind == "gguf" else huggingface.open_folder)(place.path)
 
-        return open_file(place.path)
-    return huggingface.open_folder(place.path)
+
+def base_place(place: Source) -> Source:
+    """The whole model that a checkpoint stands on: the base of an adapter folder, the start of a run, or itself."""
+    if place.kind == "peft":
+        return base_place(resolve(peft.base_of(place.path)))
+    if place.kind == "checkpoint":
+        return base_place(resolve(orbax_params.origin(place.path)[0]))
+    return place
+
+
+def has_adapters(place: Source) -> bool:
+    """True for an adapter folder, and for a checkpoint of a run that trains adapters."""
+    if place.kind != "checkpoint":
+        return place.kind == "peft"
+    model, lora = orbax_params.origin(place.path)
+    return lora.rank > 0 or has_adapters(resolve(model))
+
+
+def _below_adapters(place: Source) -> tuple[Source, LoraConfig]:
+    """The model that the adapters of `place` were put on, and their kind (rank 0 where that model brings it)."""
+    if place.kind == "peft":
+        base, lora = resolve(peft.base_of(place.path)), peft.read_lora(place.path)
+        if has_adapters(base):
+            raise InputError(f"{place.path}: its base model {base.path} has adapters too; merge those with convert")
+        return base, lora
+    model, lora = orbax_params.origin(place.path)
+    return resolve(model), lora
 
 
 def origin_folder(place: Source) -> Path | None:
     """The folder whose config.json and generation_config.json belong to a checkpoint; None for a GGUF file."""
-    if place.kind == "peft":
-        return origin_folder(resolve(peft.base_of(place.path)))
-    return None if place.kind == "gguf" else place.path
+    base = base_place(place)
+    return None if base.kind == "gguf" else base.path
+
+
+def read_architecture(place: Source) -> LlamaConfig:
+    """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
+    base = base_place(place)
+    return huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
 
 
 def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
@@ -39,8 +68,12 @@ def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
     return merge_adapters(variables, model.lora) if "adapters" in variables else variables["params"]
 
 
-def _places(model: Llama, mesh: Mesh | None) -> Mapping[str, Any] | Sharding:
-    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else shardings(model, mesh)["params"]
+def _target(model: Llama, part: str, mesh: Mesh | None, dtype: Any) -> Any:
+    """Shape, dtype and place of every leaf of "params" or "adapters"."""
+    shapes = abstract_variables(model)[part]
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: one, shapes) if mesh is None else shardings(model, mesh)[part]
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
 
 
 def load_pretrained(
@@ -60,7 +93,8 @@ def load_pretrained(
 
     Args:
       source: a Hugging Face folder, a `.gguf` file, a folder written by `convert`, a PEFT adapter folder (its base
-        model is loaded too), a finished run folder, a hub id, or "smollm2".
+        model is loaded too), a run folder (its final model, or its newest checkpoint), a run's `checkpoints/<step>`,
+        a hub id, or "smollm2".
       mesh: where to place the weights; None puts them on the first device.
       dtype: of the parameters (adapters are always float32).
       lora: adds fresh adapters (A random by `seed`, B zero). Not for a source that has adapters of its own.
@@ -71,37 +105,40 @@ def load_pretrained(
     Raises `InputError` for anything wrong with the checkpoint, with file and tensor.
     """
     place = resolve(source)
-    adapters_from: Path | None = None
-    if place.kind == "peft":
-        if lora is not None and lora.rank:
-            raise InputError(
-                f"{place.path}: already has adapters; leave --lora.rank out, or merge them with convert first"
-            )
-        adapters_from, lora = place.path, peft.read_lora(place.path)
-        place = resolve(peft.base_of(place.path))
-        if place.kind == "peft":
-            raise InputError(
-                f"{adapters_from}: its base model {place.path} is an adapter folder too; merge that one first"
-            )
-    lora = lora or LoraConfig()
     chosen: dict[str, Any] = {
         "dtype": jnp.dtype(dtype if compute_dtype is None else compute_dtype),
         "remat": remat,
         "attention": attention,
-        "lora": lora,
     }
-    if place.kind == "orbax":
-        model = Llama(huggingface.read_config(place.path), **chosen)
-        variables = {"params": orbax_params.load_params(place.path, model, _places(model, mesh), dtype)}
-    else:
-        config, reader = open_tensors(place)
-        model = Llama(config, **chosen)
-        variables = {"params": layout.load_tree(layout.parameter_slots(config), reader, _places(model, mesh), dtype)}
-    if adapters_from is not None:
-        variables["adapters"] = peft.load_adapters(adapters_from, model, mesh)
-    elif lora.rank:
+    if lora is not None and lora.rank and has_adapters(place):
+        raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
+    model, variables = _load(place, chosen, lora or LoraConfig(), mesh, dtype)
+    if model.lora.rank and "adapters" not in variables:
         variables["adapters"] = init_adapters(model, jax.random.key(seed), mesh=mesh)
     return model, variables
+
+
+def _load(
+    place: Source, chosen: Mapping[str, Any], lora: LoraConfig, mesh: Mesh | None, dtype: Any
+) -> tuple[Llama, dict[str, Any]]:
+    """Parameters, and the adapters that the checkpoint itself holds."""
+    if has_adapters(place):
+        beneath, own = _below_adapters(place)
+        model, variables = _load(beneath, chosen, own, mesh, dtype)
+        target = _target(model, "adapters", mesh, jnp.float32)
+        if place.kind == "peft":
+            return model, {**variables, "adapters": peft.load_adapters(place.path, model, target)}
+        return model, variables | orbax_params.load_trained(place.path, {"adapters": target})
+    if place.kind in ("orbax", "checkpoint"):
+        model = Llama(read_architecture(place), lora=lora, **chosen)
+        target = _target(model, "params", mesh, dtype)
+        if place.kind == "orbax":
+            return model, {"params": orbax_params.load_params(place.path, target)}
+        return model, orbax_params.load_trained(place.path, {"params": target})
+    config, reader = open_tensors(place)
+    model = Llama(config, lora=lora, **chosen)
+    target = _target(model, "params", mesh, dtype)
+    return model, {"params": layout.load_tree(layout.parameter_slots(config), reader, target)}
 
 
 def save_pretrained(

@@ -8,7 +8,7 @@ from typing import Literal
 from dpo_jax.errors import InputError
 from dpo_jax.weights import smollm2
 
-Kind = Literal["huggingface", "gguf", "orbax", "peft"]
+Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 
 # Weights, configuration and tokenizer; no pickles, and no code.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -27,8 +27,9 @@ class Source:
 def resolve(source: str | Path) -> Source:
     """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
 
-    A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a finished run
-    folder (its `model`), `owner/name` on the Hugging Face hub, or `smollm2`. Raises `InputError` for anything else.
+    A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
+    (its `model`, or the newest of its checkpoints while it is unfinished), one of a run's checkpoints, `owner/name` on
+    the Hugging Face hub, or `smollm2`. Raises `InputError` for anything else.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -61,7 +62,12 @@ def _folder(path: Path) -> Source:
             "e.g. with transformers' save_pretrained"
         )
     if (path / "checkpoints").is_dir():
-        raise InputError(f"{path}: this run has no final model yet; resume it with the same command, and use it then")
+        steps = [int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+        if not steps:
+            raise InputError(f"{path}: this run has no model and no checkpoint yet; start it again with its command")
+        return _folder(path / "checkpoints" / str(max(steps)))
+    if path.name.isdigit() and (path / "state").is_dir():
+        return Source("checkpoint", path)
     if ggufs := sorted(path.glob("*.gguf")):
         raise InputError(f"{path}: give the GGUF file itself, e.g. {ggufs[0]}")
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import sentencepiece
+from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.weights.gguf_tokenizer import read_tokenizer
+from dpo_jax.weights.orbax_params import origin
+from dpo_jax.weights.peft import base_of
 from dpo_jax.weights.source import Source, resolve
 
 
@@ -20,13 +25,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a resolved checkpoint."""
     if place.kind == "gguf":
-        from dpo_jax.weights.gguf_tokenizer import read_tokenizer
-
         return read_tokenizer(place.path)
+    if place.kind == "checkpoint":
+        return load_tokenizer(origin(place.path)[0])
     if not any((place.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         if place.kind == "peft":
-            from dpo_jax.weights.peft import base_of
-
             return load_tokenizer(base_of(place.path))
         raise InputError(
             f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
@@ -38,7 +41,28 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
         raise InputError(f"{place.path}: its tokenizer files cannot be read ({reason}); fetch them again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise InputError(f"{place.path}: its tokenizer has no fast form (tokenizer.json); save one with transformers")
+    pieces = place.path / "tokenizer.model"
+    if not (place.path / "tokenizer.json").is_file() and isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+        tokenizer.backend_tokenizer.model = _merged_by_score(pieces)
     return tokenizer
+
+
+def _merged_by_score(path: Path) -> models.BPE:
+    """SentencePiece's BPE merges in the order of their scores, as in the tokenizer.json that Llama 2 is published with.
+
+    transformers 5 orders them by id when it finds a tokenizer.model alone, and then joins two spaces before a word
+    where SentencePiece does not.
+    """
+    pieces = sentencepiece.SentencePieceProcessor(str(path))
+    ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    merges = [
+        (-pieces.get_score(i), ids[word[:at]], ids[word[at:]], (word[:at], word[at:]))
+        for word, i in ids.items()
+        for at in range(1, len(word))
+        if word[:at] in ids and word[at:] in ids
+    ]
+    ordered = [pair for *_, pair in sorted(merges)]
+    return models.BPE(ids, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:

@@ -1,0 +1,213 @@
+"""Conversion between formats, orbax folders, and the checkpoints of a run as a source."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+import dpo_jax
+from dpo_jax.align import dpo
+from dpo_jax.config import DPOConfig, LoraConfig
+from dpo_jax.errors import InputError
+from dpo_jax.weights import orbax_params, shards
+from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.convert import convert
+from dpo_jax.weights.pretrained import read_architecture
+from dpo_jax.weights.source import resolve
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("convert") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapter(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model, variables = dpo_jax.load_pretrained(source, lora=LoraConfig(rank=2))
+    dpo_jax.save_pretrained(folder, model, variables, None, source=source, merge=False)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {key: value.tobytes() for key, value in load_file(folder / shards.SINGLE).items()}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_to_orbax_and_back_is_bit_identical(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "orbax", to="orbax")
+    assert resolve(tmp_path / "orbax").kind == "orbax"
+    assert dpo_jax.load_tokenizer(tmp_path / "orbax")("good")["input_ids"]
+    model, variables = dpo_jax.load_pretrained(source)
+    for mesh in (None, dpo_jax.make_mesh(data=1, fsdp=4, tensor=2)):
+        again, loaded = dpo_jax.load_pretrained(tmp_path / "orbax", mesh=mesh)
+        assert again.config == model.config
+        assert_same(loaded, variables)
+    convert(tmp_path / "orbax", tmp_path / "back")
+    assert weights(tmp_path / "back") == weights(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_folder_to_folder_keeps_or_changes_the_dtype(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "half", dtype=jnp.bfloat16, shard_bytes=30_000)
+    assert (tmp_path / "half" / shards.INDEX).is_file()
+    convert(tmp_path / "half", tmp_path / "again")
+    original = load_file(source / shards.SINGLE)
+    for key, value in load_file(tmp_path / "again" / shards.SINGLE).items():
+        assert value.tobytes() == original[key].astype(ml_dtypes.bfloat16).tobytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    convert(tmp_path / "again", tmp_path / "orbax", to="orbax")
+    assert orbax_params.stored_dtype(tmp_path / "orbax") == jnp.bfloat16
+
+
+def test_mixed_dtypes_are_kept_exactly(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / shards.SINGLE)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(ml_dtypes.bfloat16)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    save_file(tensors, mixed / shards.SINGLE)
+    (mixed / "config.json").write_bytes((source / "config.json").read_bytes())
+    convert(mixed, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / shards.SINGLE)
+    assert {value.dtype for value in saved.values()} == {np.dtype(np.float32)}
+    assert all((saved[key] == tensors[key].astype(np.float32)).all() for key in tensors)
+
+
+def test_gguf_to_folder(source: Path, tmp_path: Path) -> None:
+    from test_weights_gguf import byte_level, write
+
+    metadata, backend = byte_level("smollm")
+    wide = tiny.folder(tmp_path / "wide", hidden=64, heads=2, kv_heads=1, vocab=512)
+    write(wide, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, metadata=metadata)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = dpo_jax.load_tokenizer(tmp_path / "out")
+    assert tokenizer("the 12 films")["input_ids"] == backend.encode("the 12 films").ids
+    assert tokenizer.chat_template == tiny.TEMPLATE
+    assert_same(dpo_jax.load_pretrained(tmp_path / "out")[1], dpo_jax.load_pretrained(tmp_path / "m.gguf")[1])
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
+    write(tiny.folder(tmp_path / "small", hidden=64, heads=2, kv_heads=1), tmp_path / "s.gguf", metadata=metadata)
+    with pytest.raises(InputError, match="embedding has 320 rows"):
+        convert(tmp_path / "s.gguf", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_adapter_folder_is_merged(source: Path, tmp_path: Path) -> None:
+    model, variables = dpo_jax.load_pretrained(source, lora=LoraConfig(rank=2))
+    variables["adapters"] = jax.tree.map(lambda x: x + 0.05, variables["adapters"])
+    dpo_jax.save_pretrained(tmp_path / "adapter", model, variables, None, source=source, merge=False)
+    dpo_jax.save_pretrained(tmp_path / "merged", model, variables, None, source=source)
+    convert(tmp_path / "adapter", tmp_path / "converted")
+    assert weights(tmp_path / "converted") == weights(tmp_path / "merged") != weights(source)
+    assert dpo_jax.load_tokenizer(tmp_path / "adapter")("a")["input_ids"]
+    again, loaded = dpo_jax.load_pretrained(tmp_path / "adapter", mesh=dpo_jax.make_mesh(data=2, fsdp=2, tensor=2))
+    assert_same(loaded, variables)
+    with pytest.raises(InputError, match="has adapters already"):
+        dpo_jax.load_pretrained(tmp_path / "adapter", lora=LoraConfig(rank=2))
+    dpo_jax.save_pretrained(tmp_path / "twice", again, loaded, None, source=tmp_path / "adapter", merge=False)
+    with pytest.raises(InputError, match="has adapters too; merge those"):
+        dpo_jax.load_pretrained(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules"),
+        ({"r": 3}, r"lora_A.weight has shape \(2, \d+\), and config.json asks for \(3"),
+        ({"target_modules": ["q_proj"]}, "unknown tensor"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),
+    ],
+)
+def test_adapters_that_are_not_plain_lora_are_refused(
+    adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        dpo_jax.load_pretrained(tmp_path / "adapter")
+
+
+def test_damaged_orbax_folders_are_refused(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "orbax", to="orbax")
+    config = json.loads((tmp_path / "orbax" / "config.json").read_text())
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message) as error:
+            dpo_jax.load_pretrained(tmp_path / "orbax")
+        assert "\n" not in str(error.value)
+
+    (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    refused("has shape .* and config.json asks for")
+    (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    refused("parameter lm_head/kernel is missing")
+    (tmp_path / "orbax" / "config.json").write_text(json.dumps(config))
+    for file in (tmp_path / "orbax" / "params").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:20])
+    refused("damaged")
+    (tmp_path / "orbax" / "params" / "_METADATA").unlink()
+    refused("damaged")
+
+
+def test_targets_that_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    for to in ("huggingface", "orbax"):
+        with pytest.raises(InputError, match="is not empty"):
+            convert(source, tmp_path / "full", to=to)  # type: ignore[arg-type]
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match="cannot be written"):
+            convert(source, tmp_path / "file" / "below", to=to)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2, targets=("q_proj", "down_proj"))])
+def test_a_run_that_is_not_finished_is_a_source(source: Path, tmp_path: Path, lora: LoraConfig) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="no model and no checkpoint yet"):
+        dpo_jax.load_pretrained(run)
+    mesh = dpo_jax.make_mesh(data=1, fsdp=8, tensor=1)
+    model, variables = dpo_jax.load_pretrained(source, lora=lora, mesh=mesh)
+    part = "adapters" if lora.rank else "params"
+    variables[part] = jax.tree.map(lambda x: x * 2 + 1, variables[part])
+    state = dpo.init_state(model, variables, DPOConfig())
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    for step in (7, 12):
+        checkpoints.save(state.replace(step=state.step + step), data={})  # type: ignore[attr-defined]
+    checkpoints.close()
+    (run / "config.json").write_text(json.dumps({"model": str(source), "lora": dataclasses.asdict(lora)}))
+
+    assert resolve(run).path.name == "12"
+    again, loaded = dpo_jax.load_pretrained(run)
+    assert again.lora == lora
+    assert_same(loaded, state.variables)
+    assert_same(dpo_jax.load_pretrained(run / "checkpoints" / "7", mesh=mesh)[1], state.variables)
+    assert read_architecture(resolve(run)) == model.config
+    assert dpo_jax.load_tokenizer(run)("good")["input_ids"]
+    convert(run, tmp_path / "hf")
+    dpo_jax.save_pretrained(tmp_path / "direct", model, state.variables, None)
+    assert weights(tmp_path / "hf") == weights(tmp_path / "direct")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    (run / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="does not say which model the run began with"):
+        dpo_jax.load_pretrained(run)
