@@ -66,7 +66,7 @@ class Size:
     batch_size: int = 48
 
 
-FULL = Size(prompts=120, samples=5, unseen=64, unseen_samples=3, new_tokens=40, epochs=3)
+FULL = Size(prompts=96, samples=5, unseen=48, unseen_samples=3, new_tokens=36, epochs=2)
 FAST = Size(prompts=48, samples=4, unseen=32, unseen_samples=2, new_tokens=28, epochs=3, batch_size=32)
 
 
