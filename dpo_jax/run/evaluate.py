@@ -100,7 +100,7 @@ def _answer(
         if number in wanted and not isinstance(row, BadRow):
             pair = parse_pair(row, needs_pairs=True)
             prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages
-            prompts.append(encoder.prompt_ids(prompt)[-run.data.max_prompt_length :])
+            prompts.append(encoder.prompt_ids(prompt, max_length=run.data.max_prompt_length))
         if len(prompts) == len(wanted):
             break
     config = terminators(model, encoder, run.sample)
