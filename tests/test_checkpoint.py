@@ -196,6 +196,9 @@ def test_all_damaged(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every checkpoint was damaged"):
         checkpoints.restore(make_state())
     checkpoints.close()
+    again = Checkpoints(tmp_path, keep=10, say=lambda text: None)
+    assert again.restore(make_state()) is None  # from the beginning, as the message said
+    again.close()
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dpo_jax import mesh
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
+    DPOConfig,
     DPOLossConfig,
     DPORun,
     LoraConfig,
@@ -25,9 +26,13 @@ from dpo_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from dpo_jax.data.dataset import load_preferences
 from dpo_jax.errors import InputError
 from dpo_jax.run import dpo as run_dpo
 from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.reference import cache_key
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +186,7 @@ def test_stopped_and_resumed_is_exact(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_after(3, patch)
@@ -223,6 +229,7 @@ def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path
     assert not any("'params'" in name for name in state["arrays"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -> None:
     runs = {}
@@ -241,6 +248,7 @@ def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -
         assert cached["rewards/margins"] == pytest.approx(live["rewards/margins"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_another_reference_model(inputs: Path, tmp_path: Path) -> None:
     other = tiny.folder(tmp_path / "other", hidden=32, seed=4)
     config = options(
@@ -250,6 +258,7 @@ def test_another_reference_model(inputs: Path, tmp_path: Path) -> None:
     assert first["rewards/chosen"] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["simpo", "kto"])
 def test_losses_with_other_needs(inputs: Path, tmp_path: Path, loss) -> None:
     config = options(
@@ -276,13 +285,38 @@ def test_the_reference_is_computed_once(
     assert "20 rows from the cache" in capsys.readouterr().err
     assert entry.stat().st_mtime_ns == written
     assert second[0]["loss"] == first[0]["loss"]
-    # Another length limit gives other tokens, and so another entry.
-    config = dataclasses.replace(config, out=str(tmp_path / "c"), data=DataConfig(max_length=60, buckets=1))
-    run_dpo.train(config)
-    assert len(list((cache / "reference").iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "text"])
+def test_the_cache_key_covers_all_that_decides_the_numbers(inputs: Path) -> None:
+    text = load_tokenizer(inputs / "model")
+
+    def data(**changes):
+        return load_preferences(
+            str(inputs / "train.jsonl"), text, DataConfig(**{"max_length": 96, **changes}), vocab_size=320
+        )
+
+    model, variables = load_pretrained(inputs / "model")
+    bf16, _ = load_pretrained(inputs / "model", compute_dtype="bfloat16")
+    longer_rope = model.clone(config=dataclasses.replace(model.config, rope_theta=1e6))
+    other = jax.tree.map(lambda x: x + 1e-3, variables)
+    format_mask = DPOConfig(mask_format_tokens=True)
+    keys = [
+        cache_key(data(), model, variables, DPOConfig()),
+        cache_key(data(max_length=60), model, variables, DPOConfig()),
+        cache_key(data(template="zephyr"), model, variables, DPOConfig()),
+        cache_key(data(limit=19), model, variables, DPOConfig()),
+        cache_key(data(), bf16, variables, DPOConfig()),
+        cache_key(data(), longer_rope, variables, DPOConfig()),
+        cache_key(data(), model, other, DPOConfig()),
+        cache_key(data(), model, variables, format_mask),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert cache_key(data(), model, variables, DPOConfig(beta=0.5, loss="ipo")) == keys[0]
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncate", pytest.param("flip", marks=pytest.mark.slow), pytest.param("text", marks=pytest.mark.slow)]
+)
 def test_a_damaged_cache_is_computed_again(
     inputs: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:

@@ -30,7 +30,7 @@ def evaluator(
     def evaluate(state: TrainState) -> dict[str, float]:
         parts: list[tuple[np.ndarray, Any]] = []
         waiting: tuple[np.ndarray, Any] | None = None
-        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main()) as bar:
+        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
             for indices, batch in eval_batches(dataset, batch_size, buckets):
                 running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
                 if waiting is not None:  # one behind, so that the devices always have work

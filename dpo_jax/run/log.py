@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard events, a progress bar, and warnings in words."""
 
+import functools
 import json
 import logging
 import os
@@ -29,29 +30,48 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@functools.cache
+def _console() -> Console:
+    """One console for all bars, so that one may run inside another (evaluation inside training)."""
+    return Console(stderr=True)
+
+
 def show_log() -> None:
-    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quieten orbax."""
+    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quiet orbax."""
     notes = logging.getLogger("dpo_jax")
     if not notes.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         notes.addHandler(handler)
         notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every file of a checkpoint
+    # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(handler)  # absl adds it when orbax is imported, and it would say every note twice
 
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere (a file, a job's log) one plain line every ten seconds and one at the end."""
+    """A bar on a terminal; elsewhere (a file, a job's log) one plain line every ten seconds and one at the end.
 
-    def __init__(self, label: str, total: int, *, done: int = 0, shown: bool = True, every_seconds: float = 10.0):
-        console = Console(stderr=True)
+    A `transient` bar leaves nothing behind when it is done.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        done: int = 0,
+        shown: bool = True,
+        transient: bool = False,
+        every_seconds: float = 10.0,
+    ):
+        console = _console()
         self._label, self._total, self._done, self._text = label, total, done, ""
         self._every, self._last = every_seconds, time.monotonic()
         self._plain = shown and not console.is_terminal
-        self._printed = -1
+        self._printed, self._transient = -1, transient
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,6 +80,7 @@ class ProgressBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            transient=transient,
             disable=not shown or self._plain,
         )
         self._task = self._bar.add_task(label, total=total, completed=done, text="")
@@ -71,7 +92,7 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._plain and self._printed != self._done:
+        if self._plain and not self._transient and self._printed != self._done:
             self._line()
         self._bar.stop()
 

@@ -70,6 +70,7 @@ class Checkpoints:
         self._best = best
         self._identity = dict(identity or {})
         self._say = say if jax.process_index() == 0 else (lambda text: None)
+        self._damaged: list[int] = []
         self._set_aside_damaged()
         self._manager = self._open(keep)
 
@@ -125,8 +126,8 @@ class Checkpoints:
         if self._best is not None and metrics is not None and self._best in metrics:
             chosen = {self._best: float(metrics[self._best])}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        self.wait()
         try:
-            self.wait()
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=arguments, metrics=chosen, force=True)
         except _WRITE_ERRORS as error:
@@ -168,10 +169,11 @@ class Checkpoints:
                 raise
             except (OSError, ValueError, KeyError, _Damaged) as error:  # what orbax and tensorstore make of bad files
                 self._set_aside(step, str(error))
+                _agreed(True)
                 self._manager.reload()
                 continue
             return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
-        if any(self.folder.glob("damaged-*")):
+        if _agreed(bool(self._damaged)):
             raise InputError(
                 f"{self.folder}: every checkpoint was damaged and is set aside; run the command again to start from the"
                 " beginning, or choose another --out"
@@ -200,13 +202,13 @@ class Checkpoints:
                 reason = _missing_or_cut(path) if path.name.isdigit() else None
                 if reason:
                     self._set_aside(int(path.name), reason)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        _agreed(True)  # the others wait for process 0
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Say that a checkpoint is damaged, and rename it: its step will be saved again."""
         if jax.process_index() != 0:
             return
+        self._damaged.append(step)
         path = self.folder / str(step)
         kept = _free_name(self.folder / f"damaged-{step}")
         path.rename(kept)
@@ -226,8 +228,10 @@ class Checkpoints:
             (unfinished / FILES).write_text(json.dumps(sizes))
 
     def _cannot_write(self, error: BaseException) -> InputError:
+        text = " ".join(str(error).split())
+        reason = "no space left on the disk" if "No space left" in text else text[:200]
         return InputError(
-            f"{self.folder}: a checkpoint cannot be written ({' '.join(str(error).split())[:200]});"
+            f"{self.folder}: a checkpoint cannot be written ({reason});"
             " free space or choose another --out; the checkpoints before it are intact"
         )
 
@@ -244,6 +248,11 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
     """{path of the leaf: [dtype, shape]}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): [str(np.dtype(x.dtype)), list(x.shape)] for path, x in leaves}
+
+
+def _agreed(value: bool) -> bool:
+    """Process 0's `value`, in every process."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def _missing_or_cut(step: Path) -> str | None:
