@@ -261,6 +261,7 @@ def limited(words: list[str], size: int) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_full_disk_logps(model: Path, tmp_path: Path) -> None:
     data, out = tiny.preferences(tmp_path / "good.jsonl", rows=60), tmp_path / "results" / "logps.jsonl"
     done = limited(["logps", "--model", str(model), "--data", str(data), "--out", str(out)], 4000)
