@@ -59,9 +59,10 @@ def toy_policy(seed: int = 0, *, vocab: int = 64, width: int = 8) -> tuple[Any, 
     return SimpleNamespace(apply=apply), {"params": {"embed": {"kernel": table}}}
 
 
-def quick_jit(f: Callable[..., Any], **fixed: Any) -> Any:
+def quick_jit(f: Callable[..., Any], *, donate: tuple[int, ...] = (), **fixed: Any) -> Any:
     """`jax.jit` of `f` with keywords filled in, compiled without optimisation: the model is tiny, compiling is not."""
-    return jax.jit(partial(f, **fixed), compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(partial(f, **fixed), donate_argnums=donate, compiler_options=options)
 
 
 def make_batch(
