@@ -119,6 +119,10 @@ def test_an_adapter_folder_is_merged(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has adapters already"):
         dpo_jax.load_pretrained(tmp_path / "adapter", lora=LoraConfig(rank=2))
     dpo_jax.save_pretrained(tmp_path / "twice", again, loaded, None, source=tmp_path / "adapter", merge=False)
+    named = json.loads((tmp_path / "twice" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(source), "not the adapter folder that the model came from, but its base"
+    path = tmp_path / "twice" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(source), str(tmp_path / "adapter")))
     with pytest.raises(InputError, match="has adapters too; merge those"):
         dpo_jax.load_pretrained(tmp_path / "twice")
 

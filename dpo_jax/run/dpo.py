@@ -27,10 +27,10 @@ from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
 from dpo_jax.run.reference import add_reference
 from dpo_jax.state import TrainState
-from dpo_jax.weights import huggingface, peft
+from dpo_jax.weights import pretrained
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained, open_tensors, save_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.source import resolve
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
@@ -168,12 +168,7 @@ def train(config: DPORun) -> Path:
 
 def read_architecture(source: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
-    place = resolve(source)
-    if place.kind == "peft":
-        return read_architecture(peft.base_of(place.path))
-    if place.kind == "orbax":
-        return huggingface.read_config(place.path)
-    return open_tensors(place)[0]
+    return pretrained.read_architecture(resolve(source))
 
 
 # ---------------------------------------------------------------- checks
@@ -306,10 +301,7 @@ def _export(config: DPORun, out: Path, model: Llama, state: TrainState, tokenize
     """`model/`, for everyone; under LoRA with the adapters merged, and `adapter/` with the adapters alone."""
     save_pretrained(out / "model", model, state.variables, tokenizer, source=config.model)
     if "adapters" in state.trainable:
-        place = resolve(config.model)
-        base = peft.base_of(place.path) if place.kind == "peft" else config.model
-        base = str(Path(base).absolute()) if Path(base).exists() else base
-        save_pretrained(out / "adapter", model, state.variables, tokenizer, source=base, merge=False)
+        save_pretrained(out / "adapter", model, state.variables, tokenizer, source=config.model, merge=False)
 
 
 def _write_report(out: Path, config: DPORun, data: PreferenceDataset, heldout: PreferenceDataset | None) -> None:

@@ -51,6 +51,15 @@ def _below_adapters(place: Source) -> tuple[Source, LoraConfig]:
     return resolve(model), lora
 
 
+def _base_name(source: str | Path) -> str:
+    """What an adapter folder should call its base model: a hub id, "smollm2", or an absolute path."""
+    place = resolve(source)
+    if has_adapters(place):
+        return _base_name(peft.base_of(place.path) if place.kind == "peft" else orbax_params.origin(place.path)[0])
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
+
+
 def origin_folder(place: Source) -> Path | None:
     """The folder whose config.json and generation_config.json belong to a checkpoint; None for a GGUF file."""
     base = base_place(place)
@@ -163,7 +172,7 @@ def save_pretrained(
       variables: {"params": ...[, "adapters": ...]}.
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
-        carried along, and an adapter folder names it as the base model.
+        carried along, and an adapter folder names it (or its own base) as the base model.
       dtype: of the stored weights; not given: that of the parameters (adapters: float32).
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
       shard_bytes: largest weight file.
@@ -178,7 +187,8 @@ def save_pretrained(
             raise InputError(f"{path}: there are no adapters to save apart from the weights (merge=False)")
         if source is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
-        peft.save_adapters(path, model, variables["adapters"], tokenizer, base=str(source), dtype=dtype or jnp.float32)
+        base = _base_name(source)
+        peft.save_adapters(path, model, variables["adapters"], tokenizer, base=base, dtype=dtype or jnp.float32)
         return
     params = merged_params(model, variables)
     dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
