@@ -131,7 +131,7 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
     for opening, first, second in summary["examples"][:3]:
         texts.add_row(*(_escape(_clip(text)) for text in (opening, first, second)))
     console.print(texts)
-    console.print(verdict(summary), highlight=False)
+    console.print(verdict(summary), highlight=False, soft_wrap=True)
     console.print(
         f"Report: {out / 'report.html'}   aligned model: {out / 'dpo' / 'model'}", highlight=False, soft_wrap=True
     )
@@ -166,7 +166,7 @@ def write(
     )
     low, high = summary["interval"]
     table = [*_cells(summary), ("difference in mean sentiment", "", f"{summary['difference']:+.3f}")]
-    table += [("its 95 % interval (bootstrap over openings)", f"{low:+.3f}", f"{high:+.3f}")]
+    table += [("its 95 % interval (bootstrap over openings)", "", f"{low:+.3f} to {high:+.3f}")]
     table += [("openings that went down, up", f"{summary['prompts_down']:.0%}", f"{summary['prompts_up']:.0%}")]
     side_by_side = [
         (a["prompt"], a["response"], f"{a['sentiment']:+.2f}", b["response"], f"{b['sentiment']:+.2f}")
@@ -180,7 +180,9 @@ def write(
         report.Section(
             "Texts side by side",
             "The first sample of every unseen opening, drawn with the same random numbers; none is picked by hand.",
-            table=report.Table(("opening", "before", "score", "after", "score "), side_by_side, ("before", "after")),
+            table=report.Table(
+                ("opening", "before", "score before", "after", "score after"), side_by_side, ("before", "after")
+            ),
         ),
         report.Section(
             "Some of the pairs",
