@@ -4,7 +4,7 @@ from pathlib import Path
 
 import sentencepiece
 from tokenizers import models
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
@@ -39,7 +39,7 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers and the Rust library beneath raise bare Exceptions for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{place.path}: its tokenizer files cannot be read ({reason}); fetch them again") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{place.path}: its tokenizer has no fast form (tokenizer.json); save one with transformers")
     pieces = place.path / "tokenizer.model"
     if not (place.path / "tokenizer.json").is_file() and isinstance(tokenizer.backend_tokenizer.model, models.BPE):
