@@ -37,8 +37,8 @@ RULES: dict[str, tuple[str, ...]] = {
 LogicalAxes = tuple[str | None, ...]
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: every device of every process), with axes `data`, `fsdp`, `tensor`.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (`jax.Device`s; default: every device of every process), with axes `data`, `fsdp`, `tensor`.
 
     One size may be -1: it takes what the others leave. Raises `InputError` when the sizes do not give the number of
     devices exactly.

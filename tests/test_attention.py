@@ -1,6 +1,7 @@
 """The attention seam against a reference written in numpy, token by token, for every layout and kernel."""
 
 import functools
+import logging
 
 import chex
 import jax
@@ -202,7 +203,8 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(kernel, platform, c
         choose(kernel, platform, **changes)
 
 
-def test_the_choice_is_logged_once(caplog):
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dpo_jax"), "propagate", True)  # a command that ran before may have cut it
     caplog.set_level("INFO", logger="dpo_jax")
     attention._log_once.cache_clear()
     for _ in range(2):

@@ -317,3 +317,13 @@ def test_llama2_ids_are_those_of_metas_reference_code(shared_data: Path, tmp_pat
                 expected += [*pieces.encode(text), 2]
             assert isinstance(row, Encoded)
             assert [*row.prompt, *row.responses[k]] == expected
+
+
+@pytest.mark.parametrize("name", ["llama2", "zephyr", "chatml"])
+def test_a_named_template_renders_the_same_from_the_tokenizer_that_carries_it(name: str) -> None:
+    tokenizer = byte_level()
+    named = ChatTemplate(tokenizer, name)
+    conversation = (SYSTEM, USER, Message("assistant", "Hello."), USER)
+    expected = named.render(conversation, generation=True)
+    tokenizer.chat_template = named.jinja
+    assert ChatTemplate(tokenizer, None).render(conversation, generation=True) == expected

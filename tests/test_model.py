@@ -159,7 +159,9 @@ def test_layouts_have_the_same_gradients(model, variables):
         logps = groups.response_logps(model.apply, v, make_batch(), layout=layout)
         return jnp.sum(logps * jnp.arange(5))
 
-    shared, separate = (jax.jit(jax.grad(loss), static_argnums=1)(variables, layout) for layout in ("shared", "separate"))
+    shared, separate = (
+        jax.jit(jax.grad(loss), static_argnums=1)(variables, layout) for layout in ("shared", "separate")
+    )
     chex.assert_trees_all_close(shared, separate, atol=5e-5)
 
 

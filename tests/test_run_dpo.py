@@ -1,6 +1,7 @@
 """`dpo-jax dpo` from end to end on a tiny random model."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -282,7 +283,7 @@ def test_the_reference_is_computed_once(
     capsys.readouterr()
     config = dataclasses.replace(config, out=str(tmp_path / "b"), optimizer=OptimizerConfig(learning_rate=1e-4))
     second = metrics(run_dpo.train(config))
-    assert "20 rows from the cache" in capsys.readouterr().err
+    assert "4 rows from the cache" in capsys.readouterr().err, "one step of 4 pairs sees no other row"
     assert entry.stat().st_mtime_ns == written
     assert second[0]["loss"] == first[0]["loss"]
 
@@ -342,22 +343,21 @@ def test_an_interrupted_reference_goes_on(
 ) -> None:
     from dpo_jax.run import reference
 
-    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
-    batches = reference.eval_batches
+    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(epochs=1, batch_size=4))
+    put = reference.put_batch
+    started = itertools.count()
 
-    def interrupted(*args, **kwargs):
-        for i, batch in enumerate(batches(*args, **kwargs)):
-            if i == 3:
-                raise KeyboardInterrupt
-            yield batch
+    def interrupted(mesh, batch):
+        if next(started) == 3:
+            raise KeyboardInterrupt
+        return put(mesh, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "SAVE_SECONDS", 0.0)
-        patch.setattr(reference, "eval_batches", interrupted)
+        patch.setattr(reference, "put_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_dpo.train(config)
     computed = []
-    put = reference.put_batch
     monkeypatch.setattr(reference, "put_batch", lambda mesh, batch: computed.append(batch) or put(mesh, batch))
     run_dpo.train(config)
     assert len(computed) == 3  # of five batches, two had been saved

@@ -9,6 +9,7 @@ with it a run's numbers, depend on the number of processes.
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import grain
@@ -20,6 +21,29 @@ from dpo_jax.errors import InputError
 from dpo_jax.types import PreferenceBatch
 
 _AHEAD = 4  # batches prepared ahead of the step, for each worker
+
+
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Batches that say which rows they hold. Iterating, again and again, yields (indices int [B], batch).
+
+    `indices` are positions in the data set, -1 for filler rows, to put results back in row order.
+    """
+
+    dataset: PreferenceDataset
+    plan: BucketPlan
+    batch_size: int
+    many: list[RowBatch]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int [M]: positions in the data set of all rows that occur."""
+        return np.concatenate([rows for _, rows in self.many])
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, PreferenceBatch]]:
+        for bucket, rows in self.many:
+            indices = np.concatenate([rows, np.full(self.batch_size - len(rows), -1)])
+            yield indices, collate(self.dataset, rows, self.plan.shapes[bucket], self.batch_size)
 
 
 class _Steps:
@@ -92,6 +116,7 @@ class PreferenceLoader:
         self.plan = plan_buckets(
             dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
         )
+        self._dataset, self._batch_size = dataset, batch_size
         self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
         self.total_steps = math.ceil((epochs or 1) * self.steps_per_epoch) if steps is None else steps
         self._identity = {
@@ -151,6 +176,12 @@ class PreferenceLoader:
             raise InputError(f"step {step} lies outside this run of {self.total_steps} steps; raise --train.steps")
         self._iterator.set_state({"next_index": step})
 
+    def every_row(self) -> IndexedBatches:
+        """The batches of the first epoch, as far as the run goes: each row that it will ever see, once."""
+        steps = min(self.total_steps, self.steps_per_epoch)
+        many = [self._steps.rows_of(step) for step in range(steps)]
+        return IndexedBatches(self._dataset, self.plan, self._batch_size, many)
+
     def close(self) -> None:
         """Stop the worker threads."""
         self._iterator.close()
@@ -164,16 +195,9 @@ class PreferenceLoader:
         )
 
 
-def eval_batches(
-    dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16
-) -> Iterator[tuple[np.ndarray, PreferenceBatch]]:
-    """Every row once, in a fixed order: yields (indices int [B], batch).
-
-    `indices` are positions in the data set, -1 for filler rows, to put results back in row order.
-    """
+def eval_batches(dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16) -> IndexedBatches:
+    """Every row once, in a fixed order."""
     plan = plan_buckets(
         dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
     )
-    for bucket, rows in epoch_batches(plan, batch_size, seed=0, epoch=0, shuffle=False):
-        indices = np.concatenate([rows, np.full(batch_size - len(rows), -1)])
-        yield indices, collate(dataset, rows, plan.shapes[bucket], batch_size)
+    return IndexedBatches(dataset, plan, batch_size, epoch_batches(plan, batch_size, seed=0, epoch=0, shuffle=False))

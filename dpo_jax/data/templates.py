@@ -79,6 +79,7 @@ class ChatTemplate:
 
     Attributes:
       name: one of the named templates, or "tokenizer" for the tokenizer's own.
+      jinja: the template's text, as a tokenizer carries it; None for the tokenizer's own.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None):
@@ -101,7 +102,9 @@ class ChatTemplate:
             )
         if tokenizer.eos_token is None and self.name in ("llama2", "zephyr"):
             raise InputError(f"--data.template {name} ends each answer with EOS, which this tokenizer does not have")
-        self._turn_space = _turn_space(tokenizer) if name == "llama2" else ""
+        self.jinja = TEMPLATES.get(self.name)
+        if name == "llama2":
+            self.jinja = f"{{%- set turn_space = '{_turn_space(tokenizer)}' -%}}\n{self.jinja}"
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         """The text of a conversation; `generation` opens the assistant's answer after it.
@@ -111,10 +114,9 @@ class ChatTemplate:
         try:
             text = self._tokenizer.apply_chat_template(
                 [m._asdict() for m in messages],
-                chat_template=TEMPLATES.get(self.name),
+                chat_template=self.jinja,
                 tokenize=False,
                 add_generation_prompt=generation,
-                turn_space=self._turn_space,
             )
         except TemplateError as error:
             roles = " ".join(m.role for m in messages[:12])

@@ -53,7 +53,7 @@ class LlamaConfig:
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
 # Keys that say how the model was made or is to be served, and change none of its numbers.
-_WITHOUT_EFFECT = frozenset(  # noqa: SIM905
+_WITHOUT_EFFECT = frozenset(
     """_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache pad_token_id bos_token_id
     eos_token_id initializer_range pretraining_tp is_llama_config rope_interleaved transformers.js_config auto_map
     attn_implementation _attn_implementation_autoset use_return_dict return_dict output_attentions

@@ -258,11 +258,12 @@ class Llama(nn.Module):
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "adapters": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             out_axes=0,
             length=c.num_layers,
         )(c, self.dtype, self.attention, self.lora)

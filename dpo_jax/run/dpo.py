@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, DPOLossConfig, DPORun
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
-from dpo_jax.data.loader import PreferenceLoader
+from dpo_jax.data.loader import PreferenceLoader, eval_batches
+from dpo_jax.data.templates import RAW, ChatTemplate
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
@@ -77,7 +78,8 @@ def train(config: DPORun) -> Path:
     lengths = {"steps": config.train.steps, "epochs": config.train.epochs}
     if lengths == {"steps": None, "epochs": None}:
         lengths = {"steps": None, "epochs": 1.0}
-    total = _loader(config, data, **lengths).total_steps
+    planned = _loader(config, data, **lengths)
+    total = planned.total_steps
     resolved = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=total, epochs=None),
@@ -99,11 +101,16 @@ def train(config: DPORun) -> Path:
     if not step_config.reference_free:
         judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
         if step_config.reference == "cached":
-            options = {"config": step_config, "mesh": mesh, **_evaluation_shapes(config, mesh)}
-            data = add_reference(data, judge, judge_variables, **options)
+            # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
+            batches = planned.every_row()
+            data = add_reference(data, judge, judge_variables, config=step_config, mesh=mesh, batches=batches)
             if heldout is not None:
                 label = "reference log-probabilities of the evaluation data"
-                heldout = add_reference(heldout, judge, judge_variables, label=label, **options)
+                batches = eval_batches(heldout, **_evaluation_shapes(config, mesh))
+                whole = dataclasses.replace(step_config, accumulate=1)
+                heldout = add_reference(
+                    heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
+                )
         elif config.reference is not None or "adapters" not in variables:
             dtype = jnp.dtype(config.train.frozen_dtype or config.train.dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.
@@ -157,6 +164,9 @@ def train(config: DPORun) -> Path:
         return out
 
     # -------------------------------------------------------------- the aligned model, and the report
+    if config.data.template not in (None, RAW):
+        # Whoever loads the model is to speak to it as it was spoken to here.
+        tokenizer.chat_template = ChatTemplate(tokenizer, config.data.template).jinja
     _export(config, out, model, state, tokenizer)
     if main:
         _write_report(out, resolved, data, heldout)

@@ -43,12 +43,10 @@ def show_log() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         notes.addHandler(handler)
+        notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
         notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
-        root.removeHandler(handler)  # absl adds it when orbax is imported, and it would say every note twice
 
 
 class ProgressBar:

@@ -12,6 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.align import dpo
+from dpo_jax.align import dpo, microbatches
 from dpo_jax.config import DPOConfig
 from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.data.loader import eval_batches
+from dpo_jax.data.loader import IndexedBatches
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.llama import Llama
@@ -43,26 +44,24 @@ def add_reference(
     *,
     config: DPOConfig,
     mesh: Mesh,
-    batch_size: int,
-    buckets: int,
+    batches: IndexedBatches,
     label: str = "reference log-probabilities",
 ) -> PreferenceDataset:
     """`dataset` with the summed log-probabilities [N, K] of its responses under the policy `variables`.
 
-    Read from the cache where they are there, otherwise computed (with a progress bar) and cached. Every process calls
-    this. Raises `InputError` where one is not finite (the row is named), or the cache cannot be written.
+    Those of the rows of `batches`; NaN for others, which a short run never sees. Read from the cache where they are
+    there, otherwise computed (with a progress bar) and cached. Every process calls this. Raises `InputError` where one
+    is not finite (the row is named), or the cache cannot be written.
     """
     key = cache_key(dataset, model, variables, config)
     path = cache_folder() / "reference" / f"{key}.npz"
     shape = (len(dataset), dataset.responses_per_prompt)
     known = _load(path, key, shape)
-    if np.isnan(known).any():
+    if np.isnan(known[batches.rows]).any():
         compute = _compute(model, variables, config, mesh)
-        known = _fill(
-            dataset, known, compute, path, key, mesh=mesh, batch_size=batch_size, buckets=buckets, label=label
-        )
+        known = _fill(dataset, known, compute, path, key, mesh=mesh, batches=batches, label=label)
     elif distributed.is_main():
-        say(f"{label}: {len(dataset):,} rows from the cache ({path})")
+        say(f"{label}: {len(batches.rows):,} rows from the cache ({path})")
     return dataset.with_reference(known)
 
 
@@ -110,7 +109,8 @@ def _compute(model: Llama, variables: Mapping[str, Any], config: DPOConfig, mesh
     """batch (on devices) -> [B, K], whole in every process."""
 
     def sums(variables: Any, batch: Any) -> jax.Array:
-        return dpo.reference_logps(model.apply, variables, batch, config=config)
+        part = partial(dpo.reference_logps, model.apply, variables, config=config)
+        return microbatches.map_rows(part, batch, config.accumulate)
 
     jitted = jax.jit(sums, out_shardings=replicated(mesh))
 
@@ -129,11 +129,13 @@ def _fill(
     key: str,
     *,
     mesh: Mesh,
-    batch_size: int,
-    buckets: int,
+    batches: IndexedBatches,
     label: str,
 ) -> np.ndarray:
-    """`known` with every NaN computed. The host collects batch i - 1 while the devices compute batch i."""
+    """`known` with every NaN at a row of `batches` computed.
+
+    The host collects batch i - 1 while the devices compute batch i.
+    """
     known = known.copy()
     saved_at = time.monotonic()
     pending: tuple[np.ndarray, jax.Array] | None = None
@@ -151,20 +153,23 @@ def _fill(
                 )
         known[indices[real]] = values
 
-    done = int((~np.isnan(known).any(axis=1)).sum())
-    with ProgressBar(label, len(dataset), done=done, shown=distributed.is_main()) as bar:
-        for indices, batch in eval_batches(dataset, batch_size, buckets):
+    def done() -> int:
+        return int((~np.isnan(known[rows]).any(axis=1)).sum())
+
+    rows = batches.rows
+    with ProgressBar(label, len(rows), done=done(), shown=distributed.is_main()) as bar:
+        for indices, batch in batches:
             if not np.isnan(known[indices[indices >= 0]]).any():
                 continue
             sums = compute(put_batch(mesh, batch))
             if pending is not None:
                 collect()
             pending = (np.asarray(indices), sums)
-            bar.update(int((~np.isnan(known).any(axis=1)).sum()))
+            bar.update(done())
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 _save(path, key, known)
                 saved_at = time.monotonic()
         collect()
-        bar.update(len(dataset))
+        bar.update(len(rows))
     _save(path, key, known)
     return known

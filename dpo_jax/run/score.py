@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
+from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.dpo import check_lengths, read_architecture
@@ -59,8 +60,7 @@ class Setting:
             variables,
             config=DPOConfig(),
             mesh=self.mesh,
-            batch_size=self.batch_size,
-            buckets=self.buckets,
+            batches=eval_batches(dataset, self.batch_size, self.buckets),
             label=label,
         )
         assert scored.reference_logps is not None
