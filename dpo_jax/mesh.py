@@ -38,7 +38,7 @@ LogicalAxes = tuple[str | None, ...]
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (`jax.Device`s; default: every device of every process), with axes `data`, `fsdp`, `tensor`.
+    """A mesh over `devices` (default: every device of every process), with axes `data`, `fsdp`, `tensor`.
 
     One size may be -1: it takes what the others leave. Raises `InputError` when the sizes do not give the number of
     devices exactly.
