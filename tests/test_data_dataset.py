@@ -80,7 +80,7 @@ def test_bad_rows_are_skipped_on_request(tmp_path: Path) -> None:
     assert data.row_numbers.tolist() == [1, 9]
     assert data.dropped.total() == len(BAD_ROWS)
     assert data.rows_read == 9
-    assert "malformed JSON" in data.summary()
+    assert "malformed JSON" in data.problems
     with pytest.raises(InputError, match="none of 7 rows can be used"):
         load(tmp_path, list(BAD_ROWS), on_bad_rows="skip")
 
@@ -103,7 +103,7 @@ def test_rows_lost_to_the_lengths_are_counted_not_refused(tmp_path: Path) -> Non
     same = row(1, chosen="x" * 90 + "a", rejected="x" * 90 + "b")
     data = load(tmp_path, [row(0), same])
     assert data.dropped == {"'chosen' and 'rejected' are the same tokens": 1}
-    assert "left out: 1 x" in data.summary()
+    assert data.problems.startswith("1 x")
 
 
 def test_lengths_and_missing_terminator_of_cut_responses(tmp_path: Path) -> None:

@@ -116,15 +116,13 @@ class PreferenceDataset:
         return replace(self, reference_logps=logps)
 
     def summary(self) -> str:
-        """A few lines for the log: rows used and left out, lengths, columns not read."""
+        """A few lines for the log: rows used, lengths, columns not read. (What was left out was logged when it was.)"""
         prompts, responses = self.prompt_lengths, self.response_lengths[:, :2]
         shown = responses[responses > 0]
         lines = [
             f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
             f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()})"
         ]
-        if self.problems:
-            lines.append(f"left out: {self.problems}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
