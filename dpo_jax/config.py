@@ -134,8 +134,9 @@ class DPOLossConfig:
     """KTO's weight of rejected responses. Not given: 1."""
     nll_coefficient: float = 0.0
     """Adds this times the negative log-likelihood of the chosen response (Iterative RPO: 1, Llama 3: 0.2)."""
-    nll_normalization: Literal["sequence", "token"] = "sequence"
-    """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch."""
+    nll_normalization: Literal["sequence", "token"] | None = None
+    """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch. Not given:
+    sequence."""
     mask_format_tokens: bool = False
     """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
     reference: Literal["cached", "live"] = "cached"
@@ -159,6 +160,10 @@ class DPOLossConfig:
         _require(
             self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
             f"--dpo.label_smoothing {self.label_smoothing} must lie in [0, 0.5)",
+        )
+        _require(
+            self.nll_normalization is None or self.nll_coefficient > 0,
+            "--dpo.nll_normalization has no effect without --dpo.nll_coefficient",
         )
         _require(self.nll_coefficient >= 0, f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative")
 

@@ -345,7 +345,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
         "rows/nonfinite": jnp.where(bad, batch.rows, -1),
     }
     if config.nll_coefficient > 0 or config.loss == "orpo":
-        normalization = config.nll_normalization if config.nll_coefficient > 0 else "sequence"
+        normalization = config.nll_normalization or "sequence"
         lengths = batch.response_lengths[:, CHOSEN]
         nll = nll_loss(rows.nll, lengths, normalization=normalization, mean_length=whole.nll_length)
         metrics["nll_loss"] = masked.mean(nll, counted)

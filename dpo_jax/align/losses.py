@@ -169,7 +169,7 @@ def preference_loss(
             loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
     if config.nll_coefficient > 0:
         loss += config.nll_coefficient * nll_loss(
-            nll, nll_n, normalization=config.nll_normalization, mean_length=mean_nll_length
+            nll, nll_n, normalization=config.nll_normalization or "sequence", mean_length=mean_nll_length
         )
     return loss
 
