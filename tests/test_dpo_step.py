@@ -241,6 +241,7 @@ def test_metrics(small):
         "rewards/accuracies": np.mean(chosen > rejected),
         "logps/chosen": np.mean(rows["logps/chosen"]),
         "logps/rejected": np.mean(rows["logps/rejected"]),
+        "logps/chosen_change": chosen.mean() / 0.1,
         "lengths/chosen": real.response_lengths[:, 0].mean(),
         "lengths/rejected": real.response_lengths[:, 1].mean(),
         "tokens": real.prompt_lengths.sum() + real.response_lengths.sum(),

@@ -288,7 +288,8 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
         term), kl (KTO's z₀),
         rewards/chosen, rewards/rejected (means of β u and β v), rewards/margins (their difference),
         rewards/accuracies (share of pairs with a strictly larger chosen reward),
-        logps/chosen, logps/rejected (means of the sums), lengths/chosen, lengths/rejected (mean tokens),
+        logps/chosen, logps/rejected (means of the sums), logps/chosen_change (mean of u: where the reference is the
+        starting policy, the change since step 0 on these very rows), lengths/chosen, lengths/rejected (mean tokens),
         tokens (in the batch: prompts once, and both responses),
       and rows/nonfinite, int32 [B]: the file row number (`batch.rows`) of each row whose loss or log-probabilities are
       not finite, -1 for all others. Where it names no row though grad_norm is not finite, the backward pass overflowed.
@@ -349,6 +350,8 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
         lengths = batch.response_lengths[:, CHOSEN]
         nll = nll_loss(rows.nll, lengths, normalization=normalization, mean_length=whole.nll_length)
         metrics["nll_loss"] = masked.mean(nll, counted)
+    if not config.reference_free:
+        metrics["logps/chosen_change"] = chosen / config.beta
     if config.loss == "kto":
         metrics["kl"] = whole.kl
     return metrics

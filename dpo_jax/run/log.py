@@ -177,8 +177,8 @@ class MetricLog:
 
     def write(self, row: Row) -> None:
         """Append the row of one step ("step" and the metrics): to the file (flushed), TensorBoard and the bar."""
-        if "logps/chosen" in row:
-            # The metrics of the first step are those of the untrained model.
+        if "logps/chosen" in row and "logps/chosen_change" not in row:
+            # Without a reference: against the first step, whose metrics are those of the untrained model.
             first = self.rows[0] if self.rows else row
             row = {**row, "logps/chosen_change": row["logps/chosen"] - first["logps/chosen"]}
         self.rows.append(row)
@@ -236,7 +236,7 @@ class DriftWarning:
         """Take in the row of a step; return the warning, in words, if now is the time for it."""
         if self._warned or "logps/chosen" not in row or "rewards/accuracies" not in row:
             return None
-        self._logps.append(row["logps/chosen"])
+        self._logps.append(row.get("logps/chosen_change", row["logps/chosen"]))
         self._accuracies.append(row["rewards/accuracies"])
         n = self._window
         if len(self._logps) < 2 * n:
@@ -248,8 +248,8 @@ class DriftWarning:
             return None
         self._warned = True
         return (
-            f"at step {int(row['step'])} the chosen responses have become less likely (logps/chosen {last.mean():.1f},"
-            f" at the start {first.mean():.1f}) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}):"
+            f"at step {int(row['step'])} the chosen responses have become less likely (by {first.mean() - last.mean():.1f}"
+            f" nats each, on average) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}):"
             " the model is pushed away from the rejected responses and from the chosen ones too; a smaller learning"
             " rate, a larger --dpo.beta, --dpo.nll_coefficient or --dpo.loss dpop counteracts this"
         )
