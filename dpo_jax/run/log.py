@@ -248,8 +248,9 @@ class DriftWarning:
             return None
         self._warned = True
         return (
-            f"at step {int(row['step'])} the chosen responses have become less likely (by {first.mean() - last.mean():.1f}"
-            f" nats each, on average) while the accuracy rose ({accuracy_first:.2f} to {accuracy_last:.2f}):"
+            f"at step {int(row['step'])} the chosen responses have become less likely (each by"
+            f" {first.mean() - last.mean():.1f} nats on average) while the accuracy rose"
+            f" ({accuracy_first:.2f} to {accuracy_last:.2f}):"
             " the model is pushed away from the rejected responses and from the chosen ones too; a smaller learning"
             " rate, a larger --dpo.beta, --dpo.nll_coefficient or --dpo.loss dpop counteracts this"
         )
