@@ -92,6 +92,8 @@ _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmu
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return _run(args)
     except InputError as error:
