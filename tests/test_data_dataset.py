@@ -40,6 +40,7 @@ def test_rows_are_kept_in_order(tmp_path: Path) -> None:
     assert data.prompt_lengths.tolist() == [len(data.prompts[0]), len(data.prompts[1])]
     assert data.response_lengths[1].tolist() == [len(data.responses[2]), len(data.responses[3])]
     assert "columns not used: id" in data.summary()
+    assert "100.0% of them whole" in data.summary()
 
 
 BAD_ROWS = [
@@ -97,6 +98,11 @@ def test_implicit_prompts_may_hold_a_little_noise(tmp_path: Path) -> None:
     assert 31 not in data.row_numbers
     with pytest.raises(InputError, match=r"2 x no shared prompt \(first: row 31"):
         load(tmp_path, [implicit(i, " Or not?" if i in (30, 40) else "") for i in range(60)])
+
+
+def test_the_summary_tells_how_many_responses_were_cut(tmp_path: Path) -> None:
+    data = load(tmp_path, [row(0), row(1, chosen="x" * 90)])
+    assert "75.0% of them whole with their terminator" in data.summary()
 
 
 def test_rows_lost_to_the_lengths_are_counted_not_refused(tmp_path: Path) -> None:

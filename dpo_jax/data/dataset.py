@@ -116,12 +116,18 @@ class PreferenceDataset:
         return replace(self, reference_logps=logps)
 
     def summary(self) -> str:
-        """A few lines for the log: rows used, lengths, columns not read. (What was left out was logged when it was.)"""
+        """A few lines for the log: rows used, lengths, responses cut before their end, columns not read.
+
+        (What was left out was logged when it was.)
+        """
         prompts, responses = self.prompt_lengths, self.response_lengths[:, :2]
         shown = responses[responses > 0]
+        last = self.responses.values[np.maximum(self.responses.starts[1:] - 1, 0)].reshape(len(self), -1)[:, :2]
+        ended = np.isin(last, self.terminators)[responses > 0].mean()
         lines = [
             f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
-            f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()})"
+            f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()}), "
+            f"{ended:.1%} of them whole with their terminator"
         ]
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
