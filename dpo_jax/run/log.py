@@ -45,8 +45,10 @@ def show_log() -> None:
         notes.addHandler(handler)
         notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
         notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
-    # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
+    # event loop and the thread pool in which it writes, for each of the other files.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class ProgressBar:
