@@ -1,4 +1,4 @@
-"""The command line: words in, one frozen dataclass of `config.py` out, handed to the function that does the work.
+"""The command line: words in, one frozen dataclass of `config/` out, handed to the function that does the work.
 
 Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` and a mistyped option answer at once.
 """
@@ -29,7 +29,7 @@ class Command:
     """One word of the command line.
 
     Attributes:
-      options:   dataclass in `config.py` that holds its options, by name.
+      options:   dataclass in `config/` that holds its options, by name.
       function:  `module:function` that takes an instance of it.
       help:      one line for `dpo-jax --help`.
       renamed:   field -> its name on the command line, where the two differ.

@@ -34,7 +34,7 @@ def test_sections_and_renamed_options() -> None:
     assert run.optimizer.clip_norm is None
 
 
-def test_defaults_are_those_of_config_py() -> None:
+def test_defaults_are_those_of_config() -> None:
     assert cli.parse("dpo", GIVEN) == DPORun(model="m", source="d.jsonl", out="o")
 
 
@@ -60,7 +60,8 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
 
 
 def test_every_option_is_documented() -> None:
-    for cls in ast.parse((ROOT / "dpo_jax" / "config.py").read_text()).body:
+    files = sorted((ROOT / "dpo_jax" / "config").glob("*.py"))
+    for cls in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(cls, ast.ClassDef):
             assert ast.get_docstring(cls), cls.name
             for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):

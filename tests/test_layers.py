@@ -171,9 +171,7 @@ def test_algorithms_see_no_files_clocks_or_loggers(path: Path) -> None:
 
 @pytest.mark.parametrize("path", INSIDE, ids=short)
 def test_files_stay_small(path: Path) -> None:
-    # config.py holds every option of every command with its text: one place on purpose.
-    limit = 600 if path.name == "config.py" else 450
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, f"{short(path)} answers more than one question"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, f"{short(path)} answers more than one question"
 
 
 @pytest.mark.parametrize("path", FILES, ids=short)

@@ -1,0 +1,49 @@
+"""Every option and every default, as frozen dataclasses. The field docstrings are the text of `--help`.
+
+An option that would have no effect is an error: options that belong to one choice of another option default to None
+("not given"), and `__post_init__` refuses them where they do not apply.
+"""
+
+from dpo_jax.config.checks import ON_COMMAND_LINE
+from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
+from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.sections import (
+    LINEAR_LAYERS,
+    AttentionKernel,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    Layout,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Remat,
+    SampleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "LINEAR_LAYERS",
+    "ON_COMMAND_LINE",
+    "AttentionKernel",
+    "CheckpointConfig",
+    "ConvertRun",
+    "DPOConfig",
+    "DPOLossConfig",
+    "DPORun",
+    "DataConfig",
+    "DemoRun",
+    "DistributedConfig",
+    "EvalRun",
+    "GenerateRun",
+    "InspectRun",
+    "Layout",
+    "LogpsRun",
+    "LoraConfig",
+    "Loss",
+    "MeshConfig",
+    "OptimizerConfig",
+    "Remat",
+    "SampleConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,22 @@
+"""How an option is refused: in one line, where the option is read."""
+
+from dpo_jax.errors import InputError
+
+ON_COMMAND_LINE = "(given on the command line)"
+"""Stands in a CONFIG.py for a field that the command line must give: the model, the data, the run folder."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def only_with(owner: object, choice: str, table: dict[str, tuple[str, ...]], section: str) -> None:
+    """Refuse an option that was given though the value of `choice` makes it mean nothing."""
+    chosen = getattr(owner, choice)
+    for name, allowed in table.items():
+        if getattr(owner, name) is not None and chosen not in allowed:
+            raise InputError(
+                f"--{section}.{name} has no effect with --{section}.{choice} {chosen};"
+                f" it belongs to {', '.join(allowed)}"
+            )

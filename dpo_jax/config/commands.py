@@ -1,0 +1,168 @@
+"""Options of the commands that do not train: demo, generate, eval, logps, inspect, convert."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.checks import require
+from dpo_jax.config.sections import (
+    AttentionKernel,
+    DataConfig,
+    MeshConfig,
+    SampleConfig,
+)
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """The whole thing on a real 135M Llama: `dpo-jax demo`.
+
+    The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1): the model writes reviews,
+    a sentiment lexicon judges them, DPO learns from the pairs, and unseen prompts show what it did.
+    """
+
+    out: str = "dpo-jax-demo"
+    """Folder for samples, pairs, the run and the report; an interrupted demo goes on with it."""
+    fast: bool = False
+    """A smaller experiment: under two minutes on two CPU cores instead of about five."""
+    seed: int = 0
+    """Seed of everything."""
+    model: str = "smollm2"
+    """A Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """Answer prompts: `dpo-jax generate`.
+
+    A response ends at the model's own terminators, at those of the chat template, and at --sample.stop_tokens.
+    """
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    prompt: str | None = None
+    """One prompt; its response is printed as text."""
+    prompts: str | None = None
+    """File of prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    out: str | None = None
+    """JSONL file to write, one object a row in input order; an interrupted run goes on with it. Not given: stdout."""
+    raw: bool = False
+    """Continue the text as it stands, without a chat template."""
+    template: str | None = None
+    """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
+    batch_size: int = 8
+    """Prompts generated from at once, over all devices."""
+    seed: int = 0
+    """Seed of the draw. A row's text depends on it, on the prompt and on the row number, and not on other rows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
+        require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
+        require(not (self.raw and self.template), "--template has no effect with --raw")
+        require(self.batch_size >= 1, "--batch_size must be at least 1")
+        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """Judge a model on preference pairs: `dpo-jax eval`."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    reference: str | None = None
+    """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
+    out: str | None = None
+    """JSON file for the results, which are shown as tables in any case."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    beta: float | None = None
+    """Scale of the rewards, beta x log-ratio to --reference. Not given: 0.1."""
+    samples: int | None = None
+    """Also answer the first so many prompts, and report on the repetition and length of the answers."""
+    seed: int = 0
+    """Seed of the answers."""
+    batch_size: int = 8
+    """Pairs in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        require(self.beta is None or self.reference is not None, "--beta has no effect without --reference")
+        require(self.beta is None or self.beta > 0, f"--beta {self.beta} must be positive")
+        require(self.samples is None or self.samples >= 1, "--samples must be at least 1")
+        require(self.samples is not None or self.seed == 0, "--seed has no effect without --samples")
+        require(self.samples is not None or self.sample == SampleConfig(), "--sample.* has no effect without --samples")
+        require(self.batch_size >= 1, "--batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class LogpsRun:
+    """Log-probabilities of both responses of every row, as JSON lines in input order: `dpo-jax logps`."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    out: str
+    """JSONL file: chosen_logps, rejected_logps (sums), chosen_tokens, rejected_tokens, and the row number."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    batch_size: int = 8
+    """Pairs in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "--batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class InspectRun:
+    """Show the tokens of some rows, coloured by whether the loss counts them: `dpo-jax inspect`."""
+
+    model: str
+    """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+    source: str
+    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    rows: int = 3
+    """How many rows to show."""
+    first: int = 1
+    """Row number (from 1) to begin at."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        require(self.rows >= 1, "--rows must be at least 1")
+        require(self.first >= 1, "--first counts rows from 1")
+
+
+@dataclass(frozen=True)
+class ConvertRun:
+    """Rewrite a checkpoint in another format: `dpo-jax convert`."""
+
+    source: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    target: str
+    """Folder to write; it must be new or empty."""
+    format: Literal["huggingface", "orbax"] = "huggingface"
+    """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype to write. Not given: the source's."""

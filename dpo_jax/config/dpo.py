@@ -1,0 +1,122 @@
+"""Options of `dpo-jax dpo`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    Layout,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop"]
+
+
+@dataclass(frozen=True)
+class DPOLossConfig:
+    """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/dpo.py`."""
+
+    loss: Loss = "sigmoid"
+    """sigmoid (DPO; cDPO with label_smoothing), robust, hinge, ipo, ipo_sum, sigmoid_norm, simpo, orpo, kto, dpop."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference policy."""
+    label_smoothing: float | None = None
+    """Probability that a label is flipped. Not given: 0. For sigmoid (then it is cDPO) and robust."""
+    simpo_gamma: float | None = None
+    """SimPO's target margin. Not given: 0.5."""
+    orpo_lambda: float | None = None
+    """ORPO's weight of the odds-ratio term. Not given: 0.1."""
+    dpop_lambda: float | None = None
+    """DPOP's penalty for a chosen log-probability below the reference's. Not given: 50."""
+    desirable_weight: float | None = None
+    """KTO's weight of chosen responses. Not given: 1."""
+    undesirable_weight: float | None = None
+    """KTO's weight of rejected responses. Not given: 1."""
+    nll_coefficient: float = 0.0
+    """Adds this times the negative log-likelihood of the chosen response (Iterative RPO: 1, Llama 3: 0.2)."""
+    nll_normalization: Literal["sequence", "token"] | None = None
+    """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch. Not given:
+    sequence."""
+    mask_format_tokens: bool = False
+    """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
+    reference: Literal["cached", "live"] = "cached"
+    """Reference log-probabilities: computed once before training, or in every step."""
+
+    def __post_init__(self) -> None:
+        only_with(
+            self,
+            "loss",
+            {
+                "label_smoothing": ("sigmoid", "robust"),
+                "simpo_gamma": ("simpo",),
+                "orpo_lambda": ("orpo",),
+                "dpop_lambda": ("dpop",),
+                "desirable_weight": ("kto",),
+                "undesirable_weight": ("kto",),
+            },
+            "dpo",
+        )
+        require(self.beta > 0, f"--dpo.beta {self.beta} must be positive")
+        require(
+            self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
+            f"--dpo.label_smoothing {self.label_smoothing} must lie in [0, 0.5)",
+        )
+        require(
+            self.nll_normalization is None or self.nll_coefficient > 0,
+            "--dpo.nll_normalization has no effect without --dpo.nll_coefficient",
+        )
+        require(self.nll_coefficient >= 0, f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative")
+
+    @property
+    def reference_free(self) -> bool:
+        """True where the loss has no reference policy (SimPO, ORPO)."""
+        return self.loss in ("simpo", "orpo")
+
+
+@dataclass(frozen=True)
+class DPOConfig(DPOLossConfig):
+    """All that `align.dpo.init_state` and `align.dpo.train_step` need to know."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    accumulate: int = 1
+    """Split the batch into this many micro-batches; the result equals one big batch."""
+    layout: Layout = "shared"
+    """shared: the prompt is computed once for its K responses. separate: K whole sequences."""
+    head_budget_bytes: int = 256 * 2**20
+    """Memory a device may spend on one chunk of logits; the chunk length follows from it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
+
+
+@dataclass(frozen=True)
+class DPORun:
+    """One `dpo-jax dpo` run: everything that decides its numbers, saved as `config.json` in the run folder."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """(--data) Preference file (JSONL, JSON or Parquet, plain or .gz), hub data set id, or tfds: folder."""
+    out: str
+    """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
+    eval_source: str | None = None
+    """(--eval_data) Held-out preference file."""
+    reference: str | None = None
+    """Reference policy, if it is not `model` itself."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
+    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

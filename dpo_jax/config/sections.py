@@ -1,0 +1,242 @@
+"""Sections of options that several commands share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_jax.config.checks import only_with, require
+
+Remat = Literal["none", "dots", "full"]
+AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+Layout = Literal["shared", "separate"]
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): y = x W + (alpha / rank) x A B, with A and B trained and W frozen."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the full weights."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank. Not given: 2 x rank."""
+    targets: tuple[str, ...] = LINEAR_LAYERS
+    """Linear layers that get an adapter."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"--lora.rank {self.rank} must be 0 (full fine-tuning) or positive")
+        if self.rank == 0:
+            require(self.alpha is None, "--lora.alpha has no effect without --lora.rank")
+            require(self.targets == LINEAR_LAYERS, "--lora.targets has no effect without --lora.rank")
+        unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
+        require(not unknown, f"--lora.targets {' '.join(unknown)}: choose from {' '.join(LINEAR_LAYERS)}")
+        require(bool(self.targets), f"--lora.targets is empty: choose from {' '.join(LINEAR_LAYERS)}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, schedule and clipping."""
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019) or rmsprop (as PyTorch's, which the DPO paper used)."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a linear or cosine fall to `floor` x peak at the last step."""
+    warmup_steps: int | None = None
+    """Linear warm-up: step t (from 0) uses peak x (t + 1) / (warmup_steps + 1)."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps, in place of `warmup_steps`."""
+    floor: float | None = None
+    """Final learning rate as a share of the peak (0.1 for Llama 2). Not given: 0."""
+    b1: float | None = None
+    """AdamW's first-moment decay. Not given: 0.9."""
+    b2: float | None = None
+    """AdamW's second-moment decay. Not given: 0.999 (Llama 2: 0.95)."""
+    decay: float | None = None
+    """RMSprop's second-moment decay. Not given: 0.99."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float | None = None
+    """AdamW's decoupled weight decay, on matrices only (not on norms and biases). Not given: 0."""
+    clip_norm: float | None = 1.0
+    """Clip gradients to this global norm; None does not clip."""
+    total_steps: int | None = None
+    """Length of the schedule. Not given: the length of the run."""
+
+    def __post_init__(self) -> None:
+        only_with(
+            self,
+            "name",
+            {"b1": ("adamw",), "b2": ("adamw",), "weight_decay": ("adamw",), "decay": ("rmsprop",)},
+            "optimizer",
+        )
+        only_with(self, "schedule", {"floor": ("linear", "cosine")}, "optimizer")
+        require(self.learning_rate > 0, f"--optimizer.learning_rate {self.learning_rate} must be positive")
+        require(
+            self.warmup_steps is None or self.warmup_ratio is None,
+            "give --optimizer.warmup_steps or --optimizer.warmup_ratio, not both",
+        )
+        require(self.warmup_steps is None or self.warmup_steps >= 0, "--optimizer.warmup_steps must not be negative")
+        require(self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "--optimizer.warmup_ratio must lie in [0, 1)")
+        require(self.floor is None or 0 <= self.floor <= 1, "--optimizer.floor is a share of the peak: in [0, 1]")
+        require(self.clip_norm is None or self.clip_norm > 0, "--optimizer.clip_norm must be positive, or None")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From rows to token batches."""
+
+    template: str | None = None
+    """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
+    max_length: int = 1024
+    """Longest prompt + response in tokens; the end of a longer response is cut."""
+    max_prompt_length: int = 0
+    """Longest prompt in tokens; the start of a longer prompt is cut. 0: half of max_length."""
+    buckets: int = 4
+    """Number of batch shapes: rows of like length share a batch, and each shape is compiled once."""
+    shuffle: bool = True
+    """Shuffle rows anew in every epoch (by --train.seed)."""
+    limit: int | None = None
+    """Use only the first rows of the file."""
+    workers: int = 2
+    """Threads that prepare batches ahead of the step."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
+        )
+        require(self.max_prompt_length >= 0, "--data.max_prompt_length must be positive, or 0 (half of max_length)")
+        if self.max_prompt_length == 0:
+            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
+        require(
+            self.max_length > self.max_prompt_length,
+            f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {self.max_prompt_length},"
+            " or no response fits",
+        )
+        require(self.buckets >= 1, "--data.buckets must be at least 1")
+        require(self.limit is None or self.limit >= 1, "--data.limit must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int | None = None
+    """Number of optimizer steps. Not given: as many as `epochs` holds."""
+    epochs: float | None = None
+    """Passes over the data. Not given (and no `steps`): 1."""
+    batch_size: int = 8
+    """Pairs in one optimizer step, over all devices and micro-batches."""
+    accumulate: int = 1
+    """Split each batch into this many micro-batches, to save memory; the result is the same."""
+    seed: int = 0
+    """Seed of the shuffle and of adapter initialisation."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation. Trained weights and optimizer state are always float32."""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype in which weights that are not trained (under LoRA; a live reference) are kept. Not given: `dtype`."""
+    remat: Remat = "dots"
+    """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices and says which."""
+    layout: Layout = "shared"
+    """shared: the prompt is computed once for all its responses. separate: once for each."""
+    eval_every: int | None = None
+    """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
+        require(self.steps is None or self.steps >= 1, "--train.steps must be at least 1")
+        require(self.epochs is None or self.epochs > 0, "--train.epochs must be positive")
+        require(self.batch_size >= 1, "--train.batch_size must be at least 1")
+        require(self.accumulate >= 1, "--train.accumulate must be at least 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
+        )
+        require(self.eval_every is None or self.eval_every >= 1, "--train.eval_every must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of the whole training state."""
+
+    every: int = 100
+    """Steps between checkpoints; one more is made at the end and at SIGTERM."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    best: str | None = None
+    """Also keep the best by this metric, e.g. eval_rewards/accuracies or eval_loss (needs --eval_data)."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "--checkpoint.every must be at least 1")
+        require(self.keep >= 1, "--checkpoint.keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; see `dpo_jax/mesh.py`."""
+
+    data: int = 1
+    """Whole copies of the model, each with its share of the batch."""
+    fsdp: int = -1
+    """Devices that share the parameters and split the batch; -1 takes all that are left."""
+    tensor: int = 1
+    """Devices that share each layer's heads and width."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes. Cloud TPU slices and SLURM jobs are detected with `auto`; elsewhere name the coordinator."""
+
+    auto: bool = False
+    """Call jax.distributed.initialize() and let it find the cluster (Cloud TPU pods, SLURM, Open MPI)."""
+    coordinator: str | None = None
+    """host:port of process 0."""
+    processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+
+    def __post_init__(self) -> None:
+        given = [self.coordinator is not None, self.processes is not None, self.process_id is not None]
+        require(
+            all(given) or not any(given),
+            "give --distributed.coordinator, --distributed.processes and --distributed.process_id together",
+        )
+        require(
+            not (self.auto and any(given)),
+            "--distributed.auto finds the cluster itself: leave the other --distributed options out",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to generate."""
+
+    max_new_tokens: int = 128
+    """Longest response in tokens, the terminator included."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep only the k most likely tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens whose probability reaches p (nucleus sampling)."""
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end a response (the end is part of it), beside those a command adds by itself."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        require(self.temperature >= 0, "temperature must not be negative")
+        require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1, or None")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p must lie in (0, 1], or be None")
+        require(
+            self.temperature > 0 or (self.top_k is None and self.top_p is None),
+            "top_k and top_p have no effect at temperature 0 (greedy)",
+        )
