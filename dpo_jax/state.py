@@ -21,7 +21,8 @@ class TrainState:
 
     Attributes:
       step:      int32 [], optimizer steps done.
-      trainable: what the optimizer sees: {"params": ...} or, under LoRA, {"adapters": ...}; float32.
+      trainable: what the optimizer sees: {"params": ...} or, under LoRA, {"adapters": ...}, and {"heads": ...} beside
+                 it where the model has heads (see `model/heads.py`); float32.
       frozen:    what the step reads and never trains: {}, or {"params": ...} under LoRA, or {"reference": ...} for a
                  reference policy that is computed in the step.
       opt_state: optax state.
@@ -56,15 +57,15 @@ def create(
     *,
     frozen: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A state at step 0. With an `adapters` collection only that is trained; otherwise all `params` are.
+    """A state at step 0. With an `adapters` collection that is trained in place of `params`; `heads` always are.
 
     The trained weights become float32, whatever they were loaded as. Each optimizer moment is laid out over devices
     like its parameter. With `jax.ShapeDtypeStruct`s in place of arrays (their shardings set, where there is a mesh) the
     state is abstract too.
     """
-    collection = "adapters" if "adapters" in variables else "params"
-    trainable = {collection: jax.tree.map(_as_float32, variables[collection])}
-    frozen = {**{k: v for k, v in variables.items() if k != collection}, **(frozen or {})}
+    learn = {"adapters" if "adapters" in variables else "params", "heads"}
+    trainable = {k: jax.tree.map(_as_float32, v) for k, v in variables.items() if k in learn}
+    frozen = {**{k: v for k, v in variables.items() if k not in learn}, **(frozen or {})}
     leaf = jax.tree.leaves(trainable)[0]
     opt_state: Any = jax.eval_shape(tx.init, trainable)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)

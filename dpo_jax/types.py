@@ -38,3 +38,27 @@ class PreferenceBatch:
     rows: jax.Array
     format_masks: jax.Array | None = None
     reference_logps: jax.Array | None = None
+
+
+@struct.dataclass
+class TokenBatch:
+    """A batch of windows of T tokens for next-token prediction; a window holds one sequence or several, packed.
+
+    Token t of a sequence is predicted from the tokens of the same sequence before it; the first token of a sequence is
+    predicted by nothing and is never a target. Nothing is read at padded places.
+
+    Attributes:
+      tokens:    int32 [B, T]    ids.
+      segments:  int32 [B, T]    which sequence of its window a token belongs to, from 1; 0 = padding.
+      positions: int32 [B, T]    position in its sequence, from 0.
+      targets:   bool [B, T]     True at tokens that are to be predicted (an answer, say); never at padding or at
+                                 position 0.
+      rows:      int32 [B, S]    rows of the data set that the window holds (for error messages); -1 where there are
+                                 fewer than S. A filler window holds none, and no targets.
+    """
+
+    tokens: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    targets: jax.Array
+    rows: jax.Array

@@ -29,11 +29,11 @@ from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
 
 PER_ROW = "rows/"
-"""Metrics under this prefix are int32 [B], row numbers that are to blame and -1 elsewhere; the guard reads them."""
+"""Metrics under this prefix are int32 [B] or [B, S], row numbers that are to blame and -1 elsewhere; the guard reads them."""
 
 
 class Batch(Protocol):
-    """A batch names the rows of the data set that it holds: int32 [B], -1 for fillers."""
+    """A batch names the rows of the data set that it holds: int32 [B] or [B, S], -1 for fillers."""
 
     rows: Any
 
@@ -166,7 +166,7 @@ class _Pending:
     def blame(self, per_row: list[np.ndarray]) -> str:
         """The rows to name: those that a per-row figure gives, or else all of the batch."""
         guilty = {int(row) for rows in per_row for row in rows.ravel() if row >= 0}
-        among = sorted(guilty or {int(row) for row in self.rows if row >= 0})
+        among = sorted(guilty or {int(row) for row in self.rows.ravel() if row >= 0})
         numbers = f"row{'s' * (len(among) > 1)} {', '.join(map(str, among))} of the data"
         return f"from {numbers}" if guilty else f"somewhere in {numbers}"
 
