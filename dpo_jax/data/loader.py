@@ -1,4 +1,4 @@
-"""Batches in a deterministic order, prepared ahead of the step, from a position that can be saved and restored.
+"""Preference batches in a deterministic order.
 
 Every process yields the same *global* batch as NumPy arrays, and `mesh.put_batch` copies from it only the rows that the
 process's own devices hold. Token ids are small (a batch of 64 pairs of 1,024 tokens is half a megabyte, the activations
@@ -10,17 +10,13 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
 
-import grain
 import numpy as np
 
 from dpo_jax.data.batches import BucketPlan, RowBatch, collate, epoch_batches, plan_buckets
 from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.errors import InputError
+from dpo_jax.data.steps_loader import StepsLoader, check_seed, run_length
 from dpo_jax.types import PreferenceBatch
-
-_AHEAD = 4  # batches prepared ahead of the step, for each worker
 
 
 @dataclass(frozen=True)
@@ -46,39 +42,7 @@ class IndexedBatches:
             yield indices, collate(self.dataset, rows, self.plan.shapes[bucket], self.batch_size)
 
 
-class _Steps:
-    """Random access to the batch of a step: what grain calls a data source."""
-
-    def __init__(
-        self, dataset: PreferenceDataset, plan: BucketPlan, batch_size: int, seed: int, shuffle: bool, steps: int
-    ):
-        self._dataset = dataset
-        self._plan = plan
-        self._batch_size = batch_size
-        self._steps = steps
-        self._per_epoch = math.ceil(len(dataset) / batch_size)
-        self._epoch = functools.lru_cache(maxsize=2)(
-            lambda epoch: epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)
-        )
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def rows_of(self, step: int) -> RowBatch:
-        epoch, index = divmod(step, self._per_epoch)
-        return self._epoch(epoch)[index]
-
-    def __getitem__(self, index: SupportsIndex) -> PreferenceBatch:
-        step = int(index)
-        batch = self.rows_of(step)
-        try:
-            return collate(self._dataset, batch.indices, self._plan.shapes[batch.bucket], self._batch_size)
-        except Exception as error:  # told apart from the end of the data, and with the rows that it struck
-            rows = self._dataset.row_numbers[batch.indices].tolist()
-            raise RuntimeError(f"step {step}: the batch of rows {rows} could not be prepared: {error}") from error
-
-
-class PreferenceLoader:
+class PreferenceLoader(StepsLoader[PreferenceBatch]):
     """Iterator over the `PreferenceBatch`es (NumPy, global) of a whole run, epoch after epoch.
 
     The batch of step t depends on the data set and the arguments alone. `get_state` and `set_state` save and restore
@@ -109,82 +73,44 @@ class PreferenceLoader:
         start_step: where to begin.
         workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
         """
-        if epochs is not None and steps is not None:
-            raise ValueError("give epochs or steps, not both")
-        if seed < 0:
-            raise InputError(f"--train.seed {seed} must not be negative")
-        self.plan = plan_buckets(
+        check_seed(seed)
+        self.plan = plan = plan_buckets(
             dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
         )
         self._dataset, self._batch_size = dataset, batch_size
-        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
-        self.total_steps = math.ceil((epochs or 1) * self.steps_per_epoch) if steps is None else steps
-        self._identity = {
-            "data": dataset.fingerprint,
-            "batch_size": batch_size,
-            "seed": seed,
-            "shuffle": shuffle,
-            "shapes": [list(shape) for shape in self.plan.shapes],
-        }
-        self._steps = _Steps(dataset, self.plan, batch_size, seed, shuffle, self.total_steps)
-        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=_AHEAD * workers)
-        self._iterator = iter(grain.MapDataset.source(self._steps).to_iter_dataset(options))
-        self._seek(start_step)
+        self._epoch = functools.lru_cache(maxsize=2)(
+            lambda epoch: epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)
+        )
+        steps_per_epoch = math.ceil(len(dataset) / batch_size)
+        super().__init__(
+            self._batch_of,
+            holds=lambda step: f"rows {dataset.row_numbers[self._rows_of(step).indices].tolist()}",
+            steps_per_epoch=steps_per_epoch,
+            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
+            identity={
+                "data": dataset.fingerprint,
+                "batch_size": batch_size,
+                "seed": seed,
+                "shuffle": shuffle,
+                "shapes": [list(shape) for shape in plan.shapes],
+            },
+            start_step=start_step,
+            workers=workers,
+        )
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:
-        return self
+    def _rows_of(self, step: int) -> RowBatch:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
 
-    def __next__(self) -> PreferenceBatch:
-        step = self.step
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise
-        except BaseException:
-            self._seek(step)  # the failed step is not skipped, should the caller ask again
-            raise
-
-    @property
-    def step(self) -> int:
-        """The step whose batch comes next."""
-        return int(self._iterator.get_state()["next_index"])
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done."""
-        return self.step / self.steps_per_epoch
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, JSON-able."""
-        return {"step": self.step, **self._identity}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved position: the next batch is the one that would have come then.
-
-        Raises `InputError` when the state is a position in other data or another order.
-        """
-        changed = [name for name, value in self._identity.items() if state.get(name) != value]
-        if changed:
-            raise InputError(
-                f"the saved data position does not fit: {', '.join(changed)} changed since; resume with the same data "
-                "and --train.batch_size, --train.seed, --data options, or start anew with another --out"
-            )
-        self._seek(state["step"])
-
-    def _seek(self, step: int) -> None:
-        if not 0 <= step <= self.total_steps:
-            raise InputError(f"step {step} lies outside this run of {self.total_steps} steps; raise --train.steps")
-        self._iterator.set_state({"next_index": step})
+    def _batch_of(self, step: int) -> PreferenceBatch:
+        batch = self._rows_of(step)
+        return collate(self._dataset, batch.indices, self.plan.shapes[batch.bucket], self._batch_size)
 
     def every_row(self) -> IndexedBatches:
         """The batches of the first epoch, as far as the run goes: each row that it will ever see, once."""
         steps = min(self.total_steps, self.steps_per_epoch)
-        many = [self._steps.rows_of(step) for step in range(steps)]
+        many = [self._rows_of(step) for step in range(steps)]
         return IndexedBatches(self._dataset, self.plan, self._batch_size, many)
-
-    def close(self) -> None:
-        """Stop the worker threads."""
-        self._iterator.close()
 
     def summary(self) -> str:
         """One line for the log: batch shapes and padding."""
