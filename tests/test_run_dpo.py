@@ -30,6 +30,7 @@ from dpo_jax.config import (
 from dpo_jax.data.dataset import load_preferences
 from dpo_jax.errors import InputError
 from dpo_jax.run import dpo as run_dpo
+from dpo_jax.run import training
 from dpo_jax.run.log import CLOCK_KEYS, read_metrics
 from dpo_jax.run.reference import cache_key
 from dpo_jax.weights.pretrained import load_pretrained
@@ -73,7 +74,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for each test."""
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_dpo, "make_mesh", make_mesh)
+    monkeypatch.setattr(training, "make_mesh", make_mesh)
     return tmp_path / "cache"
 
 
@@ -116,7 +117,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(run_dpo, "make_mesh", make_mesh)
+        patch.setattr(training, "make_mesh", make_mesh)
         return run_dpo.train(options(inputs, folder / "run"))
 
 

@@ -21,6 +21,7 @@ from dpo_jax.config.sections import (
     SampleConfig,
     TrainConfig,
 )
+from dpo_jax.config.training import TrainingRun
 
 __all__ = [
     "LINEAR_LAYERS",
@@ -46,4 +47,5 @@ __all__ = [
     "Remat",
     "SampleConfig",
     "TrainConfig",
+    "TrainingRun",
 ]

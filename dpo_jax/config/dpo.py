@@ -4,16 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import only_with, require
-from dpo_jax.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    DistributedConfig,
-    Layout,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config.sections import Layout, OptimizerConfig
+from dpo_jax.config.training import TrainingRun
 
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop"]
 
@@ -97,26 +89,13 @@ class DPOConfig(DPOLossConfig):
 
 
 @dataclass(frozen=True)
-class DPORun:
+class DPORun(TrainingRun):
     """One `dpo-jax dpo` run: everything that decides its numbers, saved as `config.json` in the run folder."""
 
-    model: str
-    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     source: str
     """(--data) Preference file (JSONL, JSON or Parquet, plain or .gz), hub data set id, or tfds: folder."""
-    out: str
-    """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
     eval_source: str | None = None
     """(--eval_data) Held-out preference file."""
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -29,7 +29,7 @@ from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
 
 PER_ROW = "rows/"
-"""Metrics under this prefix are int32 [B] or [B, S], row numbers that are to blame and -1 elsewhere; the guard reads them."""
+"""Metrics under this prefix are int32 [B] or [B, S]: numbers of rows that are to blame, -1 elsewhere, for the guard."""
 
 
 class Batch(Protocol):

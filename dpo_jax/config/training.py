@@ -1,0 +1,37 @@
+"""The options that every training command has."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of a training command: everything that decides its numbers, saved as `config.json` in the run folder."""
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    source: str
+    """(--data) Data file (JSONL, JSON or Parquet, plain or .gz), hub data set id, or tfds: folder."""
+    out: str
+    """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
+    eval_source: str | None = None
+    """(--eval_data) Held-out data file."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

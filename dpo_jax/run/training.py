@@ -1,0 +1,275 @@
+"""What every training command does around its algorithm: join processes, claim the run folder, resume, fit, export.
+
+A command asks for these in the order of a run:
+
+    training = Training.begin(config, "dpo")       # None: this run is finished already
+    architecture, tokenizer = training.read_model_shape()
+    ...                                            # data, loaders
+    resolved = training.resolve(loader.total_steps)
+    ...                                            # weights, state
+    state = training.fit(state, step, loader, ...) # None: stopped by a signal, all saved
+    training.finish(model, state, tokenizer, report=...)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import LoraConfig, TrainingRun
+from dpo_jax.data.templates import RAW, ChatTemplate
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import batch_parts, make_mesh
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama, shardings
+from dpo_jax.run import distributed, report
+from dpo_jax.run.folder import RunFolder, as_json
+from dpo_jax.run.log import MetricLog, read_metrics, say, show_log
+from dpo_jax.run.loop import Plan, fit
+from dpo_jax.state import TrainState
+from dpo_jax.weights import pretrained
+from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
+from dpo_jax.weights.source import resolve
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+Config = TypeVar("Config", bound=TrainingRun)
+
+
+@dataclass
+class Training(Generic[Config]):
+    """One training command at work.
+
+    Attributes:
+      config: the options; after `resolve` with everything filled in that follows from the data.
+      mesh: the devices.
+      folder: the run folder.
+      main: whether this process writes the files and talks.
+    """
+
+    config: Config
+    mesh: Mesh
+    folder: RunFolder
+    main: bool
+
+    @classmethod
+    def begin(cls, config: Config, command: str) -> "Training[Config] | None":
+        """Join the other processes, arrange the devices, open the run folder. None where its run has finished.
+
+        Nothing is written yet. Raises `InputError` for options that do not fit the devices or the folder.
+        """
+        _check_options(config)
+        distributed.initialize(config.distributed)
+        show_log()
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        _check_batch(config, mesh)
+        main = distributed.is_main()
+        training = cls(config, mesh, RunFolder(Path(config.out), command, as_json(config), writes=main), main)
+        if training.folder.open() == "finished":
+            out = training.out
+            training.say(f"{out}: this run is finished (model in {out / 'model'}); to train again choose another --out")
+            return None
+        return training
+
+    @property
+    def out(self) -> Path:
+        """The run folder's path."""
+        return self.folder.path
+
+    def say(self, text: str) -> None:
+        """One line to the person who waits, from the main process only."""
+        if self.main:
+            say(text)
+
+    # ---------------------------------------------------------------- before the weights
+
+    def read_model_shape(self) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+        """Architecture and tokenizer of `--model`, checked against each other and the mesh, before its weights."""
+        architecture = read_architecture(self.config.model)
+        shardings(Llama(architecture, lora=self.config.lora), self.mesh)
+        tokenizer = load_tokenizer(self.config.model)
+        check_vocabulary(tokenizer, architecture)
+        return architecture, tokenizer
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """The run's length as loaders take it: steps or epochs, one epoch where neither is given."""
+        steps, epochs = self.config.train.steps, self.config.train.epochs
+        return {"steps": steps, "epochs": 1.0 if steps is None and epochs is None else epochs}
+
+    def resolve(self, total: int) -> Config:
+        """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
+        config = self.config
+        self.config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, steps=total, epochs=None),
+            optimizer=dataclasses.replace(config.optimizer, total_steps=config.optimizer.total_steps or total),
+        )
+        self.folder.claim(as_json(self.config))
+        return self.config
+
+    # ---------------------------------------------------------------- weights and steps
+
+    def load_model(self, lora: LoraConfig | None = None) -> tuple[Llama, dict[str, Any]]:
+        """The model to train, laid out on the mesh: trained weights in float32, frozen ones as the options say."""
+        config = self.config
+        lora = config.lora if lora is None else lora
+        frozen = config.train.frozen_dtype or config.train.dtype
+        return load_pretrained(
+            config.model,
+            mesh=self.mesh,
+            dtype=jnp.dtype(frozen if lora.rank else "float32"),
+            lora=lora,
+            compute_dtype=jnp.dtype(config.train.dtype),
+            remat=config.train.remat,
+            attention=config.train.attention,
+            seed=config.train.seed,
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a batch without gradients: as many as in a training micro-batch, at least one a device."""
+        parts = batch_parts(self.mesh)
+        return math.ceil(self.config.train.batch_size // self.config.train.accumulate / parts) * parts
+
+    def fit(
+        self,
+        state: TrainState,
+        step: Callable[..., tuple[TrainState, Mapping[str, jax.Array]]],
+        loader: Any,
+        *,
+        identity: Mapping[str, str],
+        evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    ) -> TrainState | None:
+        """Go on from the newest checkpoint, or begin, and train to the end.
+
+        Args:
+          state: at step 0; donated.
+          step: a jitted step (`mesh.ShardedStep`).
+          loader: of the whole run, at its beginning.
+          identity: what a checkpoint must have been made from for it to be gone on with: name -> fingerprint.
+          evaluate: figures of a state on held-out data.
+
+        Returns:
+          The last state; None where a signal stopped the run before its end (all is saved, and said).
+        """
+        config = self.config
+        total = config.train.steps
+        assert total is not None, "resolve() comes first"
+        checkpoints = Checkpoints(
+            self.out / "checkpoints",
+            keep=config.checkpoint.keep,
+            best=config.checkpoint.best,
+            identity=dict(identity),
+            say=self.say,
+        )
+        restored = checkpoints.restore(state)
+        start = 0
+        if restored is not None:
+            state, start = restored.state, restored.step
+            loader.set_state(restored.data)
+            self.say(f"{self.out}: going on after step {start} of {total}")
+        else:
+            self.say(loader.summary())
+        del restored
+        plan = Plan(
+            steps=total,
+            steps_per_epoch=loader.steps_per_epoch,
+            checkpoint_every=config.checkpoint.every,
+            eval_every=config.train.eval_every,
+            save_after_eval=config.checkpoint.best is not None,
+        )
+        with MetricLog(self.out, total=total, start=start, writes=self.main) as log:
+            outcome = fit(
+                state,
+                step,
+                loader,
+                plan=plan,
+                mesh=self.mesh,
+                log=log,
+                checkpoints=checkpoints,
+                evaluate=evaluate,
+            )
+        checkpoints.close()
+        loader.close()
+        if outcome.finished:
+            return outcome.state
+        self.say(f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on there")
+        return None
+
+    # ---------------------------------------------------------------- results
+
+    def finish(
+        self,
+        model: Llama,
+        variables: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        title: str,
+        summary: str,
+        sections: Sequence[report.Section],
+    ) -> Path:
+        """Write `model/` (and `adapter/`) and the report, and mark the run as finished.
+
+        Under LoRA `model/` holds the merged weights, for everyone, and `adapter/` the adapters alone. `sections` of the
+        report come after its curves.
+        """
+        config = self.config
+        if config.data.template not in (None, RAW):
+            # Whoever loads the model is to speak to it as it was spoken to here.
+            tokenizer.chat_template = ChatTemplate(tokenizer, config.data.template).jinja
+        save_pretrained(self.out / "model", model, variables, tokenizer, source=config.model)
+        if "adapters" in variables:
+            save_pretrained(self.out / "adapter", model, variables, tokenizer, source=config.model, merge=False)
+        if self.main:
+            rows = read_metrics(self.out / "metrics.jsonl")
+            parts = [report.final_section(rows), report.training_section(rows), *sections]
+            parts.append(report.options_section(as_json(config)))
+            report.write_report(self.out / "report.html", title, summary, parts)
+        distributed.barrier("run finished")
+        self.folder.finish()
+        self.say(
+            f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
+        )
+        return self.out
+
+
+def read_architecture(source: str | Path) -> LlamaConfig:
+    """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
+    return pretrained.read_architecture(resolve(source))
+
+
+def check_context(source: str, row_numbers: np.ndarray, lengths: np.ndarray, architecture: LlamaConfig) -> None:
+    """Raise `InputError` where a row of `lengths` tokens [N], as truncated, is longer than the model's context."""
+    longest = int(lengths.argmax())
+    if lengths[longest] > architecture.max_position:
+        raise InputError(
+            f"{source}, row {row_numbers[longest]}: {lengths[longest]} tokens, and the model's context"
+            f" is {architecture.max_position}; set --data.max_length to at most {architecture.max_position}"
+        )
+
+
+def _check_options(config: TrainingRun) -> None:
+    """Refuse options that contradict each other across sections."""
+    best = config.checkpoint.best
+    if config.train.eval_every is not None and config.eval_source is None:
+        raise InputError("--train.eval_every has no effect without --eval_data")
+    if best is not None and (config.eval_source is None or not best.startswith("eval_")):
+        raise InputError(f"--checkpoint.best {best}: give --eval_data and a metric of it, such as eval_loss")
+
+
+def _check_batch(config: TrainingRun, mesh: Mesh) -> None:
+    parts = batch_parts(mesh) * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise InputError(
+            f"--train.batch_size {config.train.batch_size} does not divide by {parts} (devices that split the batch x"
+            f" --train.accumulate); choose a multiple of {parts}"
+        )
