@@ -150,14 +150,19 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def open_bytes(path: Path) -> io.BufferedReader:
+    """The content of a file as a stream, unpacked where it is gzip. Raises `InputError` for other compressions."""
     with path.open("rb") as raw:
         magic = raw.read(4)
     for start, name in _OTHER.items():
         if magic.startswith(start):
             raise InputError(f"{path}: is compressed with {name}; unpack it, or use gzip")
-    packed = magic.startswith(b"\x1f\x8b")
-    with io.BufferedReader(_Unpacked(path), 2**16) if packed else path.open("rb") as reader:
+    return io.BufferedReader(_Unpacked(path), 2**16) if magic.startswith(b"\x1f\x8b") else path.open("rb")
+
+
+def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    with open_bytes(path) as reader:
+        packed = isinstance(reader.raw, _Unpacked)
         head = reader.peek(2**12)
         stream = cast(BinaryIO, reader)
         if head.startswith(b"PAR1"):
