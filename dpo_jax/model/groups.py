@@ -9,6 +9,7 @@ Both give the same log-probabilities; "shared" does less work when prompts are l
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,8 +26,27 @@ def response_mask(batch: PreferenceBatch) -> jax.Array:
     return jnp.arange(batch.responses.shape[2]) < batch.response_lengths[..., None]
 
 
-def _shared(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Array:
-    """Hidden states [B, K, R, D] that predict each response token, from one sequence a group."""
+@dataclass(frozen=True)
+class _Sequences:
+    """A batch laid out as sequences, and where its responses stand in them.
+
+    Attributes:
+      tokens, positions, segments: int32 [S, T]; see `Llama.__call__`.
+      options: its keyword arguments.
+      predicting: [S, T, D] -> [B, K, R, D]: the states that predict each response token.
+      last: int32 [S, n]: index of the last token of each response that stands in the sequence.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    options: dict[str, Any]
+    predicting: Callable[[jax.Array], jax.Array]
+    last: jax.Array
+
+
+def _shared(batch: PreferenceBatch) -> _Sequences:
+    """One sequence a group."""
     (b, p), (_, k, r) = batch.prompts.shape, batch.responses.shape
     lengths = batch.prompt_lengths[:, None]
     tokens = jnp.concatenate([batch.prompts, batch.responses.reshape(b, k * r)], axis=1)
@@ -34,14 +54,19 @@ def _shared(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Arra
     at_response = jnp.tile(lengths + jnp.arange(r), (1, k))
     real = jnp.concatenate([at_prompt < lengths, response_mask(batch).reshape(b, k * r)], axis=1)
     positions = jnp.concatenate([at_prompt, at_response], axis=1)
-    hidden = apply(_clean(tokens, real), positions, real.astype(jnp.int32), prefix=(p, k, r))
-    last = jnp.take_along_axis(hidden, batch.prompt_lengths[:, None, None] - 1, axis=1)[:, None]
-    states = hidden[:, p:].reshape(b, k, r, -1)
-    return jnp.concatenate([jnp.broadcast_to(last, (b, k, 1, last.shape[-1])), states[:, :, :-1]], axis=2)
+
+    def predicting(hidden: jax.Array) -> jax.Array:
+        last = jnp.take_along_axis(hidden, batch.prompt_lengths[:, None, None] - 1, axis=1)[:, None]
+        states = hidden[:, p:].reshape(b, k, r, -1)
+        return jnp.concatenate([jnp.broadcast_to(last, (b, k, 1, last.shape[-1])), states[:, :, :-1]], axis=2)
+
+    last = p + r * jnp.arange(k) + batch.response_lengths - 1
+    segments = real.astype(jnp.int32)
+    return _Sequences(_clean(tokens, real), positions, segments, {"prefix": (p, k, r)}, predicting, last)
 
 
-def _separate(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Array:
-    """Hidden states [B, K, R, D] that predict each response token, from K contiguous sequences a group."""
+def _separate(batch: PreferenceBatch) -> _Sequences:
+    """K contiguous sequences a group."""
     (b, p), (_, k, r) = batch.prompts.shape, batch.responses.shape
     lengths = jnp.repeat(batch.prompt_lengths, k)[:, None]
     at = jnp.broadcast_to(jnp.arange(p + r), (b * k, p + r))
@@ -49,15 +74,42 @@ def _separate(apply: Callable[..., jax.Array], batch: PreferenceBatch) -> jax.Ar
     in_prompt = jnp.take_along_axis(prompts, jnp.minimum(at, p - 1), axis=1)
     in_response = jnp.take_along_axis(responses, jnp.clip(at - lengths, 0, r - 1), axis=1)
     tokens = jnp.where(at < lengths, in_prompt, in_response)
-    real = at < lengths + batch.response_lengths.reshape(b * k, 1)
-    hidden = apply(_clean(tokens, real), at, real.astype(jnp.int32), packed=False)
-    states = jnp.take_along_axis(hidden, (lengths - 1 + jnp.arange(r))[..., None], axis=1)
-    return states.reshape(b, k, r, -1)
+    ends = lengths + batch.response_lengths.reshape(b * k, 1)
+    real = at < ends
+
+    def predicting(hidden: jax.Array) -> jax.Array:
+        states = jnp.take_along_axis(hidden, (lengths - 1 + jnp.arange(r))[..., None], axis=1)
+        return states.reshape(b, k, r, -1)
+
+    return _Sequences(_clean(tokens, real), at, real.astype(jnp.int32), {"packed": False}, predicting, ends - 1)
 
 
 def _clean(tokens: jax.Array, real: jax.Array) -> jax.Array:
     """Padding may hold any value, even ones outside the vocabulary."""
     return jnp.where(real, tokens, 0)
+
+
+def _run(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, layout: Layout
+) -> tuple[_Sequences, jax.Array]:
+    """The sequences of a batch, and their hidden states [S, T, D]."""
+    at = _shared(batch) if layout == "shared" else _separate(batch)
+    return at, apply_fn(variables, at.tokens, at.positions, at.segments, **at.options)
+
+
+def response_states(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, layout: Layout = "shared"
+) -> jax.Array:
+    """The hidden state at the last token of each response (its terminator, where it was not cut), [B, K, D].
+
+    In the dtype the model computes in; 0 for an absent response. Heads read it (`model/heads.py`).
+    Arguments as for `response_logps`.
+    """
+    b, k, _ = batch.responses.shape
+    at, hidden = _run(apply_fn, variables, batch, layout)
+    states = jnp.take_along_axis(hidden, at.last[..., None], axis=1).reshape(b, k, -1)
+    states = meshes.constrain(states, ("batch", "responses", "embed"))
+    return jnp.where((batch.response_lengths > 0)[..., None], states, 0)
 
 
 def response_logps(
@@ -80,10 +132,9 @@ def response_logps(
       head_budget_bytes: see `logprobs.token_logps`.
     """
     b, k, r = batch.responses.shape
-    lay_out = _shared if layout == "shared" else _separate
-    hidden = lay_out(lambda *args, **kwargs: apply_fn(variables, *args, **kwargs), batch)
+    at, hidden = _run(apply_fn, variables, batch, layout)
     mask = response_mask(batch)
-    hidden = meshes.constrain(hidden, ("batch", "responses", "length", "embed")).reshape(b * k, r, -1)
+    hidden = meshes.constrain(at.predicting(hidden), ("batch", "responses", "length", "embed")).reshape(b * k, r, -1)
     unembedding = apply_fn(variables, method="unembedding")
     targets = _clean(batch.responses, mask).reshape(b * k, r)
     logps = token_logps(hidden, unembedding, targets, temperature=temperature, budget_bytes=head_budget_bytes)
