@@ -11,7 +11,8 @@ from tokenizers_for_tests import CHATML_SPECIALS, LLAMA3_SPECIALS, byte_level, l
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.encode import ConversationEncoder, Encoded, truncate
-from dpo_jax.data.preferences import Message, Pair, parse_pair
+from dpo_jax.data.messages import Message
+from dpo_jax.data.preferences import Pair, parse_pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.templates import ChatTemplate
 from dpo_jax.errors import InputError

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from dpo_jax.data.preferences import Message, Pair, parse_pair
+from dpo_jax.data.messages import Message
+from dpo_jax.data.preferences import Pair, parse_pair
 from dpo_jax.data.problems import BadRow
 
 USER = {"role": "user", "content": "Q?"}

@@ -21,7 +21,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data.preferences import Message, Pair
+from dpo_jax.data.messages import Message
+from dpo_jax.data.preferences import Pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.templates import RAW, ChatTemplate
 from dpo_jax.errors import InputError

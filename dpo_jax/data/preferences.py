@@ -10,26 +10,19 @@ Understood layouts (a column that is null counts as absent):
 * `instruction` and, optionally, `input` (Alpaca), or `question` (Orca), in place of `prompt`.
 * `prompt`, `completion`, `label` (true or false): unpaired rows, for the KTO loss only.
 
-A message is {"role", "content"} or {"from", "value"}; roles are system, user (human), assistant (gpt). An optional
-`system` column holds a system prompt.
+An optional `system` column holds a system prompt. (Messages: see `messages.py`.)
 """
 
 import difflib
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
 from dpo_jax.data.problems import BadRow, Severity
 
 Extra = float | str
-
-
-class Message(NamedTuple):
-    """One turn: `role` is system, user or assistant."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,6 @@ UNDERSTOOD = (
     "understood are prompt + chosen + rejected, chosen + rejected with the prompt inside, conversations or instruction "
     "(+ input) or question + chosen + rejected, and prompt + completion + label"
 )
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = re.compile(r"\n\n(Human|Assistant):")
 
@@ -82,7 +74,7 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
     if not COLUMNS.intersection(row):
-        raise BadRow("unknown column names", f"{_columns(row)}; {UNDERSTOOD}")
+        raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     for name in ("chosen", "rejected"):
         if name not in row:
             raise _missing(row, name)
@@ -97,25 +89,10 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
     return pair
 
 
-def _columns(row: dict[str, Any]) -> str:
-    return f"the columns are {', '.join(sorted(map(str, row)))}" if row else "the row has no columns"
-
-
 def _missing(row: dict[str, Any], name: str) -> BadRow:
     close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
     hint = f"; is {close[0]!r} meant?" if close else ""
-    return BadRow(f"missing field '{name}'", f"{_columns(row)}{hint}; {UNDERSTOOD}")
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"'{name}' is not text", f"it holds {type(value).__name__} {str(value)[:40]!r}; write a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        detail = f"half of a surrogate pair at character {error.start + 1}; write the whole character"
-        raise BadRow(f"'{name}' holds broken Unicode", detail) from error
-    return value
+    return BadRow(f"missing field '{name}'", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
 
 
 def _extras(row: dict[str, Any]) -> dict[str, Extra]:
@@ -125,33 +102,12 @@ def _extras(row: dict[str, Any]) -> dict[str, Extra]:
             continue
         value = row[name]
         if name == "source" or (name == "rating" and isinstance(value, str)):
-            extras[name] = _text(value, name)
+            extras[name] = text_of(value, name)
         elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise BadRow(f"'{name}' is not a finite number", f"it holds {str(value)[:40]!r}")
         else:
             extras[name] = float(value)
     return extras
-
-
-def _message(value: object, name: str) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(f"'{name}' holds something that is no message", 'write {"role": ..., "content": ...}')
-    for role_key, content_key in (("role", "content"), ("from", "value")):
-        if role_key in value and content_key in value:
-            role = value[role_key]
-            if not isinstance(role, str) or role not in _ROLES:
-                raise BadRow(f"unknown role in '{name}'", f"{str(role)[:40]!r}; understood are {', '.join(_ROLES)}")
-            if value.get("tool_calls"):
-                raise BadRow(f"tool calls in '{name}'", "only plain text messages are understood")
-            return Message(_ROLES[role], _text(value[content_key], f"{name}: {content_key}"))
-    keys = ", ".join(sorted(map(str, value)))
-    raise BadRow(f"a message in '{name}' lacks role/content", f"it has {keys or 'no fields'}; from/value will do too")
-
-
-def _messages(value: list[object], name: str) -> tuple[Message, ...]:
-    if not value:
-        raise BadRow(f"'{name}' is an empty list", "give it a message, or remove the row")
-    return tuple(_message(m, name) for m in value)
 
 
 def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> None:
@@ -172,26 +128,24 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None] | Non
     if len(given) > 1:
         raise BadRow("several fields give a prompt", f"{', '.join(given)}; keep one of them")
     if "input" in row and given != ["instruction"]:
-        raise BadRow("'input' without 'instruction'", f"{_columns(row)}; name the prompt's column 'prompt'")
+        raise BadRow("'input' without 'instruction'", f"{columns_of(row)}; name the prompt's column 'prompt'")
     if not given:
         return None
     name = given[0]
     raw: str | None = None
     if isinstance(row[name], list) and name in ("prompt", "conversations"):
-        messages = _messages(row[name], name)
+        messages = messages_of(row[name], name)
     else:
-        raw = _text(row[name], name)
-        if name == "instruction" and (extra := _text(row.get("input", ""), "input")):
+        raw = text_of(row[name], name)
+        if name == "instruction" and (extra := text_of(row.get("input", ""), "input")):
             raw = f"{raw}\n{extra}"
         if raw.startswith(_HUMAN) and raw.rstrip().endswith(_ASSISTANT):
             messages = _turns(raw.rstrip().removesuffix(_ASSISTANT))
         else:
             messages = (Message("user", raw),)
-    system = _text(row.get("system", ""), "system")
-    if system:
-        if messages[0].role == "system":
-            raise BadRow("two system prompts", f"one in 'system', one in '{name}'; keep one of them")
-        messages, raw = (Message("system", system), *messages), None
+    whole = with_system(messages, row, f"in '{name}'")
+    if whole != messages:
+        messages, raw = whole, None
     _check_roles(messages)
     if raw is None and len(messages) == 1:
         raw = messages[0].content
@@ -217,19 +171,8 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
         row["conversations"] = row.pop("messages")
     prompt = _prompt(row)
     if prompt is None:
-        raise BadRow("missing field 'prompt'", f"{_columns(row)}; understood are prompt (a text) and messages")
+        raise BadRow("missing field 'prompt'", f"{columns_of(row)}; understood are prompt (a text) and messages")
     return prompt
-
-
-def _response(value: object, name: str) -> tuple[tuple[Message, ...], str]:
-    """(the messages in front of the response, if any; the response)."""
-    if not isinstance(value, list | dict):
-        return (), _text(value, name)
-    messages = _messages(value if isinstance(value, list) else [value], name)
-    if messages[-1].role != "assistant":
-        detail = f"its last message has the role {messages[-1].role}"
-        raise BadRow(f"bad role order: '{name}' must end with an assistant message", detail)
-    return messages[:-1], messages[-1].content
 
 
 def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
@@ -237,7 +180,7 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
     contexts: list[tuple[Message, ...]] = []
     texts: list[str] = []
     for name in ("chosen", "rejected"):
-        context, text = _response(row[name], name)
+        context, text = response_of(row[name], name)
         if context and context[-len(messages) :] != messages:
             detail = "give the prompt's own messages and one answer, or the answer alone"
             raise BadRow(f"'{name}' is a conversation that does not continue the prompt", detail)
@@ -255,15 +198,15 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
 def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _implicit_text(_text(chosen, "chosen"), _text(rejected, "rejected"), row, extras)
+        return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"), row, extras)
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        detail = f"{_columns(row)}; without a prompt column both must be text or both lists of messages"
+        detail = f"{columns_of(row)}; without a prompt column both must be text or both lists of messages"
         raise BadRow("missing field 'prompt'", detail)
-    prompt, chosen = _response(chosen, "chosen")
-    other, rejected = _response(rejected, "rejected")
+    prompt, chosen = response_of(chosen, "chosen")
+    other, rejected = response_of(rejected, "rejected")
     if not prompt or not other:
         raise BadRow(
-            "missing field 'prompt'", f"{_columns(row)}, and 'chosen' or 'rejected' is one message without a prompt"
+            "missing field 'prompt'", f"{columns_of(row)}, and 'chosen' or 'rejected' is one message without a prompt"
         )
     if prompt != other:
         raise BadRow(
@@ -271,20 +214,11 @@ def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
             "the messages before the last differ between 'chosen' and 'rejected'; remove the row",
             "noise",
         )
-    prompt, raw = _with_system(prompt, row), None
+    prompt, raw = with_system(prompt, row), None
     _check_roles(prompt)
     if len(prompt) == 1:
         raw = (prompt[0].content, chosen, rejected)
     return Pair(prompt, chosen, rejected, raw=raw, extras=extras)
-
-
-def _with_system(messages: tuple[Message, ...], row: dict[str, Any]) -> tuple[Message, ...]:
-    system = _text(row.get("system", ""), "system")
-    if not system:
-        return messages
-    if messages[0].role == "system":
-        raise BadRow("two system prompts", "one in 'system', one among the messages; keep one of them")
-    return (Message("system", system), *messages)
 
 
 def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
@@ -292,13 +226,13 @@ def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         cut = text.rfind(_ASSISTANT)
         if cut < 0:
-            detail = f"{_columns(row)}, and '{name}' has no \"\\n\\nAssistant:\" to find a prompt by"
+            detail = f"{columns_of(row)}, and '{name}' has no \"\\n\\nAssistant:\" to find a prompt by"
             raise BadRow("missing field 'prompt'", detail)
         cuts.append(cut)
     if chosen[: cuts[0]] != rejected[: cuts[1]]:
         detail = "the texts before the last \"\\n\\nAssistant:\" differ between 'chosen' and 'rejected'; remove the row"
         raise BadRow("no shared prompt", detail, "noise")
-    messages = _with_system(_turns(chosen[: cuts[0]]), row)
+    messages = with_system(_turns(chosen[: cuts[0]]), row)
     _check_roles(messages, "noise")
     mark = len(_ASSISTANT)
     prompt, answers = chosen[: cuts[0] + mark], (chosen[cuts[0] + mark :], rejected[cuts[1] + mark :])
@@ -335,7 +269,7 @@ def _unpaired(row: dict[str, Any], extras: dict[str, Extra], needs_pairs: bool) 
     if prompt is None:
         raise _missing(row, "prompt")
     messages, raw = prompt
-    context, text = _response(row["completion"], "completion")
+    context, text = response_of(row["completion"], "completion")
     if context and context != messages:
         raise BadRow("'completion' is a conversation that does not continue the prompt", "give the answer alone")
     if not text.strip():

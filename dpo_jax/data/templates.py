@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data.preferences import Message
+from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import GenerateRun, SampleConfig
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.files import read_rows
-from dpo_jax.data.preferences import Message, parse_prompt
+from dpo_jax.data.messages import Message
+from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
