@@ -52,13 +52,15 @@ def plan_buckets(
 
     Args:
       prompt_lengths: int [N].
-      response_lengths: int [N, K].
+      response_lengths: int [N, K]; K = 0 for sequences without responses, whose R means nothing.
       buckets: upper bound; fewer are used where more would not save padding (with few rows, say).
       batch_size: rows a batch.
       multiple: P and R are multiples of this. 16 keeps padding low; accelerators' matrix units prefer 128.
     """
     k = response_lengths.shape[1]
-    needs = np.stack([_round(prompt_lengths, multiple), _round(response_lengths.max(axis=1), multiple)], axis=1)
+    needs = np.stack(
+        [_round(prompt_lengths, multiple), _round(response_lengths.max(axis=1, initial=0), multiple)], axis=1
+    )
     unique, inverse, counts = np.unique(needs, axis=0, return_inverse=True, return_counts=True)
     best: tuple[int, np.ndarray] | None = None
     for n in sorted({min(2**i, buckets, len(unique)) for i in range(buckets.bit_length() + 1)}):
@@ -80,9 +82,9 @@ def plan_buckets(
 
 def _round(lengths: np.ndarray, multiple: int) -> np.ndarray:
     """Lengths rounded up to a grid of at most `_LEVELS` multiples of `multiple`, none beyond what the longest needs."""
-    largest = -(-int(lengths.max()) // multiple) * multiple
+    largest = -(-max(int(lengths.max()), 1) // multiple) * multiple
     step = multiple * -(-largest // (multiple * _LEVELS))
-    return np.minimum(-(-np.maximum(lengths, 1) // step) * step, max(largest, multiple))
+    return np.minimum(-(-np.maximum(lengths, 1) // step) * step, largest)
 
 
 def _cost(shapes: np.ndarray, k: int) -> np.ndarray:
@@ -168,7 +170,7 @@ def _fill(members: list[np.ndarray], larger: tuple[int, ...], batch_size: int) -
     return filled
 
 
-def _permutation(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
+def permutation(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A permutation of n by sorting random words: NumPy keeps bit generators' streams fixed for ever, not `shuffle`."""
     words = np.random.Philox(key=[seed, 2 * epoch + purpose]).random_raw(n)
     return np.argsort(words, kind="stable")
@@ -180,12 +182,12 @@ def epoch_batches(plan: BucketPlan, batch_size: int, *, seed: int, epoch: int, s
     Without `shuffle`, rows keep their order within a bucket, and batches stand in the order of their first rows.
     """
     n = len(plan.rows)
-    order = _permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
+    order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
     members = [order[plan.rows[order] == bucket] for bucket in range(len(plan.shapes))]
     filled = _fill(members, plan.larger, batch_size)
     batches = [RowBatch(bucket, rows) for bucket, many in enumerate(filled) for rows in many]
     if shuffle:
-        return [batches[i] for i in _permutation(len(batches), seed, epoch, 1)]
+        return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
     return sorted(batches, key=lambda batch: int(batch.indices.min()))
 
 

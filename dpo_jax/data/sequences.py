@@ -1,0 +1,76 @@
+"""A tokenised data set of sequences, in memory: flat arrays of ids and of targets, and where each sequence lies."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dpo_jax.data.dataset import Ragged
+
+
+@dataclass(frozen=True)
+class SequenceDataset:
+    """N sequences of token ids, and which of the tokens are to be predicted.
+
+    Attributes:
+      tokens: N sequences of ids int32, the BOS included where there is one.
+      targets: bool sequences like `tokens`, True at tokens that the loss counts; never at the first of a sequence.
+      row_numbers: int32 [N], numbers of the rows in their file, from 1.
+      dropped: how many rows were left out, by reason.
+      rows_read: how many rows the file held (or `limit`).
+      source: what was read.
+      cut: how many sequences lost their end to the length limit.
+      unused_columns: columns of the file that nothing reads.
+      terminators: ids that end an answer.
+      problems: what was left out, in words.
+    """
+
+    tokens: Ragged
+    targets: Ragged
+    row_numbers: np.ndarray
+    dropped: Counter[str]
+    rows_read: int
+    source: str
+    cut: int = 0
+    unused_columns: tuple[str, ...] = ()
+    terminators: tuple[int, ...] = ()
+    problems: str = field(default="", repr=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]."""
+        return self.tokens.lengths
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """int64 [N]: how many tokens of each sequence the loss counts."""
+        before = np.concatenate([[0], np.cumsum(self.targets.values, dtype=np.int64)])
+        return np.diff(before[self.targets.starts])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the loss: ids, targets and lengths, in order."""
+        digest = hashlib.sha256()
+        for array in (self.tokens.values, self.targets.values, self.tokens.starts):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """A few lines for the log: rows used, lengths, how much of them the loss counts, columns not read.
+
+        (What was left out was logged when it was.)
+        """
+        lengths = self.lengths
+        lines = [
+            f"{self.source}: {len(self)} of {self.rows_read} rows; {lengths.sum()} tokens, {lengths.mean():.0f} a row "
+            f"(longest {lengths.max()}), {self.targets.values.mean():.1%} of them in the loss; "
+            f"{self.cut} rows cut at their end"
+        ]
+        if self.unused_columns:
+            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        return "\n".join(lines)
