@@ -9,6 +9,8 @@ Understood layouts (a column that is null counts as absent):
 * `conversations` (ShareGPT: a list of from/value) with `chosen`, `rejected`.
 * `instruction` and, optionally, `input` (Alpaca), or `question` (Orca), in place of `prompt`.
 * `prompt`, `completion`, `label` (true or false): unpaired rows, for the KTO loss only.
+* With any of them, `as_spelled`: {"prompt", "chosen", "rejected"}, the texts that `--data.template raw` is to see. A
+  store (see `store_schema.py`) holds it where they cannot be told from the messages.
 
 An optional `system` column holds a system prompt. (Messages: see `messages.py`.)
 """
@@ -16,7 +18,7 @@ An optional `system` column holds a system prompt. (Messages: see `messages.py`.
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
@@ -48,7 +50,7 @@ NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
 EXTRA_COLUMNS = (*NUMBER_COLUMNS, "rating", "source")
 PROMPT_COLUMNS = ("prompt", "conversations", "instruction", "question")
 RESPONSE_COLUMNS = ("chosen", "rejected", "completion", "label")
-COLUMNS = frozenset((*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", "system"))
+COLUMNS = frozenset((*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", "system", "as_spelled"))
 """Every column that is read. Others are carried in many published files (ids, copies); they are ignored, and named."""
 
 UNDERSTOOD = (
@@ -69,6 +71,12 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
     Raises:
       BadRow: says which field, and how to mend it.
     """
+    pair = _parse(row, needs_pairs)
+    spelled = row.get("as_spelled")
+    return pair if spelled is None else replace(pair, raw=_as_spelled(spelled))
+
+
+def _parse(row: dict[str, Any], needs_pairs: bool) -> Pair:
     row = {name: value for name, value in row.items() if value is not None}
     extras = _extras(row)
     if "completion" in row and not ("chosen" in row or "rejected" in row):
@@ -87,6 +95,17 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
     if pair.chosen == pair.rejected:
         raise BadRow("'chosen' and 'rejected' are the same", "such a row prefers nothing: remove it", severity)
     return pair
+
+
+def _as_spelled(value: object) -> tuple[str, str | None, str | None]:
+    if not isinstance(value, dict) or "prompt" not in value:
+        raise BadRow(
+            "'as_spelled' is not understood", 'write {"prompt": ..., "chosen": ..., "rejected": ...}, all text'
+        )
+    prompt = text_of(value["prompt"], "as_spelled: prompt")
+    said = [value.get(name) for name in ("chosen", "rejected")]
+    chosen, rejected = (None if text is None else text_of(text, "as_spelled") for text in said)
+    return prompt, chosen, rejected
 
 
 def _missing(row: dict[str, Any], name: str) -> BadRow:
@@ -186,7 +205,8 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
             raise BadRow(f"'{name}' is a conversation that does not continue the prompt", detail)
         contexts.append(context or messages)
         texts.append(text)
-    answers = [text.strip() for text in texts] if raw is not None and raw.rstrip().endswith(_ASSISTANT) else texts
+    marked = raw is not None and raw.rstrip().endswith(_ASSISTANT) and "as_spelled" not in row
+    answers = [text.strip() for text in texts] if marked else texts
     if contexts[0] != contexts[1]:
         raise BadRow("no shared prompt: 'chosen' and 'rejected' have different messages before the answer")
     if contexts[0] != messages:  # the conversations tell more than the prompt field, such as a system message
