@@ -67,7 +67,7 @@ class Size:
 
 
 FULL = Size(prompts=96, samples=5, unseen=48, unseen_samples=3, new_tokens=36, epochs=2)
-FAST = Size(prompts=32, samples=4, unseen=24, unseen_samples=2, new_tokens=24, epochs=2, batch_size=32)
+FAST = Size(prompts=32, samples=4, unseen=24, unseen_samples=2, new_tokens=15, epochs=2, batch_size=32)
 
 
 class Judge:
