@@ -1,0 +1,161 @@
+"""A tokenizer with its chat template: what begins and ends an answer, and what a text may not spell.
+
+* An answer ends with exactly one terminator: the special token that the template writes after an answer, else EOS.
+  What the template writes behind it is no part of the answer. An answer that spells the terminator itself does not get
+  a second one.
+* BOS stands at the very start, once, if the template writes it or the tokenizer adds it.
+* A control token inside the text of a conversation would end the answer early, or begin a turn that nobody wrote: such
+  rows are left out. (Not with `raw`, where the texts are taken as they stand.)
+"""
+
+import re
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.data.messages import Message
+from dpo_jax.data.problems import BadRow
+from dpo_jax.data.templates import RAW, ChatTemplate
+from dpo_jax.errors import InputError
+
+_PROBE = "Quicksilver"
+
+
+class ChatTokenizer:
+    """Renders and tokenises with one tokenizer and one template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
+        """Args: a fast tokenizer; a template name (see `templates.py`), or None for the tokenizer's own.
+
+        Raises `InputError` when they do not fit together.
+        """
+        if not tokenizer.is_fast:
+            raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
+        # A copy without post-processor: it adds no BOS and trims no spaces off the offsets (the ids are the same).
+        self._backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
+        self._backend.post_processor = None
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        bos = cast(int | None, tokenizer.bos_token_id)
+        self._added_bos = bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
+        self._eos = cast(int | None, tokenizer.eos_token_id)
+        self._special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._closers = self._special.keys() - {bos, cast(int | None, tokenizer.unk_token_id)} | {self._eos}
+        longest_first = sorted(self._special.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._template = None if template == RAW else ChatTemplate(tokenizer, template)
+        probe = self._probe()
+        self._tail, self._closing, self._terminator = self._turn_end(probe[probe.rindex(_PROBE) + len(_PROBE) :])
+        # Some templates open every turn with the token that the tokenizer calls BOS; there it marks no start.
+        written = self._backend.encode(probe, add_special_tokens=False).ids
+        self.bos = bos if bos is not None and written[0] == bos and written.count(bos) == 1 else self._added_bos
+
+    @property
+    def terminators(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's turn end, and EOS."""
+        return tuple(dict.fromkeys(i for i in (self._terminator, self._eos) if i is not None))
+
+    def _probe(self) -> str:
+        """A short conversation under the template: what it writes around the answer `_PROBE`."""
+        if self._template is None:
+            return _PROBE
+        problems: list[BadRow] = []
+        for system in ((), (Message("system", "a"),)):  # some templates demand a system message
+            try:
+                text = self._template.render((*system, Message("user", "a"), Message("assistant", _PROBE)))
+            except BadRow as problem:
+                problems.append(problem)
+                continue
+            if _PROBE in text:
+                return text
+            raise InputError("the chat template does not write assistant messages; name one with --data.template")
+        raise InputError(f"{problems[0]}; name another with --data.template") from problems[0]
+
+    def _turn_end(self, tail: str) -> tuple[str, str, int]:
+        """(what the template writes after an answer, the part of it that counts, the id of the terminator)."""
+        encoding = self._backend.encode(tail, add_special_tokens=False)
+        for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._special:
+                return tail, tail[:end], token
+        if self._eos is None:
+            raise InputError("neither the template nor the tokenizer has a token that ends an answer; add an EOS token")
+        return tail, tail.rstrip(), self._eos
+
+    def _render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
+        assert self._template is not None, "raw texts are not rendered"
+        return self._template.render(messages, generation=generation)
+
+    # ---- prompts -----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: Sequence[Message] | str, *, max_length: int | None = None) -> list[int]:
+        """Ids to generate an answer from: messages under the template, or with `raw` a text.
+
+        Of a prompt of more than `max_length` tokens, BOS and the end are kept.
+        """
+        if self._template is None:
+            if not isinstance(prompt, str):
+                raise InputError("--data.template raw takes prompts as text, not as messages")
+            text = prompt
+        else:
+            messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+            text = self._render(messages, generation=True)
+        ids = np.asarray(self._with_bos(self._backend.encode(text, add_special_tokens=False).ids), np.int32)
+        return end_of(ids, len(ids) if max_length is None else max_length, self.bos).tolist()
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self._added_bos is None or ids[:1] == [self._added_bos] else [self._added_bos, *ids]
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def _refuse_control(self, texts: Sequence[str]) -> None:
+        """Raise `BadRow` where a text spells a control token."""
+        for text in texts:
+            if found := self._control.search(text):
+                detail = f"{found[0]!r} would be read as such; spell it differently"
+                raise BadRow("the text holds a control token of the tokenizer", detail, "noise")
+
+    def _unclosed(self, answer: str) -> str:
+        """`answer` without terminators that it spells itself at its end."""
+        closings = [self._special[i] for i in self.terminators if i in self._special]
+        while found := next((c for c in closings if answer.rstrip().endswith(c)), None):
+            answer = answer.rstrip().removesuffix(found)
+        return answer
+
+    def _answer_in(self, whole: str, prompt: str, context: Sequence[Message], answer: str) -> tuple[int, int]:
+        """Characters of `whole`, the rendered `context` and then `answer`, between which the answer's own text stands.
+
+        `prompt` is the rendered context with an opened answer. Raises `BadRow` where the template writes around this
+        answer what it does not write around others.
+        """
+        start, end = len(prompt), len(whole) - len(self._tail)
+        if not whole.startswith(prompt):
+            # The header for generation may be more than what stands before a given answer (an opened <think>, say).
+            bare = self._render(context)
+            start = whole.rfind(answer.strip(), len(bare), end) if whole.startswith(bare) else -1
+        if start < 0 or not whole.endswith(self._tail):
+            detail = "what it writes around the answer depends on the answer; name another template"
+            raise BadRow("the chat template renders the prompt differently with an answer", detail)
+        return start, end
+
+
+def first_token(encoding: Encoding, character: int, length: int) -> int:
+    """Index of the first token that holds `character` or a later one, of a text of `length` characters.
+
+    (A character may vanish in normalisation.)
+    """
+    for position in range(character, length):
+        if (token := encoding.char_to_token(position)) is not None:
+            return token
+    return len(encoding.ids)
+
+
+def end_of(prompt: np.ndarray, length: int, bos: int | None) -> np.ndarray:
+    """The last `length` tokens of a prompt, its BOS among them if it has one."""
+    if len(prompt) <= length:
+        return prompt
+    if length > 1 and prompt[0] == bos:
+        return np.concatenate([prompt[:1], prompt[len(prompt) - length + 1 :]])
+    return prompt[len(prompt) - length :]
