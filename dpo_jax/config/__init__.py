@@ -7,6 +7,7 @@ An option that would have no effect is an error: options that belong to one choi
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
 from dpo_jax.config.sections import (
     LINEAR_LAYERS,
     AttentionKernel,
@@ -21,6 +22,7 @@ from dpo_jax.config.sections import (
     SampleConfig,
     TrainConfig,
 )
+from dpo_jax.config.sft import Proposal, SFTConfig, SFTLossConfig
 from dpo_jax.config.training import TrainingRun
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "ON_COMMAND_LINE",
     "AttentionKernel",
     "CheckpointConfig",
+    "ClassHead",
     "ConvertRun",
     "DPOConfig",
     "DPOLossConfig",
@@ -44,8 +47,15 @@ __all__ = [
     "Loss",
     "MeshConfig",
     "OptimizerConfig",
+    "Proposal",
     "Remat",
+    "RewardConfig",
+    "RewardLossConfig",
+    "RewardRun",
+    "SFTConfig",
+    "SFTLossConfig",
     "SampleConfig",
+    "ScoreRun",
     "TrainConfig",
     "TrainingRun",
 ]

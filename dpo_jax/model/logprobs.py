@@ -5,10 +5,29 @@
 The logits z are made for one chunk of positions at a time, forwards, and made again for that chunk backwards.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dpo_jax import mesh as meshes
+
+
+@struct.dataclass
+class TokenScores:
+    """What `token_scores` says of each target token.
+
+    Attributes:
+      logps:   float32 [N, R], log-probability in nats.
+      correct: bool [N, R], whether no other token has as large a probability: greedy decoding gives the target.
+      entropy: float32 [N, R], of the whole distribution, in nats; no gradient flows through it.
+    """
+
+    logps: jax.Array
+    correct: jax.Array
+    entropy: jax.Array
 
 
 def chunk_length(batch: int, length: int, vocab: int, budget_bytes: int) -> int:
@@ -19,6 +38,40 @@ def chunk_length(batch: int, length: int, vocab: int, budget_bytes: int) -> int:
     """
     a_position = 4 * -(-batch // meshes.parts("batch")) * -(-vocab // meshes.parts("vocab"))
     return max(1, min(budget_bytes // a_position, -(-length // 2)))
+
+
+def by_chunks(f: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
+    """`f` of `size` positions at a time, computed again for the backward pass.
+
+    Args:
+      f: arrays [N, size, ...] -> tree of arrays [N, size]; the last piece is filled up with zeros.
+      size: positions in one piece.
+      arrays: [N, R, ...] each.
+
+    Returns:
+      The tree of arrays [N, R].
+    """
+    n, length = arrays[0].shape[:2]
+    chunks = -(-length // size)
+    pad = chunks * size - length
+
+    def split(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return filled.reshape(n, chunks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    _, pieces = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(f)(*xs)), None, tuple(split(x) for x in arrays))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, chunks * size)[:, :length], pieces)
+
+
+def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
+    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    return jnp.matmul(hidden, unembedding, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _at(z: jax.Array, y: jax.Array) -> jax.Array:
+    """z[..., y]. A comparison and a sum, not a gather: it stays local where the vocabulary is split over devices."""
+    return jnp.sum(jnp.where(jnp.arange(z.shape[-1]) == y[..., None], z, 0.0), axis=-1)
 
 
 def token_logps(
@@ -41,24 +94,36 @@ def token_logps(
     Returns:
       float32 [N, R], in nats.
     """
-    n, length, width = hidden.shape
-    vocab = unembedding.shape[1]
-    size = chunk_length(n, length, vocab, budget_bytes)
-    chunks = -(-length // size)
-    pad = chunks * size - length
-    # Gathered once here, not once a chunk.
-    unembedding = meshes.constrain(unembedding, (None, "vocab"))
-    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
 
-    @jax.checkpoint
     def chunk(h: jax.Array, y: jax.Array) -> jax.Array:
-        z = jnp.matmul(h, unembedding, precision=exact, preferred_element_type=jnp.float32) / temperature
+        z = logits_of(h, kernel) / temperature
         z = meshes.constrain(z, ("batch", "length", "vocab"))
-        # A comparison and a sum, not a gather: it stays local where the vocabulary is split over devices.
-        at_target = jnp.sum(jnp.where(jnp.arange(vocab) == y[..., None], z, 0.0), axis=-1)
-        return at_target - jax.nn.logsumexp(z, axis=-1)
+        return _at(z, y) - jax.nn.logsumexp(z, axis=-1)
 
-    h = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(n, chunks, size, width).swapaxes(0, 1)
-    y = jnp.pad(targets, ((0, 0), (0, pad))).reshape(n, chunks, size).swapaxes(0, 1)
-    _, logps = jax.lax.scan(lambda _, xs: (None, chunk(*xs)), None, (h, y))
-    return logps.swapaxes(0, 1).reshape(n, chunks * size)[:, :length]
+    kernel = meshes.constrain(unembedding, (None, "vocab"))  # gathered once here, not once a chunk
+    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    return by_chunks(chunk, size, hidden, targets)
+
+
+def token_scores(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, budget_bytes: int = 256 * 2**20
+) -> TokenScores:
+    """Log-probability of each target token, whether it is the greedy choice, and the entropy of the prediction.
+
+    Arguments as for `token_logps`.
+    """
+
+    def chunk(h: jax.Array, y: jax.Array) -> TokenScores:
+        z = meshes.constrain(logits_of(h, kernel), ("batch", "length", "vocab"))
+        at_target, log_sum = _at(z, y), jax.nn.logsumexp(z, axis=-1)
+        fixed, log_total = jax.lax.stop_gradient((z, log_sum))
+        others = jnp.where(jnp.arange(fixed.shape[-1]) == y[..., None], -jnp.inf, fixed)
+        return TokenScores(
+            logps=at_target - log_sum,
+            correct=jnp.max(others, axis=-1) < at_target,
+            entropy=log_total - jnp.sum(jnp.exp(fixed - log_total[..., None]) * fixed, axis=-1),
+        )
+
+    kernel = meshes.constrain(unembedding, (None, "vocab"))
+    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    return by_chunks(chunk, size, hidden, targets)
