@@ -1,0 +1,385 @@
+"""Reward models: a scalar head on a chat model, trained on comparisons, as Llama 2 and InstructGPT trained theirs.
+
+Touvron et al. 2023 (arXiv 2307.09288), section 3.2.2, Eq. 1 and 2:
+
+    L_ranking = −log σ(r_θ(x, y_c) − r_θ(x, y_r) − m(r))          m from Table 27 or elsewhere; 0 gives Eq. 1
+
+Ouyang et al. 2022 (arXiv 2203.02155), Eq. 1, for K ranked replies to one prompt:
+
+    loss(θ) = −1 / C(K, 2) · Σ_{(w, l)} log σ(r_θ(x, y_w) − r_θ(x, y_l))
+
+so that each PROMPT counts once, whatever its K. (w, l) are all pairs of a better and a worse reply, or with
+`config.pairs` "adjacent" those of neighbouring ranks only; replies of equal rank give no pair.
+
+    score      r_θ(x, y) = h_T · w, h_T the final state at the last token of y (its terminator); w from N(0, 1/(D+1))
+               (Lambert et al. 2024, Tulu 3, arXiv 2411.15124)
+    centering  + c (r_w + r_l)², the mean over the pairs of a prompt (Eisenstein et al. 2023, arXiv 2312.09244)
+
+Auxiliary heads read the same state h_T and add a weighted cross-entropy, the mean over the labelled responses of the
+batch (`multi_class_loss`, `multi_label_loss`). Which one applies depends on the classes, not on their number:
+
+    multi-class   classes exclude each other (a 4-level rating; safe or unsafe): softmax, one label a response
+    multi-label   classes overlap (kinds of harm: a text may threaten and reveal an address): one sigmoid each
+
+Llama 2's safety reward model has such a term (section 3.2.2, "auxiliary safety loss", Table 29: accuracy 63.7 -> 64.5,
+recall of unsafe responses 73.0 -> 90.4). The paper does not print it; here it is the multi-class head
+`safety=safe,unsafe`. For very many classes, `class_negatives` trains a multi-class head against drawn classes
+(`align/sampled_softmax.py`); evaluation is exact.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from dpo_jax import masked
+from dpo_jax import mesh as meshes
+from dpo_jax import state as states
+from dpo_jax.align import microbatches, sampled_softmax
+from dpo_jax.align.comparisons import centering, multi_class_loss, multi_label_loss, pair_mask, ranking_loss
+from dpo_jax.config import ClassHead, RewardConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model import heads
+from dpo_jax.model.groups import response_states
+from dpo_jax.model.llama import Llama
+from dpo_jax.state import TrainState
+from dpo_jax.types import PreferenceBatch
+
+__all__ = [
+    "centering",
+    "eval_step",
+    "init_state",
+    "jit_eval_step",
+    "jit_train_step",
+    "multi_class_loss",
+    "multi_label_loss",
+    "pair_mask",
+    "ranking_loss",
+    "train_step",
+    "with_heads",
+]
+
+Metrics = dict[str, jax.Array]
+_BUDGET = 256 * 2**20  # bytes a device may spend on the logits of drawn classes
+
+
+# ---------------------------------------------------------------- state
+
+
+def init_state(model: Llama, variables: Mapping[str, Any], config: RewardConfig) -> TrainState:
+    """The training state at step 0: heads, and the adapters where `variables` has them, else all parameters.
+
+    Heads that `variables` lacks are made (seed `config.seed`): `score` and the auxiliary heads of `config`. The output
+    matrix of a language model plays no part in a score and is left out. The state takes over the arrays of `variables`,
+    and the jitted step uses them up. With `jax.ShapeDtypeStruct`s in place of arrays the state is abstract too.
+
+    Raises `InputError` where a head of `variables` has another number of classes.
+    """
+    params = {name: leaf for name, leaf in variables["params"].items() if name != "lm_head"}
+    variables = {**variables, "params": params, "heads": with_heads(model, variables, config)}
+    return states.create(model.apply, variables, states.make_optimizer(config.optimizer))
+
+
+def with_heads(model: Llama, variables: Mapping[str, Any], config: RewardConfig) -> dict[str, Any]:
+    """The heads of `variables`, and fresh ones for those that `config` names and `variables` lacks."""
+    sizes = {heads.SCORE: 1} | {head.name: len(head.classes) for head in config.heads}
+    given = dict(variables.get("heads", {}))
+    for name, n in sizes.items():
+        if name in given and given[name]["kernel"].shape[1] != n:
+            raise InputError(
+                f"head '{name}' of the checkpoint has {given[name]['kernel'].shape[1]} classes, and the options name"
+                f" {n}; give it another name, or the same classes"
+            )
+    missing = {name: n for name, n in sizes.items() if name not in given}
+    leaf = jax.tree.leaves(variables["params"])[0]
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    mesh = mesh if isinstance(mesh, Mesh) else None
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return given | heads.init_heads(model, jax.random.key(config.seed), missing, mesh=mesh)
+    fresh = heads.abstract_heads(model, missing)
+    if mesh is not None:
+        places = heads.shardings(model, missing, mesh)
+        fresh = jax.tree.map(lambda x, where: x.update(sharding=where), fresh, places)
+    return given | fresh
+
+
+# ---------------------------------------------------------------- the loss of each row
+
+
+@struct.dataclass
+class _Whole:
+    """What the loss of one row takes from the whole batch.
+
+    Attributes:
+      weight:   [] Σ w over the rows that have a pair.
+      labelled: head -> [] number of labelled responses.
+      drawn:    head -> drawn classes, where it is trained on a sample.
+    """
+
+    weight: jax.Array
+    labelled: dict[str, jax.Array]
+    drawn: dict[str, sampled_softmax.Negatives]
+
+
+@struct.dataclass
+class _Rows:
+    """What the step computes for each row, [B] each; a filler row's values mean nothing but `loss`, which is 0.
+
+    Attributes:
+      loss:      ranking + centering + auxiliary terms, so that Σ w loss / Σ w is the loss of the batch.
+      ranking:   mean over the row's pairs.
+      scores:    [B, K].
+      chosen, rejected: mean score of the better and of the worse sides of the pairs.
+      wins:      share of the pairs whose better side scores strictly higher.
+      auxiliary: head -> summed loss of the row's labelled responses.
+      right:     head -> how many of them (of their classes, where these overlap) the head gets right.
+      predicted: head -> [B, K] likeliest class, or [B, K, C] whether each class is likelier than not.
+    """
+
+    loss: jax.Array
+    ranking: jax.Array
+    scores: jax.Array
+    chosen: jax.Array
+    rejected: jax.Array
+    wins: jax.Array
+    auxiliary: dict[str, jax.Array]
+    right: dict[str, jax.Array]
+    predicted: dict[str, jax.Array]
+
+
+def _present(batch: PreferenceBatch) -> jax.Array:
+    """bool [B, K]: responses that are there, in rows that count."""
+    return (batch.response_lengths > 0) & (batch.weights > 0)[:, None]
+
+
+def _pairs(batch: PreferenceBatch, config: RewardConfig) -> jax.Array:
+    """bool [B, K, K]."""
+    k = batch.responses.shape[1]
+    if k < 2:
+        raise InputError("a reward model is trained on comparisons: the batch must have at least 2 responses a prompt")
+    ranks = jnp.broadcast_to(jnp.arange(k), batch.responses.shape[:2]) if batch.ranks is None else batch.ranks
+    return pair_mask(ranks, batch.response_lengths > 0, config.pairs)
+
+
+def _compared(batch: PreferenceBatch, config: RewardConfig) -> jax.Array:
+    """bool [B]: rows that count and have a pair (not all their responses are tied)."""
+    return jnp.any(_pairs(batch, config), axis=(1, 2)) & (batch.weights > 0)
+
+
+def _labels(batch: PreferenceBatch, head: ClassHead) -> jax.Array:
+    """int32 [B, K] or int8 [B, K, C]; -1 at absent responses and filler rows."""
+    if batch.labels is None or head.name not in batch.labels:
+        raise InputError(f"head '{head.name}': the batch has no labels for it; rows give them in the column 'labels'")
+    labels, present = batch.labels[head.name], _present(batch)
+    return jnp.where(present[..., None] if head.overlapping else present, labels, -1)
+
+
+def _whole(batch: PreferenceBatch, config: RewardConfig, step: jax.Array | None) -> _Whole:
+    """`step` chooses the drawn classes; None (evaluation): none are drawn."""
+    labelled, drawn = {}, {}
+    for place, head in enumerate(config.heads):
+        known = _labels(batch, head) >= 0
+        known = jnp.any(known, axis=-1) if head.overlapping else known
+        labelled[head.name] = jnp.maximum(jnp.sum(known.astype(jnp.float32)), 1)
+        k, many = config.class_negatives, len(head.classes)
+        if step is not None and k is not None and not head.overlapping and many > k:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), place)
+            drawn[head.name] = sampled_softmax.draw(key, many, k, config.class_proposal or "uniform")
+    return _Whole(weight=jnp.sum(batch.weights * _compared(batch, config)), labelled=labelled, drawn=drawn)
+
+
+def _row_values(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, whole: _Whole, config: RewardConfig
+) -> _Rows:
+    hidden = response_states(apply_fn, variables, batch, layout=config.layout).astype(jnp.float32)
+    scores = heads.apply(variables, heads.SCORE, hidden)[..., 0]
+    pairs = _pairs(batch, config)
+    count = jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 1)
+
+    def mean(x: jax.Array) -> jax.Array:
+        """[B, K, K] -> [B], over the pairs of each row."""
+        return jnp.sum(masked.select(x, pairs), axis=(1, 2)) / count
+
+    w, l = jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])
+    margin = 0.0
+    if config.margin != "none":
+        if batch.margins is None:
+            raise InputError(f'margin "{config.margin}": the batch has no margins; load the data with this margin')
+        margin = masked.select(batch.margins, batch.weights > 0)[:, None, None]
+    ranking = mean(ranking_loss(w, l, margin))
+    loss = ranking
+    if config.centering > 0:
+        loss = loss + config.centering * mean(centering(w, l))
+    auxiliary, right, predicted = {}, {}, {}
+    for head in config.heads:
+        name, labels = head.name, _labels(batch, head)
+        kernel = variables["heads"][name]["kernel"]
+        logits = heads.apply(variables, name, hidden)
+        if head.overlapping:
+            losses = multi_label_loss(logits, labels)
+            predicted[name] = logits > 0
+            known = labels >= 0
+            hits = jnp.sum((predicted[name] == (labels > 0)) & known, axis=-1)
+            right[name] = jnp.sum(hits / jnp.maximum(jnp.sum(known, axis=-1), 1), axis=1)
+        else:
+            known = labels >= 0
+            if name in whole.drawn:
+                logps = sampled_softmax.sampled_logps(
+                    hidden, kernel, jnp.maximum(labels, 0), whole.drawn[name], budget_bytes=_BUDGET
+                )
+                losses = masked.select(-logps, known)
+            else:
+                losses = masked.select(multi_class_loss(logits, labels), known)
+            predicted[name] = jnp.argmax(logits, axis=-1)
+            right[name] = jnp.sum((known & (predicted[name] == labels)).astype(jnp.float32), axis=1)
+        auxiliary[name] = jnp.sum(losses, axis=1)
+        loss = loss + head.weight * auxiliary[name] * whole.weight / whole.labelled[name]
+    return _Rows(
+        loss=masked.select(loss, batch.weights > 0),
+        ranking=ranking,
+        scores=scores,
+        chosen=mean(w),
+        rejected=mean(l),
+        wins=mean((w > l).astype(jnp.float32)),
+        auxiliary=auxiliary,
+        right=right,
+        predicted=predicted,
+    )
+
+
+def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config: RewardConfig) -> tuple[Any, _Rows]:
+    """∂L/∂trainable, and the rows, summed over the micro-batches."""
+
+    def part(rows_of: PreferenceBatch) -> tuple[Any, _Rows]:
+        def objective(trainable: Any) -> tuple[jax.Array, _Rows]:
+            variables = dataclasses.replace(state, trainable=trainable).variables
+            rows = _row_values(state.apply_fn, variables, rows_of, whole, config)
+            return jnp.sum(rows_of.weights * rows.loss) / whole.weight, rows
+
+        return jax.grad(objective, has_aux=True)(state.trainable)
+
+    return microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def train_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfig) -> tuple[TrainState, Metrics]:
+    """One optimizer step on a batch of comparisons. Pure: neither jitted nor tied to a mesh (`jit_train_step` is).
+
+    Where the loss or the gradient is not finite, the state comes back as it was, so that the caller can name the step
+    and the rows and stop with nothing spoilt.
+
+    Args:
+      state: from `init_state`.
+      batch: K >= 2 responses a prompt, best first or as `batch.ranks` says; a response of length 0 is absent.
+      config: the one that `init_state` was given.
+
+    Returns:
+      The new state, and metrics: float32 scalars over the rows that count, each prompt once,
+        loss, ranking_loss (without centering and auxiliary terms), grad_norm (before clipping), learning_rate,
+        accuracy (share of pairs whose better response scores strictly higher; also as rewards/accuracies),
+        margin (mean score of the better minus that of the worse; also as rewards/margins),
+        mean_reward, min_reward, max_reward (over all responses), rewards/chosen, rewards/rejected,
+        NAME/loss and NAME/accuracy of each auxiliary head (over labelled responses),
+        lengths/chosen, lengths/rejected (mean tokens of the first and of the other responses), tokens,
+      and rows/nonfinite, int32 [B]: `batch.rows` of each row whose loss or scores are not finite, -1 for all others.
+
+    Raises:
+      InputError: the batch lacks what `config` asks for (at trace time).
+    """
+    whole = _whole(batch, config, state.step)
+    gradients, rows = _gradients(state, batch, whole, config)
+    loss = jnp.sum(batch.weights * rows.loss) / whole.weight
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updated = state.apply_gradients(gradients)
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new_state = dataclasses.replace(
+        state,
+        step=keep(updated.step, state.step),
+        trainable=keep(updated.trainable, state.trainable),
+        opt_state=keep(updated.opt_state, state.opt_state),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": states.learning_rate_schedule(config.optimizer)(state.step),
+        **_row_metrics(batch, rows, whole, config),
+    }
+    return new_state, metrics
+
+
+def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: RewardConfig) -> Metrics:
+    present, compared, counted = _present(batch), _compared(batch, config), batch.weights > 0
+    lengths = batch.response_lengths.astype(jnp.float32)
+    tokens = batch.prompt_lengths + jnp.sum(batch.response_lengths, axis=1)
+    bad = counted & ~(jnp.isfinite(rows.loss) & jnp.all(jnp.isfinite(rows.scores), axis=1))
+    chosen, rejected = masked.mean(rows.chosen, compared), masked.mean(rows.rejected, compared)
+    accuracy = masked.mean(rows.wins, compared)
+    metrics = {
+        "ranking_loss": masked.mean(rows.ranking, compared),
+        "accuracy": accuracy,
+        "margin": chosen - rejected,
+        "mean_reward": masked.mean(rows.scores, present),
+        "min_reward": jnp.min(jnp.where(present, rows.scores, jnp.inf)),
+        "max_reward": jnp.max(jnp.where(present, rows.scores, -jnp.inf)),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": chosen - rejected,
+        "lengths/chosen": masked.mean(lengths[:, 0], present[:, 0]),
+        "lengths/rejected": masked.mean(lengths[:, 1:], present[:, 1:]),
+        "tokens": masked.total(tokens.astype(jnp.float32), counted),
+        "rows/nonfinite": jnp.where(bad, batch.rows, -1),
+    }
+    for name, count in whole.labelled.items():
+        metrics[f"{name}/loss"] = masked.total(rows.auxiliary[name], counted) / count
+        metrics[f"{name}/accuracy"] = masked.total(rows.right[name], counted) / count
+    return metrics
+
+
+def jit_train_step(config: RewardConfig, mesh: Mesh) -> meshes.ShardedStep:
+    """`train_step` jitted for `mesh`: `step(state, batch) -> (state, metrics)`. The state is donated.
+
+    Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the devices.
+    """
+    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+
+
+def eval_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfig) -> Metrics:
+    """What the step computes for each row; nothing is trained, and no classes are drawn.
+
+    Returns:
+      Arrays: loss, ranking_loss, accuracy, rewards/chosen, rewards/rejected [B] (means over the pairs of a row), scores
+      [B, K] (0 where absent), and for each auxiliary head NAME/predicted, [B, K] the likeliest class or bool [B, K, C].
+      Values of filler rows mean nothing.
+    """
+    whole = _whole(batch, config, None)
+    rows = _row_values(state.apply_fn, state.variables, batch, whole, config)
+    return {
+        "loss": rows.loss,
+        "ranking_loss": rows.ranking,
+        "accuracy": rows.wins,
+        "rewards/chosen": rows.chosen,
+        "rewards/rejected": rows.rejected,
+        "scores": rows.scores,
+        **{f"{name}/predicted": value for name, value in rows.predicted.items()},
+    }
+
+
+def jit_eval_step(config: RewardConfig, mesh: Mesh) -> Callable[[TrainState, PreferenceBatch], Metrics]:
+    """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
+    jitted = jax.jit(partial(eval_step, config=config), out_shardings=meshes.replicated(mesh))
+
+    def step(state: TrainState, batch: PreferenceBatch) -> Metrics:
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    return step

@@ -1,0 +1,181 @@
+"""Options of `dpo-jax reward` and `dpo-jax score`."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.sections import AttentionKernel, DataConfig, Layout, MeshConfig, OptimizerConfig
+from dpo_jax.config.sft import Proposal
+from dpo_jax.config.training import TrainingRun
+
+Margin = Literal["none", "small", "large", "column", "score_gap", "agreement"]
+Ties = Literal["error", "drop"]
+_HEAD = re.compile(r"(?P<name>\w+)(:(?P<weight>[0-9.]+))?=(?P<classes>[^=]+)")
+
+
+class ClassHead(NamedTuple):
+    """An auxiliary head: its name, its classes in order, the weight of its loss, and whether classes overlap."""
+
+    name: str
+    classes: tuple[str, ...]
+    weight: float
+    overlapping: bool
+
+
+@dataclass(frozen=True)
+class RewardLossConfig:
+    """The loss of a reward model. The formulas stand in `dpo_jax/align/reward.py`."""
+
+    margin: Margin = "none"
+    """By how much the chosen score should lead: none; small (1, 2/3, 1/3, 0) or large (3, 2, 1, 0) by the column
+    `rating`, as Llama 2; column (the number in `margin`); score_gap (difference of the two scores); agreement (share of
+    the annotators who agree)."""
+    margin_scale: float | None = None
+    """Multiplies the score gap or the agreement. Not given: 1."""
+    ties: Ties = "error"
+    """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
+    pairs: Literal["all", "adjacent"] = "all"
+    """Of a row with more than two ranked replies: all its pairs (InstructGPT), or neighbours in the ranking only. Each
+    prompt counts once, however many pairs it gives."""
+    max_replies: int | None = None
+    """Of a longer list of ranked replies keep so many, spread evenly over it, the best and the worst among them. Not
+    given: all."""
+    centering: float = 0.0
+    """Adds this times (chosen score + rejected score) squared, which keeps scores around zero."""
+    multi_class: tuple[str, ...] = ()
+    """Auxiliary heads over exclusive classes (softmax), as NAME=CLASS,CLASS,... or NAME:WEIGHT=CLASS,... The column
+    `labels` of a row holds {NAME: [label of each response]}."""
+    multi_label: tuple[str, ...] = ()
+    """Auxiliary heads over overlapping classes (a sigmoid each), written likewise; a label is a list of classes."""
+    class_negatives: int | None = None
+    """For heads with more classes than this: train against so many drawn classes in place of all. Not given: all."""
+    class_proposal: Proposal | None = None
+    """What they are drawn from: uniform, or log_uniform (for classes in order of falling frequency). Not given:
+    uniform."""
+
+    def __post_init__(self) -> None:
+        only_with(self, "margin", {"margin_scale": ("score_gap", "agreement")}, "reward")
+        require(
+            self.margin_scale is None or self.margin_scale > 0,
+            f"--reward.margin_scale {self.margin_scale} must be positive",
+        )
+        require(self.centering >= 0, f"--reward.centering {self.centering} must not be negative")
+        require(
+            self.max_replies is None or self.max_replies >= 2,
+            f"--reward.max_replies {self.max_replies} must be at least 2",
+        )
+        names = [head.name for head in self.heads]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"--reward.multi_class, --reward.multi_label: head {' '.join(twice)} is given twice")
+        require(
+            "score" not in names, "--reward.multi_class, --reward.multi_label: score is the name of the reward head"
+        )
+        exclusive = [head for head in self.heads if not head.overlapping]
+        if self.class_negatives is not None:
+            require(self.class_negatives >= 1, "--reward.class_negatives must be at least 1")
+            require(
+                any(len(head.classes) > self.class_negatives for head in exclusive),
+                f"--reward.class_negatives {self.class_negatives} has no effect: no head of --reward.multi_class has"
+                " more classes",
+            )
+        require(
+            self.class_proposal is None or self.class_negatives is not None,
+            "--reward.class_proposal has no effect without --reward.class_negatives",
+        )
+
+    @property
+    def heads(self) -> tuple[ClassHead, ...]:
+        """The auxiliary heads."""
+        softmax = [_class_head(text, "multi_class") for text in self.multi_class]
+        return (*softmax, *(_class_head(text, "multi_label") for text in self.multi_label))
+
+
+def _class_head(text: str, option: str) -> ClassHead:
+    found = _HEAD.fullmatch(text)
+    classes = () if found is None else tuple(name.strip() for name in found["classes"].split(","))
+    least = 2 if option == "multi_class" else 1
+    require(
+        found is not None and len(classes) >= least and all(classes) and len(set(classes)) == len(classes),
+        f"--reward.{option} {text}: write NAME=CLASS,CLASS,... with at least {least} different classes, such as"
+        " safety=safe,unsafe",
+    )
+    assert found is not None
+    weight = found["weight"] or "1"
+    number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) is not None and float(weight) > 0
+    require(number, f"--reward.{option} {text}: the weight {weight} must be a positive number")
+    return ClassHead(found["name"], classes, float(weight), option == "multi_label")
+
+
+@dataclass(frozen=True)
+class RewardConfig(RewardLossConfig):
+    """All that `align.reward.init_state` and `align.reward.train_step` need to know."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    accumulate: int = 1
+    """Split the batch into this many micro-batches; the result equals one big batch."""
+    layout: Layout = "shared"
+    """shared: the prompt is computed once for its K responses. separate: K whole sequences."""
+    seed: int = 0
+    """Seed of fresh heads and of drawn classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RewardRun(TrainingRun):
+    """Train a reward model on comparisons: `dpo-jax reward`.
+
+    Rows are preference pairs, lists of ranked or scored replies, or two responses with scores or annotators' votes
+    (see `dpo_jax/data/comparisons.py`).
+    """
+
+    mix_source: str | None = None
+    """(--mix_data) A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
+    mix: float | None = None
+    """Share of the mixture that comes from --mix_data. Not given: 0.1."""
+    holdout: float | None = None
+    """Hold out this share of the data for evaluation, whole prompts at a time, in place of --eval_data."""
+    reward: RewardLossConfig = field(default_factory=RewardLossConfig)
+
+    def __post_init__(self) -> None:
+        require(self.mix is None or self.mix_source is not None, "--mix has no effect without --mix_data")
+        require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
+        require(
+            self.holdout is None or 0 < self.holdout < 1, f"--holdout {self.holdout} is a share of the data: in (0, 1)"
+        )
+        require(
+            self.holdout is None or self.eval_source is None, "give --holdout or --eval_data, not both: one is enough"
+        )
+
+
+@dataclass(frozen=True)
+class ScoreRun:
+    """The reward of every response, as JSON lines in input order: `dpo-jax score`.
+
+    An interrupted file is gone on with.
+    """
+
+    model: str
+    """The reward model: a Hugging Face folder (one label), a hub id, or a run folder of ours."""
+    source: str
+    """(--data) Pairs, lists of replies, or single responses (JSONL, JSON or Parquet, plain or .gz)."""
+    out: str
+    """JSONL file: the row number, and the rewards of its responses."""
+    copy: bool = False
+    """Also copy the columns of the row."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    batch_size: int = 8
+    """Rows in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation; the head is float32."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "--batch_size must be at least 1")
