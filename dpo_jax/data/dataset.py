@@ -1,26 +1,20 @@
 """A tokenised preference data set, in memory: two flat arrays of ids and where each row lies in them."""
 
 import hashlib
-import itertools
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
+from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, truncate
-from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, Extra, parse_pair
-from dpo_jax.data.problems import BadRow, Tally
+from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
-
-_CHUNK = 256  # rows tokenised in one call: enough for the tokenizer's threads, little memory
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ def load_preferences(
     config: DataConfig,
     *,
     vocab_size: int,
-    on_bad_rows: Literal["refuse", "skip"] = "refuse",
+    on_bad_rows: OnBadRows = "refuse",
     with_mismatched: bool = False,
     with_format_masks: bool = False,
     needs_pairs: bool = True,
@@ -165,65 +159,46 @@ def load_preferences(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = ConversationEncoder(tokenizer, config.template)
-    tally = Tally()
+    rows = CheckedRows(source, config.limit)
     prompts: list[np.ndarray] = []
     responses: list[np.ndarray] = []
     formats: list[np.ndarray] = []
     numbers: list[int] = []
     extras: list[dict[str, Extra]] = []
-    columns: set[str] = set()
-    rows_read = 0
 
-    def encode(waiting: Sequence[tuple[int, Rendered, dict[str, Extra]]]) -> None:
-        encoded = encoder.encode([rendered for _, rendered, _ in waiting])
-        for (number, _, extra), pair in zip(waiting, encoded, strict=True):
+    def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
+        pair = parse_pair(row, needs_pairs=needs_pairs)
+        return encoder.render(pair), pair.extras
+
+    for chunk in rows.chunks(parse):
+        encoded = encoder.encode([rendered for _, (rendered, _) in chunk])
+        for (number, (_, extra)), pair in zip(chunk, encoded, strict=True):
             try:
                 pair = _fitted(pair, config, encoder.bos)
             except BadRow as problem:
-                tally.add(number, problem)
+                rows.tally.add(number, problem)
                 continue
-            _check_ids(pair, vocab_size, number)
+            check_ids(max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.responses)), vocab_size, number)
             prompts.append(pair.prompt)
             responses.extend(pair.responses)
             formats.extend(pair.formats)
             numbers.append(number)
             extras.append(extra)
 
-    waiting: list[tuple[int, Rendered, dict[str, Extra]]] = []
-    for number, row in itertools.islice(read_rows_or_problems(source), config.limit):
-        rows_read += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            columns.update(map(str, row))
-            pair = parse_pair(row, needs_pairs=needs_pairs)
-            waiting.append((number, encoder.render(pair), pair.extras))
-        except BadRow as problem:
-            tally.add(number, problem)
-        if len(waiting) == _CHUNK:
-            encode(waiting)
-            waiting = []
-    encode(waiting)
-
-    if on_bad_rows == "refuse":
-        tally.refuse(source, rows_read)
-    if not prompts:
-        raise InputError(f"{source}: none of {rows_read} rows can be used: {tally.describe(tally.dropped)}")
+    problems = rows.close(len(prompts), on_bad_rows)
     dataset = PreferenceDataset(
         prompts=Ragged.of(prompts, np.int32),
         responses=Ragged.of(responses, np.int32),
         formats=Ragged.of(formats, bool) if with_format_masks else None,
         row_numbers=np.asarray(numbers, np.int32),
-        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in columns},
-        dropped=tally.dropped,
-        rows_read=rows_read,
-        unused_columns=tuple(sorted(columns - COLUMNS)),
+        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
+        dropped=rows.tally.dropped,
+        rows_read=rows.rows_read,
+        unused_columns=tuple(sorted(rows.columns - COLUMNS)),
         terminators=encoder.terminators,
         source=source,
-        problems=tally.describe(tally.dropped),
+        problems=problems,
     )
-    if tally.dropped:
-        log.warning("%s: left out %s", source, dataset.problems)
     return _with_mismatched(dataset, config.max_length) if with_mismatched else dataset
 
 
@@ -231,15 +206,6 @@ def _fitted(pair: Encoded | BadRow, config: DataConfig, bos: int | None) -> Enco
     if isinstance(pair, BadRow):
         raise pair
     return truncate(pair, max_length=config.max_length, max_prompt_length=config.max_prompt_length, bos=bos)
-
-
-def _check_ids(pair: Encoded, vocab_size: int, number: int) -> None:
-    largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.responses))
-    if largest >= vocab_size:
-        raise InputError(
-            f"row {number}: the tokenizer gives the id {largest}, and the model's embedding has {vocab_size} rows; "
-            "use the model's own tokenizer"
-        )
 
 
 def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:

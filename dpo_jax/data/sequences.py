@@ -5,8 +5,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.config import DataConfig
+from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.dataset import Ragged
+from dpo_jax.data.dialogues import COLUMNS, parse_dialogue
+from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
+from dpo_jax.data.problems import BadRow
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,54 @@ class SequenceDataset:
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
+
+
+def load_dialogues(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    train_on: TrainOn = "answers",
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> SequenceDataset:
+    """Read, check and tokenise a file of dialogues.
+
+    Args:
+      source: see `files.read_rows`; the layouts of rows: see `dialogues.py`.
+      tokenizer: a fast tokenizer.
+      config: template, max_length, limit.
+      train_on: what the loss counts: every answer, the last answer alone, or all tokens.
+      vocab_size: rows of the model's embedding.
+      on_bad_rows: "refuse": read the whole file, then raise one error that counts the bad rows by reason and names the
+        first of each. "skip": leave them out. Which rows are left out in either case: see `problems.py`.
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
+    """
+    encoder = DialogueEncoder(tokenizer, config.template, train_on)
+    rows = CheckedRows(source, config.limit)
+    sequences: list[EncodedSequence] = []
+    numbers: list[int] = []
+    for chunk in rows.chunks(lambda row: encoder.render(parse_dialogue(row))):
+        encoded = encoder.encode([rendered for _, rendered in chunk], config.max_length)
+        for (number, _), sequence in zip(chunk, encoded, strict=True):
+            if isinstance(sequence, BadRow):
+                rows.tally.add(number, sequence)
+                continue
+            check_ids(int(sequence.tokens.max()), vocab_size, number)
+            sequences.append(sequence)
+            numbers.append(number)
+    problems = rows.close(len(sequences), on_bad_rows)
+    return SequenceDataset(
+        tokens=Ragged.of([s.tokens for s in sequences], np.int32),
+        targets=Ragged.of([s.targets for s in sequences], bool),
+        row_numbers=np.asarray(numbers, np.int32),
+        dropped=rows.tally.dropped,
+        rows_read=rows.rows_read,
+        source=source,
+        cut=sum(s.cut for s in sequences),
+        unused_columns=tuple(sorted(rows.columns - COLUMNS)),
+        terminators=encoder.terminators,
+        problems=problems,
+    )

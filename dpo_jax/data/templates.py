@@ -12,16 +12,22 @@ Named templates (`--data.template`), as Jinja:
 Without a name, the tokenizer's own `chat_template` is used. Both go through transformers' sandboxed Jinja.
 """
 
+import re
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
 RAW = "raw"
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _TURNS = """\
 {%- set has_system = messages[0]['role'] == 'system' -%}
@@ -111,25 +117,48 @@ class ChatTemplate:
 
         Raises `BadRow` where the template refuses the conversation.
         """
+        return self._render(messages, generation=generation)[0]
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the template says by `{% generation %}` which of its text the assistant speaks."""
+        return _GENERATION.search(self._text) is not None
+
+    def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the (start, end) characters of what the template marks as the assistant's.
+
+        Raises `BadRow` where the template refuses the conversation.
+        """
+        return self._render(messages, marked=True)
+
+    def _render(
+        self, messages: Sequence[Message], *, generation: bool = False, marked: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            text = self._tokenizer.apply_chat_template(
-                [m._asdict() for m in messages],
-                chat_template=self.jinja,
-                tokenize=False,
+            rendered = render_jinja_template(
+                [[m._asdict() for m in messages]],
+                chat_template=self._text,
                 add_generation_prompt=generation,
+                return_assistant_tokens_mask=marked,
+                **cast(dict[str, Any], self._tokenizer.special_tokens_map),
             )
         except TemplateError as error:
             roles = " ".join(m.role for m in messages[:12])
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             detail = f"{reason}; the roles are {roles}"
             raise BadRow("the chat template refuses the conversation", detail) from error
+        texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
+        return texts[0], spans[0] if marked else []
+
+    @cached_property
+    def _text(self) -> str:
+        try:
+            return self._tokenizer.get_chat_template(self.jinja)
         except ValueError as error:  # transformers: several named templates and no default among them
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"the tokenizer's chat template cannot be used ({reason}); name one with --data.template"
             ) from error
-        assert isinstance(text, str)
-        return text
 
 
 def _turn_space(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,79 @@
+"""The rows of a source, parsed in chunks; what cannot be used is counted, and refused or left out at the end."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.problems import BadRow, Tally
+from dpo_jax.errors import InputError
+
+CHUNK = 256
+"""Rows tokenised in one call: enough for the tokenizer's threads, little memory."""
+
+OnBadRows = Literal["refuse", "skip"]
+"""refuse: read the whole file, then raise one error that counts the bad rows by reason. skip: leave them out."""
+
+Parsed = TypeVar("Parsed")
+
+log = logging.getLogger(__name__)
+
+
+class CheckedRows:
+    """One pass over the rows of a source.
+
+    Attributes:
+      source: see `files.read_rows`.
+      rows_read: how many rows were read.
+      columns: every column that occurred.
+      tally: the rows that cannot be used. Whoever finds one later adds it.
+    """
+
+    def __init__(self, source: str, limit: int | None):
+        """Args: the source; at most how many of its rows to read, or None."""
+        self.source, self._limit = source, limit
+        self.rows_read = 0
+        self.columns: set[str] = set()
+        self.tally = Tally()
+
+    def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
+        """(row number, what `parse` makes of the row) of at most CHUNK rows at a time; it may raise `BadRow`."""
+        chunk: list[tuple[int, Parsed]] = []
+        for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
+            self.rows_read += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                self.columns.update(map(str, row))
+                chunk.append((number, parse(row)))
+            except BadRow as problem:
+                self.tally.add(number, problem)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def close(self, used: int, on_bad_rows: OnBadRows) -> str:
+        """What was left out, in words; it is logged too.
+
+        Args: how many rows are used; see `OnBadRows`. Raises `InputError` where rows are refused, or none is used.
+        """
+        if on_bad_rows == "refuse":
+            self.tally.refuse(self.source, self.rows_read)
+        problems = self.tally.describe(self.tally.dropped)
+        if not used:
+            raise InputError(f"{self.source}: none of {self.rows_read} rows can be used: {problems}")
+        if problems:
+            log.warning("%s: left out %s", self.source, problems)
+        return problems
+
+
+def check_ids(largest: int, vocab_size: int, number: int) -> None:
+    """Raise `InputError` where the `largest` id of row `number` lies beyond the model's embedding."""
+    if largest >= vocab_size:
+        raise InputError(
+            f"row {number}: the tokenizer gives the id {largest}, and the model's embedding has {vocab_size} rows; "
+            "use the model's own tokenizer"
+        )

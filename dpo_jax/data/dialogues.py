@@ -1,0 +1,155 @@
+"""Rows of instruction and dialogue files -> one form, whatever the layout.
+
+Understood layouts (a column that is null counts as absent):
+
+* `messages`, or `conversations` (ShareGPT): the whole dialogue as a list of messages. A copy of its first user message
+  in `prompt` (UltraChat) may stand beside it.
+* `prompt`, `instruction` with an optional `input` or `context` (Alpaca, Dolly), `question`, or a list of messages that
+  a user ends; and the answer to it in `completion`, `response`, `answer` or `output`: a text, or a list of messages.
+* `history` (LLaMA-Factory): a list of [user, assistant], what was said before the instruction.
+* preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
+  unpaired rows (`label`) those with a good completion.
+
+A `system` column holds a system prompt. A dialogue has at most one system message, in front, then user and assistant in
+turn, the user first, the assistant last; no turn is blank (a system message may be).
+"""
+
+import difflib
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
+from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_pair, parse_prompt
+from dpo_jax.data.problems import BadRow, Severity
+
+DIALOGUE_COLUMNS = ("messages", "conversations")
+ANSWER_COLUMNS = ("completion", "response", "answer", "output")
+_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history")
+COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE))
+"""Every column that is read. Others are ignored, and named."""
+
+UNDERSTOOD = (
+    "understood are messages, conversations, prompt or instruction (+ input, history) or question with completion, "
+    "response, answer or output, and chosen + rejected with their prompt"
+)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What was said, in turn.
+
+    Attributes:
+      messages: at most one system message, then user and assistant in turn, an assistant message last.
+      raw: (prompt, answer) as the row spells them, for `--data.template raw`; None where the prompt consists of several
+        messages, which only a template can join.
+    """
+
+    messages: tuple[Message, ...]
+    raw: tuple[str, str] | None
+
+
+def parse_dialogue(row: dict[str, Any]) -> Dialogue:
+    """Read one row of any layout (see the module).
+
+    Raises `BadRow`: says which field, and how to mend it.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    if not COLUMNS.intersection(row):
+        raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
+    severity: Severity = "bad"
+    if "chosen" in row or "rejected" in row:
+        pair = parse_pair(row)
+        assert pair.chosen is not None, "a pair has both"
+        raw = None if pair.raw is None else (pair.raw[0], pair.chosen if pair.raw[1] is None else pair.raw[1])
+        dialogue = Dialogue((*pair.messages, Message("assistant", pair.chosen)), raw)
+        if not any(name in row for name in PROMPT_COLUMNS):
+            severity = "noise"  # implicit prompts, where a turn is blank here and there
+    else:
+        given = [name for name in DIALOGUE_COLUMNS if isinstance(row.get(name), list)]
+        whole = len(given) == 1 and messages_of(row[given[0]], given[0])
+        dialogue = _whole(row, given[0], whole) if whole and whole[-1].role == "assistant" else _answered(row)
+    _check_turns(dialogue.messages, severity)
+    return dialogue
+
+
+def _whole(row: dict[str, Any], name: str, messages: tuple[Message, ...]) -> Dialogue:
+    """A row whose messages end with an answer."""
+    others = [other for other in (*PROMPT_COLUMNS, *ANSWER_COLUMNS, "history") if other in row and other != name]
+    first = next((m.content for m in messages if m.role == "user"), None)
+    if others == ["prompt"] and isinstance(row["prompt"], str) and first is not None:
+        if row["prompt"].strip() != first.strip():
+            raise BadRow(f"'prompt' is not the first user message of '{name}'", "keep one of the two columns")
+    elif others:
+        raise BadRow("several fields give the dialogue", f"{', '.join((name, *others))}; keep one of them")
+    whole = with_system(messages, row, f"in '{name}'")
+    return Dialogue(whole, (whole[0].content, whole[1].content) if len(whole) == 2 else None)
+
+
+def _answered(row: dict[str, Any]) -> Dialogue:
+    """A row with a prompt and its answer in columns of their own."""
+    if row.get("label") is False:
+        raise BadRow("'label' is false: no answer to learn from", severity="lost")
+    answers = [name for name in ANSWER_COLUMNS if name in row]
+    if len(answers) > 1:
+        raise BadRow("several fields give an answer", f"{', '.join(answers)}; keep one of them")
+    asked = {name: row[name] for name in (*PROMPT_COLUMNS, "messages", "input", "system") if name in row}
+    if "context" in row and "instruction" in row:
+        if "input" in row:
+            raise BadRow("'context' and 'input' beside one 'instruction'", "keep one of them")
+        asked["input"] = row["context"]
+    if not answers:
+        raise _no_answer(row)
+    prompt, raw = parse_prompt(asked)
+    if "history" in row and (history := _history(row["history"])):
+        if raw is None and prompt[0].role != "system":
+            raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
+        head = prompt[:-1]
+        prompt, raw = (*head, *history, prompt[-1]), None
+    said, answer = response_of(row[answers[0]], answers[0])
+    if said and said[0].role != "assistant":  # it repeats the prompt
+        if said[: len(prompt)] != prompt:
+            detail = "give the answer alone, or the whole dialogue as 'messages'"
+            raise BadRow(f"'{answers[0]}' is a conversation that does not continue the prompt", detail)
+        said = said[len(prompt) :]
+    messages = (*prompt, *said, Message("assistant", answer))
+    return Dialogue(messages, None if raw is None or said else (raw, answer))
+
+
+def _no_answer(row: dict[str, Any]) -> BadRow:
+    if any(name in row for name in DIALOGUE_COLUMNS):
+        return BadRow("no answer at the end: the last turn is the user's", "remove that turn, or give its answer")
+    near = (c for c in row if c not in COLUMNS and difflib.get_close_matches(c, ANSWER_COLUMNS, n=1))
+    hint = next((f"; is {c!r} meant?" for c in near), "")
+    return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
+
+
+def _history(value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
+        raise BadRow("'history' is no list of [user, assistant]", 'write [["question", "answer"], ...]')
+    return tuple(
+        Message(role, text_of(text, "history"))
+        for turn in value
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    )
+
+
+def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:
+    """Raise `BadRow` where the turns are not those of a dialogue (see the module)."""
+    start = 1 if messages[0].role == "system" else 0
+    turns = messages[start:]
+    roles = [m.role for m in turns]
+    where = f"the roles are {' '.join(m.role for m in messages[:12])}"
+    if "system" in roles:
+        raise BadRow("a system message inside the dialogue", f"{where}; it may only stand in front", severity)
+    if "assistant" not in roles:
+        raise BadRow("no assistant turn", f"{where}; there is nothing to learn from", severity)
+    if roles[0] == "assistant":
+        raise BadRow("the dialogue starts with the assistant", f"{where}; give the user's turn before it", severity)
+    for i, (role, following) in enumerate(itertools.pairwise(roles), start + 1):
+        if role == following:
+            detail = f"messages {i} and {i + 1} are both of the role {role}; join them"
+            raise BadRow("two turns in a row of one role", detail, severity)
+    for i, message in enumerate(turns, start + 1):
+        if not message.content.strip():
+            raise BadRow("empty turn", f"message {i}, of the {message.role}, is blank; remove the row", severity)

@@ -1,0 +1,147 @@
+"""Dialogues -> token ids, and which of them are to be predicted.
+
+* The ids are those of the whole rendered dialogue, up to the terminator of its last answer. What begins and ends an
+  answer: see `chat_tokenizer.py`.
+* An answer is its own text and the one terminator behind it; its header and what the template writes behind the
+  terminator are not. A template without a turn end gets EOS behind the last answer.
+* Where answers begin and end, the template says: by its `{% generation %}` marks if it has them, else by what it
+  renders of the dialogue up to the answer, without it and with it. If it renders that differently once other turns
+  follow (drops it, say), the row cannot be used.
+* A token that straddles the beginning of an answer belongs to the answer.
+* A dialogue of more than `max_length` tokens keeps its start and loses its end: no false terminator. If no target is
+  left, it is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.data.chat_tokenizer import ChatTokenizer, first_token
+from dpo_jax.data.dialogues import Dialogue
+from dpo_jax.data.messages import Message
+from dpo_jax.data.problems import BadRow
+
+TrainOn = Literal["answers", "last", "all"]
+"""answers: every answer. last: the last answer alone. all: every token but the first."""
+
+
+@dataclass(frozen=True)
+class RenderedDialogue:
+    """A dialogue as text, and the characters [start, end) of each answer to be predicted, its terminator included."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class EncodedSequence:
+    """Ids int32 [t]; bool [t], True at those to be predicted; and whether the end was cut."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    cut: bool
+
+
+class DialogueEncoder(ChatTokenizer):
+    """Renders and tokenises dialogues with one tokenizer and one template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, train_on: TrainOn):
+        """Args: a fast tokenizer; a template name, or None for the tokenizer's own; what is to be predicted.
+
+        Raises `InputError` when tokenizer and template do not fit together.
+        """
+        super().__init__(tokenizer, template)
+        self._train_on: TrainOn = train_on
+
+    def render(self, dialogue: Dialogue) -> RenderedDialogue:
+        """The text of a dialogue. Raises `BadRow` where the template cannot render it, or its answers are not found."""
+        if self._template is None:
+            if dialogue.raw is None:
+                detail = "it consists of several messages; name a template that joins them"
+                raise BadRow("--data.template raw takes one prompt and one answer as plain text", detail)
+            prompt, answer = dialogue.raw
+            return RenderedDialogue(prompt + answer, ((len(prompt), len(prompt) + len(answer)),))
+        messages = [
+            m._replace(content=self._unclosed(m.content)) if m.role == "assistant" else m for m in dialogue.messages
+        ]
+        self._refuse_control([m.content for m in messages])
+        for message in messages:
+            if message.role == "assistant" and not message.content.strip():
+                raise BadRow("empty turn: an answer holds nothing but terminators", "remove the row")
+        if self._template.marks_answers:
+            text, spans = self._template.render_marked(messages)
+            answers = self._marked(text, spans, messages)
+        else:
+            text = self._render(messages)
+            turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+            # Of the other turns nothing needs to be known, so a template that drops some of them will do.
+            wanted = turns if self._train_on == "answers" else turns[-1:]
+            answers = [self._between(text, messages[: i + 1], last=i == turns[-1]) for i in wanted]
+        text = text[: answers[-1][1]]
+        return RenderedDialogue(text, tuple(answers if self._train_on == "answers" else answers[-1:]))
+
+    def _marked(self, text: str, spans: list[tuple[int, int]], messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """The answers by the template's marks: each up to its first terminator, within the mark or just behind it."""
+        spoken = sum(m.role == "assistant" for m in messages)
+        if len(spans) != spoken:
+            detail = f"{len(spans)} of {spoken}; name another template"
+            raise BadRow("the chat template's {% generation %} marks are not one an answer", detail)
+        closing = self._special.get(self._terminator, "")
+        closing = closing if closing in self._closing else ""  # EOS that the template does not write
+        found = []
+        for start, end in spans:
+            at = text.find(closing, start, end + len(self._closing))
+            if at < 0 or start == end:
+                raise BadRow(
+                    "the chat template's {% generation %} marks hold no whole answer",
+                    f"no {closing!r} follows {text[start:end][:40]!r}; name another template",
+                )
+            found.append((start, at + len(closing) if closing else end))
+        return found
+
+    def _between(self, text: str, messages: Sequence[Message], *, last: bool) -> tuple[int, int]:
+        """The last answer of `messages`, a beginning of the dialogue that was rendered as `text`."""
+        context, answer = messages[:-1], messages[-1].content
+        whole = text if last else self._render(messages)
+        start, end = self._answer_in(whole, self._render(context, generation=True), context, answer)
+        if not last and not text.startswith(whole[:end] + self._closing):
+            raise BadRow(
+                "the chat template renders an answer differently once other turns follow",
+                "so which tokens are answers is not known; mark them by {% generation %} in the template, name another"
+                " with --data.template, or train on the last answer alone",
+            )
+        return start, end + len(self._closing)
+
+    def encode(self, rows: Sequence[RenderedDialogue], max_length: int) -> list[EncodedSequence | BadRow]:
+        """Ids of many dialogues at once (in parallel), cut to `max_length`; a `BadRow` where no target is left."""
+        encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
+        return [self._masked(row, encoding, max_length) for row, encoding in zip(rows, encodings, strict=True)]
+
+    def _masked(self, row: RenderedDialogue, encoding: Encoding, max_length: int) -> EncodedSequence | BadRow:
+        ids = list(encoding.ids)
+        targets = np.full(len(ids), self._train_on == "all")
+        for start, end in row.answers:
+            targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = True
+        if not ids or ids[-1] not in self._closers:
+            ids.append(self._terminator)
+            targets = np.append(targets, True)
+        with_bos = self._with_bos(ids)
+        targets = np.concatenate([np.zeros(len(with_bos) - len(ids), bool), targets])
+        targets[0] = False
+        tokens, targets = np.asarray(with_bos[:max_length], np.int32), targets[:max_length]
+        if not targets.any():
+            first = f"the first {max_length} of {len(with_bos)} tokens hold none; raise --data.max_length"
+            detail = first if len(with_bos) > max_length else "there is nothing before it to predict it from"
+            return BadRow("no token of an answer is left to predict", detail, "lost")
+        return EncodedSequence(tokens, targets, cut=len(with_bos) > max_length)
+
+
+def _behind(encoding: Encoding, character: int, length: int) -> int:
+    """Index of the first token that holds nothing in front of `character`."""
+    token = first_token(encoding, character, length)
+    straddles = token < len(encoding.ids) and encoding.offsets[token][0] < character
+    return token + straddles
