@@ -1,6 +1,7 @@
 """Checkpoints: round trip, how many are kept, damage, another mesh, another run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -245,3 +246,21 @@ def test_leftovers_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
     checkpoints.close()
     assert not leftover.exists()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1", "2"]
+
+
+def test_what_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    state = update(update(make_state()))
+    needed = sum(x.nbytes for x in arrays(state))
+    free = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(10**9, 10**9, needed - 1))
+    with pytest.raises(
+        InputError, match=rf"it takes {needed:,} bytes, and {needed - 1:,} are free.*before it are intact"
+    ):
+        checkpoints.save(state, data={})
+    monkeypatch.undo()
+    checkpoints.save(state, data={})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+    checkpoints.close()

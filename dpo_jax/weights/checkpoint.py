@@ -10,6 +10,8 @@ file, written before the checkpoint gets its final name.
 """
 
 import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,7 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._set_aside_damaged()
         self._manager = self._open(keep)
+        _expect_closed_loops()
 
     def _open(self, keep: int) -> ocp.CheckpointManager:
         newest = policies.LatestN(n=keep)
@@ -127,11 +130,19 @@ class Checkpoints:
             chosen = {self._best: float(metrics[self._best])}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         self.wait()
+        self._check_space(tree)
         try:
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=arguments, metrics=chosen, force=True)
         except _WRITE_ERRORS as error:
             raise self._cannot_write(error) from error
+
+    def _check_space(self, tree: Any) -> None:
+        """Refuse to begin what cannot be finished. Each process looks, for what it will write."""
+        shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.replica_id == 0]
+        needed, free = sum(shard.data.nbytes for shard in shards), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise self._cannot_write(f"it takes {needed:,} bytes, and {free:,} are free")
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete on the disk. Raises `InputError` when it could not be written."""
@@ -227,13 +238,31 @@ class Checkpoints:
             sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
             (unfinished / FILES).write_text(json.dumps(sizes))
 
-    def _cannot_write(self, error: BaseException) -> InputError:
+    def _cannot_write(self, error: BaseException | str) -> InputError:
         text = " ".join(str(error).split())
         reason = "no space left on the disk" if "No space left" in text else text[:200]
         return InputError(
             f"{self.folder}: a checkpoint cannot be written ({reason});"
             " free space or choose another --out; the checkpoints before it are intact"
         )
+
+
+def _expect_closed_loops() -> None:
+    """Let "Event loop is closed" pass in silence where Python tells of exceptions that nobody can catch.
+
+    Orbax gives up at the first array that cannot be written and closes the event loop in which it writes the others;
+    the storage library then finds it closed, once for each of them, in threads of its own. The failure itself is raised
+    by `Checkpoints.wait`.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    if getattr(before, "__qualname__", "") != hook.__qualname__:  # once is enough
+        sys.unraisablehook = hook
 
 
 class _Damaged(Exception):
