@@ -261,7 +261,7 @@ def test_options_that_do_not_fit_are_refused(small):
         assert "\n" not in str(error.value)
 
     refused("does not split into 5", SFTConfig(accumulate=5))
-    refused("negatives 64: the vocabulary has 64 ids", SFTConfig(loss="sampled", negatives=64))
+    refused("negatives 64: the vocabulary has only 64 ids", SFTConfig(loss="sampled", negatives=64))
     with pytest.raises(InputError, match="negatives has no effect with --sft"):
         SFTConfig(negatives=5)
 

@@ -21,7 +21,6 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Proposal
-from dpo_jax.errors import InputError
 from dpo_jax.model.logprobs import by_chunks, chunk_length, logits_of
 
 
@@ -44,8 +43,6 @@ def draw(key: jax.Array, vocab: int, k: int, proposal: Proposal) -> Negatives:
     uniform:      Q(v) = 1 / V.
     log_uniform:  Q(v) = log((v + 2) / (v + 1)) / log(V + 1): Zipf's law for ids in order of falling frequency.
     """
-    if k >= vocab:
-        raise InputError(f"--sft.negatives {k}: the vocabulary has {vocab} ids; draw fewer, or use --sft.loss exact")
     if proposal == "uniform":
         ids = jax.random.randint(key, (k,), 0, vocab)
         return Negatives(ids=ids, log_expected=jnp.full((k,), math.log(k / vocab)))

@@ -31,6 +31,7 @@ from dpo_jax import state as states
 from dpo_jax.align import microbatches
 from dpo_jax.align.sampled_softmax import Negatives, draw, sampled_logps
 from dpo_jax.config import SFTConfig
+from dpo_jax.errors import InputError
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.logprobs import token_scores
 from dpo_jax.state import TrainState
@@ -110,8 +111,13 @@ def _draw(state: TrainState, config: SFTConfig) -> Negatives | None:
     if config.loss == "exact":
         return None
     vocab = jax.eval_shape(lambda v: state.apply_fn(v, method="unembedding"), state.variables).shape[1]
+    count = config.negatives or NEGATIVES
+    if count >= vocab:
+        raise InputError(
+            f"--sft.negatives {count}: the vocabulary has only {vocab} ids; draw fewer, or use --sft.loss exact"
+        )
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    return draw(key, vocab, config.negatives or NEGATIVES, config.proposal or "uniform")
+    return draw(key, vocab, count, config.proposal or "uniform")
 
 
 def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tuple[TrainState, Metrics]:

@@ -118,10 +118,11 @@ def token_scores(
         at_target, log_sum = _at(z, y), jax.nn.logsumexp(z, axis=-1)
         fixed, log_total = jax.lax.stop_gradient((z, log_sum))
         others = jnp.where(jnp.arange(fixed.shape[-1]) == y[..., None], -jnp.inf, fixed)
+        surprise = log_total[..., None] - fixed
         return TokenScores(
             logps=at_target - log_sum,
             correct=jnp.max(others, axis=-1) < at_target,
-            entropy=log_total - jnp.sum(jnp.exp(fixed - log_total[..., None]) * fixed, axis=-1),
+            entropy=jnp.sum(jnp.exp(-surprise) * surprise, axis=-1),
         )
 
     kernel = meshes.constrain(unembedding, (None, "vocab"))
