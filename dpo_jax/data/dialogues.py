@@ -10,8 +10,11 @@ Understood layouts (a column that is null counts as absent):
 * preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
   unpaired rows (`label`) those with a good completion.
 
-A `system` column holds a system prompt. A dialogue has at most one system message, in front, then user and assistant in
-turn, the user first, the assistant last; no turn is blank (a system message may be).
+A `system` column holds a system prompt. A `system` column holds a system prompt. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts that
+`--data.template raw` is to see (see `store_schema.py`).
+
+A dialogue has at most one system message, in front, then user and assistant in turn, the user first, the assistant
+last; no turn is blank (a system message may be).
 """
 
 import difflib
@@ -25,7 +28,7 @@ from dpo_jax.data.problems import BadRow, Severity
 
 DIALOGUE_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("completion", "response", "answer", "output")
-_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history")
+_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history", "as_spelled")
 COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE))
 """Every column that is read. Others are ignored, and named."""
 
@@ -66,16 +69,29 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
         if not any(name in row for name in PROMPT_COLUMNS):
             severity = "noise"  # implicit prompts, where a turn is blank here and there
     else:
-        given = [name for name in DIALOGUE_COLUMNS if isinstance(row.get(name), list)]
-        whole = len(given) == 1 and messages_of(row[given[0]], given[0])
-        dialogue = _whole(row, given[0], whole) if whole and whole[-1].role == "assistant" else _answered(row)
+        given = next((name for name in DIALOGUE_COLUMNS if name in row), None)
+        messages = None if given is None else _list_of_messages(row, given)
+        dialogue = _answered(row) if given is None or messages is None else _whole(row, given, messages)
     _check_turns(dialogue.messages, severity)
     return dialogue
 
 
+def _list_of_messages(row: dict[str, Any], name: str) -> tuple[Message, ...] | None:
+    """The messages of a whole dialogue; None where they are the prompt of an answer in another column."""
+    if not isinstance(row[name], list):
+        raise BadRow(f"'{name}' is not a list", 'write [{"role": "user", "content": ...}, ...]')
+    messages = messages_of(row[name], name)
+    answered = any(answer in row for answer in ANSWER_COLUMNS)
+    return None if answered and messages[-1].role == "user" else messages
+
+
 def _whole(row: dict[str, Any], name: str, messages: tuple[Message, ...]) -> Dialogue:
-    """A row whose messages end with an answer."""
-    others = [other for other in (*PROMPT_COLUMNS, *ANSWER_COLUMNS, "history") if other in row and other != name]
+    """A row with the whole dialogue in the field `name`."""
+    others = [
+        other
+        for other in (*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, "history")
+        if other in row and other != name
+    ]
     first = next((m.content for m in messages if m.role == "user"), None)
     if others == ["prompt"] and isinstance(row["prompt"], str) and first is not None:
         if row["prompt"].strip() != first.strip():
@@ -83,7 +99,15 @@ def _whole(row: dict[str, Any], name: str, messages: tuple[Message, ...]) -> Dia
     elif others:
         raise BadRow("several fields give the dialogue", f"{', '.join((name, *others))}; keep one of them")
     whole = with_system(messages, row, f"in '{name}'")
+    if "as_spelled" in row:
+        return Dialogue(whole, _as_spelled(row["as_spelled"]))
     return Dialogue(whole, (whole[0].content, whole[1].content) if len(whole) == 2 else None)
+
+
+def _as_spelled(value: object) -> tuple[str, str]:
+    if not isinstance(value, dict) or not {"prompt", "answer"} <= value.keys():
+        raise BadRow("'as_spelled' is not understood", 'write {"prompt": ..., "answer": ...}, both text')
+    return text_of(value["prompt"], "as_spelled: prompt"), text_of(value["answer"], "as_spelled: answer")
 
 
 def _answered(row: dict[str, Any]) -> Dialogue:
@@ -117,8 +141,6 @@ def _answered(row: dict[str, Any]) -> Dialogue:
 
 
 def _no_answer(row: dict[str, Any]) -> BadRow:
-    if any(name in row for name in DIALOGUE_COLUMNS):
-        return BadRow("no answer at the end: the last turn is the user's", "remove that turn, or give its answer")
     near = (c for c in row if c not in COLUMNS and difflib.get_close_matches(c, ANSWER_COLUMNS, n=1))
     hint = next((f"; is {c!r} meant?" for c in near), "")
     return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
@@ -146,6 +168,8 @@ def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:
         raise BadRow("no assistant turn", f"{where}; there is nothing to learn from", severity)
     if roles[0] == "assistant":
         raise BadRow("the dialogue starts with the assistant", f"{where}; give the user's turn before it", severity)
+    if roles[-1] == "user":
+        raise BadRow("no answer at the end", f"{where}; remove the last turn, or give its answer", severity)
     for i, (role, following) in enumerate(itertools.pairwise(roles), start + 1):
         if role == following:
             detail = f"messages {i} and {i + 1} are both of the role {role}; join them"
