@@ -27,7 +27,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Architecture of a `LlamaForCausalLM` or `MistralForCausalLM` checkpoint."""
+    """Architecture of a Llama or Mistral checkpoint: a language model, or with `num_labels` 1 a reward model.
+
+    A reward model is a `...ForSequenceClassification` with one label: it has a score (`model/heads.py`) in place of the
+    output matrix.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -48,17 +52,24 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     model_type: str = "llama"
+    num_labels: int = 0
 
 
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "LlamaForSequenceClassification": "llama",
+    "MistralForSequenceClassification": "mistral",
+}
+_CLASSIFICATION = "ForSequenceClassification"
 
 # Keys that say how the model was made or is to be served, and change none of its numbers.
 _WITHOUT_EFFECT = frozenset(
     """_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache pad_token_id bos_token_id
     eos_token_id initializer_range pretraining_tp is_llama_config rope_interleaved transformers.js_config auto_map
     attn_implementation _attn_implementation_autoset use_return_dict return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward id2label label2id problem_type task_specific_params unk_token_id
-    finetuning_task tokenizer_class prefix sep_token_id decoder_start_token_id""".split()
+    output_hidden_states chunk_size_feed_forward num_labels id2label label2id problem_type task_specific_params
+    unk_token_id finetuning_task tokenizer_class prefix sep_token_id decoder_start_token_id""".split()
 )  # fmt: skip
 
 
@@ -89,6 +100,16 @@ def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None
     if nested:
         raise InputError(f"{where}: RoPE scaling {kind!r} with unknown keys {sorted(nested)}")
     return theta, scaling
+
+
+def _num_labels(raw: Mapping[str, Any], where: str) -> int:
+    """The labels of a `...ForSequenceClassification`: the one that is a reward. `InputError` for another number."""
+    count = raw.get("num_labels")
+    if count is None:
+        count = len(raw["id2label"]) if raw.get("id2label") else 2  # transformers' default
+    if count != 1:
+        raise InputError(f"{where}: a classifier with {count} labels; a reward model has one (num_labels 1)")
+    return 1
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
@@ -151,6 +172,7 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
         pad_token_id=raw.get("pad_token_id"),
         model_type=model_type or _ARCHITECTURES[names[0]],
+        num_labels=_num_labels(raw, where) if names and names[0].endswith(_CLASSIFICATION) else 0,
     )
     unknown = sorted(key for key in raw if key not in seen and raw[key] is not None)
     if unknown:
@@ -178,7 +200,9 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
             }
     mistral = config.model_type == "mistral"
     raw: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        "architectures": [
+            ("Mistral" if mistral else "Llama") + (_CLASSIFICATION if config.num_labels else "ForCausalLM")
+        ],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -204,6 +228,8 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         if len(config.eos_token_ids) > 1
         else (config.eos_token_ids or (None,))[0],
     }
+    if config.num_labels:
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if mistral:
         raw["sliding_window"] = config.sliding_window
     else:

@@ -269,7 +269,7 @@ class Llama(nn.Module):
         )(c, self.dtype, self.attention, self.lora)
         self.embed_tokens = Table("embedding", (c.vocab_size, c.hidden_size))
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
-        if not c.tie_embeddings:
+        if not (c.tie_embeddings or c.num_labels):
             self.lm_head = Table("kernel", (c.hidden_size, c.vocab_size))
 
     def __call__(
@@ -319,12 +319,17 @@ class Llama(nn.Module):
         layer_cache = None if cache is None else (cache.keys, cache.values)
         x, layer_cache = self.layers(x, layer_cache, jnp.cos(angles), jnp.sin(angles), mask)
         x = self.norm(x)
-        if self.is_initializing():
+        if self.is_initializing() and not c.num_labels:
             self.unembedding()  # creates the head, which only `logits` and the log-probabilities use
         return x if layer_cache is None else (x, Cache(*layer_cache))
 
     def unembedding(self) -> jax.Array:
-        """The output matrix [D, V] in `dtype`: the transposed embedding where they are tied."""
+        """The output matrix [D, V] in `dtype`: the transposed embedding where they are tied.
+
+        Raises `InputError` for a reward model, which has none.
+        """
+        if self.config.num_labels:
+            raise InputError("this model is a reward model: it scores texts, and has no output matrix to write them")
         kernel = self.embed_tokens.value.T if self.config.tie_embeddings else self.lm_head.value
         return kernel.astype(self.dtype)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights import huggingface, layout, orbax_params
 from dpo_jax.weights.folder import check_free
@@ -17,6 +18,8 @@ from dpo_jax.weights.pretrained import (
     merged_params,
     open_tensors,
     origin_folder,
+    read_architecture,
+    save_pretrained,
 )
 from dpo_jax.weights.source import Source, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary, tokenizer_of
@@ -52,6 +55,13 @@ def convert(
     check_free(target, replace=False)
     place = resolve(source)
     stored = np.dtype(_stored_dtype(place) if dtype is None else dtype)
+    if read_architecture(place).num_labels:
+        if to == "orbax":
+            raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
+        model, variables = load_pretrained(source, mesh=mesh, dtype=stored)
+        tokenizer = tokenizer_of(place)
+        save_pretrained(target, model, variables, tokenizer, source=source, dtype=stored, shard_bytes=shard_bytes)
+        return
     if to == "huggingface" and place.kind in ("huggingface", "gguf"):
         config, reader = open_tensors(place)
         shapes = layout.tensor_shapes(layout.parameter_slots(config))

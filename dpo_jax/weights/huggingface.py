@@ -40,8 +40,13 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
     """
     config = read_config(folder)
     reader = shards.open_folder(folder)
-    redundant = frozenset({"lm_head.weight"} if config.tie_embeddings else ())
-    layout.check_keys(layout.parameter_slots(config), reader, redundant)
+    slots = layout.parameter_slots(config)
+    if config.num_labels:
+        slots.append(layout.score_slot(config))
+        if "score.weight" not in reader.shapes():
+            raise InputError(f"{folder}: config.json says reward model, and the weights have no score.weight")
+    redundant = frozenset({"lm_head.weight"} if config.tie_embeddings and not config.num_labels else ())
+    layout.check_keys(slots, reader, redundant)
     if redundant & set(reader.shapes()):
         _check_tied(reader)
     return config, reader

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.errors import InputError
+from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama, abstract_variables
 
@@ -83,6 +84,19 @@ def _slots(tree: Tree, prefix: str, names: Mapping[str, str]) -> list[Slot]:
 def parameter_slots(config: LlamaConfig) -> list[Slot]:
     """Every parameter of a model, with the tensors of a Hugging Face checkpoint that hold it."""
     return _slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES)
+
+
+def score_slot(config: LlamaConfig, prefix: str = "") -> Slot:
+    """The head of a reward model, within the collection `heads`, as Hugging Face names it."""
+    return Slot((heads.SCORE, "kernel"), (f"{prefix}score.weight",), (config.hidden_size, 1), False, True)
+
+
+def head_slots(collection: Mapping[str, Any]) -> list[Slot]:
+    """The heads of our own file `heads.safetensors`: tensor NAME.weight [n, D] for each."""
+    return [
+        Slot((name, "kernel"), (f"{name}.weight",), tuple(leaf["kernel"].shape), False, True)
+        for name, leaf in sorted(collection.items())
+    ]
 
 
 def adapter_slots(model: Llama) -> list[Slot]:

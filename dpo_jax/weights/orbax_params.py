@@ -29,13 +29,23 @@ def load_params(folder: Path, target: Any) -> Any:
 
 
 def load_trained(step: Path, target: Any) -> Any:
-    """What a run's checkpoint has trained, {"params": ...} or {"adapters": ...}; `target` as for `load_params`."""
+    """What a run's checkpoint has trained; `target` as for `load_params`.
+
+    {"params": ...} or {"adapters": ...}, and {"heads": ...} beside it where `trained_heads` names some.
+    """
     path = (step / "state").absolute()
     stored = _metadata(path)
     if not isinstance(stored, dict) or "trainable" not in stored:
         raise InputError(f"{step}: is not a checkpoint of a training run")
     _check(path, stored["trainable"], target)
     return _restore(path, {"trainable": target})["trainable"]
+
+
+def trained_heads(step: Path) -> dict[str, int]:
+    """The heads that a run's checkpoint has trained: name -> n. Empty where it trains a language model."""
+    stored = _metadata((step / "state").absolute())
+    found = stored.get("trainable", {}).get("heads", {}) if isinstance(stored, dict) else {}
+    return {name: int(leaf["kernel"].shape[1]) for name, leaf in found.items()}
 
 
 def origin(step: Path) -> tuple[str, LoraConfig]:

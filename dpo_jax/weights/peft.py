@@ -1,14 +1,21 @@
 """LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
 
+import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dpo_jax.config import LINEAR_LAYERS, LoraConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
+from dpo_jax.weights import heads as head_files
 from dpo_jax.weights import huggingface, layout, shards
 
+_PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Entries that say how the adapter was trained or found, and change none of its numbers.
@@ -38,6 +45,8 @@ def read_lora(folder: Path) -> LoraConfig:
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported; only LORA is")
     for key, value in raw.items():
+        if key == "modules_to_save" and value == [heads.SCORE]:
+            continue
         # false, 0, "none", {} and null are how PEFT spells "not used"
         if key not in _WITHOUT_EFFECT and value not in (None, False, 0, "none", {}, []):
             raise InputError(f"{where}: {key} = {value!r} is not supported; only plain LoRA is read")
@@ -57,21 +66,41 @@ def read_lora(folder: Path) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(t for t in LINEAR_LAYERS if t in targets))
 
 
-def load_adapters(folder: Path, model: Llama, target: Any) -> Any:
-    """The adapters of a folder, for a model made with `read_lora`; `target` as for `layout.load_tree`."""
+def has_score(folder: Path) -> bool:
+    """True for the adapters of a reward model: the score is saved among them."""
+    return _config(folder).get("modules_to_save") == [heads.SCORE]
+
+
+def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) -> dict[str, Any]:
+    """{"adapters": ...} of a folder, and {"heads": ...} where it has some, for a model made with `read_lora`.
+
+    `target` is that of the adapters, as for `layout.load_tree`.
+    """
     reader = shards.SafetensorsReader(folder, [WEIGHTS])
     slots = layout.adapter_slots(model)
-    layout.check_keys(slots, reader)
-    return layout.load_tree(slots, reader, target)
+    score = [layout.score_slot(model.config, _PREFIX)] if has_score(folder) else []
+    layout.check_keys([*slots, *score], reader)
+    found = head_files.load_score(model, reader, mesh, _PREFIX) if score else {}
+    found |= head_files.load_others(folder, model, mesh)
+    return {"adapters": layout.load_tree(slots, reader, target), **({"heads": found} if found else {})}
 
 
-def save_adapters(path: Path, model: Llama, adapters: Any, tokenizer: Any, *, base: str, dtype: Any) -> None:
-    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this."""
-    lora = model.lora
+def save_adapters(
+    path: Path, model: Llama, variables: Mapping[str, Any], tokenizer: Any, *, base: str, dtype: Any
+) -> None:
+    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
+
+    With a head "score" among the variables it is PEFT's form for a sequence classifier, score included.
+    """
+    lora, collection = model.lora, variables.get("heads", {})
+    scored = heads.SCORE in collection
+    config_of_model = model.config
+    if scored and tokenizer is not None:
+        config_of_model, tokenizer = head_files.padded_apart(config_of_model, tokenizer)
     alpha = lora.scale * lora.rank
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -81,18 +110,25 @@ def save_adapters(path: Path, model: Llama, adapters: Any, tokenizer: Any, *, ba
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [heads.SCORE] if scored else None,
         "use_rslora": False,
         "use_dora": False,
     }
 
+    others = head_files.gathered(collection)
+
     def finish(folder: Path) -> None:
+        head_files.write_others(folder, collection, others)
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             huggingface.save_tokenizer(tokenizer, folder)
 
     slots = layout.adapter_slots(model)
-    tensors = layout.tensors(slots, adapters, dtype)
+    shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, variables["adapters"], dtype)
+    if scored:
+        score = [layout.score_slot(config_of_model, _PREFIX)]
+        shapes |= layout.tensor_shapes(score)
+        tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
     unlimited = 1 << 62  # PEFT reads one file
-    huggingface.write_weights(path, layout.tensor_shapes(slots), tensors, dtype, finish, shard_bytes=unlimited)
+    huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=unlimited)

@@ -1,6 +1,8 @@
 """Load a checkpoint of any kind, save one in Hugging Face's format."""
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama, abstract_variables, init_adapters, merge_adapters, shardings
-from dpo_jax.weights import gguf, huggingface, layout, orbax_params, peft
+from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft
 from dpo_jax.weights.source import Source, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary
 
@@ -69,7 +72,15 @@ def origin_folder(place: Source) -> Path | None:
 def read_architecture(place: Source) -> LlamaConfig:
     """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
     base = base_place(place)
-    return huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
+    config = huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
+    return replace(config, num_labels=1) if _adds_score(place) else config
+
+
+def _adds_score(place: Source) -> bool:
+    """True where a reward model was made of a language model: adapters or a run's checkpoint with a score."""
+    if place.kind == "peft":
+        return peft.has_score(place.path)
+    return place.kind == "checkpoint" and SCORE in orbax_params.trained_heads(place.path)
 
 
 def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
@@ -96,7 +107,10 @@ def load_pretrained(
     attention: AttentionKernel = "auto",
     seed: int = 0,
 ) -> tuple[Llama, dict[str, Any]]:
-    """The model and its variables, {"params": ...[, "adapters": ...]}.
+    """The model and its variables, {"params": ...[, "adapters": ...][, "heads": ...]}.
+
+    A reward model (`LlamaForSequenceClassification` with one label, or one of ours) brings the head "score", and has no
+    output matrix; auxiliary heads come from the folder's `heads.safetensors`.
 
     Weights are read leaf by leaf straight into their shards, in `dtype`; each process reads what its devices hold.
 
@@ -134,20 +148,33 @@ def _load(
     if has_adapters(place):
         beneath, own = _below_adapters(place)
         model, variables = _load(beneath, chosen, own, mesh, dtype)
+        if _adds_score(place):
+            model, variables = heads.as_reward_model(model, variables)
         target = _target(model, "adapters", mesh, jnp.float32)
         if place.kind == "peft":
-            return model, {**variables, "adapters": peft.load_adapters(place.path, model, target)}
-        return model, variables | orbax_params.load_trained(place.path, {"adapters": target})
+            return model, {**variables, **peft.load_adapters(place.path, model, target, mesh)}
+        return model, variables | orbax_params.load_trained(
+            place.path, {"adapters": target, **_trained_heads(place, model, mesh)}
+        )
     if place.kind in ("orbax", "checkpoint"):
         model = Llama(read_architecture(place), lora=lora, **chosen)
         target = _target(model, "params", mesh, dtype)
         if place.kind == "orbax":
             return model, {"params": orbax_params.load_params(place.path, target)}
-        return model, orbax_params.load_trained(place.path, {"params": target})
+        return model, orbax_params.load_trained(place.path, {"params": target, **_trained_heads(place, model, mesh)})
     config, reader = open_tensors(place)
     model = Llama(config, lora=lora, **chosen)
     target = _target(model, "params", mesh, dtype)
-    return model, {"params": layout.load_tree(layout.parameter_slots(config), reader, target)}
+    variables = {"params": layout.load_tree(layout.parameter_slots(config), reader, target)}
+    found = heads.load_score(model, reader, mesh) if config.num_labels else {}
+    if place.kind == "huggingface":
+        found |= heads.load_others(place.path, model, mesh)
+    return model, variables | ({"heads": found} if found else {})
+
+
+def _trained_heads(place: Source, model: Llama, mesh: Mesh | None) -> dict[str, Any]:
+    sizes = orbax_params.trained_heads(place.path)
+    return {"heads": heads.target_of(model, sizes, mesh)} if sizes else {}
 
 
 def save_pretrained(
@@ -169,7 +196,8 @@ def save_pretrained(
     Args:
       path: the folder.
       model: gives the architecture and the adapters' scale.
-      variables: {"params": ...[, "adapters": ...]}.
+      variables: {"params": ...[, "adapters": ...][, "heads": ...]}. With a head "score" the folder is a reward model
+        (`LlamaForSequenceClassification`); other heads go to `heads.safetensors` (see `weights/heads.py`).
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
         carried along, and an adapter folder names it (or its own base) as the base model.
@@ -188,17 +216,27 @@ def save_pretrained(
         if source is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         base = _base_name(source)
-        peft.save_adapters(path, model, variables["adapters"], tokenizer, base=base, dtype=dtype or jnp.float32)
+        peft.save_adapters(path, model, variables, tokenizer, base=base, dtype=dtype or jnp.float32)
         return
     params = merged_params(model, variables)
     dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
     origin = None if source is None else origin_folder(resolve(source))
+    collection = variables.get("heads", {})
+    config = replace(model.config, num_labels=1 if SCORE in collection else 0)
+    if config.num_labels and tokenizer is not None:
+        config, tokenizer = heads.padded_apart(config, tokenizer)
+    others = heads.gathered(collection)
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, model.config, dtype, origin)
+        huggingface.write_configs(folder, config, dtype, origin)
+        heads.write_others(folder, collection, others)
         if tokenizer is not None:
             huggingface.save_tokenizer(tokenizer, folder, origin)
 
-    slots = layout.parameter_slots(model.config)
-    tensors = layout.tensors(slots, params, dtype)
-    huggingface.write_weights(path, layout.tensor_shapes(slots), tensors, dtype, finish, shard_bytes=shard_bytes)
+    slots = layout.parameter_slots(config)
+    shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, dtype)
+    if config.num_labels:
+        score = [layout.score_slot(config)]
+        shapes |= layout.tensor_shapes(score)
+        tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
+    huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)

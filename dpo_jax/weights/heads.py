@@ -1,0 +1,108 @@
+"""Heads of a model in files.
+
+The score of a reward model is `score.weight` among the weights of a `LlamaForSequenceClassification` folder, which
+`transformers` loads (in an adapter folder: among the adapters, as PEFT's `modules_to_save`). All other heads stand
+beside the weights in `heads.safetensors`: for each head NAME one tensor `NAME.weight`, float32 [n, D].
+
+`transformers` scores at the last token that is not the pad token, so a reward model must not be padded with a token
+that ends answers: `padded_apart` chooses another.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.errors import InputError
+from dpo_jax.model import heads
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
+from dpo_jax.weights import layout, shards
+
+FILE = "heads.safetensors"
+
+
+def target_of(model: Llama, sizes: Mapping[str, int], mesh: Mesh | None) -> Any:
+    """Shape, dtype and place of every head."""
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = heads.abstract_heads(model, sizes)
+    places = jax.tree.map(lambda _: one, shapes) if mesh is None else heads.shardings(model, sizes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
+
+
+def load_score(model: Llama, reader: layout.TensorReader, mesh: Mesh | None, prefix: str = "") -> dict[str, Any]:
+    """{"score": ...} from the tensors of a reward model, or of an adapter file."""
+    slot = layout.score_slot(model.config, prefix)
+    return layout.load_tree([slot], reader, target_of(model, {heads.SCORE: 1}, mesh))
+
+
+def load_others(folder: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]:
+    """The heads in the folder's `heads.safetensors`; none where it has no such file."""
+    if not (folder / FILE).is_file():
+        return {}
+    reader = shards.SafetensorsReader(folder, [FILE])
+    width, sizes = model.config.hidden_size, {}
+    for key, shape in reader.shapes().items():
+        name = key.removesuffix(".weight")
+        if name == key or name == heads.SCORE or len(shape) != 2 or shape[1] != width:
+            raise InputError(f"{folder / FILE}: tensor {key} {shape} is not a head NAME.weight of [n, {width}]")
+        sizes[name] = shape[0]
+    target = target_of(model, sizes, mesh)
+    return layout.load_tree(layout.head_slots(target), reader, target)
+
+
+def write_others(folder: Path, collection: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write `heads.safetensors`, where there is a head beside the score. For one process; see `gathered`."""
+    if not tensors:
+        return
+    slots = layout.head_slots({name: collection[name] for name in tensors})
+    shapes = layout.tensor_shapes(slots)
+    values: Iterator[np.ndarray] = (tensors[slot.path[0]] for slot in slots)
+    shards.write_file(folder / FILE, shapes, values, np.float32)
+
+
+def gathered(collection: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Every head but the score, whole and on the host, [n, D]. All processes call this together."""
+    others = {name: leaf for name, leaf in collection.items() if name != heads.SCORE}
+    slots = layout.head_slots(others)
+    return dict(zip((slot.path[0] for slot in slots), layout.tensors(slots, others, np.float32), strict=True))
+
+
+def as_reward_model(model: Llama, variables: Mapping[str, Any]) -> tuple[Llama, dict[str, Any]]:
+    """The same model as a reward model: without the output matrix of a language model."""
+    params = {name: leaf for name, leaf in variables["params"].items() if name != "lm_head"}
+    config = dataclasses.replace(model.config, num_labels=1)
+    return model.clone(config=config), {**variables, "params": params}
+
+
+def padded_apart(
+    config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer (a copy) whose pad token never is the last token of an answer.
+
+    The pad token that is there, else the unknown token, BOS, or another special token. Raises `InputError` where the
+    tokenizer has none to spare.
+    """
+    special = {i: token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+    # A template writes the end of a turn either as the tokenizer's EOS or as a token that it spells out.
+    template = str(tokenizer.chat_template or "")
+    enders = {*config.eos_token_ids, cast(int | None, tokenizer.eos_token_id)}
+    enders |= {i for i, text in special.items() if text in template}
+    named = [config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    known = set(tokenizer.get_vocab().values())
+    spare = next((i for i in cast(list[int], [*named, *special]) if i in known and i not in enders), None)
+    if spare is None:
+        raise InputError(
+            "the tokenizer has no special token but those that end an answer, and transformers scores at the last token"
+            " that is not padding; add a pad token to the tokenizer"
+        )
+    changed = copy.deepcopy(tokenizer)
+    changed.pad_token = cast(str, tokenizer.convert_ids_to_tokens(spare))
+    return dataclasses.replace(config, pad_token_id=spare), changed
