@@ -88,7 +88,7 @@ def test_separators_across_the_blocks_of_a_large_file(tmp_path: Path) -> None:
     data = load(tmp_path / "a.txt", separator="<|sep|>", limit=100_000)
     assert len(data) == 100_000
     at = np.arange(0, len(data), 997)
-    assert [TOKENIZER.decode(data.tokens[i][:-1]) for i in at] == [lines[i] for i in at]
+    assert [TOKENIZER.decode(data.tokens[int(i)][:-1]) for i in at] == [lines[i] for i in at]
 
 
 def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ An option that would have no effect is an error: options that belong to one choi
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
 from dpo_jax.config.sections import (
     LINEAR_LAYERS,
@@ -14,6 +15,7 @@ from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EnergyConfig,
     Layout,
     LoraConfig,
     MeshConfig,
@@ -24,6 +26,7 @@ from dpo_jax.config.sections import (
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTLossConfig
 from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.vocabulary import ExtendVocabRun
 
 __all__ = [
     "LINEAR_LAYERS",
@@ -38,7 +41,9 @@ __all__ = [
     "DataConfig",
     "DemoRun",
     "DistributedConfig",
+    "EnergyConfig",
     "EvalRun",
+    "ExtendVocabRun",
     "GenerateRun",
     "InspectRun",
     "Layout",
@@ -47,6 +52,7 @@ __all__ = [
     "Loss",
     "MeshConfig",
     "OptimizerConfig",
+    "PrepareRun",
     "Proposal",
     "Remat",
     "RewardConfig",

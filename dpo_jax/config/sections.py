@@ -1,5 +1,6 @@
 """Sections of options that several commands share."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,6 +150,8 @@ class TrainConfig:
     """shared: the prompt is computed once for all its responses. separate: once for each."""
     eval_every: int | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of a device, against which mfu is logged. Not given: a known TPU's or GPU's, dense bfloat16."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
@@ -161,6 +164,25 @@ class TrainConfig:
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
         require(self.eval_every is None or self.eval_every >= 1, "--train.eval_every must be at least 1")
+        require(self.peak_flops is None or 0 < self.peak_flops < math.inf, "--train.peak_flops must be positive")
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """What the estimate of a run's electricity assumes; see `dpo_jax/run/accounting.py`."""
+
+    device_watts: float | None = None
+    """Power of one device. Not given: the rated power of a known GPU or TPU, and for others no estimate."""
+    pue: float | None = None
+    """Watts that the data centre draws for each watt of its devices. Not given: 1.1."""
+    carbon_intensity: float | None = None
+    """Kilograms of CO2 a kWh of electricity. Not given: 0.385."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_watts", "carbon_intensity"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < math.inf, f"--energy.{name} {value} must not be negative")
+        require(self.pue is None or 1 <= self.pue < math.inf, f"--energy.pue {self.pue} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    EnergyConfig,
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
@@ -35,3 +36,4 @@ class TrainingRun:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)

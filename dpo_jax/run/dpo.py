@@ -19,6 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.run import report
+from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
 from dpo_jax.run.training import Training, check_context, read_architecture
@@ -85,6 +86,8 @@ def train(config: DPORun) -> Path:
         del judge, judge_variables
 
     # -------------------------------------------------------------- training
+    flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
+    training.say(flops.describe())
     state = dpo.init_state(model, variables, step_config, reference=reference)
     del variables, starting, reference
     final = training.fit(
@@ -93,6 +96,7 @@ def train(config: DPORun) -> Path:
         _loader(config, data, steps=planned.total_steps, epochs=None),
         identity=identity,
         evaluate=None if heldout is None else evaluator(heldout, config=step_config, mesh=mesh, **evaluation),
+        flops_of=dpo_flops(flops, step_config),
     )
     if final is None:
         return training.out

@@ -20,7 +20,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.run.folder import cannot_write
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
-CLOCK_KEYS = ("tokens_per_second", "seconds_per_step")
+CLOCK_KEYS = ("tokens_per_second", "seconds_per_step", "tflops_per_device", "mfu")
 
 Row = dict[str, float | int]
 

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -46,6 +47,14 @@ class Loader(Protocol):
     def get_state(self) -> dict[str, Any]: ...
 
 
+class Meter(Protocol):
+    """Counts what the step on a batch computes, and rates it against the time that it took."""
+
+    def work(self, batch: Any) -> float: ...
+
+    def rates(self, work: float, seconds: float) -> Row: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """When what happens, in steps."""
@@ -76,6 +85,7 @@ def fit(
     log: MetricLog,
     checkpoints: Checkpoints,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    meter: Meter | None = None,
 ) -> Outcome:
     """Train from `state.step` to `plan.steps`.
 
@@ -84,6 +94,7 @@ def fit(
       step: a jitted step, `mesh.ShardedStep`.
       loader: a `Loader` that stands at the batch after `state.step`.
       evaluate: figures of a state; logged as `eval_...` in the row of its step.
+      meter: gives the figures of the devices' use for the row of each step.
 
     Returns:
       An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
@@ -104,7 +115,9 @@ def fit(
             del on_device
             done += 1
             epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
-            previous, pending = pending, _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere())
+            rates = None if meter is None else partial(meter.rates, meter.work(batch))
+            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere(), rates)
+            previous, pending = pending, waiting
             if previous is not None:
                 row, stopping = previous.fetch(mark)
                 mark = time.perf_counter()
@@ -144,6 +157,7 @@ class _Pending:
     metrics: Mapping[str, jax.Array]
     rows: np.ndarray
     stop: jax.Array | None
+    rates: Callable[[float], Row] | None
 
     def fetch(self, mark: float) -> tuple[Row, bool]:
         """Wait for this step; its row of the log, and whether any process was asked to stop when it was dispatched.
@@ -161,6 +175,8 @@ class _Pending:
         row["seconds_per_step"] = seconds
         if "tokens" in row:
             row["tokens_per_second"] = row["tokens"] / seconds
+        if self.rates is not None:
+            row |= self.rates(seconds)
         return row, self.stop is not None and bool(jax.device_get(self.stop))
 
     def blame(self, per_row: list[np.ndarray]) -> str:

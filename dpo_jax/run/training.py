@@ -31,6 +31,7 @@ from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama, shardings
 from dpo_jax.run import distributed, report
+from dpo_jax.run.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.run.folder import RunFolder, as_json
 from dpo_jax.run.log import MetricLog, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
@@ -71,6 +72,7 @@ class Training(Generic[Config]):
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         _check_batch(config, mesh)
+        Electricity.of(list(mesh.devices.flat), config.energy)  # refuses options that would mean nothing
         main = distributed.is_main()
         training = cls(config, mesh, RunFolder(Path(config.out), command, as_json(config), writes=main), main)
         if training.folder.open() == "finished":
@@ -83,6 +85,11 @@ class Training(Generic[Config]):
     def out(self) -> Path:
         """The run folder's path."""
         return self.folder.path
+
+    @property
+    def devices(self) -> list[Any]:
+        """All devices of the mesh, of every process."""
+        return list(self.mesh.devices.flat)
 
     def say(self, text: str) -> None:
         """One line to the person who waits, from the main process only."""
@@ -148,6 +155,7 @@ class Training(Generic[Config]):
         *,
         identity: Mapping[str, str],
         evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+        flops_of: Callable[[Any], float] | None = None,
     ) -> TrainState | None:
         """Go on from the newest checkpoint, or begin, and train to the end.
 
@@ -157,6 +165,7 @@ class Training(Generic[Config]):
           loader: of the whole run, at its beginning.
           identity: what a checkpoint must have been made from for it to be gone on with: name -> fingerprint.
           evaluate: figures of a state on held-out data.
+          flops_of: model FLOPs of the step on a batch (`run/flops.py`).
 
         Returns:
           The last state; None where a signal stopped the run before its end (all is saved, and said).
@@ -187,6 +196,11 @@ class Training(Generic[Config]):
             eval_every=config.train.eval_every,
             save_after_eval=config.checkpoint.best is not None,
         )
+        meter = None
+        if flops_of is not None:
+            given = config.train.peak_flops
+            meter = Meter(flops_of, len(self.devices), peak_flops(self.devices, given))
+            self.say(describe_peak(self.devices, given))
         with MetricLog(self.out, total=total, start=start, writes=self.main) as log:
             outcome = fit(
                 state,
@@ -197,6 +211,7 @@ class Training(Generic[Config]):
                 log=log,
                 checkpoints=checkpoints,
                 evaluate=evaluate,
+                meter=meter,
             )
         checkpoints.close()
         loader.close()
@@ -231,7 +246,10 @@ class Training(Generic[Config]):
             save_pretrained(self.out / "adapter", model, variables, tokenizer, source=config.model, merge=False)
         if self.main:
             rows = read_metrics(self.out / "metrics.jsonl")
-            parts = [report.final_section(rows), report.training_section(rows), *sections]
+            cost = cost_lines(rows, self.devices, config.energy)
+            self.say("; ".join(cost))
+            section = cost_section(self.devices, *cost)
+            parts = [report.final_section(rows), report.training_section(rows), *sections, section]
             parts.append(report.options_section(as_json(config)))
             report.write_report(self.out / "report.html", title, summary, parts)
         distributed.barrier("run finished")
