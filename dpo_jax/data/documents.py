@@ -142,7 +142,7 @@ def load_documents(
         parts.append(np.concatenate([np.zeros(0, encoder.dtype), *kept]))
 
     waiting: list[tuple[int, str]] = []
-    documents = _text_documents(source, separator) if is_text(source) else _row_documents(source, columns)
+    documents = text_documents(source, separator) if is_text(source) else _row_documents(source, columns)
     for number, text in itertools.islice(documents, limit):
         rows_read += 1
         if isinstance(text, BadRow):
@@ -244,7 +244,7 @@ def _is_text_name(path: Path) -> bool:
     return path.name.lower().endswith((".txt", ".txt.gz"))
 
 
-def _text_documents(source: str, separator: str | None) -> Iterator[tuple[int, str | BadRow]]:
+def text_documents(source: str, separator: str | None) -> Iterator[tuple[int, str | BadRow]]:
     """The documents of text files, numbered from 1 over all files."""
     path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())

@@ -1,4 +1,4 @@
-"""Files of rows: JSONL, JSON (a list of objects) and Parquet, plain or gzip-compressed, and data sets of the hub.
+"""Files of rows: JSONL, JSON (a list of objects) and Parquet, plain or gzip-compressed; data sets of the hub; stores.
 
 What a file is, its first bytes say (gzip, Parquet, a JSON list, else JSON lines), not its name. Rows stream: only a
 JSON list and a compressed Parquet file are held in memory whole.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.store import names_store, open_store
 from dpo_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ _HUB_IGNORED = ("dataset_info*.json", "*/dataset_info*.json", ".*", "state.json"
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row]]:
-    """Yield (number, row) for every row of `source`: a file, or the id of a hub data set.
+    """Yield (number, row) for every row of `source`: a file, the id of a hub data set, or a store (see `store.py`).
 
     A hub id is `owner/name`, or `owner/name:split` where there are several splits. Numbers start at 1. In a JSON-lines
     file they are line numbers (blank lines hold no row); over the several files of a hub data set they run on.
@@ -48,6 +49,9 @@ def read_rows(source: str) -> Iterator[tuple[int, Row]]:
 
 def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
     """`read_rows`, with a `BadRow` in place of each row that is not JSON or not an object."""
+    if names_store(source):
+        yield from open_store(source).rows()
+        return
     base = number = 0
     for path in _resolve(source):
         try:
@@ -62,14 +66,10 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
 
 
 def _resolve(source: str) -> list[Path]:
-    if source.startswith("tfds:"):
-        raise InputError(f"{source}: TFDS data sets cannot be read; export it to {_FORMATS}")
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
-            raise InputError(f"{source}: TFDS data sets cannot be read; export it to {_FORMATS}")
         raise InputError(f"{source}: is a folder; name one file in it ({_FORMATS})")
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w./-]+))?", source)
     if match is None or source.endswith(_SUFFIXES):
