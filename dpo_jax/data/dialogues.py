@@ -10,8 +10,10 @@ Understood layouts (a column that is null counts as absent):
 * preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
   unpaired rows (`label`) those with a good completion.
 
-A `system` column holds a system prompt. With `messages`, `as_spelled`: {"prompt", "answer"} holds the texts that
-`--data.template raw` is to see (see `store_schema.py`). A dialogue has at most one system message, in front, then user
+A `system` column holds a system prompt. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts that
+`--data.template raw` is to see (see `store_schema.py`).
+
+A dialogue has at most one system message, in front, then user
 and assistant in turn, the user first, the assistant last; no turn is blank (a system message may be).
 """
 
