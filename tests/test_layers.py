@@ -49,6 +49,7 @@ OWNERS = {
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
     "etils": {"data"},
+    "google": {"data"},
     "rich": {"run"},
     "tensorboardX": {"run"},
     "matplotlib": {"run"},
