@@ -153,7 +153,7 @@ def plan_windows(
         return PaddedPlan(shapes, batch_size)
     if lengths.max() > window:
         raise InputError(
-            f"a sequence of {lengths.max()} tokens does not fit into a window of {window}; raise --data.max_length"
+            f"a sequence of {lengths.max()} tokens does not fit into a window of {window}; take a larger one"
         )
     size = -(-window // multiple) * multiple
     step = max(1, int(_GRID * lengths.mean()))
