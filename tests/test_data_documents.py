@@ -143,7 +143,8 @@ def test_what_is_text(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "part.txt").write_text("x")
     (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "dataset_info.json").write_text("{}")
+    for name in ("dataset_info.json", "features.json", "report.txt"):
+        (tmp_path / "store" / name).write_text("{}")
     assert is_text(str(tmp_path / "data"))
     assert not is_text(str(tmp_path / "store"))
     assert not is_text("owner/name:train")

@@ -28,6 +28,7 @@ from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.files import MAX_LINE, open_bytes, read_rows_or_problems
 from dpo_jax.data.messages import columns_of, text_of
 from dpo_jax.data.problems import BadRow, Tally
+from dpo_jax.data.store import names_store
 from dpo_jax.errors import InputError
 
 BLANK_LINE = "blank_line"
@@ -235,9 +236,11 @@ def _row_documents(source: str, columns: set[str]) -> Iterator[tuple[int, str | 
 
 
 def is_text(source: str) -> bool:
-    """Whether `source` is a text file, or a folder with text files in it, and not a file of rows."""
+    """Whether `source` is a text file, or a folder with text files in it, and not a file of rows or a store."""
     path = Path(source).expanduser()
-    return _is_text_name(path) if path.is_file() else path.is_dir() and any(map(_is_text_name, path.rglob("*")))
+    if path.is_file():
+        return _is_text_name(path)
+    return path.is_dir() and not names_store(source) and any(map(_is_text_name, path.rglob("*")))
 
 
 def _is_text_name(path: Path) -> bool:
