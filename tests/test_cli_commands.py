@@ -136,6 +136,27 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "terminator" in shown
 
 
+def test_inspect_dialogues(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "dialogues.jsonl"
+    source.write_text(json.dumps({"instruction": "two", "output": "four", "history": [["one", "three"]]}))
+    words: list[Any] = ["inspect", "--model", place / "policy", "--data", source, "--kind", "dialogues"]
+    run(*words)
+    every = capsys.readouterr().out
+    run(*words, "--train_on", "last")
+    last = capsys.readouterr().out
+    counts = [int(shown.split(" of them in the loss\n")[0].split()[-1]) for shown in (every, last)]
+    assert counts[0] > counts[1] > 1
+    for shown in (every, last):
+        joined = "".join(shown.split("in the loss\n")[1].replace("|", "").split())
+        assert joined.startswith("<im_start>user\\none<im_end>\\n<im_start>assistant\\nthree<im_end>")
+    for more, line in (
+        (["--data.max_prompt_length", 9], "--data.max_prompt_length has no effect with --kind dialogues"),
+        (["--kind", "preferences", "--train_on", "all"], "--train_on has no effect without --kind dialogues"),
+    ):
+        assert cli.main([str(word) for word in [*words, *more]]) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_inspect_past_the_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["inspect", "--model", place / "policy", "--data", place / "pairs.jsonl", "--first", 99]
     assert cli.main([str(word) for word in words]) == 2

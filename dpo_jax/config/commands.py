@@ -140,7 +140,11 @@ class InspectRun:
     model: str
     """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
     source: str
-    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    """File of rows (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    kind: Literal["preferences", "dialogues"] = "preferences"
+    """How the rows are read: as pairs, or as dialogues, as `dpo-jax sft` reads them."""
+    train_on: Literal["answers", "last", "all"] | None = None
+    """What the loss counts of a dialogue: every answer, the last answer, all tokens. Not given: answers."""
     rows: int = 3
     """How many rows to show."""
     first: int = 1
@@ -152,6 +156,11 @@ class InspectRun:
     def __post_init__(self) -> None:
         require(self.rows >= 1, "--rows must be at least 1")
         require(self.first >= 1, "--first counts rows from 1")
+        if self.kind == "preferences":
+            require(self.train_on is None, "--train_on has no effect without --kind dialogues")
+        else:
+            unlimited = self.data.max_prompt_length == self.data.max_length // 2
+            require(unlimited, "--data.max_prompt_length has no effect with --kind dialogues")
 
 
 @dataclass(frozen=True)

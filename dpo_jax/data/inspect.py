@@ -7,6 +7,7 @@ from typing import Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.sequences import SequenceDataset
 
 Part = Literal["prompt", "response", "format", "terminator"]
 
@@ -44,6 +45,16 @@ def pieces(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, index
         parts[-1] = "terminator"
     in_front: list[Part] = ["prompt"] * len(prompt)
     return _decode([*prompt, *ids], in_front + parts, tokenizer)
+
+
+def sequence_pieces(dataset: SequenceDataset, tokenizer: PreTrainedTokenizerBase, index: int) -> list[Piece]:
+    """The tokens of sequence `index` (position in the data set): "prompt" is what the loss does not count."""
+    ids, targets = dataset.tokens[index].tolist(), dataset.targets[index].tolist()
+    parts: list[Part] = [
+        "prompt" if not target else "terminator" if token in dataset.terminators else "response"
+        for token, target in zip(ids, targets, strict=True)
+    ]
+    return _decode(ids, parts, tokenizer)
 
 
 def _decode(ids: list[int], parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

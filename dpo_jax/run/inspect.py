@@ -1,18 +1,23 @@
 """`dpo-jax inspect`: what the model sees of some rows, token by token, coloured by whether the loss counts it."""
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from dpo_jax.config import InspectRun
-from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.data.inspect import Piece, pieces
+from dpo_jax.data.inspect import Piece, pieces, sequence_pieces
+from dpo_jax.data.sequences import load_dialogues
 from dpo_jax.errors import InputError
-from dpo_jax.run.score import load_data
+from dpo_jax.run.log import say
+from dpo_jax.run.score import load_data, load_vocabulary
+from dpo_jax.run.training import check_context
 from dpo_jax.types import CHOSEN, REJECTED
 
 STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}
 MEANINGS = {
-    "prompt": "prompt, not in the loss",
+    "prompt": "not in the loss",
     "response": "response, in the loss",
     "format": "written by the template, in the loss unless --dpo.mask_format_tokens",
     "terminator": "the token that ends the response, in the loss",
@@ -21,27 +26,54 @@ MEANINGS = {
 
 def inspect(run: InspectRun) -> None:
     """Print `run.rows` usable rows from row number `run.first` on. Raises `InputError`."""
-    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows, with_format_masks=True)
-    shown = [i for i, number in enumerate(dataset.row_numbers) if number >= run.first][: run.rows]
-    if not shown:
-        raise InputError(
-            f"{run.source}: no usable row from row {run.first} on; the last one is {dataset.row_numbers[-1]}"
-        )
     console = Console(highlight=False)
-    for i in shown:
+    for heading, found in _pairs(run) if run.kind == "preferences" else _dialogues(run):
+        console.print(Text(heading, style="bold"))
+        console.print(_coloured(found), soft_wrap=True)
+        console.print()
+    for part, meaning in MEANINGS.items():
+        if part != "format" or run.kind == "preferences":
+            console.print(Text.assemble((f" {part} ", STYLES[part]), f" {meaning}"))
+
+
+def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
+    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows, with_format_masks=True)
+    for i in _shown(run, dataset.row_numbers):
         for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
             found = pieces(dataset, tokenizer, i, side)
-            console.print(Text(_heading(dataset, i, side, name, found), style="bold"))
-            console.print(_coloured(found), soft_wrap=True)
-            console.print()
-    for part, meaning in MEANINGS.items():
-        console.print(Text.assemble((f" {part} ", STYLES[part]), f" {meaning}"))
+            prompt, response = dataset.prompt_lengths[i], dataset.response_lengths[i, side]
+            heading = f"row {dataset.row_numbers[i]}, {name}: {prompt} prompt tokens, {response} response tokens"
+            yield heading + _cut(found), found
 
 
-def _heading(dataset: PreferenceDataset, row: int, side: int, name: str, found: list[Piece]) -> str:
-    cut = "" if found[-1].part == "terminator" else ", cut by --data.max_length"
-    prompt, response = dataset.prompt_lengths[row], dataset.response_lengths[row, side]
-    return f"row {dataset.row_numbers[row]}, {name}: {prompt} prompt tokens, {response} response tokens{cut}"
+def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
+    architecture, tokenizer = load_vocabulary(run.model)
+    dataset = load_dialogues(
+        run.source,
+        tokenizer,
+        run.data,
+        train_on=run.train_on or "answers",
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=run.on_bad_rows,
+    )
+    check_context(run.source, dataset.row_numbers, dataset.lengths, architecture)
+    say(dataset.summary())
+    for i in _shown(run, dataset.row_numbers):
+        found = sequence_pieces(dataset, tokenizer, i)
+        counted = f"{dataset.lengths[i]} tokens, {dataset.target_lengths[i]} of them in the loss"
+        yield f"row {dataset.row_numbers[i]}: {counted}{_cut(found)}", found
+
+
+def _shown(run: InspectRun, row_numbers: np.ndarray) -> Sequence[int]:
+    """Positions in the data set of the rows to show."""
+    shown = np.flatnonzero(row_numbers >= run.first)[: run.rows].tolist()
+    if not shown:
+        raise InputError(f"{run.source}: no usable row from row {run.first} on; the last one is {row_numbers[-1]}")
+    return shown
+
+
+def _cut(found: list[Piece]) -> str:
+    return "" if found[-1].part == "terminator" else ", cut by --data.max_length"
 
 
 def _coloured(found: list[Piece]) -> Text:

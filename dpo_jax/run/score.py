@@ -15,6 +15,7 @@ from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.log import say, show_log
@@ -68,6 +69,15 @@ class Setting:
         return scored.reference_logps.astype(np.float64)
 
 
+def load_vocabulary(model: str) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+    """The model's architecture and its tokenizer, which fit together; its weights are not read."""
+    show_log()
+    architecture = read_architecture(model)
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, architecture)
+    return architecture, tokenizer
+
+
 def load_data(
     model: str,
     source: str,
@@ -77,10 +87,7 @@ def load_data(
     with_format_masks: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, PreferenceDataset]:
     """The model's tokenizer and the pairs of a file, checked before weights are read; what was left out is said."""
-    show_log()
-    architecture = read_architecture(model)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, architecture)
+    architecture, tokenizer = load_vocabulary(model)
     dataset = load_preferences(
         source,
         tokenizer,
