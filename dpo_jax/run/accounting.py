@@ -171,7 +171,7 @@ class Bill:
     @classmethod
     def of(cls, rows: Sequence[Row], devices: int) -> "Bill":
         """From the rows of metrics.jsonl; `devices` is how many the run has now."""
-        seconds = sum(row["seconds_per_step"] for row in rows)
+        seconds = sum(row.get("seconds_per_step", 0.0) for row in rows)  # none in step 0, an evaluation
         counted = [
             row["tflops_per_device"] * 1e12 * row["seconds_per_step"] for row in rows if "tflops_per_device" in row
         ]
