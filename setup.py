@@ -26,6 +26,7 @@ INSTALL = [
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
     "sentencepiece>=0.2",
+    "protobuf>=6.33",
     "jinja2>=3.1",
     "huggingface_hub>=1.0",
     "safetensors>=0.6",

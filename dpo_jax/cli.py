@@ -76,6 +76,13 @@ COMMANDS = {
         "Hugging Face safetensors <-> orbax, GGUF -> either",
         renamed=(("source", "from"), ("target", "to")),
     ),
+    "extend-vocab": Command(
+        "ExtendVocabRun",
+        "dpo_jax.run.extend_vocab:extend_vocab",
+        "Chinese pieces for a Llama 2 tokenizer, and rows for them in the model",
+        renamed=(("target", "to"),),
+        recipe=True,
+    ),
     "inspect": Command(
         "InspectRun",
         "dpo_jax.run.inspect:inspect",
@@ -158,7 +165,7 @@ def parse(word: str, args: Sequence[str]) -> Any:
         default = _give_way(default, given)
     options = _tyro(word, args, default)
     for field in dataclasses.fields(options):
-        if getattr(options, field.name) == config.ON_COMMAND_LINE:
+        if getattr(options, field.name) in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)):
             raise InputError(
                 f"missing --{dict(command.renamed).get(field.name, field.name)}: the CONFIG.py leaves it open"
             )

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.weights.gguf import metadata, open_gguf
+from dpo_jax.weights.merges import merges_by_score
 
 # Entries of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -52,7 +53,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     add_bos = meta.get("tokenizer.ggml.add_bos_token", add_bos) and bos is not None
     add_eos = meta.get("tokenizer.ggml.add_eos_token", False) and eos is not None
     if add_bos or add_eos:
-        _surround(backend, bos if add_bos else None, eos if add_eos else None)
+        surround(backend, bos if add_bos else None, eos if add_eos else None)
     special = {"bos_token": bos, "eos_token": eos, "unk_token": token("unknown"), "pad_token": token("padding")}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -73,7 +74,7 @@ def _added(meta: Mapping[str, Any], kind: int, *, special: bool) -> list[AddedTo
     ]
 
 
-def _surround(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+def surround(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
     """Put BOS before and EOS after a text that is encoded with special tokens."""
     text = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     pair = [*text, *[f"{piece}:1" for piece in (*([bos] if bos else []), "$B", *([eos] if eos else []))]]
@@ -130,17 +131,12 @@ def _sentencepiece(path: Path, meta: Mapping[str, Any]) -> Tokenizer:
     if sum(its == _BYTE for its in types) != 256:
         raise InputError(f"{path}: a SentencePiece tokenizer without 256 byte tokens is not supported")
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
-    mergeable = {t for t, its in zip(vocabulary, types, strict=True) if its not in (_UNKNOWN, _CONTROL, _BYTE)}
-    merges = []
-    for token in mergeable:
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in mergeable and right in mergeable:
-                merges.append((-scores[vocabulary[token]], vocabulary[left], vocabulary[right], left, right))
+    other = (_UNKNOWN, _CONTROL, _BYTE)
+    mergeable = {t: s for t, s, its in zip(vocabulary, scores, types, strict=True) if its not in other}
     backend = Tokenizer(
         models.BPE(
             vocabulary,
-            [(left, right) for *_, left, right in sorted(merges)],
+            merges_by_score(vocabulary, mergeable),
             unk_token=meta["tokenizer.ggml.tokens"][unknown],
             fuse_unk=True,
             byte_fallback=True,

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights.gguf_tokenizer import read_tokenizer
+from dpo_jax.weights.merges import merges_by_score
 from dpo_jax.weights.orbax_params import origin
 from dpo_jax.weights.peft import base_of
 from dpo_jax.weights.source import Source, resolve
@@ -55,14 +56,9 @@ def _merged_by_score(path: Path) -> models.BPE:
     """
     pieces = sentencepiece.SentencePieceProcessor(str(path))
     ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    merges = [
-        (-pieces.get_score(i), ids[word[:at]], ids[word[at:]], (word[:at], word[at:]))
-        for word, i in ids.items()
-        for at in range(1, len(word))
-        if word[:at] in ids and word[at:] in ids
-    ]
-    ordered = [pair for *_, pair in sorted(merges)]
-    return models.BPE(ids, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    others = (pieces.is_unknown, pieces.is_control, pieces.is_byte)
+    scores = {piece: pieces.get_score(i) for piece, i in ids.items() if not any(other(i) for other in others)}
+    return models.BPE(ids, merges_by_score(ids, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> None:

@@ -1,0 +1,49 @@
+"""Options of `dpo-jax extend-vocab`."""
+
+from dataclasses import dataclass
+
+from dpo_jax.config.checks import require
+
+
+@dataclass(frozen=True)
+class ExtendVocabRun:
+    """More pieces for a Llama 2 tokenizer, and a model with rows for them: `dpo-jax extend-vocab`.
+
+    The first step to a Chinese Llama 2. Give --data and --pieces to learn Chinese pieces from text, or --tokenizer to
+    take a tokenizer that was extended already. Old ids do not change.
+    """
+
+    model: str
+    """A Hugging Face folder, a hub id, or a .gguf file, with a SentencePiece tokenizer (Llama 2, Mistral)."""
+    target: str
+    """Folder to write; it must be new or empty."""
+    data: tuple[str, ...] = ()
+    """Text: .txt files, a text a line, or files of rows with a column `text` (JSONL, JSON, Parquet), plain or .gz. Nine
+    tenths are learnt from, a tenth is kept to measure; with --tokenizer all are only measured."""
+    pieces: int | None = None
+    """How many pieces to add."""
+    character_coverage: float | None = None
+    """The most frequent characters that make up this share of the Chinese text get a piece each. Not given: 0.9995."""
+    max_sentence_length: int | None = None
+    """Longest run of Chinese characters to learn from; longer ones are cut. Not given: 4192."""
+    tokenizer: str | None = None
+    """An extended SentencePiece model (tokenizer.model), whose first pieces are those of the model's own."""
+    base_tokenizer: str | None = None
+    """The model's own SentencePiece model, where its folder has no tokenizer.model."""
+    pad_to_multiple_of: int = 1
+    """Round the rows of the embedding up to a multiple of this, for example the size of --mesh.tensor or 64."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None:
+            require(bool(self.data) and self.pieces is not None, "give --data and --pieces, or --tokenizer FILE.model")
+        else:
+            for name in ("pieces", "character_coverage", "max_sentence_length"):
+                require(getattr(self, name) is None, f"--{name} has no effect with --tokenizer, which has its pieces")
+        require(self.pieces is None or self.pieces >= 1, "--pieces must be at least 1")
+        coverage = self.character_coverage
+        require(coverage is None or 0 < coverage <= 1, "--character_coverage must lie in (0, 1]")
+        require(
+            self.max_sentence_length is None or self.max_sentence_length >= 2,
+            "--max_sentence_length must be at least 2",
+        )
+        require(self.pad_to_multiple_of >= 1, "--pad_to_multiple_of must be at least 1")
