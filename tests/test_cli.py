@@ -49,6 +49,8 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
     required = [name for name, needed in cli.option_names(word).items() if needed]
     if word == "generate":
         required.append("prompt")
+    if word == "extend-vocab":
+        required.append("tokenizer")
     parsed = cli.parse(word, [part for name in required for part in (f"--{name}", "x")])
     assert type(parsed) is getattr(config, cli.COMMANDS[word].options)
     assert cli.main([word, "--help"]) == 0

@@ -1,0 +1,126 @@
+"""From scores to advantages: what PPO and its critic-free relatives learn from a rollout.
+
+Ziegler et al. 2019 (arXiv 1909.08593), section 2: the reward of a token is minus the price of leaving the reference
+policy, and the score of the whole response stands on its last token T, the terminator:
+
+    r_t = −β KL_t + s [t = T]
+
+Kullback-Leibler estimators of one sample (Schulman 2020, "Approximating KL divergence"), with δ_t = log π − log π_ref:
+
+    k1 = δ          unbiased
+    k2 = δ² / 2     biased, low variance
+    k3 = e^−δ − 1 + δ   unbiased and never negative
+
+Advantages:
+
+    GAE    A_t = Σ_l (γ λ)^l (r_{t+l} + γ V_{t+l+1} − V_{t+l})      Schulman et al. 2016 (arXiv 1506.02438), Eq. 16
+    RLOO   A = R_i − mean of R_j over the other samples j ≠ i of the prompt   Ahmadian et al. 2024 (arXiv 2402.14740)
+    GRPO   A = (s_i − mean s) / std s over the samples of the prompt      Shao et al. 2024 (arXiv 2402.03300), 4.1.2
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import masked
+
+KLEstimator = Literal["k1", "k2", "k3"]
+_EPSILON = 1e-4  # added to the deviation of GRPO's groups, as TRL's GRPOTrainer does: equal scores give advantages of 0
+
+
+def kl_estimate(logps: jax.Array, reference_logps: jax.Array, estimator: KLEstimator = "k1") -> jax.Array:
+    """The estimate of KL(π ‖ π_ref) of each token, in nats; arrays of one shape. k1 of -0.5 is k3 of 0.1487212707."""
+    delta = logps - reference_logps
+    if estimator == "k1":
+        return delta
+    if estimator == "k2":
+        return jnp.square(delta) / 2
+    return jnp.expm1(-delta) + delta
+
+
+def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coefficient: jax.Array | float) -> jax.Array:
+    """r_t: −β KL_t at every token, and the score at the last one.
+
+    Args:
+      scores: [B], any floating dtype; an integer score is refused, for 0.7 would silently be 0.
+      kl: [B, R].
+      mask: bool [B, R], True at the response's tokens, the terminator included: the first ones of each row.
+      kl_coefficient: β.
+
+    Returns:
+      float32 [B, R], 0 outside the mask.
+    """
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"scores are {scores.dtype}; they must be floating")
+    mask = mask.astype(bool)
+    last = jnp.arange(mask.shape[1]) == jnp.sum(mask, axis=1, keepdims=True) - 1
+    return masked.select(-kl_coefficient * kl, mask) + jnp.where(last, scores.astype(jnp.float32)[:, None], 0.0)
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation over the valid tokens only.
+
+    Masked positions, wherever they stand, are stepped over: the next valid token's value and running sum reach through
+    them. Behind the last valid token the value is 0.
+
+    Args:
+      rewards, values: [B, R].
+      mask: bool or 0/1 [B, R].
+      gamma, lam: γ and λ.
+
+    Returns:
+      Advantages and returns (advantages + values), float32 [B, R], 0 outside the mask.
+    """
+    mask = mask.astype(bool)
+    rewards, values = (masked.select(x.astype(jnp.float32), mask) for x in (rewards, values))
+
+    def back(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        following, running = carry
+        reward, value, real = at
+        total = reward + gamma * following - value + gamma * lam * running
+        return (jnp.where(real, value, following), jnp.where(real, total, running)), jnp.where(real, total, 0.0)
+
+    nothing = jnp.zeros_like(rewards[:, 0])
+    _, advantages = jax.lax.scan(back, (nothing, nothing), (rewards.T, values.T, mask.T), reverse=True)
+    return advantages.T, advantages.T + values
+
+
+def leave_one_out(totals: jax.Array, group_size: int) -> jax.Array:
+    """RLOO's advantage of each response: its reward less the mean of the others' to the same prompt.
+
+    `totals` [B]: the reward of each whole response; rows i K .. i K + K − 1 answer one prompt, K = `group_size` ≥ 2.
+    """
+    groups = totals.reshape(-1, group_size)
+    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def group_relative(scores: jax.Array, group_size: int) -> jax.Array:
+    """GRPO's advantage of each response: its score, standardised (unbiased) over those to the same prompt.
+
+    `scores` [B]; groups as for `leave_one_out`. A group of equal scores gives 0.
+    """
+    groups = scores.reshape(-1, group_size)
+    deviation = jnp.std(groups, axis=1, ddof=1, keepdims=True)
+    return ((groups - jnp.mean(groups, axis=1, keepdims=True)) / (deviation + _EPSILON)).reshape(-1)
+
+
+def next_kl_coefficient(
+    kl_coefficient: jax.Array | float, kl: jax.Array | float, responses: int, *, target: float, horizon: int
+) -> jax.Array:
+    """β after a rollout: a proportional controller in log space (Ziegler et al. 2019, section 2.2).
+
+    e = clip((KL − target) / target, ±0.2);  β ← β (1 + e n / horizon)
+
+    Args:
+      kl_coefficient: β of the rollout.
+      kl: its mean KL divergence a response, in nats.
+      responses: n.
+      target: nats a response.
+      horizon: responses over which an error of 1 would change β by its own size.
+    """
+    error = jnp.clip((kl - target) / target, -0.2, 0.2)
+    return jnp.asarray(kl_coefficient * (1 + error * responses / horizon), jnp.float32)

@@ -1,0 +1,495 @@
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, and RLOO and GRPO.
+
+One step takes a rollout (`types.Rollout`: responses, and what was measured when they were sampled) and makes
+epochs x mini-batches optimizer updates, in one compiled scan. The rollout is read, never computed again: ρ_t compares
+the policy as it becomes with the policy that sampled, so it is 1 at the first update and not afterwards.
+
+    ρ_t  = π_θ(y_t | x, y_<t) / π_old(y_t | x, y_<t)                                    both at the sampling temperature
+    L^π  = mean_t max(−A_t ρ_t, −A_t clip(ρ_t, 1 − ε, 1 + ε))                           Eq. 7
+    L^V  = ½ mean_t max((V_t − R_t)², (clip(V_t, V_old ± ε_V) − R_t)²)
+    L    = L^π + c_V L^V − c_H mean_t H_t  (+ β mean_t k_t where the KL divergence is a term of the loss)
+
+Means are over all response tokens of a mini-batch, over devices and micro-batches. A_t and R_t: `align/advantages.py`.
+
+The value model is one of
+    separate   a trunk of its own, under `trainable["value"]`: a copy of the policy's (or another model, such as the
+               reward model) with a head; under LoRA only adapters and head, beside the policy's frozen weights;
+    shared     the policy's trunk with a head;
+    stopped    the same, without a gradient from the values into the trunk.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from dpo_jax import masked
+from dpo_jax import mesh as meshes
+from dpo_jax import state as states
+from dpo_jax.align import microbatches
+from dpo_jax.align.advantages import gae, group_relative, kl_estimate, leave_one_out, token_rewards
+from dpo_jax.config import PPOConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model import heads
+from dpo_jax.model.groups import predicting_states, response_predictions
+from dpo_jax.state import TrainState
+from dpo_jax.types import PreferenceBatch, Rollout
+
+__all__ = [
+    "gae",
+    "init_state",
+    "jit_measure",
+    "jit_train_step",
+    "kl_estimate",
+    "measure",
+    "policy_loss",
+    "token_rewards",
+    "train_step",
+    "value_loss",
+]
+
+Metrics = dict[str, jax.Array]
+VALUE = "value"
+"""Name of the value model's collection, and of its head."""
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def _policy_terms(logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, clip: float) -> jax.Array:
+    ratio = jnp.exp(logps - old_logps)
+    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+
+
+def _value_terms(values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float) -> jax.Array:
+    near = jnp.clip(values, old_values - clip, old_values + clip)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(near - returns))
+
+
+def policy_loss(
+    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+) -> jax.Array:
+    """L^π, a scalar: the mean over the masked-in tokens of the clipped surrogate (Eq. 7, as a loss).
+
+    Args:
+      logps, old_logps: [B, R] log-probabilities under the policy and under the one that sampled.
+      advantages: [B, R].
+      mask: bool or 0/1 [B, R].
+      clip: ε.
+    """
+    logps, old_logps, advantages = (masked.select(x, mask) for x in (logps, old_logps, advantages))
+    return masked.mean(_policy_terms(logps, old_logps, advantages, clip), mask)
+
+
+def value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
+    """L^V, a scalar: half the masked mean of the larger of the two squared errors, of the value and the clipped value.
+
+    Args:
+      values, old_values, returns: [B, R].
+      mask: bool or 0/1 [B, R].
+      clip: ε_V.
+    """
+    values, old_values, returns = (masked.select(x, mask) for x in (values, old_values, returns))
+    return masked.mean(_value_terms(values, old_values, returns, clip), mask)
+
+
+# ---------------------------------------------------------------- state and models
+
+
+def init_state(
+    model: Any, variables: Mapping[str, Any], config: PPOConfig, *, value: Mapping[str, Any] | None = None
+) -> TrainState:
+    """The training state at step 0.
+
+    Args:
+      model: the policy, a `Llama`.
+      variables: {"params": ...[, "adapters": ...]}; its arrays become the state's.
+      config: decides whether there is a value model, and which.
+      value: another model to start the separate value model from, such as a reward model: {"params": ...,
+        "heads": {"score": ...}}; its score head becomes the value head. Under LoRA it must share the policy's frozen
+        `params`, and brings its own "adapters".
+
+    The reference policy is not part of the state: its log-probabilities come with the rollout.
+    """
+    variables = dict(variables)
+    kind = _value_kind(config)
+    if value is not None and kind != "separate":
+        raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.advantage}, {kind}")
+    head = {VALUE: jax.tree.map(jnp.zeros_like, heads.init_heads(model, jax.random.key(0), {VALUE: 1})[VALUE])}
+    if kind in ("shared", "stopped"):
+        variables["heads"] = head
+    elif kind == "separate":
+        collection = "adapters" if "adapters" in variables else "params"
+        start = variables if value is None else value
+        if collection not in start:
+            raise InputError(f"the value model to start from has no {collection}, which the policy trains")
+        trunk = {name: tree for name, tree in start[collection].items() if name != "lm_head"}
+        if value is not None:
+            head = {VALUE: value["heads"][heads.SCORE]}
+        # A copy: the policy's arrays and the value model's are given to the step apart.
+        variables[VALUE] = jax.tree.map(
+            lambda x: jnp.array(x, jnp.float32, copy=True), {collection: trunk, "heads": head}
+        )
+    return states.create(model.apply, variables, states.make_optimizer(config.optimizer, scheduled=False))
+
+
+def _value_kind(config: PPOConfig) -> str | None:
+    return (config.value or "separate") if config.advantage == "gae" else None
+
+
+def _groups(rollout: Rollout) -> PreferenceBatch:
+    """The rollout as groups of one response."""
+    return PreferenceBatch(
+        prompts=rollout.prompts,
+        prompt_lengths=rollout.prompt_lengths,
+        responses=rollout.responses[:, None],
+        response_lengths=rollout.response_lengths[:, None],
+        weights=rollout.weights,
+        rows=rollout.rows,
+    )
+
+
+def _mask(rollout: Rollout) -> jax.Array:
+    """bool [B, R]: real tokens of real rows."""
+    real = jnp.arange(rollout.responses.shape[1]) < rollout.response_lengths[:, None]
+    return real & (rollout.weights > 0)[:, None]
+
+
+@struct.dataclass
+class _Predictions:
+    """Of each response token, [B, R]: log-probability and entropy under the policy, value of the state before it."""
+
+    logps: jax.Array
+    entropy: jax.Array
+    values: jax.Array | None
+
+
+def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:
+    current = dataclasses.replace(state, trainable=trainable)
+    batch, variables = _groups(rollout), current.variables
+    policy = {name: variables[name] for name in ("params", "adapters") if name in variables}
+    out = response_predictions(
+        state.apply_fn, policy, batch, temperature=config.temperature, head_budget_bytes=config.head_budget_bytes
+    )
+    kind, values = _value_kind(config), None
+    if kind == "separate":
+        own = variables[VALUE]
+        trunk = {"params": own["params"]} if "params" in own else {"params": variables["params"], **own}
+        trunk = {name: trunk[name] for name in ("params", "adapters") if name in trunk}
+        values = heads.apply(own, VALUE, predicting_states(state.apply_fn, trunk, batch))
+    elif kind is not None:
+        hidden = jax.lax.stop_gradient(out.states) if kind == "stopped" else out.states
+        values = heads.apply(variables, VALUE, hidden)
+    return _Predictions(out.logps[:, 0], out.entropy[:, 0], None if values is None else values[:, 0, :, 0])
+
+
+def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollout:
+    """The rollout with `values`, as the value model gives them now: what a rollout stores when it is sampled."""
+    values = _predict(state, state.trainable, rollout, config).values
+    return rollout if values is None else dataclasses.replace(rollout, values=masked.select(values, _mask(rollout)))
+
+
+def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout], Rollout]:
+    """`measure` jitted for `mesh`."""
+    jitted = jax.jit(partial(measure, config=config))
+
+    def call(state: TrainState, rollout: Rollout) -> Rollout:
+        with jax.set_mesh(mesh):
+            return jitted(state, rollout)
+
+    return call
+
+
+# ---------------------------------------------------------------- the reward stage
+
+
+@struct.dataclass
+class _Targets:
+    """What the updates learn from, computed once a rollout.
+
+    Attributes:
+      mask:       bool [B, R].
+      advantages: [B, R], 0 outside the mask.
+      returns:    [B, R], or None without a value model.
+      scores:     [B], as they went into the rewards.
+      rewards:    [B, R], of each token, not whitened.
+      kl:         [B, R], k1 of the sampling policy to the reference.
+    """
+
+    mask: jax.Array
+    advantages: jax.Array
+    returns: jax.Array | None
+    scores: jax.Array
+    rewards: jax.Array
+    kl: jax.Array
+
+
+def _shaped_scores(rollout: Rollout, config: PPOConfig) -> jax.Array:
+    """[B]: normalised, clipped, and less the penalty of a response that was cut."""
+    real = rollout.weights > 0
+    scores = masked.select(rollout.scores.astype(jnp.float32), real)
+    if config.normalize_scores:
+        scores = masked.whiten(scores, real)
+    if config.score_clip is not None:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        scores = jnp.where(rollout.ended, scores, scores - config.missing_eos_penalty)
+    return masked.select(scores, real)
+
+
+def _targets(rollout: Rollout, config: PPOConfig) -> _Targets:
+    if rollout.responses.shape[0] % config.group:
+        raise InputError(f"a rollout of {rollout.responses.shape[0]} rows is not made of groups of {config.group}")
+    mask, scores = _mask(rollout), _shaped_scores(rollout, config)
+    logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
+    beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
+    rewards = token_rewards(scores, kl_estimate(logps, reference, config.kl_estimator), mask, kl_coefficient=beta)
+    returns = None
+    if config.advantage == "gae":
+        if rollout.values is None:
+            raise InputError("the rollout has no values, which gae needs (ppo.measure gives them)")
+        scaled = rewards
+        if config.whiten_rewards:
+            scaled = masked.select(masked.whiten(rewards, mask, shift_mean=False), mask)
+        gamma = 1.0 if config.gamma is None else config.gamma
+        lam = 0.95 if config.lam is None else config.lam
+        advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
+    else:
+        compare = leave_one_out if config.advantage == "rloo" else group_relative
+        advantages = compare(jnp.sum(rewards, axis=1), config.group)[:, None]
+        advantages = masked.select(jnp.broadcast_to(advantages, mask.shape), mask)
+    if config.whitens:
+        advantages = masked.select(masked.whiten(advantages, mask), mask)
+    return _Targets(mask, advantages, returns, scores, rewards, kl_estimate(logps, reference))
+
+
+# ---------------------------------------------------------------- the step
+
+
+@struct.dataclass
+class _Tokens:
+    """What one update computes for each token, [B, R], 0 outside the mask."""
+
+    policy: jax.Array
+    value: jax.Array
+    entropy: jax.Array
+    log_ratio: jax.Array
+    policy_clipped: jax.Array
+    value_clipped: jax.Array
+
+
+def _losses(
+    state: TrainState, trainable: Any, rollout: Rollout, targets: _Targets, tokens: jax.Array, config: PPOConfig
+) -> tuple[jax.Array, _Tokens]:
+    """L of a (micro-)batch's share of its mini-batch of `tokens` response tokens, and its parts."""
+    mask = targets.mask
+    new = _predict(state, trainable, rollout, config)
+    logps, old = masked.select(new.logps, mask), masked.select(rollout.logps, mask)
+    policy = _policy_terms(logps, old, targets.advantages, config.clip)
+    ratio = jnp.exp(logps - old)
+    limited = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    terms = policy - config.entropy_coefficient * new.entropy
+    if config.kl_in_loss:
+        reference = masked.select(rollout.reference_logps, mask)
+        terms += rollout.kl_coefficient[:, None] * kl_estimate(logps, reference, config.kl_estimator)
+    value = value_clipped = jnp.zeros_like(policy)
+    if targets.returns is not None:
+        assert new.values is not None
+        assert rollout.values is not None
+        values, before = masked.select(new.values, mask), masked.select(rollout.values, mask)
+        clip = 0.2 if config.value_clip is None else config.value_clip
+        value = _value_terms(values, before, targets.returns, clip)
+        value_clipped = value > 0.5 * jnp.square(values - targets.returns)
+        terms += (0.1 if config.value_coefficient is None else config.value_coefficient) * value
+    parts = _Tokens(
+        policy=policy,
+        value=value,
+        entropy=new.entropy,
+        log_ratio=logps - old,
+        policy_clipped=-targets.advantages * limited > -targets.advantages * ratio,
+        value_clipped=value_clipped,
+    )
+    parts = jax.tree.map(lambda x: masked.select(x.astype(jnp.float32), mask), parts)
+    return masked.total(terms, mask) / tokens, parts
+
+
+@struct.dataclass
+class _Update:
+    """Figures of one update; scalars."""
+
+    loss: jax.Array
+    policy: jax.Array
+    value: jax.Array
+    entropy: jax.Array
+    kl: jax.Array
+    policy_clipped: jax.Array
+    value_clipped: jax.Array
+    ratio: jax.Array
+    ratio_var: jax.Array
+    ratio_quantiles: jax.Array
+    kl_quantiles: jax.Array
+    largest_difference: jax.Array
+    grad_norm: jax.Array
+    learned: jax.Array
+
+
+def _quantiles(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.nanquantile(jnp.where(mask, x, jnp.nan), jnp.asarray(_QUANTILES))
+
+
+def _figures(tokens: _Tokens, mask: jax.Array, loss: jax.Array, grad_norm: jax.Array, learned: jax.Array) -> _Update:
+    ratio = jnp.exp(tokens.log_ratio)
+    half_square = 0.5 * jnp.square(tokens.log_ratio)
+    return _Update(
+        loss=loss,
+        policy=masked.mean(tokens.policy, mask),
+        value=masked.mean(tokens.value, mask),
+        entropy=masked.mean(tokens.entropy, mask),
+        kl=masked.mean(half_square, mask),
+        policy_clipped=masked.mean(tokens.policy_clipped, mask),
+        value_clipped=masked.mean(tokens.value_clipped, mask),
+        ratio=masked.mean(ratio, mask),
+        ratio_var=masked.var(ratio, mask),
+        ratio_quantiles=_quantiles(ratio, mask),
+        kl_quantiles=_quantiles(half_square, mask),
+        largest_difference=jnp.max(jnp.abs(tokens.log_ratio)),
+        grad_norm=grad_norm,
+        learned=learned,
+    )
+
+
+def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
+    """All updates of one rollout: `config.epochs` passes over it in `config.minibatches` mini-batches each.
+
+    Pure: the order of rows is a function of `config.seed` and `state.step`. Where a loss or gradient is not finite the
+    state comes back as it was.
+
+    Args:
+      state: from `init_state`.
+      rollout: sampled by the state's policy, with `values` from `measure` where the advantage is gae.
+      config: the one that `init_state` was given.
+
+    Returns:
+      The new state, its step one larger, and metrics: float32 scalars. Under the names of TRL's PPOTrainer:
+        objective/kl (Σ_t k1 a response), objective/entropy (Σ_t −log π a response), objective/non_score_reward,
+        objective/rlhf_reward (with the score), objective/scores (before normalising, clipping, penalty);
+        policy/approxkl_avg (mean of ½ log² ρ), policy/clipfrac_avg, policy/entropy_avg, loss/policy_avg,
+        loss/value_avg, val/clipfrac_avg, val/ratio, val/ratio_var (all means over the updates), val/num_eos_tokens (responses that
+        ended);
+      and loss, grad_norm (mean over the updates, before clipping), learning_rate, kl_coefficient, lengths/response,
+      tokens (prompts and responses, once),
+      policy/ratio_q05, _q50, _q95, policy/approxkl_q05, _q50, _q95 (of the last update),
+      policy/sampler_difference (largest |log ρ| at the first update: what the sampler and this step disagree by),
+      policy/updates (share of the updates that were made before `stop_kl`),
+      rows/nonfinite, int32 [B]: rows whose log-probabilities, scores or values are not finite, -1 elsewhere.
+
+    Raises:
+      InputError: the rows do not divide over mini-batches, micro-batches, groups and devices, or the rollout lacks what
+        `config` asks for (at trace time).
+    """
+    b, m = rollout.responses.shape[0], config.minibatches
+    if b % m:
+        raise InputError(
+            f"a rollout of {b} responses does not split into --ppo.minibatches {m}; choose a divisor of {b}"
+        )
+    targets = _targets(rollout, config)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.epochs)]
+    lr = states.learning_rate_schedule(config.optimizer)(state.step)
+
+    def update(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], _Update]:
+        trainable, opt_state, stopped = carry
+        part, aims = _rows((rollout, targets), rows)
+        tokens = jnp.sum(aims.mask.astype(jnp.float32))
+
+        def gradients(micro: tuple[Rollout, _Targets]) -> tuple[Any, tuple[jax.Array, _Tokens]]:
+            def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, _Tokens]]:
+                loss, parts = _losses(state, weights, *micro, tokens, config)
+                return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
+
+            return jax.grad(objective, has_aux=True)(trainable)
+
+        found, (shares, parts) = microbatches.sum_gradients(gradients, (part, aims), config.accumulate, like=trainable)
+        norm = optax.tree.norm(found)
+        if config.stop_kl is not None:
+            stopped |= masked.mean(0.5 * jnp.square(parts.log_ratio), aims.mask) > config.stop_kl
+        changes, next_opt_state = state.tx.update(found, opt_state, trainable)
+        learned = optax.apply_updates(trainable, jax.tree.map(lambda u: lr * u, changes))
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(stopped, old, new), (learned, next_opt_state), (trainable, opt_state)
+        )
+        return (trainable, opt_state, stopped), _figures(parts, aims.mask, jnp.sum(shares), norm, ~stopped)
+
+    start = (state.trainable, state.opt_state, jnp.zeros((), bool))
+    (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
+    finite = jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new_state = dataclasses.replace(
+        state,
+        step=keep(state.step + 1, state.step),
+        trainable=keep(trainable, state.trainable),
+        opt_state=keep(opt_state, state.opt_state),
+    )
+    return new_state, {"learning_rate": jnp.asarray(lr), **_metrics(rollout, targets, updates)}
+
+
+def _rows(tree: Any, rows: jax.Array) -> Any:
+    """The rows [n] of every array of a tree, laid out over the devices again."""
+    return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
+
+
+def _metrics(rollout: Rollout, targets: _Targets, updates: _Update) -> Metrics:
+    real, mask = rollout.weights > 0, targets.mask
+
+    def a_response(x: jax.Array) -> jax.Array:
+        """Mean over responses of the sum over tokens."""
+        return masked.total(x, mask) / jnp.sum(rollout.weights)
+
+    mean_kl = a_response(targets.kl)
+    reward = a_response(targets.rewards)
+    score = masked.mean(targets.scores, real)
+    made = jnp.mean(updates.learned.astype(jnp.float32))
+    good = jnp.isfinite(rollout.scores)
+    for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
+        good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
+    last = jax.tree.map(lambda x: x[-1], updates)
+    metrics = {
+        "loss": jnp.mean(updates.loss),
+        "grad_norm": jnp.mean(updates.grad_norm),
+        "kl_coefficient": rollout.kl_coefficient[0],
+        "objective/kl": mean_kl,
+        "objective/entropy": -a_response(rollout.logps),
+        "objective/non_score_reward": reward - score,
+        "objective/rlhf_reward": reward,
+        "objective/scores": masked.mean(rollout.scores.astype(jnp.float32), real),
+        "policy/approxkl_avg": jnp.mean(updates.kl),
+        "policy/clipfrac_avg": jnp.mean(updates.policy_clipped),
+        "policy/entropy_avg": jnp.mean(updates.entropy),
+        "loss/policy_avg": jnp.mean(updates.policy),
+        "val/ratio": jnp.mean(updates.ratio),
+        "val/ratio_var": jnp.mean(updates.ratio_var),
+        "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
+        "policy/sampler_difference": updates.largest_difference[0],
+        "policy/updates": made,
+        "lengths/response": masked.mean(rollout.response_lengths.astype(jnp.float32), real),
+        "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
+        "rows/nonfinite": jnp.where(real & ~good, rollout.rows, -1),
+    }
+    if targets.returns is not None:
+        metrics |= {"loss/value_avg": jnp.mean(updates.value), "val/clipfrac_avg": jnp.mean(updates.value_clipped)}
+    for i, q in enumerate(_QUANTILES):
+        metrics[f"policy/ratio_q{round(100 * q):02d}"] = last.ratio_quantiles[i]
+        metrics[f"policy/approxkl_q{round(100 * q):02d}"] = last.kl_quantiles[i]
+    return metrics
+
+
+def jit_train_step(config: PPOConfig, mesh: Mesh) -> meshes.ShardedStep:
+    """`train_step` jitted for `mesh`: `step(state, rollout) -> (state, metrics)`. The state is donated."""
+    return meshes.ShardedStep(partial(train_step, config=config), mesh)
