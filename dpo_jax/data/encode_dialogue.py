@@ -143,5 +143,5 @@ class DialogueEncoder(ChatTokenizer):
 def _behind(encoding: Encoding, character: int, length: int) -> int:
     """Index of the first token that holds nothing in front of `character`."""
     token = first_token(encoding, character, length)
-    straddles = token < len(encoding.ids) and encoding.offsets[token][0] < character
-    return token + straddles
+    span = encoding.token_to_chars(token) if token < len(encoding.ids) else None
+    return token + (span is not None and span[0] < character)
