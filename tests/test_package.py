@@ -92,7 +92,13 @@ def test_readme_snippet_on_the_real_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # Import name -> distribution, where they differ.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "safetensors": "safetensors", "ml_dtypes": "ml_dtypes"}
+DISTRIBUTIONS = {
+    "orbax": "orbax-checkpoint",
+    "safetensors": "safetensors",
+    "ml_dtypes": "ml_dtypes",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "google": "protobuf",
+}
 
 
 def requirements() -> dict[str, str]:

@@ -63,6 +63,9 @@ class _Split:
     """The shards of one split, as they are written. They get their final names once their number is known."""
 
     def __init__(self, folder: Path, stem: str):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._new: Any = ArrayRecordWriter
         self._folder, self._stem = folder, stem
         self._writer: Any = None
         self._room = 0
@@ -71,11 +74,9 @@ class _Split:
         self._digest = hashlib.blake2b(digest_size=16)
 
     def add(self, record: bytes) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         try:
             if self._writer is None:
-                self._writer = ArrayRecordWriter(str(self._scratch(len(self.lengths))), _OPTIONS)
+                self._writer = self._new(str(self._scratch(len(self.lengths))), _OPTIONS)
                 self.lengths.append(0)
                 self._room = SHARD_BYTES
             self._writer.write(record)

@@ -25,7 +25,6 @@ from dpo_jax.data.store_writer import VERSION, Splits, StoreWriter, dataset_name
 from dpo_jax.errors import InputError
 from dpo_jax.run.log import say
 from dpo_jax.weights.folder import new_folder
-from dpo_jax.weights.tokenizer import load_tokenizer
 
 CHUNK = 1024
 """Rows whose prompts are hashed, and texts tokenised, in one call."""
@@ -73,8 +72,12 @@ class Lengths:
 
     def __init__(self, tokenizer: str | None):
         """`tokenizer`: the checkpoint to take it from."""
-        self._tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+        self._tokenizer = None
         self._found: dict[str, array[int]] = {}
+        if tokenizer is not None:
+            from dpo_jax.weights.tokenizer import load_tokenizer  # here, for it may import PyTorch, which takes seconds
+
+            self._tokenizer = load_tokenizer(tokenizer)
 
     def add(self, chunk: list[Parsed]) -> None:
         """The parts of some more rows."""
