@@ -83,6 +83,12 @@ COMMANDS = {
         renamed=(("target", "to"),),
         recipe=True,
     ),
+    "prepare": Command(
+        "PrepareRun",
+        "dpo_jax.run.prepare:prepare",
+        "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
+        renamed=(("source", "data"),),
+    ),
     "inspect": Command(
         "InspectRun",
         "dpo_jax.run.inspect:inspect",
