@@ -55,8 +55,11 @@ class ModelFlops:
     adapters: int = 0
 
     @classmethod
-    def of(cls, config: LlamaConfig, lora: LoraConfig | None = None) -> "ModelFlops":
-        """Count them from the sizes of the model and of its adapters."""
+    def of(cls, config: LlamaConfig, lora: LoraConfig | None = None, *, outputs: int | None = None) -> "ModelFlops":
+        """Count them from the sizes of the model and of its adapters.
+
+        `outputs`: columns of the output matrix that a token is multiplied with; default: the vocabulary.
+        """
         width, inner = config.hidden_size, config.intermediate_size
         query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shapes = {
@@ -71,7 +74,7 @@ class ModelFlops:
         targets = () if lora is None or lora.rank == 0 else lora.targets
         return cls(
             layers=config.num_layers * sum(a * b for a, b in shapes.values()),
-            head=width * config.vocab_size,
+            head=width * (config.vocab_size if outputs is None else outputs),
             # q k and weights x v: 2 C each, for every head.
             attention=4 * config.num_layers * query,
             adapters=config.num_layers * sum(lora.rank * sum(shapes[name]) for name in targets) if lora else 0,
@@ -124,7 +127,7 @@ def preference_work(batch: PreferenceBatch, first: int, last: int) -> Work:
 
 
 def sft_flops(model: ModelFlops) -> Callable[[TokenBatch], float]:
-    """Batch -> FLOPs of a step of next-token training, with the loss over the whole vocabulary."""
+    """Batch -> FLOPs of a step of next-token training."""
     return lambda batch: model.training(token_work(batch))
 
 
