@@ -220,5 +220,8 @@ def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch
         "rows": np.where(real, dataset.row_numbers[rows], -1).astype(np.int32),
         "format_masks": formats,
         "reference_logps": None if dataset.reference_logps is None else dataset.reference_logps[rows],
+        "margins": None if dataset.margins is None else dataset.margins[rows],
+        "ranks": None if dataset.ranks is None else dataset.ranks[rows],
+        "labels": None if dataset.labels is None else {name: values[rows] for name, values in dataset.labels.items()},
     }
     return PreferenceBatch(**arrays)

@@ -59,6 +59,7 @@ class PreferenceDataset:
       terminators: ids that end a response.
       source: what was read.
       reference_logps: float32 [N, K], or None.
+      margins, ranks, labels: see `PreferenceBatch`, for N rows; None where nobody asked.
     """
 
     prompts: Ragged
@@ -72,6 +73,9 @@ class PreferenceDataset:
     terminators: tuple[int, ...]
     source: str
     reference_logps: np.ndarray | None = None
+    margins: np.ndarray | None = None
+    ranks: np.ndarray | None = None
+    labels: dict[str, np.ndarray] | None = None
     problems: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -94,12 +98,18 @@ class PreferenceDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the reference log-probabilities: ids, lengths and format masks, in order."""
+        """SHA-256 of all that decides what is learnt, in order: ids, lengths, format masks, ranks, margins, labels.
+
+        (Not the reference log-probabilities, which follow from these and another model.)
+        """
         digest = hashlib.sha256()
-        for part in (self.prompts, self.responses, self.formats):
-            for array in () if part is None else (part.values, part.starts):
-                digest.update(f"{array.dtype.str}{array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).data)
+        parts = (self.prompts, self.responses, self.formats)
+        arrays = [array for part in parts if part is not None for array in (part.values, part.starts)]
+        arrays += [array for array in (self.margins, self.ranks) if array is not None]
+        arrays += [values for _, values in sorted((self.labels or {}).items())]
+        for array in arrays:
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def with_reference(self, logps: np.ndarray) -> "PreferenceDataset":

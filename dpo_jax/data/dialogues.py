@@ -125,7 +125,7 @@ def _answered(row: dict[str, Any]) -> Dialogue:
     if not answers:
         raise _no_answer(row)
     prompt, raw = parse_prompt(asked)
-    if "history" in row and (history := _history(row["history"])):
+    if "history" in row and (history := history_of(row["history"])):
         if raw is None and prompt[0].role != "system":
             raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
         head = prompt[:-1]
@@ -146,7 +146,8 @@ def _no_answer(row: dict[str, Any]) -> BadRow:
     return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
 
 
-def _history(value: object) -> tuple[Message, ...]:
+def history_of(value: object) -> tuple[Message, ...]:
+    """The messages of the column `history`, a list of [user, assistant]. Raises `BadRow`."""
     if not isinstance(value, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
         raise BadRow("'history' is no list of [user, assistant]", 'write [["question", "answer"], ...]')
     return tuple(

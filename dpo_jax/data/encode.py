@@ -1,10 +1,12 @@
-"""Preference pairs -> token ids, and which of them count (what begins and ends an answer: see `chat_tokenizer.py`).
+"""Preference pairs, and prompts with any number of answers -> token ids, and which of them count.
+
+(What begins and ends an answer: see `chat_tokenizer.py`.)
 
 * The ids of prompt + response are the ids of the whole rendered conversation. It is rendered with and without the last
   turn, and the boundary in the text is where the answer begins, after the template's header for it.
 * A token that straddles the boundary (a newline of the header merged with one of the answer) belongs to the response.
-  As both responses share one prompt, the prompt is the longest common run of tokens that lie before the boundary in
-  both; whatever header token this leaves over opens the response.
+  As the responses share one prompt, the prompt is the longest common run of tokens that lie before the boundary in
+  all; whatever header token this leaves over opens the response.
 * A response ends with exactly one terminator; there is never a BOS before it.
 """
 
@@ -21,21 +23,23 @@ from dpo_jax.data.preferences import Pair
 from dpo_jax.data.problems import BadRow
 
 _SAME = "'chosen' and 'rejected' are the same tokens"
+_TWO_SAME = "two of the replies are the same tokens"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A pair as text: the whole conversations, and where their answers begin and end.
+    """A prompt with its answers as text: the whole conversations, and where their answers begin and end.
 
     Attributes:
-      wholes: prompt, answer and terminator text, for chosen and rejected; None for an absent one.
-      boundary: character at which the answers begin, the same in both.
+      wholes: prompt, answer and terminator text, for chosen and rejected, or as many answers as there are; None for an
+        absent one.
+      boundary: character at which the answers begin, the same in all.
       ends: character at which the answer's own text ends and the template's turn end begins, for each.
     """
 
-    wholes: tuple[str | None, str | None]
+    wholes: tuple[str | None, ...]
     boundary: int
-    ends: tuple[int, int]
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,57 +59,68 @@ class ConversationEncoder(ChatTokenizer):
 
     def render(self, pair: Pair) -> Rendered:
         """The texts of a pair. Raises `BadRow` where the template cannot render it."""
+        return self.render_group(pair.messages, (pair.chosen, pair.rejected), pair.raw)
+
+    def render_group(
+        self, messages: tuple[Message, ...], texts: Sequence[str | None], raw: Sequence[str | None] | None
+    ) -> Rendered:
+        """The texts of a prompt and its answers (None for an absent one); `raw`: (prompt, answers ...) as spelled."""
         if self._template is None:
-            return self._render_raw(pair)
-        chosen, rejected = (None if a is None else self._unclosed(a) for a in (pair.chosen, pair.rejected))
-        self._refuse_control([*(m.content for m in pair.messages), *(a for a in (chosen, rejected) if a is not None)])
-        prompt = self._render(pair.messages, generation=True)
+            return self._render_raw(raw)
+        answers = [None if a is None else self._unclosed(a) for a in texts]
+        self._refuse_control([*(m.content for m in messages), *(a for a in answers if a is not None)])
+        prompt = self._render(messages, generation=True)
         wholes: list[str | None] = []
         ends, boundaries = [], []
-        for answer in (chosen, rejected):
+        for answer in answers:
             if answer is None:
                 wholes.append(None)
                 ends.append(0)
                 continue
-            whole = self._render((*pair.messages, Message("assistant", answer)))
-            start, end = self._answer_in(whole, prompt, pair.messages, answer)
+            whole = self._render((*messages, Message("assistant", answer)))
+            start, end = self._answer_in(whole, prompt, messages, answer)
             boundaries.append(start)
             ends.append(end)
             wholes.append(whole[:end] + self._closing)
-        return Rendered((wholes[0], wholes[1]), min(boundaries), (ends[0], ends[1]))
+        return Rendered(tuple(wholes), min(boundaries), tuple(ends))
 
-    def _render_raw(self, pair: Pair) -> Rendered:
-        if pair.raw is None:
+    def _render_raw(self, raw: Sequence[str | None] | None) -> Rendered:
+        if raw is None or raw[0] is None:
             detail = "it consists of several messages; name a template that joins them"
             raise BadRow("--data.template raw takes prompts as plain text", detail)
-        prompt, *answers = pair.raw
-        wholes = [None if a is None else prompt + a for a in answers]
-        return Rendered((wholes[0], wholes[1]), len(prompt), (len(wholes[0] or ""), len(wholes[1] or "")))
+        prompt, *answers = raw
+        assert prompt is not None, "it was looked at above"
+        wholes = tuple(None if a is None else prompt + a for a in answers)
+        return Rendered(wholes, len(prompt), tuple(len(whole or "") for whole in wholes))
 
-    def encode(self, rows: Sequence[Rendered]) -> list[Encoded | BadRow]:
-        """Ids of many pairs at once (in parallel), untruncated; a `BadRow` where a pair has nothing to learn from."""
+    def encode(self, rows: Sequence[Rendered], *, compared: bool = True) -> list[Encoded | BadRow]:
+        """Ids of many pairs at once (in parallel), untruncated; a `BadRow` where a pair has nothing to learn from.
+
+        With `compared` false the answers are not for comparison, and may be the same.
+        """
         texts = [whole for row in rows for whole in row.wholes if whole is not None]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         out: list[Encoded | BadRow] = []
         for row in rows:
             present = [(None if whole is None else next(encodings)) for whole in row.wholes]
             try:
-                out.append(self._split(row, present))
+                out.append(self._split(row, present, compared))
             except BadRow as problem:
                 out.append(problem)
         return out
 
-    def _split(self, row: Rendered, encodings: Sequence[Encoding | None]) -> Encoded:
+    def _split(self, row: Rendered, encodings: Sequence[Encoding | None], compared: bool) -> Encoded:
         parts = [
             None if whole is None or encoding is None else self._part(encoding, row.boundary, end, len(whole))
             for whole, encoding, end in zip(row.wholes, encodings, row.ends, strict=True)
         ]
         present = [part for part in parts if part is not None]
         length = min(part.start for part in present)
-        if len(present) == 2:
-            if present[0].ids == present[1].ids:
-                raise BadRow(_SAME, "they differ in nothing that the template keeps", "lost")
-            length = _common(present[0].ids, present[1].ids, length)
+        if compared and _repeats([part.ids for part in present]):
+            same = _SAME if len(parts) == 2 else _TWO_SAME
+            raise BadRow(same, "they differ in nothing that the template keeps", "lost")
+        for other in present[1:]:
+            length = _common(present[0].ids, other.ids, length)
         if length == 0:
             raise BadRow("empty prompt: no token stands before the answer", "give the row a prompt")
         responses, formats = [], []
@@ -142,15 +157,22 @@ def _common(a: list[int], b: list[int], limit: int) -> int:
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def truncate(encoded: Encoded, *, max_length: int, max_prompt_length: int, bos: int | None) -> Encoded:
+def _repeats(answers: Sequence[list[int]]) -> bool:
+    return len({tuple(ids) for ids in answers}) < len(answers)
+
+
+def truncate(
+    encoded: Encoded, *, max_length: int, max_prompt_length: int, bos: int | None, compared: bool = True
+) -> Encoded:
     """Keep the end of an over-long prompt (behind its BOS), then the start of each response.
 
     The prompt gets at most `max_prompt_length` tokens, prompt and response at most `max_length`. A cut response has no
-    terminator. Raises `BadRow` where chosen and rejected differ in nothing that is left.
+    terminator. Raises `BadRow` where two of the responses differ in nothing that is left, if they are `compared`.
     """
     prompt = end_of(encoded.prompt, max_prompt_length, bos)
     room = max_length - len(prompt)
     responses = tuple(r[:room] for r in encoded.responses)
-    if np.array_equal(responses[0], responses[1]):
-        raise BadRow(_SAME, f"the first {room} of them; raise --data.max_length", "lost")
+    if compared and _repeats([r.tolist() for r in responses if len(r)]):
+        same = _SAME if len(responses) == 2 else _TWO_SAME
+        raise BadRow(same, f"the first {room} of them; raise --data.max_length", "lost")
     return Encoded(prompt, responses, tuple(f[:room] for f in encoded.formats))

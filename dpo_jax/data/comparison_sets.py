@@ -1,0 +1,286 @@
+"""Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import DataConfig, RewardLossConfig
+from dpo_jax.data.batches import permutation
+from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.comparisons import (
+    EXTRAS,
+    OWN_COLUMNS,
+    Comparison,
+    is_numbered,
+    label_of,
+    margin,
+    ordered,
+    parse_comparison,
+    parse_responses,
+)
+from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, truncate
+from dpo_jax.data.preferences import COLUMNS
+from dpo_jax.data.problems import BadRow
+from dpo_jax.errors import InputError
+
+_NONE = np.zeros(0, np.int32)
+
+
+def load_comparisons(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    rules: RewardLossConfig,
+    *,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> PreferenceDataset:
+    """Read, check and tokenise a file of comparisons (layouts: see `comparisons.py`) to learn from.
+
+    Responses stand best first. K is that of the longest list; rows with fewer have absent ones, of length 0. `ranks` is
+    there where K > 2, `margins` where `rules` ask for margins, `labels` where they name auxiliary heads.
+
+    Args:
+      source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`.
+      rules: what to do with ties and long lists, where margins come from, which heads read labels.
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
+    """
+
+    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, _Learnt]:
+        found = parse_comparison(row)
+        order = ordered(found, rules)
+        assert found.places is not None, "it was ordered by them"
+        learnt = _Learnt(
+            ranks=[found.places[i] for i in order],
+            margin=0.0 if rules.margin == "none" else margin(found, len(order), rules),
+            labels={
+                head.name: [label_of(found.labels.get(head.name, [None] * len(found.places))[i], head) for i in order]
+                for head in rules.heads
+            },
+            extras={name: found.evidence.get(name) for name in EXTRAS},
+        )
+        return _render(encoder, found, order), learnt
+
+    data, rows = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=True)
+    n, k = len(data), data.responses_per_prompt
+    ranks = np.full((n, k), k, np.int32)
+    for row, learnt in zip(ranks, rows, strict=True):
+        row[: len(learnt.ranks)] = learnt.ranks
+    labels: dict[str, np.ndarray] = {}
+    for head in rules.heads:
+        shape = (n, k, len(head.classes)) if head.overlapping else (n, k)
+        labels[head.name] = np.full(shape, -1, np.int8 if head.overlapping else np.int32)
+        for row, learnt in zip(labels[head.name], rows, strict=True):
+            row[: len(learnt.ranks)] = learnt.labels[head.name]
+        if (labels[head.name] < 0).all():
+            raise InputError(f"{source}: no row has a label of the head '{head.name}' in its column 'labels'")
+    margins = None if rules.margin == "none" else np.asarray([learnt.margin for learnt in rows], np.float32)
+    extras = {name: [learnt.extras[name] for learnt in rows] for name in EXTRAS}
+    return replace(
+        data,
+        ranks=ranks if k > 2 else None,
+        margins=margins,
+        labels=labels or None,
+        extras={name: values for name, values in extras.items() if any(value is not None for value in values)},
+    )
+
+
+def load_responses(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> PreferenceDataset:
+    """Read and tokenise a file of responses to be scored, in the order in which each row holds them.
+
+    Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. Arguments as for
+    `load_comparisons`.
+    """
+
+    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, None]:
+        found = parse_responses(row)
+        return _render(encoder, found, range(len(found.responses))), None
+
+    return _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)[0]
+
+
+class _Learnt:
+    """What a row tells beside its texts, in the order of its kept responses."""
+
+    def __init__(self, ranks: list[int], margin: float, labels: dict[str, list[Any]], extras: dict[str, Any]):
+        self.ranks, self.margin, self.labels, self.extras = ranks, margin, labels, extras
+
+
+def _render(encoder: ConversationEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
+    raw = None if found.raw is None else (found.raw[0], *(found.raw[1 + i] for i in order))
+    return encoder.render_group(found.messages, [found.responses[i] for i in order], raw)
+
+
+def _load(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    parse: Any,
+    vocab_size: int,
+    on_bad_rows: OnBadRows,
+    *,
+    compared: bool,
+) -> tuple[PreferenceDataset, list[Any]]:
+    """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
+    encoder = ConversationEncoder(tokenizer, config.template)
+    rows = CheckedRows(source, config.limit)
+    groups: list[Encoded] = []
+    numbers: list[int] = []
+    told: list[Any] = []
+    for chunk in rows.chunks(lambda row: parse(row, encoder)):
+        encoded = encoder.encode([rendered for _, (rendered, _) in chunk], compared=compared)
+        for (number, (_, learnt)), group in zip(chunk, encoded, strict=True):
+            try:
+                if isinstance(group, BadRow):
+                    raise group
+                group = truncate(
+                    group,
+                    max_length=config.max_length,
+                    max_prompt_length=config.max_prompt_length,
+                    bos=encoder.bos,
+                    compared=compared,
+                )
+            except BadRow as problem:
+                rows.tally.add(number, problem)
+                continue
+            check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
+            groups.append(group)
+            numbers.append(number)
+            told.append(learnt)
+    problems = rows.close(len(groups), on_bad_rows)
+    k = max(len(group.responses) for group in groups)
+    responses = [r for group in groups for r in (*group.responses, *[_NONE] * (k - len(group.responses)))]
+    known = COLUMNS | OWN_COLUMNS
+    data = PreferenceDataset(
+        prompts=Ragged.of([group.prompt for group in groups], np.int32),
+        responses=Ragged.of(responses, np.int32),
+        formats=None,
+        row_numbers=np.asarray(numbers, np.int32),
+        extras={},
+        dropped=rows.tally.dropped,
+        rows_read=rows.rows_read,
+        unused_columns=tuple(sorted(c for c in rows.columns - known if not is_numbered(c))),
+        terminators=encoder.terminators,
+        source=source,
+        problems=problems,
+    )
+    return data, told
+
+
+# ---------------------------------------------------------------- parts of data sets, and mixtures
+
+
+def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
+    """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
+    k = data.responses_per_prompt
+    return replace(
+        data,
+        prompts=Ragged.of([data.prompts[i] for i in rows], np.int32),
+        responses=Ragged.of([data.responses[i * k + j] for i in rows for j in range(k)], np.int32),
+        row_numbers=data.row_numbers[rows],
+        extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
+        margins=None if data.margins is None else data.margins[rows],
+        ranks=None if data.ranks is None else data.ranks[rows],
+        labels=None if data.labels is None else {name: values[rows] for name, values in data.labels.items()},
+    )
+
+
+def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """(the rest, about `share` of the prompts): rows of one prompt stay together. Which prompts depends on the seed.
+
+    Raises `InputError` where one side would be empty.
+    """
+    keys = [hashlib.sha256(f"{seed} ".encode() + data.prompts[i].tobytes()).digest() for i in range(len(data))]
+    prompts = sorted(set(keys))
+    count = round(share * len(prompts))
+    if not 0 < count < len(prompts):
+        raise InputError(
+            f"{data.source}: a share of {share:g} of {len(prompts)} prompts leaves one side empty; change the share"
+        )
+    held = set(prompts[:count])
+    inside = np.asarray([key in held for key in keys])
+    return take(data, np.flatnonzero(~inside)), take(data, np.flatnonzero(inside))
+
+
+def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed: int) -> PreferenceDataset:
+    """All rows of `first` and so many of `second`, drawn without replacement, that they are `share` of the whole.
+
+    Rows that name no `source` get the name of their file; rows of `second` are numbered on from those of `first`.
+    Raises `InputError` where `second` has too few.
+    """
+    wanted = round(share / (1 - share) * len(first))
+    if not 0 < wanted <= len(second):
+        raise InputError(
+            f"{second.source}: a share of {share:g} beside the {len(first)} rows of {first.source} takes {wanted} rows,"
+            f" and it has {len(second)}; change --mix"
+        )
+    drawn = take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
+    k = max(first.responses_per_prompt, drawn.responses_per_prompt)
+    first, drawn = (_widened(_named(data), k) for data in (first, drawn))
+    drawn = replace(drawn, row_numbers=drawn.row_numbers + first.rows_read)
+    names = [name for name in EXTRAS if name in first.extras or name in drawn.extras]
+
+    def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else np.concatenate([a, b])
+
+    labels = {n: np.concatenate([v, (drawn.labels or {})[n]]) for n, v in (first.labels or {}).items()}
+    return replace(
+        first,
+        prompts=_joined(first.prompts, drawn.prompts),
+        responses=_joined(first.responses, drawn.responses),
+        row_numbers=np.concatenate([first.row_numbers, drawn.row_numbers]),
+        extras={name: [*_column(first, name), *_column(drawn, name)] for name in names},
+        dropped=first.dropped + drawn.dropped,
+        rows_read=first.rows_read + drawn.rows_read,
+        unused_columns=tuple(sorted({*first.unused_columns, *drawn.unused_columns})),
+        source=f"{first.source} + {drawn.source}",
+        margins=joined(first.margins, drawn.margins),
+        ranks=joined(first.ranks, drawn.ranks),
+        labels=labels or None,
+    )
+
+
+def _joined(a: Ragged, b: Ragged) -> Ragged:
+    return Ragged(np.concatenate([a.values, b.values]), np.concatenate([a.starts, a.starts[-1] + b.starts[1:]]))
+
+
+def _column(data: PreferenceDataset, name: str) -> list[Any]:
+    return data.extras.get(name, [None] * len(data))
+
+
+def _named(data: PreferenceDataset) -> PreferenceDataset:
+    name = Path(data.source).name.split(".")[0]
+    return replace(data, extras={**data.extras, "source": [value or name for value in _column(data, "source")]})
+
+
+def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:
+    """The same rows with K = k: absent responses at the end."""
+    own = data.responses_per_prompt
+    n, more = len(data), k - own
+    ranks = np.broadcast_to(np.arange(own, dtype=np.int32), (n, own)) if data.ranks is None else data.ranks
+    responses = [data.responses[i * own + j] if j < own else _NONE for i in range(n) for j in range(k)]
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, ((0, 0), (0, more)) + ((0, 0),) * (values.ndim - 2), constant_values=-1)
+
+    return replace(
+        data,
+        responses=Ragged.of(responses, np.int32),
+        ranks=np.pad(ranks, ((0, 0), (0, more)), constant_values=k) if k > 2 else None,
+        labels=None if data.labels is None else {name: padded(values) for name, values in data.labels.items()},
+    )
