@@ -84,7 +84,7 @@ def extend_vocab(run: ExtendVocabRun) -> Extension:
     own = own_tokenizer(place)
     base = base_pieces(place, own, run.base_tokenizer)
     resize.check_rows(open_tensors(place)[0], base, place.path)
-    texts = _Texts(run.data)
+    texts = Texts(run.data)
     if run.tokenizer is not None:
         longer = read_pieces(run.tokenizer)
         parts = {"given text": texts} if run.data else {}
@@ -99,7 +99,7 @@ def extend_vocab(run: ExtendVocabRun) -> Extension:
     return extension
 
 
-def _learn(run: ExtendVocabRun, texts: "_Texts", base: Pieces) -> Pieces:
+def _learn(run: ExtendVocabRun, texts: "Texts", base: Pieces) -> Pieces:
     assert run.pieces is not None
     if next(iter(texts), None) is None:
         raise InputError(f"--data {' '.join(run.data)}: no text is left to learn from when a tenth is kept; give more")
@@ -114,15 +114,15 @@ def _learn(run: ExtendVocabRun, texts: "_Texts", base: Pieces) -> Pieces:
 # ---------------------------------------------------------------- text
 
 
-class _Texts:
+class Texts:
     """The texts of some files, again each time they are iterated over. `part`: one side of the hash split."""
 
     def __init__(self, paths: tuple[str, ...], held_out: bool | None = None):
         self._paths = paths
         self._held_out = held_out
 
-    def part(self, *, held_out: bool) -> "_Texts":
-        return _Texts(self._paths, held_out)
+    def part(self, *, held_out: bool) -> "Texts":
+        return Texts(self._paths, held_out)
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths:
@@ -167,7 +167,7 @@ def _column(source: str) -> Iterator[str]:
 # ---------------------------------------------------------------- figures
 
 
-def _try_out(base: Pieces, longer: Pieces, tokenizer: PreTrainedTokenizerFast, parts: dict[str, _Texts]) -> Extension:
+def _try_out(base: Pieces, longer: Pieces, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Texts]) -> Extension:
     """Measure `longer` on texts and on its own pieces."""
     names = [p.piece for p in longer.proto.pieces]
     old = [names[i] for i, p in enumerate(base.proto.pieces) if p.type == NORMAL]
