@@ -55,6 +55,14 @@ COMMANDS = {
         renamed=(("source", "data"), ("eval_source", "eval_data")),
         recipe=True,
     ),
+    "sft": Command(
+        "SFTRun",
+        "dpo_jax.run.sft:train",
+        "fine-tune a model on dialogues or instructions",
+        renamed=(("source", "data"), ("eval_source", "eval_data")),
+        unused=("train.layout", "data.max_prompt_length"),
+        recipe=True,
+    ),
     "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
     "eval": Command(
         "EvalRun",
@@ -303,8 +311,12 @@ def _parse_with_tyro(word: str, args: list[str], default: Any) -> Any:
 
 
 def _as(cls: Any, options: Any) -> Any:
-    """The same options as an instance of `cls`, which has the same fields."""
-    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
+    """The same options as an instance of `cls`, which has the same fields, and so have its sections."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type) and values[field.name] is not None:
+            values[field.name] = _as(field.type, values[field.name])
+    return cls(**values)
 
 
 @cache

@@ -7,6 +7,7 @@ An option that would have no effect is an error: options that belong to one choi
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
 from dpo_jax.config.sections import (
@@ -24,7 +25,7 @@ from dpo_jax.config.sections import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.config.sft import Proposal, SFTConfig, SFTLossConfig
+from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun
 from dpo_jax.config.training import TrainingRun
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
@@ -52,6 +53,8 @@ __all__ = [
     "Loss",
     "MeshConfig",
     "OptimizerConfig",
+    "PPOConfig",
+    "PPOLossConfig",
     "PrepareRun",
     "Proposal",
     "Remat",
@@ -59,7 +62,9 @@ __all__ = [
     "RewardLossConfig",
     "RewardRun",
     "SFTConfig",
+    "SFTDataConfig",
     "SFTLossConfig",
+    "SFTRun",
     "SampleConfig",
     "ScoreRun",
     "TrainConfig",

@@ -133,7 +133,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the data. Not given (and no `steps`): 1."""
     batch_size: int = 8
-    """Pairs in one optimizer step, over all devices and micro-batches."""
+    """Rows (pairs, dialogues, or packed windows) in one optimizer step, over all devices and micro-batches."""
     accumulate: int = 1
     """Split each batch into this many micro-batches, to save memory; the result is the same."""
     seed: int = 0

@@ -1,10 +1,12 @@
 """Options of `dpo-jax sft`."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from dpo_jax.config.checks import only_with, require
-from dpo_jax.config.sections import OptimizerConfig
+from dpo_jax.config.sections import DataConfig, OptimizerConfig
+from dpo_jax.config.training import TrainingRun
 
 Proposal = Literal["uniform", "log_uniform"]
 
@@ -44,3 +46,36 @@ class SFTConfig(SFTLossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SFTDataConfig(DataConfig):
+    """From dialogues to windows of tokens."""
+
+    max_length: int = 1024
+    """Longest dialogue in tokens; the end of a longer one is cut. With packing also the size of a window."""
+    train_on: Literal["answers", "last", "all"] = "answers"
+    """What the loss counts: every answer, the last answer of a dialogue alone, or all tokens."""
+    packing: bool = False
+    """Put several dialogues into one window (none sees another): --train.batch_size then counts windows. Else each has
+    a window of its own."""
+
+    def __post_init__(self) -> None:
+        # An answer may follow a prompt of any length: there is no limit of its own, and none of a recipe's to keep.
+        object.__setattr__(self, "max_prompt_length", 0)
+        super().__post_init__()
+        one_size = type(self).buckets
+        require(not self.packing or self.buckets == one_size, "--data.buckets has no effect with --data.packing")
+
+
+@dataclass(frozen=True)
+class SFTRun(TrainingRun):
+    """Fine-tune a model on dialogues or instructions: `dpo-jax sft`.
+
+    Rows hold `messages` or `conversations`, a prompt and its answer, or preference pairs, of which the chosen answer is
+    learnt (see `dpo_jax/data/dialogues.py`).
+    """
+
+    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    sft: SFTLossConfig = field(default_factory=SFTLossConfig)

@@ -147,7 +147,8 @@ class MetricLog:
             self._drift.add(row)
         if not writes:
             return
-        if [row["step"] for row in self.rows] != list(range(1, start + 1)):
+        # Step 0: an evaluation before the first step, where there was one.
+        if [row["step"] for row in self.rows if row["step"]] != list(range(1, start + 1)):
             raise InputError(
                 f"{self.path}: does not hold steps 1 to {start}, which the checkpoint has; restore the file, or start"
                 " again with another --out"

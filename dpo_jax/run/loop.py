@@ -63,6 +63,7 @@ class Plan:
     checkpoint_every: int
     steps_per_epoch: int | None = None
     eval_every: int | None = None
+    eval_first: bool = False
     save_after_eval: bool = False
 
 
@@ -93,7 +94,7 @@ def fit(
       state: donated.
       step: a jitted step, `mesh.ShardedStep`.
       loader: a `Loader` that stands at the batch after `state.step`.
-      evaluate: figures of a state; logged as `eval_...` in the row of its step.
+      evaluate: figures of a state; logged as `eval_...` in the row of its step (before the first one: of step 0).
       meter: gives the figures of the devices' use for the row of each step.
 
     Returns:
@@ -107,6 +108,8 @@ def fit(
     stopping = False
     pending: _Pending | None = None
     with StopRequest(mesh) as stop:
+        if evaluate is not None and plan.eval_first and done == 0:
+            log.write({"step": 0, **_evaluated(0, evaluate(state))})
         mark = time.perf_counter()
         for batch in itertools.islice(iter(loader), plan.steps - done):
             on_device = put_batch(mesh, batch)

@@ -84,6 +84,9 @@ def training_section(rows: Sequence[Row]) -> Section:
     wanted = (
         ("Loss", ("loss", "eval_loss", "nll_loss")),
         ("Rewards", ("rewards/chosen", "rewards/rejected")),
+        ("Perplexity", ("eval_perplexity",)),
+        ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+        ("Entropy of the predictions", ("entropy", "eval_entropy")),
         ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
         ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
         ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
@@ -106,13 +109,17 @@ def _series(rows: Sequence[Row], name: str) -> Series:
 
 
 def final_section(rows: Sequence[Row]) -> Section:
-    """The figures of the last step, and the first for comparison."""
+    """The figures of the last step, and the first of each for comparison."""
     if not rows:
         return Section("Final figures", "No step was made.")
-    first, last = rows[0], rows[-1]
+    last = rows[-1]
     names = [name for name in last if name != "step"]
-    cells = [(name, _number(first.get(name)), _number(last[name])) for name in names]
-    return Section("Final figures", table=Table(("figure", f"step {first['step']}", f"step {last['step']}"), cells))
+    firsts = [next(row for row in rows if name in row) for name in names]
+    cells = [
+        (name, f"{_number(row[name])} (step {row['step']})", _number(last[name]))
+        for name, row in zip(names, firsts, strict=True)
+    ]
+    return Section("Final figures", table=Table(("figure", "first", f"step {last['step']}"), cells))
 
 
 def options_section(config: Mapping[str, Any]) -> Section:
@@ -131,8 +138,8 @@ def lengths_plot(title: str, lengths: Mapping[str, np.ndarray]) -> Plot:
     return Plot(title, series, x_label="tokens", bars=True)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
+def _number(value: float) -> str:
+    return f"{value:.6g}"
 
 
 def _section(section: Section) -> str:

@@ -155,6 +155,7 @@ class Training(Generic[Config]):
         *,
         identity: Mapping[str, str],
         evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+        evaluate_first: bool = False,
         flops_of: Callable[[Any], float] | None = None,
     ) -> TrainState | None:
         """Go on from the newest checkpoint, or begin, and train to the end.
@@ -165,6 +166,7 @@ class Training(Generic[Config]):
           loader: of the whole run, at its beginning.
           identity: what a checkpoint must have been made from for it to be gone on with: name -> fingerprint.
           evaluate: figures of a state on held-out data.
+          evaluate_first: also before the first step.
           flops_of: model FLOPs of the step on a batch (`run/flops.py`).
 
         Returns:
@@ -194,6 +196,7 @@ class Training(Generic[Config]):
             steps_per_epoch=loader.steps_per_epoch,
             checkpoint_every=config.checkpoint.every,
             eval_every=config.train.eval_every,
+            eval_first=evaluate_first,
             save_after_eval=config.checkpoint.best is not None,
         )
         meter = None
