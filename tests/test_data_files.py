@@ -83,7 +83,7 @@ def test_files_that_hold_nothing_or_are_something_else(tmp_path: Path) -> None:
     refused(write(tmp_path / "blank.jsonl", b"\n \n"), "holds no rows")
     refused(write(tmp_path / "list.json", b"[]"), "holds no rows")
     refused(str(tmp_path), "is a folder")
-    refused("tfds:hh", "TFDS", "JSONL")
+    refused("tfds:hh", "hh", "dpo-jax prepare")
     refused(write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd...."), "zstd")
     refused(write(tmp_path / "a.parquet", b"PAR1" + bytes(30)), "Parquet")
     if os.geteuid() != 0:

@@ -1,0 +1,309 @@
+"""`dpo-jax prepare`: what it writes, what it counts, what it refuses, and that nothing half-done is left."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from test_data_store import Bucket, bucket  # noqa: F401 - a fixture
+
+from dpo_jax import cli
+from dpo_jax.config import PrepareRun
+from dpo_jax.data import duplicates, store_writer
+from dpo_jax.data.files import read_rows
+from dpo_jax.errors import InputError
+from dpo_jax.run import prepare as command
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {"prompt": f"{tiny.sentence(rng, 12)} {i}", "chosen": tiny.sentence(rng, 5), "rejected": f"no {i}", "id": i}
+        for i in range(count)
+    ]
+
+
+def prepare(source: str, to: Path | str, **options: Any) -> dict[str, Any]:
+    """Run the command; returns its report."""
+    command.prepare(PrepareRun(source=source, to=str(to), **options))
+    return {} if "://" in str(to) else json.loads((Path(to) / "1.0.0" / "report.json").read_text())
+
+
+def prompts(source: str) -> set[str]:
+    return {row["prompt"][0]["content"] for _, row in read_rows(source)}
+
+
+def test_rows_are_split_written_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pairs(300)
+    rows += [rows[0] | {"prompt": rows[0]["prompt"].upper() + "  "}]
+    to = tmp_path / "My prefs"
+    report = prepare(jsonl(tmp_path / "a.jsonl", rows), to, splits="train=0.8,dev=0.1,test=.1")
+    assert (report["kind"], report["rows_read"], report["rows_written"]) == ("preferences", 301, 301)
+    assert report["columns_not_kept"] == ["id"]
+    assert sum(split["rows"] for split in report["splits"].values()) == 301
+    assert sum(split["repeated_prompts"] for split in report["splits"].values()) == 1
+    assert [pair["splits"] for pair in report["between_splits"]] == [
+        ["train", "dev"],
+        ["train", "test"],
+        ["dev", "test"],
+    ]
+    assert all(pair["shared_prompts"] == 0 for pair in report["between_splits"])
+    lengths = [len(row["prompt"]) for row in rows]
+    found = report["lengths"]["prompt, characters"]
+    assert (found["min"], found["max"], found["mean"]) == (min(lengths), max(lengths), round(np.mean(lengths), 1))
+    assert found["p50"] == np.median(lengths)
+    assert report["rows_per_second"] > 0
+    assert (to / "1.0.0" / "report.md").read_text().count("| train |") == 1
+    assert not (to / "1.0.0" / "signatures").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["My prefs", "a.jsonl"]
+    shown = capsys.readouterr()
+    assert "train" in shown.out
+    assert "rows/s" in shown.err
+    # In the order of the file, each row once.
+    back = [(name, row) for name in report["splits"] for _, row in read_rows(f"tfds:{to}:{name}")]
+    assert sorted(row["rejected"] for _, row in back) == sorted(row["rejected"] for row in rows)
+    order = [int(row["rejected"].split()[1]) for name, row in back if name == "train"]
+    assert [i for i in order if i] == sorted(i for i in order if i)
+
+
+def test_added_rows_move_no_row(tmp_path: Path) -> None:
+    rows = pairs(200)
+    more = pairs(100, seed=1) + rows[::-1] + pairs(50, seed=2)
+    for name, some in (("few", rows), ("many", more)):
+        prepare(jsonl(tmp_path / f"{name}.jsonl", some), tmp_path / name, splits="train=0.7,test=0.3")
+    for split in ("train", "test"):
+        assert prompts(f"tfds:{tmp_path / 'few'}:{split}") <= prompts(f"tfds:{tmp_path / 'many'}:{split}")
+
+
+def test_the_same_input_gives_the_same_data(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", pairs(50))
+    for parent in ("one", "two"):
+        prepare(source, tmp_path / parent / "set", splits="train=0.8,test=0.2")
+    for path in (tmp_path / "one" / "set" / "1.0.0").iterdir():
+        if "report" not in path.name:
+            assert path.read_bytes() == (tmp_path / "two" / "set" / "1.0.0" / path.name).read_bytes(), path.name
+
+
+def test_kinds(tmp_path: Path) -> None:
+    dialogue = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for rows, kind in (
+        ([{"instruction": "a", "output": "b"}], "dialogues"),
+        ([dialogue], "dialogues"),
+        ([{"prompt": "a", "completion": "b"}], "dialogues"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "preferences"),
+        ([{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}], "preferences"),
+        ([{"text": "a", "title": "b"}], "text"),
+    ):
+        folder = tmp_path / f"{kind}{rows[0].keys()}"
+        assert prepare(jsonl(tmp_path / "a.jsonl", rows), folder)["kind"] == kind
+    source = jsonl(tmp_path / "b.jsonl", pairs(3))
+    assert prepare(source, tmp_path / "as_dialogues", kind="dialogues")["kind"] == "dialogues"
+    row = next(read_rows(f"tfds:{tmp_path / 'as_dialogues'}"))[1]
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    with pytest.raises(InputError, match="3 of 3 rows"):
+        prepare(source, tmp_path / "as_text", kind="text")
+    with pytest.raises(InputError, match="unknown column names"):
+        prepare(jsonl(tmp_path / "c.jsonl", [{"x": 1}]), tmp_path / "none")
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n\n\n四\n")
+    report = prepare(str(tmp_path / "a.txt"), tmp_path / "texts", separator="blank_line")
+    assert report["kind"] == "text"
+    assert [row["text"].strip() for _, row in read_rows(f"tfds:{tmp_path / 'texts'}")] == ["one", "two\nthree", "四"]
+    with pytest.raises(InputError, match="--separator has no effect"):
+        prepare(jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path / "b", separator="blank_line")
+
+
+def test_token_lengths(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "model")
+    rows = pairs(20)
+    report = prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "b", tokenizer=str(tmp_path / "model"))
+    lengths = [len(tiny.tokenizer()(row["chosen"])["input_ids"]) for row in rows]
+    assert report["lengths"]["chosen, tokens"]["max"] == max(lengths)
+
+
+def test_bad_rows(tmp_path: Path) -> None:
+    rows = [*pairs(3), '{"prompt": ', {"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError, match=r"3 of 6 rows cannot be used: .*row 4"):
+        prepare(source, tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    report = prepare(source, tmp_path / "b", on_bad_rows="skip")
+    assert (report["rows_read"], report["rows_written"], sum(report["dropped"].values())) == (6, 3, 3)
+    assert report["dropped"]["malformed JSON"] == 1
+    assert prepare(source, tmp_path / "c", limit=2)["rows_written"] == 2
+
+
+def test_targets_that_are_taken(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", pairs(3))
+    prepare(source, tmp_path / "b")
+    with pytest.raises(InputError, match="not empty"):
+        prepare(source, tmp_path / "b")
+    with pytest.raises(InputError, match="is a file"):
+        prepare(source, source)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    source = jsonl(tmp_path / "a.jsonl", pairs(3000))
+    add, seen = store_writer.StoreWriter.add, []
+
+    def interrupted(self: Any, record: bytes, split: int) -> None:
+        add(self, record, split)
+        seen.append(record)
+        if len(seen) == 2000:
+            # Were the process killed here, this is all there would be: a hidden folder without dataset_info.json.
+            assert not (tmp_path / "b").exists()
+            assert not list(tmp_path.rglob("dataset_info.json"))
+            raise error
+
+    monkeypatch.setattr(store_writer.StoreWriter, "add", interrupted)
+    with pytest.raises(error):
+        prepare(source, tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_writer, "SHARD_BYTES", 2000)
+    rows = pairs(100)
+    report = prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "b")
+    shards = sorted(path.name for path in (tmp_path / "b" / "1.0.0").glob("b-train.array_record-*"))
+    assert len(shards) == report["splits"]["train"]["shards"] > 3
+    assert shards[0] == f"b-train.array_record-00000-of-{len(shards):05d}"
+    assert [row["rejected"] for _, row in read_rows(f"tfds:{tmp_path / 'b'}")] == [row["rejected"] for row in rows]
+
+
+def test_into_a_bucket(tmp_path: Path, bucket: Bucket) -> None:  # noqa: F811
+    source = jsonl(tmp_path / "a.jsonl", pairs(5))
+    prepare(source, "gs://bucket/prefs")
+    assert len(list(read_rows("tfds:gs://bucket/prefs"))) == 5
+    with pytest.raises(InputError, match="exists already"):
+        prepare(source, "gs://bucket/prefs")
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ("train", "NAME=SHARE"),
+        ("train=0.5,train=0.5", "twice"),
+        ("train=0.5,test=0.4", "add up to 0.9"),
+        ("train=1,test=0", "positive"),
+        ("../x=1", "NAME=SHARE"),
+    ],
+)
+def test_splits_that_do_not_parse(capsys: pytest.CaptureFixture[str], splits: str, words: str) -> None:
+    assert cli.main(["prepare", "--data", "a", "--to", "b", "--splits", splits]) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- near duplicates
+
+
+def similarity(a: str, b: str) -> float:
+    one, other = ({text[i : i + 5] for i in range(len(text) - 4)} for text in (a, b))
+    return len(one & other) / len(one | other)
+
+
+def test_signatures_estimate_similarity() -> None:
+    rng = random.Random(0)
+    differences = []
+    for _ in range(300):
+        a = [rng.choice("abcdefgh一二三四") * rng.randint(1, 3) + str(rng.randint(0, 999)) for _ in range(40)]
+        b = [word if rng.random() < 0.95 else "changed" for word in a]
+        first, second = duplicates.signatures([" ".join(a), " ".join(b)])
+        differences.append(float((first == second).mean()) - similarity(" ".join(a), " ".join(b)))
+    assert abs(np.mean(differences)) < 0.01
+    assert np.std(differences) < 0.07
+    same = duplicates.signatures(["", "a", "", "a", "a whole sentence", "a whole sentence"])
+    assert (same[0] == same[2]).all()
+    assert (same[1] == same[3]).all()
+    assert (same[4] == same[5]).all()
+    assert (same[0] != same[4]).mean() > 0.9
+
+
+def test_near_duplicates_are_found(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [
+        {"prompt": " ".join(f"w{rng.randint(0, 999)}" for _ in range(30)), "chosen": "a", "rejected": "b"}
+        for _ in range(600)
+    ]
+    rows += [row | {"prompt": row["prompt"] + " again"} for row in rows[:200]]
+    report = prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "b", splits="train=0.6,test=0.4")
+    train = prompts(f"tfds:{tmp_path / 'b'}:train")
+    sides = [(row["prompt"] in train, row["prompt"] + " again" in train) for row in rows[:200]]
+    assert report["splits"]["train"]["near_duplicate_prompts"] == 2 * sides.count((True, True)) > 0
+    assert report["splits"]["test"]["near_duplicate_prompts"] == 2 * sides.count((False, False)) > 0
+    (between,) = report["between_splits"]
+    apart = sides.count((True, False)) + sides.count((False, True))
+    assert between["near_duplicates_of_test_in_train"] == between["near_duplicates_of_train_in_test"] == apart > 0
+    for example in between["examples"]:
+        a, b = (rows[number - 1]["prompt"] for number in example["rows"])
+        assert a in train
+        assert b not in train
+        assert abs(similarity(a, b) - example["similarity"]) < 0.25
+        assert similarity(a, b) > 0.75
+
+
+def test_many_equal_bands_take_no_long(tmp_path: Path) -> None:
+    """Nearly equal prompts without end, which all share bands: still linear."""
+    index = duplicates.PromptIndex(tmp_path / "s")
+    texts = [
+        f"the very same long question asked again and again by everyone who comes by, number {i}" for i in range(5000)
+    ]
+    index.add(texts, list(range(5000)), [i % 2 for i in range(5000)], list(range(1, 5001)))
+    counts = index.count(2)
+    assert counts.distinct == [2500, 2500]
+    assert counts.near[0, 1].count > 2000
+    assert len(counts.near[0, 1].examples) == 5
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """200,000 rows in a process of their own; benchmarks/prepare_rows.py does the same with a million."""
+    import prepare_rows
+
+    source = tmp_path / "rows.jsonl"
+    size = prepare_rows.write_rows(source, 200_000)
+    found = prepare_rows.measure(source, tmp_path / "store", ["--splits", "train=0.98,test=0.02"])
+    assert found["rows"] == 200_000
+    assert found["peak_megabytes"] < 600
+    assert size > 180e6
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    import prepare_rows
+
+    source = tmp_path / "rows.jsonl"
+    prepare_rows.write_rows(source, 60_000)
+    words = [sys.executable, "-m", "dpo_jax", "prepare", "--data", str(source), "--to", str(tmp_path / "store")]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    scratch = tmp_path / ".store.partial" / "1.0.0"
+    while process.poll() is None and not list(scratch.glob("*array_record*")):
+        pass
+    process.kill()
+    assert process.wait() != 0
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(InputError, match="no folder"):
+        list(read_rows(f"tfds:{tmp_path / 'store'}"))
+    with pytest.raises(InputError, match="no whole"):
+        list(read_rows(f"tfds:{tmp_path / '.store.partial'}"))
+    subprocess.run(words, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # and once more, to the end
+    assert not (tmp_path / ".store.partial").exists()
+    assert len(list(read_rows(f"tfds:{tmp_path / 'store'}"))) == 60_000
