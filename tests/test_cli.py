@@ -82,7 +82,7 @@ def test_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert error(capsys, "demos").startswith("unknown command demos; did you mean demo?")
     # Algorithms that are not there are unknown, not stubs.
-    assert error(capsys, "sft").startswith("unknown command sft; commands are demo, dpo")
+    assert error(capsys, "dispo").startswith("unknown command dispo; did you mean dpo?; commands are demo, dpo, sft")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path: Path) -> None:
-    run = cli.parse("dpo", [str(path), *GIVEN, "--dpo.beta", "0.7"])
-    assert isinstance(run, DPORun)
-    assert (run.model, run.source, run.dpo.beta) == ("m", "d.jsonl", 0.7)
     text = path.read_text()
-    assert "dpo-jax dpo configs/" + path.name in text
+    (word,) = [word for word in cli.COMMANDS if f"dpo-jax {word} configs/{path.name}" in text]
+    run = cli.parse(word, [str(path), *GIVEN, "--optimizer.learning_rate", "0.7"])
+    assert type(run).__name__ == cli.COMMANDS[word].options
+    assert (run.model, run.source, run.optimizer.learning_rate) == ("m", "d.jsonl", 0.7)
     assert any(year in text for year in ("2022", "2023", "2024")), "a recipe says where its numbers come from"
 
 
