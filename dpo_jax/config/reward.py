@@ -150,6 +150,11 @@ class RewardRun(TrainingRun):
             self.holdout is None or self.eval_source is None, "give --holdout or --eval_data, not both: one is enough"
         )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has held-out data."""
+        return self.eval_source is not None or self.holdout is not None
+
 
 @dataclass(frozen=True)
 class ScoreRun:

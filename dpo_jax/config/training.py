@@ -37,3 +37,8 @@ class TrainingRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has held-out data."""
+        return self.eval_source is not None

@@ -31,6 +31,17 @@ class IndexedBatches:
     batch_size: int
     many: list[RowBatch]
 
+    def of(self, rows: np.ndarray) -> "IndexedBatches":
+        """Batches of some rows of the data set (positions), in the shapes of this plan."""
+        many = [
+            RowBatch(bucket, part)
+            for bucket in range(len(self.plan.shapes))
+            for members in [rows[self.plan.rows[rows] == bucket]]
+            for part in np.split(members, range(self.batch_size, len(members), self.batch_size))
+            if len(part)
+        ]
+        return IndexedBatches(self.dataset, self.plan, self.batch_size, many)
+
     @property
     def rows(self) -> np.ndarray:
         """int [M]: positions in the data set of all rows that occur."""

@@ -19,11 +19,12 @@ from dpo_jax.data.problems import BadRow
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.run import judgement, score
+from dpo_jax.run import judgement
 from dpo_jax.run import text as texts
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.run.setting import Setting, check_output, load_data
 from dpo_jax.types import PreferenceBatch
 
 BETA = 0.1
@@ -39,11 +40,11 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     not greedy); under `tables` the groups, and under `samples` the `TextHealth` of the answers and the share of
     them that end by themselves.
     """
-    setting = score.Setting.of(
+    setting = Setting.of(
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )
-    out = None if run.out is None else score.check_output(run.out)
-    tokenizer, dataset = score.load_data(run.model, run.source, run.data, run.on_bad_rows)
+    out = None if run.out is None else check_output(run.out)
+    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows)
     beta = BETA if run.beta is None else run.beta
 
     model, variables = setting.load(run.model, tokenizer)
@@ -86,7 +87,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
 def _answer(
     run: EvalRun,
-    setting: score.Setting,
+    setting: Setting,
     model: Llama,
     variables: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -122,9 +123,7 @@ def _answer(
     return list(zip(prompts, answers, strict=True))
 
 
-def _answer_logps(
-    setting: score.Setting, model: Llama, variables: Any, answers: Answers, temperature: float
-) -> np.ndarray:
+def _answer_logps(setting: Setting, model: Llama, variables: Any, answers: Answers, temperature: float) -> np.ndarray:
     """float64 [N, R] log-probability of each token of the answers; R is the longest one's length."""
     longest_prompt = max(len(prompt) for prompt, _ in answers)
     longest = max(len(answer.ids) for _, answer in answers)

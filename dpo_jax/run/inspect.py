@@ -11,7 +11,7 @@ from dpo_jax.data.inspect import Piece, pieces, sequence_pieces
 from dpo_jax.data.sequences import load_dialogues
 from dpo_jax.errors import InputError
 from dpo_jax.run.log import say
-from dpo_jax.run.score import load_data, load_vocabulary
+from dpo_jax.run.setting import load_data, load_vocabulary
 from dpo_jax.run.training import check_context
 from dpo_jax.types import CHOSEN, REJECTED
 

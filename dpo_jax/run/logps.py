@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from dpo_jax.config import LogpsRun
-from dpo_jax.run import score
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.log import say
+from dpo_jax.run.setting import Setting, check_output, load_data
 from dpo_jax.types import CHOSEN, REJECTED
 
 
@@ -16,11 +16,11 @@ def logps(run: LogpsRun) -> Path:
 
     Rows that cannot be used are left out, and said, as in training. Returns the path. Raises `InputError`.
     """
-    setting = score.Setting.of(
+    setting = Setting.of(
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )
-    out = score.check_output(run.out)
-    tokenizer, dataset = score.load_data(run.model, run.source, run.data, run.on_bad_rows)
+    out = check_output(run.out)
+    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows)
     model, variables = setting.load(run.model, tokenizer)
     sums = setting.logps(model, variables, dataset, "log-probabilities")
     lines = [

@@ -281,9 +281,9 @@ def check_context(source: str, row_numbers: np.ndarray, lengths: np.ndarray, arc
 def _check_options(config: TrainingRun) -> None:
     """Refuse options that contradict each other across sections."""
     best = config.checkpoint.best
-    if config.train.eval_every is not None and config.eval_source is None:
+    if config.train.eval_every is not None and not config.evaluates:
         raise InputError("--train.eval_every has no effect without --eval_data")
-    if best is not None and (config.eval_source is None or not best.startswith("eval_")):
+    if best is not None and (not config.evaluates or not best.startswith("eval_")):
         raise InputError(f"--checkpoint.best {best}: give --eval_data and a metric of it, such as eval_loss")
 
 
