@@ -571,3 +571,15 @@ def test_fewer_pieces_than_asked_are_told(model: Path, tmp_path: Path, capsys: p
     assert 4 < found < 20
     assert f"the text gives {found} new pieces, not 50" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == OLD + found
+
+
+def test_a_recipe_leaves_the_paths_to_the_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from dpo_jax.config import ON_COMMAND_LINE, ExtendVocabRun\n"
+        "config = ExtendVocabRun(model=ON_COMMAND_LINE, target=ON_COMMAND_LINE, data=(ON_COMMAND_LINE,), pieces=9)\n"
+    )
+    words = [str(recipe), "--model", "m", "--to", "t"]
+    assert cli.parse("extend-vocab", [*words, "--data", "a", "b"]) == ExtendVocabRun("m", "t", ("a", "b"), 9)
+    with pytest.raises(InputError, match="missing --data"):
+        cli.parse("extend-vocab", words)
