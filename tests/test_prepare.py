@@ -105,7 +105,7 @@ def test_kinds(tmp_path: Path) -> None:
         ([{"prompt": "a", "completion": "b"}], "dialogues"),
         ([{"prompt": "a", "completion": "b", "label": True}], "preferences"),
         ([{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}], "preferences"),
-        ([{"text": "a", "title": "b"}], "text"),
+        ([{"text": "a", "title": "b", "label": 1}], "text"),
     ):
         folder = tmp_path / f"{kind}{rows[0].keys()}"
         assert prepare(jsonl(tmp_path / "a.jsonl", rows), folder)["kind"] == kind
@@ -307,3 +307,17 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # and once more, to the end
     assert not (tmp_path / ".store.partial").exists()
     assert len(list(read_rows(f"tfds:{tmp_path / 'store'}"))) == 60_000
+
+
+@pytest.mark.slow
+def test_full_disk(tmp_path: Path) -> None:
+    from test_cli_errors import limited
+
+    source = jsonl(tmp_path / "a.jsonl", [{"text": random.Random(i).randbytes(400).hex()} for i in range(3000)])
+    done = limited(["prepare", "--data", source, "--to", str(tmp_path / "b")], 400_000)
+    assert done.returncode == cli.BAD_INPUT, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("dpo-jax: error: ")]
+    assert len(errors) == 1
+    assert "cannot be written" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]

@@ -231,7 +231,7 @@ def _decoder(features: Any, info: Any, source: str) -> Decoder:
             )
     try:
         decoder = Decoder(features)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{source}: features.json is not as TFDS writes it ({_line(error)}); {_AGAIN}") from error
     if not decoder.columns:
         raise InputError(f"{source}: no column holds text or numbers")

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import dialogues
 from dpo_jax.data.messages import Message, columns_of, text_of
-from dpo_jax.data.preferences import COLUMNS, Pair, parse_pair
+from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair, parse_pair
 from dpo_jax.data.problems import BadRow
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def kind_of(row: Row) -> Kind:
     there = {name for name, value in row.items() if value is not None}
     if there & {"chosen", "rejected"} or {"completion", "label"} <= there:
         return "preferences"
-    if "text" in there and not there & dialogues.COLUMNS:
+    if "text" in there and not there & {*dialogues.DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *dialogues.ANSWER_COLUMNS}:
         return "text"
     return "dialogues"
 

@@ -113,7 +113,8 @@ class _Split:
 
 
 def _cannot_write(folder: Path, error: RuntimeError) -> InputError:
-    return InputError(f"{folder}: cannot be written ({error}); free some space or choose another folder")
+    reason = str(error).partition(";")[0]
+    return InputError(f"{folder}: cannot be written ({reason}); free some space or choose another folder")
 
 
 class StoreWriter:

@@ -23,6 +23,7 @@ from dpo_jax.data.staging import is_remote, upload
 from dpo_jax.data.store_schema import Kind, Parsed
 from dpo_jax.data.store_writer import VERSION, Splits, StoreWriter, dataset_name, normalised, prompt_hash, write_report
 from dpo_jax.errors import InputError
+from dpo_jax.run.folder import cannot_write
 from dpo_jax.run.log import say
 from dpo_jax.weights.folder import new_folder
 
@@ -63,8 +64,11 @@ def _target(to: str) -> Iterator[Path]:
         with new_folder(Path(to).expanduser(), replace=False) as folder:
             yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="dpo-jax-") as scratch, upload(Path(scratch), to):
-        yield Path(scratch)
+    try:
+        with tempfile.TemporaryDirectory(prefix="dpo-jax-") as scratch, upload(Path(scratch), to):
+            yield Path(scratch)
+    except OSError as error:
+        raise cannot_write(tempfile.gettempdir(), error) from error
 
 
 class Lengths:
@@ -180,9 +184,7 @@ class _Pass:
         try:
             self.index.add(said, hashes, splits, [number for number, _ in chunk])
         except OSError as error:
-            raise InputError(
-                f"{self.run.to}: cannot be written ({error.strerror or error}); free some space"
-            ) from error
+            raise cannot_write(self.run.to, error) from error
         self.lengths.add([row for _, row in chunk])
         self.written += len(chunk)
         if time.monotonic() - self._said >= SECONDS:
