@@ -12,7 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny
 from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.numpy import load_file
 
+from dpo_jax import cli
 from dpo_jax.config import DataConfig
 from dpo_jax.data import store_schema, store_writer
 from dpo_jax.data.dataset import load_preferences
@@ -21,9 +23,11 @@ from dpo_jax.data.documents import load_documents
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.preferences import parse_pair
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.sequences import load_dialogues
 from dpo_jax.data.store import open_store
 from dpo_jax.data.store_writer import Splits, StoreWriter
 from dpo_jax.errors import InputError
+from dpo_jax.run.log import CLOCK_KEYS, read_metrics
 
 USER, ANSWER = {"role": "user", "content": "Grüße,\0 世界?"}, {"role": "assistant", "content": " Hallo\n"}
 MARKED = {"role": "user", "content": "Say.\n\nAssistant:"}
@@ -147,6 +151,45 @@ def test_training_sees_the_same_documents(shared_data: Path, tmp_path: Path) -> 
     source = write(tmp_path / "texts", "text", [row for _, row in read_rows(file)])
     many = [load_documents(place, tiny.tokenizer(), vocab_size=320) for place in (file, f"{source}:train")]
     assert many[0].fingerprint == many[1].fingerprint
+
+
+def test_training_sees_the_same_dialogues(shared_data: Path, tmp_path: Path) -> None:
+    for name, template in (("oasst_zh/sft.jsonl", None), ("hh_harmless/train.jsonl.gz", "raw")):
+        rows = [row for _, row in list(read_rows(str(shared_data / name)))[:200] if _is_dialogue(row)]
+        file = tmp_path / f"{template}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = write(tmp_path / f"set_{template}", "dialogues", rows)
+        config = DataConfig(max_length=256, template=template)
+        many = [load_dialogues(place, tiny.tokenizer(), config, vocab_size=320) for place in (str(file), source)]
+        assert many[0].fingerprint == many[1].fingerprint
+
+
+def _is_dialogue(row: dict[str, Any]) -> bool:
+    try:
+        parse_dialogue(row)
+    except BadRow:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_training_from_a_store_gives_the_same_figures(tmp_path: Path) -> None:
+    """The same run from the file and from the store: every figure of every step, every weight, to the bit."""
+    tiny.folder(tmp_path / "model", hidden=16, heads=4, kv_heads=2)
+    file = tiny.preferences(tmp_path / "pairs.jsonl", rows=20)
+    assert cli.main(["prepare", "--data", str(file), "--to", str(tmp_path / "set")]) == cli.OK
+    for name, source in (("file", str(file)), ("store", f"tfds:{tmp_path / 'set'}")):
+        words = ["--data", source, "--eval_data", source, "--out", str(tmp_path / name), "--train.steps", "4"]
+        sizes = ["--train.batch_size", "8", "--data.buckets", "1", "--data.max_length", "128"]
+        assert cli.main(["dpo", "--model", str(tmp_path / "model"), *words, *sizes]) == cli.OK
+    figures = [
+        [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in read_metrics(path)]
+        for path in (tmp_path / "file" / "metrics.jsonl", tmp_path / "store" / "metrics.jsonl")
+    ]
+    assert len(figures[0]) >= 4
+    assert figures[0] == figures[1]
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("file", "store")]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
 # ---------------------------------------------------------------- TFDS
