@@ -90,7 +90,7 @@ class Store:
 
     def _fetch(self, indices: Any) -> list[bytes]:
         try:
-            return self._records.data_source.__getitems__(list(indices))
+            return self._records.__getitems__(list(indices))
         except (RuntimeError, ValueError, IndexError) as error:
             first, last = indices[0] + 1, indices[-1] + 1
             rows = f"row {first}" if first == last else f"rows {first} to {last}"
@@ -138,9 +138,9 @@ def _open(source: str, place: str, asked: str | None) -> Store:
     described = {name: _read_json(folder / name, source) for name in (_INFO, _FEATURES)}
     decoder = _decoder(described[_FEATURES], described[_INFO], source)
     ours = _ours(folder, source)
-    info = _info(folder, source)
-    split = _split(asked, list(info.splits), source)
-    records = _records(info, folder, split, source)
+    builder = _builder(folder, source)
+    split = _split(asked, list(builder.info.splits), source)
+    records = _records(builder, folder, split, source)
     identity = json.dumps([described, ours, split], sort_keys=True)
     return Store(
         source=source,
@@ -262,13 +262,14 @@ def _ours(folder: Any, source: str) -> dict[str, Any] | None:
     return ours
 
 
-def _info(folder: Any, source: str) -> Any:
+def _builder(folder: Any, source: str) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        info = tfds.builder_from_directory(folder).info
+        builder = tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS checks little: what is wrong in the JSON comes out in many ways
         raise InputError(f"{source}: {folder} is not a readable TFDS data set ({_line(error)}); {_AGAIN}") from error
+    info = builder.info
     version = str(info.version)
     if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and folder.name != version:
         raise InputError(f"{source}: dataset_info.json is of version {version}, its folder of {folder.name}; {_AGAIN}")
@@ -278,17 +279,18 @@ def _info(folder: Any, source: str) -> Any:
             f"{source}: the data set is stored as {written}, which has no random access without TensorFlow; write it "
             "again with TFDS and file_format=array_record"
         )
-    return info
+    return builder
 
 
 # ---------------------------------------------------------------- records and rows
 
 
-def _records(info: Any, folder: Any, split: str, source: str) -> Any:
-    """The data source of TFDS for `split`, after a look at every shard that it needs."""
+def _records(builder: Any, folder: Any, split: str, source: str) -> Any:
+    """The data source of TFDS for the records of `split`, as bytes, after a look at every shard that it needs."""
+    import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
-    from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 
+    info = builder.info
     try:
         needed = {file.filename: file.examples_in_shard for file in info.splits[split].file_instructions}
     except Exception as error:  # of a slice that TFDS does not understand, or shards without a name
@@ -311,4 +313,4 @@ def _records(info: Any, folder: Any, split: str, source: str) -> Any:
             raise InputError(f"{source}: {path} holds {found} whole rows and should hold {rows}; {_AGAIN}")
     if copies != paths:
         info.update_data_dir(str(copies[0].parent))
-    return ArrayRecordDataSource(info, split=split)  # type: ignore[arg-type]
+    return builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
