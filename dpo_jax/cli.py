@@ -34,6 +34,7 @@ class Command:
       help:      one line for `dpo-jax --help`.
       renamed:   field -> its name on the command line, where the two differ.
       unused:    options of shared sections that this command has no use for: refused, and left out of its help.
+      lists:     options after which several words may stand; they are joined by commas.
       recipe:    whether a CONFIG.py may stand before the options.
     """
 
@@ -42,6 +43,7 @@ class Command:
     help: str
     renamed: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
     recipe: bool = False
 
 
@@ -61,6 +63,14 @@ COMMANDS = {
         "fine-tune a model on dialogues or instructions",
         renamed=(("source", "data"), ("eval_source", "eval_data")),
         unused=("train.layout", "data.max_prompt_length"),
+        lists=("data", "eval_data"),
+        recipe=True,
+    ),
+    "reward": Command(
+        "RewardRun",
+        "dpo_jax.run.reward:train",
+        "train a reward model on comparisons",
+        renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
         recipe=True,
     ),
     "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
@@ -75,6 +85,13 @@ COMMANDS = {
         "LogpsRun",
         "dpo_jax.run.logps:logps",
         "log-probabilities of chosen and rejected, one JSON object a row",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "score": Command(
+        "ScoreRun",
+        "dpo_jax.run.score:score",
+        "the reward of every response, one JSON object a row",
         renamed=(("source", "data"),),
         unused=_NO_LOADER,
     ),
@@ -169,6 +186,7 @@ def parse(word: str, args: Sequence[str]) -> Any:
     """The options of command `word`: an instance of its dataclass. Raises `InputError` for what does not parse."""
     command, args = COMMANDS[word], list(args)
     default, args = _split_recipe(word, args)
+    args = _joined(args, command.lists)
     names = option_names(word)
     given = {_check_name(word, token, names) for token in args if _is_option(token)}
     if default is None:
@@ -184,6 +202,23 @@ def parse(word: str, args: Sequence[str]) -> Any:
                 f"missing --{dict(command.renamed).get(field.name, field.name)}: the CONFIG.py leaves it open"
             )
     return options
+
+
+def _joined(args: list[str], lists: Sequence[str]) -> list[str]:
+    """`--data a b` as `--data a,b`, for the options named in `lists`."""
+    joined: list[str] = []
+    within = 0  # words after the name of such an option
+    for token in args:
+        if _is_option(token):
+            name, given, _ = token.partition("=")
+            within = (2 if given else 1) if name.lstrip("-").replace("-", "_") in lists else 0
+        elif within:
+            within += 1
+        if within > 2:
+            joined[-1] += f",{token}"
+        else:
+            joined.append(token)
+    return joined
 
 
 def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:

@@ -120,9 +120,13 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 def test_recipes(path: Path) -> None:
     text = path.read_text()
     (word,) = [word for word in cli.COMMANDS if f"dpo-jax {word} configs/{path.name}" in text]
-    run = cli.parse(word, [str(path), *GIVEN, "--optimizer.learning_rate", "0.7"])
-    assert type(run).__name__ == cli.COMMANDS[word].options
-    assert (run.model, run.source, run.optimizer.learning_rate) == ("m", "d.jsonl", 0.7)
+    if word == "extend-vocab":  # the one recipe that trains nothing
+        run = cli.parse(word, [str(path), "--model", "m", "--data", "a", "b", "--to", "o", "--pieces", "9"])
+        assert (run.data, run.pieces) == (("a", "b"), 9)
+    else:
+        run = cli.parse(word, [str(path), *GIVEN, "--optimizer.learning_rate", "0.7"])
+        assert (run.source, run.optimizer.learning_rate) == ("d.jsonl", 0.7)
+    assert (type(run).__name__, run.model) == (cli.COMMANDS[word].options, "m")
     assert any(year in text for year in ("2022", "2023", "2024")), "a recipe says where its numbers come from"
 
 
@@ -133,12 +137,25 @@ def test_recipes_hold_the_published_numbers() -> None:
     assert (paper.optimizer.warmup_steps, paper.data.max_length, paper.data.max_prompt_length) == (150, 512, 256)
     zephyr = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
     assert (zephyr.train.batch_size, zephyr.train.epochs, zephyr.optimizer.learning_rate) == (32, 3, 5e-7)
+    llama2 = cli.parse("sft", [str(ROOT / "configs" / "llama2_pretrain.py"), *GIVEN])
+    assert llama2.train.batch_size * llama2.data.max_length == 4 * 2**20
+    made = llama2.optimizer
+    assert (made.b1, made.b2, made.eps, made.weight_decay, made.clip_norm) == (0.9, 0.95, 1e-5, 0.1, 1.0)
+    assert (made.schedule, made.learning_rate, made.floor, made.warmup_steps) == ("cosine", 3e-4, 0.1, 2000)
     llama3 = cli.parse("dpo", [str(ROOT / "configs" / "llama3_dpo.py"), *GIVEN])
     assert (llama3.dpo.nll_coefficient, llama3.dpo.mask_format_tokens, llama3.optimizer.learning_rate) == (
         0.2,
         True,
         1e-5,
     )
+
+
+def test_several_sources_are_one_word_or_many() -> None:
+    many = ["--model", "m", "--data", "a.jsonl:0.7", "b.txt:0.3", "--out", "o", "--data.kind", "text"]
+    assert cli.parse("sft", many).source == "a.jsonl:0.7,b.txt:0.3"
+    for words in (["--data", "a:1,b:2"], ["--data=a:1", "b:2"], ["--data", "a:1", "b:2"]):
+        run = cli.parse("sft", ["--model", "m", *words, "--eval_data", "e", "f", "--out", "o"])
+        assert (run.source, run.eval_source) == ("a:1,b:2", "e,f")
 
 
 def test_a_recipe_leaves_open_what_the_command_line_must_give(capsys: pytest.CaptureFixture[str]) -> None:

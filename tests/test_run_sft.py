@@ -26,6 +26,7 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
+from dpo_jax.data.token_loader import TokenLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
@@ -158,14 +159,14 @@ def test_the_first_loss_is_that_of_the_model_as_transformers_computes_it(inputs:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process SIGTERM when the batch of `step` is drawn."""
-    original = run_sft.TokenLoader.__next__
+    original = TokenLoader.__next__
 
     def draw(self):
         if self.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(run_sft.TokenLoader, "__next__", draw)
+    monkeypatch.setattr(TokenLoader, "__next__", draw)
 
 
 def assert_same_run(a: Path, b: Path) -> None:

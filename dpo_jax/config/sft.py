@@ -50,15 +50,24 @@ class SFTConfig(SFTLossConfig):
 
 @dataclass(frozen=True)
 class SFTDataConfig(DataConfig):
-    """From dialogues to windows of tokens."""
+    """From dialogues or documents to windows of tokens."""
 
+    kind: Literal["dialogues", "text"] = "dialogues"
+    """dialogues: rows with a prompt and its answer. text: documents, for pre-training: rows with `text`, .txt files or
+    folders of them; --data names one source, or several with weights: a.jsonl:0.7 b.txt:0.3."""
     max_length: int = 1024
-    """Longest dialogue in tokens; the end of a longer one is cut. With packing also the size of a window."""
+    """Longest dialogue in tokens; the end of a longer one is cut. With packing, and with text, the size of a window."""
     train_on: Literal["answers", "last", "all"] = "answers"
     """What the loss counts: every answer, the last answer of a dialogue alone, or all tokens."""
     packing: bool = False
     """Put several dialogues into one window (none sees another): --train.batch_size then counts windows. Else each has
     a window of its own."""
+    separator: str | None = None
+    """(text) What stands between the documents of a .txt file: blank_line, or a literal such as "<|endoftext|>". Not
+    given: a file is one document."""
+    documents: Literal["masked", "joined"] | None = None
+    """(text) What a token sees of its window. masked: its own document. joined: all that stands before it, as Llama 2
+    was pre-trained. Not given: masked."""
 
     def __post_init__(self) -> None:
         # An answer may follow a prompt of any length: there is no limit of its own, and none of a recipe's to keep.
@@ -66,14 +75,19 @@ class SFTDataConfig(DataConfig):
         super().__post_init__()
         one_size = type(self).buckets
         require(not self.packing or self.buckets == one_size, "--data.buckets has no effect with --data.packing")
+        of_dialogues = {"train_on": "answers", "packing": False, "buckets": one_size, "template": None}
+        for name, default in of_dialogues.items() if self.kind == "text" else ():
+            require(getattr(self, name) == default, f"--data.{name} has no effect with --data.kind text")
+        only_with(self, "kind", {"separator": ("text",), "documents": ("text",)}, "data")
 
 
 @dataclass(frozen=True)
 class SFTRun(TrainingRun):
-    """Fine-tune a model on dialogues or instructions: `dpo-jax sft`.
+    """Fine-tune a model on dialogues or instructions, or go on with its pre-training: `dpo-jax sft`.
 
     Rows hold `messages` or `conversations`, a prompt and its answer, or preference pairs, of which the chosen answer is
-    learnt (see `dpo_jax/data/dialogues.py`).
+    learnt (see `dpo_jax/data/dialogues.py`). With --data.kind text they are documents, cut into full windows
+    (`dpo_jax/data/text_windows.py`).
     """
 
     optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))

@@ -1,21 +1,17 @@
-"""`dpo-jax sft`: from a model and dialogues to a model that answers, in the order in which it happens."""
+"""`dpo-jax sft`: from a model and dialogues, or plain text, to a better model, in the order in which it happens."""
 
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
 from dpo_jax.align import sft
 from dpo_jax.config import SFTConfig, SFTLossConfig, SFTRun
-from dpo_jax.data.sequences import SequenceDataset, load_dialogues
-from dpo_jax.data.token_loader import TokenLoader, eval_windows
 from dpo_jax.errors import InputError
-from dpo_jax.run import report
+from dpo_jax.run.dialogues import Dialogues
 from dpo_jax.run.flops import ModelFlops, sft_flops
 from dpo_jax.run.heldout_tokens import evaluator
 from dpo_jax.run.log import Row, read_metrics
-from dpo_jax.run.training import Training, check_context
+from dpo_jax.run.texts import Texts
+from dpo_jax.run.training import Training
 from dpo_jax.weights.fingerprint import fingerprint
 
 
@@ -33,23 +29,23 @@ def train(config: SFTRun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
-    data = _load_data(config, config.source, tokenizer, architecture.vocab_size)
+    material = Texts if config.data.kind == "text" else Dialogues
+    data = material.load(config, config.source, tokenizer, architecture)
+    training.say(data.summary())
     heldout = None
     if config.eval_source is not None:
-        heldout = _load_data(config, config.eval_source, tokenizer, architecture.vocab_size)
-    for dataset in (data, heldout):
-        if dataset is not None:
-            check_context(dataset.source, dataset.row_numbers, dataset.lengths, architecture)
-            training.say(dataset.summary())
+        heldout = material.load(config, config.eval_source, tokenizer, architecture)
+        training.say(heldout.summary())
+    windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
 
     # -------------------------------------------------------------- options that follow from the data
-    planned = _loader(config, data, **training.length)
+    planned = data.loader(**training.length)
     resolved = training.resolve(planned.total_steps)
     step_config = SFTConfig(
         **{f.name: getattr(config.sft, f.name) for f in dataclasses.fields(SFTLossConfig)},
         optimizer=resolved.optimizer,
         accumulate=config.train.accumulate,
-        packed=config.data.packing,
+        packed=data.packed,
         seed=config.train.seed,
     )
 
@@ -58,28 +54,26 @@ def train(config: SFTRun) -> Path:
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else variables
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
-    evaluate = None
-    if heldout is not None:
-        windows = eval_windows(
-            heldout, batch_size=training.eval_batch_size, window=_window(config), buckets=config.data.buckets
-        )
-        evaluate = evaluator([batch for _, batch in windows], config=step_config, mesh=mesh)
+    negatives = None if config.sft.loss == "exact" else config.sft.negatives or sft.NEGATIVES
+    flops = ModelFlops.of(architecture, model.lora, outputs=None if negatives is None else negatives + 1)
+    training.say(flops.describe())
     state = sft.init_state(model, variables, step_config)
     del variables, starting
     final = training.fit(
         state,
         sft.jit_train_step(step_config, mesh),
-        _loader(config, data, steps=planned.total_steps, epochs=None),
+        data.loader(steps=planned.total_steps, epochs=None),
         identity=identity,
-        evaluate=evaluate,
+        evaluate=None if windows is None else evaluator(windows, config=step_config, mesh=mesh),
         evaluate_first=True,
-        flops_of=sft_flops(ModelFlops.of(architecture, config.lora)) if config.sft.loss == "exact" else None,
+        flops_of=sft_flops(flops),
     )
     if final is None:
         return training.out
 
     # -------------------------------------------------------------- the model, and the report
-    summary = f"{config.model}, fine-tuned on {config.source} in {planned.total_steps} steps."
+    done = "trained on the text of" if config.data.kind == "text" else "fine-tuned on"
+    summary = f"{config.model}, {done} {config.source} in {planned.total_steps} steps."
     progress = heldout_progress(read_metrics(training.out / "metrics.jsonl"))
     if progress:
         training.say(progress)
@@ -90,41 +84,9 @@ def train(config: SFTRun) -> Path:
         title="SFT run",
         summary=f"{summary} {progress}".rstrip(),
         sections=[
-            data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
+            *data.sections("Data", steps=planned.total_steps),
+            *([] if heldout is None else heldout.sections("Evaluation data")),
         ],
-    )
-
-
-# ---------------------------------------------------------------- loading
-
-
-def _load_data(config: SFTRun, source: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> SequenceDataset:
-    return load_dialogues(
-        source,
-        tokenizer,
-        config.data,
-        train_on=config.data.train_on,
-        vocab_size=vocabulary,
-        on_bad_rows=config.on_bad_rows,
-    )
-
-
-def _window(config: SFTRun) -> int | None:
-    """Tokens of a packed window; None where each dialogue has a window of its own."""
-    return config.data.max_length if config.data.packing else None
-
-
-def _loader(config: SFTRun, data: SequenceDataset, *, steps: int | None, epochs: float | None) -> TokenLoader:
-    return TokenLoader(
-        data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        window=_window(config),
-        shuffle=config.data.shuffle,
-        buckets=config.data.buckets,
-        steps=steps,
-        epochs=epochs,
-        workers=config.data.workers,
     )
 
 
@@ -140,18 +102,4 @@ def heldout_progress(rows: list[Row]) -> str:
     return (
         f"Held-out loss {first['eval_loss']:.4f} before and {last['eval_loss']:.4f} after, perplexity"
         f" {first['eval_perplexity']:.2f} and {last['eval_perplexity']:.2f}."
-    )
-
-
-def data_section(title: str, data: SequenceDataset) -> report.Section:
-    """What was read, what was left out and why, how long the sequences are and how much of them the loss counts."""
-    lengths: dict[str, np.ndarray] = {"dialogue": data.lengths, "in the loss": data.target_lengths}
-    counts = [("rows read", data.rows_read), ("rows used", len(data)), ("rows cut at their end", data.cut)]
-    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-    counts += [("tokens", int(data.lengths.sum())), ("tokens in the loss", int(data.target_lengths.sum()))]
-    return report.Section(
-        title,
-        note=data.source,
-        plots=(report.lengths_plot("Lengths", lengths),),
-        table=report.Table(("what", "count"), counts),
     )

@@ -1,0 +1,235 @@
+"""`dpo-jax sft --data.kind text` from end to end on a tiny random model: pre-training on documents and mixtures."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+
+from dpo_jax import cli, mesh
+from dpo_jax.config import (
+    CheckpointConfig,
+    EnergyConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SFTDataConfig,
+    SFTLossConfig,
+    SFTRun,
+    TrainConfig,
+)
+from dpo_jax.errors import InputError
+from dpo_jax.run import sft as run_sft
+from dpo_jax.run import training
+from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+
+LENGTH, BATCH, STEPS = 32, 4, 8
+
+
+def documents(path: Path, rows: int, seed: int = 0, column: str = "text") -> Path:
+    """Write `rows` documents of made-up text, most of them longer than a window."""
+    rng = random.Random(seed)
+    path.write_text("".join(json.dumps({column: tiny.sentence(rng, rng.randint(3, 60))}) + "\n" for _ in range(rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model (`model`), two sources (a.jsonl, b.txt) and held-out documents."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.folder(folder / "model", hidden=16, heads=4, kv_heads=2)
+    documents(folder / "a.jsonl", rows=20)
+    documents(folder / "eval.jsonl", rows=5, seed=1)
+    rng = random.Random(2)
+    (folder / "b.txt").write_text("\n\n".join(tiny.sentence(rng, 12) for _ in range(9)))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def one_device_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
+    sizes = (data, fsdp, tensor)
+    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "make_mesh", one_device_mesh)
+
+
+def options(inputs: Path, out: Path, **changes) -> SFTRun:
+    """Eight steps of four windows each, more than an epoch."""
+    config = SFTRun(
+        model=str(inputs / "model"),
+        source=str(inputs / "a.jsonl"),
+        out=str(out),
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
+        data=SFTDataConfig(kind="text", max_length=LENGTH),
+        train=TrainConfig(steps=STEPS, batch_size=BATCH),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the wall-clock figures."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run over a mixture, with held-out documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", one_device_mesh)
+        return run_sft.train(mixed(inputs, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def mixed(inputs: Path, out: Path, **changes) -> SFTRun:
+    changes = {
+        "source": f"{inputs / 'a.jsonl'}:0.75,{inputs / 'b.txt'}:0.25",
+        "eval_source": str(inputs / "eval.jsonl"),
+        "data": SFTDataConfig(kind="text", max_length=LENGTH, separator="blank_line"),
+        "train": TrainConfig(steps=STEPS, batch_size=BATCH, peak_flops=1e12),
+        "energy": EnergyConfig(device_watts=65.0),
+        **changes,
+    }
+    return options(inputs, out, **changes)
+
+
+def test_the_whole_run(whole: Path) -> None:
+    rows = read_metrics(whole / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.3
+    assert {row["tokens"] for row in trained} == {BATCH * LENGTH}, "every window is full"
+    assert {row["padding"] for row in trained} == {0}
+    assert rows[-1]["eval_loss"] < next(row["eval_loss"] for row in rows if "eval_loss" in row)
+    for row in trained:
+        assert row["mfu"] == pytest.approx(row["tflops_per_device"])
+        assert row["tflops_per_device"] > 0
+
+
+def test_the_report_says_what_it_cost_and_how_often_sources_were_seen(whole: Path) -> None:
+    text = (whole / "report.html").read_text()
+    assert "65 W x PUE 1.1" in text
+    assert "0.385 kg/kWh" in text
+    assert "median mfu" in text
+    assert text.count("epochs in this run") == 2
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(
+    whole: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = mixed(inputs, tmp_path / "run")
+    step, asked = run_sft.sft.jit_train_step, []
+
+    def stopping(*args):
+        inner = step(*args)
+
+        def run(state, batch):
+            asked.append(1)
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(state, batch)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_sft.sft, "jit_train_step", stopping)
+        run_sft.train(config)
+    assert len(asked) < STEPS
+    assert "stopped after step" in capsys.readouterr().err
+    out = run_sft.train(config)
+    assert "going on after step" in capsys.readouterr().err
+    assert metrics(out) == metrics(whole)
+    expected, found = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_words(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--model {inputs / 'model'} --data {inputs / 'a.jsonl'}:3 {inputs / 'b.txt'}:1 --data.kind text"
+    words += f" --data.max_length {LENGTH} --data.documents joined --train.steps 1 --train.batch_size 4"
+    words += f" --mesh.fsdp 1 --out {tmp_path / 'run'}"
+    assert cli.main(["sft", *words.split()]) == 0
+    said = capsys.readouterr().err
+    assert "75.00% of the tokens" in said
+    assert "causal attention, counted half" in said
+    assert "no mfu is logged: the peak of cpu is not known here" in said
+    (row,) = (row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row)
+    assert row["target_tokens"] == BATCH * (LENGTH - 1), "joined: all but the first of a window"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "{}/a.jsonl:0.5,{}/b.txt:0"}, r"b\.txt:0: the weight 0 must be a positive number"),
+        ({"source": "{}/a.jsonl:-1"}, r"the weight -1 must be a positive number"),
+        ({"source": "{}/a.jsonl:1,{}/b.txt"}, r"b\.txt has no weight and others have"),
+        ({"source": "{}/gone.jsonl:1,{}/b.txt:1"}, r"gone\.jsonl"),
+        ({"eval_source": "{}/eval.jsonl:0.5"}, r"weights in --eval_data have no effect"),
+        ({"data": {"max_length": 512}}, r"--data\.max_length 512: the model's context is 256"),
+        ({"data": {"separator": "blank_line"}}, r"--data\.separator has no effect: .*a\.jsonl holds rows"),
+        ({"energy": EnergyConfig(pue=1.2)}, r"--energy\.pue has no effect: the power of cpu"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(inputs: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    changes = {
+        name: value.replace("{}", str(inputs))
+        if isinstance(value, str)
+        else SFTDataConfig(**{"kind": "text", "max_length": LENGTH, **value})
+        if isinstance(value, dict)
+        else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(InputError, match=message) as caught:
+        run_sft.train(options(inputs, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "text", "train_on": "all"},
+        {"kind": "text", "packing": True},
+        {"kind": "text", "buckets": 2},
+        {"kind": "text", "template": "llama2"},
+        {"separator": "blank_line"},
+        {"documents": "joined"},
+    ],
+)
+def test_options_without_effect_are_refused(change: dict) -> None:
+    with pytest.raises(InputError, match=r"has no effect with --data\.kind"):
+        SFTDataConfig(**change)
+
+
+def test_the_sampled_loss_counts_only_what_it_computes(inputs: Path, tmp_path: Path) -> None:
+    rates = {}
+    for loss in (SFTLossConfig(), SFTLossConfig(loss="sampled", negatives=16)):
+        out = run_sft.train(options(inputs, tmp_path / loss.loss, sft=loss, train=TrainConfig(steps=1, batch_size=4)))
+        row = next(row for row in read_metrics(out / "metrics.jsonl") if "loss" in row)
+        rates[loss.loss] = row["tflops_per_device"] * row["seconds_per_step"]
+    assert rates["sampled"] < rates["exact"]
