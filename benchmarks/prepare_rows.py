@@ -7,6 +7,7 @@ command on them in a process of its own, and prints rows a second and the peak o
 import argparse
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,20 +57,27 @@ sys.exit(code)
 
 
 def measure(source: Path, target: Path, options: list[str]) -> dict[str, float]:
-    """Run `dpo-jax prepare` in a process of its own: seconds, rows a second, peak memory in MB, size of the result."""
+    """Run `dpo-jax prepare` in a process of its own: seconds of the clock and of CPU time, rows a second, peak memory in MB, size of the result."""
     words = ["prepare", "--data", str(source), "--to", str(target), *options]
-    started = time.monotonic()
+    started, before = time.monotonic(), _cpu_seconds()
     done = subprocess.run([sys.executable, "-c", RUN, *words], stdout=subprocess.PIPE, text=True, check=True)
-    seconds = time.monotonic() - started
+    seconds, cpu = time.monotonic() - started, _cpu_seconds() - before
     report = json.loads((target / "1.0.0" / "report.json").read_text())
     size = sum(path.stat().st_size for path in (target / "1.0.0").iterdir())
     return {
         "rows": report["rows_written"],
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "rows_per_second": report["rows_per_second"],
         "peak_megabytes": int(done.stdout.split()[-1]) * 1024 / 1e6,
         "megabytes_written": size / 1e6,
     }
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -83,7 +91,8 @@ def main() -> None:
         print(f"{options.rows} rows, {size / 1e6:.0f} MB of JSON lines", flush=True)
         found = measure(source, Path(folder) / "store", ["--splits", options.splits])
     print(
-        f"{found['rows']} rows in {found['seconds']:.1f} s with start-up; {found['rows_per_second']:.0f} rows/s; "
+        f"{found['rows']} rows in {found['seconds']:.1f} s with start-up ({found['cpu_seconds']:.1f} s of CPU time); "
+        f"{found['rows_per_second']:.0f} rows/s; "
         f"peak memory {found['peak_megabytes']:.0f} MB; {found['megabytes_written']:.0f} MB written"
     )
 
