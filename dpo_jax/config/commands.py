@@ -79,6 +79,10 @@ class EvalRun:
     """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
     reference: str | None = None
     """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
+    judge: str | None = None
+    """A second reward model, where --model is one: how far the two agree."""
+    report: str | None = None
+    """HTML file for tables and plots, where --model is a reward model."""
     out: str | None = None
     """JSON file for the results, which are shown as tables in any case."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"

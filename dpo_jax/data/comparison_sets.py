@@ -103,15 +103,18 @@ def load_responses(
 ) -> PreferenceDataset:
     """Read and tokenise a file of responses to be scored, in the order in which each row holds them.
 
-    Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. Arguments as for
-    `load_comparisons`.
+    Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. `extras["layout"]`
+    says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
     """
 
-    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, None]:
+    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, str]:
         found = parse_responses(row)
-        return _render(encoder, found, range(len(found.responses))), None
+        count = len(found.responses)
+        layout = "pair" if row.get("chosen") is not None else "single" if count == 1 else "list"
+        return _render(encoder, found, range(count)), layout
 
-    return _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)[0]
+    data, layouts = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)
+    return replace(data, extras={"layout": layouts})
 
 
 class _Learnt:
@@ -229,7 +232,11 @@ def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed:
             f"{second.source}: a share of {share:g} beside the {len(first)} rows of {first.source} takes {wanted} rows,"
             f" and it has {len(second)}; change --mix"
         )
-    drawn = take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
+    return join(first, take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted])))
+
+
+def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDataset:
+    """All rows of both, made under the same rules. Sources are named, and rows numbered, as in `mix`."""
     k = max(first.responses_per_prompt, drawn.responses_per_prompt)
     first, drawn = (_widened(_named(data), k) for data in (first, drawn))
     drawn = replace(drawn, row_numbers=drawn.row_numbers + first.rows_read)

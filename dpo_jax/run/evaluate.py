@@ -16,15 +16,17 @@ from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.preferences import parse_pair
 from dpo_jax.data.problems import BadRow
+from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.run import judgement
+from dpo_jax.run import evaluate_rewards, judgement
 from dpo_jax.run import text as texts
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.setting import Setting, check_output, load_data
+from dpo_jax.run.training import read_architecture
 from dpo_jax.types import PreferenceBatch
 
 BETA = 0.1
@@ -35,11 +37,17 @@ Answers = list[tuple[list[int], Response]]
 def evaluate(run: EvalRun) -> dict[str, Any]:
     """Judge `run.model`; print tables, write `run.out` if it is given, and return what is in it. Raises `InputError`.
 
+    A reward model is judged by `evaluate_rewards.evaluate`. Of a language model:
+
     The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
     `judgement.figures` and, with --samples, `judgement.kl_estimates` (where there is a reference and the answers are
     not greedy); under `tables` the groups, and under `samples` the `TextHealth` of the answers and the share of
     them that end by themselves.
     """
+    if read_architecture(run.model).num_labels:
+        return evaluate_rewards.evaluate(run)
+    if run.judge is not None or run.report is not None:
+        raise InputError(f"--judge and --report have no effect: {run.model} is no reward model")
     setting = Setting.of(
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )

@@ -14,7 +14,7 @@ for each response) or for nothing (padding). The output head counts only where a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,6 +129,17 @@ def preference_work(batch: PreferenceBatch, first: int, last: int) -> Work:
 def sft_flops(model: ModelFlops) -> Callable[[TokenBatch], float]:
     """Batch -> FLOPs of a step of next-token training."""
     return lambda batch: model.training(token_work(batch))
+
+
+def reward_flops(model: ModelFlops) -> Callable[[PreferenceBatch], float]:
+    """Batch -> FLOPs of a step of a reward model, whose head reads the last token of each response only."""
+
+    def flops(batch: PreferenceBatch) -> float:
+        work = preference_work(batch, 0, batch.response_lengths.shape[1])
+        scored = (np.asarray(batch.response_lengths) > 0)[np.asarray(batch.weights) > 0].sum()
+        return model.training(replace(work, predicted=float(scored)))
+
+    return flops
 
 
 def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch], float]:

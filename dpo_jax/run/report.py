@@ -41,12 +41,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over a common x axis, or (with `bars`) a histogram given as bin edges x and counts y."""
+    """Lines over a common x axis (and the `diagonal`), or with `bars` a histogram given as bin edges x and counts y."""
 
     title: str
     series: tuple[Series, ...]
     x_label: str = "step"
     bars: bool = False
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ def _svg(plot: Plot) -> str:
         axes = figure.subplots()
         for series in plot.series:
             _draw(axes, series, bars=plot.bars)
+        if plot.diagonal:
+            axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
         axes.set_title(_plain(plot.title), loc="left")
         axes.set_xlabel(_plain(plot.x_label))
         if len(plot.series) > 1:

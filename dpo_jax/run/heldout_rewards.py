@@ -1,0 +1,73 @@
+"""Figures of a reward model on held-out comparisons, during training: the same names as in training, and by group."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import reward
+from dpo_jax.config import RewardConfig
+from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.loader import eval_batches
+from dpo_jax.mesh import put_batch
+from dpo_jax.run import distributed, reward_judgement
+from dpo_jax.run.log import ProgressBar
+from dpo_jax.state import TrainState
+
+GROUPS = ("rating", "agreement", "source")
+"""Columns whose values get an accuracy of their own in the log."""
+
+
+def evaluator(
+    dataset: PreferenceDataset, *, config: RewardConfig, mesh: Mesh, batch_size: int, buckets: int
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function from a state to its figures on the whole of `dataset`, for `loop.fit`.
+
+    Returns loss, ranking_loss, accuracy, margin, mean_reward, rewards/{chosen,rejected,margins,accuracies};
+    accuracy/COLUMN/VALUE for each value of `GROUPS`; NAME/accuracy and NAME/recall/CLASS of auxiliary heads. All are
+    means over rows.
+    """
+    step = reward.jit_eval_step(config, mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        parts: list[tuple[np.ndarray, Any]] = []
+        waiting: tuple[np.ndarray, Any] | None = None
+        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
+            for indices, batch in eval_batches(dataset, batch_size, buckets):
+                running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
+                if waiting is not None:  # one behind, so that the devices always have work
+                    parts.append((waiting[0], jax.device_get(waiting[1])))
+                    bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
+                waiting = running
+            assert waiting is not None
+            parts.append((waiting[0], jax.device_get(waiting[1])))
+            bar.update(len(dataset))
+        order = np.concatenate([indices[indices >= 0] for indices, _ in parts])
+        rows = {}
+        for name in parts[0][1]:
+            values = np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])
+            rows[name] = values[np.argsort(order)]
+        return figures(rows, dataset, config)
+
+    return evaluate
+
+
+def figures(rows: dict[str, np.ndarray], dataset: PreferenceDataset, config: RewardConfig) -> dict[str, float]:
+    """Means of what `reward.eval_step` gives for every row, in the order of the data set."""
+    found = {name: float(rows[name].mean()) for name in ("loss", "ranking_loss", "accuracy")}
+    found |= {name: float(rows[name].mean()) for name in ("rewards/chosen", "rewards/rejected")}
+    found["margin"] = found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    found["rewards/accuracies"] = found["accuracy"]
+    found["mean_reward"] = float(rows["scores"][dataset.response_lengths > 0].mean())
+    groups = {name: dataset.extras[name] for name in GROUPS if name in dataset.extras}
+    tables = reward_judgement.tables(rows["scores"], dataset.response_lengths, dataset.ranks, groups)
+    for column, table in tables.items():
+        for group in table:
+            found[f"accuracy/{column}/{reward_judgement.metric_name(group['value'])}"] = group["accuracy"]
+    for head in config.heads:
+        assert dataset.labels is not None, "the data were loaded for these heads"
+        of_head = reward_judgement.head_figures(rows[f"{head.name}/predicted"], dataset.labels[head.name], head.classes)
+        found |= {f"{head.name}/{name}": value for name, value in of_head.items()}
+    return found

@@ -1,0 +1,150 @@
+"""`dpo-jax reward`: from a model and comparisons to a reward model, in the order in which it happens."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.align import reward
+from dpo_jax.config import RewardConfig, RewardLossConfig, RewardRun
+from dpo_jax.data.comparison_sets import join, load_comparisons, mix, split_by_prompt
+from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.loader import PreferenceLoader
+from dpo_jax.errors import InputError
+from dpo_jax.run import report
+from dpo_jax.run.dpo import check_lengths, data_section
+from dpo_jax.run.flops import ModelFlops, reward_flops
+from dpo_jax.run.heldout_rewards import evaluator
+from dpo_jax.run.log import Row, read_metrics
+from dpo_jax.run.training import Training
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.heads import as_reward_model
+
+MIX = 0.1
+
+
+def train(config: RewardRun) -> Path:
+    """Train a reward model; return the run folder. An unfinished run in `config.out` is resumed exactly.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    if config.train.frozen_dtype is not None and not config.lora.rank:
+        raise InputError("--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
+    training = Training.begin(config, "reward")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+
+    # -------------------------------------------------------------- the model's shape, and the data
+    architecture, tokenizer = training.read_model_shape()
+    data, heldout = _data(config, tokenizer, architecture.vocab_size)
+    for dataset in (data, heldout):
+        if dataset is not None:
+            check_lengths(dataset, architecture)
+            training.say(dataset.summary())
+
+    # -------------------------------------------------------------- options that follow from the data
+    planned = _loader(config, data, **training.length)
+    resolved = training.resolve(planned.total_steps)
+    step_config = RewardConfig(
+        **{f.name: getattr(config.reward, f.name) for f in dataclasses.fields(RewardLossConfig)},
+        optimizer=resolved.optimizer,
+        accumulate=config.train.accumulate,
+        layout=config.train.layout,
+        seed=config.train.seed,
+    )
+
+    # -------------------------------------------------------------- weights, training
+    model, variables = as_reward_model(*training.load_model())
+    # Fresh adapters follow from the seed; those of an adapter folder, and heads, are part of the model.
+    starting = {name: tree for name, tree in variables.items() if name != "adapters" or not config.lora.rank}
+    identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
+    state = reward.init_state(model, variables, step_config)
+    del variables, starting
+    evaluate = None
+    if heldout is not None:
+        shapes = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
+        evaluate = evaluator(heldout, config=step_config, mesh=mesh, **shapes)
+    final = training.fit(
+        state,
+        reward.jit_train_step(step_config, mesh),
+        _loader(config, data, steps=planned.total_steps, epochs=None),
+        identity=identity,
+        evaluate=evaluate,
+        flops_of=reward_flops(ModelFlops.of(model.config, config.lora, outputs=1)),
+    )
+    if final is None:
+        return training.out
+
+    # -------------------------------------------------------------- the reward model, and the report
+    rows = read_metrics(training.out / "metrics.jsonl")
+    return training.finish(
+        model,
+        final.variables,
+        tokenizer,
+        title="Reward model",
+        summary=f"{config.model}, trained on {data.source} in {planned.total_steps} steps"
+        f" (margin {config.reward.margin}). {_progress(rows)}".rstrip(),
+        sections=[
+            data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
+        ]
+        + _groups(rows),
+    )
+
+
+def _data(
+    config: RewardRun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """What to train on, and what is held out: of each source the same share of prompts, before they are mixed."""
+
+    def load(source: str) -> PreferenceDataset:
+        return load_comparisons(
+            source, tokenizer, config.data, config.reward, vocab_size=vocabulary, on_bad_rows=config.on_bad_rows
+        )
+
+    seed, share = config.train.seed, MIX if config.mix is None else config.mix
+    parts = [load(config.source)] + ([] if config.mix_source is None else [load(config.mix_source)])
+    heldout = None
+    if config.holdout is not None:
+        split = [split_by_prompt(part, config.holdout, seed) for part in parts]
+        parts, held = [rest for rest, _ in split], [part for _, part in split]
+        heldout = held[0] if len(held) == 1 else join(held[0], held[1])
+    elif config.eval_source is not None:
+        heldout = load(config.eval_source)
+    return parts[0] if len(parts) == 1 else mix(parts[0], parts[1], share, seed), heldout
+
+
+def _loader(config: RewardRun, data: PreferenceDataset, *, steps: int | None, epochs: float | None) -> PreferenceLoader:
+    return PreferenceLoader(
+        data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        buckets=config.data.buckets,
+        steps=steps,
+        epochs=epochs,
+        workers=config.data.workers,
+    )
+
+
+# ---------------------------------------------------------------- report
+
+
+def _progress(rows: list[Row]) -> str:
+    """Held-out accuracy at the end, in one sentence; nothing where there was no evaluation."""
+    evaluated = [row for row in rows if "eval_accuracy" in row]
+    return f"Held-out accuracy {evaluated[-1]['eval_accuracy']:.3f}." if evaluated else ""
+
+
+def _groups(rows: list[Row]) -> list[report.Section]:
+    """The last held-out accuracies by rating, agreement, source and difference in length."""
+    prefix = "eval_accuracy/"
+    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), None)
+    if last is None:
+        return []
+    cells = [
+        (*name.removeprefix(prefix).split("/", 1), f"{value:.3f}")
+        for name, value in last.items()
+        if name.startswith(prefix)
+    ]
+    return [report.Section("Held-out accuracy by group", table=report.Table(("column", "value", "accuracy"), cells))]

@@ -1,0 +1,173 @@
+"""A reward model as a function: texts or tokens in, float32 scores out. For rejection sampling, PPO and `score`."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import AttentionKernel, DataConfig
+from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.encode import ConversationEncoder, truncate
+from dpo_jax.data.loader import IndexedBatches, eval_batches
+from dpo_jax.data.messages import Message
+from dpo_jax.data.problems import BadRow
+from dpo_jax.data.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.model import heads
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.groups import response_states
+from dpo_jax.model.llama import Llama
+from dpo_jax.run.log import ProgressBar
+from dpo_jax.types import PreferenceBatch
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+
+def check_score(source: str, architecture: LlamaConfig) -> None:
+    """Raise `InputError` where a checkpoint has no score: it is a language model."""
+    if not architecture.num_labels:
+        raise InputError(f"{source}: has no reward head (score.weight); train one with dpo-jax reward")
+
+
+class RewardModel:
+    """A reward model on its devices.
+
+    `score_tokens` is the reward function of PPO and rejection sampling; calling the object scores texts.
+
+    Attributes:
+      model, variables: with the head `score`.
+      mesh: the devices.
+    """
+
+    def __init__(self, model: Llama, variables: Any, *, mesh: Mesh, batch_size: int = 8, multiple: int = 64):
+        """Args:
+        model, variables: from `load_pretrained` with `mesh`.
+        mesh: where they lie.
+        batch_size: responses a forward pass, over all devices.
+        multiple: lengths are padded to multiples of this, so that calls with other texts compile little anew.
+        """
+        if batch_size % (parts := meshes.batch_parts(mesh)):
+            raise InputError(
+                f"a batch of {batch_size} does not divide over {parts} devices; take a multiple of {parts}"
+            )
+        self.model, self.variables, self.mesh = model, variables, mesh
+        self._batch_size, self._multiple = batch_size, multiple
+
+        def forward(variables: Any, batch: PreferenceBatch) -> jax.Array:
+            return heads.apply(variables, heads.SCORE, response_states(model.apply, variables, batch))[..., 0]
+
+        self._forward = jax.jit(forward, out_shardings=meshes.replicated(mesh))
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        mesh: Mesh | None = None,
+        batch_size: int = 8,
+        dtype: str = "float32",
+        attention: AttentionKernel = "auto",
+    ) -> "RewardModel":
+        """From a checkpoint, as for `load_pretrained`. Raises `InputError` where it has no reward head."""
+        mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1]) if mesh is None else mesh
+        model, variables = load_pretrained(source, mesh=mesh, dtype=dtype, attention=attention)
+        check_score(source, model.config)
+        return cls(model, variables, mesh=mesh, batch_size=batch_size)
+
+    def rewards(self, batches: IndexedBatches, label: str | None = None) -> np.ndarray:
+        """float64 [N, K]: the score of every response of the rows in `batches`; 0 where absent, NaN for other rows."""
+        n, k = batches.dataset.response_lengths.shape
+        found = np.full((n, k), np.nan)
+        done = 0
+        with ProgressBar(label or "scores", len(batches.rows), shown=label is not None) as bar, jax.set_mesh(self.mesh):
+            for indices, batch in batches:
+                scores = np.asarray(self._forward(self.variables, meshes.put_batch(self.mesh, batch)))
+                real = np.asarray(indices) >= 0
+                found[np.asarray(indices)[real]] = scores[real]
+                done += int(real.sum())
+                bar.update(done)
+        return found
+
+    def score_tokens(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> np.ndarray:
+        """The score of each response to its prompt, float32 [N].
+
+        Args:
+          prompts: ids, BOS included where the tokenizer has one, at least one each.
+          responses: ids, the terminator included where there is one, at least one each.
+
+        Raises `InputError` for an empty one, or a sequence beyond the model's context.
+        """
+        longest = self.model.config.max_position
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if not len(prompt) or not len(response) or len(prompt) + len(response) > longest:
+                raise InputError(
+                    f"text {i}: prompt of {len(prompt)} and response of {len(response)} tokens cannot be scored; each"
+                    f" takes at least one token, and both at most {longest}"
+                )
+        return self._scored([np.asarray(p, np.int32) for p in prompts], [np.asarray(r, np.int32) for r in responses])
+
+    def _scored(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
+        if not prompts:
+            return np.zeros(0, np.float32)
+        data = PreferenceDataset(
+            prompts=Ragged.of(prompts, np.int32),
+            responses=Ragged.of(responses, np.int32),
+            formats=None,
+            row_numbers=np.arange(1, len(prompts) + 1, dtype=np.int32),
+            extras={},
+            dropped=Counter(),
+            rows_read=len(prompts),
+            unused_columns=(),
+            terminators=(),
+            source="texts to score",
+        )
+        batches = eval_batches(data, self._batch_size, 1, multiple=self._multiple)
+        return self.rewards(batches)[:, 0].astype(np.float32)
+
+
+class TextReward:
+    """A reward function of texts: messages or texts as prompts, texts as responses."""
+
+    def __init__(self, rewards: RewardModel, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
+        """`config`: template and lengths; over-long prompts lose their beginning, over-long responses their end."""
+        self._rewards, self._config = rewards, config
+        self._encoder = ConversationEncoder(tokenizer, config.template)
+
+    @classmethod
+    def load(cls, source: str, config: DataConfig | None = None, **setting: Any) -> "TextReward":
+        """From a checkpoint with its tokenizer; `setting` as for `RewardModel.load`."""
+        rewards = RewardModel.load(source, **setting)
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(tokenizer, rewards.model.config)
+        return cls(rewards, tokenizer, config or DataConfig())
+
+    def __call__(self, prompts: Sequence[Sequence[Message] | str], responses: Sequence[str]) -> np.ndarray:
+        """The score of each response to its prompt, float32 [N], each closed by the template's terminator.
+
+        Raises `InputError` for a text that cannot be rendered, such as a blank one, with its index.
+        """
+        rendered = []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                rendered.append(self._render(prompt, response))
+            except BadRow as problem:
+                raise InputError(f"text {i}: {problem}") from problem
+        encoded = []
+        for i, group in enumerate(self._encoder.encode(rendered, compared=False)):
+            if isinstance(group, BadRow):
+                raise InputError(f"text {i}: {group}") from group
+            config = self._config
+            lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+            encoded.append(truncate(group, bos=self._encoder.bos, compared=False, **lengths))
+        return self._rewards.score_tokens([e.prompt for e in encoded], [e.responses[0] for e in encoded])
+
+    def _render(self, prompt: Sequence[Message] | str, response: str) -> Any:
+        if self._config.template == RAW:
+            return self._encoder.render_group((), (response,), (prompt if isinstance(prompt, str) else None, response))
+        messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        return self._encoder.render_group(messages, (response,), None)

@@ -1,0 +1,83 @@
+"""`dpo-jax score`: the reward of every response, one JSON object a row."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.config import ScoreRun
+from dpo_jax.data.comparison_sets import load_responses
+from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.loader import eval_batches
+from dpo_jax.data.problems import BadRow
+from dpo_jax.run.dpo import check_lengths
+from dpo_jax.run.folder import as_json
+from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.run.reward_model import RewardModel, check_score
+from dpo_jax.run.rows import Row, RowsFile
+from dpo_jax.run.setting import Setting, check_output, load_vocabulary
+from dpo_jax.weights.fingerprint import fingerprint
+
+_AT_ONCE = 32  # batches between two writes of the file
+
+
+def score(run: ScoreRun) -> Path:
+    """Write `run.out`, rows in input order. An interrupted file is gone on with. Returns the path.
+
+    Each row is an object with `row` (its number in the file, from 1) and `rewards`, one number for each response in the
+    row's own order; beside it `chosen_reward` and `rejected_reward` for a row with `chosen` and `rejected`, `reward`
+    for a row with a single response. With --copy the row's own columns stand in front.
+
+    Rows that cannot be used are left out, and said. Raises `InputError`.
+    """
+    setting = Setting.of(
+        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
+    )
+    out = check_output(run.out)
+    architecture, tokenizer = load_vocabulary(run.model)
+    check_score(run.model, architecture)
+    data = load_responses(
+        run.source, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
+    )
+    check_lengths(data, architecture)
+    say(data.summary())
+    model, variables = setting.load(run.model, tokenizer)
+
+    batches = eval_batches(data, run.batch_size, run.data.buckets)
+    rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size)
+    settings = {"options": as_json(run), "model": fingerprint(variables), "data": data.fingerprint}
+    originals = _rows(run.source, set(data.row_numbers.tolist())) if run.copy else {}
+    with RowsFile(out, settings) as file, ProgressBar("rows", len(data)) as bar:
+        bar.update(len(file.rows))
+        step = _AT_ONCE * run.batch_size
+        for start in range(len(file.rows), len(data), step):
+            rows = np.arange(start, min(start + step, len(data)))
+            scores = rewards.rewards(batches.of(rows))[rows]
+            file.append(
+                {**originals.get(number, {}), **_result(number, found[lengths > 0].tolist(), layout)}
+                for number, found, lengths, layout in zip(
+                    data.row_numbers[rows].tolist(),
+                    scores,
+                    data.response_lengths[rows],
+                    data.extras["layout"][start : start + step],
+                    strict=True,
+                )
+            )
+            bar.update(len(file.rows))
+        done = file.finish()
+    say(f"{out}: {len(done):,} rows")
+    return out
+
+
+def _result(number: int, rewards: list[float], layout: Any) -> Row:
+    row: Row = {"row": number, "rewards": rewards}
+    if layout == "pair":
+        row |= {"chosen_reward": rewards[0], "rejected_reward": rewards[1]}
+    elif layout == "single":
+        row["reward"] = rewards[0]
+    return row
+
+
+def _rows(source: str, wanted: set[int]) -> dict[int, Row]:
+    found = ((number, row) for number, row in read_rows_or_problems(source) if number in wanted)
+    return {number: row for number, row in found if not isinstance(row, BadRow)}
