@@ -1,25 +1,26 @@
 """The step of supervised fine-tuning: parity with transformers, what changes nothing, and what it says."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from pairs import TINY, gradients, model_and_variables, quick_jit, take, with_sgd
+from pairs import TINY, gradients, model_and_variables, quick_jit, take
 from windows import JUNK, lay_out, make_sequences, one_each, packed
 
 import dpo_jax
 from dpo_jax.align import sft
-from dpo_jax.config import OptimizerConfig, SFTConfig
+from dpo_jax.config import SFTConfig
 from dpo_jax.errors import InputError
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 SEQUENCES = make_sequences(12)
 LENGTHS = [len(ids) for ids, _ in SEQUENCES]
 EXACT = SFTConfig()
+SGD = optax.sgd(1.0)
 SAMPLED = SFTConfig(loss="sampled", negatives=16, seed=3)
 
 
@@ -28,10 +29,21 @@ def small():
     return model_and_variables(SMALL)
 
 
+@cache
+def compiled(config):
+    return quick_jit(sft.train_step, config=config)
+
+
+def start(model, variables, config=EXACT):
+    """A state that goes down the gradient by a rate of 1."""
+    state = sft.init_state(model, variables, config)
+    return dataclasses.replace(state, tx=SGD, opt_state=SGD.init(state.trainable))
+
+
 def run(model, variables, batch, config=EXACT):
     """One jitted step of plain gradient descent: (metrics, gradients)."""
-    state = with_sgd(sft.init_state(model, variables, config))
-    after, metrics = quick_jit(sft.train_step, config=config)(state, batch)
+    state = start(model, variables, config)
+    after, metrics = compiled(config)(state, batch)
     return metrics, gradients(state, after)
 
 
@@ -94,7 +106,7 @@ def test_loss_and_gradients_equal_those_of_transformers(tmp_path, tied):
 def test_packed_padded_and_accumulated_are_one(small, padded_run, config):
     metrics, grads = padded_run if config is EXACT else run(*small, one_each(SEQUENCES, 12), config)
     chex.assert_tree_all_finite(grads)
-    for windows, accumulate in ((4, 1), (4, 2), (4, 4)):
+    for windows, accumulate in ((4, 1), (4, 4)):
         split = dataclasses.replace(config, accumulate=accumulate)
         others, other_grads = run(*small, packed(SEQUENCES, windows, 30), split)
         assert others["padding"] < metrics["padding"]
@@ -182,67 +194,30 @@ def test_metrics(small, padded_run):
     np.testing.assert_array_equal(metrics["rows/nonfinite"], -1)
 
 
-@pytest.mark.parametrize(("lora", "dtype"), [(0, jnp.float32), (4, jnp.bfloat16)])
-def test_training_learns_the_answers(lora, dtype):
-    model, variables = model_and_variables(SMALL, lora=lora, dtype=dtype)
-    frozen = jax.tree.map(np.asarray, variables["params"])
-    config = SFTConfig(optimizer=OptimizerConfig(learning_rate=3e-2 if lora else 5e-3))
-    state = sft.init_state(model, variables, config)
-    step = quick_jit(sft.train_step, config=config)
-    batch = packed(SEQUENCES, 4, 30)
-    first = None
-    for _ in range(30):
-        state, metrics = step(state, batch)
-        first = metrics["loss"] if first is None else first
-    assert metrics["loss"] < 0.5 * first
-    assert metrics["mean_token_accuracy"] > 0.5
-    assert int(state.step) == 30
-    if lora:
-        chex.assert_trees_all_equal(frozen, jax.tree.map(np.asarray, state.variables["params"]))
-        assert set(state.trainable) == {"adapters"}
-
-
-def test_the_sampled_loss_learns_too():
-    model, variables = model_and_variables(SMALL)
-    config = dataclasses.replace(SAMPLED, optimizer=OptimizerConfig(learning_rate=5e-3))
-    state = sft.init_state(model, variables, config)
-    step, judge = quick_jit(sft.train_step, config=config), quick_jit(sft.eval_step, config=config)
-    batch = packed(SEQUENCES, 4, 30)
-    before = float(jnp.sum(judge(state, batch)["nll"]))
-    losses = []
-    for _ in range(30):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert "mean_token_accuracy" not in metrics
-    assert np.ptp(np.diff(losses)) > 1e-3  # another sample in each step
-    assert float(jnp.sum(judge(state, batch)["nll"])) < 0.4 * before
-
-
 # ---------------------------------------------------------------- trouble
 
 
 def test_a_batch_without_targets_is_no_step(small):
     batch = one_each(SEQUENCES, 12)
     batch = dataclasses.replace(batch, targets=np.zeros_like(batch.targets))
-    state = sft.init_state(*small, EXACT)
-    after, metrics = quick_jit(sft.train_step, config=EXACT)(state, batch)
+    state = start(*small)
+    after, metrics = compiled(EXACT)(state, batch)
     assert np.isnan(metrics["loss"])
     chex.assert_trees_all_equal(after, state)
     np.testing.assert_array_equal(metrics["rows/nonfinite"][:, 0], np.arange(1, 13))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_nonfinite_windows_are_named_and_the_state_kept(accumulate):
+def test_nonfinite_windows_are_named_and_the_state_kept():
     """A token whose embedding is not a number spoils the window that holds it, and no other."""
     model, variables = model_and_variables(dataclasses.replace(SMALL, tie_embeddings=False))
     table = variables["params"]["embed_tokens"]["embedding"]
     rare = next(i for i in range(64) if sum(i in ids for ids, _ in SEQUENCES) == 1)
     (where,) = [i for i, (ids, targets) in enumerate(SEQUENCES) if rare in ids]
-    spoilt = {"params": {**variables["params"], "embed_tokens": {"embedding": table.at[rare].set(jnp.nan)}}}
+    spoilt = {"params": {**variables["params"], "embed_tokens": {"embedding": table.at[rare].set(np.nan)}}}
     sequences = list(SEQUENCES)
     ids, targets = sequences[where]
     sequences[where] = (np.concatenate([ids, ids[:1]]), np.append(targets, True))  # something is predicted from it
-    config = dataclasses.replace(EXACT, accumulate=accumulate)
+    config = dataclasses.replace(EXACT, accumulate=2)
     batch = packed(sequences, 4, 30)
     state = sft.init_state(model, spoilt, config)
     after, metrics = quick_jit(sft.train_step, config=config)(state, batch)
