@@ -57,7 +57,7 @@ sys.exit(code)
 
 
 def measure(source: Path, target: Path, options: list[str]) -> dict[str, float]:
-    """Run `dpo-jax prepare` in a process of its own: seconds of the clock and of CPU time, rows a second, peak memory in MB, size of the result."""
+    """Run `dpo-jax prepare` in a process of its own: its time, speed, peak memory in MB and the size of the result."""
     words = ["prepare", "--data", str(source), "--to", str(target), *options]
     started, before = time.monotonic(), _cpu_seconds()
     done = subprocess.run([sys.executable, "-c", RUN, *words], stdout=subprocess.PIPE, text=True, check=True)
