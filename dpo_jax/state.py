@@ -57,13 +57,14 @@ def create(
     *,
     frozen: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A state at step 0. With an `adapters` collection that is trained in place of `params`; `heads` always are.
+    """A state at step 0. With an `adapters` collection that is trained in place of `params`; `heads` always are, and
+    so is `value`, PPO's value model.
 
     The trained weights become float32, whatever they were loaded as. Each optimizer moment is laid out over devices
     like its parameter. With `jax.ShapeDtypeStruct`s in place of arrays (their shardings set, where there is a mesh) the
     state is abstract too.
     """
-    learn = {"adapters" if "adapters" in variables else "params", "heads"}
+    learn = {"adapters" if "adapters" in variables else "params", "heads", "value"}
     trainable = {k: jax.tree.map(_as_float32, v) for k, v in variables.items() if k in learn}
     frozen = {**{k: v for k, v in variables.items() if k not in learn}, **(frozen or {})}
     leaf = jax.tree.leaves(trainable)[0]
@@ -130,9 +131,13 @@ def _is_matrix(path: tuple[Any, ...]) -> bool:
     return path[-1].key not in ("scale", "bias")
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW or RMSprop, then the schedule."""
-    schedule = learning_rate_schedule(config)
+def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.GradientTransformation:
+    """Clipping, then AdamW or RMSprop, then the schedule.
+
+    Without `scheduled` the updates are those of a learning rate of 1: for steps of several updates, which multiply them
+    by `learning_rate_schedule` of the step themselves.
+    """
+    schedule = learning_rate_schedule(config) if scheduled else optax.constant_schedule(1.0)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     if config.name == "rmsprop":
         # PyTorch's, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.

@@ -70,3 +70,39 @@ class TokenBatch:
     positions: jax.Array
     targets: jax.Array
     rows: jax.Array
+
+
+@struct.dataclass
+class Rollout:
+    """Responses that a policy sampled, with all that was measured when they were. The update reads it and adds nothing.
+
+    Arrays of responses are right-padded; lengths alone say what is real. Log-probabilities are in nats, at the sampling
+    temperature, before any top-k or top-p filter. With G > 1 responses to a prompt, they stand in neighbouring rows.
+
+    Attributes:
+      prompts:          int32 [B, P]
+      prompt_lengths:   int32 [B]
+      responses:        int32 [B, R]    the terminator included, where it was reached.
+      response_lengths: int32 [B]       at least 1.
+      ended:            bool [B]        whether the response ends with a terminator.
+      logps:            float32 [B, R]  of each token under the policy that sampled it.
+      reference_logps:  float32 [B, R]  under the reference policy.
+      values:           float32 [B, R]  of the state before each token, or None where there is no value model.
+      scores:           float32 [B]     the reward of each whole response.
+      kl_coefficient:   float32 [B]     β, the same in every row (an array, so that a controller may move it).
+      weights:          float32 [B]     1 for a real row, 0 for a filler.
+      rows:             int32 [B]       row of the prompt in its file; -1 for a filler.
+    """
+
+    prompts: jax.Array
+    prompt_lengths: jax.Array
+    responses: jax.Array
+    response_lengths: jax.Array
+    ended: jax.Array
+    logps: jax.Array
+    reference_logps: jax.Array
+    values: jax.Array | None
+    scores: jax.Array
+    kl_coefficient: jax.Array
+    weights: jax.Array
+    rows: jax.Array

@@ -56,7 +56,8 @@ def toy_policy(seed: int = 0, *, vocab: int = 64, width: int = 8) -> tuple[Any, 
         return x + jnp.cumsum(x, axis=1) / (positions + 1)[..., None]
 
     table = jax.random.normal(jax.random.key(seed), (vocab, width))
-    return SimpleNamespace(apply=apply), {"params": {"embed": {"kernel": table}}}
+    shape = SimpleNamespace(hidden_size=width)
+    return SimpleNamespace(apply=apply, config=shape), {"params": {"embed": {"kernel": table}}}
 
 
 def quick_jit(f: Callable[..., Any], *, donate: tuple[int, ...] = (), **fixed: Any) -> Any:

@@ -22,8 +22,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dpo_jax import masked
+from dpo_jax.config import PPOLossConfig
+from dpo_jax.errors import InputError
+from dpo_jax.types import Rollout
 
 KLEstimator = Literal["k1", "k2", "k3"]
 _EPSILON = 1e-4  # added to the deviation of GRPO's groups, as TRL's GRPOTrainer does: equal scores give advantages of 0
@@ -124,3 +128,76 @@ def next_kl_coefficient(
     """
     error = jnp.clip((kl - target) / target, -0.2, 0.2)
     return jnp.asarray(kl_coefficient * (1 + error * responses / horizon), jnp.float32)
+
+
+def response_mask(rollout: Rollout) -> jax.Array:
+    """bool [B, R]: real tokens of real rows."""
+    real = jnp.arange(rollout.responses.shape[1]) < rollout.response_lengths[:, None]
+    return real & (rollout.weights > 0)[:, None]
+
+
+# ---------------------------------------------------------------- the reward stage
+
+
+@struct.dataclass
+class Targets:
+    """What the updates learn from, computed once a rollout.
+
+    Attributes:
+      mask:       bool [B, R].
+      advantages: [B, R], 0 outside the mask.
+      returns:    [B, R], or None without a value model.
+      scores:     [B], as they went into the rewards.
+      rewards:    [B, R], of each token, not whitened.
+      kl:         [B, R], k1 of the sampling policy to the reference.
+    """
+
+    mask: jax.Array
+    advantages: jax.Array
+    returns: jax.Array | None
+    scores: jax.Array
+    rewards: jax.Array
+    kl: jax.Array
+
+
+def _shaped_scores(rollout: Rollout, config: PPOLossConfig) -> jax.Array:
+    """[B]: normalised, clipped, and less the penalty of a response that was cut."""
+    real = rollout.weights > 0
+    scores = masked.select(rollout.scores.astype(jnp.float32), real)
+    if config.normalize_scores:
+        scores = masked.whiten(scores, real)
+    if config.score_clip is not None:
+        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        scores = jnp.where(rollout.ended, scores, scores - config.missing_eos_penalty)
+    return masked.select(scores, real)
+
+
+def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
+    """The reward stage of a whole rollout, before it is split into mini-batches.
+
+    Raises `InputError` where the rows are not made of groups of `config.group`, or values are missing.
+    """
+    if rollout.responses.shape[0] % config.group:
+        raise InputError(f"a rollout of {rollout.responses.shape[0]} rows is not made of groups of {config.group}")
+    mask, scores = response_mask(rollout), _shaped_scores(rollout, config)
+    logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
+    beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
+    rewards = token_rewards(scores, kl_estimate(logps, reference, config.kl_estimator), mask, kl_coefficient=beta)
+    returns = None
+    if config.advantage == "gae":
+        if rollout.values is None:
+            raise InputError("the rollout has no values, which gae needs (ppo.measure gives them)")
+        scaled = rewards
+        if config.whiten_rewards:
+            scaled = masked.select(masked.whiten(rewards, mask, shift_mean=False), mask)
+        gamma = 1.0 if config.gamma is None else config.gamma
+        lam = 0.95 if config.lam is None else config.lam
+        advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
+    else:
+        compare = leave_one_out if config.advantage == "rloo" else group_relative
+        advantages = compare(jnp.sum(rewards, axis=1), config.group)[:, None]
+        advantages = masked.select(jnp.broadcast_to(advantages, mask.shape), mask)
+    if config.whitens:
+        advantages = masked.select(masked.whiten(advantages, mask), mask)
+    return Targets(mask, advantages, returns, scores, rewards, kl_estimate(logps, reference))

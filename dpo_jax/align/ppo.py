@@ -33,11 +33,12 @@ from dpo_jax import masked
 from dpo_jax import mesh as meshes
 from dpo_jax import state as states
 from dpo_jax.align import microbatches
-from dpo_jax.align.advantages import gae, group_relative, kl_estimate, leave_one_out, token_rewards
+from dpo_jax.align.advantages import Targets, gae, kl_estimate, learning_targets, response_mask, token_rewards
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.groups import predicting_states, response_predictions
+from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -104,12 +105,12 @@ def value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, mas
 
 
 def init_state(
-    model: Any, variables: Mapping[str, Any], config: PPOConfig, *, value: Mapping[str, Any] | None = None
+    model: Llama, variables: Mapping[str, Any], config: PPOConfig, *, value: Mapping[str, Any] | None = None
 ) -> TrainState:
     """The training state at step 0.
 
     Args:
-      model: the policy, a `Llama`.
+      model: the policy.
       variables: {"params": ...[, "adapters": ...]}; its arrays become the state's.
       config: decides whether there is a value model, and which.
       value: another model to start the separate value model from, such as a reward model: {"params": ...,
@@ -122,7 +123,8 @@ def init_state(
     kind = _value_kind(config)
     if value is not None and kind != "separate":
         raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.advantage}, {kind}")
-    head = {VALUE: jax.tree.map(jnp.zeros_like, heads.init_heads(model, jax.random.key(0), {VALUE: 1})[VALUE])}
+    if kind is not None:
+        head = heads.heads_beside(model, variables, {VALUE: 1}, key=None)
     if kind in ("shared", "stopped"):
         variables["heads"] = head
     elif kind == "separate":
@@ -133,10 +135,10 @@ def init_state(
         trunk = {name: tree for name, tree in start[collection].items() if name != "lm_head"}
         if value is not None:
             head = {VALUE: value["heads"][heads.SCORE]}
-        # A copy: the policy's arrays and the value model's are given to the step apart.
-        variables[VALUE] = jax.tree.map(
-            lambda x: jnp.array(x, jnp.float32, copy=True), {collection: trunk, "heads": head}
-        )
+        own = {collection: trunk, "heads": head}
+        abstract = isinstance(jax.tree.leaves(own)[0], jax.ShapeDtypeStruct)
+        # A real copy: the policy's arrays and the value model's are given to the step for good, each its own.
+        variables[VALUE] = own if abstract else jax.tree.map(jnp.copy, own)
     return states.create(model.apply, variables, states.make_optimizer(config.optimizer, scheduled=False))
 
 
@@ -156,12 +158,6 @@ def _groups(rollout: Rollout) -> PreferenceBatch:
     )
 
 
-def _mask(rollout: Rollout) -> jax.Array:
-    """bool [B, R]: real tokens of real rows."""
-    real = jnp.arange(rollout.responses.shape[1]) < rollout.response_lengths[:, None]
-    return real & (rollout.weights > 0)[:, None]
-
-
 @struct.dataclass
 class _Predictions:
     """Of each response token, [B, R]: log-probability and entropy under the policy, value of the state before it."""
@@ -176,14 +172,19 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
     batch, variables = _groups(rollout), current.variables
     policy = {name: variables[name] for name in ("params", "adapters") if name in variables}
     out = response_predictions(
-        state.apply_fn, policy, batch, temperature=config.temperature, head_budget_bytes=config.head_budget_bytes
+        state.apply_fn,
+        policy,
+        batch,
+        layout="separate",  # with one response there is nothing to share, and every kernel runs whole sequences
+        temperature=config.temperature,
+        head_budget_bytes=config.head_budget_bytes,
     )
     kind, values = _value_kind(config), None
     if kind == "separate":
         own = variables[VALUE]
         trunk = {"params": own["params"]} if "params" in own else {"params": variables["params"], **own}
         trunk = {name: trunk[name] for name in ("params", "adapters") if name in trunk}
-        values = heads.apply(own, VALUE, predicting_states(state.apply_fn, trunk, batch))
+        values = heads.apply(own, VALUE, predicting_states(state.apply_fn, trunk, batch, layout="separate"))
     elif kind is not None:
         hidden = jax.lax.stop_gradient(out.states) if kind == "stopped" else out.states
         values = heads.apply(variables, VALUE, hidden)
@@ -193,7 +194,11 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
 def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollout:
     """The rollout with `values`, as the value model gives them now: what a rollout stores when it is sampled."""
     values = _predict(state, state.trainable, rollout, config).values
-    return rollout if values is None else dataclasses.replace(rollout, values=masked.select(values, _mask(rollout)))
+    return (
+        rollout
+        if values is None
+        else dataclasses.replace(rollout, values=masked.select(values, response_mask(rollout)))
+    )
 
 
 def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout], Rollout]:
@@ -205,69 +210,6 @@ def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout]
             return jitted(state, rollout)
 
     return call
-
-
-# ---------------------------------------------------------------- the reward stage
-
-
-@struct.dataclass
-class _Targets:
-    """What the updates learn from, computed once a rollout.
-
-    Attributes:
-      mask:       bool [B, R].
-      advantages: [B, R], 0 outside the mask.
-      returns:    [B, R], or None without a value model.
-      scores:     [B], as they went into the rewards.
-      rewards:    [B, R], of each token, not whitened.
-      kl:         [B, R], k1 of the sampling policy to the reference.
-    """
-
-    mask: jax.Array
-    advantages: jax.Array
-    returns: jax.Array | None
-    scores: jax.Array
-    rewards: jax.Array
-    kl: jax.Array
-
-
-def _shaped_scores(rollout: Rollout, config: PPOConfig) -> jax.Array:
-    """[B]: normalised, clipped, and less the penalty of a response that was cut."""
-    real = rollout.weights > 0
-    scores = masked.select(rollout.scores.astype(jnp.float32), real)
-    if config.normalize_scores:
-        scores = masked.whiten(scores, real)
-    if config.score_clip is not None:
-        scores = jnp.clip(scores, -config.score_clip, config.score_clip)
-    if config.missing_eos_penalty is not None:
-        scores = jnp.where(rollout.ended, scores, scores - config.missing_eos_penalty)
-    return masked.select(scores, real)
-
-
-def _targets(rollout: Rollout, config: PPOConfig) -> _Targets:
-    if rollout.responses.shape[0] % config.group:
-        raise InputError(f"a rollout of {rollout.responses.shape[0]} rows is not made of groups of {config.group}")
-    mask, scores = _mask(rollout), _shaped_scores(rollout, config)
-    logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
-    beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
-    rewards = token_rewards(scores, kl_estimate(logps, reference, config.kl_estimator), mask, kl_coefficient=beta)
-    returns = None
-    if config.advantage == "gae":
-        if rollout.values is None:
-            raise InputError("the rollout has no values, which gae needs (ppo.measure gives them)")
-        scaled = rewards
-        if config.whiten_rewards:
-            scaled = masked.select(masked.whiten(rewards, mask, shift_mean=False), mask)
-        gamma = 1.0 if config.gamma is None else config.gamma
-        lam = 0.95 if config.lam is None else config.lam
-        advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
-    else:
-        compare = leave_one_out if config.advantage == "rloo" else group_relative
-        advantages = compare(jnp.sum(rewards, axis=1), config.group)[:, None]
-        advantages = masked.select(jnp.broadcast_to(advantages, mask.shape), mask)
-    if config.whitens:
-        advantages = masked.select(masked.whiten(advantages, mask), mask)
-    return _Targets(mask, advantages, returns, scores, rewards, kl_estimate(logps, reference))
 
 
 # ---------------------------------------------------------------- the step
@@ -286,7 +228,7 @@ class _Tokens:
 
 
 def _losses(
-    state: TrainState, trainable: Any, rollout: Rollout, targets: _Targets, tokens: jax.Array, config: PPOConfig
+    state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, tokens: jax.Array, config: PPOConfig
 ) -> tuple[jax.Array, _Tokens]:
     """L of a (micro-)batch's share of its mini-batch of `tokens` response tokens, and its parts."""
     mask = targets.mask
@@ -381,8 +323,8 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         objective/kl (Σ_t k1 a response), objective/entropy (Σ_t −log π a response), objective/non_score_reward,
         objective/rlhf_reward (with the score), objective/scores (before normalising, clipping, penalty);
         policy/approxkl_avg (mean of ½ log² ρ), policy/clipfrac_avg, policy/entropy_avg, loss/policy_avg,
-        loss/value_avg, val/clipfrac_avg, val/ratio, val/ratio_var (all means over the updates), val/num_eos_tokens (responses that
-        ended);
+        loss/value_avg, val/clipfrac_avg, val/ratio, val/ratio_var (all means over the updates), val/num_eos_tokens
+        (responses that ended);
       and loss, grad_norm (mean over the updates, before clipping), learning_rate, kl_coefficient, lengths/response,
       tokens (prompts and responses, once),
       policy/ratio_q05, _q50, _q95, policy/approxkl_q05, _q50, _q95 (of the last update),
@@ -399,7 +341,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         raise InputError(
             f"a rollout of {b} responses does not split into --ppo.minibatches {m}; choose a divisor of {b}"
         )
-    targets = _targets(rollout, config)
+    targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.epochs)]
     lr = states.learning_rate_schedule(config.optimizer)(state.step)
@@ -409,7 +351,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         part, aims = _rows((rollout, targets), rows)
         tokens = jnp.sum(aims.mask.astype(jnp.float32))
 
-        def gradients(micro: tuple[Rollout, _Targets]) -> tuple[Any, tuple[jax.Array, _Tokens]]:
+        def gradients(micro: tuple[Rollout, Targets]) -> tuple[Any, tuple[jax.Array, _Tokens]]:
             def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, _Tokens]]:
                 loss, parts = _losses(state, weights, *micro, tokens, config)
                 return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
@@ -445,7 +387,7 @@ def _rows(tree: Any, rows: jax.Array) -> Any:
     return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
 
 
-def _metrics(rollout: Rollout, targets: _Targets, updates: _Update) -> Metrics:
+def _metrics(rollout: Rollout, targets: Targets, updates: _Update) -> Metrics:
     real, mask = rollout.weights > 0, targets.mask
 
     def a_response(x: jax.Array) -> jax.Array:

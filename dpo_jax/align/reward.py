@@ -97,16 +97,7 @@ def with_heads(model: Llama, variables: Mapping[str, Any], config: RewardConfig)
                 f" {n}; give it another name, or the same classes"
             )
     missing = {name: n for name, n in sizes.items() if name not in given}
-    leaf = jax.tree.leaves(variables["params"])[0]
-    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-    mesh = mesh if isinstance(mesh, Mesh) else None
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return given | heads.init_heads(model, jax.random.key(config.seed), missing, mesh=mesh)
-    fresh = heads.abstract_heads(model, missing)
-    if mesh is not None:
-        places = heads.shardings(model, missing, mesh)
-        fresh = jax.tree.map(lambda x, where: x.update(sharding=where), fresh, places)
-    return given | fresh
+    return given | heads.heads_beside(model, variables, missing, key=jax.random.key(config.seed))
 
 
 # ---------------------------------------------------------------- the loss of each row

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Layout
-from dpo_jax.model.logprobs import token_logps
+from dpo_jax.model.logprobs import token_logps, token_logps_and_entropy
 from dpo_jax.types import PreferenceBatch
 
 
@@ -132,10 +133,62 @@ def response_logps(
       head_budget_bytes: see `logprobs.token_logps`.
     """
     b, k, r = batch.responses.shape
-    at, hidden = _run(apply_fn, variables, batch, layout)
     mask = response_mask(batch)
-    hidden = meshes.constrain(at.predicting(hidden), ("batch", "responses", "length", "embed")).reshape(b * k, r, -1)
+    hidden = predicting_states(apply_fn, variables, batch, layout=layout).reshape(b * k, r, -1)
     unembedding = apply_fn(variables, method="unembedding")
     targets = _clean(batch.responses, mask).reshape(b * k, r)
     logps = token_logps(hidden, unembedding, targets, temperature=temperature, budget_bytes=head_budget_bytes)
     return jnp.where(mask, logps.reshape(b, k, r), 0.0)
+
+
+def predicting_states(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, layout: Layout = "shared"
+) -> jax.Array:
+    """The hidden state before each response token, the one that predicts it, [B, K, R, D]; any value at padding.
+
+    Arguments as for `response_logps`.
+    """
+    at, hidden = _run(apply_fn, variables, batch, layout)
+    return meshes.constrain(at.predicting(hidden), ("batch", "responses", "length", "embed"))
+
+
+@struct.dataclass
+class ResponsePredictions:
+    """What a policy predicts along given responses.
+
+    Attributes:
+      logps:   float32 [B, K, R], log-probability of each response token in nats, 0 at padding.
+      entropy: float32 [B, K, R], of each prediction, in nats, 0 at padding.
+      states:  [B, K, R, D], the hidden states that predict; see `predicting_states`.
+    """
+
+    logps: jax.Array
+    entropy: jax.Array
+    states: jax.Array
+
+
+def response_predictions(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batch: PreferenceBatch,
+    *,
+    layout: Layout = "shared",
+    temperature: float = 1.0,
+    head_budget_bytes: int = 256 * 2**20,
+) -> ResponsePredictions:
+    """`response_logps` with the entropies and the states, from one forward pass. Arguments as there."""
+    b, k, r = batch.responses.shape
+    mask = response_mask(batch)
+    states = predicting_states(apply_fn, variables, batch, layout=layout)
+    logps, entropy = token_logps_and_entropy(
+        states.reshape(b * k, r, -1),
+        apply_fn(variables, method="unembedding"),
+        _clean(batch.responses, mask).reshape(b * k, r),
+        temperature=temperature,
+        budget_bytes=head_budget_bytes,
+    )
+    return ResponsePredictions(
+        logps=jnp.where(mask, logps.reshape(b, k, r), 0.0),
+        entropy=jnp.where(mask, entropy.reshape(b, k, r), 0.0),
+        states=states,
+    )

@@ -67,6 +67,25 @@ def init_heads(model: Llama, key: jax.Array, sizes: Mapping[str, int], *, mesh: 
     return jax.jit(make, out_shardings=None if mesh is None else shardings(model, sizes, mesh))(key)
 
 
+def heads_beside(
+    model: Llama, variables: Mapping[str, Any], sizes: Mapping[str, int], *, key: jax.Array | None
+) -> Heads:
+    """New heads for `variables`, laid out on the mesh that its parameters lie on; abstract where they are abstract.
+
+    `key`: of `init_heads`; None makes them 0.
+    """
+    leaf = jax.tree.leaves(variables["params"])[0]
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    where = shardings(model, sizes, mesh) if isinstance(mesh, Mesh) else None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        made = abstract_heads(model, sizes)
+        return made if where is None else jax.tree.map(lambda x, place: x.update(sharding=place), made, where)
+    if key is not None:
+        return init_heads(model, key, sizes, mesh=mesh if where is not None else None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_heads(model, sizes))
+    return zeros if where is None else jax.device_put(zeros, where)
+
+
 def apply(variables: Mapping[str, Any], name: str, hidden: jax.Array) -> jax.Array:
     """What head `name` makes of hidden states [..., D]: float32 [..., n].
 

@@ -128,3 +128,27 @@ def token_scores(
     kernel = meshes.constrain(unembedding, (None, "vocab"))
     size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
     return by_chunks(chunk, size, hidden, targets)
+
+
+def token_logps_and_entropy(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float = 1.0,
+    budget_bytes: int = 256 * 2**20,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token and entropy of its prediction, float32 [N, R] each, in nats.
+
+    Gradients flow through both. Arguments as for `token_logps`.
+    """
+
+    def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = meshes.constrain(logits_of(h, kernel) / temperature, ("batch", "length", "vocab"))
+        log_sum = jax.nn.logsumexp(z, axis=-1)
+        probabilities = jnp.exp(z - log_sum[..., None])
+        return _at(z, y) - log_sum, log_sum - jnp.sum(probabilities * z, axis=-1)
+
+    kernel = meshes.constrain(unembedding, (None, "vocab"))
+    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    return by_chunks(chunk, size, hidden, targets)
