@@ -99,6 +99,12 @@ def test_frozen_matrices_have_no_gradient() -> None:
     assert "4 a token for each of 6607.1 M frozen" in lora.describe()
 
 
+def test_a_sampled_vocabulary_is_the_columns_that_are_used() -> None:
+    full, sampled = ModelFlops.of(SHAPE), ModelFlops.of(SHAPE, outputs=17)
+    work = Work(10, 4, 0)
+    assert full.training(work) - sampled.training(work) == 6 * 4 * SHAPE.hidden_size * (512 - 17)
+
+
 def test_windows_count_real_tokens_and_what_they_see() -> None:
     arrays: dict[str, Any] = {
         "tokens": np.zeros((2, 6), np.int32),

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import byte_level, llama2
 
+from dpo_jax.config import PrepareRun
 from dpo_jax.data.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.errors import InputError
+from dpo_jax.run.prepare import prepare
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id
@@ -182,3 +184,15 @@ def test_classical_chinese_is_the_ids_of_sentencepiece(shared_data: Path, tmp_pa
     for i, text in enumerate(rows):
         assert data.tokens[i].tolist() == [1, *pieces.encode(text), 2]
     assert data.unknown == 0
+
+
+# ---------------------------------------------------------------- stores
+
+
+def test_a_store_gives_the_same_documents(tmp_path: Path) -> None:
+    rows = [{"text": f"Document {i}, the quick\nbrown fox {'jumps ' * i}"} for i in range(7)]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    prepare(PrepareRun(source=str(source), to=str(tmp_path / "store"), kind="text"))
+    from_file, from_store = load(source), load_documents(f"tfds:{tmp_path / 'store'}", TOKENIZER, vocab_size=600)
+    assert from_store.fingerprint == from_file.fingerprint
+    assert from_store.row_numbers.tolist() == from_file.row_numbers.tolist()

@@ -6,7 +6,9 @@ import math
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,20 +18,26 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from dpo_jax import cli, mesh
+from dpo_jax.align import sft
 from dpo_jax.config import (
     CheckpointConfig,
     EnergyConfig,
     MeshConfig,
     OptimizerConfig,
+    SFTConfig,
     SFTDataConfig,
     SFTLossConfig,
     SFTRun,
     TrainConfig,
 )
+from dpo_jax.data.documents import load_documents
+from dpo_jax.data.text_windows import TextLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
 from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
 
 LENGTH, BATCH, STEPS = 32, 4, 8
 
@@ -169,6 +177,27 @@ def test_a_run_that_was_stopped_goes_on_exactly(
         np.testing.assert_array_equal(found[name], expected[name])
 
 
+@pytest.mark.parametrize("documents", ["masked", "joined"])
+def test_a_window_is_its_sequences_one_by_one(inputs: Path, documents: Any) -> None:
+    """masked: the loss of a window is that of its pieces of documents apart; joined: that of one long sequence."""
+    model, variables = load_pretrained(inputs / "model")
+    tokenizer = load_tokenizer(inputs / "model")
+    data = load_documents(str(inputs / "a.jsonl"), tokenizer, vocab_size=320)
+    loader = TextLoader([data], [None], length=LENGTH, batch_size=BATCH, seed=0, documents=documents, workers=0)
+    batch = next(loader)
+    config = SFTConfig(packed=documents == "masked")
+    found = jax.jit(partial(sft.eval_step, config=config))(sft.init_state(model, variables, config), batch)
+    logits = jax.jit(lambda ids: model.apply(variables, model.apply(variables, ids), method="logits"))
+    for row in range(BATCH):
+        nll = 0.0
+        cuts = np.flatnonzero(np.diff(batch.segments[row])) + 1
+        for ids in np.split(batch.tokens[row], cuts):
+            padded = np.pad(ids, (0, LENGTH - len(ids)))  # causal: what follows changes nothing
+            logps = np.asarray(jax.nn.log_softmax(logits(padded[None])[0]))
+            nll -= sum(logps[t - 1, ids[t]] for t in range(1, len(ids)))
+        assert found["nll"][row] == pytest.approx(nll, rel=1e-5)
+
+
 def test_words(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--model {inputs / 'model'} --data {inputs / 'a.jsonl'}:3 {inputs / 'b.txt'}:1 --data.kind text"
     words += f" --data.max_length {LENGTH} --data.documents joined --train.steps 1 --train.batch_size 4"
@@ -226,6 +255,7 @@ def test_options_without_effect_are_refused(change: dict) -> None:
         SFTDataConfig(**change)
 
 
+@pytest.mark.slow
 def test_the_sampled_loss_counts_only_what_it_computes(inputs: Path, tmp_path: Path) -> None:
     rates = {}
     for loss in (SFTLossConfig(), SFTLossConfig(loss="sampled", negatives=16)):
