@@ -15,12 +15,16 @@ _HEAD = re.compile(r"(?P<name>\w+)(:(?P<weight>[0-9.]+))?=(?P<classes>[^=]+)")
 
 
 class ClassHead(NamedTuple):
-    """An auxiliary head: its name, its classes in order, the weight of its loss, and whether classes overlap."""
+    """An auxiliary head, as `--reward.multi_class` or `--reward.multi_label` names it."""
 
     name: str
+    """Of the head, and of the entry in a row's `labels`."""
     classes: tuple[str, ...]
+    """In the order of its outputs."""
     weight: float
+    """Of its loss."""
     overlapping: bool
+    """Whether several classes may hold at once (a sigmoid each), or exactly one does (softmax)."""
 
 
 @dataclass(frozen=True)
