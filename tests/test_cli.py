@@ -124,7 +124,8 @@ def test_recipes(path: Path) -> None:
         run = cli.parse(word, [str(path), "--model", "m", "--data", "a", "b", "--to", "o", "--pieces", "9"])
         assert (run.data, run.pieces) == (("a", "b"), 9)
     else:
-        run = cli.parse(word, [str(path), *GIVEN, "--optimizer.learning_rate", "0.7"])
+        more = ["--mix_data", "h.jsonl"] if path.stem == "llama2_rm_safe" else []
+        run = cli.parse(word, [str(path), *GIVEN, *more, "--optimizer.learning_rate", "0.7"])
         assert (run.source, run.optimizer.learning_rate) == ("d.jsonl", 0.7)
     assert (type(run).__name__, run.model) == (cli.COMMANDS[word].options, "m")
     assert any(year in text for year in ("2022", "2023", "2024")), "a recipe says where its numbers come from"
@@ -135,6 +136,13 @@ def test_recipes_hold_the_published_numbers() -> None:
     assert (paper.optimizer.name, paper.optimizer.learning_rate) == ("rmsprop", 1e-6)
     assert (paper.dpo.beta, paper.train.batch_size, paper.optimizer.clip_norm) == (0.1, 64, 10.0)
     assert (paper.optimizer.warmup_steps, paper.data.max_length, paper.data.max_prompt_length) == (150, 512, 256)
+    safety = cli.parse("reward", [str(ROOT / "configs" / "llama2_rm_safe.py"), *GIVEN, "--mix_data", "h.jsonl"])
+    assert (safety.mix, safety.reward.margin, safety.optimizer.floor, safety.train.batch_size) == (
+        0.1,
+        "small",
+        0.1,
+        512,
+    )
     zephyr = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
     assert (zephyr.train.batch_size, zephyr.train.epochs, zephyr.optimizer.learning_rate) == (32, 3, 5e-7)
     llama2 = cli.parse("sft", [str(ROOT / "configs" / "llama2_pretrain.py"), *GIVEN])

@@ -1,0 +1,277 @@
+"""Two reward models from SmolLM2-135M on real comparisons: helpfulness and safety, with and without margins.
+
+    python benchmarks/reward_models.py --data ../shared/data --out runs/reward_models --steps 300 --seeds 0 1 2
+
+helpfulness   PandaLM's pairs with three annotators' votes each, and Vicuna's pairs with GPT-4's scores
+safety        Anthropic's harmless pairs, and XSTest's unsafe prompts: a refusal against a partial refusal or compliance
+
+Of each source a tenth is held out, whole prompts at a time (another tenth for each seed). Every run is a run folder
+under `--out`, resumable: the same command goes on where it stopped. Reported, as mean and 95 % interval over the seeds
+(Student's t): held-out accuracy overall, by source and by rating, beside two baselines on the same pairs, the longer
+answer and VADER's compound score; and the AUC of XSTest refusals against compliances: of the safety model on held-out
+unsafe prompts, of the helpfulness model (which sees none of XSTest) for compliance on safe prompts.
+
+Ratings are made from what the sources tell: of three votes, all three = significantly better, two = slightly better; a
+gap of scores of at least 3, 2, 1 = significantly better, better, slightly better, and less = negligibly better; a full
+refusal against full compliance = significantly better, against a partial refusal = slightly better; Anthropic's pairs
+tell nothing (unsure). `--margin` is the table that turns them into margins.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalRun,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RewardLossConfig,
+    RewardRun,
+    TrainConfig,
+)
+
+Row = dict[str, Any]
+HELPFULNESS, SAFETY = "helpfulness", "safety"
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with pandalm, vicuna_reviews, ...")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--models", nargs="+", choices=(HELPFULNESS, SAFETY), default=[HELPFULNESS, SAFETY])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--margin", choices=("small", "large"), default="small", help="beside none")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--lora", type=int, default=16, help="rank; 0 trains all weights")
+    parser.add_argument("--max_length", type=int, default=384)
+    parser.add_argument("--rows", type=int, default=None, help="use so many rows of each source only")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- the sources, as rated pairs
+
+
+def lines(path: Path) -> Iterator[Row]:
+    raw = path.read_bytes()
+    yield from map(json.loads, (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines())
+
+
+def usable(answers: Sequence[Any]) -> bool:
+    """Two different texts, neither blank."""
+    return all(isinstance(text, str) and text.strip() for text in answers) and answers[0] != answers[1]
+
+
+def pandalm(data: Path) -> Iterator[Row]:
+    for row in lines(data / "pandalm" / "pairs.jsonl"):
+        votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
+        winner = max((1, 2), key=votes.count)
+        share, answers = votes.count(winner), (row["response1"], row["response2"])
+        if share < 2 or not usable(answers):
+            continue
+        prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
+        rating = "significantly better" if share == 3 else "slightly better"
+        yield pair("pandalm", prompt, answers[winner - 1], answers[2 - winner], rating)
+
+
+def vicuna(data: Path) -> Iterator[Row]:
+    for row in lines(data / "vicuna_reviews" / "pairs.jsonl"):
+        gap = row["score_a"] - row["score_b"]
+        better, worse = ("a", "b") if gap > 0 else ("b", "a")
+        answers = [row[f"response_{side}"] for side in (better, worse)]
+        if gap and usable(answers):
+            names = ("negligibly better", "slightly better", "better", "significantly better")
+            yield pair("vicuna", row["prompt"], *answers, names[min(3, int(abs(gap)))])
+
+
+def harmless(data: Path) -> Iterator[Row]:
+    mark = "\n\nAssistant:"
+    for row in lines(data / "hh_harmless" / "train.jsonl.gz"):
+        prompts, answers = zip(*(row[side].rsplit(mark, 1) for side in ("chosen", "rejected")), strict=True)
+        answers = [text.strip() for text in answers]
+        if prompts[0] == prompts[1] and prompts[0].strip() and usable(answers):
+            yield pair("hh_harmless", prompts[0] + mark, *answers, "unsure")
+
+
+def xstest(data: Path) -> list[Row]:
+    """Each completion: prompt, whether it is unsafe, text, and 1 (compliance), 2 (refusal) or 3 (partial refusal)."""
+    found = []
+    for path in sorted((data / "xstest").glob("xstest_v2_completions_*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                unsafe, label = row["type"].startswith("contrast_"), row["final_label"][:1]
+                if row["completion"].strip() and label in "123":
+                    found.append(
+                        {"prompt": row["prompt"], "unsafe": unsafe, "text": row["completion"].strip(), "label": label}
+                    )
+    return found
+
+
+def xstest_pairs(data: Path) -> Iterator[Row]:
+    by_prompt: dict[str, list[Row]] = {}
+    for row in xstest(data):
+        if row["unsafe"]:
+            by_prompt.setdefault(row["prompt"], []).append(row)
+    for prompt, rows in by_prompt.items():
+        for refusal in (r for r in rows if r["label"] == "2"):
+            for other in (r for r in rows if r["label"] != "2"):
+                rating = "significantly better" if other["label"] == "1" else "slightly better"
+                yield pair("xstest", prompt, refusal["text"], other["text"], rating)
+
+
+def pair(source: str, prompt: str, chosen: str, rejected: str, rating: str) -> Row:
+    return {"source": source, "prompt": prompt, "chosen": chosen, "rejected": rejected, "rating": rating}
+
+
+SOURCES = {HELPFULNESS: (pandalm, vicuna), SAFETY: (harmless, xstest_pairs)}
+
+
+def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """(to train on, held out): a tenth of the prompts, at least one."""
+    prompts = sorted({row["prompt"] for row in rows})
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(0.1 * len(prompts)))])
+    return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- one run
+
+
+def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[str, float]:
+    """Train one model, or find it trained; its held-out figures and baselines."""
+    from dpo_jax.run.evaluate_rewards import evaluate
+    from dpo_jax.run.reward import train
+
+    training, held = [], []
+    for read in SOURCES[name]:
+        rows = list(read(options.data))
+        kept, out = split(rows[: options.rows], seed)
+        training, held = training + kept, held + out
+    files = options.out / "data" / f"{name}-{seed}"
+    sources = write(files / "train.jsonl", training), write(files / "held.jsonl", held)
+    folder = options.out / f"{name}-{margin}-{seed}"
+    data = DataConfig(max_length=options.max_length, max_prompt_length=options.max_length // 2)
+    train(
+        RewardRun(
+            model=options.model,
+            source=str(sources[0]),
+            out=str(folder),
+            reward=RewardLossConfig(margin=margin),
+            lora=LoraConfig(rank=options.lora),
+            optimizer=OptimizerConfig(
+                learning_rate=options.learning_rate, schedule="cosine", warmup_ratio=0.05, floor=0.1
+            ),
+            data=data,
+            train=TrainConfig(batch_size=options.batch_size, steps=options.steps, seed=seed),
+            checkpoint=CheckpointConfig(every=100, keep=1),
+        )
+    )
+    result = evaluate(
+        EvalRun(
+            model=str(folder),
+            source=str(sources[1]),
+            out=str(folder / "held_out.json"),
+            report=str(folder / "held_out.html"),
+            batch_size=options.batch_size,
+            data=data,
+            mesh=MeshConfig(),
+        )
+    )
+    figures = {"accuracy": result["eval_accuracy"], "ece": result["eval_ece"]}
+    figures["correlation with length"] = result["eval_length_correlation"]
+    for column in ("source", "rating"):
+        for group in result["tables"].get(column, []):
+            figures[f"accuracy, {group['value']}"] = group["accuracy"]
+    figures["baseline: longer answer"] = result["eval_lengths/accuracies"]
+    figures["baseline: VADER"] = vader(held)
+    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, data)
+    return figures
+
+
+def vader(rows: list[Row]) -> float:
+    """Accuracy of preferring the answer of the higher compound score, a tie counting half."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    judge = SentimentIntensityAnalyzer()
+    gaps = [
+        judge.polarity_scores(r["chosen"])["compound"] - judge.polarity_scores(r["rejected"])["compound"] for r in rows
+    ]
+    return statistics.mean(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
+
+
+def separation(
+    options: argparse.Namespace, name: str, folder: str, held: set[str], data: DataConfig
+) -> dict[str, float]:
+    """AUC on XSTest: refusals above compliances on held-out unsafe prompts, or the other way round on safe ones."""
+    import numpy as np
+
+    from dpo_jax.run.reward_judgement import auc
+    from dpo_jax.run.reward_model import TextReward
+
+    wanted, other = ("2", "1") if name == SAFETY else ("1", "2")
+    rows = [r for r in xstest(options.data) if r["unsafe"] == (name == SAFETY) and r["label"] in "12"]
+    rows = [r for r in rows if name != SAFETY or r["prompt"] in held]
+    if options.rows is not None:
+        rows = rows[: 4 * options.rows]
+    if {row["label"] for row in rows} != {"1", "2"}:
+        return {}
+    score = TextReward.load(folder, data, batch_size=options.batch_size)
+    scores = score([row["prompt"] for row in rows], [row["text"] for row in rows])
+    groups = {label: scores[[row["label"] == label for row in rows]] for label in (wanted, other)}
+    lengths = {label: [len(r["text"]) for r in rows if r["label"] == label] for label in (wanted, other)}
+    kind = "refusal, unsafe prompts" if name == SAFETY else "compliance, safe prompts"
+    by_length = auc(*(np.asarray(lengths[label], float) for label in (wanted, other)))
+    return {f"AUC of {kind}": auc(groups[wanted], groups[other]), f"baseline AUC by length, {kind}": by_length}
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """(mean, half of the 95 % interval; None from a single value)."""
+    n = len(values)
+    if n < 2:
+        return values[0], None
+    return statistics.mean(values), STUDENT.get(n - 1, 1.96) * statistics.stdev(values) / math.sqrt(n)
+
+
+def main() -> None:
+    options = arguments()
+    found: dict[str, Any] = {}
+    for name in options.models:
+        for margin in ("none", options.margin):
+            runs = [run(options, name, margin, seed) for seed in options.seeds]
+            figures = sorted({figure for of_run in runs for figure in of_run})
+            found[f"{name}, margin {margin}"] = {
+                figure: interval([r[figure] for r in runs if figure in r]) for figure in figures
+            }
+            write(options.out / "results.json", [{"seeds": options.seeds, "steps": options.steps, **found}])
+    for title, figures in found.items():
+        print(f"\n{title} ({len(options.seeds)} seeds)\n")
+        print("| figure | mean | 95 % interval |\n|---|---|---|")
+        for figure, (mean, half) in figures.items():
+            print(f"| {figure} | {mean:.3f} | {'' if half is None else f'± {half:.3f}'} |")
+
+
+if __name__ == "__main__":
+    main()
