@@ -272,6 +272,8 @@ def test_weights_must_be_positive(weight: str) -> None:
 def test_other_faults_of_weights() -> None:
     with pytest.raises(InputError, match=r"a\.jsonl has no weight and others have"):
         parse_sources("b.jsonl:1,a.jsonl")
+    with pytest.raises(InputError, match="the weight has no effect, there is one source"):
+        parse_sources("a.jsonl:0.5")
     with pytest.raises(InputError, match="less than 1/100000 of all"):
         shares([("a", 1e-7), ("b", 1.0)])
     assert shares([("a", 1e300), ("b", 1e300)]).tolist() == [PERIOD // 2] * 2

@@ -218,7 +218,7 @@ def test_words(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ({"source": "{}/a.jsonl:-1"}, r"the weight -1 must be a positive number"),
         ({"source": "{}/a.jsonl:1,{}/b.txt"}, r"b\.txt has no weight and others have"),
         ({"source": "{}/gone.jsonl:1,{}/b.txt:1"}, r"gone\.jsonl"),
-        ({"eval_source": "{}/eval.jsonl:0.5"}, r"weights in --eval_data have no effect"),
+        ({"eval_source": "{}/eval.jsonl:1,{}/b.txt:2"}, r"weights in --eval_data have no effect"),
         ({"data": {"max_length": 512}}, r"--data\.max_length 512: the model's context is 256"),
         ({"data": {"separator": "blank_line"}}, r"--data\.separator has no effect: .*a\.jsonl holds rows"),
         ({"energy": EnergyConfig(pue=1.2)}, r"--energy\.pue has no effect: the power of cpu"),

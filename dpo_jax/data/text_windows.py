@@ -41,7 +41,8 @@ PERIOD = 100_000
 def parse_sources(text: str) -> list[tuple[str, float | None]]:
     """`a.jsonl:0.7,b.txt:0.3` -> sources with their weights; a source without a number behind it has None.
 
-    Raises `InputError` for a weight that is not a positive number, and where only some of the sources have one.
+    Raises `InputError` for a weight that is not a positive number, that only some of the sources have, or that a lone
+    source has.
     """
     if Path(text).expanduser().exists():
         return [(text, None)]
@@ -50,6 +51,8 @@ def parse_sources(text: str) -> list[tuple[str, float | None]]:
     if any(weighted) and not all(weighted):
         name = sources[weighted.index(False)][0]
         raise InputError(f"--data {text}: {name} has no weight and others have; write {name}:WEIGHT, or none at all")
+    if weighted == [True]:
+        raise InputError(f"--data {text}: the weight has no effect, there is one source; leave it out")
     return sources
 
 
