@@ -4,6 +4,7 @@ import json
 import random
 import re
 
+import chex
 import numpy as np
 import pytest
 import tiny
@@ -85,6 +86,32 @@ def test_the_checkpoint_is_the_model(run):
     there = TextReward.load(str(steps[-1]))
     texts = (["a film", "a book"], ["kind", "rude"])
     np.testing.assert_allclose(there(*texts), final(*texts), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_like_one_that_was_not(folder, tmp_path, monkeypatch):
+    data = ratings(tmp_path / "rows.jsonl", rows=24)
+
+    def train(out):
+        args = ["reward", "--model", folder, "--data", data, "--out", tmp_path / out, "--train.steps", "6"]
+        args += ["--reward.multi_class", "safety=safe,unsafe", "--optimizer.learning_rate", "1e-2"]
+        assert cli.main([*map(str, args), *SMALL]) == 0
+
+    train("whole")
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_jax.run.loop.StopRequest.here", lambda self: calls.append(0) or len(calls) >= 3)
+        train("stopped")
+    assert not (tmp_path / "stopped" / "model").exists()
+    train("stopped")
+    metrics = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    ]
+    whole, stopped = ([(row["step"], row["loss"]) for row in rows] for rows in metrics)
+    assert whole == stopped
+    ends = [dpo_jax.load_pretrained(tmp_path / name)[1] for name in ("whole", "stopped")]
+    chex.assert_trees_all_equal(*ends)
 
 
 def scored(run, data, out, *more):

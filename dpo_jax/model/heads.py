@@ -51,9 +51,9 @@ def shardings(model: Llama, sizes: Mapping[str, int], mesh: Mesh) -> Heads:
 def init_heads(model: Llama, key: jax.Array, sizes: Mapping[str, int], *, mesh: Mesh | None = None) -> Heads:
     """Fresh heads, made in their places on `mesh`: normal with standard deviation 1 / sqrt(D + 1).
 
-    The deviation is Tulu 3's (Lambert et al. 2024, open-instruct's reward model), after summarize-from-feedback: states
-    leave the final norm with entries near 1, so scores begin with a deviation near 1. The numbers of a head depend on
-    the key and on its own name only.
+    The deviation is Tulu 3's (Lambert et al. 2024, open-instruct's reward model), after summarize-from-feedback: scores
+    begin with about the deviation of the entries of the states, which is the scale of the final norm. The numbers of a
+    head depend on the key and on its own name only.
     """
     deviation = 1 / math.sqrt(model.config.hidden_size + 1)
 
