@@ -1,5 +1,5 @@
 """One file a paper. Every step is a pure function `train_step(state, batch, *, config) -> (state, metrics)`."""
 
-from dpo_jax.align import dpo
+from dpo_jax.align import dpo, ppo, reward, rewards, sft
 
-__all__ = ["dpo"]
+__all__ = ["dpo", "ppo", "reward", "rewards", "sft"]
