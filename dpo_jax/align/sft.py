@@ -117,7 +117,7 @@ def _draw(state: TrainState, config: SFTConfig) -> Negatives | None:
             f"--sft.negatives {count}: the vocabulary has only {vocab} ids; draw fewer, or use --sft.loss exact"
         )
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    return draw(key, vocab, count, config.proposal or "uniform")
+    return draw(key, vocab, count, config.proposal or "log_uniform")
 
 
 def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tuple[TrainState, Metrics]:
@@ -133,7 +133,8 @@ def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tu
 
     Returns:
       The new state, and metrics: float32 scalars over the target tokens of the batch,
-        loss (nats a token), grad_norm (before clipping), learning_rate (the one used in this step),
+        loss (nats a token; of the sampled loss an estimate, a little too small on average), grad_norm (before
+        clipping), learning_rate (the one used in this step),
         mean_token_accuracy (share of them that greedy decoding would give), entropy (of the predictions, nats; these
         two not with the sampled loss, which has no whole distribution),
         tokens (in the batch, without padding), target_tokens, padding (share of the batch's places),

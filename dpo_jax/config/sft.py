@@ -17,12 +17,12 @@ class SFTLossConfig:
 
     loss: Literal["exact", "sampled"] = "exact"
     """exact: softmax over the whole vocabulary. sampled: over the target and --sft.negatives drawn ids, for very large
-    vocabularies; evaluation stays exact."""
+    vocabularies (the loss that is logged is then an estimate, a little too small); evaluation stays exact."""
     negatives: int | None = None
     """Ids drawn in each step for the sampled loss, shared by all its tokens. Not given: 8192."""
     proposal: Proposal | None = None
-    """What they are drawn from: uniform, or log_uniform (Zipf's law, for ids in order of falling frequency). Not given:
-    uniform."""
+    """What they are drawn from: log_uniform (Zipf's law, for ids in order of falling frequency, as tokenizers number
+    them), or uniform (better where frequent pieces were appended). Not given: log_uniform."""
 
     def __post_init__(self) -> None:
         only_with(self, "loss", {"negatives": ("sampled",), "proposal": ("sampled",)}, "sft")
