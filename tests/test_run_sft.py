@@ -192,6 +192,7 @@ def test_stopped_and_resumed_is_exact(
     assert "this run is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sampled_run_resumes_exactly(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drawn ids follow from the seed and the step."""
     changes = {
