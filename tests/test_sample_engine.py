@@ -223,7 +223,35 @@ def test_the_package_exports_the_function():
     assert dpo_jax.sample.generate is engine.generate
 
 
-def greedy_by_transformers(folder, prompts, new, stop):
+def test_samples_of_a_prompt_are_as_many_draws_of_which_the_first_is_the_only_one(small):
+    model, variables = small
+    alone = texts(generate(model, variables, PROMPTS, jax.random.key(5), config=SAMPLED))
+    config = dataclasses.replace(SAMPLED, stop_tokens=(alone[0][3],))
+    out, plain = engine.generate_with_plain_logps(
+        model, variables, PROMPTS, jax.random.key(5), config=config, samples=3
+    )
+    rows = texts(out)
+    assert rows[0] == alone[0][:4]
+    for i, prompt in enumerate(PROMPTS):
+        assert alone[i][: len(rows[3 * i])] == rows[3 * i]
+        three = [tuple(row) for row in rows[3 * i : 3 * i + 3]]
+        assert len(set(three)) == 3, "samples of a prompt differ"
+        for j in range(3 * i, 3 * i + 3):
+            logits = full_logits(model, variables, prompt + rows[j])[len(prompt) - 1 : -1]
+            at = np.arange(len(rows[j])), rows[j]
+            np.testing.assert_allclose(out.logps[j][: len(rows[j])], log_softmax(logits / 0.9)[at], atol=1e-4)
+            np.testing.assert_allclose(plain[j][: len(rows[j])], log_softmax(logits)[at], atol=1e-4)
+            assert not np.asarray(plain[j][len(rows[j]) :]).any()
+    with pytest.raises(InputError, match="samples 0"):
+        generate(model, variables, PROMPTS, jax.random.key(5), config=SAMPLED, samples=0)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused(small):
+    with pytest.raises(InputError, match="token id 101"):
+        generate(*small, PROMPTS, jax.random.key(0), config=SampleConfig(logit_bias=((101, 1.0),)))
+
+
+def greedy_by_transformers(folder, prompts, new, stop, **options):
     """Greedy continuations by `transformers`, one row at a time, the terminator included."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -239,7 +267,7 @@ def greedy_by_transformers(folder, prompts, new, stop):
                 max_new_tokens=new,
                 eos_token_id=list(stop) or None,
                 pad_token_id=0,
-                repetition_penalty=1.0,
+                **{"repetition_penalty": 1.0, **options},
             )
         rows.append(out[0, len(prompt) :].tolist())
     return rows
@@ -255,6 +283,37 @@ def test_greedy_equals_transformers_on_tiny_models(tmp_path, kv_heads, tied):
     config = SampleConfig(32, temperature=0, stop_tokens=stop)
     got = texts(generate(model, variables, prompts, jax.random.key(0), config=config))
     assert got == greedy_by_transformers(folder, prompts, 32, stop)
+
+
+def test_greedy_with_every_adjustment_equals_transformers(tmp_path):
+    folder = tiny.folder(tmp_path / "model", seed=3)
+    model, variables = dpo_jax.load_pretrained(str(folder))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 20, size).tolist() for size in (1, 5, 17, 30)]
+    free = texts(generate(model, variables, prompts, jax.random.key(0), config=SampleConfig(32, temperature=0)))
+    stop = (free[0][1], free[1][9])
+    config = SampleConfig(
+        32,
+        temperature=0,
+        stop_tokens=stop,
+        repetition_penalty=1.2,
+        no_repeat_ngram=2,
+        logit_bias=((free[2][0], -3.0), (9, 0.5)),
+        min_new_tokens=5,
+    )
+    want = greedy_by_transformers(
+        folder,
+        prompts,
+        32,
+        stop,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=2,
+        sequence_bias=[[[free[2][0]], -3.0], [[9], 0.5]],
+        min_new_tokens=5,
+    )
+    got = texts(generate(model, variables, prompts, jax.random.key(0), config=config))
+    assert got == want
+    assert got != free
 
 
 @pytest.mark.real

@@ -136,3 +136,110 @@ def test_extreme_logits_stay_finite():
         )
         assert tokens.tolist() == [0]
         assert np.isfinite(np.asarray(logps)).all()
+
+
+ROWS, VOCAB = 6, 40
+
+
+@pytest.fixture(scope="module")
+def histories():
+    """Random logits, and texts of few different tokens and unequal lengths, so that much repeats."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([1, 2, 3, 17, 24, 24], np.int32)
+    text = rng.integers(0, 4, (ROWS, 24)).astype(np.int32)
+    return (3 * rng.standard_normal((ROWS, VOCAB))).astype(np.float32), text, lengths
+
+
+def processed(processor, logits, text, lengths):
+    """Each row alone through a processor of transformers."""
+    torch = pytest.importorskip("torch")
+    return np.concatenate(
+        [
+            processor(torch.tensor(text[i : i + 1, :size], dtype=torch.long), torch.tensor(logits[i : i + 1])).numpy()
+            for i, size in enumerate(lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 1.0])
+def test_min_p_is_that_of_transformers(histories, p):
+    transformers = pytest.importorskip("transformers")
+    logits, text, lengths = histories
+    want = processed(transformers.MinPLogitsWarper(p), logits, text, lengths)
+    weights = jax.nn.softmax(jnp.asarray(logits))
+    assert kept(filters.keep_min_p(weights, jnp.float32(p))) == [np.flatnonzero(r).tolist() for r in np.isfinite(want)]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_is_that_of_transformers(histories, penalty):
+    transformers = pytest.importorskip("transformers")
+    logits, text, lengths = histories
+    seen = np.zeros((ROWS, VOCAB), bool)
+    for i, size in enumerate(lengths):
+        seen[i, text[i, :size]] = True
+    want = processed(transformers.RepetitionPenaltyLogitsProcessor(penalty), logits, text, lengths)
+    np.testing.assert_allclose(filters.penalise(logits, seen, jnp.float32(penalty)), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_repeated_ngrams_are_those_of_transformers(histories, n):
+    transformers = pytest.importorskip("transformers")
+    logits, text, lengths = histories
+    want = processed(transformers.NoRepeatNGramLogitsProcessor(n), logits, text, lengths)
+    got = filters.repeats(jnp.asarray(text), jnp.asarray(lengths), jnp.int32(n), VOCAB)
+    np.testing.assert_array_equal(got, np.isinf(want))
+
+
+def test_all_adjustments_together_are_those_of_transformers(histories):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    logits, text, lengths = histories
+    prompt = np.array([1, 1, 2, 10, 24, 20])
+    bias = np.zeros(VOCAB, np.float32)
+    bias[[3, 7]] = [2.5, -np.inf]
+    seen = np.zeros((ROWS, VOCAB), bool)
+    for i, size in enumerate(lengths):
+        seen[i, text[i, :size]] = True
+    how = filters.Adjustments(bias, np.float32(1.2), np.int32(2), np.int32(4), np.array([0, 39], np.int32))
+    got = filters.adjust(
+        jnp.asarray(logits),
+        how,
+        count=jnp.asarray(lengths - prompt),
+        lengths=jnp.asarray(lengths),
+        seen=jnp.asarray(seen),
+        text=jnp.asarray(text),
+    )
+    for i in range(ROWS):
+        chain = transformers.LogitsProcessorList(
+            [
+                transformers.SequenceBiasLogitsProcessor([[[3], 2.5], [[7], float("-inf")]]),
+                transformers.RepetitionPenaltyLogitsProcessor(1.2),
+                transformers.NoRepeatNGramLogitsProcessor(2),
+                transformers.MinNewTokensLengthLogitsProcessor(int(prompt[i]), 4, torch.tensor([0, 39])),
+            ]
+        )
+        np.testing.assert_allclose(got[i], processed(chain, logits[i:], text[i:], lengths[i : i + 1])[0], rtol=1e-6)
+
+
+def test_min_p_and_adjusted_logits_decide_what_is_drawn_and_not_its_log_probability():
+    vocab, draws = 60, 20_000
+    logits = np.asarray(2 * jax.random.normal(jax.random.key(5), (vocab,)), np.float32)
+    adjusted = logits.copy()
+    adjusted[:20] -= 3
+    uniform = jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(6), draws))
+    tokens, logps = filters.pick(
+        jnp.broadcast_to(logits, (draws, vocab)),
+        uniform,
+        temperature=jnp.float32(0.8),
+        top_k=jnp.int32(40),
+        top_p=jnp.float32(0.97),
+        min_p=jnp.float32(0.02),
+        adjusted=jnp.broadcast_to(adjusted, (draws, vocab)),
+    )
+    exact = softmax(adjusted / 0.8)
+    order = np.argsort(-exact)
+    exact[order[40:]] = 0
+    exact[order[np.searchsorted(np.cumsum(exact[order]) / exact.sum(), 0.97) + 1 :]] = 0
+    exact[exact < 0.02 * exact.max()] = 0
+    assert chi_square(np.bincount(np.asarray(tokens), minlength=vocab), exact / exact.sum()) > 1e-3
+    np.testing.assert_allclose(np.asarray(logps), np.log(softmax(logits / 0.8))[np.asarray(tokens)], atol=1e-5)

@@ -240,7 +240,8 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to generate."""
+    """How to generate. The filters act in this order: logit_bias, repetition_penalty, no_repeat_ngram, min_new_tokens,
+    temperature, top_k, top_p, min_p."""
 
     max_new_tokens: int = 128
     """Longest response in tokens, the terminator included."""
@@ -252,13 +253,43 @@ class SampleConfig:
     """Keep the smallest set of tokens whose probability reaches p (nucleus sampling)."""
     stop_tokens: tuple[int, ...] = ()
     """Ids that end a response (the end is part of it), beside those a command adds by itself."""
+    min_p: float | None = None
+    """Keep only tokens at least this many times as likely as the likeliest (0.05, say)."""
+    repetition_penalty: float | None = None
+    """Logits of tokens that stand in the prompt or the response are divided by it, negative ones multiplied (1.1, say;
+    Keskar et al. 2019)."""
+    no_repeat_ngram: int | None = None
+    """No run of so many tokens occurs twice in prompt and response."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit, e.g. 42 -5 7 1.5; -1000 forbids a token."""
+    min_new_tokens: int = 0
+    """No response ends by a stop token before it has so many tokens in front of it."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require(self.temperature >= 0, "temperature must not be negative")
         require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1, or None")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p must lie in (0, 1], or be None")
+        require(self.min_p is None or 0 < self.min_p <= 1, "min_p must lie in (0, 1], or be None")
+        cuts = self.top_k is None and self.top_p is None and self.min_p is None
         require(
-            self.temperature > 0 or (self.top_k is None and self.top_p is None),
-            "top_k and top_p have no effect at temperature 0 (greedy)",
+            self.temperature > 0 or cuts,
+            "top_k, top_p and min_p have no effect at temperature 0 (greedy)",
+        )
+        require(
+            self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
+            "repetition_penalty must be positive, or None",
+        )
+        require(
+            self.no_repeat_ngram is None or self.no_repeat_ngram >= 1, "no_repeat_ngram must be at least 1, or None"
+        )
+        ids = [token for token, _ in self.logit_bias]
+        require(len(set(ids)) == len(ids), "logit_bias names a token id twice; give each id once")
+        require(
+            all(token >= 0 and not math.isnan(bias) and bias < math.inf for token, bias in self.logit_bias),
+            "logit_bias takes token ids and numbers, e.g. 42 -5 7 1.5",
+        )
+        require(
+            0 <= self.min_new_tokens < self.max_new_tokens or self.min_new_tokens == 0,
+            f"min_new_tokens {self.min_new_tokens} must lie in [0, max_new_tokens {self.max_new_tokens})",
         )

@@ -1,7 +1,11 @@
-"""From logits to one token a row: temperature, top-k, top-p, and the draw.
+"""From logits to one token a row: what changes logits, what cuts the distribution, and the draw.
 
-Order: logits / temperature, then top-k, then top-p on what top-k left, then the draw from what both left. V vocabulary.
+Order: bias, repetition penalty, n-grams, minimal length; then logits / temperature, top-k, top-p on what top-k left,
+min-p; then the draw from what all left. This is the order of `transformers`. Every filter sees its own row only.
+B rows, V vocabulary, S slots of text.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +63,97 @@ def keep_top_p(probabilities: jax.Array, p: jax.Array) -> jax.Array:
     return jnp.where((probabilities >= cut) | (p >= 1), probabilities, 0.0)
 
 
+def keep_min_p(probabilities: jax.Array, p: jax.Array) -> jax.Array:
+    """Set all tokens to 0 that are less than p times as likely as the likeliest (Nguyen et al. 2024, section 3).
+
+    Args:
+      probabilities: float32 [B, V], not negative; rows need not sum to 1.
+      p: float32 [], in (0, 1].
+    """
+    likeliest = jnp.max(probabilities, axis=-1, keepdims=True)
+    return jnp.where(probabilities >= p * likeliest, probabilities, 0.0)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Divide the logits of seen tokens by the penalty, where negative multiply them (Keskar et al. 2019, section 4.1).
+
+    Args:
+      logits: float32 [B, V].
+      seen: bool [B, V], the tokens of each row's text.
+      penalty: float32 [], positive; above 1 makes seen tokens less likely.
+    """
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def repeats(text: jax.Array, lengths: jax.Array, n: jax.Array, vocab: int) -> jax.Array:
+    """Which tokens would end a run of n tokens that the row's text already holds: bool [B, V].
+
+    Args:
+      text: int32 [B, S].
+      lengths: int32 [B]; row i's text is text[i, :lengths[i]].
+      n: int32 [], at least 1.
+    """
+    rows, slots = jnp.arange(text.shape[0]), jnp.arange(text.shape[1])
+
+    def compare(i: jax.Array, same: jax.Array) -> jax.Array:
+        """Slot j begins a run that equals the row's last n - 1 tokens, token i included."""
+        last = jnp.take_along_axis(text, jnp.maximum(lengths - (n - 1) + i, 0)[:, None], axis=1)
+        return same & (jnp.roll(text, -i, axis=1) == last)
+
+    whole = slots + n - 1 < lengths[:, None]
+    same = jax.lax.fori_loop(0, n - 1, compare, whole)
+    following = jnp.roll(text, -(n - 1), axis=1)
+    return jnp.zeros((len(rows), vocab), bool).at[rows[:, None], following].max(same)
+
+
+class Adjustments(NamedTuple):
+    """What changes logits, as arrays: another number compiles nothing anew. None is off.
+
+    Attributes:
+      bias:        float32 [V]
+      repetition:  float32 []  penalty
+      ngram:       int32 []
+      min_new:     int32 []    no stop token (int32 [stop tokens]) before so many new ones.
+    """
+
+    bias: Any
+    repetition: Any
+    ngram: Any
+    min_new: Any
+    stop: Any
+
+
+def adjust(
+    logits: jax.Array,
+    how: Adjustments,
+    *,
+    count: jax.Array,
+    lengths: jax.Array,
+    seen: jax.Array | None,
+    text: jax.Array | None,
+) -> jax.Array:
+    """Logits [B, V] after bias, repetition penalty, n-grams and minimal length.
+
+    Args:
+      logits: float32 [B, V]; log-probabilities do too.
+      count: int32 [B], new tokens so far; lengths: int32 [B], prompt and new tokens so far.
+      seen: bool [B, V] the tokens of that text, where `how.repetition` is on.
+      text: int32 [B, S] that text, where `how.ngram` is on.
+    """
+    if how.bias is not None:
+        logits = logits + how.bias
+    if how.repetition is not None:
+        assert seen is not None
+        logits = penalise(logits, seen, how.repetition)
+    if how.ngram is not None:
+        assert text is not None
+        logits = jnp.where(repeats(text, lengths, how.ngram, logits.shape[-1]), -jnp.inf, logits)
+    if how.min_new is not None:
+        stops = jnp.zeros(logits.shape[-1], bool).at[how.stop].set(True)
+        logits = jnp.where(stops & (count < how.min_new)[:, None], -jnp.inf, logits)
+    return logits
+
+
 def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """One index a row, with probability proportional to its weight: the inverse of the cumulative sum.
 
@@ -105,25 +200,32 @@ def pick(
     temperature: jax.Array | None,
     top_k: jax.Array | None,
     top_p: jax.Array | None,
+    min_p: jax.Array | None = None,
+    adjusted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The next token of each row and its log-probability.
 
     Args:
-      logits: float32 [B, V].
+      logits: float32 [B, V], the model's.
       uniform: float32 [B] in [0, 1), each row's own.
       temperature: []; None is greedy: the highest logit, the lowest id among equals.
-      top_k, top_p: []; None is off.
+      top_k, top_p, min_p: []; None is off.
+      adjusted: float32 [B, V], what the token is taken from; None means `logits`.
 
     Returns:
-      tokens int32 [B], and log-probabilities float32 [B] at the sampling temperature (greedy: at 1) before the filters.
+      tokens int32 [B], and the model's log-probabilities float32 [B] at the sampling temperature (greedy: at 1), before
+      all filters.
     """
+    source = logits if adjusted is None else adjusted
     if temperature is None:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(source, axis=-1).astype(jnp.int32)
         return tokens, token_logps(logits, tokens, jnp.float32(1))
-    weights = jax.nn.softmax(logits / temperature, axis=-1)
+    weights = jax.nn.softmax(source / temperature, axis=-1)
     if top_k is not None:
         weights = keep_top_k(weights, top_k)
     if top_p is not None:
         weights = keep_top_p(weights, top_p)
+    if min_p is not None:
+        weights = keep_min_p(weights, min_p)
     tokens = draw(weights, uniform)
     return tokens, token_logps(logits, tokens, temperature)

@@ -1,0 +1,325 @@
+"""The state of rows that are being written, and its three moves: begin (prefill), record (draw a token), advance.
+
+A token at position p stands in slot p of its row's cache, so prompts of unequal length need no alignment: what the
+prefill wrote behind the end of a short prompt is overwritten before any query can see it.
+
+Token t of a row is drawn with fold_in(row key, t) and nothing else, so its text depends neither on its neighbours nor
+on padding nor on its place in the batch.
+
+B rows, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import SampleConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model import llama
+from dpo_jax.sample import filters
+
+PAD = 0
+"""What stands in `Rows.tokens` behind the end of a row. `Rows.count` says where that is, not this value."""
+
+SAMPLE = np.uint32(2**31)
+"""Added to a sample's number before it is folded into its row's key; tokens count from 0 and stay below."""
+
+
+class Settings(NamedTuple):
+    """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off."""
+
+    stop: Any  # int32 [stop tokens]
+    limit: Any  # int32 []
+    temperature: Any  # float32 []
+    top_k: Any  # int32 []
+    top_p: Any  # float32 []
+    min_p: Any  # float32 []
+    adjustments: filters.Adjustments | None
+
+
+class Rows(NamedTuple):
+    """Rows that are being written; row i has `count[i]` new tokens, the newest of which is not yet in the cache.
+
+    Attributes:
+      count:   int32 [B]       new tokens so far.
+      done:    bool [B]        nothing more will be drawn; also rows that nobody uses.
+      lengths: int32 [B]       prompt tokens; 0 in rows that nobody uses.
+      keys:    uint32 [B, W]   each row's own key, as bits.
+      tokens:  int32 [B, N]    the new tokens.
+      logps:   float32 [B, N]  their log-probabilities at the sampling temperature (greedy: at 1), before the filters.
+      plain:   float32 [B, N]  the same at temperature 1; None where nobody asked.
+      text:    int32 [B, S]    prompt and new tokens; None where no filter reads them.
+      seen:    bool [B, V]     the tokens that occur there; likewise.
+      cache:   keys and values.
+    """
+
+    count: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    keys: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+    plain: jax.Array | None
+    text: jax.Array | None
+    seen: jax.Array | None
+    cache: llama.Cache
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to one of four sizes an octave (at least 16): few shapes, at most a fifth of them padding."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def settings(config: SampleConfig, vocab: int) -> Settings:
+    """The numbers of `config` for a vocabulary of `vocab` ids. Raises `InputError` for ids outside it."""
+    greedy = config.temperature == 0
+    stop = np.asarray(config.stop_tokens, np.int32)
+    bias = None
+    if config.logit_bias:
+        bias = np.zeros(vocab, np.float32)
+        for token, value in config.logit_bias:
+            if token >= vocab:
+                raise InputError(f"logit_bias names token id {token}, and the model's vocabulary is 0..{vocab - 1}")
+            bias[token] = value
+    adjustments = filters.Adjustments(
+        bias=bias,
+        repetition=None if config.repetition_penalty in (None, 1) else np.float32(config.repetition_penalty),
+        ngram=None if config.no_repeat_ngram is None else np.int32(config.no_repeat_ngram),
+        min_new=np.int32(config.min_new_tokens) if config.min_new_tokens and len(stop) else None,
+        stop=stop,
+    )
+    return Settings(
+        stop=stop,
+        limit=np.int32(config.max_new_tokens),
+        temperature=None if greedy else np.float32(config.temperature),
+        top_k=None if config.top_k is None else np.int32(min(config.top_k, 2**31 - 1)),
+        top_p=None if config.top_p in (None, 1) else np.float32(config.top_p),
+        min_p=None if config.min_p is None else np.float32(config.min_p),
+        adjustments=adjustments if any(x is not None for x in adjustments[:-1]) else None,
+    )
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, lengths: Sequence[int] | np.ndarray | None, vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded int32 [B, P] and lengths [B], checked; P is the longest prompt. Raises `InputError`."""
+    if isinstance(prompts, np.ndarray | jax.Array):
+        table = np.asarray(prompts)
+        if table.ndim != 2 or not np.issubdtype(table.dtype, np.integer):
+            raise InputError(f"prompts must be integers [B, P], and are {table.dtype} {list(table.shape)}")
+        sizes = np.full(len(table), table.shape[1]) if lengths is None else np.asarray(lengths)
+        if sizes.shape != (len(table),) or (sizes > table.shape[1]).any():
+            raise InputError(f"prompt_lengths {sizes.tolist()} do not fit prompts of shape {list(table.shape)}")
+        rows = [row[: max(size, 0)] for row, size in zip(table, sizes, strict=True)]
+    else:
+        if lengths is not None:
+            raise InputError("prompt_lengths belongs to an array of prompts; a list of lists has its own lengths")
+        rows = [np.asarray(row) for row in prompts]
+    if not rows:
+        raise InputError("there are no prompts to generate from")
+    for i, row in enumerate(rows):
+        if len(row) == 0:
+            raise InputError(f"prompt {i} (from 0) is empty; give it at least one token, e.g. the BOS")
+        if row.min() < 0 or row.max() >= vocab:
+            raise InputError(
+                f"prompt {i} (from 0) holds token id {row.max() if row.max() >= vocab else row.min()}, and the model's "
+                f"vocabulary is 0..{vocab - 1}; use the model's own tokenizer"
+            )
+    sizes = np.asarray([len(row) for row in rows], np.int32)
+    padded = np.zeros((len(rows), sizes.max()), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, sizes
+
+
+def count_slots(model: llama.Llama, longest: int, config: SampleConfig) -> int:
+    """Cache slots a row for prompts of at most `longest` tokens. Raises `InputError` where a sliding window is less."""
+    window, asked = model.config.sliding_window, longest + config.max_new_tokens
+    if window is not None and asked > window:
+        raise InputError(
+            f"a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the model's sliding window of "
+            f"{window}; shorten the prompt or lower max_new_tokens"
+        )
+    slots = bucket(longest) + bucket(config.max_new_tokens)
+    return slots if window is None else min(slots, window)
+
+
+def key_data(key: jax.Array) -> tuple[np.ndarray, str]:
+    """The bits of a key and the name of its generator; host bits, because every process passes the same ones."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape:
+        raise InputError(f"generate takes one key and got an array of keys of shape {key.shape}; use row_ids for rows")
+    return np.asarray(jax.random.key_data(key)), str(jax.random.key_impl(key))
+
+
+def row_keys(key: jax.Array, row_ids: jax.Array, samples: jax.Array) -> jax.Array:
+    """Bits uint32 [B, W] of each row's key. Sample 0 of a row draws what the row draws that has no other sample."""
+
+    def one(row: jax.Array, sample: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(key, row)
+        further = jax.random.key_data(jax.random.fold_in(own, SAMPLE + sample))
+        return jnp.where(sample == 0, jax.random.key_data(own), further)
+
+    return jax.vmap(one)(row_ids.astype(jnp.uint32), samples.astype(jnp.uint32))
+
+
+def empty(
+    model: llama.Llama, settings: Settings, *, rows: int, new: int, slots: int, key_words: int, plain: bool
+) -> Rows:
+    """Rows of which none is in use."""
+    how = settings.adjustments
+    return Rows(
+        count=jnp.zeros(rows, jnp.int32),
+        done=jnp.ones(rows, bool),
+        lengths=jnp.zeros(rows, jnp.int32),
+        keys=jnp.zeros((rows, key_words), jnp.uint32),
+        tokens=jnp.full((rows, new), PAD, jnp.int32),
+        logps=jnp.zeros((rows, new), jnp.float32),
+        plain=jnp.zeros((rows, new), jnp.float32) if plain else None,
+        text=jnp.zeros((rows, slots), jnp.int32) if how is not None and how.ngram is not None else None,
+        seen=jnp.zeros((rows, model.config.vocab_size), bool)
+        if how is not None and how.repetition is not None
+        else None,
+        cache=llama.init_cache(model, rows, slots),
+    )
+
+
+class Decoder:
+    """The moves, for one model, its variables and settings; used inside jitted functions."""
+
+    def __init__(self, model: llama.Llama, variables: Any, settings: Settings, implementation: str):
+        self.model, self.variables, self.settings = model, variables, settings
+        self.implementation = implementation
+        self._forward: Callable[..., Any] = model.apply
+
+    def prefill(self, prompts: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, llama.Cache]:
+        """float32 [B, V], the logits behind each prompt [B, P], and a cache that holds it."""
+        positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+        cache = llama.init_cache(self.model, len(prompts), slots)
+        hidden, cache = self._forward(self.variables, prompts, positions, cache=cache)
+        last = jnp.maximum(lengths - 1, 0)[:, None, None]
+        return self.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [B, V] of hidden states [B, D]."""
+        return self._forward(self.variables, hidden, method="logits")
+
+    def step(self, tokens: jax.Array, positions: jax.Array, cache: llama.Cache) -> tuple[jax.Array, llama.Cache]:
+        """float32 [B, V], the logits behind one more token a row, written to slot `positions` [B]."""
+        hidden, cache = self._forward(self.variables, tokens[:, None], positions[:, None], cache=cache)
+        return self.logits(hidden[:, 0]), cache
+
+    def begin(
+        self,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        keys: jax.Array,
+        *,
+        samples: int,
+        new: int,
+        slots: int,
+        plain: bool,
+    ) -> Rows:
+        """B x K rows (the K samples of a prompt side by side) with one token each; the prompt is computed once.
+
+        Args:
+          prompts: int32 [B, P]; lengths: int32 [B], 0 in rows that nobody uses.
+          keys: uint32 [B x K, W].
+          new, slots: N and S.
+        """
+        logits, cache = self.prefill(prompts, lengths, slots)
+
+        def copies(x: jax.Array, axis: int = 0) -> jax.Array:
+            return x if samples == 1 else jnp.repeat(x, samples, axis=axis)
+
+        rows = empty(
+            self.model,
+            self.settings,
+            rows=len(prompts) * samples,
+            new=new,
+            slots=slots,
+            key_words=keys.shape[1],
+            plain=plain,
+        )
+        text, seen, at = rows.text, rows.seen, jnp.arange(len(prompts))[:, None]
+        if text is not None:
+            text = copies(jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1]))))
+        if seen is not None:
+            real = jnp.arange(prompts.shape[1]) < lengths[:, None]
+            seen = copies(jnp.zeros((len(prompts), seen.shape[1]), bool).at[at, prompts].max(real))
+        lengths = copies(lengths)
+        rows = rows._replace(
+            done=lengths == 0,
+            lengths=lengths,
+            keys=keys,
+            text=text,
+            seen=seen,
+            cache=jax.tree.map(lambda x: copies(x, 1), cache),
+        )
+        return self.record(rows, copies(logits))
+
+    def adjusted(self, rows: Rows, logits: jax.Array) -> jax.Array | None:
+        """The logits after the filters that change them; None where there is none."""
+        how = self.settings.adjustments
+        if how is None:
+            return None
+        lengths = rows.lengths + rows.count
+        return filters.adjust(logits, how, count=rows.count, lengths=lengths, seen=rows.seen, text=rows.text)
+
+    def record(self, rows: Rows, logits: jax.Array) -> Rows:
+        """Draw the next token of every row that is not done from logits [B, V], and write it down."""
+        s, live, at = self.settings, ~rows.done, jnp.arange(len(rows.count))
+
+        def uniform(bits: jax.Array, count: jax.Array) -> jax.Array:
+            key = jax.random.wrap_key_data(bits, impl=self.implementation)
+            return jax.random.uniform(jax.random.fold_in(key, count))
+
+        token, logp = filters.pick(
+            logits,
+            jax.vmap(uniform)(rows.keys, rows.count),
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            adjusted=self.adjusted(rows, logits),
+        )
+        column = jnp.where(live, rows.count, rows.tokens.shape[1])  # a row that is done writes outside: dropped
+        plain, text, seen = rows.plain, rows.text, rows.seen
+        if plain is not None:
+            plain = plain.at[at, column].set(filters.token_logps(logits, token, jnp.float32(1)), mode="drop")
+        if text is not None:
+            place = jnp.where(live, rows.lengths + rows.count, text.shape[1])
+            text = text.at[at, place].set(token, mode="drop")
+        if seen is not None:
+            seen = seen.at[at, token].max(live)
+        count = rows.count + live
+        stopped = jnp.any(token[:, None] == s.stop, axis=1)
+        return rows._replace(
+            count=count,
+            done=rows.done | stopped | (count >= s.limit),
+            tokens=rows.tokens.at[at, column].set(token, mode="drop"),
+            logps=rows.logps.at[at, column].set(logp, mode="drop"),
+            plain=plain,
+            text=text,
+            seen=seen,
+        )
+
+    def advance(self, rows: Rows) -> Rows:
+        """One more token in every row that is not done."""
+        newest = jnp.maximum(rows.count - 1, 0)
+        token = jnp.take_along_axis(rows.tokens, newest[:, None], axis=1)[:, 0]
+        logits, cache = self.step(token, rows.lengths + newest, rows.cache)
+        return self.record(rows._replace(cache=cache), logits)
+
+
+def constrain(rows: Rows) -> Rows:
+    """Lay rows out over the mesh in force: the rows are split."""
+    cache = jax.tree.map(lambda x: meshes.constrain(x, ("layers", "batch", "length", "kv", "channels")), rows.cache)
+    rest = jax.tree.map(lambda x: meshes.constrain(x, meshes.batch_axes(x.ndim)), rows._replace(cache=None))
+    return rest._replace(cache=cache)
