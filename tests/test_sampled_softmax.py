@@ -57,6 +57,17 @@ def test_the_estimate_of_z_is_unbiased(proposal):
     np.testing.assert_allclose(z, np.exp(at_target - EXACT), rtol=1e-4)
 
 
+def test_a_sample_of_nothing_but_the_target_is_finite():
+    hidden, targets = HIDDEN[:1, :1], TARGETS[:1, :1]
+    only = Negatives(ids=jnp.broadcast_to(targets[0], (3,)), log_expected=jnp.zeros(3))
+    logps, gradients = jax.value_and_grad(
+        lambda h, w: jnp.sum(sampled_logps(h, w, targets, only, budget_bytes=2**20)), argnums=(0, 1)
+    )(hidden, HEAD)
+    assert logps == 0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)
+
+
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])
 def test_ids_come_as_often_as_expected(proposal):
     keys = jax.random.split(jax.random.key(1), 4000)

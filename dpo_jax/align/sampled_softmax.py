@@ -68,17 +68,16 @@ def sampled_logps(
     Returns:
       float32 [N, R], in nats.
     """
-    sample = jnp.take(unembedding, negatives.ids, axis=1)
-    sample = meshes.constrain(sample, (None, None))
+    # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
+    sample = meshes.constrain(jnp.take(unembedding, negatives.ids, axis=1), (None, None))
+    own = jnp.take(unembedding.T, targets, axis=0)
+    z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
-    def chunk(h: jax.Array, y: jax.Array) -> jax.Array:
-        own = jnp.take(unembedding.T, y, axis=0)
-        z_target = jnp.sum(h.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
+    def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:
         z = logits_of(h, sample) - negatives.log_expected
-        z = jnp.where(negatives.ids == y[..., None], -jnp.inf, z)
-        log_sum = jnp.logaddexp(z_target, jax.nn.logsumexp(z, axis=-1))
-        return z_target - log_sum
+        # Not minus infinity: where every draw hits the target, its gradient would be NaN.
+        z = jnp.where(negatives.ids == y[..., None], jnp.finfo(jnp.float32).min, z)
+        return z_y - jnp.logaddexp(z_y, jax.nn.logsumexp(z, axis=-1))
 
-    # A position costs its k logits, and the row of the head that belongs to its target.
-    size = chunk_length(targets.shape[0], targets.shape[1], len(negatives.ids) + unembedding.shape[0], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets)
+    size = chunk_length(targets.shape[0], targets.shape[1], len(negatives.ids), budget_bytes)
+    return by_chunks(chunk, size, hidden, targets, z_target)
