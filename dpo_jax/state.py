@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,6 +49,17 @@ class TrainState:
         updates, opt_state = self.tx.update(gradients, self.opt_state, self.trainable)
         trainable = optax.apply_updates(self.trainable, updates)
         return dataclasses.replace(self, step=self.step + 1, trainable=trainable, opt_state=opt_state)
+
+
+def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` where `finite` (bool []) holds, else `old`: a step that went wrong leaves no trace."""
+    keep = partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+    return dataclasses.replace(
+        old,
+        step=keep(new.step, old.step),
+        trainable=keep(new.trainable, old.trainable),
+        opt_state=keep(new.opt_state, old.opt_state),
+    )
 
 
 def create(

@@ -372,13 +372,8 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     start = (state.trainable, state.opt_state, jnp.zeros((), bool))
     (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
     finite = jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    new_state = dataclasses.replace(
-        state,
-        step=keep(state.step + 1, state.step),
-        trainable=keep(trainable, state.trainable),
-        opt_state=keep(opt_state, state.opt_state),
-    )
+    learned = dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
+    new_state = states.keep_if(finite, learned, state)
     return new_state, {"learning_rate": jnp.asarray(lr), **_metrics(rollout, targets, updates)}
 
 

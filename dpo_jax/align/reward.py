@@ -290,14 +290,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfi
     loss = jnp.sum(batch.weights * rows.loss) / whole.weight
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updated = state.apply_gradients(gradients)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    new_state = dataclasses.replace(
-        state,
-        step=keep(updated.step, state.step),
-        trainable=keep(updated.trainable, state.trainable),
-        opt_state=keep(updated.opt_state, state.opt_state),
-    )
+    new_state = states.keep_if(finite, state.apply_gradients(gradients), state)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,

@@ -160,14 +160,7 @@ def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tu
     loss = jnp.sum(values.nll) / count
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updated = state.apply_gradients(gradients)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    new_state = dataclasses.replace(
-        state,
-        step=keep(updated.step, state.step),
-        trainable=keep(updated.trainable, state.trainable),
-        opt_state=keep(updated.opt_state, state.opt_state),
-    )
+    new_state = states.keep_if(finite, state.apply_gradients(gradients), state)
     tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
     bad = ~jnp.isfinite(values.nll) | (count == 0)
     metrics = {
