@@ -32,6 +32,7 @@ INSTALL = [
     "protobuf>=6.33",
     "jinja2>=3.1",
     "huggingface_hub>=1.0",
+    "httpx>=0.27",
     "safetensors>=0.6",
     "gguf>=0.17",
     "tyro>=1.0",

@@ -73,6 +73,21 @@ COMMANDS = {
         renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
         recipe=True,
     ),
+    "ppo": Command(
+        "PPORun",
+        "dpo_jax.run.ppo:train",
+        "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
+        renamed=(("source", "data"),),
+        unused=(
+            "eval_source",
+            "train.eval_every",
+            "train.layout",
+            "checkpoint.best",
+            "data.buckets",
+            "data.workers",
+        ),
+        recipe=True,
+    ),
     "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
     "eval": Command(
         "EvalRun",
@@ -364,7 +379,9 @@ def _command_line_class(word: str) -> Any:
     for field in dataclasses.fields(cls):
         kind: Any = field.type
         unused = [o.partition(".")[2] for o in command.unused if o.partition(".")[0] == field.name]
-        if field.name in renamed:
+        if field.name in command.unused:
+            kind = tyro.conf.Suppress[kind]
+        elif field.name in renamed:
             kind = Annotated[kind, tyro.conf.arg(name=renamed[field.name])]
         elif dataclasses.is_dataclass(kind) and unused:
             inner = [(f.name, tyro.conf.Suppress[f.type], f) for f in dataclasses.fields(kind) if f.name in unused]

@@ -54,6 +54,7 @@ OWNERS = {
     "tensorboardX": {"run"},
     "matplotlib": {"run"},
     "vaderSentiment": {"run"},
+    "httpx": {"run"},
     "tyro": {"cli"},
 }
 

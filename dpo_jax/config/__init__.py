@@ -7,7 +7,7 @@ An option that would have no effect is an error: options that belong to one choi
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
-from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
+from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
 from dpo_jax.config.sections import (
@@ -55,6 +55,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PPOLossConfig",
+    "PPORun",
     "PrepareRun",
     "Proposal",
     "Remat",
@@ -69,4 +70,5 @@ __all__ = [
     "ScoreRun",
     "TrainConfig",
     "TrainingRun",
+    "is_url",
 ]

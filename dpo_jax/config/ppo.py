@@ -1,10 +1,11 @@
-"""Options of the PPO step, and of its critic-free relatives."""
+"""Options of `dpo-jax ppo`: of the PPO step and its critic-free relatives, and of the run around it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import only_with, require
-from dpo_jax.config.sections import OptimizerConfig
+from dpo_jax.config.sections import OptimizerConfig, SampleConfig
+from dpo_jax.config.training import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,69 @@ class PPOConfig(PPOLossConfig):
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
+
+
+@dataclass(frozen=True)
+class PPORun(TrainingRun):
+    """Let a model learn from rewards of what it writes: `dpo-jax ppo`.
+
+    One step is one iteration: sample responses to a batch of prompts, score them, and make --ppo.epochs x
+    --ppo.minibatches updates. --train.batch_size counts the responses of an iteration.
+    """
+
+    source: str
+    """(--data) Prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    reward: str = field(kw_only=True)
+    """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
+    found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
+    code: lists of prompts and responses in, numbers out), a URL, or a reward model: a folder, a hub id, or a run."""
+    safety_reward: str | None = None
+    """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
+    reward_timeout: float | None = None
+    """Seconds to wait for an answer of a URL. Not given: 60."""
+    value_model: str | None = None
+    """Reward model that the value model starts from. Not given: the policy with a fresh head."""
+    rollout_batch_size: int | None = None
+    """Responses sampled and measured at once, to save memory; changes no text. Not given: all."""
+    ppo: PPOLossConfig = field(default_factory=PPOLossConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
+        require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
+        room = self.data.max_length - self.sample.max_new_tokens
+        require(
+            room > 0,
+            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
+            f" {self.data.max_length}",
+        )
+        require(
+            size % group == 0,
+            f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
+        )
+        require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
+        pieces = self.rollout_batch_size
+        require(
+            pieces is None or (pieces >= 1 and size % pieces == 0),
+            f"--rollout_batch_size {pieces} does not divide --train.batch_size {size}",
+        )
+        urls = [judge for judge in (self.reward, self.safety_reward) if is_url(judge)]
+        require(self.reward_timeout is None or bool(urls), "--reward_timeout has no effect: no reward is a URL")
+        require(self.reward_timeout is None or self.reward_timeout > 0, "--reward_timeout must be positive")
+        if self.value_model is not None:
+            apart = self.ppo.advantage == "gae" and self.ppo.value in (None, "separate")
+            require(apart, "--value_model has no effect without --ppo.advantage gae and --ppo.value separate")
+            require(
+                not self.lora.rank,
+                "--value_model does not go with --lora.rank: there the values' adapters stand on the policy's weights",
+            )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt before it is cut."""
+        return min(self.data.max_prompt_length, self.data.max_length - self.sample.max_new_tokens)
+
+
+def is_url(judge: str | None) -> bool:
+    """Whether a reward is asked for over HTTP."""
+    return judge is not None and judge.startswith(("http://", "https://"))

@@ -105,6 +105,13 @@ class ChatTokenizer:
         ids = np.asarray(self._with_bos(self._backend.encode(text, add_special_tokens=False).ids), np.int32)
         return end_of(ids, len(ids) if max_length is None else max_length, self.bos).tolist()
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text without BOS or terminator; what spells a control token in it is text."""
+        self._backend.encode_special_tokens = True
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        self._backend.encode_special_tokens = False
+        return ids
+
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if self._added_bos is None or ids[:1] == [self._added_bos] else [self._added_bos, *ids]
 

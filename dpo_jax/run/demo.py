@@ -44,6 +44,7 @@ from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.openings import review_openings
+from dpo_jax.run.reward_functions import Judge
 from dpo_jax.run.rows import Row, RowsFile, read_lines, write_lines
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.pretrained import load_pretrained
@@ -68,19 +69,6 @@ class Size:
 
 FULL = Size(prompts=96, samples=5, unseen=48, unseen_samples=3, new_tokens=36, epochs=2)
 FAST = Size(prompts=32, samples=4, unseen=24, unseen_samples=2, new_tokens=15, epochs=2, batch_size=32)
-
-
-class Judge:
-    """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
-
-    def __init__(self) -> None:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        self._analyzer = SentimentIntensityAnalyzer()
-
-    def __call__(self, text: str) -> float:
-        """The compound score: -1 most negative, 0 neutral, 1 most positive."""
-        return float(self._analyzer.polarity_scores(text)["compound"])
 
 
 @dataclass(frozen=True)

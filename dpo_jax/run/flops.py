@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_jax.config import DPOConfig, LoraConfig
+from dpo_jax.align.ppo import as_groups
+from dpo_jax.config import DPOConfig, LoraConfig, PPOLossConfig
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch, TokenBatch
+from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch, Rollout, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -156,5 +157,24 @@ def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch
             mismatched = preference_work(batch, MISMATCHED, MISMATCHED + 1)
             total += model.forward(mismatched) + (model.forward(mismatched, adapted=False) if live else 0.0)
         return total
+
+    return flops
+
+
+def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], float]:
+    """Rollout -> FLOPs of its iteration: sampling, the reference, values, and the updates; not the reward.
+
+    A separate value model costs what the policy's trunk costs.
+    """
+    separate = config.advantage == "gae" and config.value in (None, "separate")
+    shared = config.advantage == "gae" and not separate
+
+    def flops(rollout: Rollout) -> float:
+        work = preference_work(as_groups(rollout), 0, 1)
+        trunk = replace(work, predicted=0.0)
+        measured = model.forward(work) + model.forward(work, adapted=False)
+        measured += model.forward(trunk) if separate or shared else 0.0
+        update = model.training(work) + (model.training(trunk) if separate else 0.0)
+        return measured + config.epochs * update
 
     return flops

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dpo_jax.errors import InputError
 
 # Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
-FREE = ("out", "mesh.", "distributed.", "checkpoint.", "data.workers", "energy.", "train.peak_flops")
+FREE = ("out", "mesh.", "distributed.", "checkpoint.", "data.workers", "energy.", "train.peak_flops", "reward_timeout")
 
 Status = Literal["new", "unfinished", "finished"]
 

@@ -20,7 +20,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.run.folder import cannot_write
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
-CLOCK_KEYS = ("tokens_per_second", "seconds_per_step", "tflops_per_device", "mfu")
+_SECONDS = ("seconds_per_step", "seconds_sampling", "seconds_measuring", "seconds_scoring")
+CLOCK_KEYS = ("tokens_per_second", *_SECONDS, "tflops_per_device", "mfu")
 
 Row = dict[str, float | int]
 
@@ -217,6 +218,8 @@ def summary_text(row: Mapping[str, float]) -> str:
     shown = (
         ("loss", "loss", ".4f"),
         ("rewards/accuracies", "accuracy", ".2f"),
+        ("objective/scores", "score", ".3f"),
+        ("objective/kl", "KL", ".2f"),
         ("tokens_per_second", "tokens/s", ",.0f"),
     )
     return "  ".join(f"{label} {row[key]:{form}}" for key, label, form in shown if key in row)

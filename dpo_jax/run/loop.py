@@ -61,7 +61,7 @@ class Plan:
 
     steps: int
     checkpoint_every: int
-    steps_per_epoch: int | None = None
+    steps_per_epoch: float | None = None
     eval_every: int | None = None
     eval_first: bool = False
     save_after_eval: bool = False
@@ -87,6 +87,7 @@ def fit(
     checkpoints: Checkpoints,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     meter: Meter | None = None,
+    prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
 ) -> Outcome:
     """Train from `state.step` to `plan.steps`.
 
@@ -96,6 +97,8 @@ def fit(
       loader: a `Loader` that stands at the batch after `state.step`.
       evaluate: figures of a state; logged as `eval_...` in the row of its step (before the first one: of step 0).
       meter: gives the figures of the devices' use for the row of each step.
+      prepare: makes the step's batch of the loader's one and of the state before the step (PPO's rollout), and figures
+        for the row of that step. With it the host waits for every step before it goes on to the next.
 
     Returns:
       An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
@@ -112,6 +115,9 @@ def fit(
             log.write({"step": 0, **_evaluated(0, evaluate(state))})
         mark = time.perf_counter()
         for batch in itertools.islice(iter(loader), plan.steps - done):
+            figures: Row = {}
+            if prepare is not None:
+                batch, figures = prepare(state, batch)
             on_device = put_batch(mesh, batch)
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, on_device)
@@ -119,7 +125,7 @@ def fit(
             done += 1
             epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
             rates = None if meter is None else partial(meter.rates, meter.work(batch))
-            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere(), rates)
+            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere(), rates, figures)
             previous, pending = pending, waiting
             if previous is not None:
                 row, stopping = previous.fetch(mark)
@@ -129,7 +135,7 @@ def fit(
             last = done == plan.steps
             evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
             saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.save_after_eval)
-            if not (evaluating or saving):
+            if not (evaluating or saving or prepare is not None):
                 continue
             row, asked = pending.fetch(mark)
             stopping = stopping or asked
@@ -161,6 +167,7 @@ class _Pending:
     rows: np.ndarray
     stop: jax.Array | None
     rates: Callable[[float], Row] | None
+    figures: Row
 
     def fetch(self, mark: float) -> tuple[Row, bool]:
         """Wait for this step; its row of the log, and whether any process was asked to stop when it was dispatched.
@@ -170,7 +177,7 @@ class _Pending:
         values = jax.device_get(dict(self.metrics))
         seconds = time.perf_counter() - mark
         row: Row = {"step": self.step} if self.epoch is None else {"step": self.step, "epoch": self.epoch}
-        row |= {name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)}
+        row |= {name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)} | self.figures
         bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             per_row = [np.asarray(value) for name, value in values.items() if name.startswith(PER_ROW)]

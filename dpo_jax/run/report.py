@@ -84,14 +84,19 @@ def training_section(rows: Sequence[Row]) -> Section:
     """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
     wanted = (
         ("Loss", ("loss", "eval_loss", "nll_loss")),
-        ("Rewards", ("rewards/chosen", "rewards/rejected")),
+        ("Score", ("objective/scores",)),
+        ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/helpfulness", "rewards/safety")),
         ("Perplexity", ("eval_perplexity",)),
         ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
-        ("Entropy of the predictions", ("entropy", "eval_entropy")),
+        ("Entropy of the predictions", ("entropy", "eval_entropy", "policy/entropy_avg")),
         ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
         ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
         ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
-        ("KL to the reference", ("kl", "eval_kl")),
+        ("KL to the reference", ("kl", "eval_kl", "objective/kl")),
+        ("Price of the KL divergence", ("kl_coefficient",)),
+        ("Length of the responses (tokens)", ("lengths/response",)),
+        ("Value loss", ("loss/value_avg",)),
+        ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg")),
         ("Learning rate", ("learning_rate",)),
         ("Gradient norm before clipping", ("grad_norm",)),
     )

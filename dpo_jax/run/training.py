@@ -33,7 +33,7 @@ from dpo_jax.model.llama import Llama, shardings
 from dpo_jax.run import distributed, report
 from dpo_jax.run.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.run.folder import RunFolder, as_json
-from dpo_jax.run.log import MetricLog, read_metrics, say, show_log
+from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
 from dpo_jax.state import TrainState
 from dpo_jax.weights import pretrained
@@ -157,6 +157,7 @@ class Training(Generic[Config]):
         evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
         evaluate_first: bool = False,
         flops_of: Callable[[Any], float] | None = None,
+        prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
     ) -> TrainState | None:
         """Go on from the newest checkpoint, or begin, and train to the end.
 
@@ -168,6 +169,7 @@ class Training(Generic[Config]):
           evaluate: figures of a state on held-out data.
           evaluate_first: also before the first step.
           flops_of: model FLOPs of the step on a batch (`run/flops.py`).
+          prepare: see `loop.fit`.
 
         Returns:
           The last state; None where a signal stopped the run before its end (all is saved, and said).
@@ -215,6 +217,7 @@ class Training(Generic[Config]):
                 checkpoints=checkpoints,
                 evaluate=evaluate,
                 meter=meter,
+                prepare=prepare,
             )
         checkpoints.close()
         loader.close()
