@@ -1,0 +1,301 @@
+"""`dpo-jax ppo` from end to end on a tiny random model."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
+
+from dpo_jax import cli, mesh
+from dpo_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PPOLossConfig,
+    PPORun,
+    SampleConfig,
+    TrainConfig,
+)
+from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.prompts import PromptLoader, load_prompts
+from dpo_jax.errors import InputError
+from dpo_jax.run import ppo as run_ppo
+from dpo_jax.run import training
+from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.reward_functions import OfText
+from dpo_jax.run.rollouts import Scorer
+from dpo_jax.run.samples import read_rows
+from dpo_jax.weights.tokenizer import load_tokenizer
+
+STEPS, BATCH = 8, 64
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model (`model`), prompts, and a reward function of the user's own."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.folder(folder / "model", hidden=16, heads=2, kv_heads=1, layers=1)
+    rng = random.Random(0)
+    lines = [json.dumps({"prompt": f"{i}: {tiny.sentence(rng, rng.randint(1, 3))}"}) for i in range(10)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "mine.py").write_text(
+        "def letters(prompts, responses):\n    return [text.count('o') for text in responses]\n"
+        "def nan(prompts, responses):\n    return [float('nan') if p.startswith('4:') else 1.0 for p in prompts]\n"
+        "def short(prompts, responses):\n    return [1.0]\n"
+        "def breaks(prompts, responses):\n    raise ValueError('not today')\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_disable_most_optimizations",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    jax.config.update(names[2], True)  # the model is tiny, compiling is not
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def few(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
+    sizes = (data, fsdp, tensor)
+    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "make_mesh", few)
+
+
+def options(inputs: Path, out: Path, **changes) -> PPORun:
+    """Eight iterations of 64 responses under LoRA, with a controller of the KL coefficient, and checkpoints on the way.
+
+    All prompts fit into one bucket of the sampler.
+    """
+    config = PPORun(
+        model=str(inputs / "model"),
+        source=str(inputs / "prompts.jsonl"),
+        out=str(out),
+        reward=f"{inputs / 'mine.py'}:letters",
+        lora=LoraConfig(rank=4),
+        ppo=PPOLossConfig(epochs=2, kl_target=4.0, kl_horizon=256, kl_coefficient=0.02),
+        sample=SampleConfig(max_new_tokens=6, temperature=0.7),
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        data=DataConfig(template="raw", max_length=22, max_prompt_length=16),
+        train=TrainConfig(steps=STEPS, batch_size=BATCH),
+        checkpoint=CheckpointConfig(every=2, keep=5),
+        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def metrics(out: Path) -> list[dict]:
+    """metrics.jsonl without the wall-clock figures."""
+    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    for path in sorted(b.glob("*/*.safetensors")):
+        left, right = load_file(a / path.relative_to(b)), load_file(path)
+        assert left.keys() == right.keys()
+        for key in left:
+            np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", few)
+        return run_ppo.train(options(inputs, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_the_whole_run(whole: Path, inputs: Path) -> None:
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # at temperature 0.7
+    assert all(row["policy/sampler_difference"] < 1e-4 for row in rows)
+    assert all(row["policy/clipfrac_avg"] > 0 for row in rows[1:])
+    assert rows[-1]["epoch"] == pytest.approx(STEPS * BATCH / 10)
+    scores = [row["objective/scores"] for row in rows]
+    assert np.mean(scores[-2:]) > np.mean(scores[:2]) + 0.2
+
+    # The controller moves the coefficient by the divergence of the rollout before.
+    for row, following in itertools.pairwise(rows):
+        error = np.clip(row["objective/kl"] / 4 - 1, -0.2, 0.2)
+        expected = row["kl_coefficient"] * (1 + error * BATCH / 256)
+        assert following["kl_coefficient"] == pytest.approx(expected, rel=1e-5)
+
+    samples = read_rows(whole / "samples.jsonl")
+    assert len(samples) == STEPS * BATCH
+    assert all(row["score"] == row["response"].count("o") for row in samples)
+    for row in rows:
+        own = [sample for sample in samples if sample["step"] == row["step"]]
+        assert np.mean([sample["score"] for sample in own]) == pytest.approx(row["objective/scores"], abs=1e-5)
+        assert np.mean([sample["kl"] for sample in own]) == pytest.approx(row["objective/kl"], abs=1e-4)
+        assert sum(sample["ended"] for sample in own) == row["val/num_eos_tokens"]
+    texts = [[sample["response"] for sample in samples if sample["step"] == step] for step in (1, 2)]
+    assert texts[0] != texts[1]
+    assert len(set(texts[0])) > 8
+
+    report = (whole / "report.html").read_text()
+    assert "Samples" in report
+    assert "Score" in report
+    raw = json.loads((whole / "model" / "config.json").read_text())
+    assert raw["architectures"] == ["LlamaForCausalLM"]
+    assert not (whole / "model" / "heads.safetensors").exists()
+    assert (whole / "adapter" / "adapter_config.json").is_file()
+
+
+def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped once by a signal, and once killed with texts and figures behind the last checkpoint."""
+    config = options(inputs, tmp_path / "run")
+    take = PromptLoader.__next__
+
+    def stop_at(step: int, how) -> None:
+        def given(loader):
+            if loader.step == step:
+                how()
+            return take(loader)
+
+        monkeypatch.setattr(PromptLoader, "__next__", given)
+
+    stop_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run_ppo.train(config)
+    assert len(metrics(tmp_path / "run")) == 3
+    assert not (tmp_path / "run" / "model").exists()
+
+    def killed():
+        raise KeyboardInterrupt
+
+    stop_at(5, killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_ppo.train(config)
+    assert len(metrics(tmp_path / "run")) == 5
+    assert len(read_rows(tmp_path / "run" / "samples.jsonl")) == 5 * BATCH
+    with open(tmp_path / "run" / "samples.jsonl", "a") as file:
+        file.write('{"step": 6, "row"')  # killed in the middle of a line
+    monkeypatch.setattr(PromptLoader, "__next__", take)
+    run_ppo.train(config)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_full_fine_tuning_in_pieces(inputs: Path, tmp_path: Path) -> None:
+    """At temperature 1.3 too the policy begins as its reference; sampling in pieces changes no text."""
+    changes = {
+        "lora": LoraConfig(),
+        "sample": SampleConfig(max_new_tokens=6, temperature=1.3),
+        "train": TrainConfig(steps=1, batch_size=16),
+        "ppo": PPOLossConfig(epochs=1, kl_coefficient=0.02),
+    }
+    run_ppo.train(options(inputs, tmp_path / "whole", **changes))
+    run_ppo.train(options(inputs, tmp_path / "pieces", rollout_batch_size=8, **changes))
+    (row,), (other,) = metrics(tmp_path / "whole"), metrics(tmp_path / "pieces")
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert row["policy/sampler_difference"] < 1e-4
+    assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert other == pytest.approx(row, rel=1e-3, abs=1e-4)
+    texts = [[s["response"] for s in read_rows(tmp_path / name / "samples.jsonl")] for name in ("whole", "pieces")]
+    assert texts[0] == texts[1]
+
+
+def test_prompts_come_in_groups_and_without_end(inputs: Path) -> None:
+    encoder = ConversationEncoder(load_tokenizer(inputs / "model"), "raw")
+    config = DataConfig(template="raw")
+    data = load_prompts(str(inputs / "prompts.jsonl"), encoder, config, longest=5, vocab_size=320)
+    assert data.ids.lengths.max() == 5
+    loader = PromptLoader(data, batch_size=6, group=2, seed=3, steps=10)
+    batches = list(loader)
+    assert all((batch.rows[::2] == batch.rows[1::2]).all() for batch in batches)
+    seen = np.concatenate([batch.rows[::2] for batch in batches])
+    for epoch in np.split(seen, 3):
+        assert sorted(epoch) == list(range(1, 11))
+    assert (seen[:10] != seen[10:20]).any()
+    again = PromptLoader(data, batch_size=6, group=2, seed=3, steps=10)
+    again.set_state(loader.get_state() | {"step": 4})
+    np.testing.assert_array_equal(next(again).prompts, batches[4].prompts)
+
+
+def test_rewards_of_llama_2(inputs: Path) -> None:
+    """Two judges as one: the safety judge where the prompt is tagged or the response looks unsafe."""
+    judges = [
+        OfText(name, function)
+        for name, function in (("helpful", lambda text: len(text)), ("safe", lambda text: -9.0 if "bad" in text else 9))
+    ]
+    scorer = Scorer(judges[0], "helpful", judges[1], "safe")
+    texts, tagged = ["abc", "bad", "abcd", "a"], np.asarray([False, False, True, False])
+    scores, parts = scorer([None] * 4, texts, np.arange(4), tagged)
+    chosen = np.asarray([3.0, -9, 9, 1])
+    np.testing.assert_allclose(scores, (chosen - chosen.mean()) / chosen.std(ddof=1), rtol=1e-5)
+    assert parts["helpfulness"].tolist() == [3, 3, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", "{mine}:nan"], "the score of responses to row 5 of the prompts is not finite"),
+        (["--reward", "{mine}:short"], r"gave scores of shape \[1\] for 16 responses"),
+        (["--reward", "{mine}:breaks"], "ValueError: not today"),
+        (["--reward", "{mine}:absent"], "has no function absent"),
+        (["--reward", "no.py:f"], "no.py is no file"),
+        (["--reward", "regex:("], "--reward regex"),
+        (["--reward", "language:en"], "a script tells only"),
+        (["--reward", "http://me:secret@host/"], "leave the password out"),
+        (["--reward", "{model}"], "has no reward head"),
+        (["--reward", "vader", "--sample.temperature", "0"], "PPO learns from samples"),
+        (["--reward", "vader", "--ppo.group_size", "3"], "not made of groups of 3"),
+        (["--reward", "vader", "--ppo.minibatches", "3"], "does not split into --ppo.minibatches 3"),
+        (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "8"], "does not divide by 32"),
+        (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
+        (["--reward", "vader", "--eval_data", "x"], "unknown option --eval_data"),
+        (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL"),
+        (["--reward", "vader", "--rollout_batch_size", "5"], "does not divide --train.batch_size"),
+        (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),
+        (["--reward", "vader", "--value_model", "{model}"], "has no reward head"),
+        ([], "missing --reward"),
+    ],
+)
+def test_one_line_errors(words, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = {"mine": inputs / "mine.py", "model": inputs / "model"}
+    args = ["ppo", "--model", inputs / "model", "--data", inputs / "prompts.jsonl", "--out", tmp_path / "out"]
+    args += ["--train.batch_size", "16", "--data.max_length", "22", "--data.max_prompt_length", "16"]
+    args += ["--sample.max_new_tokens", "6", "--data.template", "raw", "--train.steps", "1"]
+    args += ["--mesh.data", "1", "--mesh.fsdp", "1", "--lora.rank", "4" if "--value_model" not in words else "0"]
+    args += [word.format(**names) for word in words]
+    assert cli.main([str(arg) for arg in args]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dpo-jax: error:")
+    assert re.search(message, error), error
+
+
+def test_bad_prompts(inputs: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    with pytest.raises(InputError, match=r"row 2: .*missing field 'prompt'|missing field 'prompt'.*row 2"):
+        run_ppo.train(options(inputs, tmp_path / "run", source=str(bad)))
+    assert not (tmp_path / "run").exists()
