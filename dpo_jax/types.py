@@ -106,3 +106,15 @@ class Rollout:
     kl_coefficient: jax.Array
     weights: jax.Array
     rows: jax.Array
+
+    @property
+    def groups(self) -> PreferenceBatch:
+        """The same prompts and responses as groups of one response."""
+        return PreferenceBatch(
+            prompts=self.prompts,
+            prompt_lengths=self.prompt_lengths,
+            responses=self.responses[:, None],
+            response_lengths=self.response_lengths[:, None],
+            weights=self.weights,
+            rows=self.rows,
+        )

@@ -40,7 +40,7 @@ from dpo_jax.run.rollouts import Scorer
 from dpo_jax.run.samples import read_rows
 from dpo_jax.weights.tokenizer import load_tokenizer
 
-STEPS, BATCH = 8, 64
+STEPS, BATCH = 10, 64
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"prompt": f"{i}: {tiny.sentence(rng, rng.randint(1, 3))}"}) for i in range(10)]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "mine.py").write_text(
-        "def letters(prompts, responses):\n    return [text.count('o') for text in responses]\n"
+        "def letters(prompts, responses):\n    return [sum(c.islower() for c in text) / 6 for text in responses]\n"
         "def nan(prompts, responses):\n    return [float('nan') if p.startswith('4:') else 1.0 for p in prompts]\n"
         "def short(prompts, responses):\n    return [1.0]\n"
         "def breaks(prompts, responses):\n    raise ValueError('not today')\n"
@@ -63,17 +63,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
     """Runs of the same shapes share their compiled steps, as runs on one machine may."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_disable_most_optimizations",
-    )
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
     jax.config.update(names[1], 0.0)
-    jax.config.update(names[2], True)  # the model is tiny, compiling is not
+    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
     compilation_cache.reset_cache()
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -91,7 +88,7 @@ def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(inputs: Path, out: Path, **changes) -> PPORun:
-    """Eight iterations of 64 responses under LoRA, with a controller of the KL coefficient, and checkpoints on the way.
+    """Ten iterations of 64 responses under LoRA, with a controller of the KL coefficient, and checkpoints on the way.
 
     All prompts fit into one bucket of the sampler.
     """
@@ -143,7 +140,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert all(row["policy/clipfrac_avg"] > 0 for row in rows[1:])
     assert rows[-1]["epoch"] == pytest.approx(STEPS * BATCH / 10)
     scores = [row["objective/scores"] for row in rows]
-    assert np.mean(scores[-2:]) > np.mean(scores[:2]) + 0.2
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.1
 
     # The controller moves the coefficient by the divergence of the rollout before.
     for row, following in itertools.pairwise(rows):
@@ -153,7 +150,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
 
     samples = read_rows(whole / "samples.jsonl")
     assert len(samples) == STEPS * BATCH
-    assert all(row["score"] == row["response"].count("o") for row in samples)
+    assert all(row["score"] == np.float32(sum(c.islower() for c in row["response"]) / 6) for row in samples)
     for row in rows:
         own = [sample for sample in samples if sample["step"] == row["step"]]
         assert np.mean([sample["score"] for sample in own]) == pytest.approx(row["objective/scores"], abs=1e-5)
@@ -274,7 +271,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
         (["--reward", "vader", "--eval_data", "x"], "unknown option --eval_data"),
         (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL"),
-        (["--reward", "vader", "--rollout_batch_size", "5"], "does not divide --train.batch_size"),
+        (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 16"),
         (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),
         (["--reward", "vader", "--value_model", "{model}"], "has no reward head"),
         ([], "missing --reward"),

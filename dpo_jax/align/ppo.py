@@ -43,7 +43,6 @@ from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch, Rollout
 
 __all__ = [
-    "as_groups",
     "gae",
     "init_state",
     "jit_measure",
@@ -147,7 +146,7 @@ def _value_kind(config: PPOConfig) -> str | None:
     return (config.value or "separate") if config.advantage == "gae" else None
 
 
-def as_groups(rollout: Rollout) -> PreferenceBatch:
+def _groups(rollout: Rollout) -> PreferenceBatch:
     """The rollout as groups of one response."""
     return PreferenceBatch(
         prompts=rollout.prompts,
@@ -170,7 +169,7 @@ class _Predictions:
 
 def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:
     current = dataclasses.replace(state, trainable=trainable)
-    batch, variables = as_groups(rollout), current.variables
+    batch, variables = _groups(rollout), current.variables
     policy = {name: variables[name] for name in ("params", "adapters") if name in variables}
     out = response_predictions(
         state.apply_fn,

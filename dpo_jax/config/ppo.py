@@ -176,8 +176,9 @@ class PPORun(TrainingRun):
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
         pieces = self.rollout_batch_size
         require(
-            pieces is None or (pieces >= 1 and size % pieces == 0),
-            f"--rollout_batch_size {pieces} does not divide --train.batch_size {size}",
+            pieces is None or (pieces >= 1 and size % pieces == 0 and pieces % group == 0),
+            f"--rollout_batch_size {pieces} is no multiple of {group} (--ppo.group_size) that divides"
+            f" --train.batch_size {size}",
         )
         urls = [judge for judge in (self.reward, self.safety_reward) if is_url(judge)]
         require(self.reward_timeout is None or bool(urls), "--reward_timeout has no effect: no reward is a URL")

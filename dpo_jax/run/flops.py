@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_jax.align.ppo import as_groups
 from dpo_jax.config import DPOConfig, LoraConfig, PPOLossConfig
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch, Rollout, TokenBatch
@@ -170,7 +169,7 @@ def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], f
     shared = config.advantage == "gae" and not separate
 
     def flops(rollout: Rollout) -> float:
-        work = preference_work(as_groups(rollout), 0, 1)
+        work = preference_work(rollout.groups, 0, 1)
         trunk = replace(work, predicted=0.0)
         measured = model.forward(work) + model.forward(work, adapted=False)
         measured += model.forward(trunk) if separate or shared else 0.0

@@ -161,12 +161,12 @@ class Rollouts:
 
     def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
-        rows, config = len(batch.rows), self._sample
+        rows, group, config = len(batch.rows), self._config.group, self._sample
         variables = policy_of(state.variables)
         key = jax.random.fold_in(self._key, batch.step)
         parts = []
         for first in range(0, rows, self._piece):
-            part = slice(first, first + self._piece)
+            part = slice(first, first + self._piece, group)
             generation = generate(
                 self._model,
                 variables,
@@ -175,6 +175,7 @@ class Rollouts:
                 config=config,
                 prompt_lengths=batch.prompt_lengths[part],
                 row_ids=np.arange(rows)[part],
+                samples=group,
                 mesh=self._mesh,
             )
             parts.append([np.asarray(x) for x in generation])
@@ -267,7 +268,7 @@ def _jit_measure(
         logps = response_logps(
             model.apply,
             {**frozen, **reference},
-            ppo.as_groups(rollout),
+            rollout.groups,
             layout="separate",
             temperature=config.temperature,
             head_budget_bytes=config.head_budget_bytes,
