@@ -45,7 +45,7 @@ def test_a_file_gives_one_object_a_row_in_order(model, prompts, tmp_path):
     given = [json.loads(line) for line in prompts.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [row.get("prompt", row.get("messages")) for row in given]
     for number, row in enumerate(rows, start=1):
-        assert row.keys() == {"row", "prompt", "response", "finish_reason", "tokens", "logp", "seed"}
+        assert row.keys() == {"row", "prompt", "sample", "response", "finish_reason", "tokens", "logp", "seed"}
         assert row["row"] == number
         assert (row["finish_reason"] == "length") == (row["tokens"] == 8) or row["finish_reason"] == "stop"
         assert row["logp"] < 0
@@ -59,23 +59,62 @@ def test_a_file_gives_one_object_a_row_in_order(model, prompts, tmp_path):
 
 def test_an_interrupted_run_goes_on(model, prompts, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    assert run(model, "--prompts", prompts, "--out", whole, "--batch_size", 1) == 0
-    real, calls = command.sample, []
+    assert run(model, "--prompts", prompts, "--out", whole, "--batch_size", 2, "--samples", 2) == 0
+    rows = read_lines(whole)
+    assert [(row["row"], row["sample"]) for row in rows] == [(i, k) for i in range(1, 6) for k in range(2)]
+    assert len({row["response"] for row in rows}) > 5
+    real, asked = command.serve, []
 
     def breaks(*args, **kwargs):
-        calls.append(kwargs["row_ids"])
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        asked.append(kwargs["requests"])
+        for turn, some in enumerate(real(*args, **kwargs)):
+            if len(asked) == 1 and turn == 1:
+                raise KeyboardInterrupt
+            yield some
 
-    monkeypatch.setattr(command, "sample", breaks)
-    assert run(model, "--prompts", prompts, "--out", out, "--batch_size", 1) == 130
+    monkeypatch.setattr(command, "serve", breaks)
+    options = ("--prompts", prompts, "--out", out, "--batch_size", 2, "--samples", 2)
+    assert run(model, *options) == 130
     assert not out.exists()
-    with open(tmp_path / "out.jsonl.part", "ab") as file:
+    part = tmp_path / "out.jsonl.part"
+    done = {(row["row"] - 1, row["sample"]) for row in read_lines(part)[1:]}
+    with open(part, "ab") as file:
         file.write(b'{"row": 3, "resp')  # a line cut by a kill
-    assert run(model, "--prompts", prompts, "--out", out, "--batch_size", 1) == 0
-    assert calls == [[0], [1], [2], [2], [3], [4]]
+    assert run(model, *options) == 0
+    assert asked[1] == [request for request in asked[0] if request not in done]
+    assert done
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_samples_of_one_prompt_are_rows(model, capsys):
+    assert run(model, "--prompt", "we like", "--samples", 3) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2]
+    assert run(model, "--prompt", "we like") == 0
+    assert capsys.readouterr().out.rstrip("\n") == rows[0]["response"].rstrip("\n")
+
+
+def test_a_stop_string_ends_a_response_and_is_cut_off(model, capsys):
+    options = ("--prompt", "we like", "--samples", 6, "--sample.max_new_tokens", 40)
+    assert run(model, *options) == 0
+    free = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stops = [free[0]["response"][9:11], free[1]["response"][5:8]]
+    assert run(model, *options, "--sample.stop_strings", *stops) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, old in zip(rows, free, strict=True):
+        at = min((i for i in map(old["response"].find, stops) if i >= 0), default=None)
+        assert row["response"] == old["response"][:at]
+        assert row["tokens"] < old["tokens"] if at is not None else row == old
+        assert at is None or row["finish_reason"] == "stop"
+
+
+def test_stop_strings_are_found_at_the_token_that_completes_them():
+    looks = command.StopStrings(lambda prompt, ids: "".join("abcdefgh"[i] for i in ids), ["cd", "g"])
+    assert looks((0, 0), [0, 1]) is None
+    assert looks((0, 1), [0, 1, 2]) is None
+    assert looks((0, 0), [0, 1, 2, 3, 4, 6]) == 4
+    assert looks((0, 1), [0, 1, 2, 4, 6, 7]) == 5
+    assert looks.begin("xxgcd") == 2
 
 
 def test_other_settings_start_afresh(tmp_path):
@@ -130,6 +169,9 @@ def test_a_bad_row_is_one_line(model, tmp_path, capsys, rows, options, message):
         (("--prompt", "a", "--sample.min_new_tokens", "8"), "min_new_tokens 8 must lie in [0, max_new_tokens 8)"),
         (("--prompt", "a", "--sample.logit_bias", "5", "-1.5", "5", "2"), "names a token id twice"),
         (("--prompt", "a", "--sample.logit_bias", "320", "-1000"), "token id 320"),
+        (("--prompt", "a", "--sample.stop_strings", ""), "empty text"),
+        (("--prompt", "a", "--samples", "0"), "--samples must be at least 1"),
+        (("--prompt", "a", "--samples", "2", "--sample.temperature", "0"), "--samples has no effect at temperature 0"),
         (("--prompt", "a", "--template", "lama"), "lama"),
         (("--prompt", "a", "--out", "."), "is a folder"),
     ],

@@ -247,8 +247,9 @@ def test_samples_of_a_prompt_are_as_many_draws_of_which_the_first_is_the_only_on
 
 
 def test_a_bias_outside_the_vocabulary_is_refused(small):
+    model, variables = small
     with pytest.raises(InputError, match="token id 101"):
-        generate(*small, PROMPTS, jax.random.key(0), config=SampleConfig(logit_bias=((101, 1.0),)))
+        generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(logit_bias=((101, 1.0),)))
 
 
 def greedy_by_transformers(folder, prompts, new, stop, **options):

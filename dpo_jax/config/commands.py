@@ -37,13 +37,14 @@ class DemoRun:
 class GenerateRun:
     """Answer prompts: `dpo-jax generate`.
 
-    A response ends at the model's own terminators, at those of the chat template, and at --sample.stop_tokens.
+    A response ends at the model's own terminators, at those of the chat template, at --sample.stop_tokens and at
+    --sample.stop_strings.
     """
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
     prompt: str | None = None
-    """One prompt; its response is printed as text."""
+    """One prompt; its response is printed as text (with --samples: as JSON lines)."""
     prompts: str | None = None
     """File of prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
     out: str | None = None
@@ -53,9 +54,11 @@ class GenerateRun:
     template: str | None = None
     """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
     batch_size: int = 8
-    """Prompts generated from at once, over all devices."""
+    """Responses written at once, over all devices; one that is done makes room for the next."""
+    samples: int = 1
+    """Responses to each prompt, which is computed once for as many of them as --batch_size holds."""
     seed: int = 0
-    """Seed of the draw. A row's text depends on it, on the prompt and on the row number, and not on other rows."""
+    """Seed of the draw. A text depends on it, on the prompt, the row and the sample number, and not on other rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -65,6 +68,11 @@ class GenerateRun:
         require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
         require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
         require(not (self.raw and self.template), "--template has no effect with --raw")
+        require(self.samples >= 1, "--samples must be at least 1")
+        require(
+            self.samples == 1 or self.sample.temperature > 0,
+            "--samples has no effect at temperature 0 (greedy): all would be equal",
+        )
         require(self.batch_size >= 1, "--batch_size must be at least 1")
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 

@@ -264,6 +264,8 @@ class SampleConfig:
     """Pairs of a token id and what is added to its logit, e.g. 42 -5 7 1.5; -1000 forbids a token."""
     min_new_tokens: int = 0
     """No response ends by a stop token before it has so many tokens in front of it."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, which is cut in front of them."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
@@ -293,3 +295,4 @@ class SampleConfig:
             0 <= self.min_new_tokens < self.max_new_tokens or self.min_new_tokens == 0,
             f"min_new_tokens {self.min_new_tokens} must lie in [0, max_new_tokens {self.max_new_tokens})",
         )
+        require(all(self.stop_strings), "stop_strings holds an empty text, which would end every response at once")

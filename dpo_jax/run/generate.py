@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.rows import RowsFile
-from dpo_jax.sample import generate as sample
+from dpo_jax.sample import Request, serve
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
@@ -36,10 +36,10 @@ class Response:
     """What the model wrote behind one prompt.
 
     Attributes:
-      ids: the new tokens, the terminator included.
-      logps: log-probability of each, at the sampling temperature.
-      text: without the terminator.
-      finish_reason: "stop" at a terminator, "length" at `max_new_tokens`.
+      ids: the new tokens, the terminator included, or the token that completes a stop string.
+      logps: the model's log-probability of each, at the sampling temperature.
+      text: without the terminator; cut in front of a stop string.
+      finish_reason: "stop" at a terminator or a stop string, "length" at `max_new_tokens`.
     """
 
     ids: list[int]
@@ -61,6 +61,76 @@ def decode(
     return text([*prompt, *response])[len(text(prompt)) :] if raw else text(response)
 
 
+class StopStrings:
+    """Finds the token that completes a stop string, in the text as it is decoded from the tokens so far.
+
+    The whole response is decoded at each look, so what a tokenizer writes for a token in its place is what is searched.
+    """
+
+    def __init__(self, text: Callable[[int, Sequence[int]], str], strings: Sequence[str]):
+        """`text(prompt index, tokens)` decodes a response."""
+        self._text, self._strings = text, strings
+        self._clean: dict[Request, int] = {}
+
+    def begin(self, text: str) -> int | None:
+        """Where the first stop string begins; None where there is none."""
+        return min((at for at in map(text.find, self._strings) if at >= 0), default=None)
+
+    def __call__(self, request: Request, tokens: list[int]) -> int | None:
+        """How many of the tokens it takes to have a stop string; None where they hold none."""
+        clean = self._clean.pop(request, 0)
+        if self.begin(self._text(request[0], tokens)) is None:
+            self._clean[request] = len(tokens)
+            return None
+        sizes = range(clean + 1, len(tokens) + 1)
+        return next(n for n in sizes if self.begin(self._text(request[0], tokens[:n])) is not None)
+
+
+def answers(
+    model: Llama,
+    variables: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    config: SampleConfig,
+    batch_size: int,
+    requests: Sequence[Request],
+    raw: bool = False,
+    mesh: Mesh | None = None,
+) -> Iterator[list[tuple[Request, Response]]]:
+    """Responses to `requests` (pairs of a prompt's index and a sample's number), in the order in which they end.
+
+    Each request draws with its own key, so neither the others nor `batch_size` change its text.
+    """
+
+    def text(prompt: int, ids: Sequence[int]) -> str:
+        return decode(tokenizer, prompts[prompt], ids, raw=raw)
+
+    stops = StopStrings(text, config.stop_strings) if config.stop_strings else None
+
+    def response(request: Request, ids: list[int], logps: list[float]) -> Response:
+        stopped = ids[-1] in config.stop_tokens
+        written = text(request[0], ids[:-1] if stopped else ids)
+        at = None if stops is None else stops.begin(written)
+        reason = "stop" if stopped or at is not None else "length"
+        return Response(ids, logps, written if at is None else written[:at], reason)
+
+    served = serve(
+        model,
+        variables,
+        prompts,
+        jax.random.key(seed),
+        config=config,
+        requests=requests,
+        rows=batch_size,
+        ended=stops,
+        mesh=mesh,
+    )
+    for finished in served:
+        yield [(done.request, response(*done)) for done in finished]
+
+
 def responses(
     model: Llama,
     variables: Any,
@@ -74,27 +144,32 @@ def responses(
     raw: bool = False,
     mesh: Mesh | None = None,
 ) -> Iterator[list[Response]]:
-    """Responses to `prompts[first:]`, in order, a list of at most `batch_size` at a time.
+    """One response to each of `prompts[first:]`, in order, a list of `batch_size` (the last may be shorter) at a time.
 
     Row i (counted from 0 over all prompts) draws with its own key, so where it starts and how many go at once change no
     text.
     """
-    key = jax.random.key(seed)
-    for start in range(first, len(prompts), batch_size):
-        rows = list(range(start, min(start + batch_size, len(prompts))))
-        # The last batch is filled up with its last row: it needs no program of its own, and is done when that row is.
-        filled = rows + [rows[-1]] * (min(batch_size, len(prompts)) - len(rows))
-        generation = sample(
-            model, variables, [prompts[i] for i in filled], key, config=config, row_ids=filled, mesh=mesh
-        )
-        tokens, mask, logps = (np.asarray(x)[: len(rows)] for x in generation)
-        batch = []
-        for i, row in enumerate(rows):
-            ids = tokens[i][mask[i]].tolist()
-            stopped = ids[-1] in config.stop_tokens
-            text = decode(tokenizer, prompts[row], ids[:-1] if stopped else ids, raw=raw)
-            batch.append(Response(ids, logps[i][mask[i]].tolist(), text, "stop" if stopped else "length"))
-        yield batch
+    requests = [(i, 0) for i in range(first, len(prompts))]
+    following = range(first, min(first + batch_size, len(prompts)))
+    ready: dict[int, Response] = {}
+    for some in answers(
+        model,
+        variables,
+        tokenizer,
+        prompts,
+        seed=seed,
+        config=config,
+        batch_size=batch_size,
+        requests=requests,
+        raw=raw,
+        mesh=mesh,
+    ):
+        ready |= {index: response for (index, _), response in some}
+        while all(i in ready for i in following):
+            yield [ready.pop(i) for i in following]
+            following = range(following.stop, min(following.stop + batch_size, len(prompts)))
+            if not following:
+                return
 
 
 def terminators(model: Llama, encoder: ConversationEncoder, config: SampleConfig) -> SampleConfig:
@@ -158,9 +233,10 @@ def generate(run: GenerateRun) -> None:
     check_vocabulary(tokenizer, model.config)
     config = terminators(model, encoder, run.sample)
 
-    def rows(first: int) -> Iterator[list[dict[str, Any]]]:
-        index = first
-        for batch in responses(
+    requests = [(i, k) for i in range(len(prompts)) for k in range(run.samples)]
+
+    def rows(wanted: Sequence[Request]) -> Iterator[list[dict[str, Any]]]:
+        for some in answers(
             model,
             variables,
             tokenizer,
@@ -168,24 +244,36 @@ def generate(run: GenerateRun) -> None:
             seed=run.seed,
             config=config,
             batch_size=run.batch_size,
-            first=first,
+            requests=wanted,
             raw=run.raw,
             mesh=mesh,
         ):
-            yield [_row(heads[index + i], response, run.seed) for i, response in enumerate(batch)]
-            index += len(batch)
+            yield [_row(heads[request[0]], request[1], response, run.seed) for request, response in some]
 
     if out is not None:
-        _write(run, out, prompts, fingerprint(variables), config, rows)
+        numbers = [(heads[i]["row"], k) for i, k in requests]
+        _write(run, out, prompts, fingerprint(variables), config, dict(zip(numbers, requests, strict=True)), rows)
         return
-    for batch in rows(0):
-        for row in batch:
-            print(row["response"] if run.prompts is None else json.dumps(row, ensure_ascii=False), flush=True)
+    ready: dict[Any, dict[str, Any]] = {}
+    waiting = iter([(heads[i]["row"], k) for i, k in requests])
+    following = next(waiting)
+    for batch in rows(requests):
+        ready |= {_identity(row): row for row in batch}
+        while following in ready:
+            row = ready.pop(following)
+            plain = run.prompts is None and run.samples == 1
+            print(row["response"] if plain else json.dumps(row, ensure_ascii=False), flush=True)
+            following = next(waiting, None)
 
 
-def _row(head: dict[str, Any], response: Response, seed: int) -> dict[str, Any]:
+def _identity(row: dict[str, Any]) -> tuple[int, int]:
+    return row["row"], row["sample"]
+
+
+def _row(head: dict[str, Any], sample: int, response: Response, seed: int) -> dict[str, Any]:
     return {
         **head,
+        "sample": sample,
         "response": response.text,
         "finish_reason": response.finish_reason,
         "tokens": len(response.ids),
@@ -195,23 +283,32 @@ def _row(head: dict[str, Any], response: Response, seed: int) -> dict[str, Any]:
 
 
 def _write(
-    run: GenerateRun, out: Path, prompts: Sequence[Sequence[int]], weights: str, config: SampleConfig, rows: Any
+    run: GenerateRun,
+    out: Path,
+    prompts: Sequence[Sequence[int]],
+    weights: str,
+    config: SampleConfig,
+    requests: dict[tuple[int, int], Request],
+    rows: Callable[[Sequence[Request]], Iterator[list[dict[str, Any]]]],
 ) -> None:
+    """`requests` by the identity of their rows in the file."""
     settings = {
         "weights": weights,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "sample": asdict(config),
+        "samples": run.samples,
         "seed": run.seed,
         "dtype": run.dtype,
         "raw": run.raw,
     }
-    with RowsFile(out, settings) as file, ProgressBar("generating", len(prompts), done=len(file.rows)) as bar:
+    with RowsFile(out, settings) as file, ProgressBar("generating", len(requests), done=len(file.rows)) as bar:
         if file.rows:
             bar.say(f"{file.part}: going on behind its {len(file.rows)} rows")
         start, tokens = time.monotonic(), 0
-        for batch in rows(len(file.rows)):
+        done = {_identity(row) for row in file.rows}
+        for batch in rows([request for identity, request in requests.items() if identity not in done]):
             file.append(batch)
             tokens += sum(row["tokens"] for row in batch)
             bar.update(len(file.rows), f"{tokens / (time.monotonic() - start):.0f} tokens/s")
-        done = file.finish()
-    say(f"{out}: {len(done)} responses")
+        written = file.finish(order=_identity)
+    say(f"{out}: {len(written)} responses")

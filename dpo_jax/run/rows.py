@@ -6,7 +6,7 @@ With the same settings a new start goes on behind the last whole line; with othe
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -78,8 +78,10 @@ class RowsFile:
             raise cannot_write(self.part, error) from error
         self.rows.extend(rows)
 
-    def finish(self) -> list[Row]:
-        """All rows are there: give the file its name. Returns the rows."""
+    def finish(self, *, order: Callable[[Row], Any] | None = None) -> list[Row]:
+        """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows."""
+        if order is not None:
+            self.rows.sort(key=order)
         write_lines(self.path, self.rows)
         self._file.close()
         self.part.unlink()

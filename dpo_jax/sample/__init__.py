@@ -1,5 +1,6 @@
-"""Generation from a Llama. `dpo_jax.sample.generate` is the function; it lives in `sample/engine.py`."""
+"""Generation from a Llama: `generate` for a batch (`engine.py`), `serve` for a queue of requests (`continuous.py`)."""
 
-from dpo_jax.sample.engine import Generation, generate
+from dpo_jax.sample.continuous import Finished, Request, serve
+from dpo_jax.sample.engine import Generation, generate, generate_with_plain_logps
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Finished", "Generation", "Request", "generate", "generate_with_plain_logps", "serve"]

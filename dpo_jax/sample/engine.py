@@ -104,7 +104,8 @@ def generate(
       `Generation`: tokens, mask and logps [B K, max_new_tokens]; the same on every process.
 
     Raises:
-      InputError: no prompts, an empty one, ids outside the vocabulary, or more tokens than a sliding window holds.
+      InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than a sliding window holds, stop
+        strings (which need a tokenizer).
     """
     out, _ = _run(model, variables, prompts, key, config, prompt_lengths, row_ids, samples, mesh, plain=False)
     return out
@@ -147,6 +148,8 @@ def _run(
         raise InputError(f"row_ids {list(ids.shape)} must be one id for each of the {count} prompts")
     if samples < 1:
         raise InputError(f"samples {samples} must be at least 1")
+    if config.stop_strings:
+        raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
     slots = decode.count_slots(model, longest, config)
     fillers = -count % (1 if mesh is None else meshes.batch_parts(mesh))
     padded = np.pad(padded, ((0, fillers), (0, min(bucket(longest), slots) - longest)))

@@ -1,0 +1,312 @@
+"""Generation for more requests than rows: a row that is done makes room for the next request (continuous batching).
+
+The host drives: it prefills some prompts into free rows of the cache, lets all rows advance on the devices until enough
+of them are free again, collects what is finished, and goes on. A request's text is that of `engine.generate` for the
+same prompt, key, row id and sample number, whatever row it gets and whoever stands beside it.
+
+B rows, G prompts that begin together, K samples of one prompt that do, N new tokens, S cache slots.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import SampleConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model import llama
+from dpo_jax.sample import decode
+
+CHUNK = 64
+"""Tokens a row after which the host looks, if no room was made before."""
+
+WATCHED_CHUNK = 8
+"""The same where the host must look for ends in the text."""
+
+Request = tuple[int, int]
+"""Index of a prompt (it is the row id of the draw, too) and number of the sample."""
+
+
+class Finished(NamedTuple):
+    """What `serve` yields.
+
+    Attributes:
+      request: which one.
+      tokens:  the new tokens, the terminator included.
+      logps:   the model's log-probability of each at the sampling temperature (greedy: at 1), before all filters.
+    """
+
+    request: Request
+    tokens: list[int]
+    logps: list[float]
+
+
+class _View(NamedTuple):
+    """What the host looks at."""
+
+    count: jax.Array
+    done: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+
+
+class _Program(NamedTuple):
+    """What the compiled functions depend on beside shapes; hashable."""
+
+    model: llama.Llama
+    implementation: str
+    mesh: Mesh | None
+
+    def decoder(self, variables: Any, settings: decode.Settings) -> decode.Decoder:
+        return decode.Decoder(self.model, variables, settings, self.implementation)
+
+    def constrain(self, rows: decode.Rows) -> decode.Rows:
+        return rows if self.mesh is None else decode.constrain(rows)
+
+
+@partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words"))
+def _empty(
+    settings: decode.Settings, *, program: _Program, rows: int, new: int, slots: int, key_words: int
+) -> decode.Rows:
+    state = decode.empty(program.model, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
+    return program.constrain(state)
+
+
+@partial(jax.jit, static_argnames=("program",), donate_argnums=0)
+def _admit(
+    rows: decode.Rows,
+    variables: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    targets: jax.Array,
+    ids: jax.Array,
+    numbers: jax.Array,
+    key_data: jax.Array,
+    settings: decode.Settings,
+    *,
+    program: _Program,
+) -> decode.Rows:
+    """Prompts [G, P], each computed once, into the rows `targets` [G, K]; B there means nowhere.
+
+    `ids` [G] and `numbers` [G, K] (row ids and samples) decide the draw.
+    """
+    samples, new = targets.shape[1], rows.tokens.shape[1]
+    key = jax.random.wrap_key_data(key_data, impl=program.implementation)
+    keys = decode.row_keys(key, jnp.repeat(ids, samples), numbers.reshape(-1))
+    fresh = program.decoder(variables, settings).begin(
+        prompts, lengths, keys, samples=samples, new=new, slots=prompts.shape[1], plain=False
+    )
+    at = targets.reshape(-1)
+
+    def put(old: jax.Array, value: jax.Array) -> jax.Array:
+        return old.at[at].set(value, mode="drop")
+
+    if rows.text is not None:
+        assert fresh.text is not None
+        fresh = fresh._replace(text=jnp.pad(fresh.text, ((0, 0), (0, rows.text.shape[1] - fresh.text.shape[1]))))
+    cache = jax.tree.map(
+        lambda old, value: old.at[:, at, : prompts.shape[1]].set(value, mode="drop"), rows.cache, fresh.cache
+    )
+    rest = jax.tree.map(put, rows._replace(cache=None), fresh._replace(cache=None))
+    return program.constrain(rest._replace(cache=cache))
+
+
+@partial(jax.jit, static_argnames=("program",), donate_argnums=0)
+def _run(
+    rows: decode.Rows,
+    variables: Any,
+    ended: jax.Array,
+    steps: jax.Array,
+    wanted: jax.Array,
+    settings: decode.Settings,
+    *,
+    program: _Program,
+) -> tuple[decode.Rows, _View]:
+    """At most `steps` tokens a row, until `wanted` rows are done; `ended` bool [B] were ended by the host."""
+    decoder = program.decoder(variables, settings)
+
+    def more(loop: tuple[jax.Array, decode.Rows]) -> jax.Array:
+        step, rows = loop
+        return (step < steps) & (jnp.sum(rows.done) < wanted)
+
+    def body(loop: tuple[jax.Array, decode.Rows]) -> tuple[jax.Array, decode.Rows]:
+        step, rows = loop
+        return step + 1, decoder.advance(rows)
+
+    rows = program.constrain(rows._replace(done=rows.done | ended))
+    _, rows = jax.lax.while_loop(more, body, (jnp.int32(0), rows))
+    view = _View(rows.count, rows.done, rows.tokens, rows.logps)
+    if program.mesh is not None:
+        everywhere = meshes.replicated(program.mesh)
+        view = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), view)
+    return program.constrain(rows), view
+
+
+def _units(requests: Sequence[Request], width: int) -> list[tuple[int, list[int]]]:
+    """(prompt, at most `width` of its samples), the requests of a prompt together, in order of first appearance."""
+    samples: dict[int, list[int]] = {}
+    for prompt, number in requests:
+        samples.setdefault(prompt, []).append(number)
+    return [(p, s[i : i + width]) for p, s in samples.items() for i in range(0, len(s), width)]
+
+
+def _groups(model: llama.Llama, sizes: Sequence[int], units: Any, config: SampleConfig) -> Iterator[tuple[int, Any]]:
+    """(slots, units), long prompts first; no unit has more than twice the slots that it needs."""
+    group: list[Any] = []
+    slots = 0
+    for unit in sorted(units, key=lambda unit: -sizes[unit[0]]):
+        needed = decode.count_slots(model, sizes[unit[0]], config)
+        if group and 2 * needed < slots:
+            yield slots, group
+            group = []
+        slots = slots if group else needed
+        group.append(unit)
+    if group:
+        yield slots, group
+
+
+def serve(
+    model: llama.Llama,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    *,
+    config: SampleConfig,
+    requests: Sequence[Request],
+    rows: int,
+    ended: Callable[[Request, list[int]], int | None] | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[list[Finished]]:
+    """Answer `requests`, some at a time as they are finished (so not in their order).
+
+    Args:
+      model, variables, prompts, key, config, mesh: as in `engine.generate`; the row id of a prompt is its index.
+      requests: (prompt, sample) pairs, all different. Samples of a prompt share its prefill, as many as there are rows.
+      rows: B, how many are written at once (rounded up to what the mesh splits).
+      ended: looks at a request's tokens so far, every few tokens, and returns how many of them are its whole answer, or
+        None as long as it goes on. The row then stops. For ends that only the text shows.
+
+    Raises:
+      InputError: as `engine.generate`; before the first token, for prompts of all requests.
+    """
+    if config.stop_strings and ended is None:
+        raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
+    if rows < 1:
+        raise InputError(f"rows {rows} must be at least 1")
+    table, lengths = decode.pad_prompts(prompts, None, model.config.vocab_size)
+    parts = 1 if mesh is None else meshes.batch_parts(mesh)
+    rows = -(-min(rows, max(len(requests), 1)) // parts) * parts
+    bits, implementation = decode.key_data(key)
+    program = _Program(model, implementation, mesh)
+    units = _units(requests, rows)
+    for slots, group in _groups(model, lengths.tolist(), units, config):
+        batch = _Batch(program, variables, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)
+        yield from batch.work(group, ended)
+
+
+class _Batch:
+    """The rows on the devices, and who has which."""
+
+    def __init__(
+        self,
+        program: _Program,
+        variables: Any,
+        table: np.ndarray,
+        lengths: np.ndarray,
+        bits: np.ndarray,
+        config: SampleConfig,
+        *,
+        rows: int,
+        slots: int,
+        parts: int,
+    ):
+        self.program, self.variables, self.table, self.lengths = program, variables, table, lengths
+        self.bits, self.rows, self.slots, self.parts = bits, rows, slots, parts
+        self.settings = decode.settings(config, program.model.config.vocab_size)
+        self.new = decode.bucket(config.max_new_tokens)
+        self.owner: list[Request | None] = [None] * rows
+
+    def work(
+        self, units: list[tuple[int, list[int]]], ended: Callable[[Request, list[int]], int | None] | None
+    ) -> Iterator[list[Finished]]:
+        """Answer all units."""
+        width = max(len(samples) for _, samples in units)
+        # Waiting until a quarter of the rows is free keeps seven eighths of them busy, and prefills some at once.
+        together = max(1, self.rows // (4 * width))
+        waiting = list(reversed(units))
+        with self._mesh():
+            state = _empty(
+                self.settings,
+                program=self.program,
+                rows=self.rows,
+                new=self.new,
+                slots=self.slots,
+                key_words=len(self.bits),
+            )
+        stop = np.zeros(self.rows, bool)
+        while waiting or any(owner is not None for owner in self.owner):
+            while waiting:
+                following = waiting[-together:][::-1]
+                if self.owner.count(None) < sum(len(samples) for _, samples in following):
+                    break
+                del waiting[-together:]
+                state = self._admit(state, following, together, width)
+                stop[[i for i, owner in enumerate(self.owner) if owner is not None]] = False
+            following = waiting[-together:]
+            wanted = sum(len(samples) for _, samples in following) if following else self.rows
+            with self._mesh():
+                state, view = _run(
+                    state,
+                    self.variables,
+                    self._put(stop),
+                    np.int32(CHUNK if ended is None else WATCHED_CHUNK),
+                    np.int32(wanted),
+                    self.settings,
+                    program=self.program,
+                )
+            count, done, tokens, logps = (np.asarray(x) for x in view)
+            finished = []
+            for i, owner in enumerate(self.owner):
+                if owner is None:
+                    continue
+                text = tokens[i, : count[i]].tolist()
+                size = None if ended is None else ended(owner, text)
+                if size is None and not done[i]:
+                    continue
+                size = len(text) if size is None else size
+                finished.append(Finished(owner, text[:size], logps[i, :size].tolist()))
+                self.owner[i], stop[i] = None, True
+            if finished:
+                yield finished
+
+    def _mesh(self) -> Any:
+        return contextlib.nullcontext() if self.program.mesh is None else jax.set_mesh(self.program.mesh)
+
+    def _put(self, batch: Any) -> Any:
+        return batch if self.program.mesh is None else meshes.put_batch(self.program.mesh, batch)
+
+    def _admit(self, state: decode.Rows, units: list[tuple[int, list[int]]], together: int, width: int) -> decode.Rows:
+        """Give each sample of the units a free row, and prefill them."""
+        size = -(-together // self.parts) * self.parts
+        longest = max(int(self.lengths[prompt]) for prompt, _ in units)
+        columns = min(max(16, 1 << (longest - 1).bit_length()), self.slots)  # few widths: each is compiled
+        prompts = np.zeros((size, columns), np.int32)
+        lengths, ids = np.zeros(size, np.int32), np.zeros(size, np.uint32)
+        targets, numbers = np.full((size, width), self.rows, np.int32), np.zeros((size, width), np.uint32)
+        free = [i for i, owner in enumerate(self.owner) if owner is None]
+        for g, (prompt, samples) in enumerate(units):
+            lengths[g], ids[g] = self.lengths[prompt], prompt
+            prompts[g, : lengths[g]] = self.table[prompt, : lengths[g]]
+            for k, sample in enumerate(samples):
+                row = free.pop(0)
+                self.owner[row] = (prompt, sample)
+                targets[g, k], numbers[g, k] = row, sample
+        with self._mesh():
+            arrays = self._put((prompts, lengths, targets, ids, numbers))
+            return _admit(state, self.variables, *arrays, self.bits, self.settings, program=self.program)
