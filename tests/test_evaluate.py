@@ -127,3 +127,7 @@ def test_health() -> None:
     assert (found.texts, found.empty, found.looping) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert found.length == pytest.approx(20 / 3)
     assert found.longest_repeat == pytest.approx(11 / 3)
+    assert found.longest_repeat_max == 11
+    assert (found.length_p10, found.length_p50, found.length_p90) == pytest.approx((1.6, 8, 11.2))
+    assert found.distinct_1 == pytest.approx(8 / 20)
+    assert found.distinct_3 == pytest.approx(7 / 16)

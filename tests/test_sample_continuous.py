@@ -111,6 +111,7 @@ def test_long_and_short_prompts_do_not_share_a_cache(small):
     assert groups == [(32 + 512, [(1, [0]), (2, [0])]), (32 + 48, [(3, [0]), (0, [0])])]
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(alone):
     config, _, _ = alone
     model, variables = make(dataclasses.replace(CONFIG, vocab_size=104))

@@ -69,6 +69,8 @@ class GenerateRun:
         require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
         require(not (self.raw and self.template), "--template has no effect with --raw")
         require(self.samples >= 1, "--samples must be at least 1")
+        require(self.samples == 1 or self.sample.beams is None, "--samples has no effect with --sample.beams")
+        require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(
             self.samples == 1 or self.sample.temperature > 0,
             "--samples has no effect at temperature 0 (greedy): all would be equal",
@@ -116,6 +118,7 @@ class EvalRun:
         require(self.beta is None or self.beta > 0, f"--beta {self.beta} must be positive")
         require(self.samples is None or self.samples >= 1, "--samples must be at least 1")
         require(self.samples is not None or self.seed == 0, "--seed has no effect without --samples")
+        require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(self.samples is not None or self.sample == SampleConfig(), "--sample.* has no effect without --samples")
         require(self.batch_size >= 1, "--batch_size must be at least 1")
 

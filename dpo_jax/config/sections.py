@@ -266,6 +266,10 @@ class SampleConfig:
     """No response ends by a stop token before it has so many tokens in front of it."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response, which is cut in front of them."""
+    beams: int | None = None
+    """Beam search with so many beams, instead of sampling."""
+    length_penalty: float | None = None
+    """A finished beam counts log-probability / length ** penalty: above 0 favours long responses. Not given: 1."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
@@ -296,3 +300,15 @@ class SampleConfig:
             f"min_new_tokens {self.min_new_tokens} must lie in [0, max_new_tokens {self.max_new_tokens})",
         )
         require(all(self.stop_strings), "stop_strings holds an empty text, which would end every response at once")
+        if self.beams is None:
+            require(self.length_penalty is None, "length_penalty has no effect without beams")
+            return
+        require(self.beams >= 2, f"beams {self.beams} must be at least 2, or None (sampling)")
+        require(
+            self.length_penalty is None or math.isfinite(self.length_penalty), "length_penalty must be a finite number"
+        )
+        require(
+            self.temperature == 1 and cuts,
+            "temperature, top_k, top_p and min_p have no effect with beams (beam search draws nothing)",
+        )
+        require(not self.stop_strings, "stop_strings cannot end a beam search; use stop_tokens, or leave beams out")

@@ -41,8 +41,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
     The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
     `judgement.figures` and, with --samples, `judgement.kl_estimates` (where there is a reference and the answers are
-    not greedy); under `tables` the groups, and under `samples` the `TextHealth` of the answers and the share of
-    them that end by themselves.
+    drawn: neither greedy nor beams); under `tables` the groups, and under `samples` the `TextHealth` of the answers and
+    the share of them that end by themselves.
     """
     if read_architecture(run.model).num_labels:
         return evaluate_rewards.evaluate(run)
@@ -61,7 +61,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     written = None
     if run.samples is not None:
         answers = _answer(run, setting, model, variables, tokenizer, dataset)
-        if run.reference is not None and run.sample.temperature > 0:
+        if run.reference is not None and run.sample.temperature > 0 and run.sample.beams is None:
             written = _answer_logps(setting, model, variables, answers, run.sample.temperature)
     del variables  # one model at a time on the devices
 

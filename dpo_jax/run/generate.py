@@ -25,7 +25,7 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.rows import RowsFile
-from dpo_jax.sample import Request, serve
+from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
@@ -108,6 +108,20 @@ def answers(
         return decode(tokenizer, prompts[prompt], ids, raw=raw)
 
     stops = StopStrings(text, config.stop_strings) if config.stop_strings else None
+    if config.beams is not None:
+        served = _search(model, variables, prompts, config, requests, max(1, batch_size // config.beams), mesh)
+    else:
+        served = serve(
+            model,
+            variables,
+            prompts,
+            jax.random.key(seed),
+            config=config,
+            requests=requests,
+            rows=batch_size,
+            ended=stops,
+            mesh=mesh,
+        )
 
     def response(request: Request, ids: list[int], logps: list[float]) -> Response:
         stopped = ids[-1] in config.stop_tokens
@@ -116,19 +130,27 @@ def answers(
         reason = "stop" if stopped or at is not None else "length"
         return Response(ids, logps, written if at is None else written[:at], reason)
 
-    served = serve(
-        model,
-        variables,
-        prompts,
-        jax.random.key(seed),
-        config=config,
-        requests=requests,
-        rows=batch_size,
-        ended=stops,
-        mesh=mesh,
-    )
     for finished in served:
         yield [(done.request, response(*done)) for done in finished]
+
+
+def _search(
+    model: Llama,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    requests: Sequence[Request],
+    together: int,
+    mesh: Mesh | None,
+) -> Iterator[list[Finished]]:
+    """What beam search finds for each request, `together` prompts at a time."""
+    for start in range(0, len(requests), together):
+        some = list(requests[start : start + together])
+        # The last batch is filled up with its last prompt: it needs no program of its own.
+        filled = some + [some[-1]] * (min(together, len(requests)) - len(some))
+        found = beam_search(model, variables, [prompts[i] for i, _ in filled], config=config, mesh=mesh)
+        tokens, mask, logps = (np.asarray(x) for x in found)
+        yield [Finished(r, tokens[i][mask[i]].tolist(), logps[i][mask[i]].tolist()) for i, r in enumerate(some)]
 
 
 def responses(

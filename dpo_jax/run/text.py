@@ -48,21 +48,28 @@ class TextHealth:
 
     Attributes:
       texts:          how many there are.
-      distinct_1, distinct_2: distinct n-grams over all n-grams, of all texts together.
+      distinct_1, distinct_2, distinct_3: distinct n-grams over all n-grams, of all texts together.
       repetition_4:   mean over texts of the share of 4-grams that are repeats.
       looping:        share of texts whose `repetition_4` exceeds one half: they have fallen into a loop.
       longest_repeat: mean over texts of the longest run that occurs twice, in tokens.
+      longest_repeat_max: the longest of them.
       length:         mean length in tokens.
+      length_p10, length_p50, length_p90: its quantiles, between neighbouring lengths linear.
       empty:          share of texts without a token.
     """
 
     texts: int
     distinct_1: float
     distinct_2: float
+    distinct_3: float
     repetition_4: float
     looping: float
     longest_repeat: float
+    longest_repeat_max: int
     length: float
+    length_p10: float
+    length_p50: float
+    length_p90: float
     empty: float
 
 
@@ -70,13 +77,20 @@ def health(texts: Sequence[Tokens]) -> TextHealth:
     """`TextHealth` of at least one text."""
     rates = np.array([repetition_rate(tokens) for tokens in texts])
     lengths = np.array([len(tokens) for tokens in texts])
+    repeats = [longest_repeat(tokens) for tokens in texts]
+    p10, p50, p90 = np.quantile(lengths, [0.1, 0.5, 0.9]).tolist()
     return TextHealth(
         texts=len(texts),
         distinct_1=distinct_n(texts, 1),
         distinct_2=distinct_n(texts, 2),
+        distinct_3=distinct_n(texts, 3),
         repetition_4=float(rates.mean()),
         looping=float((rates > 0.5).mean()),
-        longest_repeat=float(np.mean([longest_repeat(tokens) for tokens in texts])),
+        longest_repeat=float(np.mean(repeats)),
+        longest_repeat_max=max(repeats),
         length=float(lengths.mean()),
+        length_p10=p10,
+        length_p50=p50,
+        length_p90=p90,
         empty=float((lengths == 0).mean()),
     )

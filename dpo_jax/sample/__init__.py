@@ -1,6 +1,10 @@
-"""Generation from a Llama: `generate` for a batch (`engine.py`), `serve` for a queue of requests (`continuous.py`)."""
+"""Generation from a Llama.
 
+`generate` for a batch (`engine.py`), `serve` for a queue of requests (`continuous.py`), `beam_search` (`beams.py`).
+"""
+
+from dpo_jax.sample.beams import beam_search
 from dpo_jax.sample.continuous import Finished, Request, serve
 from dpo_jax.sample.engine import Generation, generate, generate_with_plain_logps
 
-__all__ = ["Finished", "Generation", "Request", "generate", "generate_with_plain_logps", "serve"]
+__all__ = ["Finished", "Generation", "Request", "beam_search", "generate", "generate_with_plain_logps", "serve"]

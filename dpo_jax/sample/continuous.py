@@ -195,6 +195,8 @@ def serve(
     Raises:
       InputError: as `engine.generate`; before the first token, for prompts of all requests.
     """
+    if config.beams is not None:
+        raise InputError("beams draw nothing: call dpo_jax.sample.beam_search, or leave beams out")
     if config.stop_strings and ended is None:
         raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
     if rows < 1:

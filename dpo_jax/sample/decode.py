@@ -29,6 +29,10 @@ SAMPLE = np.uint32(2**31)
 """Added to a sample's number before it is folded into its row's key; tokens count from 0 and stay below."""
 
 
+CACHE_AXES = ("layers", "batch", "length", "kv", "channels")
+"""Logical axes of the arrays of a cache."""
+
+
 class Settings(NamedTuple):
     """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off."""
 
@@ -226,7 +230,24 @@ class Decoder:
         slots: int,
         plain: bool,
     ) -> Rows:
-        """B x K rows (the K samples of a prompt side by side) with one token each; the prompt is computed once.
+        """`fresh` rows with one token each."""
+        rows, logits = self.fresh(prompts, lengths, keys, samples=samples, new=new, slots=slots, plain=plain)
+        return self.record(rows, logits)
+
+    def fresh(
+        self,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        keys: jax.Array,
+        *,
+        samples: int,
+        new: int,
+        slots: int,
+        plain: bool,
+    ) -> tuple[Rows, jax.Array]:
+        """B x K rows (the K samples of a prompt side by side) and the logits [B K, V] behind their prompts.
+
+        The prompt is computed once.
 
         Args:
           prompts: int32 [B, P]; lengths: int32 [B], 0 in rows that nobody uses.
@@ -262,7 +283,7 @@ class Decoder:
             seen=seen,
             cache=jax.tree.map(lambda x: copies(x, 1), cache),
         )
-        return self.record(rows, copies(logits))
+        return rows, copies(logits)
 
     def adjusted(self, rows: Rows, logits: jax.Array) -> jax.Array | None:
         """The logits after the filters that change them; None where there is none."""
@@ -320,6 +341,6 @@ class Decoder:
 
 def constrain(rows: Rows) -> Rows:
     """Lay rows out over the mesh in force: the rows are split."""
-    cache = jax.tree.map(lambda x: meshes.constrain(x, ("layers", "batch", "length", "kv", "channels")), rows.cache)
+    cache = jax.tree.map(lambda x: meshes.constrain(x, CACHE_AXES), rows.cache)
     rest = jax.tree.map(lambda x: meshes.constrain(x, meshes.batch_axes(x.ndim)), rows._replace(cache=None))
     return rest._replace(cache=cache)

@@ -148,6 +148,8 @@ def _run(
         raise InputError(f"row_ids {list(ids.shape)} must be one id for each of the {count} prompts")
     if samples < 1:
         raise InputError(f"samples {samples} must be at least 1")
+    if config.beams is not None:
+        raise InputError("beams draw nothing: call dpo_jax.sample.beam_search, or leave beams out")
     if config.stop_strings:
         raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
     slots = decode.count_slots(model, longest, config)
