@@ -124,7 +124,11 @@ def test_recipes(path: Path) -> None:
         run = cli.parse(word, [str(path), "--model", "m", "--data", "a", "b", "--to", "o", "--pieces", "9"])
         assert (run.data, run.pieces) == (("a", "b"), 9)
     else:
-        more = ["--mix_data", "h.jsonl"] if path.stem == "llama2_rm_safe" else []
+        open_too = {
+            "llama2_rm_safe": ["--mix_data", "h.jsonl"],
+            "llama2_ppo": ["--reward", "h", "--safety_reward", "s"],
+        }
+        more = open_too.get(path.stem, [])
         run = cli.parse(word, [str(path), *GIVEN, *more, "--optimizer.learning_rate", "0.7"])
         assert (run.source, run.optimizer.learning_rate) == ("d.jsonl", 0.7)
     assert (type(run).__name__, run.model) == (cli.COMMANDS[word].options, "m")
@@ -143,6 +147,9 @@ def test_recipes_hold_the_published_numbers() -> None:
         0.1,
         512,
     )
+    chat = cli.parse("ppo", [str(ROOT / "configs" / "llama2_ppo.py"), *GIVEN, "--reward", "h", "--safety_reward", "s"])
+    assert (chat.train.batch_size, chat.ppo.minibatches, chat.ppo.epochs, chat.ppo.clip) == (512, 8, 1, 0.2)
+    assert (chat.optimizer.learning_rate, chat.optimizer.b2, chat.ppo.kl_coefficient) == (1e-6, 0.95, 0.01)
     zephyr = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
     assert (zephyr.train.batch_size, zephyr.train.epochs, zephyr.optimizer.learning_rate) == (32, 3, 5e-7)
     llama2 = cli.parse("sft", [str(ROOT / "configs" / "llama2_pretrain.py"), *GIVEN])

@@ -1,5 +1,9 @@
-"""Openings of reviews that say nothing yet about whether the reviewer was pleased: the prompts of `dpo-jax demo`."""
+"""Openings of reviews that say nothing yet about whether the reviewer was pleased: the prompts of `dpo-jax demo`.
 
+`python -m dpo_jax.run.openings > openings.jsonl` writes them as a file of prompts.
+"""
+
+import json
 import random
 
 _READING = (
@@ -114,3 +118,8 @@ def review_openings(seed: int) -> list[str]:
     openings = [text[0].upper() + text[1:] for text in openings]
     random.Random(seed).shuffle(openings)
     return openings
+
+
+if __name__ == "__main__":
+    for opening in review_openings(seed=0):
+        print(json.dumps({"prompt": opening}))

@@ -1,0 +1,173 @@
+"""What judges texts: built-in functions, the user's own, a server, a reward model."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dpo_jax import mesh
+from dpo_jax.config import DataConfig, PPORun
+from dpo_jax.data.messages import Message
+from dpo_jax.data.prompts import Prompt
+from dpo_jax.errors import InputError
+from dpo_jax.model import heads
+from dpo_jax.run import reward_functions
+from dpo_jax.run.reward_functions import Endpoint, ModelReward, open_reward, scores_of
+from dpo_jax.run.reward_model import TextReward
+from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
+
+ASK = Prompt((Message("user", "the film?"),), "the film?")
+TALK = Prompt((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), None)
+
+
+def one_device() -> jax.sharding.Mesh:
+    return mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def scores(judge: str, responses: list[str]) -> list[float]:
+    config = PPORun(model="m", source="d", out="o", reward=judge, data=DataConfig(template="raw"))
+    function = open_reward(judge, config, mesh=one_device(), batch_size=2)
+    return scores_of(function, [ASK] * len(responses), responses, np.arange(1, len(responses) + 1), judge).tolist()
+
+
+@pytest.mark.parametrize(
+    ("judge", "responses", "expected"),
+    [
+        ("length", ["", "a" * 50], [0, 0.5]),
+        (r"regex:^\d+$", ["12", "1 2"], [1, 0]),
+        ("language:zh", ["你好 world", "你好,123", "..."], [2 / 7, 1, 0]),
+        ("language:ja", ["ひらカタ漢", "abc"], [1, 0]),
+        ("language:ru", ["да ok"], [0.5]),
+    ],
+)
+def test_functions_of_a_response(judge, responses, expected) -> None:
+    np.testing.assert_allclose(scores(judge, responses), expected, rtol=1e-6)
+
+
+def test_sentiment() -> None:
+    good, bad, neutral = scores("vader", ["This is wonderful!", "I hate it.", "It is a table."])
+    assert good > 0.5 > neutral == 0 > bad
+
+
+def test_a_function_of_the_user(tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def f(prompts, responses):\n    return [len(p) + len(r) for p, r in zip(prompts, responses)]\n")
+    assert scores(f"{path}:f", ["", "ab"]) == [9, 11]
+    function = reward_functions.PythonFunction(f"{path}:f")
+    assert function([TALK], ["x"]) == [3 + 1]  # three messages
+    path.write_text(path.read_text() + "def g(prompts, responses):\n    raise ValueError('not today')\n")
+    with pytest.raises(InputError, match="ValueError: not today"):
+        scores(f"{path}:g", ["a"])
+    before = function.identity
+    path.write_text(path.read_text() + "\n")
+    assert reward_functions.PythonFunction(f"{path}:f").identity != before
+
+
+@pytest.mark.parametrize("found", [[1.0], [[1.0], [2.0]], ["good", "bad"], None, {"a": 1}])
+def test_anything_but_numbers_is_refused(found) -> None:
+    def judge(prompts, responses):
+        return found
+
+    judge.everywhere = False
+    with pytest.raises(InputError, match=r"--reward mine: gave"):
+        scores_of(judge, [ASK] * 2, ["a", "b"], np.asarray([3, 4]), "mine")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39, None])
+def test_scores_that_are_not_finite_are_named(bad) -> None:
+    def judge(prompts, responses):
+        return [1.0, bad, 2, bad]
+
+    judge.everywhere = False
+    with pytest.raises(InputError, match="responses to rows 4, 9 of the prompts is not finite"):
+        scores_of(judge, [ASK] * 4, list("abcd"), np.asarray([3, 9, 5, 4]), "mine")
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Answers with the lengths of the responses, after as many failures as `failures` lists."""
+
+    failures: ClassVar[list[int]] = []
+    seen: ClassVar[list[dict]] = []
+    answer: ClassVar[str | None] = None
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append({**body, "token": self.headers["Authorization"]})
+        status = self.failures.pop(0) if self.failures else 200
+        found = self.answer or json.dumps({"scores": [len(text) for text in body["responses"]]})
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(found.encode())
+
+    def log_message(self, *args) -> None:
+        """Nothing is said."""
+
+
+@pytest.fixture
+def server():
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    _Server.failures, _Server.seen, _Server.answer = [], [], None
+    yield f"http://127.0.0.1:{http.server_port}/score"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_a_server_is_asked_again_and_gets_its_token(server, monkeypatch) -> None:
+    monkeypatch.setenv(reward_functions.TOKEN, "secret")
+    _Server.failures = [503, 429]
+    assert Endpoint(server, 5, first_wait=0.001)([ASK, TALK], ["a", "bc"]) == [1, 2]
+    assert len(_Server.seen) == 3
+    asked = _Server.seen[0]
+    assert asked["token"] == "Bearer secret"
+    assert asked["prompts"][0] == "the film?"
+    assert asked["prompts"][1][-1] == {"role": "user", "content": "c"}
+
+
+def test_a_server_that_fails_is_one_line(server) -> None:
+    ask = Endpoint(server, 5, first_wait=0.001)
+    _Server.failures = [503] * 5
+    with pytest.raises(InputError, match=r"no answer after 5 attempts \(HTTP 503"):
+        ask([ASK], ["a"])
+    _Server.failures = [404]
+    with pytest.raises(InputError, match="HTTP 404"):
+        ask([ASK], ["a"])
+    _Server.answer = "[1, 2"
+    with pytest.raises(InputError, match="the answer is not"):
+        ask([ASK], ["a"])
+    with pytest.raises(InputError, match="no answer after 5 attempts"):
+        Endpoint("http://127.0.0.1:9/", 0.2, first_wait=0.001)([ASK], ["a"])
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model of random weights."""
+    folder = tiny.folder(tmp_path_factory.mktemp("model") / "tiny", layers=1)
+    model, variables = as_reward_model(*load_pretrained(folder))
+    variables["heads"] = heads.init_heads(model, jax.random.key(3), {heads.SCORE: 1})
+    save_pretrained(folder.parent / "rm", model, variables, load_tokenizer(folder))
+    return str(folder.parent / "rm")
+
+
+def test_a_reward_model_judges_texts(reward_model) -> None:
+    judge = ModelReward(reward_model, raw=False, mesh=one_device(), batch_size=2)
+    found = judge([ASK, TALK], ["very good", "bad"])
+    np.testing.assert_allclose(
+        found, TextReward.load(reward_model)([ASK.messages, TALK.messages], ["very good", "bad"]), atol=1e-5
+    )
+    # A policy may write anything: nothing, a control token, more than the context holds.
+    odd = judge([ASK] * 3, ["", "<|im_end|>", "good " * 300])
+    assert np.isfinite(odd).all()
+    assert len(set(odd.tolist())) == 3
+    raw = ModelReward(reward_model, raw=True, mesh=one_device(), batch_size=2)
+    expected = TextReward.load(reward_model, DataConfig(template="raw"))(["the film?"], [" was good"])
+    np.testing.assert_allclose(raw([ASK], [" was good"]), expected, atol=1e-5)
