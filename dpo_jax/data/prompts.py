@@ -175,7 +175,7 @@ class PromptLoader(StepsLoader[PromptBatch]):
         shuffle: bool = True,
         epochs: float | None = None,
         steps: int | None = None,
-        multiple: int = 16,
+        multiple: int = 8,
     ):
         """Args:
         dataset: the prompts.
