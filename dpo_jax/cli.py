@@ -4,6 +4,7 @@ Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` a
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -85,6 +86,9 @@ COMMANDS = {
             "checkpoint.best",
             "data.buckets",
             "data.workers",
+            "sample.stop_strings",
+            "sample.beams",
+            "sample.length_penalty",
         ),
         recipe=True,
     ),
@@ -384,7 +388,10 @@ def _command_line_class(word: str) -> Any:
         elif field.name in renamed:
             kind = Annotated[kind, tyro.conf.arg(name=renamed[field.name])]
         elif dataclasses.is_dataclass(kind) and unused:
-            inner = [(f.name, tyro.conf.Suppress[f.type], f) for f in dataclasses.fields(kind) if f.name in unused]
+            # Copies: making a dataclass of a field writes the new type into it.
+            inner = [
+                (f.name, tyro.conf.Suppress[f.type], copy.copy(f)) for f in dataclasses.fields(kind) if f.name in unused
+            ]
             kind = dataclasses.make_dataclass(kind.__name__, inner, bases=(kind,), frozen=True)  # type: ignore[arg-type]
             changed.append((field.name, kind, dataclasses.field(default_factory=kind)))
             continue

@@ -165,6 +165,10 @@ class PPORun(TrainingRun):
         require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
         require(self.sample.beams is None, "--sample.beams does not go with PPO, which learns from samples")
         require(not self.sample.stop_strings, "--sample.stop_strings do not end PPO's responses; use stop_tokens")
+        require(
+            self.sample.beams is None and not self.sample.stop_strings,
+            "--sample.beams and --sample.stop_strings have no effect: PPO learns from plain samples",
+        )
         room = self.data.max_length - self.sample.max_new_tokens
         require(
             room > 0,
