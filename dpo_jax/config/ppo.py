@@ -163,8 +163,6 @@ class PPORun(TrainingRun):
     def __post_init__(self) -> None:
         size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
         require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
-        require(self.sample.beams is None, "--sample.beams does not go with PPO, which learns from samples")
-        require(not self.sample.stop_strings, "--sample.stop_strings do not end PPO's responses; use stop_tokens")
         require(
             self.sample.beams is None and not self.sample.stop_strings,
             "--sample.beams and --sample.stop_strings have no effect: PPO learns from plain samples",
