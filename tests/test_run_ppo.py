@@ -203,6 +203,7 @@ def test_samples_that_a_checkpoint_counts_must_be_there(tmp_path: Path) -> None:
         SampleLog(tmp_path / "samples.jsonl", writes=True).append(4, [])
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_without_values(inputs: Path, tmp_path: Path) -> None:
     """At temperature 1.3 too the policy begins as its reference; sampled in pieces, in groups."""
     config = options(
@@ -223,6 +224,25 @@ def test_full_fine_tuning_without_values(inputs: Path, tmp_path: Path) -> None:
     assert [s["row"] for s in samples[::2]] == [s["row"] for s in samples[1::2]]
     assert len({s["response"] for s in samples}) > 8
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_eight_devices_make_the_same_run(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """Whole iterations, sampling and all."""
+    config = options(
+        inputs,
+        tmp_path / "run",
+        train=TrainConfig(steps=2, batch_size=BATCH),
+        # The schedule is constant: the length of the run changes nothing.
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )
+    run_ppo.train(config)
+    for row, other in zip(metrics(tmp_path / "run"), metrics(whole)[:2], strict=True):
+        assert row == pytest.approx({**other, "epoch": row["epoch"]}, rel=1e-3, abs=1e-4)
+    texts = [
+        [s["response"] for s in read_rows(out / "samples.jsonl")][: 2 * BATCH] for out in (tmp_path / "run", whole)
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_prompts_come_in_groups_and_without_end(inputs: Path) -> None:

@@ -40,7 +40,7 @@ from dpo_jax.model import heads
 from dpo_jax.model.groups import predicting_states, response_predictions
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
-from dpo_jax.types import PreferenceBatch, Rollout
+from dpo_jax.types import Rollout
 
 __all__ = [
     "gae",
@@ -146,18 +146,6 @@ def _value_kind(config: PPOConfig) -> str | None:
     return (config.value or "separate") if config.advantage == "gae" else None
 
 
-def _groups(rollout: Rollout) -> PreferenceBatch:
-    """The rollout as groups of one response."""
-    return PreferenceBatch(
-        prompts=rollout.prompts,
-        prompt_lengths=rollout.prompt_lengths,
-        responses=rollout.responses[:, None],
-        response_lengths=rollout.response_lengths[:, None],
-        weights=rollout.weights,
-        rows=rollout.rows,
-    )
-
-
 @struct.dataclass
 class _Predictions:
     """Of each response token, [B, R]: log-probability and entropy under the policy, value of the state before it."""
@@ -169,7 +157,7 @@ class _Predictions:
 
 def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:
     current = dataclasses.replace(state, trainable=trainable)
-    batch, variables = _groups(rollout), current.variables
+    batch, variables = rollout.groups, current.variables
     policy = {name: variables[name] for name in ("params", "adapters") if name in variables}
     out = response_predictions(
         state.apply_fn,
