@@ -38,6 +38,7 @@ from dpo_jax.run.log import CLOCK_KEYS, read_metrics
 from dpo_jax.run.reward_functions import OfText
 from dpo_jax.run.rollouts import Scorer
 from dpo_jax.run.samples import SampleLog, read_rows
+from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 STEPS, BATCH = 10, 64
@@ -165,6 +166,8 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert raw["architectures"] == ["LlamaForCausalLM"]
     assert not (whole / "model" / "heads.safetensors").exists()
     assert (whole / "adapter" / "adapter_config.json").is_file()
+    _, last = load_pretrained(whole / "checkpoints" / str(STEPS))  # as an unfinished run is loaded, without its values
+    assert last.keys() == {"params", "adapters"}
 
 
 def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,9 @@ from dpo_jax.errors import InputError
 from dpo_jax.weights.folder import new_folder
 from dpo_jax.weights.shards import read_json
 
+_VALUE = "value"
+"""PPO's value model, or its head on the policy: learnt beside the model, and no part of it."""
+
 
 def load_params(folder: Path, target: Any) -> Any:
     """The parameters in a folder of `convert`, each leaf read straight into its shards.
@@ -37,15 +40,22 @@ def load_trained(step: Path, target: Any) -> Any:
     stored = _metadata(path)
     if not isinstance(stored, dict) or "trainable" not in stored:
         raise InputError(f"{step}: is not a checkpoint of a training run")
-    _check(path, stored["trainable"], target)
+    _check(path, _of_the_model(stored["trainable"]), target)
     return _restore(path, {"trainable": target})["trainable"]
 
 
 def trained_heads(step: Path) -> dict[str, int]:
     """The heads that a run's checkpoint has trained: name -> n. Empty where it trains a language model."""
     stored = _metadata((step / "state").absolute())
-    found = stored.get("trainable", {}).get("heads", {}) if isinstance(stored, dict) else {}
+    found = _of_the_model(stored.get("trainable", {})).get("heads", {}) if isinstance(stored, dict) else {}
     return {name: int(leaf["kernel"].shape[1]) for name, leaf in found.items()}
+
+
+def _of_the_model(trained: Any) -> dict[str, Any]:
+    """What a run has trained, without a value model."""
+    kept = {name: tree for name, tree in trained.items() if name not in (_VALUE, "heads")}
+    heads = {name: tree for name, tree in trained.get("heads", {}).items() if name != _VALUE}
+    return kept | ({"heads": heads} if heads else {})
 
 
 def origin(step: Path) -> tuple[str, LoraConfig]:
