@@ -237,7 +237,7 @@ def test_eight_devices_make_the_same_run(inputs: Path, whole: Path, tmp_path: Pa
         tmp_path / "run",
         train=TrainConfig(steps=2, batch_size=BATCH),
         # The schedule is constant: the length of the run changes nothing.
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        mesh=MeshConfig(data=2, fsdp=4, tensor=1),
     )
     run_ppo.train(config)
     for row, other in zip(metrics(tmp_path / "run"), metrics(whole)[:2], strict=True):
