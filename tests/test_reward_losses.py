@@ -96,7 +96,7 @@ def test_auxiliary_heads_are_read_from_the_options():
         ({"multi_class": ("safety=safe,safe",)}, "different classes"),
         ({"multi_class": ("safety",)}, "write NAME=CLASS"),
         ({"multi_class": ("a:0=x,y",)}, "weight 0 must be a positive number"),
-        ({"multi_class": ("score=x,y",)}, "score names the reward head"),
+        ({"multi_class": ("score=x,y",)}, "score is the name of the reward head"),
         ({"multi_class": ("a=x,y",), "multi_label": ("a=x",)}, "head a is given twice"),
         ({"multi_class": ("a=x,y",), "class_negatives": 4}, "has no effect: no head of --reward.multi_class has more"),
         ({"class_proposal": "uniform"}, "no effect without --reward.class_negatives"),
