@@ -190,7 +190,7 @@ TWO = {"prompt": "the film", "response_a": "bad", "response_b": "good"}
         ({"prompt": "a", "response": "b"}, {}, "no responses to compare"),
         ({"responses": ["x", "y"]}, {}, "missing field 'prompt'"),
         ({**PAIR, "labels": {"safety": ["safe"]}}, {"multi_class": ("safety=safe,unsafe",)}, "2 labels for each head"),
-        ({**PAIR, "labels": {"s": ["x", "odd"]}}, {"multi_class": ("s=x,y",)}, r"unknown class of 's' .*'odd'; known are"),
+        ({**PAIR, "labels": {"s": ["x", "odd"]}}, {"multi_class": ("s=x,y",)}, r"unknown class of 's' .*'odd'; known"),
         ({**PAIR, "labels": {"s": [["x"], "y"]}}, {"multi_class": ("s=x,y",)}, "a label of 's' must be one class"),
         ({**PAIR, "labels": {"s": ["x", None]}}, {"multi_label": ("s=x,y",)}, "must be a list of classes"),
         (PAIR, {"multi_class": ("safety=safe,unsafe",)}, "no row has a label of the head 'safety'"),
