@@ -90,6 +90,7 @@ def test_accumulation_equals_one_big_batch(name):
     assert_same(whole_gradients, parts_gradients, rtol=1e-4, atol=1e-6 * max(scale, 1))
 
 
+@pytest.mark.slow
 def test_accumulation_of_a_llama_with_a_live_reference(adapted):
     batch = make_batch(responses=3)
     config = DPOConfig(loss="kto", reference="live")
@@ -133,6 +134,7 @@ def test_cached_reference_equals_live_reference(adapted, mask_format_tokens):
     assert_same(there_gradients, here_gradients)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_against_its_own_copy_or_another_policy(small):
     model, variables = small
     _, other = model_and_variables(SMALL, seed=5)
@@ -278,7 +280,14 @@ def test_learning_rate_and_step_count():
     assert int(state.step) == 4
 
 
-@pytest.mark.parametrize(("lora", "dtype"), [(0, jnp.float32), (0, jnp.bfloat16), (4, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("lora", "dtype"),
+    [
+        (0, jnp.float32),
+        pytest.param(0, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(4, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_training_learns_the_preferences(lora, dtype):
     model, variables = model_and_variables(SMALL, lora=lora, dtype=dtype)
     if lora:

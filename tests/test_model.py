@@ -165,7 +165,7 @@ def test_layouts_have_the_same_gradients(model, variables):
     chex.assert_trees_all_close(shared, separate, atol=5e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(model, variables, remat):
     def grads(m):
         return jax.jit(jax.grad(lambda v: groups.response_logps(m.apply, v, make_batch()).sum()))(variables)
@@ -225,7 +225,9 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling):
     np.testing.assert_allclose(ours, theirs, rtol=2e-7)
 
 
-@pytest.mark.parametrize("split", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "split", [(2, 2, 2), *(pytest.param(split, marks=pytest.mark.slow) for split in [(8, 1, 1), (1, 8, 1), (1, 4, 2)])]
+)
 def test_weights_are_the_same_on_every_mesh(split):
     model = llama.Llama(architecture_with(vocab_size=96))
     mesh = meshes.make_mesh(*split)

@@ -112,6 +112,7 @@ def test_the_ratio_moves_and_clipping_acts() -> None:
     assert float(metrics["policy/ratio_q05"]) < 1 < float(metrics["policy/ratio_q95"])
 
 
+@pytest.mark.slow
 def test_updates_stop_at_a_divergence() -> None:
     options = config(epochs=4, learning_rate=3e-2)
     state, rollout = start(options)
@@ -155,7 +156,10 @@ def test_a_constant_reward_stays_finite(advantage) -> None:
     assert np.isfinite(float(metrics["loss"]))
 
 
-@pytest.mark.parametrize(("value", "lora"), [("separate", 0), ("shared", 0), ("stopped", 0), ("separate", 2)])
+@pytest.mark.parametrize(
+    ("value", "lora"),
+    [("separate", 0), ("shared", 0), ("stopped", 0), pytest.param("separate", 2, marks=pytest.mark.slow)],
+)
 def test_value_models(value, lora: int) -> None:
     options = config(epochs=2, value=value)
     state, rollout = start(options, lora=lora)

@@ -198,6 +198,7 @@ def test_resumed_on_another_mesh(inputs: Path, whole: Path, tmp_path: Path, monk
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name_is_refused(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,9 +317,8 @@ def test_the_cache_key_covers_all_that_decides_the_numbers(inputs: Path) -> None
     assert cache_key(data(), model, variables, DPOConfig(beta=0.5, loss="ipo")) == keys[0]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", pytest.param("flip", marks=pytest.mark.slow), pytest.param("text", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("damage", ["truncate", "flip", "text"])
+@pytest.mark.slow
 def test_a_damaged_cache_is_computed_again(
     inputs: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
@@ -339,6 +339,7 @@ def test_a_damaged_cache_is_computed_again(
     assert entry.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_an_interrupted_reference_goes_on(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

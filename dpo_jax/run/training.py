@@ -223,7 +223,9 @@ class Training(Generic[Config]):
         loader.close()
         if outcome.finished:
             return outcome.state
-        self.say(f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on there")
+        self.say(
+            f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
+        )
         return None
 
     # ---------------------------------------------------------------- results
