@@ -49,6 +49,7 @@ def test_any_mesh_gives_the_losses_of_one_device(sizes, on_one_device):
     np.testing.assert_allclose(losses(make_mesh(**sizes), FULL), on_one_device, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kto_with_adapters_and_accumulation_on_a_mesh():
     one = losses(make_mesh(devices=jax.devices()[:1]), KTO, lora=4)
     np.testing.assert_allclose(losses(make_mesh(data=2, fsdp=2, tensor=2), KTO, lora=4), one, atol=1e-5)

@@ -81,6 +81,7 @@ def test_samples_share_a_prefill_and_may_be_more_than_the_rows(small, alone, mon
     assert prefilled == [(1, [0, 1]), (1, [2])]
 
 
+@pytest.mark.slow
 def test_penalties_follow_the_request_and_not_the_row(small):
     config = SampleConfig(12, temperature=0.9, repetition_penalty=1.5, no_repeat_ngram=2, min_new_tokens=3)
     stop = texts(run(small, PROMPTS, jax.random.key(1), config=config))[1][5]

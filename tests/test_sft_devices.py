@@ -48,6 +48,7 @@ def test_any_mesh_gives_the_figures_of_one_device(sizes):
     assert_same(one, figures(make_mesh(**sizes), EXACT))
 
 
+@pytest.mark.slow
 def test_the_sampled_loss_with_adapters_and_accumulation_on_a_mesh():
     one = figures(make_mesh(devices=jax.devices()[:1]), SAMPLED, lora=4)
     assert_same(one, figures(make_mesh(data=2, fsdp=2, tensor=2), SAMPLED, lora=4))
