@@ -51,8 +51,8 @@ def forward(model):
 
 
 def full_logits(model, variables, ids):
-    """float64 [T, V]: logits of a plain forward pass without a cache; padded to 48 tokens, so that it compiles once."""
-    padded = np.zeros((1, 48), np.int32)
+    """float64 [T, V]: logits of a plain forward pass without a cache; padded to 48s of tokens: few compilations."""
+    padded = np.zeros((1, -(-len(ids) // 48) * 48), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(forward(model)(variables, padded)[0, : len(ids)], np.float64)
 
