@@ -76,7 +76,8 @@ def write_weights(folder: Path, layers: int) -> None:
 
     import dpo_jax
     from dpo_jax.model.architecture import from_hf
-    from dpo_jax.model.llama import Llama, init_variables
+    from dpo_jax.model.llama import Llama
+    from dpo_jax.model.variables import init_variables
 
     model = Llama(from_hf(architecture(layers), "SmolLM2-135M"))
     dpo_jax.save_pretrained(folder, model, init_variables(model, jax.random.key(SEED)), None)

@@ -13,134 +13,17 @@ import os
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
+from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import InputError
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 GUESS_CUTOFF = 0.5
 
-
-@dataclass(frozen=True)
-class Command:
-    """One word of the command line.
-
-    Attributes:
-      options:   dataclass in `config/` that holds its options, by name.
-      function:  `module:function` that takes an instance of it.
-      help:      one line for `dpo-jax --help`.
-      renamed:   field -> its name on the command line, where the two differ.
-      unused:    options of shared sections that this command has no use for: refused, and left out of its help.
-      lists:     options after which several words may stand; they are joined by commas.
-      recipe:    whether a CONFIG.py may stand before the options.
-    """
-
-    options: str
-    function: str
-    help: str
-    renamed: tuple[tuple[str, str], ...] = ()
-    unused: tuple[str, ...] = ()
-    lists: tuple[str, ...] = ()
-    recipe: bool = False
-
-
-_NO_LOADER = ("data.shuffle", "data.workers")
-COMMANDS = {
-    "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
-    "dpo": Command(
-        "DPORun",
-        "dpo_jax.run.dpo:train",
-        "align a model with preference pairs",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
-        recipe=True,
-    ),
-    "sft": Command(
-        "SFTRun",
-        "dpo_jax.run.sft:train",
-        "fine-tune a model on dialogues or instructions",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
-        unused=("train.layout", "data.max_prompt_length"),
-        lists=("data", "eval_data"),
-        recipe=True,
-    ),
-    "reward": Command(
-        "RewardRun",
-        "dpo_jax.run.reward:train",
-        "train a reward model on comparisons",
-        renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
-        recipe=True,
-    ),
-    "ppo": Command(
-        "PPORun",
-        "dpo_jax.run.ppo:train",
-        "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
-        renamed=(("source", "data"),),
-        unused=(
-            "eval_source",
-            "train.eval_every",
-            "train.layout",
-            "checkpoint.best",
-            "data.buckets",
-            "data.workers",
-            "sample.stop_strings",
-            "sample.beams",
-            "sample.length_penalty",
-        ),
-        recipe=True,
-    ),
-    "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
-    "eval": Command(
-        "EvalRun",
-        "dpo_jax.run.evaluate:evaluate",
-        "reward accuracy, margins, perplexity, KL, repetition, tables per rating and source",
-        renamed=(("source", "data"),),
-        unused=_NO_LOADER,
-    ),
-    "logps": Command(
-        "LogpsRun",
-        "dpo_jax.run.logps:logps",
-        "log-probabilities of chosen and rejected, one JSON object a row",
-        renamed=(("source", "data"),),
-        unused=_NO_LOADER,
-    ),
-    "score": Command(
-        "ScoreRun",
-        "dpo_jax.run.score:score",
-        "the reward of every response, one JSON object a row",
-        renamed=(("source", "data"),),
-        unused=_NO_LOADER,
-    ),
-    "convert": Command(
-        "ConvertRun",
-        "dpo_jax.run.convert:convert",
-        "Hugging Face safetensors <-> orbax, GGUF -> either",
-        renamed=(("source", "from"), ("target", "to")),
-    ),
-    "extend-vocab": Command(
-        "ExtendVocabRun",
-        "dpo_jax.run.extend_vocab:extend_vocab",
-        "Chinese pieces for a Llama 2 tokenizer, and rows for them in the model",
-        renamed=(("target", "to"),),
-        recipe=True,
-    ),
-    "prepare": Command(
-        "PrepareRun",
-        "dpo_jax.run.prepare:prepare",
-        "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
-        renamed=(("source", "data"),),
-    ),
-    "inspect": Command(
-        "InspectRun",
-        "dpo_jax.run.inspect:inspect",
-        "tokens of some rows with the loss mask coloured",
-        renamed=(("source", "data"),),
-        unused=(*_NO_LOADER, "data.buckets"),
-    ),
-}
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))

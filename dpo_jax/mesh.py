@@ -173,6 +173,17 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
+def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` jitted for `mesh`; every process gets the whole result. Its arguments stay as they are."""
+    jitted = jax.jit(function, out_shardings=replicated(mesh))
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(*args)
+
+    return call
+
+
 class ShardedStep:
     """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings.
 

@@ -25,7 +25,8 @@ from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.llama import Llama, abstract_variables, shardings
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.types import PreferenceBatch
 
 # XLA's GpuTargetConfigProto in text form; the figures are those of NVIDIA's data sheet and device query.

@@ -13,6 +13,7 @@ import optax
 
 from dpo_jax.config import LoraConfig
 from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.types import PreferenceBatch
 
@@ -36,7 +37,7 @@ def model_and_variables(
             return noise * jax.random.normal(jax.random.key(seed + 1), x.shape)
         return x if name in ("scale", "lora_a") else 5 * x
 
-    variables = llama.init_variables(model, jax.random.key(seed), mesh=mesh)
+    variables = model_variables.init_variables(model, jax.random.key(seed), mesh=mesh)
     where = jax.tree.map(lambda x: x.sharding, variables)
     return model, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(scaled, tree), out_shardings=where)(variables)
 

@@ -22,6 +22,7 @@ from dpo_jax.config import DPOConfig, OptimizerConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 
 STEPS = 5
 FULL = DPOConfig(reference="live", nll_coefficient=0.1, optimizer=OptimizerConfig(learning_rate=2e-3))
@@ -146,7 +147,7 @@ def test_no_array_of_batch_time_vocabulary(layout):
 def lowered(layers: int) -> str:
     """StableHLO of the step for a model of so many layers, from shapes alone."""
     model = llama.Llama(dataclasses.replace(TINY, num_layers=layers))
-    state = dpo.init_state(model, llama.abstract_variables(model), DPOConfig())
+    state = dpo.init_state(model, model_variables.abstract_variables(model), DPOConfig())
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), make_batch())
     return jax.jit(partial(dpo.train_step, config=DPOConfig())).lower(state, batch).as_text()
 

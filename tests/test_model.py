@@ -11,6 +11,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import architecture, groups, llama, logprobs
+from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.types import PreferenceBatch
 
@@ -33,7 +34,7 @@ def model() -> llama.Llama:
 
 @pytest.fixture(scope="module")
 def variables(model):
-    return llama.init_variables(model, jax.random.key(0))
+    return model_variables.init_variables(model, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -189,17 +190,17 @@ def test_chunks_of_the_head_change_nothing():
 def test_adapters_start_as_the_base_model_and_merge(tokens):
     lora = LoraConfig(rank=2, alpha=6, targets=("q_proj", "down_proj"))
     model = llama.Llama(CONFIG, lora=lora)
-    variables = llama.init_variables(model, jax.random.key(3))
+    variables = model_variables.init_variables(model, jax.random.key(3))
     assert set(variables["adapters"]["layers"]["self_attn"]) == {"q_proj"}
     assert set(variables["adapters"]["layers"]["mlp"]) == {"down_proj"}
     base = model.apply({"params": variables["params"]}, tokens)
     chex.assert_trees_all_equal(model.apply(variables, tokens), base)
-    chex.assert_trees_all_equal(llama.init_adapters(model, jax.random.key(3)), variables["adapters"])
+    chex.assert_trees_all_equal(model_variables.init_adapters(model, jax.random.key(3)), variables["adapters"])
 
     moved = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(4), x.shape), variables["adapters"])
     adapted = model.apply({"params": variables["params"], "adapters": moved}, tokens)
     assert jnp.abs(adapted - base).max() > 1e-2
-    merged = llama.merge_adapters({"params": variables["params"], "adapters": moved}, lora)
+    merged = model_variables.merge_adapters({"params": variables["params"], "adapters": moved}, lora)
     chex.assert_trees_all_close(llama.Llama(CONFIG).apply({"params": merged}, tokens), adapted, atol=1e-5)
 
 
@@ -231,8 +232,10 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling):
 def test_weights_are_the_same_on_every_mesh(split):
     model = llama.Llama(architecture_with(vocab_size=96))
     mesh = meshes.make_mesh(*split)
-    sharded = llama.init_variables(model, jax.random.key(0), mesh=mesh)
-    chex.assert_trees_all_equal(jax.device_get(sharded), jax.device_get(llama.init_variables(model, jax.random.key(0))))
+    sharded = model_variables.init_variables(model, jax.random.key(0), mesh=mesh)
+    chex.assert_trees_all_equal(
+        jax.device_get(sharded), jax.device_get(model_variables.init_variables(model, jax.random.key(0)))
+    )
     kernel = sharded["params"]["layers"]["mlp"]["gate_proj"]["kernel"]
     local = kernel.addressable_shards[0].data.shape
     assert local == (3, 32 // split[1], 48 // split[2])
@@ -240,9 +243,9 @@ def test_weights_are_the_same_on_every_mesh(split):
 
 def test_sizes_that_do_not_divide_are_refused_with_the_fix(model):
     with pytest.raises(InputError, match=r"key/value heads.*--mesh\.tensor"):
-        llama.shardings(model, meshes.make_mesh(1, 2, 4))
+        model_variables.shardings(model, meshes.make_mesh(1, 2, 4))
     with pytest.raises(InputError, match=r"embed_tokens/embedding \(97, 32\).*vocab.*--mesh\.tensor"):
-        llama.shardings(model, meshes.make_mesh(1, 4, 2))
+        model_variables.shardings(model, meshes.make_mesh(1, 4, 2))
     with pytest.raises(InputError, match="there are 8"):
         meshes.make_mesh(3, 1, 1)
     with pytest.raises(InputError, match="do not divide"):
@@ -253,7 +256,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_fix(model):
 
 def test_a_sliding_window_is_refused_beyond_its_length(tokens):
     model = llama.Llama(architecture_with(sliding_window=8, model_type="mistral"))
-    variables = llama.init_variables(model, jax.random.key(0))
+    variables = model_variables.init_variables(model, jax.random.key(0))
     model.apply(variables, tokens[:, :8])
     with pytest.raises(InputError, match=r"sliding window of 8.*--data\.max_length"):
         model.apply(variables, tokens)

@@ -15,7 +15,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.groups import response_logps
-from dpo_jax.model.llama import Llama, init_adapters, init_variables
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import init_adapters, init_variables
 from dpo_jax.types import PreferenceBatch, Rollout
 
 SHAPE = LlamaConfig(

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import os
 import signal
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from dpo_jax import mesh
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,10 +26,11 @@ from dpo_jax.config import (
     TrainConfig,
 )
 from dpo_jax.data.dataset import load_preferences
+from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import dpo as run_dpo
 from dpo_jax.run import training
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.log import read_metrics
 from dpo_jax.run.reference import cache_key
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
@@ -49,32 +48,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
-
-
-def make_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
-    sizes = (data, fsdp, tensor)
-    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for each test."""
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(training, "make_mesh", make_mesh)
+    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
     return tmp_path / "cache"
 
 
@@ -94,17 +79,12 @@ def options(inputs: Path, out: Path, **changes) -> DPORun:
     return dataclasses.replace(config, **changes)
 
 
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the wall-clock figures."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
-
-
 def weights(out: Path, name: str = "model/model.safetensors") -> dict[str, np.ndarray]:
     return load_file(out / name)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
+    assert runs.metrics(a) == runs.metrics(b)
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     for name in left:
@@ -117,7 +97,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
-        patch.setattr(training, "make_mesh", make_mesh)
+        patch.setattr(training, "make_mesh", runs.small_mesh)
         return run_dpo.train(options(inputs, folder / "run"))
 
 
@@ -165,14 +145,14 @@ def test_another_configuration_is_refused(inputs: Path, whole: Path) -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process SIGTERM when the batch of `step` is drawn."""
-    original = run_dpo.PreferenceLoader.__next__
+    original = PreferenceLoader.__next__
 
     def draw(self):
         if self.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(run_dpo.PreferenceLoader, "__next__", draw)
+    monkeypatch.setattr(PreferenceLoader, "__next__", draw)
 
 
 def test_stopped_and_resumed_is_exact(
@@ -194,7 +174,7 @@ def test_resumed_on_another_mesh(inputs: Path, whole: Path, tmp_path: Path, monk
         stop_after(3, patch)
         run_dpo.train(options(inputs, tmp_path / "run"))
     run_dpo.train(options(inputs, tmp_path / "run", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
-    for row, expected in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+    for row, expected in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
@@ -235,7 +215,7 @@ def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -> None:
-    runs = {}
+    found = {}
     for reference in ("cached", "live"):
         config = options(
             inputs,
@@ -245,8 +225,8 @@ def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -
             eval_source=None,
             train=TrainConfig(steps=3, batch_size=4),
         )
-        runs[reference] = metrics(run_dpo.train(config))
-    for cached, live in zip(runs["cached"], runs["live"], strict=True):
+        found[reference] = runs.metrics(run_dpo.train(config))
+    for cached, live in zip(found["cached"], found["live"], strict=True):
         assert cached["loss"] == pytest.approx(live["loss"], abs=1e-5)
         assert cached["rewards/margins"] == pytest.approx(live["rewards/margins"], abs=1e-4)
 
@@ -257,7 +237,7 @@ def test_another_reference_model(inputs: Path, tmp_path: Path) -> None:
     config = options(
         inputs, tmp_path / "run", reference=str(other), eval_source=None, train=TrainConfig(steps=1, batch_size=4)
     )
-    first = metrics(run_dpo.train(config))[0]
+    first = runs.metrics(run_dpo.train(config))[0]
     assert first["rewards/chosen"] != 0
 
 
@@ -267,7 +247,7 @@ def test_losses_with_other_needs(inputs: Path, tmp_path: Path, loss) -> None:
     config = options(
         inputs, tmp_path / "run", dpo=DPOLossConfig(loss=loss), train=TrainConfig(steps=2, batch_size=4, eval_every=1)
     )
-    rows = metrics(run_dpo.train(config))
+    rows = runs.metrics(run_dpo.train(config))
     assert len(rows) == 2
     assert "eval_loss" in rows[-1]
 
@@ -279,12 +259,12 @@ def test_the_reference_is_computed_once(
     inputs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
-    first = metrics(run_dpo.train(config))
+    first = runs.metrics(run_dpo.train(config))
     (entry,) = (cache / "reference").iterdir()
     written = entry.stat().st_mtime_ns
     capsys.readouterr()
     config = dataclasses.replace(config, out=str(tmp_path / "b"), optimizer=OptimizerConfig(learning_rate=1e-4))
-    second = metrics(run_dpo.train(config))
+    second = runs.metrics(run_dpo.train(config))
     assert "4 rows from the cache" in capsys.readouterr().err, "one step of 4 pairs sees no other row"
     assert entry.stat().st_mtime_ns == written
     assert second[0]["loss"] == first[0]["loss"]
@@ -323,7 +303,7 @@ def test_a_damaged_cache_is_computed_again(
     inputs: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
-    first = metrics(run_dpo.train(config))
+    first = runs.metrics(run_dpo.train(config))
     (entry,) = (cache / "reference").iterdir()
     content = entry.read_bytes()
     middle = len(content) // 3
@@ -333,7 +313,7 @@ def test_a_damaged_cache_is_computed_again(
         "text": b"hello",
     }
     entry.write_bytes(damaged[damage])
-    second = metrics(run_dpo.train(dataclasses.replace(config, out=str(tmp_path / "b"))))
+    second = runs.metrics(run_dpo.train(dataclasses.replace(config, out=str(tmp_path / "b"))))
     assert "damaged" in capsys.readouterr().err
     assert second == first
     assert entry.read_bytes() == content

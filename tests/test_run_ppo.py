@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -13,11 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from dpo_jax import cli, mesh
+from dpo_jax import cli
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -34,7 +33,7 @@ from dpo_jax.data.prompts import PromptLoader, load_prompts
 from dpo_jax.errors import InputError
 from dpo_jax.run import ppo as run_ppo
 from dpo_jax.run import training
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.log import read_metrics
 from dpo_jax.run.reward_functions import OfText
 from dpo_jax.run.rollouts import Scorer
 from dpo_jax.run.samples import SampleLog, read_rows
@@ -61,29 +60,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
     jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    compilation_cache.reset_cache()
-    yield
+    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def few(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
-    sizes = (data, fsdp, tensor)
-    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
 
 
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", few)
+    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> PPORun:
@@ -108,13 +93,8 @@ def options(inputs: Path, out: Path, **changes) -> PPORun:
     return dataclasses.replace(config, **changes)
 
 
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the wall-clock figures."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
-
-
 def assert_same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
+    assert runs.metrics(a) == runs.metrics(b)
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
     for path in sorted(b.glob("*/*.safetensors")):
         left, right = load_file(a / path.relative_to(b)), load_file(path)
@@ -127,7 +107,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", few)
+        patch.setattr(training, "make_mesh", runs.small_mesh)
         return run_ppo.train(options(inputs, tmp_path_factory.mktemp("whole") / "run"))
 
 
@@ -183,7 +163,7 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(PromptLoader, "__next__", stopping)
         run_ppo.train(config)
-    assert len(metrics(out)) == 5
+    assert len(runs.metrics(out)) == 5
     assert not (out / "model").exists()
     assert (out / "checkpoints" / "5").is_dir()
     written = (out / "samples.jsonl").read_text().splitlines(keepends=True)
@@ -219,7 +199,7 @@ def test_full_fine_tuning_without_values(inputs: Path, tmp_path: Path) -> None:
         rollout_batch_size=8,
     )
     run_ppo.train(config)
-    (row,) = metrics(tmp_path / "run")
+    (row,) = runs.metrics(tmp_path / "run")
     assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert row["policy/sampler_difference"] < 1e-4
     assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
@@ -240,7 +220,7 @@ def test_eight_devices_make_the_same_run(inputs: Path, whole: Path, tmp_path: Pa
         mesh=MeshConfig(data=2, fsdp=4, tensor=1),
     )
     run_ppo.train(config)
-    for row, other in zip(metrics(tmp_path / "run"), metrics(whole)[:2], strict=True):
+    for row, other in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole)[:2], strict=True):
         assert row == pytest.approx({**other, "epoch": row["epoch"]}, rel=1e-3, abs=1e-4)
     texts = [
         [s["response"] for s in read_rows(out / "samples.jsonl")][: 2 * BATCH] for out in (tmp_path / "run", whole)

@@ -8,14 +8,13 @@ import random
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import runs
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from dpo_jax import cli, mesh
+from dpo_jax import cli
 from dpo_jax.config import (
     CheckpointConfig,
     LoraConfig,
@@ -30,7 +29,7 @@ from dpo_jax.data.token_loader import TokenLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.log import read_metrics
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 
@@ -60,27 +59,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def one_device_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
-    sizes = (data, fsdp, tensor)
-    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", one_device_mesh)
+    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> SFTRun:
@@ -99,16 +84,11 @@ def options(inputs: Path, out: Path, **changes) -> SFTRun:
     return dataclasses.replace(config, **changes)
 
 
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the wall-clock figures."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", one_device_mesh)
+        patch.setattr(training, "make_mesh", runs.small_mesh)
         return run_sft.train(options(inputs, tmp_path_factory.mktemp("whole") / "run"))
 
 
@@ -170,7 +150,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
+    assert runs.metrics(a) == runs.metrics(b)
     left, right = (load_file(out / "model" / "model.safetensors") for out in (a, b))
     assert left.keys() == right.keys()
     for name in left:
@@ -205,7 +185,7 @@ def test_a_sampled_run_resumes_exactly(inputs: Path, tmp_path: Path, monkeypatch
         run_sft.train(options(inputs, tmp_path / "run", **changes))
     run_sft.train(options(inputs, tmp_path / "run", **changes))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    rows = metrics(tmp_path / "run")
+    rows = runs.metrics(tmp_path / "run")
     assert "mean_token_accuracy" not in rows[1]
     assert "eval_mean_token_accuracy" in rows[-1]
 
@@ -220,7 +200,7 @@ def test_adapters_windows_of_one_and_a_named_template(inputs: Path, tmp_path: Pa
         eval_source=None,
     )
     out = run_sft.train(config)
-    rows = metrics(out)
+    rows = runs.metrics(out)
     assert [row["step"] for row in rows] == [1, 2]  # without held-out data there is no step 0
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     assert all("lora_A" in name or "lora_B" in name for name in adapter)

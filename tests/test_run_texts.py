@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import random
 import signal
@@ -13,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from dpo_jax import cli, mesh
+from dpo_jax import cli
 from dpo_jax.align import sft
 from dpo_jax.config import (
     CheckpointConfig,
@@ -35,7 +34,7 @@ from dpo_jax.data.text_windows import TextLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.run.log import read_metrics
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
@@ -63,27 +62,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Runs of the same shapes share their compiled steps, as runs on one machine may."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def one_device_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """As many of the eight devices as the sizes ask for: most of these tests need one, which compiles faster."""
-    sizes = (data, fsdp, tensor)
-    return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", one_device_mesh)
+    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> SFTRun:
@@ -101,16 +86,11 @@ def options(inputs: Path, out: Path, **changes) -> SFTRun:
     return dataclasses.replace(config, **changes)
 
 
-def metrics(out: Path) -> list[dict]:
-    """metrics.jsonl without the wall-clock figures."""
-    return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of an uninterrupted run over a mixture, with held-out documents."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", one_device_mesh)
+        patch.setattr(training, "make_mesh", runs.small_mesh)
         return run_sft.train(mixed(inputs, tmp_path_factory.mktemp("whole") / "run"))
 
 
@@ -171,7 +151,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert "stopped after step" in capsys.readouterr().err
     out = run_sft.train(config)
     assert "going on after step" in capsys.readouterr().err
-    assert metrics(out) == metrics(whole)
+    assert runs.metrics(out) == runs.metrics(whole)
     expected, found = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])

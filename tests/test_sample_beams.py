@@ -11,7 +11,7 @@ from dpo_jax.cli import main
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 from dpo_jax.sample import beam_search, generate, serve
 
 rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_a_mesh_changes_nothing(small, stop):
     model, variables = small
     config = SampleConfig(NEW, beams=4, stop_tokens=stop)
     mesh = make_mesh(2, 2, 2)
-    sharded = jax.device_put(variables, llama.shardings(model, mesh))
+    sharded = jax.device_put(variables, model_variables.shardings(model, mesh))
     got = texts(beam_search(model, sharded, PROMPTS[:3], config=config, mesh=mesh))
     assert got == texts(beam_search(model, variables, PROMPTS, config=config))[:3]
 

@@ -10,7 +10,7 @@ from test_sample_engine import CONFIG, SAMPLED, make, texts
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 from dpo_jax.sample import continuous as module
 from dpo_jax.sample import generate, serve
 
@@ -118,7 +118,7 @@ def test_a_mesh_changes_nothing(alone):
     model, variables = make(dataclasses.replace(CONFIG, vocab_size=104))
     want = texts(generate(model, variables, PROMPTS, jax.random.key(1), config=config))
     mesh = make_mesh(2, 2, 2)
-    sharded = jax.device_put(variables, llama.shardings(model, mesh))
+    sharded = jax.device_put(variables, model_variables.shardings(model, mesh))
     got = answer((model, sharded), config, EVERY, 3, mesh=mesh)
     assert [got[request].tokens for request in EVERY] == want
 

@@ -16,6 +16,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.sample import engine, generate
 
@@ -36,7 +37,7 @@ SAMPLED = SampleConfig(max_new_tokens=12, temperature=0.9, top_k=40, top_p=0.95)
 def make(config: LlamaConfig = CONFIG, seed: int = 0):
     """A random model whose next-token distributions are neither flat nor certain."""
     model = llama.Llama(config)
-    variables = llama.init_variables(model, jax.random.key(seed))
+    variables = model_variables.init_variables(model, jax.random.key(seed))
     return model, jax.tree.map(lambda x: x * 8 if x.ndim > 1 and x.shape[-1] > 1 else x, variables)
 
 
@@ -192,7 +193,7 @@ def test_a_mesh_changes_nothing(small, sizes):
     model, variables = make(config)
     mesh = make_mesh(*sizes)
     alone = generate(model, variables, PROMPTS[:3], jax.random.key(8), config=SAMPLED)
-    sharded = jax.device_put(variables, llama.shardings(model, mesh))
+    sharded = jax.device_put(variables, model_variables.shardings(model, mesh))
     split = generate(model, sharded, PROMPTS[:3], jax.random.key(8), config=SAMPLED, mesh=mesh)
     assert texts(split) == texts(alone)
     np.testing.assert_allclose(split.logps, alone.logps, atol=1e-5)

@@ -16,6 +16,7 @@ from dpo_jax.align import sft
 from dpo_jax.config import OptimizerConfig, SFTConfig
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 
 EXACT = SFTConfig(optimizer=OptimizerConfig(learning_rate=2e-3))
 SAMPLED = dataclasses.replace(EXACT, loss="sampled", negatives=24, proposal="log_uniform", accumulate=2)
@@ -89,7 +90,7 @@ def test_no_array_of_batch_time_vocabulary(loss):
 def lowered(layers: int) -> str:
     """StableHLO of the step for a model of so many layers, from shapes alone."""
     model = llama.Llama(dataclasses.replace(TINY, num_layers=layers))
-    state = sft.init_state(model, llama.abstract_variables(model), EXACT)
+    state = sft.init_state(model, model_variables.abstract_variables(model), EXACT)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), packed(make_sequences(12), 6, 22)
     )

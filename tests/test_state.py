@@ -11,6 +11,7 @@ from dpo_jax.config import LoraConfig, OptimizerConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model import llama
+from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 
 TINY = LlamaConfig(
@@ -114,7 +115,7 @@ def _create(variables, name="adamw"):
 
 
 def test_all_parameters_are_trained_in_float32():
-    variables = llama.init_variables(llama.Llama(TINY), jax.random.key(0), dtype=jnp.bfloat16)
+    variables = model_variables.init_variables(llama.Llama(TINY), jax.random.key(0), dtype=jnp.bfloat16)
     state = _create(variables)
     assert set(state.trainable) == {"params"}
     assert state.frozen == {}
@@ -124,7 +125,7 @@ def test_all_parameters_are_trained_in_float32():
 
 def test_only_adapters_are_trained_where_there_are_some():
     model = llama.Llama(TINY, lora=LoraConfig(rank=2))
-    variables = llama.init_variables(model, jax.random.key(0), dtype=jnp.bfloat16)
+    variables = model_variables.init_variables(model, jax.random.key(0), dtype=jnp.bfloat16)
     state = _create(variables)
     assert set(state.trainable) == {"adapters"}
     assert {x.dtype for x in jax.tree.leaves(state.frozen["params"])} == {jnp.dtype("bfloat16")}
@@ -138,7 +139,7 @@ def test_only_adapters_are_trained_where_there_are_some():
 def test_moments_are_laid_out_like_their_parameters(name, lora):
     mesh = make_mesh(fsdp=4, tensor=2)
     model = llama.Llama(TINY, lora=LoraConfig(rank=lora))
-    state = _create(llama.init_variables(model, jax.random.key(0), mesh=mesh), name)
+    state = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), name)
     shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
     assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
     for moment in ["mu", "nu"] if name == "adamw" else ["nu"]:
@@ -153,12 +154,12 @@ def test_moments_are_laid_out_like_their_parameters(name, lora):
 def test_an_abstract_state_is_the_real_ones_outline(name):
     mesh = make_mesh(fsdp=8)
     model = llama.Llama(TINY)
-    real = _create(llama.init_variables(model, jax.random.key(0), mesh=mesh), name)
+    real = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), name)
     abstract = _create(
         jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
-            llama.abstract_variables(model),
-            llama.shardings(model, mesh),
+            model_variables.abstract_variables(model),
+            model_variables.shardings(model, mesh),
         ),
         name,
     )

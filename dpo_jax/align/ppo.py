@@ -34,6 +34,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax import state as states
 from dpo_jax.align import microbatches
 from dpo_jax.align.advantages import Targets, gae, kl_estimate, learning_targets, response_mask, token_rewards
+from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
@@ -58,7 +59,6 @@ __all__ = [
 Metrics = dict[str, jax.Array]
 VALUE = "value"
 """Name of the value model's collection, and of its head."""
-_QUANTILES = (0.05, 0.5, 0.95)
 
 
 # ---------------------------------------------------------------- losses
@@ -125,21 +125,26 @@ def init_state(
         raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.advantage}, {kind}")
     if kind is not None:
         head = heads.heads_beside(model, variables, {VALUE: 1}, key=None)
-    if kind in ("shared", "stopped"):
-        variables["heads"] = head
-    elif kind == "separate":
-        collection = "adapters" if "adapters" in variables else "params"
-        start = variables if value is None else value
-        if collection not in start:
-            raise InputError(f"the value model to start from has no {collection}, which the policy trains")
-        trunk = {name: tree for name, tree in start[collection].items() if name != "lm_head"}
-        if value is not None:
-            head = {VALUE: value["heads"][heads.SCORE]}
-        own = {collection: trunk, "heads": head}
-        abstract = isinstance(jax.tree.leaves(own)[0], jax.ShapeDtypeStruct)
-        # A real copy: the policy's arrays and the value model's are given to the step for good, each its own.
-        variables[VALUE] = own if abstract else jax.tree.map(jnp.copy, own)
+        if kind == "separate":
+            variables[VALUE] = _separate_value_model(variables, head, value)
+        else:
+            variables["heads"] = head
     return states.create(model.apply, variables, states.make_optimizer(config.optimizer, scheduled=False))
+
+
+def _separate_value_model(
+    variables: Mapping[str, Any], head: Mapping[str, Any], value: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A trunk like the policy's trained weights, or those of `value`, with a head."""
+    collection = "adapters" if "adapters" in variables else "params"
+    start = variables if value is None else value
+    if collection not in start:
+        raise InputError(f"the value model to start from has no {collection}, which the policy trains")
+    trunk = {name: tree for name, tree in start[collection].items() if name != "lm_head"}
+    own = {collection: trunk, "heads": head if value is None else {VALUE: value["heads"][heads.SCORE]}}
+    abstract = isinstance(jax.tree.leaves(own)[0], jax.ShapeDtypeStruct)
+    # A real copy: the policy's arrays and the value model's are given to the step for good, each its own.
+    return own if abstract else jax.tree.map(jnp.copy, own)
 
 
 def _value_kind(config: PPOConfig) -> str | None:
@@ -155,38 +160,45 @@ class _Predictions:
     values: jax.Array | None
 
 
+def _policy(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: variables[name] for name in ("params", "adapters") if name in variables}
+
+
+def _values(
+    state: TrainState, variables: Mapping[str, Any], rollout: Rollout, states: jax.Array | None, config: PPOConfig
+) -> jax.Array | None:
+    """[B, R], or None without a value model. `states`: the policy's, [B, 1, R, D], where they are at hand already."""
+    kind = _value_kind(config)
+    if kind is None:
+        return None
+    of_policy, own = kind != "separate", variables.get(VALUE, variables)
+    if not of_policy or states is None:
+        # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
+        trunk = _policy(variables) if of_policy else _policy({"params": variables.get("params"), **own})
+        states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
+    states = jax.lax.stop_gradient(states) if kind == "stopped" else states
+    return heads.apply(own, VALUE, states)[:, 0, :, 0]
+
+
 def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:
-    current = dataclasses.replace(state, trainable=trainable)
-    batch, variables = rollout.groups, current.variables
-    policy = {name: variables[name] for name in ("params", "adapters") if name in variables}
+    variables = dataclasses.replace(state, trainable=trainable).variables
     out = response_predictions(
         state.apply_fn,
-        policy,
-        batch,
+        _policy(variables),
+        rollout.groups,
         layout="separate",  # with one response there is nothing to share, and every kernel runs whole sequences
         temperature=config.temperature,
         head_budget_bytes=config.head_budget_bytes,
     )
-    kind, values = _value_kind(config), None
-    if kind == "separate":
-        own = variables[VALUE]
-        trunk = {"params": own["params"]} if "params" in own else {"params": variables["params"], **own}
-        trunk = {name: trunk[name] for name in ("params", "adapters") if name in trunk}
-        values = heads.apply(own, VALUE, predicting_states(state.apply_fn, trunk, batch, layout="separate"))
-    elif kind is not None:
-        hidden = jax.lax.stop_gradient(out.states) if kind == "stopped" else out.states
-        values = heads.apply(variables, VALUE, hidden)
-    return _Predictions(out.logps[:, 0], out.entropy[:, 0], None if values is None else values[:, 0, :, 0])
+    return _Predictions(out.logps[:, 0], out.entropy[:, 0], _values(state, variables, rollout, out.states, config))
 
 
 def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollout:
     """The rollout with `values`, as the value model gives them now: what a rollout stores when it is sampled."""
-    values = _predict(state, state.trainable, rollout, config).values
-    return (
-        rollout
-        if values is None
-        else dataclasses.replace(rollout, values=masked.select(values, response_mask(rollout)))
-    )
+    values = _values(state, state.variables, rollout, None, config)
+    if values is not None:
+        rollout = dataclasses.replace(rollout, values=masked.select(values, response_mask(rollout)))
+    return rollout
 
 
 def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout], Rollout]:
@@ -203,21 +215,9 @@ def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout]
 # ---------------------------------------------------------------- the step
 
 
-@struct.dataclass
-class _Tokens:
-    """What one update computes for each token, [B, R], 0 outside the mask."""
-
-    policy: jax.Array
-    value: jax.Array
-    entropy: jax.Array
-    log_ratio: jax.Array
-    policy_clipped: jax.Array
-    value_clipped: jax.Array
-
-
 def _losses(
     state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, tokens: jax.Array, config: PPOConfig
-) -> tuple[jax.Array, _Tokens]:
+) -> tuple[jax.Array, TokenParts]:
     """L of a (micro-)batch's share of its mini-batch of `tokens` response tokens, and its parts."""
     mask = targets.mask
     new = _predict(state, trainable, rollout, config)
@@ -238,7 +238,7 @@ def _losses(
         value = _value_terms(values, before, targets.returns, clip)
         value_clipped = value > 0.5 * jnp.square(values - targets.returns)
         terms += (0.1 if config.value_coefficient is None else config.value_coefficient) * value
-    parts = _Tokens(
+    parts = TokenParts(
         policy=policy,
         value=value,
         entropy=new.entropy,
@@ -248,51 +248,6 @@ def _losses(
     )
     parts = jax.tree.map(lambda x: masked.select(x.astype(jnp.float32), mask), parts)
     return masked.total(terms, mask) / tokens, parts
-
-
-@struct.dataclass
-class _Update:
-    """Figures of one update; scalars."""
-
-    loss: jax.Array
-    policy: jax.Array
-    value: jax.Array
-    entropy: jax.Array
-    kl: jax.Array
-    policy_clipped: jax.Array
-    value_clipped: jax.Array
-    ratio: jax.Array
-    ratio_var: jax.Array
-    ratio_quantiles: jax.Array
-    kl_quantiles: jax.Array
-    largest_difference: jax.Array
-    grad_norm: jax.Array
-    learned: jax.Array
-
-
-def _quantiles(x: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.nanquantile(jnp.where(mask, x, jnp.nan), jnp.asarray(_QUANTILES))
-
-
-def _figures(tokens: _Tokens, mask: jax.Array, loss: jax.Array, grad_norm: jax.Array, learned: jax.Array) -> _Update:
-    ratio = jnp.exp(tokens.log_ratio)
-    half_square = 0.5 * jnp.square(tokens.log_ratio)
-    return _Update(
-        loss=loss,
-        policy=masked.mean(tokens.policy, mask),
-        value=masked.mean(tokens.value, mask),
-        entropy=masked.mean(tokens.entropy, mask),
-        kl=masked.mean(half_square, mask),
-        policy_clipped=masked.mean(tokens.policy_clipped, mask),
-        value_clipped=masked.mean(tokens.value_clipped, mask),
-        ratio=masked.mean(ratio, mask),
-        ratio_var=masked.var(ratio, mask),
-        ratio_quantiles=_quantiles(ratio, mask),
-        kl_quantiles=_quantiles(half_square, mask),
-        largest_difference=jnp.max(jnp.abs(tokens.log_ratio)),
-        grad_norm=grad_norm,
-        learned=learned,
-    )
 
 
 def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
@@ -334,13 +289,13 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.epochs)]
     lr = states.learning_rate_schedule(config.optimizer)(state.step)
 
-    def update(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], _Update]:
+    def update(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry
         part, aims = _rows((rollout, targets), rows)
         tokens = jnp.sum(aims.mask.astype(jnp.float32))
 
-        def gradients(micro: tuple[Rollout, Targets]) -> tuple[Any, tuple[jax.Array, _Tokens]]:
-            def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, _Tokens]]:
+        def gradients(micro: tuple[Rollout, Targets]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
+            def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, TokenParts]]:
                 loss, parts = _losses(state, weights, *micro, tokens, config)
                 return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
 
@@ -355,64 +310,19 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(stopped, old, new), (learned, next_opt_state), (trainable, opt_state)
         )
-        return (trainable, opt_state, stopped), _figures(parts, aims.mask, jnp.sum(shares), norm, ~stopped)
+        return (trainable, opt_state, stopped), figures(parts, aims.mask, jnp.sum(shares), norm, ~stopped)
 
     start = (state.trainable, state.opt_state, jnp.zeros((), bool))
     (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
     finite = jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
     learned = dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
     new_state = states.keep_if(finite, learned, state)
-    return new_state, {"learning_rate": jnp.asarray(lr), **_metrics(rollout, targets, updates)}
+    return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates)}
 
 
 def _rows(tree: Any, rows: jax.Array) -> Any:
     """The rows [n] of every array of a tree, laid out over the devices again."""
     return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
-
-
-def _metrics(rollout: Rollout, targets: Targets, updates: _Update) -> Metrics:
-    real, mask = rollout.weights > 0, targets.mask
-
-    def a_response(x: jax.Array) -> jax.Array:
-        """Mean over responses of the sum over tokens."""
-        return masked.total(x, mask) / jnp.sum(rollout.weights)
-
-    mean_kl = a_response(targets.kl)
-    reward = a_response(targets.rewards)
-    score = masked.mean(targets.scores, real)
-    made = jnp.mean(updates.learned.astype(jnp.float32))
-    good = jnp.isfinite(rollout.scores)
-    for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
-        good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
-    last = jax.tree.map(lambda x: x[-1], updates)
-    metrics = {
-        "loss": jnp.mean(updates.loss),
-        "grad_norm": jnp.mean(updates.grad_norm),
-        "kl_coefficient": rollout.kl_coefficient[0],
-        "objective/kl": mean_kl,
-        "objective/entropy": -a_response(rollout.logps),
-        "objective/non_score_reward": reward - score,
-        "objective/rlhf_reward": reward,
-        "objective/scores": masked.mean(rollout.scores.astype(jnp.float32), real),
-        "policy/approxkl_avg": jnp.mean(updates.kl),
-        "policy/clipfrac_avg": jnp.mean(updates.policy_clipped),
-        "policy/entropy_avg": jnp.mean(updates.entropy),
-        "loss/policy_avg": jnp.mean(updates.policy),
-        "val/ratio": jnp.mean(updates.ratio),
-        "val/ratio_var": jnp.mean(updates.ratio_var),
-        "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
-        "policy/sampler_difference": updates.largest_difference[0],
-        "policy/updates": made,
-        "lengths/response": masked.mean(rollout.response_lengths.astype(jnp.float32), real),
-        "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
-        "rows/nonfinite": jnp.where(real & ~good, rollout.rows, -1),
-    }
-    if targets.returns is not None:
-        metrics |= {"loss/value_avg": jnp.mean(updates.value), "val/clipfrac_avg": jnp.mean(updates.value_clipped)}
-    for i, q in enumerate(_QUANTILES):
-        metrics[f"policy/ratio_q{round(100 * q):02d}"] = last.ratio_quantiles[i]
-        metrics[f"policy/approxkl_q{round(100 * q):02d}"] = last.kl_quantiles[i]
-    return metrics
 
 
 def jit_train_step(config: PPOConfig, mesh: Mesh) -> meshes.ShardedStep:

@@ -207,10 +207,4 @@ def eval_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> Met
 
 def jit_eval_step(config: SFTConfig, mesh: Mesh) -> Callable[[TrainState, TokenBatch], Metrics]:
     """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
-    jitted = jax.jit(partial(eval_step, config=config), out_shardings=meshes.replicated(mesh))
-
-    def step(state: TrainState, batch: TokenBatch) -> Metrics:
-        with jax.set_mesh(mesh):
-            return jitted(state, batch)
-
-    return step
+    return meshes.jit_replicated(partial(eval_step, config=config), mesh)

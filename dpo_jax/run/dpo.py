@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, DPOLossConfig, DPORun
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
-from dpo_jax.data.loader import PreferenceLoader, eval_batches
+from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -22,7 +22,7 @@ from dpo_jax.run import report
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import Training, check_context, read_architecture
+from dpo_jax.run.training import Training, check_context, preference_loader, read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 
@@ -51,7 +51,7 @@ def train(config: DPORun) -> Path:
             training.say(dataset.summary())
 
     # -------------------------------------------------------------- options that follow from the data
-    planned = _loader(config, data, **training.length)
+    planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
     step_config = DPOConfig(
         **{f.name: getattr(config.dpo, f.name) for f in dataclasses.fields(DPOLossConfig)},
@@ -93,7 +93,7 @@ def train(config: DPORun) -> Path:
     final = training.fit(
         state,
         dpo.jit_train_step(step_config, mesh),
-        _loader(config, data, steps=planned.total_steps, epochs=None),
+        preference_loader(config, data, steps=planned.total_steps, epochs=None),
         identity=identity,
         evaluate=None if heldout is None else evaluator(heldout, config=step_config, mesh=mesh, **evaluation),
         flops_of=dpo_flops(flops, step_config),
@@ -147,19 +147,6 @@ def _load_data(config: DPORun, source: str, tokenizer: PreTrainedTokenizerBase, 
         with_mismatched=unpaired,
         with_format_masks=config.dpo.mask_format_tokens,
         needs_pairs=not unpaired,
-    )
-
-
-def _loader(config: DPORun, data: PreferenceDataset, *, steps: int | None, epochs: float | None) -> PreferenceLoader:
-    return PreferenceLoader(
-        data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        buckets=config.data.buckets,
-        steps=steps,
-        epochs=epochs,
-        workers=config.data.workers,
     )
 
 

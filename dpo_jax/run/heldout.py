@@ -1,6 +1,6 @@
 """Figures of a policy on held-out pairs, during training: the same names as in training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from dpo_jax.mesh import put_batch
 from dpo_jax.run import distributed
 from dpo_jax.run.log import ProgressBar
 from dpo_jax.state import TrainState
+from dpo_jax.types import PreferenceBatch
 
 
 def evaluator(
@@ -27,26 +28,36 @@ def evaluator(
     """
     step = dpo.jit_eval_step(config, mesh)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        parts: list[tuple[np.ndarray, Any]] = []
-        waiting: tuple[np.ndarray, Any] | None = None
-        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
-            for indices, batch in eval_batches(dataset, batch_size, buckets):
-                running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
-                if waiting is not None:  # one behind, so that the devices always have work
-                    parts.append((waiting[0], jax.device_get(waiting[1])))
-                    bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
-                waiting = running
-            assert waiting is not None
-            parts.append((waiting[0], jax.device_get(waiting[1])))
-            bar.update(len(dataset))
-        rows = {
-            name: np.concatenate([np.asarray(values[name], np.float64)[indices >= 0] for indices, values in parts])
-            for name in parts[0][1]
-        }
-        return figures(rows)
+    return lambda state: figures(rows_of(step, state, dataset, mesh=mesh, batch_size=batch_size, buckets=buckets))
 
-    return evaluate
+
+def rows_of(
+    step: Callable[[TrainState, PreferenceBatch], Mapping[str, jax.Array]],
+    state: TrainState,
+    dataset: PreferenceDataset,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    buckets: int,
+) -> dict[str, np.ndarray]:
+    """What a jitted `eval_step` gives for every row of `dataset`: float64 [N, ...] each, in the order of the rows."""
+    parts: list[tuple[np.ndarray, Any]] = []
+    waiting: tuple[np.ndarray, Any] | None = None
+    with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
+        for indices, batch in eval_batches(dataset, batch_size, buckets):
+            running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
+            if waiting is not None:  # one behind, so that the devices always have work
+                parts.append((waiting[0], jax.device_get(waiting[1])))
+                bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
+            waiting = running
+        assert waiting is not None
+        parts.append((waiting[0], jax.device_get(waiting[1])))
+        bar.update(len(dataset))
+    order = np.argsort(np.concatenate([indices[indices >= 0] for indices, _ in parts]))
+    return {
+        name: np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])[order]
+        for name in parts[0][1]
+    }
 
 
 def figures(rows: dict[str, np.ndarray]) -> dict[str, float]:

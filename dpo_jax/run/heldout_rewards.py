@@ -1,19 +1,15 @@
 """Figures of a reward model on held-out comparisons, during training: the same names as in training, and by group."""
 
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import reward
 from dpo_jax.config import RewardConfig
 from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.data.loader import eval_batches
-from dpo_jax.mesh import put_batch
-from dpo_jax.run import distributed, reward_judgement
-from dpo_jax.run.log import ProgressBar
+from dpo_jax.run import reward_judgement
+from dpo_jax.run.heldout import rows_of
 from dpo_jax.state import TrainState
 
 GROUPS = ("rating", "agreement", "source")
@@ -32,23 +28,7 @@ def evaluator(
     step = reward.jit_eval_step(config, mesh)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        parts: list[tuple[np.ndarray, Any]] = []
-        waiting: tuple[np.ndarray, Any] | None = None
-        with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
-            for indices, batch in eval_batches(dataset, batch_size, buckets):
-                running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
-                if waiting is not None:  # one behind, so that the devices always have work
-                    parts.append((waiting[0], jax.device_get(waiting[1])))
-                    bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
-                waiting = running
-            assert waiting is not None
-            parts.append((waiting[0], jax.device_get(waiting[1])))
-            bar.update(len(dataset))
-        order = np.concatenate([indices[indices >= 0] for indices, _ in parts])
-        rows = {}
-        for name in parts[0][1]:
-            values = np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])
-            rows[name] = values[np.argsort(order)]
+        rows = rows_of(step, state, dataset, mesh=mesh, batch_size=batch_size, buckets=buckets)
         return figures(rows, dataset, config)
 
     return evaluate

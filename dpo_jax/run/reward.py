@@ -9,14 +9,13 @@ from dpo_jax.align import reward
 from dpo_jax.config import RewardConfig, RewardLossConfig, RewardRun
 from dpo_jax.data.comparison_sets import join, load_comparisons, mix, split_by_prompt
 from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.errors import InputError
 from dpo_jax.run import report
 from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.flops import ModelFlops, reward_flops
 from dpo_jax.run.heldout_rewards import evaluator
 from dpo_jax.run.log import Row, read_metrics
-from dpo_jax.run.training import Training
+from dpo_jax.run.training import Training, preference_loader
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model
 
@@ -44,7 +43,7 @@ def train(config: RewardRun) -> Path:
             training.say(dataset.summary())
 
     # -------------------------------------------------------------- options that follow from the data
-    planned = _loader(config, data, **training.length)
+    planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
     step_config = RewardConfig(
         **{f.name: getattr(config.reward, f.name) for f in dataclasses.fields(RewardLossConfig)},
@@ -68,7 +67,7 @@ def train(config: RewardRun) -> Path:
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),
-        _loader(config, data, steps=planned.total_steps, epochs=None),
+        preference_loader(config, data, steps=planned.total_steps, epochs=None),
         identity=identity,
         evaluate=evaluate,
         flops_of=reward_flops(ModelFlops.of(model.config, config.lora, outputs=1)),
@@ -112,19 +111,6 @@ def _data(
     elif config.eval_source is not None:
         heldout = load(config.eval_source)
     return parts[0] if len(parts) == 1 else mix(parts[0], parts[1], share, seed), heldout
-
-
-def _loader(config: RewardRun, data: PreferenceDataset, *, steps: int | None, epochs: float | None) -> PreferenceLoader:
-    return PreferenceLoader(
-        data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        buckets=config.data.buckets,
-        steps=steps,
-        epochs=epochs,
-        workers=config.data.workers,
-    )
 
 
 # ---------------------------------------------------------------- report

@@ -275,10 +275,4 @@ def _jit_measure(
         )
         return logps[:, 0], ppo.measure(state, rollout, config=config).values
 
-    jitted = jax.jit(measure, out_shardings=meshes.replicated(mesh))
-
-    def call(state: TrainState, reference: Mapping[str, Any], rollout: Rollout) -> tuple[jax.Array, jax.Array | None]:
-        with jax.set_mesh(mesh):
-            return jitted(state, reference, rollout)
-
-    return call
+    return meshes.jit_replicated(measure, mesh)

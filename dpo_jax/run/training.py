@@ -25,11 +25,14 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import LoraConfig, TrainingRun
+from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.data.templates import RAW, ChatTemplate
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.llama import Llama, shardings
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import shardings
 from dpo_jax.run import distributed, report
 from dpo_jax.run.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.run.folder import RunFolder, as_json
@@ -271,6 +274,22 @@ class Training(Generic[Config]):
 def read_architecture(source: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
     return pretrained.read_architecture(resolve(source))
+
+
+def preference_loader(
+    config: TrainingRun, data: PreferenceDataset, *, steps: int | None, epochs: float | None
+) -> PreferenceLoader:
+    """The batches of a run on preference groups, as its options say; `steps` or `epochs` long."""
+    return PreferenceLoader(
+        data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        buckets=config.data.buckets,
+        steps=steps,
+        epochs=epochs,
+        workers=config.data.workers,
+    )
 
 
 def check_context(source: str, row_numbers: np.ndarray, lengths: np.ndarray, architecture: LlamaConfig) -> None:

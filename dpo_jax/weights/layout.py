@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.llama import Llama, abstract_variables
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import abstract_variables
 
 Slices = tuple[slice, ...]
 Tree = dict[str, Any]

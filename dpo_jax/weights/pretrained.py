@@ -15,7 +15,8 @@ from dpo_jax.config import AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
-from dpo_jax.model.llama import Llama, abstract_variables, init_adapters, merge_adapters, shardings
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
 from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft
 from dpo_jax.weights.source import Source, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary

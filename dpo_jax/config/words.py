@@ -1,0 +1,118 @@
+"""The words of the command line: what each takes, and who does its work. `cli.py` reads them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line."""
+
+    options: str
+    """Dataclass of `dpo_jax.config` that holds its options, by name."""
+    function: str
+    """`module:function` that takes an instance of it."""
+    help: str
+    """One line for `dpo-jax --help`."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(field, its name on the command line), where the two differ."""
+    unused: tuple[str, ...] = ()
+    """Options of shared sections that this command has no use for: refused, and left out of its help."""
+    lists: tuple[str, ...] = ()
+    """Options after which several words may stand; they are joined by commas."""
+    recipe: bool = False
+    """Whether a CONFIG.py may stand before the options."""
+
+
+_NO_LOADER = ("data.shuffle", "data.workers")
+COMMANDS = {
+    "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
+    "dpo": Command(
+        "DPORun",
+        "dpo_jax.run.dpo:train",
+        "align a model with preference pairs",
+        renamed=(("source", "data"), ("eval_source", "eval_data")),
+        recipe=True,
+    ),
+    "sft": Command(
+        "SFTRun",
+        "dpo_jax.run.sft:train",
+        "fine-tune a model on dialogues or instructions",
+        renamed=(("source", "data"), ("eval_source", "eval_data")),
+        unused=("train.layout", "data.max_prompt_length"),
+        lists=("data", "eval_data"),
+        recipe=True,
+    ),
+    "reward": Command(
+        "RewardRun",
+        "dpo_jax.run.reward:train",
+        "train a reward model on comparisons",
+        renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
+        recipe=True,
+    ),
+    "ppo": Command(
+        "PPORun",
+        "dpo_jax.run.ppo:train",
+        "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
+        renamed=(("source", "data"),),
+        unused=(
+            "eval_source",
+            "train.eval_every",
+            "train.layout",
+            "checkpoint.best",
+            "data.buckets",
+            "data.workers",
+            "sample.stop_strings",
+            "sample.beams",
+            "sample.length_penalty",
+        ),
+        recipe=True,
+    ),
+    "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
+    "eval": Command(
+        "EvalRun",
+        "dpo_jax.run.evaluate:evaluate",
+        "reward accuracy, margins, perplexity, KL, repetition, tables per rating and source",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "logps": Command(
+        "LogpsRun",
+        "dpo_jax.run.logps:logps",
+        "log-probabilities of chosen and rejected, one JSON object a row",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "score": Command(
+        "ScoreRun",
+        "dpo_jax.run.score:score",
+        "the reward of every response, one JSON object a row",
+        renamed=(("source", "data"),),
+        unused=_NO_LOADER,
+    ),
+    "convert": Command(
+        "ConvertRun",
+        "dpo_jax.run.convert:convert",
+        "Hugging Face safetensors <-> orbax, GGUF -> either",
+        renamed=(("source", "from"), ("target", "to")),
+    ),
+    "extend-vocab": Command(
+        "ExtendVocabRun",
+        "dpo_jax.run.extend_vocab:extend_vocab",
+        "Chinese pieces for a Llama 2 tokenizer, and rows for them in the model",
+        renamed=(("target", "to"),),
+        recipe=True,
+    ),
+    "prepare": Command(
+        "PrepareRun",
+        "dpo_jax.run.prepare:prepare",
+        "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
+        renamed=(("source", "data"),),
+    ),
+    "inspect": Command(
+        "InspectRun",
+        "dpo_jax.run.inspect:inspect",
+        "tokens of some rows with the loss mask coloured",
+        renamed=(("source", "data"),),
+        unused=(*_NO_LOADER, "data.buckets"),
+    ),
+}

@@ -1,0 +1,95 @@
+"""The variables of a `Llama`: their shapes, their places on a mesh, fresh ones, and adapters merged into their base."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import LoraConfig
+from dpo_jax.model.llama import Llama
+
+# Logical axes (mesh.py) of each weight, by the name of its module; a scanned layer adds "layers" in front.
+_KERNEL_AXES: dict[str, tuple[str | None, str | None]] = {
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "kv"),
+    "v_proj": ("embed", "kv"),
+    "o_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+}
+
+
+def _init(model: Llama) -> Callable[[jax.Array], Any]:
+    return lambda key: model.clone(attention="xla").init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def abstract_variables(model: Llama, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The tree of `jax.ShapeDtypeStruct`s of the variables; parameters in `dtype`, adapters always float32."""
+    tree = dict(jax.eval_shape(_init(model), jax.random.key(0)))
+    tree["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree["params"])
+    return tree
+
+
+def logical_axes(model: Llama) -> dict[str, Any]:
+    """A tree like the variables whose leaves are tuples of logical axis names (see `mesh.RULES`)."""
+
+    def axes(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> meshes.LogicalAxes:
+        keys = [p.key for p in path]
+        module, leaf = keys[-2], keys[-1]
+        if leaf == "scale":
+            inner: meshes.LogicalAxes = (None,)
+        else:
+            first, last = _KERNEL_AXES[module]
+            inner = {"bias": (last,), "lora_a": (first, "rank"), "lora_b": ("rank", last)}.get(leaf, (first, last))
+        return ("layers", *inner) if "layers" in keys else inner
+
+    return jax.tree_util.tree_map_with_path(axes, abstract_variables(model))
+
+
+def shardings(model: Llama, mesh: Mesh) -> dict[str, Any]:
+    """A tree like the variables of `NamedSharding`s. Raises `InputError`, with the fix, when sizes do not divide."""
+    c = model.config
+    meshes.check_divisible(mesh, "attention heads", (c.num_heads,), ("heads",))
+    meshes.check_divisible(mesh, "key/value heads", (c.num_kv_heads,), ("kv",))
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, axes: meshes.LogicalAxes) -> NamedSharding:
+        meshes.check_divisible(mesh, "/".join(p.key for p in path), x.shape, axes)
+        return meshes.sharding(mesh, axes)
+
+    return jax.tree_util.tree_map_with_path(place, abstract_variables(model), logical_axes(model))
+
+
+def init_variables(model: Llama, key: jax.Array, *, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Any:
+    """Random variables, made directly in their places on `mesh`; the same numbers on any mesh."""
+
+    def make(key: jax.Array) -> Any:
+        tree = dict(_init(model)(key))
+        tree["params"] = jax.tree.map(lambda x: x.astype(dtype), tree["params"])
+        return tree
+
+    return jax.jit(make, out_shardings=None if mesh is None else shardings(model, mesh))(key)
+
+
+def init_adapters(model: Llama, key: jax.Array, *, mesh: Mesh | None = None) -> Any:
+    """Fresh adapters: A uniform in +-1/sqrt(fan-in), B zero, so that the adapted model starts as the base model."""
+    where = None if mesh is None else shardings(model, mesh)["adapters"]
+    return jax.jit(lambda key: _init(model)(key)["adapters"], out_shardings=where)(key)
+
+
+def merge_adapters(variables: Mapping[str, Any], lora: LoraConfig) -> Any:
+    """Parameters with W + (alpha / rank) A B in place of each adapted W; the sum is made in float32."""
+
+    def merge(params: Any, adapters: Any) -> Any:
+        if "lora_a" in adapters:
+            delta = jnp.matmul(adapters["lora_a"], adapters["lora_b"], precision=jax.lax.Precision.HIGHEST)
+            kernel = params["kernel"].astype(jnp.float32) + lora.scale * delta.astype(jnp.float32)
+            return {**params, "kernel": kernel.astype(params["kernel"].dtype)}
+        return {k: merge(v, adapters[k]) if k in adapters else v for k, v in params.items()}
+
+    return jax.jit(merge)(variables["params"], variables["adapters"])
