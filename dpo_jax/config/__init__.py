@@ -9,6 +9,7 @@ from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, I
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
+from dpo_jax.config.rejection import RejectionConfig, RejectionRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
 from dpo_jax.config.sections import (
     LINEAR_LAYERS,
@@ -58,6 +59,8 @@ __all__ = [
     "PPORun",
     "PrepareRun",
     "Proposal",
+    "RejectionConfig",
+    "RejectionRun",
     "Remat",
     "RewardConfig",
     "RewardLossConfig",
