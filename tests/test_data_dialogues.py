@@ -1,5 +1,6 @@
 """Dialogues: every layout of a row, and which tokens of a conversation are to be predicted."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -209,6 +210,25 @@ def test_targets_are_the_answers_and_their_terminators(template: str, bos: bool)
     )
     assert (encoded.tokens == text.bos_token_id).sum() == int(bos)
     assert text.decode(encoded.tokens[-1:]) == end.strip()
+
+
+@pytest.mark.parametrize("template", [*ENDS, "raw", MARKED])
+def test_an_answer_that_was_cut_has_no_terminator(template: str) -> None:
+    """All else is as with one; what is left out stands at the end."""
+    named = template in ENDS or template == "raw"
+    text = tokenizer() if named else tokenizer(template)
+    row = {"prompt": "Hi", "completion": "Hello and"}
+    cut = parse_dialogue({**row, "finish_reason": "length"})
+    assert cut == dataclasses.replace(parse_dialogue({**row, "finish_reason": "stop"}), cut=True)
+    answers = {"train_on": "last"} if named else {}
+    encoded = encode(text, template if named else None, cut, **answers)
+    whole = encode(text, template if named else None, parse_dialogue(row), **answers)
+    assert [answer.strip() for answer in predicted(text, encoded)] == ["Hello and"]
+    n = len(encoded.tokens)
+    assert 0 < n < len(whole.tokens)
+    assert whole.tokens[:n].tolist() == encoded.tokens.tolist()
+    assert whole.targets[:n].tolist() == encoded.targets.tolist()
+    assert not encoded.cut
 
 
 def test_raw_takes_the_texts_as_they_stand() -> None:

@@ -53,6 +53,7 @@ DIALOGUES: list[dict[str, Any]] = [
     {"instruction": "a", "input": "b", "output": "c"},
     {"instruction": "c", "output": "d", "history": [["a", "b"]]},
     {"prompt": "\n\nHuman: a\n\nAssistant:", "completion": " b"},
+    {"prompt": "a", "response": "b", "finish_reason": "length"},
     {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a\n\nAssistant: b"
      "\n\nHuman: c\n\nAssistant: e"},
 ]  # fmt: skip

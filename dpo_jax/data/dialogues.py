@@ -10,7 +10,8 @@ Understood layouts (a column that is null counts as absent):
 * preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
   unpaired rows (`label`) those with a good completion.
 
-A `system` column holds a system prompt. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts that
+A `system` column holds a system prompt. `finish_reason` "length" (`dpo-jax generate` writes it) says that the last
+answer was cut: it is learnt without a terminator. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts that
 `--data.template raw` is to see (see `store_schema.py`).
 
 A dialogue has at most one system message, in front, then user
@@ -19,7 +20,7 @@ and assistant in turn, the user first, the assistant last; no turn is blank (a s
 
 import difflib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
@@ -28,7 +29,9 @@ from dpo_jax.data.problems import BadRow, Severity
 
 DIALOGUE_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("completion", "response", "answer", "output")
-_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history", "as_spelled")
+CUT = "length"
+"""The `finish_reason` of an answer that was cut."""
+_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history", "as_spelled", "finish_reason")
 COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE))
 """Every column that is read. Others are ignored, and named."""
 
@@ -46,10 +49,12 @@ class Dialogue:
       messages: at most one system message, then user and assistant in turn, an assistant message last.
       raw: (prompt, answer) as the row spells them, for `--data.template raw`; None where the prompt consists of several
         messages, which only a template can join.
+      cut: the last answer does not end where it ends here, so no terminator follows.
     """
 
     messages: tuple[Message, ...]
     raw: tuple[str, str] | None
+    cut: bool = False
 
 
 def parse_dialogue(row: dict[str, Any]) -> Dialogue:
@@ -73,7 +78,7 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
         messages = None if given is None else _list_of_messages(row, given)
         dialogue = _answered(row) if given is None or messages is None else _whole(row, given, messages)
     _check_turns(dialogue.messages, severity)
-    return dialogue
+    return replace(dialogue, cut=row.get("finish_reason") == CUT)
 
 
 def _list_of_messages(row: dict[str, Any], name: str) -> tuple[Message, ...] | None:

@@ -7,6 +7,7 @@
 * Where answers begin and end, the template says: by its `{% generation %}` marks if it has them, else by what it
   renders of the dialogue up to the answer, without it and with it. If it renders that differently once other turns
   follow (drops it, say), the row cannot be used.
+* An answer that was cut (`Dialogue.cut`) has no terminator; the text ends with it.
 * A token that straddles the beginning of an answer belongs to the answer.
 * A dialogue of more than `max_length` tokens keeps its start and loses its end: no false terminator. If no target is
   left, it is left out.
@@ -31,10 +32,14 @@ TrainOn = Literal["answers", "last", "all"]
 
 @dataclass(frozen=True)
 class RenderedDialogue:
-    """A dialogue as text, and the characters [start, end) of each answer to be predicted, its terminator included."""
+    """A dialogue as text, and the characters [start, end) of each answer to be predicted, its terminator included.
+
+    `cut`: the last answer has none, and gets none.
+    """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class DialogueEncoder(ChatTokenizer):
                 detail = "it consists of several messages; name a template that joins them"
                 raise BadRow("--data.template raw takes one prompt and one answer as plain text", detail)
             prompt, answer = dialogue.raw
-            return RenderedDialogue(prompt + answer, ((len(prompt), len(prompt) + len(answer)),))
+            return RenderedDialogue(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), dialogue.cut)
         messages = [
             m._replace(content=self._unclosed(m.content)) if m.role == "assistant" else m for m in dialogue.messages
         ]
@@ -82,7 +87,16 @@ class DialogueEncoder(ChatTokenizer):
             wanted = turns if self._train_on == "answers" else turns[-1:]
             answers = [self._between(text, messages[: i + 1], last=i == turns[-1]) for i in wanted]
         text = text[: answers[-1][1]]
-        return RenderedDialogue(text, tuple(answers if self._train_on == "answers" else answers[-1:]))
+        if dialogue.cut:
+            text = self._without_closing(text)
+            answers[-1] = (answers[-1][0], len(text))
+        return RenderedDialogue(text, tuple(answers if self._train_on == "answers" else answers[-1:]), dialogue.cut)
+
+    def _without_closing(self, text: str) -> str:
+        """`text`, which ends with an answer, without what the template writes to end it."""
+        closings = (self._closing, self._special.get(self._terminator, ""))
+        found = next((closing for closing in closings if closing and text.endswith(closing)), "")
+        return text.removesuffix(found)
 
     def _marked(self, text: str, spans: list[tuple[int, int]], messages: Sequence[Message]) -> list[tuple[int, int]]:
         """The answers by the template's marks: each up to its first terminator, within the mark or just behind it."""
@@ -126,7 +140,7 @@ class DialogueEncoder(ChatTokenizer):
         targets = np.full(len(ids), self._train_on == "all")
         for start, end in row.answers:
             targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = True
-        if not ids or ids[-1] not in self._closers:
+        if not row.cut and (not ids or ids[-1] not in self._closers):
             ids.append(self._terminator)
             targets = np.append(targets, True)
         with_bos = self._with_bos(ids)

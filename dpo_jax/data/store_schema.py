@@ -59,6 +59,7 @@ FIELDS: dict[Kind, tuple[Field, ...]] = {
         Field("messages", "messages", "at most one system message, then user and assistant in turn, an answer last"),
         Field("as_spelled/prompt", "text", f"all before the last answer {_SPELLED}"),
         Field("as_spelled/answer", "text", f"the last answer {_SPELLED}"),
+        Field("finish_reason", "text", "length where the last answer was cut, so that no terminator follows it"),
     ),
     "text": (
         Field("text", "text", "one document"),
@@ -121,6 +122,8 @@ def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:
     messages, columns = dialogue.messages, {"messages": dialogue.messages}
     if not _tells(messages[:-1], (messages[-1].content,), dialogue.raw):
         columns |= _spelling(("prompt", "answer"), dialogue.raw)
+    if dialogue.cut:
+        columns["finish_reason"] = dialogues.CUT
     first = next(i for i, m in enumerate(messages) if m.role == "assistant")
     parts = {
         "prompt": "\n".join(m.content for m in messages[:first]),

@@ -9,14 +9,24 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax.errors import InputError
 
 # Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
-FREE = ("out", "mesh.", "distributed.", "checkpoint.", "data.workers", "energy.", "train.peak_flops", "reward_timeout")
+FREE = (
+    "out",
+    "mesh.",
+    "distributed.",
+    "checkpoint.",
+    "data.workers",
+    "energy.",
+    "train.peak_flops",
+    "reward_timeout",
+    "sample_batch_size",
+)
 
 Status = Literal["new", "unfinished", "finished"]
 
@@ -64,9 +74,23 @@ def cannot_write(path: Path | str, error: OSError) -> InputError:
 class RunFolder:
     """One run folder of one command. `open` decides what may happen in it, before anything expensive."""
 
-    def __init__(self, path: Path, command: str, config: Mapping[str, Any], *, writes: bool = True):
-        """`config`: the options as given (JSON-able, nested). `writes`: False in every process but the first."""
+    def __init__(
+        self,
+        path: Path,
+        command: str,
+        config: Mapping[str, Any],
+        *,
+        writes: bool = True,
+        started: Callable[[Path], bool] | None = None,
+    ):
+        """Args:
+        path, command: the folder, and what runs in it.
+        config: the options as given (JSON-able, nested).
+        writes: False in every process but the first.
+        started: whether a folder holds anything to go on with; not given: whether it holds a checkpoint.
+        """
         self.path = path
+        self._started = started or has_checkpoints
         self.command = command
         self.given = dict(config)
         self.writes = writes
@@ -80,7 +104,7 @@ class RunFolder:
         """Say whether the run is new, unfinished or finished. Nothing is written yet (see `claim`).
 
         Raises `InputError` where the folder holds something else, a run of another command, a run with other options
-        (the first that differs is named), or cannot be written. A run that never reached a checkpoint counts as new.
+        (the first that differs is named), or cannot be written. A run with nothing to go on with counts as new.
         """
         if not self.marker.exists():
             self._check_free()
@@ -92,7 +116,7 @@ class RunFolder:
             raise InputError(f"{self.marker}: not readable as the marker of a run; choose another --out") from error
         if command != self.command:
             raise InputError(f"{self.path}: holds a run of `dpo-jax {command}`; choose another --out")
-        if not finished and not has_checkpoints(self.path):
+        if not finished and not self._started(self.path):
             return "new"
         now = flatten(self.given)
         for name in sorted(before.keys() | now.keys()):

@@ -171,22 +171,37 @@ def _table(table: Table) -> str:
 
 
 def _svg(plot: Plot) -> str:
-    # A fixed salt and no date: the same run gives the same file.
-    with rc_context({"svg.hashsalt": "dpo_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes = figure.subplots()
-        for series in plot.series:
-            _draw(axes, series, bars=plot.bars)
-        if plot.diagonal:
-            axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
-        axes.set_title(_plain(plot.title), loc="left")
-        axes.set_xlabel(_plain(plot.x_label))
-        if len(plot.series) > 1:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    buffer = io.StringIO()
+    with rc_context(_LOOK):
+        _figure(plot).savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def write_png(path: Path, plot: Plot) -> None:
+    """The plot as a file of its own. Raises `InputError` when the disk is full or not writable."""
+    buffer = io.BytesIO()
+    with rc_context(_LOOK):
+        _figure(plot).savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+# A fixed salt and no date: the same run gives the same file.
+_LOOK = {"svg.hashsalt": "dpo_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def _figure(plot: Plot) -> Figure:
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for series in plot.series:
+        _draw(axes, series, bars=plot.bars)
+    if plot.diagonal:
+        axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
+    axes.set_title(_plain(plot.title), loc="left")
+    axes.set_xlabel(_plain(plot.x_label))
+    if len(plot.series) > 1:
+        axes.legend(frameon=False)
+    return figure
 
 
 def _draw(axes: Any, series: Series, *, bars: bool) -> None:

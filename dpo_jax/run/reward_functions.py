@@ -1,4 +1,4 @@
-"""What judges the texts of `dpo-jax ppo`: functions of prompts and responses that give a number each.
+"""What judges texts of `dpo-jax ppo` and `rejection`: functions of prompts and responses that give a number each.
 
 vader            sentiment, from -1 to 1 (Hutto & Gilbert 2014)
 length           hundreds of characters
@@ -26,7 +26,7 @@ import httpx
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.config import PPORun, is_url
+from dpo_jax.config import PPORun, RejectionRun, is_url
 from dpo_jax.data.chat_tokenizer import end_of
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import Prompt
@@ -219,7 +219,7 @@ class ModelReward:
         return end_of(asked, longest - len(answer), encoder.bos).tolist(), answer
 
 
-def open_reward(judge: str, config: PPORun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
+def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
     """The function that `judge` (`--reward` or `--safety_reward`) names; see the module.
 
     Args:
@@ -228,6 +228,25 @@ def open_reward(judge: str, config: PPORun, *, mesh: Mesh, batch_size: int) -> R
       mesh, batch_size: where and how a reward model computes.
 
     Raises `InputError` for what cannot be opened.
+    """
+    function = check_reward(judge, config)
+    if function is not None:
+        return function
+    frozen = config.train.frozen_dtype or config.train.dtype
+    return ModelReward(
+        judge,
+        raw=config.data.template == RAW,
+        mesh=mesh,
+        batch_size=batch_size,
+        dtype=frozen,
+        attention=config.train.attention,
+    )
+
+
+def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | None:
+    """The function that `judge` names; None for a reward model, whose weights are not read yet.
+
+    Raises `InputError` for what `open_reward` could not open.
     """
     kind, _, rest = judge.partition(":")
     if judge == "vader":
@@ -254,19 +273,17 @@ def open_reward(judge: str, config: PPORun, *, mesh: Mesh, batch_size: int) -> R
     except InputError as error:
         known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
-    frozen = config.train.frozen_dtype or config.train.dtype
-    return ModelReward(
-        judge,
-        raw=config.data.template == RAW,
-        mesh=mesh,
-        batch_size=batch_size,
-        dtype=frozen,
-        attention=config.train.attention,
-    )
+    return None
 
 
 def scores_of(
-    function: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, name: str
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    rows: np.ndarray,
+    name: str,
+    *,
+    finite: bool = True,
 ) -> np.ndarray:
     """The scores of responses to prompts, float32 [N], the same in every process.
 
@@ -275,16 +292,17 @@ def scores_of(
       prompts, responses: N of each.
       rows: int [N], rows of the prompts in their file, for the message.
       name: of the judge, for the message.
+      finite: refuse scores that are not finite; else they are given back.
 
-    Raises `InputError` for anything but N finite numbers; rows whose scores are not finite are named.
+    Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
     """
     scores = np.zeros(len(responses), np.float32)
     if function.everywhere or distributed.is_main():
-        scores = _checked(function(prompts, responses), rows, name)
+        scores = _checked(function(prompts, responses), rows, name, finite)
     return scores if function.everywhere else distributed.from_main(scores)
 
 
-def _checked(found: Any, rows: np.ndarray, name: str) -> np.ndarray:
+def _checked(found: Any, rows: np.ndarray, name: str, finite: bool) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
             scores = np.asarray(found, np.float64).astype(np.float32)
@@ -295,7 +313,7 @@ def _checked(found: Any, rows: np.ndarray, name: str) -> np.ndarray:
             f"--reward {name}: gave scores of shape {list(scores.shape)} for {len(rows)} responses; one number each"
         )
     bad = sorted({int(row) for row in rows[~np.isfinite(scores)]})
-    if bad:
+    if bad and finite:
         raise InputError(
             f"--reward {name}: the score of responses to row{'s' * (len(bad) > 1)} {', '.join(map(str, bad))} of the"
             " prompts is not finite; the last checkpoint is intact"

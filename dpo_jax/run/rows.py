@@ -43,15 +43,22 @@ class RowsFile:
       rows: what is done so far, in order; on opening, what an interrupted run with the same settings left.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """`settings`: JSON-able; all that decides the rows."""
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, writes: bool = True):
+        """Args:
+        path: the file.
+        settings: JSON-able; all that decides the rows.
+        writes: False in every process but the first; those only keep the rows in memory.
+        """
         self.path = path
+        self._writes = writes
         self.part = path.with_name(path.name + ".part")
         self.rows: list[Row] = []
         header = json.loads(json.dumps({"settings": settings}))
         found = read_lines(self.part) if self.part.exists() else []
         if found and found[0] == header:
             self.rows = found[1:]
+        if not writes:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.part, _lines([header, *self.rows]))
@@ -65,23 +72,28 @@ class RowsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._writes:
+            self._file.close()
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write some more rows, at once on the disk."""
         rows = list(rows)
+        self.rows.extend(rows)
+        if not self._writes:
+            return
         try:
             self._file.write(_lines(rows))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.part, error) from error
-        self.rows.extend(rows)
 
     def finish(self, *, order: Callable[[Row], Any] | None = None) -> list[Row]:
         """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows."""
         if order is not None:
             self.rows.sort(key=order)
+        if not self._writes:
+            return self.rows
         write_lines(self.path, self.rows)
         self._file.close()
         self.part.unlink()
