@@ -127,6 +127,8 @@ def test_recipes(path: Path) -> None:
         open_too = {
             "llama2_rm_safe": ["--mix_data", "h.jsonl"],
             "llama2_ppo": ["--reward", "h", "--safety_reward", "s"],
+            "llama2_rejection": ["--reward", "h"],
+            "smollm2_rejection": ["--eval_data", "e"],
         }
         more = open_too.get(path.stem, [])
         run = cli.parse(word, [str(path), *GIVEN, *more, "--optimizer.learning_rate", "0.7"])
@@ -150,6 +152,9 @@ def test_recipes_hold_the_published_numbers() -> None:
     chat = cli.parse("ppo", [str(ROOT / "configs" / "llama2_ppo.py"), *GIVEN, "--reward", "h", "--safety_reward", "s"])
     assert (chat.train.batch_size, chat.ppo.minibatches, chat.ppo.epochs, chat.ppo.clip) == (512, 8, 1, 0.2)
     assert (chat.optimizer.learning_rate, chat.optimizer.b2, chat.ppo.kl_coefficient) == (1e-6, 0.95, 0.01)
+    best = cli.parse("rejection", [str(ROOT / "configs" / "llama2_rejection.py"), *GIVEN, "--reward", "h"])
+    assert (best.rejection.samples, best.rejection.temperatures, best.rejection.pool) == (10, (1.2, 1.3), "all")
+    assert (best.optimizer.learning_rate, best.train.batch_size, best.data.max_length) == (2e-5, 64, 4096)
     zephyr = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
     assert (zephyr.train.batch_size, zephyr.train.epochs, zephyr.optimizer.learning_rate) == (32, 3, 5e-7)
     llama2 = cli.parse("sft", [str(ROOT / "configs" / "llama2_pretrain.py"), *GIVEN])

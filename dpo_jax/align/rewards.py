@@ -42,6 +42,24 @@ def combine(
     return jnp.where(is_safety_prompt | (safe < threshold), safe, helpful)
 
 
+def combined(
+    helpful: jax.Array, safe: jax.Array, is_safety_prompt: jax.Array, *, threshold: float = SAFETY_THRESHOLD
+) -> jax.Array:
+    """logit(R_c), from the scores of the two models: what rejection sampling compares responses by.
+
+    Args:
+      helpful, safe: [B] scores (any real number, not σ of them).
+      is_safety_prompt: bool [B].
+      threshold: as for `combine`, of σ(safe).
+
+    Returns:
+      float32 [B].
+    """
+    level = math.log(threshold) - math.log1p(-threshold)
+    # A safety score that is no number decides too: it must not hide behind the other.
+    return jnp.where(is_safety_prompt | ~(safe >= level), safe, helpful).astype(jnp.float32)
+
+
 def whitened(
     helpful: jax.Array,
     safe: jax.Array,
@@ -61,6 +79,4 @@ def whitened(
     Returns:
       float32 [B], of mean 0 and unbiased variance 1 over the mask.
     """
-    level = math.log(threshold) - math.log1p(-threshold)
-    scores = jnp.where(is_safety_prompt | (safe < level), safe, helpful)
-    return masked.whiten(scores.astype(jnp.float32), mask)
+    return masked.whiten(combined(helpful, safe, is_safety_prompt, threshold=threshold), mask)

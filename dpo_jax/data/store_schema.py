@@ -119,7 +119,8 @@ def _parsed_pair(pair: Pair) -> Parsed:
 
 
 def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:
-    messages, columns = dialogue.messages, {"messages": dialogue.messages}
+    messages = dialogue.messages
+    columns: dict[str, Any] = {"messages": messages}
     if not _tells(messages[:-1], (messages[-1].content,), dialogue.raw):
         columns |= _spelling(("prompt", "answer"), dialogue.raw)
     if dialogue.cut:

@@ -187,7 +187,12 @@ def write_png(path: Path, plot: Plot) -> None:
 
 
 # A fixed salt and no date: the same run gives the same file.
-_LOOK = {"svg.hashsalt": "dpo_jax", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_LOOK: dict[Any, Any] = {
+    "svg.hashsalt": "dpo_jax",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def _figure(plot: Plot) -> Figure:

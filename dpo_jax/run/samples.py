@@ -73,7 +73,7 @@ def samples_section(path: Path) -> report.Section:
     rows = read_rows(path)
     steps = sorted({row["step"] for row in rows})
     shown = [row for step in dict.fromkeys((*steps[:1], *steps[-1:])) for row in _of_step(rows, step)]
-    cells = [(row["step"], _prompt_text(row["prompt"]), row["response"], f"{row['score']:.4g}") for row in shown]
+    cells = [(row["step"], prompt_text(row["prompt"]), row["response"], f"{row['score']:.4g}") for row in shown]
     head = ("step", "prompt", "response", "score")
     note = "The first responses of the first and of the last iteration; all of them are in samples.jsonl."
     return report.Section("Samples", note, table=report.Table(head, cells, texts=("prompt", "response")))
@@ -89,7 +89,8 @@ def _of_step(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] == step][:_SHOWN]
 
 
-def _prompt_text(prompt: str | list[dict[str, str]]) -> str:
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as one text, for people."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 

@@ -1,0 +1,264 @@
+"""K responses to every prompt of a file, and their scores: two files, each made once, each resumable in the middle.
+
+What is drawn is a function of the weights, the prompts, the seed and the temperature. So a run that was killed ends
+with the files of a run that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import rewards
+from dpo_jax.config import RejectionRun
+from dpo_jax.data.dataset import Ragged
+from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.prompts import Prompt, PromptDataset
+from dpo_jax.data.templates import RAW
+from dpo_jax.run import distributed
+from dpo_jax.run.generate import Response, answers, terminators
+from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.run.reward_functions import RewardFunction, check_reward, open_reward, scores_of
+from dpo_jax.run.rows import Row, RowsFile, read_lines
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
+
+SCORED = 512
+"""Responses that are judged in one call; after each the scores are on the disk."""
+
+
+def key_of(prompt: str | list[dict[str, str]]) -> str:
+    """What equal prompts have in common."""
+    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+
+
+def select(data: PromptDataset, indices: Sequence[int]) -> PromptDataset:
+    """Some of the prompts."""
+    return dataclasses.replace(
+        data,
+        ids=Ragged.of([data.ids[i] for i in indices], np.int32),
+        prompts=tuple(data.prompts[i] for i in indices),
+        safety=data.safety[list(indices)],
+        row_numbers=data.row_numbers[list(indices)],
+    )
+
+
+def write_once(
+    path: Path, settings: Callable[[], Any], work: Callable[[RowsFile], Any], order: Callable[[Row], Any] | None = None
+) -> list[Row]:
+    """The rows of the file `path`: read where it is there, else made by `work`, which appends those that are missing.
+
+    Args:
+      path: on a file system that all processes share; process 0 writes it.
+      settings: gives, JSON-able, all that decides the rows.
+      work: is given the unfinished file.
+      order: of the rows in the finished file.
+    """
+    if distributed.flag_from_main(path.exists()):
+        return read_lines(path)
+    with RowsFile(path, settings(), writes=distributed.is_main()) as file:
+        work(file)
+        rows = file.finish(order=order)
+    distributed.barrier(str(path))
+    return rows
+
+
+# ---------------------------------------------------------------- responses
+
+
+class Sampler:
+    """A model that writes. Its weights are read when they are first needed, and kept until it is given up."""
+
+    def __init__(self, source: str, config: RejectionRun, mesh: Mesh):
+        """`source`: as for `--model`."""
+        self._source, self._config, self._mesh = source, config, mesh
+        self._loaded: tuple[Any, Any, str] | None = None
+        self._tokenizer = load_tokenizer(source)
+        self._encoder = ConversationEncoder(self._tokenizer, config.data.template)
+
+    def close(self) -> None:
+        """Give its weights up, to make room on the devices."""
+        self._loaded = None
+
+    def _load(self) -> tuple[Any, Any, str]:
+        """Model, variables, fingerprint."""
+        if self._loaded is None:
+            train = self._config.train
+            frozen = train.frozen_dtype or train.dtype
+            model, variables = load_pretrained(
+                self._source,
+                mesh=self._mesh,
+                dtype=jnp.dtype(frozen),
+                compute_dtype=jnp.dtype(train.dtype),
+                attention=train.attention,
+            )
+            self._loaded = model, variables, fingerprint(variables)
+        return self._loaded
+
+    def write(
+        self, path: Path, data: PromptDataset, *, label: str, temperatures: Sequence[float], samples: int, seed: int
+    ) -> list[Row]:
+        """`samples` responses to every prompt at each temperature, as rows of the file `path`, in the prompts' order.
+
+        A response that was cut in the middle of a character loses that character.
+        """
+        prompts = self._ids(data)
+        numbers = {int(number): i for i, number in enumerate(data.row_numbers)}
+        places = {temperature: j for j, temperature in enumerate(temperatures)}
+
+        def settings() -> dict[str, Any]:
+            return {
+                "weights": self._load()[2],
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                "sample": dataclasses.asdict(self._config.sample),
+                "temperatures": list(temperatures),
+                "samples": samples,
+                "seed": seed,
+            }
+
+        def order(row: Row) -> tuple[int, int, int]:
+            return numbers[row["row"]], places[row["temperature"]], row["sample"]
+
+        def work(file: RowsFile) -> None:
+            total, main = len(prompts) * len(temperatures) * samples, distributed.is_main()
+            if file.rows and main:
+                say(f"{file.part}: going on behind its {len(file.rows)} rows")
+            done = {order(row) for row in file.rows}
+            start, tokens = time.monotonic(), 0
+            with ProgressBar(label, total, done=len(done), shown=main) as bar:
+                for j, temperature in enumerate(temperatures):
+                    wanted = [(i, k) for i in range(len(prompts)) for k in range(samples) if (i, j, k) not in done]
+                    key = int(np.random.SeedSequence([seed, j]).generate_state(1)[0])
+                    for some in self._answers(prompts, wanted, temperature, key):
+                        file.append(_row(data, i, k, temperature, response) for (i, k), response in some)
+                        tokens += sum(len(response.ids) for _, response in some)
+                        bar.update(len(file.rows), f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+
+        return write_once(path, settings, work, order)
+
+    def _ids(self, data: PromptDataset) -> list[list[int]]:
+        """The prompts as this model reads them: a student's tokenizer may differ from that of `data`."""
+        raw = self._config.data.template == RAW
+        asked = (prompt.text if raw and prompt.text is not None else prompt.messages for prompt in data.prompts)
+        return [self._encoder.prompt_ids(prompt) for prompt in asked]
+
+    def _answers(
+        self, prompts: list[list[int]], wanted: list[tuple[int, int]], temperature: float, seed: int
+    ) -> Iterator[list[tuple[tuple[int, int], Response]]]:
+        if not wanted:
+            return
+        model, variables, _ = self._load()
+        config = dataclasses.replace(self._config.sample, temperature=temperature)
+        yield from answers(
+            model,
+            variables,
+            self._tokenizer,
+            prompts,
+            seed=seed,
+            config=terminators(model, self._encoder, config),
+            batch_size=self._config.sample_batch_size,
+            requests=wanted,
+            raw=self._config.data.template == RAW,
+            mesh=self._mesh,
+        )
+
+
+def _row(data: PromptDataset, index: int, sample: int, temperature: float, response: Response) -> Row:
+    cut = response.finish_reason == "length"
+    return {
+        "row": int(data.row_numbers[index]),
+        "prompt": data.prompts[index].plain,
+        "temperature": temperature,
+        "sample": sample,
+        "response": response.text.rstrip("\N{REPLACEMENT CHARACTER}") if cut else response.text,
+        "finish_reason": response.finish_reason,
+        "tokens": len(response.ids),
+    }
+
+
+# ---------------------------------------------------------------- scores
+
+
+class Judges:
+    """`--reward`, and `--safety_reward` where there is one; opened when first needed, given back by `close`."""
+
+    def __init__(self, config: RejectionRun, *, mesh: Mesh, batch_size: int):
+        """Raises `InputError` for a judge that cannot be opened, before the weights of one are read."""
+        self._config, self._setting = config, {"mesh": mesh, "batch_size": batch_size}
+        self._names = [name for name in (config.reward, config.safety_reward) if name is not None]
+        checked = [check_reward(name, config) for name in self._names]
+        self.described = [
+            name if judge is None else judge.identity for name, judge in zip(self._names, checked, strict=True)
+        ]
+        self._open: list[RewardFunction] = []
+
+    def _opened(self) -> list[RewardFunction]:
+        if not self._open:
+            self._open = [open_reward(name, self._config, **self._setting) for name in self._names]
+        return self._open
+
+    def close(self) -> None:
+        """Make room on the devices."""
+        self._open = []
+
+    def identities(self) -> list[str]:
+        """They change when a judge does."""
+        return [judge.identity for judge in self._opened()]
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores float32 [N], not all finite, and under their names those that they were combined from.
+
+        `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
+        """
+        found = [
+            scores_of(judge, prompts, responses, rows, name, finite=False)
+            for judge, name in zip(self._opened(), self._names, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0], {}
+        both = np.asarray(rewards.combined(jnp.asarray(found[0]), jnp.asarray(found[1]), jnp.asarray(tagged)))
+        return both, dict(zip(("helpfulness", "safety"), found, strict=True))
+
+
+def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges: Judges, *, label: str) -> list[Row]:
+    """The score of every row of `samples`, as rows of the file `path`: null where it is not finite."""
+    place = {int(number): i for i, number in enumerate(data.row_numbers)}
+
+    def settings() -> dict[str, Any]:
+        written = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+        return {"samples": written, "reward": judges.identities()}
+
+    def work(file: RowsFile) -> None:
+        with ProgressBar(label, len(samples), done=len(file.rows), shown=distributed.is_main()) as bar:
+            while len(file.rows) < len(samples):
+                some = samples[len(file.rows) : len(file.rows) + SCORED]
+                file.append(_scored(some, [place[row["row"]] for row in some], data, judges))
+                bar.update(len(file.rows))
+
+    return write_once(path, settings, work)
+
+
+def _scored(samples: Sequence[Row], at: Sequence[int], data: PromptDataset, judges: Judges) -> Iterator[Row]:
+    rows = np.asarray([row["row"] for row in samples])
+    texts = [row["response"] for row in samples]
+    scores, parts = judges([data.prompts[i] for i in at], texts, rows, data.safety[list(at)])
+    for i, row in enumerate(samples):
+        values = {"score": scores[i], **{name: part[i] for name, part in parts.items()}}
+        finite = {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
+        yield {"row": row["row"], "temperature": row["temperature"], "sample": row["sample"], **finite}
+
+
+def as_matrix(rows: Sequence[Row], prompts: int) -> np.ndarray:
+    """float32 [prompts, samples of all temperatures]: the scores, NaN where there is none."""
+    scores = [np.nan if row["score"] is None else row["score"] for row in rows]
+    return np.asarray(scores, np.float32).reshape(prompts, -1)
