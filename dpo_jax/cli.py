@@ -12,12 +12,12 @@ import io
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
-from dpo_jax.config.words import COMMANDS
+from dpo_jax.config.words import COMMANDS, RECIPE
 from dpo_jax.errors import InputError
 
 PROGRAM = "dpo-jax"
@@ -54,6 +54,11 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return OK
+    if args[0] == RECIPE:
+        if args[1:2] in ([], ["-h"], ["--help"]):
+            print(_overview(recipe_names(), RECIPE))
+            return OK if args[1:] else BAD_INPUT
+        args = split_recipe_name(args)
     if args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
         known = ", ".join(COMMANDS)
@@ -70,16 +75,36 @@ def _run(args: list[str]) -> int:
     return OK
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+def recipe_names() -> dict[str, str]:
+    """Name of each recipe -> its word in `COMMANDS`."""
+    return {word.removeprefix(f"{RECIPE} "): word for word in COMMANDS if word.startswith(f"{RECIPE} ")}
+
+
+def split_recipe_name(args: Sequence[str]) -> list[str]:
+    """["recipe", NAME, ...] as ["recipe NAME", ...]; other words as they are. Raises `InputError` for unknown names."""
+    if list(args[:1]) != [RECIPE]:
+        return list(args)
+    known, name = recipe_names(), args[1] if len(args) > 1 else ""
+    if name not in known:
+        raise InputError(
+            f"unknown recipe {name}{_guess(name, known)}; recipes are {', '.join(known)} ({PROGRAM} {RECIPE} --help)"
+        )
+    return [known[name], *args[2:]]
+
+
+def _overview(words: Mapping[str, str] | None = None, first: str = "") -> str:
+    """The words of the command line, or those that may follow `first`, with what they do."""
+    shown = {word: word for word in COMMANDS} if words is None else words
+    width = max(map(len, shown))
+    lines = [f"  {name:<{width}}  {COMMANDS[word].help}" for name, word in shown.items()]
+    command = f"{PROGRAM} {first} NAME" if first else f"{PROGRAM} COMMAND"
     return "\n".join(
         [
-            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            f"usage: {command} [OPTIONS]",
             "",
             *lines,
             "",
-            f"{PROGRAM} COMMAND --help lists the options of a command; {PROGRAM} --version",
+            f"{command} --help lists the options; {PROGRAM} --version",
         ]
     )
 

@@ -9,6 +9,7 @@ import tiny
 from dpo_jax.config import DemoRun
 from dpo_jax.errors import InputError
 from dpo_jax.run import demo, demo_report
+from dpo_jax.run.continuations import interval, make_pairs
 from dpo_jax.run.openings import review_openings
 from dpo_jax.run.rows import read_lines
 
@@ -31,7 +32,7 @@ def test_pairs_are_best_against_worst():
 
     rows = [row("a", "meh", 0.0), row("a", "good", 0.9), row("a", "bad", -0.4), row("a", "  ", -0.9)]
     rows += [row("b", "tie", 0.3), row("b", "same", 0.3), row("c", "cut \ufffd", 0.5), row("c", "no", -0.5)]
-    assert demo.make_pairs(rows) == [
+    assert make_pairs(rows, "sentiment") == [
         {"prompt": "a", "chosen": "good", "rejected": "bad", "score_chosen": 0.9, "score_rejected": -0.4},
         {"prompt": "c", "chosen": "cut ", "rejected": "no", "score_chosen": 0.5, "score_rejected": -0.5},
     ]
@@ -68,7 +69,7 @@ def test_figures_are_paired_by_prompt():
 
 def test_the_bootstrap_interval_is_close_to_the_normal_one():
     values = np.random.default_rng(0).normal(0.2, 1, 400)
-    low, high = demo_report.interval(values, seed=0)
+    low, high = interval(values, seed=0)
     error = 1.96 * values.std(ddof=1) / 20
     assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.01)
 

@@ -51,7 +51,7 @@ def test_readme_commands_parse() -> None:
     assert len(commands) >= 5
     commands += [f"{line} --model M" for line in re.findall(r"`(dpo-jax inspect [^`]*)`", README)]
     for line in commands:
-        _, word, *rest = shlex.split(line)
+        word, *rest = cli.split_recipe_name(shlex.split(line)[1:])
         cli.parse(word, rest)
 
 

@@ -7,6 +7,7 @@ An option that would have no effect is an error: options that belong to one choi
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
@@ -31,6 +32,7 @@ from dpo_jax.config.training import TrainingRun
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
 __all__ = [
+    "FRONTIER_SIZES",
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
     "AttentionKernel",
@@ -46,6 +48,8 @@ __all__ = [
     "EnergyConfig",
     "EvalRun",
     "ExtendVocabRun",
+    "FrontierConfig",
+    "FrontierRun",
     "GenerateRun",
     "InspectRun",
     "Layout",

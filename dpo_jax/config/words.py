@@ -23,6 +23,9 @@ class Command:
     """Whether a CONFIG.py may stand before the options."""
 
 
+RECIPE = "recipe"
+"""The first of the two words of a recipe: `dpo-jax recipe NAME`."""
+
 _NO_LOADER = ("data.shuffle", "data.workers")
 COMMANDS = {
     "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
@@ -85,6 +88,11 @@ COMMANDS = {
             "sample.length_penalty",
         ),
         recipe=True,
+    ),
+    "recipe frontier": Command(
+        "FrontierRun",
+        "dpo_jax.run.recipes.frontier:recipe",
+        "reward against KL for DPO, PPO, best-of-n and SFT on chosen: one plot, one table",
     ),
     "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
     "eval": Command(

@@ -13,15 +13,9 @@ what the model wrote, not the opening.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import (
     CheckpointConfig,
@@ -37,21 +31,22 @@ from dpo_jax.config import (
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.model.groups import response_logps
-from dpo_jax.model.llama import Llama
 from dpo_jax.run import demo_report, dpo
+from dpo_jax.run.continuations import Writer, make_pairs
 from dpo_jax.run.folder import RunFolder, as_json, write_atomically
-from dpo_jax.run.generate import Response, responses, terminators
-from dpo_jax.run.log import ProgressBar, say
+from dpo_jax.run.generate import terminators
+from dpo_jax.run.log import say
 from dpo_jax.run.openings import review_openings
-from dpo_jax.run.reward_functions import Judge
-from dpo_jax.run.rows import Row, RowsFile, read_lines, write_lines
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.run.reward_functions import Judge, OfText
+from dpo_jax.run.rows import write_lines
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 TEMPERATURE = 0.8
 """Of all samples. At 1 the texts of so small a model lose their thread. KL is measured at the same temperature."""
+
+SCORE = "sentiment"
+"""What the rows call a text's score."""
 
 
 @dataclass(frozen=True)
@@ -69,125 +64,6 @@ class Size:
 
 FULL = Size(prompts=96, samples=5, unseen=48, unseen_samples=3, new_tokens=36, epochs=2)
 FAST = Size(prompts=32, samples=4, unseen=24, unseen_samples=2, new_tokens=15, epochs=2, batch_size=32)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """All that continuing openings takes, but for the weights."""
-
-    model: Llama
-    tokenizer: PreTrainedTokenizerBase
-    encoder: ConversationEncoder
-    config: SampleConfig
-    batch_size: int
-    judge: Judge
-
-    def write(
-        self,
-        path: Path,
-        label: str,
-        variables: Any,
-        openings: Sequence[str],
-        samples: int,
-        *,
-        seed: int,
-        reference: Any = None,
-    ) -> list[Row]:
-        """Continue each opening `samples` times, judge, and keep the rows in `path`; or read them if they are there.
-
-        Args:
-          variables: of the model that writes.
-          reference: of the model that its texts are also scored with (for the KL divergence), or None.
-        """
-        if path.exists():
-            say(f"{label}: from {path}")
-            return read_lines(path)
-        rows = [(opening, k) for opening in openings for k in range(samples)]
-        prompts = [self.encoder.prompt_ids(opening) for opening, _ in rows]
-        settings = {"openings": list(openings), "samples": samples, "seed": seed, "sample": asdict(self.config)}
-        with RowsFile(path, settings) as file, ProgressBar(label, len(rows), done=len(file.rows)) as bar:
-            start, tokens = time.monotonic(), 0
-            options = {"seed": seed, "config": self.config, "batch_size": self.batch_size, "raw": True}
-            first = len(file.rows)
-            for batch in responses(self.model, variables, self.tokenizer, prompts, first=first, **options):
-                done = len(file.rows)
-                added = list(self._rows(rows[done : done + len(batch)], batch))
-                if reference is not None:
-                    scores = self._scores(reference, prompts[done : done + len(batch)], batch)
-                    for row, response, score in zip(added, batch, scores, strict=True):
-                        row |= {"logps": response.logps, "reference_logps": score}
-                file.append(added)
-                tokens += sum(len(row["ids"]) for row in added)
-                mean = np.mean([row["sentiment"] for row in file.rows])
-                speed = tokens / (time.monotonic() - start)
-                bar.update(len(file.rows), f"mean sentiment {mean:+.3f}  {speed:.0f} tokens/s")
-            return file.finish()
-
-    def _rows(self, rows: Sequence[tuple[str, int]], batch: Sequence[Response]) -> Iterator[Row]:
-        for (opening, k), response in zip(rows, batch, strict=True):
-            yield {
-                "prompt": opening,
-                "sample": k,
-                "response": response.text,
-                "sentiment": self.judge(response.text),
-                "finish_reason": response.finish_reason,
-                "ids": response.ids,
-            }
-
-    def _scores(self, variables: Any, prompts: Sequence[Sequence[int]], batch: Sequence[Response]) -> list[list[float]]:
-        """Log-probability of each token of each response under `variables`, at the sampling temperature."""
-        texts = [response.ids for response in batch]
-        fillers = self.batch_size - len(batch)
-        arrays: dict[str, Any] = {
-            "prompts": _padded([*prompts, *[[0]] * fillers], 32),
-            "prompt_lengths": np.asarray([*map(len, prompts), *[1] * fillers], np.int32),
-            "responses": _padded([*texts, *[[0]] * fillers], self.config.max_new_tokens)[:, None],
-            "response_lengths": np.asarray([*map(len, texts), *[1] * fillers], np.int32)[:, None],
-            "weights": np.ones(self.batch_size, np.float32),
-            "rows": np.full(self.batch_size, -1, np.int32),
-        }
-        group = PreferenceBatch(**arrays)
-        logps = np.asarray(_score(variables, group, model=self.model, temperature=self.config.temperature))[:, 0]
-        return [logps[i, : len(text)].tolist() for i, text in enumerate(texts)]
-
-
-@partial(jax.jit, static_argnames=("model", "temperature"))
-def _score(variables: Any, batch: PreferenceBatch, *, model: Llama, temperature: float) -> jax.Array:
-    return response_logps(model.apply, variables, batch, layout="separate", temperature=temperature)
-
-
-def _padded(rows: Sequence[Sequence[int]], multiple: int) -> np.ndarray:
-    """int32 [B, longest row rounded up]."""
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    return np.asarray([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
-
-
-def make_pairs(rows: Sequence[Row]) -> list[Row]:
-    """Best against worst of the samples of each prompt, in the order of the prompts.
-
-    Blank samples do not take part; where best and worst are equally good there is no pair.
-    """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        # A sample may end inside a character of several bytes; the broken one is no text to learn from.
-        text = row["response"].rstrip("\N{REPLACEMENT CHARACTER}")
-        if text.strip():
-            groups.setdefault(row["prompt"], []).append({**row, "response": text})
-    pairs = []
-    for prompt, samples in groups.items():
-        best = max(samples, key=lambda row: row["sentiment"])
-        worst = min(samples, key=lambda row: row["sentiment"])
-        if best["sentiment"] > worst["sentiment"]:
-            pairs.append(
-                {
-                    "prompt": prompt,
-                    "chosen": best["response"],
-                    "rejected": worst["response"],
-                    "score_chosen": best["sentiment"],
-                    "score_rejected": worst["sentiment"],
-                }
-            )
-    return pairs
 
 
 def training_run(run: DemoRun, size: Size) -> DPORun:
@@ -252,12 +128,13 @@ def _demo(run: DemoRun, size: Size) -> Path:
     model, variables = load_pretrained(run.model)
     encoder = ConversationEncoder(tokenizer, RAW)
     config = terminators(model, encoder, SampleConfig(size.new_tokens, temperature=TEMPERATURE))
-    writer = _Writer(model, tokenizer, encoder, config, size.batch_size, Judge())
+    judge = OfText("vader", Judge())
+    writer = Writer(model, tokenizer, encoder, config, size.batch_size, judge, "vader", column=SCORE)
 
     clock.stage(f"[1/5] {size.prompts} openings of reviews, continued {size.samples} times each")
     rows = writer.write(out / "samples.jsonl", "samples", variables, seen, size.samples, seed=run.seed)
 
-    pairs = make_pairs(rows)
+    pairs = make_pairs(rows, SCORE)
     clock.stage(f"[2/5] best against worst by VADER: {len(pairs)} pairs ({len(seen) - len(pairs)} ties left out)")
     if not pairs:
         raise InputError(
@@ -266,7 +143,12 @@ def _demo(run: DemoRun, size: Size) -> Path:
     write_lines(out / "pairs.jsonl", pairs)
 
     clock.stage(f"[3/5] {size.unseen} unseen openings before training")
-    later = {"openings": unseen, "samples": size.unseen_samples, "seed": (run.seed + 1) % 2**32, "reference": variables}
+    later: dict[str, Any] = {
+        "openings": unseen,
+        "samples": size.unseen_samples,
+        "seed": (run.seed + 1) % 2**32,
+        "reference": variables,
+    }
     before = writer.write(out / "before.jsonl", "before", variables, **later)
 
     clock.stage("[4/5] DPO on the pairs")

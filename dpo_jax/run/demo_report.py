@@ -10,44 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.run import report
-from dpo_jax.run.judgement import kl_estimates
+from dpo_jax.run.continuations import interval, kl_figures, per_prompt
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.rows import Row
 from dpo_jax.run.text import health
 
-RESAMPLES = 10_000
-
-
-def _per_prompt(rows: Sequence[Row]) -> np.ndarray:
-    """Mean sentiment of each prompt's samples [prompts], in order."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt"], []).append(row["sentiment"])
-    return np.asarray([np.mean(group) for group in groups.values()])
-
-
-def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of independent `values` (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _kl(rows: Sequence[Row]) -> dict[str, float]:
-    """KL(writer, reference) from what the writer wrote: nats a response, and a token."""
-    width = max(len(row["ids"]) for row in rows)
-
-    def table(name: str) -> np.ndarray:
-        return np.asarray([[*row[name], *[0.0] * (width - len(row[name]))] for row in rows])
-
-    mask = np.arange(width) < np.asarray([len(row["ids"]) for row in rows])[:, None]
-    return kl_estimates(table("logps"), table("reference_logps"), mask)
-
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
     scores = np.asarray([row["sentiment"] for row in rows])
-    kl = _kl(rows)
+    kl = kl_figures(rows)
     return {
         "sentiment": float(scores.mean()),
         "positive": float((scores >= 0.05).mean()),
@@ -66,7 +37,7 @@ def figures(before: Sequence[Row], after: Sequence[Row], *, seed: int) -> dict[s
     bootstrap interval over prompts. KL is the Monte Carlo estimate on each side's own samples; before training it is 0
     up to rounding.
     """
-    change = _per_prompt(after) - _per_prompt(before)
+    change = per_prompt(after, "sentiment") - per_prompt(before, "sentiment")
     return {
         "unseen_prompts": len(change),
         "before": _side(before),

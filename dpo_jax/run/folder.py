@@ -160,6 +160,15 @@ def has_checkpoints(path: Path) -> bool:
     return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
 
 
+def is_finished(path: Path) -> bool:
+    """True where a run folder's run has finished."""
+    marker = path / "run.json"
+    try:
+        return marker.exists() and bool(json.loads(marker.read_text())["finished"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{marker}: not readable as the marker of a run; choose another --out") from error
+
+
 def option(name: str) -> str:
     """The command-line spelling of a field of the configuration."""
     return {"source": "--data", "eval_source": "--eval_data"}.get(name, f"--{name}")

@@ -61,11 +61,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a line of explanation, and plots or a table."""
+    """A heading, a line of explanation, and plots or a table; `drawings` are figures drawn elsewhere (`svg_of`)."""
 
     title: str
     note: str = ""
     plots: tuple[Plot, ...] = ()
+    drawings: tuple[str, ...] = ()
     table: Table | None = None
 
 
@@ -152,8 +153,9 @@ def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
     if section.note:
         parts.append(f'<p class="note">{html.escape(section.note)}</p>')
-    if section.plots:
-        figures = "".join(f"<figure>{_svg(plot)}</figure>" for plot in section.plots)
+    if section.plots or section.drawings:
+        drawn = (*map(_svg, section.plots), *section.drawings)
+        figures = "".join(f"<figure>{svg}</figure>" for svg in drawn)
         parts.append(f'<div class="plots">{figures}</div>')
     if section.table is not None:
         parts.append(_table(section.table))
@@ -171,23 +173,33 @@ def _table(table: Table) -> str:
 
 
 def _svg(plot: Plot) -> str:
+    with rc_context(LOOK):
+        return svg_of(_figure(plot))
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG to stand in a report. Call it under `rc_context(LOOK)`."""
     buffer = io.StringIO()
-    with rc_context(_LOOK):
-        _figure(plot).savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
 def write_png(path: Path, plot: Plot) -> None:
     """The plot as a file of its own. Raises `InputError` when the disk is full or not writable."""
+    with rc_context(LOOK):
+        write_figure(path, _figure(plot))
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A figure as a PNG file. Call it under `rc_context(LOOK)`. Raises `InputError` when the disk is not writable."""
     buffer = io.BytesIO()
-    with rc_context(_LOOK):
-        _figure(plot).savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=150)
     write_atomically(path, buffer.getvalue())
 
 
 # A fixed salt and no date: the same run gives the same file.
-_LOOK: dict[Any, Any] = {
+LOOK: dict[Any, Any] = {
     "svg.hashsalt": "dpo_jax",
     "font.size": 9,
     "axes.spines.top": False,

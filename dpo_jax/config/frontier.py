@@ -1,0 +1,139 @@
+"""Options of `dpo-jax recipe frontier`."""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, Literal
+
+from dpo_jax.config.checks import require
+from dpo_jax.config.sections import LoraConfig, MeshConfig
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """How much of everything. What is not given follows from `size` (see `FRONTIER_SIZES`)."""
+
+    size: Literal["fast", "full"] = "full"
+    """full: at most 25 minutes on two CPU cores, with SmolLM2-135M. fast: at most 5, with fewer points."""
+    prompts: int | None = None
+    """Openings whose samples make the preference pairs; PPO writes to them, too."""
+    samples: int | None = None
+    """Samples of each, of which the best and the worst make a pair."""
+    unseen: int | None = None
+    """Other openings, on which every point is measured."""
+    unseen_samples: int | None = None
+    """Texts that a trained model writes to each of them."""
+    best_of: int | None = None
+    """Texts that the reference writes to each of them: best-of-n is shown for n = 1, 2, 4 ... up to so many."""
+    new_tokens: int | None = None
+    """Tokens of a text."""
+    batch_size: int | None = None
+    """Texts written at once."""
+    points: int | None = None
+    """Checkpoints of each run that are measured, evenly along training; it divides the numbers of steps."""
+    dpo_beta: tuple[float, ...] | None = None
+    """A DPO run for each beta."""
+    dpo_steps: int | None = None
+    """Steps of 8 pairs."""
+    sft_steps: int | None = None
+    """Steps of 8 chosen texts."""
+    ppo_kl_coefficient: tuple[float, ...] | None = None
+    """A PPO run for each price of the KL divergence."""
+    ppo_steps: int | None = None
+    """Iterations of PPO."""
+    ppo_batch_size: int | None = None
+    """Texts in each, a multiple of 2."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of all runs, for LoRA."""
+    temperature: float = 0.8
+    """Of all samples; the KL divergence is measured at it, too."""
+
+    def __post_init__(self) -> None:
+        counts = [f.name for f in fields(self) if f.type == int | None]
+        for name in counts:
+            least = 2 if name in ("samples", "best_of", "unseen") else 1
+            value = getattr(self, name)
+            require(value is None or value >= least, f"--recipe.{name} {value} must be at least {least}")
+        for name in ("dpo_beta", "ppo_kl_coefficient"):
+            values = getattr(self, name)
+            if values is not None:
+                unlike = len(set(values)) == len(values) > 0
+                require(unlike, f"--recipe.{name}: give one number or more, all different")
+                require(all(value > 0 for value in values), f"--recipe.{name}: the numbers must be positive")
+        require(self.learning_rate > 0, "--recipe.learning_rate must be positive")
+        require(self.temperature > 0, "--recipe.temperature must be positive: KL is measured on samples")
+
+
+FRONTIER_SIZES = {
+    "full": FrontierConfig(
+        prompts=96,
+        samples=6,
+        unseen=48,
+        unseen_samples=2,
+        best_of=16,
+        new_tokens=20,
+        batch_size=48,
+        points=2,
+        dpo_beta=(0.1, 0.3, 1.0),
+        dpo_steps=24,
+        sft_steps=24,
+        ppo_kl_coefficient=(0.05, 0.2),
+        ppo_steps=16,
+        ppo_batch_size=32,
+    ),
+    "fast": FrontierConfig(
+        prompts=32,
+        samples=4,
+        unseen=24,
+        unseen_samples=2,
+        best_of=8,
+        new_tokens=12,
+        batch_size=32,
+        points=2,
+        dpo_beta=(0.1,),
+        dpo_steps=8,
+        sft_steps=8,
+        ppo_kl_coefficient=(0.05,),
+        ppo_steps=6,
+        ppo_batch_size=16,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FrontierRun:
+    """Reward against KL divergence for DPO, PPO, best-of-n and SFT on chosen: `dpo-jax recipe frontier`.
+
+    The DPO paper's Figure 2 (left) in small (Rafailov et al. 2023, section 6.1): one model, one set of openings of
+    reviews, one judge. Every stage is kept in the folder; an interrupted recipe goes on with the same command.
+    """
+
+    out: str
+    """Folder for the samples, the runs, the table and the plot."""
+    model: str = "smollm2"
+    """The reference, from which every method starts: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+    reward: str = "vader"
+    """What judges a text, as for `dpo-jax ppo`: vader (sentiment), length, regex:PATTERN, language:CODE,
+    FILE.py:FUNCTION, a URL, or a reward model."""
+    seed: int = 0
+    """Seed of everything."""
+    lora: LoraConfig = field(default_factory=partial(LoraConfig, rank=16))
+    recipe: FrontierConfig = field(default_factory=FrontierConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        require(self.lora.rank > 0, "--lora.rank must be positive: the reference is the model without its adapters")
+        sizes = self.sizes
+        for name in ("dpo_steps", "sft_steps", "ppo_steps"):
+            steps = getattr(sizes, name)
+            require(
+                steps % sizes.points == 0,
+                f"--recipe.points {sizes.points} does not divide --recipe.{name} {steps}: points lie evenly",
+            )
+        require(sizes.ppo_batch_size % 2 == 0, f"--recipe.ppo_batch_size {sizes.ppo_batch_size} must be even")
+
+    @property
+    def sizes(self) -> Any:
+        """A `FrontierConfig` with everything filled in (which its type would not say)."""
+        given = {f.name: getattr(self.recipe, f.name) for f in fields(self.recipe)}
+        return replace(FRONTIER_SIZES[self.recipe.size], **{k: v for k, v in given.items() if v is not None})
