@@ -40,6 +40,7 @@ INSTALL = [
     "tensorboardX>=2.6",
     "matplotlib>=3.9",
     "vaderSentiment>=3.3.2",
+    "py3langid>=0.4",  # older versions unpickle their model
 ]
 
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]

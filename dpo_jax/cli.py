@@ -12,8 +12,8 @@ import io
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
@@ -115,6 +115,7 @@ def parse(word: str, args: Sequence[str]) -> Any:
     default, args = _split_recipe(word, args)
     args = _joined(args, command.lists)
     names = option_names(word)
+    args = _as_flags(args, {name for name in names if _negated(name) in names})
     given = {_check_name(word, token, names) for token in args if _is_option(token)}
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
@@ -146,6 +147,31 @@ def _joined(args: list[str], lists: Sequence[str]) -> list[str]:
         else:
             joined.append(token)
     return joined
+
+
+def _negated(name: str) -> str:
+    """The option that switches the option `name` off, if it is a switch."""
+    section, dot, own = name.rpartition(".")
+    return f"{section}{dot}no_{own}"
+
+
+def _as_flags(args: list[str], switches: set[str]) -> list[str]:
+    """`--x true` and `--x=false` as the flags `--x` and `--no_x`, for the options named in `switches`."""
+    flags: list[str] = []
+    switch = None  # of the word before, where it awaits a value
+    for token in args:
+        name, given, value = token.partition("=")
+        if switch is not None and token in ("true", "false"):
+            flags[-1] = f"--{switch}" if token == "true" else f"--{_negated(switch)}"
+            switch = None
+            continue
+        name = name.lstrip("-").replace("-", "_") if _is_option(token) else ""
+        switch = name if name in switches and not given else None
+        if name in switches and value in ("true", "false"):
+            flags.append(f"--{name}" if value == "true" else f"--{_negated(name)}")
+        else:
+            flags.append(token)
+    return flags
 
 
 def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
@@ -281,6 +307,11 @@ def _as(cls: Any, options: Any) -> Any:
     return cls(**values)
 
 
+def _section(cls: Any, default: Callable[[], Any]) -> Any:
+    """The default of a section, as the class `cls` that hides some of its fields."""
+    return _as(cls, default())
+
+
 @cache
 def _command_line_class(word: str) -> Any:
     """The command's dataclass, with fields renamed and hidden as the command line wants them."""
@@ -301,7 +332,9 @@ def _command_line_class(word: str) -> Any:
                 (f.name, tyro.conf.Suppress[f.type], copy.copy(f)) for f in dataclasses.fields(kind) if f.name in unused
             ]
             kind = dataclasses.make_dataclass(kind.__name__, inner, bases=(kind,), frozen=True)  # type: ignore[arg-type]
-            changed.append((field.name, kind, dataclasses.field(default_factory=kind)))
+            assert field.default_factory is not dataclasses.MISSING, "every section has its defaults"
+            own = partial(_section, kind, field.default_factory)
+            changed.append((field.name, kind, dataclasses.field(default_factory=own)))
             continue
         else:
             continue

@@ -50,6 +50,7 @@ OWNERS = {
     "array_record": {"data"},
     "etils": {"data"},
     "google": {"data"},
+    "py3langid": {"data"},
     "rich": {"run"},
     "tensorboardX": {"run"},
     "matplotlib": {"run"},

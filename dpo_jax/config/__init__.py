@@ -8,6 +8,7 @@ from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
+from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionKernel",
     "CheckpointConfig",
     "ClassHead",
+    "ConstraintKind",
     "ConvertRun",
     "DPOConfig",
     "DPOLossConfig",
@@ -50,6 +52,8 @@ __all__ = [
     "ExtendVocabRun",
     "FrontierConfig",
     "FrontierRun",
+    "GattConfig",
+    "GattRun",
     "GenerateRun",
     "InspectRun",
     "Layout",

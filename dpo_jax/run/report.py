@@ -32,11 +32,12 @@ td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem } th 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot."""
+    """One line of a plot; `band` holds the lower and the upper ends of its intervals."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,9 @@ def _draw(axes: Any, series: Series, *, bars: bool) -> None:
         axes.stairs(series.y, series.x, label=label)
         return
     if len(series.x) < 50:
-        axes.plot(series.x, series.y, label=label, marker="." if len(series.x) < 20 else None)
+        (line,) = axes.plot(series.x, series.y, label=label, marker="." if len(series.x) <= 20 else None)
+        if series.band is not None:
+            axes.fill_between(series.x, *series.band, color=line.get_color(), alpha=0.15, linewidth=0)
         return
     (line,) = axes.plot(series.x, series.y, linewidth=0.6, alpha=0.35)
     window = max(len(series.x) // 25, 5)

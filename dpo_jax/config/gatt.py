@@ -1,0 +1,128 @@
+"""Options of `dpo-jax gatt`."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from dpo_jax.config.checks import require
+from dpo_jax.config.sections import OptimizerConfig, SampleConfig
+from dpo_jax.config.sft import SFTDataConfig, SFTLossConfig
+from dpo_jax.config.training import TrainingRun
+
+ConstraintKind = Literal["hobby", "language", "figure", "persona"]
+
+
+@dataclass(frozen=True)
+class GattConfig:
+    """Instructions, dialogues, and the evaluation."""
+
+    instructions: str | None = None
+    """File of instructions: rows with `instruction` (or `system_prompt`), and if you like `check` (a regular
+    expression that an answer must match, language:CODE, or keywords:A, B) and `short` (a terse form). Not given: they
+    are made from short lists."""
+    synthesised: int | None = None
+    """Instructions made from the lists. Not given: 100, or none beside --gatt.instructions."""
+    kinds: tuple[ConstraintKind, ...] = ("hobby", "language", "figure", "persona")
+    """What the made instructions are about."""
+    combine: int = 1
+    """A made instruction combines up to so many kinds."""
+    languages: tuple[str, ...] = ()
+    """Codes of the languages that made instructions may ask for, and in which instructions of the file without a check
+    may be written for their language to be checked, e.g. es fr de. Not given: all."""
+    short: float = 0.5
+    """Share of the training dialogues that hold the terse form of their instruction, where it has one."""
+    dialogues: int = 200
+    """Training dialogues to sample."""
+    turns: int = 4
+    """User turns of each; shorter dialogues of --data are put one behind the other."""
+    train_turns: Literal["last", "every"] = "last"
+    """last: a dialogue trains its last answer. every: each answer in turn, as the last of the dialogue up to it."""
+    keep: Literal["all", "consistent"] = "all"
+    """consistent: learn only answers that pass their checks."""
+    train: bool = True
+    """Fine-tune and evaluate; else stop when sft.jsonl is written."""
+    evaluate_only: bool = False
+    """Evaluate --model as it is; options of sampling and training data are not looked at."""
+    eval_dialogues: int = 40
+    """Dialogues of the evaluation, each with an instruction that has a check; all instructions in turn."""
+    eval_turns: int | None = None
+    """User turns of each. Not given: as many as --gatt.turns."""
+    holdout: float | None = None
+    """Share of the rows of --data that the evaluation takes its prompts from, and training does not. Not given: 0.3, or
+    none where --eval_data is given (with --gatt.evaluate_only it takes all)."""
+
+    def __post_init__(self) -> None:
+        for name in ("dialogues", "turns", "combine", "eval_dialogues"):
+            require(getattr(self, name) >= 1, f"--gatt.{name} must be at least 1")
+        require(self.eval_turns is None or self.eval_turns >= 1, "--gatt.eval_turns must be at least 1")
+        require(0 <= self.short <= 1, "--gatt.short must lie in [0, 1]")
+        require(self.holdout is None or 0 < self.holdout < 1, "--gatt.holdout must lie in (0, 1)")
+        require(bool(self.kinds), "--gatt.kinds needs at least one kind")
+        require(len(set(self.kinds)) == len(self.kinds), "--gatt.kinds names a kind twice")
+        require(
+            self.combine <= len(self.kinds),
+            f"--gatt.combine {self.combine} exceeds the {len(self.kinds)} kinds of --gatt.kinds: one constraint a kind",
+        )
+        spoken = self.instructions is not None or "language" in self.kinds
+        require(spoken or not self.languages, "--gatt.languages has no effect: --gatt.kinds leaves languages out")
+        if self.synthesised is not None:
+            least = 0 if self.instructions is not None else 1
+            require(self.synthesised >= least, f"--gatt.synthesised must be at least {least}")
+        if not self.made:
+            every = type(self).kinds
+            require(self.kinds == every, "--gatt.kinds has no effect: no instruction is made (--gatt.synthesised N)")
+            require(self.combine == 1, "--gatt.combine has no effect: no instruction is made (--gatt.synthesised N)")
+        require(self.train or not self.evaluate_only, "--gatt.evaluate_only trains nothing: leave --gatt.no_train out")
+        if not self.train:
+            default = type(self)
+            for name in ("eval_dialogues", "eval_turns"):
+                same = getattr(self, name) == getattr(default, name)
+                require(same, f"--gatt.{name} has no effect with --gatt.no_train")
+
+    @property
+    def made(self) -> int:
+        """How many instructions are made from the lists."""
+        return (100 if self.instructions is None else 0) if self.synthesised is None else self.synthesised
+
+    @property
+    def evaluated_turns(self) -> int:
+        """User turns of a dialogue of the evaluation."""
+        return self.turns if self.eval_turns is None else self.eval_turns
+
+
+@dataclass(frozen=True)
+class GattRun(TrainingRun):
+    """Make instructions hold for whole dialogues, by Ghost Attention (Llama 2, section 3.3): `dpo-jax gatt`.
+
+    The model answers the prompts of --data turn by turn with an instruction in every turn; it is fine-tuned on these
+    dialogues with the instruction in the first turn only and no loss but on the last answer. How many answers keep to
+    the instruction of the first turn is measured turn by turn, before and after, on prompts that were not trained on.
+    """
+
+    source: str
+    """(--data) What users say (JSONL, JSON or Parquet, plain or .gz): rows with `prompt`, `turns` (a list of texts), or
+    `messages`, of which the user's turns are read."""
+    eval_source: str | None = None
+    """(--eval_data) The same for the evaluation; rows that share a text with --data are left out. Not given: a share
+    of --data is kept for it (--gatt.holdout)."""
+    sample_batch_size: int = 32
+    """Answers written at once, over all devices; changes no text."""
+    gatt: GattConfig = field(default_factory=GattConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
+    data: SFTDataConfig = field(default_factory=partial(SFTDataConfig, max_length=4096))
+    sft: SFTLossConfig = field(default_factory=SFTLossConfig)
+
+    def __post_init__(self) -> None:
+        require(self.sample_batch_size >= 1, "--sample_batch_size must be at least 1")
+        require(self.sample.beams is None, "--sample.beams has no effect: dialogues are sampled")
+        require(self.data.template != "raw", "--data.template raw has no turns; name a chat template")
+        require(
+            self.eval_source is None or self.gatt.holdout is None,
+            "--gatt.holdout has no effect with --eval_data",
+        )
+        if self.gatt.evaluate_only:
+            require(
+                self.eval_source is None and self.gatt.holdout is None,
+                "--gatt.evaluate_only takes its prompts from --data: leave --eval_data and --gatt.holdout out",
+            )
