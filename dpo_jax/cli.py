@@ -332,8 +332,9 @@ def _command_line_class(word: str) -> Any:
                 (f.name, tyro.conf.Suppress[f.type], copy.copy(f)) for f in dataclasses.fields(kind) if f.name in unused
             ]
             kind = dataclasses.make_dataclass(kind.__name__, inner, bases=(kind,), frozen=True)  # type: ignore[arg-type]
-            assert field.default_factory is not dataclasses.MISSING, "every section has its defaults"
-            own = partial(_section, kind, field.default_factory)
+            given = field.default_factory
+            assert given is not dataclasses.MISSING, "every section has its defaults"
+            own = kind if given is field.type else partial(_section, kind, given)
             changed.append((field.name, kind, dataclasses.field(default_factory=own)))
             continue
         else:

@@ -67,8 +67,9 @@ def test_no_token_of_an_earlier_turn_is_in_the_loss(template: str | None, tmp_pa
     assert len(data) == 3
     for turn in (1, 2, 3):
         tokens, targets = data.tokens[turn - 1], data.targets[turn - 1]
-        assert tokenizer.decode(tokens[targets]).strip() == answers[turn - 1] + "<|im_end|>" or template == "llama2"
-        assert tokenizer.decode(tokens[targets], skip_special_tokens=True).strip() == answers[turn - 1]
+        ends = "<|im_end|>"  # the tokenizer's EOS, which all of these templates write
+        assert str(tokenizer.decode(tokens[targets])).strip().replace(f" {ends}", ends) == answers[turn - 1] + ends
+        assert str(tokenizer.decode(tokens[targets], skip_special_tokens=True)).strip() == answers[turn - 1]
         first = int(np.flatnonzero(targets)[0])
         assert targets[first:].all(), "one run of targets, up to the end"
         assert not targets[:first].any()
@@ -190,7 +191,7 @@ def test_an_instruction_in_another_language_is_checked_by_it() -> None:
 def test_real_system_prompts(shared_data: Path) -> None:
     source = str(shared_data / "biggen_bench" / "system_prompts.jsonl")
     found = read_instructions(source)
-    assert len(found) == 180
+    assert len(found) == 179, "of 180, two differ in white space only"
     spoken = Counter(check.spec for one in found for check in one.checks)
     assert {"language:es", "language:fr", "language:de", "language:ko", "language:ru", "language:th"} <= set(spoken)
     assert sum(spoken.values()) <= 22, "the English ones have no check"

@@ -1,0 +1,50 @@
+"""Ghost Attention that two CPU cores can make: SmolLM2-135M learns to stay in the language it was asked to answer in.
+
+The experiment of Llama 2 (Touvron et al. 2023, arXiv 2307.09288, section 3.3) with what so small a model can do when
+the instruction stands right before it: answer in Spanish, French or German. The constraints are "Always answer in Spanish."
+and the like, and the Spanish, French and German system prompts of a file such as BiGGen Bench's; the questions are in
+English, one after another, so that nothing but the first turn says which language is wanted. Language identification
+judges the answers; it does not judge their sense, which is little at 135M parameters. Only answers that pass are learnt
+(--gatt.keep consistent), as rejection sampling would; the numbers are ours. About ten minutes.
+
+    dpo-jax gatt configs/smollm2_gatt.py --data QUESTIONS.jsonl --gatt.instructions SYSTEM_PROMPTS.jsonl --out runs/gatt
+
+For Llama 2 itself: configs/llama2_gatt.py.
+"""
+
+from dpo_jax.config import (
+    ON_COMMAND_LINE,
+    CheckpointConfig,
+    GattConfig,
+    GattRun,
+    LoraConfig,
+    OptimizerConfig,
+    SampleConfig,
+    SFTDataConfig,
+    TrainConfig,
+)
+
+config = GattRun(
+    model="smollm2",
+    source=ON_COMMAND_LINE,
+    out=ON_COMMAND_LINE,
+    gatt=GattConfig(
+        synthesised=9,
+        kinds=("language",),
+        languages=("es", "fr", "de"),
+        short=0.5,
+        dialogues=48,
+        turns=4,
+        train_turns="every",
+        keep="consistent",
+        eval_dialogues=24,
+        eval_turns=6,
+    ),
+    sample=SampleConfig(max_new_tokens=24, temperature=0.7),
+    sample_batch_size=24,
+    lora=LoraConfig(rank=16),
+    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=2),
+    data=SFTDataConfig(max_length=512, buckets=3),
+    train=TrainConfig(batch_size=8, epochs=2),
+    checkpoint=CheckpointConfig(every=10, keep=1),
+)
