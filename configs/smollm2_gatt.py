@@ -1,11 +1,12 @@
 """Ghost Attention that two CPU cores can make: SmolLM2-135M learns to stay in the language it was asked to answer in.
 
 The experiment of Llama 2 (Touvron et al. 2023, arXiv 2307.09288, section 3.3) with what so small a model can do when
-the instruction stands right before it: answer in Spanish, French or German. The constraints are "Always answer in Spanish."
-and the like, and the Spanish, French and German system prompts of a file such as BiGGen Bench's; the questions are in
-English, one after another, so that nothing but the first turn says which language is wanted. Language identification
-judges the answers; it does not judge their sense, which is little at 135M parameters. Only answers that pass are learnt
-(--gatt.keep consistent), as rejection sampling would; the numbers are ours. About ten minutes.
+the instruction stands right before it: answer in Spanish, French or German. The constraints are "Always answer in
+Spanish." and the like, and the Spanish, French and German system prompts of a file such as BiGGen Bench's; the
+questions are in English, one after another, so that nothing but the first turn says which language is wanted.
+Language identification judges the answers; it does not judge their sense, which is little at 135M parameters. Only
+answers that pass are learnt (--gatt.keep consistent), as rejection sampling would; the numbers are ours. About ten
+minutes.
 
     dpo-jax gatt configs/smollm2_gatt.py --data QUESTIONS.jsonl --gatt.instructions SYSTEM_PROMPTS.jsonl --out runs/gatt
 
