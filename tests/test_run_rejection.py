@@ -5,18 +5,24 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import tiny
 
+from dpo_jax import cli
+from dpo_jax.align import rewards
 from dpo_jax.config import (
     CheckpointConfig,
+    DataConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     RejectionConfig,
@@ -25,9 +31,11 @@ from dpo_jax.config import (
     SFTDataConfig,
     TrainConfig,
 )
+from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.prompts import PromptDataset, load_prompts
 from dpo_jax.data.token_loader import TokenLoader
 from dpo_jax.errors import InputError
-from dpo_jax.run import rejection, rejection_report, responses, training
+from dpo_jax.run import best_responses, rejection, rejection_report, responses, training
 from dpo_jax.run.rows import RowsFile, read_lines
 from dpo_jax.weights.pretrained import load_pretrained
 
@@ -242,3 +250,232 @@ def test_killed_in_each_stage(inputs: Path, whole: Path, tmp_path: Path, capsys:
     assert "this run is finished" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"--rejection.iterations 2, this command has 3"):
         rejection.train(dataclasses.replace(config, rejection=dataclasses.replace(config.rejection, iterations=3)))
+
+
+# ---------------------------------------------------------------- the stages one by one
+
+
+def dataset(folder: Path, rows: list[dict[str, Any]]) -> PromptDataset:
+    """Prompts without a model."""
+    path = folder / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = ConversationEncoder(tiny.tokenizer(), None)
+    return load_prompts(str(path), encoder, DataConfig(), longest=99, vocab_size=320)
+
+
+def made(data: PromptDataset, texts: list[list[str]], scores: list[list[float | None]]) -> tuple[list, list]:
+    """Files of one sample at each of as many temperatures as there are texts of a prompt."""
+    samples, judged = [], []
+    for p, (said, points) in enumerate(zip(texts, scores, strict=True)):
+        for k, (text, point) in enumerate(zip(said, points, strict=True)):
+            head = {"row": int(data.row_numbers[p]), "temperature": 0.5 + k, "sample": 0}
+            asked = {"prompt": data.prompts[p].plain, "response": text, "finish_reason": "stop"}
+            samples.append({**head, **asked})
+            judged.append({**head, "score": point})
+    return samples, judged
+
+
+def test_what_cannot_be_the_best(tmp_path: Path) -> None:
+    """Blank texts, and scores that are not finite; prompts are told that have no best, or no worse."""
+    data = dataset(tmp_path, [{"prompt": "a"}, {"prompt": "b", "safety": True}, {"prompt": "c"}])
+    samples, scores = made(
+        data, [["x", " ", "y"], ["x", "y", "z"], ["", "\n", " "]], [[1, 9, 2], [3, None, 3], [5, 5, 6]]
+    )
+    found, told = best_responses.bests(data, samples, scores, iteration=4, reward="mine")
+    assert found[0] == {
+        "prompt": "a",
+        "completion": "y",
+        "score": 2.0,
+        "iteration": 4,
+        "temperature": 2.5,
+        "sample": 0,
+        "finish_reason": "stop",
+    }
+    assert found[1] is not None
+    assert (found[1]["completion"], found[1]["safety"]) == ("x", True)
+    assert found[2] is None
+    assert [line.split(":")[0] for line in told] == [
+        "1 of 9 scores are not finite",
+        "1 of 3 prompts have responses of one score only",
+        "1 of 3 prompts have blank responses only and no best",
+    ]
+    samples, scores = made(data, [["x", "y"]] * 3, [[1, None], [None, None], [None, None]])
+    with pytest.raises(InputError, match=r"rows 2, 3 has a finite score \(2 of 3 prompts\)"):
+        best_responses.bests(data, samples, scores, iteration=1, reward="mine")
+    samples, scores = made(data, [["x", "y"]] * 3, [[1, 1], [2, 2], [0, 0]])
+    with pytest.raises(InputError, match="all 2 responses to a prompt have the same score, for every prompt"):
+        best_responses.bests(data, samples, scores, iteration=1, reward="mine")
+
+
+def best(prompt: Any, score: float, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": f"of {score}", "score": score, "iteration": 1, "temperature": 1.0} | more
+
+
+def test_pools_merge_by_prompt() -> None:
+    """Whatever form a prompt has; what is new stands first, an earlier best stays among equals."""
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    earlier = [best("only earlier", 5.0), best("a", 1.0), best(asked, 2.0), best("equal", 3.0)]
+    new = [best("a", 2.0, iteration=2), None, best(asked, 1.0, iteration=2), best("equal", 3.0, iteration=2)]
+    pool = best_responses.merged(earlier, new)
+    assert pool == [new[0], earlier[2], earlier[3], earlier[0]]
+    assert best_responses.merged([], new) == [row for row in new if row]
+
+
+def test_what_is_learnt() -> None:
+    pool = [best(str(i), score) for i, score in enumerate([3.0, -1.0, 2.0, 5.0, 2.5])]
+    assert best_responses.learnt(pool, RejectionConfig()) == pool
+    some = best_responses.learnt(pool, RejectionConfig(min_score=2.0, share=0.5))
+    assert [row["score"] for row in some] == [3.0, 5.0]
+    with pytest.raises(InputError, match="the highest score is 5; lower it"):
+        best_responses.learnt(pool, RejectionConfig(min_score=6))
+
+
+def test_an_earlier_pool_is_judged_anew(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [best("a", 9.0, safety=True), best("b", 1.0)]))
+    pool = best_responses.read_pool(str(path))
+
+    def length(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
+        return np.asarray([len(text) for text in texts]) + tagged, {}
+
+    def broken(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
+        return np.asarray([np.nan, 1.0]), {}
+
+    judges: Any = length
+    assert [row["score"] for row in best_responses.judged(pool, judges, str(path))] == [7, 6]
+    judges = broken
+    with pytest.raises(InputError, match="the score of row 1 is not finite"):
+        best_responses.judged(pool, judges, str(path))
+    path.write_text('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(InputError, match="'completion' is not text"):
+        best_responses.read_pool(str(path))
+
+
+def test_a_safety_reward_decides_as_in_llama_2() -> None:
+    helpful, safe = jnp.asarray([3.0, 3.0, 3.0, 3.0]), jnp.asarray([1.0, -2.0, 1.0, jnp.nan])
+    found = rewards.combined(helpful, safe, jnp.asarray([False, False, True, False]))
+    np.testing.assert_array_equal(found, [3, -2, 1, np.nan])
+
+
+def test_counts_of_the_curves() -> None:
+    assert rejection_report.counts_up_to(3) == [1, 2, 3]
+    many = rejection_report.counts_up_to(1000)
+    assert many[:24] == list(range(1, 25))
+    assert many[-1] == 1000
+    assert len(many) < 60
+    none = [{"row": 1, "temperature": 1.0, "sample": k, "score": None} for k in range(2)]
+    assert rejection_report.curves(none)["counts"] == []
+    rejection_report.reward_plot(rejection_report.curves(none), 1)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def words(inputs: Path, out: Path) -> list[str]:
+    args = ["rejection", "--model", inputs / "model", "--data", inputs / "train.jsonl", "--out", out]
+    args += ["--reward", f"{inputs / 'mine.py'}:letters", "--data.template", "raw", "--data.max_length", "32"]
+    args += ["--sample.max_new_tokens", "6", "--rejection.samples", str(SAMPLES), "--sample_batch_size", "16"]
+    args += ["--train.batch_size", "4", "--train.steps", "1", "--mesh.data", "1", "--mesh.fsdp", "1"]
+    return [str(arg) for arg in args]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rejection.samples", "1"], r"--rejection.samples 1: the best of K takes at least 2"),
+        (["--rejection.temperatures"], r"--rejection.temperatures is empty"),
+        (["--rejection.temperatures", "1.0", "-0.5"], r"--rejection.temperatures -0.5: must be positive"),
+        (["--rejection.temperatures", "0"], r"--rejection.temperatures 0.0: must be positive"),
+        (["--rejection.temperatures", "1", "1"], r"names one twice"),
+        (["--rejection.share", "1.5"], r"--rejection.share must lie in"),
+        (["--rejection.student", "x", "--rejection.iterations", "2"], r"--rejection.iterations has no effect with"),
+        (["--rejection.pool", "latest", "--rejection.pool_from", "x"], r"--rejection.pool_from has no effect with"),
+        (["--rejection.eval_samples", "2"], r"have no effect without --eval_data"),
+        (["--rejection.pool_from", "nowhere.jsonl"], r"nowhere.jsonl"),
+        (["--rejection.student", "nowhere"], r"nowhere: no such folder"),
+        (["--eval_data", "{train}"], r"10 of its prompts stand in .*train.jsonl too \(first: row 1, and there row 1\)"),
+        (["--sample.temperature", "0.5"], r"--sample.temperature has no effect in dpo-jax rejection"),
+        (["--sample.max_new_tokens", "32"], r"leaves no room for a prompt"),
+        (["--data.max_length", "7"], r"no prompt has at most 1 tokens"),
+        (["--reward", "{model}"], r"has no reward head"),
+        (["--train.frozen_dtype", "bfloat16"], r"frozen_dtype has no effect"),
+        (["--train.batch_size", "3", "--mesh.fsdp", "2"], r"--train.batch_size 3 does not divide"),
+    ],
+)
+def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = {"model": inputs / "model", "train": inputs / "train.jsonl"}
+    args = [*words(inputs, tmp_path / "out"), *(word.format(**names) for word in more)]
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dpo-jax: error:")
+    assert re.search(message, error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [("same", "all 4 responses to a prompt have the same score"), ("nan", r"the prompts of rows 5 has a finite score")],
+)
+def test_rewards_that_choose_nothing(judge, message, inputs: Path, tmp_path: Path, capsys) -> None:
+    args = words(inputs, tmp_path / "out")
+    assert cli.main([*args, "--reward", f"{inputs / 'mine.py'}:{judge}"]) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_files_that_changed(inputs: Path, tmp_path: Path) -> None:
+    """A run goes on with what it began with."""
+    path = prompts(tmp_path / "train.jsonl", 4, first=50)
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses, "answers", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            rejection.train(options(inputs, out, source=str(path)))
+        prompts(path, 5, first=50)
+        with pytest.raises(InputError, match="what --data names has changed since this run began"):
+            rejection.train(options(inputs, out, source=str(path)))
+
+
+# ---------------------------------------------------------------- whole runs of other kinds
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_the_teachers_bests_and_an_earlier_pool(
+    inputs: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Messages under a template; equal and over-long prompts; a student of another size."""
+    tiny.folder(tmp_path / "student", hidden=8, heads=2, kv_heads=1, layers=1, seed=1)
+    rows = [{"messages": [{"role": "user", "content": f"{i}: good?"}]} for i in range(5)]
+    turns = ["film", "a good book", "and you?"]
+    roles = ["user", "assistant", "user"]
+    rows.append({"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]})
+    rows += [{"prompt": "0: good?"}, {"prompt": "red " * 80}]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = options(
+        inputs,
+        tmp_path / "run",
+        source=str(source),
+        eval_source=None,
+        lora=LoraConfig(rank=2),
+        data=SFTDataConfig(max_length=96, train_on="last", buckets=1),
+        train=TrainConfig(steps=2, batch_size=2),
+        rejection=RejectionConfig(
+            samples=3, student=str(tmp_path / "student"), pool_from=str(whole / "pool.jsonl"), share=0.5
+        ),
+    )
+    out = rejection.train(config)
+    said = capsys.readouterr().err
+    assert "1 prompts occur a second time" in said
+    assert "left out 1 of 7 prompts: more than 90 tokens" in said
+    pool = read_lines(out / "pool.jsonl")
+    assert len(pool) == 6 + TRAINED
+    assert {row["iteration"] for row in pool[:6]} == {3}  # the earlier run had two
+    assert {row["iteration"] for row in pool[6:]} <= {1, 2}
+    assert pool[5]["prompt"][1] == {"role": "assistant", "content": "a good book"}
+    assert pool[6:] == read_lines(whole / "pool.jsonl")  # judged anew, by the same function
+    assert len(read_lines(out / "iteration-1" / "sft.jsonl")) == 8
+    assert json.loads((out / "model" / "config.json").read_text())["hidden_size"] == 8
+    (row,) = read_lines(out / "metrics.jsonl")
+    assert row["step"] == 1
+    assert "eval_rewards/mean" not in row

@@ -158,7 +158,10 @@ class _Run:
         path = self.out / "inputs.json"
         if not path.exists():
             return
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not readable; choose another --out") from error
         for name, value in self._inputs.items():
             if before.get(name) != value:
                 raise InputError(

@@ -3,6 +3,7 @@
 Everything here follows from the files of the run, so a run that was killed and gone on with tells the same.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from dpo_jax.align import rejection
 from dpo_jax.run import report
 from dpo_jax.run.demo_report import interval
+from dpo_jax.run.folder import cannot_write
 from dpo_jax.run.responses import as_matrix
 from dpo_jax.run.rows import Row
 from dpo_jax.run.samples import prompt_text
@@ -187,7 +189,7 @@ def write(
     texts: Sequence[Sequence[Row]],
     options: Mapping[str, Any],
 ) -> None:
-    """`report.html`, and the curves as PNG files in `figures/`.
+    """`report.html`, the curves as PNG files in `figures/`, and the figures as TensorBoard events.
 
     Args:
       out: the run folder.
@@ -198,6 +200,7 @@ def write(
       texts: the held-out responses before the first and after the last iteration; empty where there are none.
       options: of the run.
     """
+    _write_events(out / "tensorboard", rows)
     rewards = [reward_plot(each, t) for t, each in enumerate(found, 1)]
     named = {f"reward_by_samples_{t}": plot for t, plot in enumerate(rewards, 1)}
     named |= {"best_temperature": temperature_plot(found), "reward_by_iteration": iterations_plot(rows)}
@@ -227,6 +230,20 @@ def write(
         report.options_section(options),
     ]
     report.write_report(out / "report.html", "Rejection sampling", summary, sections)
+
+
+def _write_events(folder: Path, rows: Sequence[Row]) -> None:
+    from tensorboardX import SummaryWriter
+
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote the report
+        with SummaryWriter(str(folder)) as events:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        events.add_scalar(name, value, row["step"])
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def _table(rows: Sequence[Row]) -> report.Table:
