@@ -8,6 +8,7 @@ Three mesh axes:
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -110,6 +111,11 @@ def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAx
 def _current() -> jax.sharding.AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def in_force(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """`jax.set_mesh(mesh)`; nothing where there is no mesh."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:

@@ -91,7 +91,7 @@ def test_cached_queries_see_the_slots_up_to_their_position():
     q, k, v = qkv(1, 3, 2, 10, 4, 2, 8)
     positions = jnp.array([[0, 1], [4, 5], [8, 9]])
     visible = np.arange(10) <= np.asarray(positions)[..., None]
-    out = attend(q, k, v, mask=AttentionMask(positions=positions), kernel="xla")
+    out = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=AttentionMask(positions=positions), kernel="xla")
     np.testing.assert_allclose(out, reference(q, k, v, visible), atol=2e-6)
 
 

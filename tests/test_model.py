@@ -13,6 +13,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import architecture, groups, llama, logprobs
 from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
+from dpo_jax.model.cache import init_cache
 from dpo_jax.types import PreferenceBatch
 
 CONFIG = LlamaConfig(
@@ -81,7 +82,7 @@ def architecture_with(**changes) -> LlamaConfig:
 @pytest.mark.parametrize("chunks", [[11], [6, 1, 1, 1, 1, 1], [1] * 11, [4, 7]])
 def test_cached_decoding_equals_the_full_forward(model, variables, tokens, chunks):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache, start, parts = llama.init_cache(model, batch=2, length=16), 0, []
+    cache, start, parts = init_cache(CONFIG, 2, 16, jnp.float32), 0, []
     for size in chunks:
         piece = slice(start, start + size)
         hidden, cache = jax.jit(model.apply)(variables, tokens[:, piece], positions[:, piece], cache=cache)
@@ -94,7 +95,7 @@ def test_cached_decoding_equals_the_full_forward(model, variables, tokens, chunk
 def test_rows_of_unequal_length_decode_at_their_own_positions(model, variables, tokens):
     lengths = jnp.array([4, 7])
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    _, cache = model.apply(variables, tokens[:, :7], positions, cache=llama.init_cache(model, 2, 12))
+    _, cache = model.apply(variables, tokens[:, :7], positions, cache=init_cache(CONFIG, 2, 12, jnp.float32))
     following = jnp.take_along_axis(tokens, lengths[:, None], axis=1)
     hidden, _ = model.apply(variables, following, lengths[:, None], cache=cache)
     full = model.apply(variables, tokens)

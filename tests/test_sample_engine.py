@@ -18,6 +18,7 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model import llama
 from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.cache import init_cache
 from dpo_jax.sample import engine, generate
 
 CONFIG = LlamaConfig(
@@ -72,7 +73,7 @@ def test_cached_decode_equals_full_forward(small):
     model, variables = small
     ids = jax.random.randint(jax.random.key(1), (2, 24), 0, CONFIG.vocab_size)
     step = quick_jit(lambda variables, *args, cache: model.apply(variables, *args, cache=cache))
-    cache = llama.init_cache(model, 2, 32)
+    cache = init_cache(CONFIG, 2, 32, jnp.float32)
     hidden, cache = step(variables, ids[:, :9], jnp.tile(jnp.arange(9), (2, 1)), cache=cache)
     states = [hidden]
     for t in range(9, 24):

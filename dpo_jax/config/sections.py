@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dpo_jax.config.checks import only_with, require
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+Narrow = Literal["bfloat16", "int8"]
 Layout = Literal["shared", "separate"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -270,6 +271,11 @@ class SampleConfig:
     """Beam search with so many beams, instead of sampling."""
     length_penalty: float | None = None
     """A finished beam counts log-probability / length ** penalty: above 0 favours long responses. Not given: 1."""
+    weights: Narrow | None = None
+    """Read the weights rounded to so few bits for every token after the prompt: faster, and not quite the model's
+    probabilities. Not given: as they are."""
+    cache: Literal["float32", "bfloat16", "int8"] | None = None
+    """What keys and values are kept in. Not given: what the model computes in."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
@@ -298,6 +304,11 @@ class SampleConfig:
         require(
             0 <= self.min_new_tokens < self.max_new_tokens or self.min_new_tokens == 0,
             f"min_new_tokens {self.min_new_tokens} must lie in [0, max_new_tokens {self.max_new_tokens})",
+        )
+        require(self.weights in (None, *get_args(Narrow)), f"weights {self.weights} must be bfloat16 or int8, or None")
+        require(
+            self.cache in (None, "float32", *get_args(Narrow)),
+            f"cache {self.cache} must be float32, bfloat16 or int8, or None",
         )
         require(all(self.stop_strings), "stop_strings holds an empty text, which would end every response at once")
         if self.beams is None:

@@ -34,7 +34,8 @@ class AttentionMask:
       segments:  int32 [B, T]  a token sees only tokens of its own segment, and only those at or before its own index.
                                Padding is segment 0: real tokens never see it, it sees only itself, and what it gives is
                                finite and nobody's business.
-      positions: int32 [B, T]  the cached form: keys are S cache slots, and a query at position p sees slots 0..p.
+      positions: int32 [B, T]  the cached form: keys and values are [B, G, S, C], the slots of a cache, and a query at
+                               position p sees slots 0..p.
       packed:    static; False promises that the segments of a row are 1 ... 1 0 ... 0.
       prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
                                K response blocks of R. A response sees the prompt and itself, never another response.
@@ -58,7 +59,7 @@ def attend(
     """Attention with one of the kernels that `choose_kernel` names.
 
     Args:
-      q: [B, T, H, C]; k, v: [B, S, G, C] with S = T, or S cache slots.
+      q: [B, T, H, C]; k, v: [B, T, G, C], or from a cache [B, G, S, C].
       mask: who sees whom.
       kernel: "xla", "cudnn" or "splash".
       scale: factor of the scores; None means 1 / sqrt(C).
@@ -77,11 +78,13 @@ def attend(
         return _cudnn(q, k, v, mask, scale)
     if kernel != "xla":
         raise ValueError(f"unknown attention kernel {kernel!r}")
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])  # [B, T, G, M, C]
+    slots = 1 if mask.positions is None else 2  # the axis of S
+    q = q.reshape(*q.shape[:2], k.shape[3 - slots], -1, q.shape[3])  # [B, T, G, M, C]
     if mask.prefix is not None:
         out = _xla_prefix(q, k, v, mask, scale)
     else:
-        out = _xla(q, k, v, _visible(mask, q.shape[1], k.shape[1]), scale)
+        keys = "bsgc" if slots == 1 else "bgsc"
+        out = _xla(q, k, v, _visible(mask, q.shape[1], k.shape[slots]), scale, keys)
     return out.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
@@ -109,10 +112,10 @@ def _visible(mask: AttentionMask, T: int, S: int) -> jax.Array:
     return causal & (mask.segments[:, :, None] == mask.segments[:, None, :])
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
-    """q [B, T, G, M, C], k and v [B, S, G, C], visible [B or 1, T, S] -> [B, T, G, M, C]."""
-    weights = _softmax(_scores("btgmc,bsgc->bgmts", q, k, scale), visible[:, None, None])
-    return jnp.einsum("bgmts,bsgc->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, keys: str = "bsgc") -> jax.Array:
+    """q [B, T, G, M, C], k and v [B, S, G, C] (or as `keys` says), visible [B or 1, T, S] -> [B, T, G, M, C]."""
+    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, scale), visible[:, None, None])
+    return jnp.einsum(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
 
 
 def _xla_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:

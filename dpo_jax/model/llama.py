@@ -18,30 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
-from dpo_jax.model import attention
+from dpo_jax.model import attention, narrow
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
+from dpo_jax.model.cache import Cache, Caches, count_slots
 
 _REMAT_POLICIES: dict[Remat, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of every layer. A token at position p stands in slot p of its row.
-
-    Attributes:
-      keys, values: [L, B, S, G, C].
-    """
-
-    keys: jax.Array
-    values: jax.Array
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -89,7 +77,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W (+ b) (+ scale x A B where this layer has an adapter and the `adapters` collection is given)."""
+    """x W (+ b) (+ scale x A B where this layer has an adapter and the `adapters` collection is given).
+
+    W is what the collection `narrow` holds, where that is given (`model/narrow.py`).
+    """
 
     features: int
     use_bias: bool
@@ -99,8 +90,11 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, exact = x.shape[-1], precision(self.dtype)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
-        y = jnp.matmul(x, kernel.astype(self.dtype), precision=exact)
+        if self.has_variable("narrow", "kernel"):
+            y = narrow.matmul(x, self.get_variable("narrow", "kernel")).astype(self.dtype)
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
+            y = jnp.matmul(x, kernel.astype(self.dtype), precision=exact)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         adapted = self.lora.rank > 0 and self.name in self.lora.targets
@@ -118,7 +112,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions; with `cache` [B, S, G, C] x 2, over the cached slots."""
+    """Grouped-query self-attention with rotary positions; with a cache, over the cached slots."""
 
     config: LlamaConfig
     dtype: Any
@@ -129,11 +123,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: Cache | None,
         cos: jax.Array,
         sin: jax.Array,
         mask: attention.AttentionMask,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         c, (b, t, _) = self.config, x.shape
         bias = {"use_bias": c.attention_bias, "dtype": self.dtype, "lora": self.lora}
         q = Linear(c.num_heads * c.head_dim, name="q_proj", **bias)(x).reshape(b, t, c.num_heads, c.head_dim)
@@ -145,12 +139,8 @@ class Attention(nn.Module):
         v = meshes.constrain(v, ("batch", "length", "kv", "channels"))
         if cache is not None:
             assert mask.positions is not None
-            write = jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice(slots, new, (start, 0, 0)))
-            start = mask.positions[:, 0]
-            k = write(cache[0], k.astype(cache[0].dtype), start)
-            v = write(cache[1], v.astype(cache[1].dtype), start)
-            cache = (k, v)
-            k, v = k.astype(self.dtype), v.astype(self.dtype)
+            cache = cache.write(k, v, mask.positions[:, 0])
+            k, v = cache.read(self.dtype)
         kernel = attention.choose_kernel(
             self.kernel,
             meshes.platform(),
@@ -195,11 +185,11 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: Cache | None,
         cos: jax.Array,
         sin: jax.Array,
         mask: attention.AttentionMask,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         epsilon = self.config.rms_norm_eps
         normed = RMSNorm(epsilon, self.dtype, name="input_layernorm")(x)
         y, cache = Attention(self.config, self.dtype, self.kernel, self.lora, name="self_attn")(
@@ -230,6 +220,8 @@ class Llama(nn.Module):
       remat:     what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (whole layers).
       attention: kernel; see `model/attention.py`.
       lora:      adapters, or rank 0.
+      unrolled:  layers are layer_0, layer_1, ... with variables of their own (`variables.unroll`), not a scan over
+                 stacked ones. XLA's CPU backend copies what a scan slices, so one token takes a third of the time.
     """
 
     config: LlamaConfig
@@ -237,21 +229,26 @@ class Llama(nn.Module):
     remat: Remat = "dots"
     attention: AttentionKernel = "auto"
     lora: LoraConfig = LoraConfig()
+    unrolled: bool = False
 
     def setup(self) -> None:
         c = self.config
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
-        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "adapters": 0},
-            split_rngs={"params": True},
-            in_axes=in_axes,
-            out_axes=0,
-            length=c.num_layers,
-        )(c, self.dtype, self.attention, self.lora)
+        options = (c, self.dtype, self.attention, self.lora)
+        if self.unrolled:
+            self.layer = [block(*options) for _ in range(c.num_layers)]
+        else:
+            in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "adapters": 0, "narrow": 0},
+                split_rngs={"params": True},
+                in_axes=in_axes,
+                out_axes=0,
+                length=c.num_layers,
+            )(*options)
         self.embed_tokens = Table("embedding", (c.vocab_size, c.hidden_size))
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not (c.tie_embeddings or c.num_labels):
@@ -265,7 +262,7 @@ class Llama(nn.Module):
         *,
         prefix: tuple[int, int, int] | None = None,
         packed: bool = True,
-        cache: Cache | None = None,
+        cache: Caches | None = None,
     ) -> Any:
         """Hidden states after the final norm.
 
@@ -283,7 +280,7 @@ class Llama(nn.Module):
           [B, T, D] in `dtype`; with a cache the pair (hidden, new cache).
         """
         c = self.config
-        reach = tokens.shape[1] if cache is None else cache.keys.shape[2]
+        reach = tokens.shape[1] if cache is None else count_slots(cache)
         if c.sliding_window is not None and reach > c.sliding_window:
             raise InputError(
                 f"sequences of {reach} tokens exceed the model's sliding window of {c.sliding_window}, which is not "
@@ -301,12 +298,21 @@ class Llama(nn.Module):
         angles = positions.astype(jnp.float32)[..., None] * freqs
         x = jnp.take(self.embed_tokens.value, tokens, axis=0).astype(self.dtype)
         x = meshes.constrain(x, ("batch", "length", "embed"))
-        layer_cache = None if cache is None else (cache.keys, cache.values)
-        x, layer_cache = self.layers(x, layer_cache, jnp.cos(angles), jnp.sin(angles), mask)
+        x, cache = self._through_layers(x, cache, jnp.cos(angles), jnp.sin(angles), mask)
         x = self.norm(x)
         if self.is_initializing() and not c.num_labels:
             self.unembedding()  # creates the head, which only `logits` and the log-probabilities use
-        return x if layer_cache is None else (x, Cache(*layer_cache))
+        return x if cache is None else (x, cache)
+
+    def _through_layers(self, x: jax.Array, cache: Caches | None, *rest: Any) -> tuple[jax.Array, Caches | None]:
+        if not self.unrolled:
+            return self.layers(x, cache, *rest)
+        assert not isinstance(cache, Cache)
+        after = []
+        for i, layer in enumerate(self.layer):
+            x, one = layer(x, None if cache is None else cache[i], *rest)
+            after.append(one)
+        return x, None if cache is None else tuple(after)
 
     def unembedding(self) -> jax.Array:
         """The output matrix [D, V] in `dtype`: the transposed embedding where they are tied.
@@ -320,14 +326,8 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
+        if "lm_head" in self.variables.get("narrow", {}):
+            return narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
         return jnp.matmul(
             hidden, self.unembedding(), precision=precision(self.dtype), preferred_element_type=jnp.float32
         )
-
-
-def init_cache(model: Llama, batch: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache of `length` slots a row, in `dtype` (default: the model's)."""
-    c = model.config
-    shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-    zeros = jnp.zeros(shape, dtype or model.dtype)
-    return Cache(keys=zeros, values=zeros)

@@ -82,6 +82,19 @@ def init_adapters(model: Llama, key: jax.Array, *, mesh: Mesh | None = None) -> 
     return jax.jit(lambda key: _init(model)(key)["adapters"], out_shardings=where)(key)
 
 
+def unroll(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a scanned model as those of an unrolled one (`Llama.unrolled`)."""
+
+    def split(collection: Mapping[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in collection.items() if name != "layers"}
+        stacked = collection.get("layers", {})
+        leaves = jax.tree.leaves(stacked)
+        layers = range(leaves[0].shape[0] if leaves else 0)
+        return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in layers}
+
+    return {name: split(collection) for name, collection in variables.items()}
+
+
 def merge_adapters(variables: Mapping[str, Any], lora: LoraConfig) -> Any:
     """Parameters with W + (alpha / rank) A B in place of each adapted W; the sum is made in float32."""
 

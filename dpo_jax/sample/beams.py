@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
 from dpo_jax.sample import decode, filters
 from dpo_jax.sample.engine import Generation
@@ -61,7 +62,7 @@ class _Loop(NamedTuple):
     finished: _Beams
     text: jax.Array | None
     seen: jax.Array | None
-    cache: llama.Cache
+    cache: caches.Caches
 
 
 def _take(x: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
@@ -70,23 +71,21 @@ def _take(x: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(shape), axis=axis)
 
 
-@partial(jax.jit, static_argnames=("model", "beams", "new", "slots", "implementation", "mesh"))
+@partial(jax.jit, static_argnames=("program", "beams", "new", "slots"))
 def _search(
-    variables: Any,
+    weights: decode.Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     penalty: jax.Array,
     settings: decode.Settings,
     *,
-    model: llama.Llama,
+    program: decode.Program,
     beams: int,
     new: int,
     slots: int,
-    implementation: str,
-    mesh: Mesh | None,
 ) -> Generation:
     count = len(prompts)
-    decoder = decode.Decoder(model, variables, settings, implementation)
+    decoder = decode.Decoder(program, weights, settings)
     keys = jnp.zeros((count * beams, 2), jnp.uint32)  # nothing is drawn
     size = {"samples": beams, "new": new, "slots": slots, "plain": False}
     rows, logits = decoder.fresh(prompts, lengths, keys, **size)
@@ -149,9 +148,9 @@ def _search(
         if seen is not None:
             seen = flat(_take(by_prompt(seen), origin)).at[at, newest].set(True)
 
-        def follow(x: jax.Array) -> jax.Array:
-            split = x.reshape(x.shape[0], count, beams, *x.shape[2:])
-            return meshes.constrain(_take(split, origin, 2).reshape(x.shape), decode.CACHE_AXES)
+        def follow(x: jax.Array, axis: int) -> jax.Array:
+            split = x.reshape(*x.shape[:axis], count, beams, *x.shape[axis + 1 :])
+            return _take(split, origin, axis + 1).reshape(x.shape)
 
         return _Loop(
             step=t + 1,
@@ -160,7 +159,7 @@ def _search(
             finished=keep(finished, loop.finished),
             text=text,
             seen=seen,
-            cache=jax.tree.map(follow, loop.cache),
+            cache=caches.constrain(caches.map_rows(follow, loop.cache)),
         )
 
     def advance(loop: _Loop) -> _Loop:
@@ -189,9 +188,7 @@ def _search(
     best = jax.tree.map(lambda x: x[:, 0], loop.finished)
     mask = jnp.arange(new) < best.length[:, None]
     out = Generation(jnp.where(mask, best.tokens, decode.PAD), mask, jnp.where(mask, best.logps, 0.0))
-    if mesh is None:
-        return out
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, meshes.replicated(mesh)), out)
+    return decode.everywhere(program, out)
 
 
 def beam_search(
@@ -229,16 +226,14 @@ def beam_search(
     batch = padded, np.pad(lengths, (0, fillers))
     penalty = np.float32(1 if config.length_penalty is None else config.length_penalty)
     static = {
-        "model": model,
         "beams": config.beams,
         "new": decode.bucket(config.max_new_tokens),
         "slots": slots,
-        "implementation": str(jax.random.key_impl(jax.random.key(0))),
     }
     settings = decode.settings(config, vocab)
-    if mesh is None:
-        out = _search(variables, *batch, penalty, settings, mesh=None, **static)
-    else:
-        with jax.set_mesh(mesh):
-            out = _search(variables, *meshes.put_batch(mesh, batch), penalty, settings, mesh=mesh, **static)
+    with meshes.in_force(mesh):
+        program = decode.Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
+        weights = decode.weights(program, variables, config)
+        table, sizes = batch if mesh is None else meshes.put_batch(mesh, batch)
+        out = _search(weights, table, sizes, penalty, settings, program=program, **static)
     return Generation(*(x[:count, : config.max_new_tokens] for x in out))

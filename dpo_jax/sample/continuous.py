@@ -7,7 +7,6 @@ same prompt, key, row id and sample number, whatever row it gets and whoever sta
 B rows, G prompts that begin together, K samples of one prompt that do, N new tokens, S cache slots.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
 
@@ -56,32 +56,22 @@ class _View(NamedTuple):
     logps: jax.Array
 
 
-class _Program(NamedTuple):
-    """What the compiled functions depend on beside shapes; hashable."""
-
-    model: llama.Llama
-    implementation: str
-    mesh: Mesh | None
-
-    def decoder(self, variables: Any, settings: decode.Settings) -> decode.Decoder:
-        return decode.Decoder(self.model, variables, settings, self.implementation)
-
-    def constrain(self, rows: decode.Rows) -> decode.Rows:
-        return rows if self.mesh is None else decode.constrain(rows)
+def _constrain(program: decode.Program, rows: decode.Rows) -> decode.Rows:
+    return rows if program.mesh is None else decode.constrain(rows)
 
 
 @partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words"))
 def _empty(
-    settings: decode.Settings, *, program: _Program, rows: int, new: int, slots: int, key_words: int
+    settings: decode.Settings, *, program: decode.Program, rows: int, new: int, slots: int, key_words: int
 ) -> decode.Rows:
-    state = decode.empty(program.model, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
-    return program.constrain(state)
+    state = decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
+    return _constrain(program, state)
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
 def _admit(
     rows: decode.Rows,
-    variables: Any,
+    weights: decode.Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     targets: jax.Array,
@@ -90,7 +80,7 @@ def _admit(
     key_data: jax.Array,
     settings: decode.Settings,
     *,
-    program: _Program,
+    program: decode.Program,
 ) -> decode.Rows:
     """Prompts [G, P], each computed once, into the rows `targets` [G, K]; B there means nowhere.
 
@@ -99,7 +89,7 @@ def _admit(
     samples, new = targets.shape[1], rows.tokens.shape[1]
     key = jax.random.wrap_key_data(key_data, impl=program.implementation)
     keys = decode.row_keys(key, jnp.repeat(ids, samples), numbers.reshape(-1))
-    fresh = program.decoder(variables, settings).begin(
+    fresh = decode.Decoder(program, weights, settings).begin(
         prompts, lengths, keys, samples=samples, new=new, slots=prompts.shape[1], plain=False
     )
     at = targets.reshape(-1)
@@ -110,26 +100,28 @@ def _admit(
     if rows.text is not None:
         assert fresh.text is not None
         fresh = fresh._replace(text=jnp.pad(fresh.text, ((0, 0), (0, rows.text.shape[1] - fresh.text.shape[1]))))
-    cache = jax.tree.map(
-        lambda old, value: old.at[:, at, : prompts.shape[1]].set(value, mode="drop"), rows.cache, fresh.cache
-    )
+
+    def put_slots(old: jax.Array, value: jax.Array, axis: int) -> jax.Array:
+        return old.at[(slice(None),) * axis + (at, slice(None), slice(prompts.shape[1]))].set(value, mode="drop")
+
+    cache = caches.map_rows(put_slots, rows.cache, fresh.cache)
     rest = jax.tree.map(put, rows._replace(cache=None), fresh._replace(cache=None))
-    return program.constrain(rest._replace(cache=cache))
+    return _constrain(program, rest._replace(cache=cache))
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
 def _run(
     rows: decode.Rows,
-    variables: Any,
+    weights: decode.Weights,
     ended: jax.Array,
     steps: jax.Array,
     wanted: jax.Array,
     settings: decode.Settings,
     *,
-    program: _Program,
+    program: decode.Program,
 ) -> tuple[decode.Rows, _View]:
     """At most `steps` tokens a row, until `wanted` rows are done; `ended` bool [B] were ended by the host."""
-    decoder = program.decoder(variables, settings)
+    decoder = decode.Decoder(program, weights, settings)
 
     def more(loop: tuple[jax.Array, decode.Rows]) -> jax.Array:
         step, rows = loop
@@ -139,13 +131,10 @@ def _run(
         step, rows = loop
         return step + 1, decoder.advance(rows)
 
-    rows = program.constrain(rows._replace(done=rows.done | ended))
+    rows = _constrain(program, rows._replace(done=rows.done | ended))
     _, rows = jax.lax.while_loop(more, body, (jnp.int32(0), rows))
-    view = _View(rows.count, rows.done, rows.tokens, rows.logps)
-    if program.mesh is not None:
-        everywhere = meshes.replicated(program.mesh)
-        view = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), view)
-    return program.constrain(rows), view
+    view = decode.everywhere(program, _View(rows.count, rows.done, rows.tokens, rows.logps))
+    return _constrain(program, rows), view
 
 
 def _units(requests: Sequence[Request], width: int) -> list[tuple[int, list[int]]]:
@@ -205,10 +194,12 @@ def serve(
     parts = 1 if mesh is None else meshes.batch_parts(mesh)
     rows = -(-min(rows, max(len(requests), 1)) // parts) * parts
     bits, implementation = decode.key_data(key)
-    program = _Program(model, implementation, mesh)
+    with meshes.in_force(mesh):
+        program = decode.Program.of(model, config, implementation, mesh)
+        weights = decode.weights(program, variables, config)
     units = _units(requests, rows)
     for slots, group in _groups(model, lengths.tolist(), units, config):
-        batch = _Batch(program, variables, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)
+        batch = _Batch(program, weights, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)
         yield from batch.work(group, ended)
 
 
@@ -217,8 +208,8 @@ class _Batch:
 
     def __init__(
         self,
-        program: _Program,
-        variables: Any,
+        program: decode.Program,
+        weights: decode.Weights,
         table: np.ndarray,
         lengths: np.ndarray,
         bits: np.ndarray,
@@ -228,7 +219,7 @@ class _Batch:
         slots: int,
         parts: int,
     ):
-        self.program, self.variables, self.table, self.lengths = program, variables, table, lengths
+        self.program, self.weights, self.table, self.lengths = program, weights, table, lengths
         self.bits, self.rows, self.slots, self.parts = bits, rows, slots, parts
         self.settings = decode.settings(config, program.model.config.vocab_size)
         self.new = decode.bucket(config.max_new_tokens)
@@ -242,7 +233,7 @@ class _Batch:
         # Waiting until a quarter of the rows is free keeps seven eighths of them busy, and prefills some at once.
         together = max(1, self.rows // (4 * width))
         waiting = list(reversed(units))
-        with self._mesh():
+        with meshes.in_force(self.program.mesh):
             state = _empty(
                 self.settings,
                 program=self.program,
@@ -262,10 +253,10 @@ class _Batch:
                 stop[[i for i, owner in enumerate(self.owner) if owner is not None]] = False
             following = waiting[-together:]
             wanted = sum(len(samples) for _, samples in following) if following else self.rows
-            with self._mesh():
+            with meshes.in_force(self.program.mesh):
                 state, view = _run(
                     state,
-                    self.variables,
+                    self.weights,
                     self._put(stop),
                     np.int32(CHUNK if ended is None else WATCHED_CHUNK),
                     np.int32(wanted),
@@ -287,9 +278,6 @@ class _Batch:
             if finished:
                 yield finished
 
-    def _mesh(self) -> Any:
-        return contextlib.nullcontext() if self.program.mesh is None else jax.set_mesh(self.program.mesh)
-
     def _put(self, batch: Any) -> Any:
         return batch if self.program.mesh is None else meshes.put_batch(self.program.mesh, batch)
 
@@ -309,6 +297,6 @@ class _Batch:
                 row = free.pop(0)
                 self.owner[row] = (prompt, sample)
                 targets[g, k], numbers[g, k] = row, sample
-        with self._mesh():
+        with meshes.in_force(self.program.mesh):
             arrays = self._put((prompts, lengths, targets, ids, numbers))
-            return _admit(state, self.variables, *arrays, self.bits, self.settings, program=self.program)
+            return _admit(state, self.weights, *arrays, self.bits, self.settings, program=self.program)

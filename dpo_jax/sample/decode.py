@@ -9,17 +9,21 @@ on padding nor on its place in the batch.
 B rows, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import SampleConfig
+from dpo_jax.config import Narrow, SampleConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model import llama
+from dpo_jax.model import cache as caches
+from dpo_jax.model import llama, narrow
+from dpo_jax.model import variables as model_variables
 from dpo_jax.sample import filters
 
 PAD = 0
@@ -29,8 +33,48 @@ SAMPLE = np.uint32(2**31)
 """Added to a sample's number before it is folded into its row's key; tokens count from 0 and stay below."""
 
 
-CACHE_AXES = ("layers", "batch", "length", "kv", "channels")
-"""Logical axes of the arrays of a cache."""
+class Program(NamedTuple):
+    """What compiled functions depend on beside shapes; hashable.
+
+    Attributes:
+      model:          computes the prompts.
+      unrolled:       whether the tokens after them go through unrolled layers; see `Llama.unrolled`.
+      cache:          dtype of the cache, by name.
+      implementation: of the random numbers, by name.
+      mesh:           or None.
+    """
+
+    model: llama.Llama
+    unrolled: bool
+    cache: str
+    implementation: str
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, model: llama.Llama, config: SampleConfig, implementation: str, mesh: Mesh | None) -> "Program":
+        """For a mesh that is in force, or none."""
+        cache = jnp.dtype(config.cache or model.dtype).name
+        return cls(model, meshes.platform() == "cpu", cache, implementation, mesh)
+
+
+class Weights(NamedTuple):
+    """Variables for the prompts, and for the tokens after them; the same ones unless unrolled or narrow."""
+
+    prompt: Any
+    token: Any
+
+
+def weights(program: Program, variables: Any, config: SampleConfig) -> Weights:
+    """Made once for many tokens: what is unrolled or narrow is a copy."""
+    if not program.unrolled and config.weights is None:
+        return Weights(variables, variables)
+    return Weights(variables, _token_weights(variables, to=config.weights, unrolled=program.unrolled))
+
+
+@partial(jax.jit, static_argnames=("to", "unrolled"))
+def _token_weights(variables: Any, *, to: Narrow | None, unrolled: bool) -> Any:
+    made = variables if to is None else narrow.narrow_variables(variables, to)
+    return model_variables.unroll(made) if unrolled else made
 
 
 class Settings(NamedTuple):
@@ -70,7 +114,7 @@ class Rows(NamedTuple):
     plain: jax.Array | None
     text: jax.Array | None
     seen: jax.Array | None
-    cache: llama.Cache
+    cache: caches.Caches
 
 
 def bucket(length: int) -> int:
@@ -174,7 +218,7 @@ def row_keys(key: jax.Array, row_ids: jax.Array, samples: jax.Array) -> jax.Arra
 
 
 def empty(
-    model: llama.Llama, settings: Settings, *, rows: int, new: int, slots: int, key_words: int, plain: bool
+    program: Program, settings: Settings, *, rows: int, new: int, slots: int, key_words: int, plain: bool
 ) -> Rows:
     """Rows of which none is in use."""
     how = settings.adjustments
@@ -187,37 +231,39 @@ def empty(
         logps=jnp.zeros((rows, new), jnp.float32),
         plain=jnp.zeros((rows, new), jnp.float32) if plain else None,
         text=jnp.zeros((rows, slots), jnp.int32) if how is not None and how.ngram is not None else None,
-        seen=jnp.zeros((rows, model.config.vocab_size), bool)
+        seen=jnp.zeros((rows, program.model.config.vocab_size), bool)
         if how is not None and how.repetition is not None
         else None,
-        cache=llama.init_cache(model, rows, slots),
+        cache=_empty_cache(program, rows, slots),
     )
 
 
+def _empty_cache(program: Program, rows: int, slots: int) -> caches.Caches:
+    cache = caches.init_cache(program.model.config, rows, slots, program.cache)
+    return caches.unstack(cache) if program.unrolled else cache
+
+
 class Decoder:
-    """The moves, for one model, its variables and settings; used inside jitted functions."""
+    """The moves, for one model, its weights and settings; used inside jitted functions."""
 
-    def __init__(self, model: llama.Llama, variables: Any, settings: Settings, implementation: str):
-        self.model, self.variables, self.settings = model, variables, settings
-        self.implementation = implementation
-        self._forward: Callable[..., Any] = model.apply
+    def __init__(self, program: Program, weights: Weights, settings: Settings):
+        self.program, self.weights, self.settings = program, weights, settings
 
-    def prefill(self, prompts: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, llama.Cache]:
+    def prefill(self, prompts: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, caches.Caches]:
         """float32 [B, V], the logits behind each prompt [B, P], and a cache that holds it."""
         positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-        cache = llama.init_cache(self.model, len(prompts), slots)
-        hidden, cache = self._forward(self.variables, prompts, positions, cache=cache)
+        model, variables = self.program.model, self.weights.prompt
+        cache: Any = caches.init_cache(model.config, len(prompts), slots, self.program.cache)
+        hidden, cache = _apply(model, variables, prompts, positions, cache=cache)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        return self.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+        logits = _apply(model, variables, jnp.take_along_axis(hidden, last, axis=1)[:, 0], method="logits")
+        return logits, caches.unstack(cache) if self.program.unrolled else cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 [B, V] of hidden states [B, D]."""
-        return self._forward(self.variables, hidden, method="logits")
-
-    def step(self, tokens: jax.Array, positions: jax.Array, cache: llama.Cache) -> tuple[jax.Array, llama.Cache]:
-        """float32 [B, V], the logits behind one more token a row, written to slot `positions` [B]."""
-        hidden, cache = self._forward(self.variables, tokens[:, None], positions[:, None], cache=cache)
-        return self.logits(hidden[:, 0]), cache
+    def step(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """float32 [B, V], the logits behind one more token a row, written to slot `positions` [B]; and the cache."""
+        model, variables = self.program.model.clone(unrolled=self.program.unrolled), self.weights.token
+        hidden, cache = _apply(model, variables, tokens[:, None], positions[:, None], cache=cache)
+        return _apply(model, variables, hidden[:, 0], method="logits"), cache
 
     def begin(
         self,
@@ -260,7 +306,7 @@ class Decoder:
             return x if samples == 1 else jnp.repeat(x, samples, axis=axis)
 
         rows = empty(
-            self.model,
+            self.program,
             self.settings,
             rows=len(prompts) * samples,
             new=new,
@@ -281,7 +327,7 @@ class Decoder:
             keys=keys,
             text=text,
             seen=seen,
-            cache=jax.tree.map(lambda x: copies(x, 1), cache),
+            cache=caches.map_rows(copies, cache),
         )
         return rows, copies(logits)
 
@@ -298,7 +344,7 @@ class Decoder:
         s, live, at = self.settings, ~rows.done, jnp.arange(len(rows.count))
 
         def uniform(bits: jax.Array, count: jax.Array) -> jax.Array:
-            key = jax.random.wrap_key_data(bits, impl=self.implementation)
+            key = jax.random.wrap_key_data(bits, impl=self.program.implementation)
             return jax.random.uniform(jax.random.fold_in(key, count))
 
         token, logp = filters.pick(
@@ -339,8 +385,20 @@ class Decoder:
         return self.record(rows._replace(cache=cache), logits)
 
 
+def _apply(model: llama.Llama, variables: Any, *args: Any, **options: Any) -> Any:
+    return model.apply(variables, *args, **options)
+
+
+def everywhere(program: Program, tree: Any) -> Any:
+    """Arrays that every process may read whole."""
+    if program.mesh is None:
+        return tree
+    where = meshes.replicated(program.mesh)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
+
+
 def constrain(rows: Rows) -> Rows:
     """Lay rows out over the mesh in force: the rows are split."""
-    cache = jax.tree.map(lambda x: meshes.constrain(x, CACHE_AXES), rows.cache)
+    cache = caches.constrain(rows.cache)
     rest = jax.tree.map(lambda x: meshes.constrain(x, meshes.batch_axes(x.ndim)), rows._replace(cache=None))
     return rest._replace(cache=cache)

@@ -39,37 +39,31 @@ class Generation(NamedTuple):
     logps: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "new", "slots", "samples", "plain", "implementation", "mesh"))
+@partial(jax.jit, static_argnames=("program", "new", "slots", "samples", "plain"))
 def _generate(
-    variables: Any,
+    weights: decode.Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     key_data: jax.Array,
     row_ids: jax.Array,
     settings: decode.Settings,
     *,
-    model: llama.Llama,
+    program: decode.Program,
     new: int,
     slots: int,
     samples: int,
     plain: bool,
-    implementation: str,
-    mesh: Mesh | None,
 ) -> tuple[Generation, jax.Array | None]:
     """Prefill and decode. Rows of length 0 are fillers and done at once."""
-    key = jax.random.wrap_key_data(key_data, impl=implementation)
+    key = jax.random.wrap_key_data(key_data, impl=program.implementation)
     numbers = jnp.tile(jnp.arange(samples), len(prompts))
     keys = decode.row_keys(key, jnp.repeat(row_ids, samples), numbers)
-    decoder = decode.Decoder(model, variables, settings, implementation)
+    decoder = decode.Decoder(program, weights, settings)
     rows = decoder.begin(prompts, lengths, keys, samples=samples, new=new, slots=slots, plain=plain)
     rows = decode.constrain(rows)
     rows = jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), decoder.advance, rows)
     mask = jnp.arange(new) < rows.count[:, None]
-    out = Generation(rows.tokens, mask, rows.logps), rows.plain
-    if mesh is None:
-        return out
-    # Every process may read every row.
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, meshes.replicated(mesh)), out)
+    return decode.everywhere(program, (Generation(rows.tokens, mask, rows.logps), rows.plain))
 
 
 def generate(
@@ -159,20 +153,16 @@ def _run(
     key_data, implementation = decode.key_data(key)
     settings = decode.settings(config, model.config.vocab_size)
     static = {
-        "model": model,
         "new": bucket(config.max_new_tokens),
         "slots": slots,
         "samples": samples,
         "plain": plain,
-        "implementation": implementation,
     }
-    if mesh is None:
-        tokens, lengths, ids = batch
-        out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, mesh=None, **static)
-    else:
-        with jax.set_mesh(mesh):
-            tokens, lengths, ids = meshes.put_batch(mesh, batch)
-            out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, mesh=mesh, **static)
+    with meshes.in_force(mesh):
+        program = decode.Program.of(model, config, implementation, mesh)
+        weights = decode.weights(program, variables, config)
+        tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
+        out, logps = _generate(weights, tokens, lengths, key_data, ids, settings, program=program, **static)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: count * samples, : config.max_new_tokens]

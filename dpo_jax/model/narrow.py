@@ -1,0 +1,73 @@
+"""Weights in fewer bits, for generation: a decoding step reads every weight once, so its time is their bytes.
+
+    bfloat16   x and W rounded to bfloat16, products summed in float32.
+    int8       W_ij ~ s_j Q_ij with |Q_ij| <= 127, s_j = max_i |W_ij| / 127, and the same for each row of x, on the fly:
+               x W ~ (s_x s_j) sum_i Qx_i Q_ij, summed in int32 (Dettmers et al. 2022, section 2.1, vector-wise).
+
+Narrow weights stand in the collection `narrow` of a model's variables, under the names of the kernels that they stand
+for; a `Linear` that finds one there reads it instead of its kernel. Nothing trains through them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.config import Narrow
+
+_ROWS = 8
+"""Integer products of fewer rows run as so many: XLA's CPU backend has its fast kernel from there on (x 3 at one)."""
+
+
+def quantise(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """int8 values and float32 scales (without `axis`), so that x ~ values * scales, off by half a scale at most."""
+    scales = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axis, keepdims=True) / 127
+    values = jnp.round(x.astype(jnp.float32) / jnp.where(scales > 0, scales, 1.0)).astype(jnp.int8)
+    return values, jnp.squeeze(scales, axis)
+
+
+def narrowed(kernel: jax.Array, to: Narrow) -> dict[str, jax.Array]:
+    """A narrow kernel [..., D, F]: {"values"}, and in int8 {"scales": float32 [..., F]}."""
+    if to == "bfloat16":
+        return {"values": kernel.astype(jnp.bfloat16)}
+    values, scales = quantise(kernel, axis=-2)
+    return {"values": values, "scales": scales}
+
+
+def matmul(x: jax.Array, kernel: Mapping[str, jax.Array]) -> jax.Array:
+    """float32 [..., F] from x [..., D] and a narrow kernel [D, F]."""
+    values = kernel["values"]
+    if "scales" not in kernel:
+        return jnp.matmul(x.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    integers, scales = quantise(rows)
+    integers = jnp.pad(integers, ((0, max(0, _ROWS - len(rows))), (0, 0)))
+    sums = jnp.matmul(integers, values, preferred_element_type=jnp.int32)[: len(rows)]
+    y = sums.astype(jnp.float32) * scales[:, None] * kernel["scales"]
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]:
+    """Variables with the collection `narrow` in place of all kernels of the layers and of the output matrix.
+
+    Norms, biases, adapters and the embedding stay: they are little, or read a row at a time.
+    """
+
+    def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        kept, found = {}, {}
+        for name, value in params.items():
+            if name == "kernel":
+                found[name] = narrowed(value, to)
+            elif isinstance(value, Mapping):
+                inner, kernels = split(value)
+                kept |= {name: inner} if inner else {}
+                found |= {name: kernels} if kernels else {}
+            else:
+                kept[name] = value
+        return kept, found
+
+    kept, found = split(variables["params"])
+    if "lm_head" not in found:
+        found["lm_head"] = {"kernel": narrowed(kept["embed_tokens"]["embedding"].T, to)}
+    return {**variables, "params": kept, "narrow": found}
