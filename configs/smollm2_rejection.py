@@ -27,7 +27,7 @@ config = RejectionRun(
     eval_source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward="vader",
-    rejection=RejectionConfig(samples=5, temperatures=(0.8, 1.1), iterations=2, eval_samples=2),
+    rejection=RejectionConfig(samples=5, temperatures=(0.8, 1.0), iterations=2, eval_samples=2),
     sample=SampleConfig(max_new_tokens=24),
     lora=LoraConfig(rank=16),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=2),

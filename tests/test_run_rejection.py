@@ -7,6 +7,10 @@ import os
 import random
 import re
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -479,3 +483,41 @@ def test_a_student_learns_from_the_teachers_bests_and_an_earlier_pool(
     (row,) = read_lines(out / "metrics.jsonl")
     assert row["step"] == 1
     assert "eval_rewards/mean" not in row
+
+
+@pytest.mark.multiprocess
+def test_two_processes_choose_what_one_does(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """One writes the files, both read them; killed together in the middle of the samples, they go on together."""
+    out = tmp_path / "run"
+
+    def start() -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        more = ["--eval_data", str(inputs / "eval.jsonl"), "--rejection.temperatures", *map(str, TEMPERATURES)]
+        more += ["--rejection.eval_samples", str(SAMPLES), "--data.packing", "--train.steps", "2"]
+        more += ["--mesh.fsdp", "2", "--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2"]
+        command = [sys.executable, "-m", "dpo_jax", *words(inputs, out), *more, "--distributed.process_id"]
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        return [
+            subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)
+        ]
+
+    processes = start()
+    part = out / "iteration-1" / "samples.jsonl.part"
+    while not (part.exists() and len(read_lines(part)) > 16):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    said = []
+    for process in start():
+        said.append(process.communicate(timeout=600)[1])
+        assert process.returncode == 0, said[-1]
+    assert "finished; the model is in" in said[0]
+    assert "finished; the model is in" not in said[1]
+    for name in ("samples", "scores", "pool", "sft"):
+        path = Path("iteration-1") / f"{name}.jsonl"
+        assert (out / path).read_bytes() == (whole / path).read_bytes(), name
+    assert [row["step"] for row in read_lines(out / "metrics.jsonl")] == [0, 1]

@@ -217,6 +217,8 @@ def _figure(plot: Plot) -> Figure:
         axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
     axes.set_title(_plain(plot.title), loc="left")
     axes.set_xlabel(_plain(plot.x_label))
+    if all(isinstance(x, int) for series in plot.series for x in series.x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if len(plot.series) > 1:
         axes.legend(frameon=False)
     return figure
