@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dpo_jax.run.folder import flatten, write_atomically
 from dpo_jax.run.log import Row
@@ -218,7 +219,7 @@ def _figure(plot: Plot) -> Figure:
     axes.set_title(_plain(plot.title), loc="left")
     axes.set_xlabel(_plain(plot.x_label))
     if all(isinstance(x, int) for series in plot.series for x in series.x):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if len(plot.series) > 1:
         axes.legend(frameon=False)
     return figure
