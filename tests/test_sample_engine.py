@@ -326,35 +326,3 @@ def test_greedy_with_every_adjustment_equals_transformers(tmp_path):
     got = texts(generate(model, variables, prompts, jax.random.key(0), config=config))
     assert got == want
     assert got != free
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_greedy_equals_transformers_on_smollm2(tmp_path):
-    model, variables = dpo_jax.load_pretrained("smollm2")
-    tokenizer = dpo_jax.load_tokenizer("smollm2")
-    dpo_jax.save_pretrained(tmp_path / "hf", model, variables, tokenizer)
-    questions = (
-        "Why is the sky blue?",
-        "Name three colours.",
-        "Write a haiku about rain.",
-        "What is 17 + 25?",
-        "Translate 'good morning' into French.",
-        "Who wrote Hamlet?",
-    )
-    prompts = [
-        tokenizer.encode(
-            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )
-        for q in questions
-    ]
-    prompts += [tokenizer.encode(t) for t in ("The film was", "Once upon a time, in a small village by the sea,")]
-    stop = model.config.eos_token_ids
-    config = SampleConfig(32, temperature=0, stop_tokens=stop)
-    generation = generate(model, variables, prompts, jax.random.key(0), config=config)
-    assert texts(generation) == greedy_by_transformers(tmp_path / "hf", prompts, 32, stop)
-    for prompt, response, logps in zip(prompts, texts(generation), np.asarray(generation.logps), strict=True):
-        logits = full_logits(model, variables, prompt + response)[len(prompt) - 1 : -1]
-        want = log_softmax(logits)[np.arange(len(response)), response]
-        np.testing.assert_allclose(logps[: len(response)], want, atol=1e-4)
