@@ -17,6 +17,9 @@ so that nobody wins by computing something else.
 
     ours           `dpo_jax.sample.generate`, one program
     ours-queue     `dpo_jax.sample.serve`, as `dpo-jax generate` uses it
+    ours-bfloat16  `--sample.weights bfloat16`: rounded weights for all tokens after the prompt
+    ours-int8      `--sample.weights int8`; both with the error of the log-probabilities of the tokens that they wrote,
+                   against a fresh forward pass with the model's own weights (at the greedy settings)
     transformers   `LlamaForCausalLM.generate` with its default cache
     tunix          Tunix's `Sampler` in a process of its own, with `--peer_python` (0.1.7 runs on the same jax 0.10.2)
 
@@ -28,6 +31,7 @@ so at 4 x 8 it runs 32 plain rows, each prompt eight times, as transformers does
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
@@ -41,6 +45,7 @@ from typing import Any
 import numpy as np
 from peers import REST, Desk, Figures, Stopwatch, Worker, peak_gib, use_cores, versions
 
+NARROW = ("bfloat16", "int8")
 SETTINGS = {"batch 1": (1, 1), "batch 8": (8, 1), "4 x 8": (4, 8)}
 Turn = Callable[[], list[list[int]]]
 
@@ -68,10 +73,11 @@ def our_turns(model: Any, variables: Any, prompts: np.ndarray, samples: int, new
     from dpo_jax.sample import generate, serve
 
     config = SampleConfig(new, temperature=0.0 if samples == 1 else 1.0)
+    key = jax.random.key(0)
     requests = [(i, k) for i in range(len(prompts)) for k in range(samples)]
 
-    def engine() -> list[list[int]]:
-        found = generate(model, variables, prompts, jax.random.key(0), config=config, samples=samples)
+    def engine(**changes: Any) -> list[list[int]]:
+        found = generate(model, variables, prompts, key, config=dataclasses.replace(config, **changes), samples=samples)
         return np.asarray(found.tokens).tolist()
 
     def queue() -> list[list[int]]:
@@ -79,7 +85,7 @@ def our_turns(model: Any, variables: Any, prompts: np.ndarray, samples: int, new
             model,
             variables,
             prompts.tolist(),
-            jax.random.key(0),
+            key,
             config=config,
             requests=requests,
             rows=len(requests),
@@ -87,7 +93,32 @@ def our_turns(model: Any, variables: Any, prompts: np.ndarray, samples: int, new
         found = {done.request: done.tokens for some in served for done in some}
         return [found[request] for request in requests]
 
-    return {"ours": engine, "ours-queue": queue}
+    narrow = {f"ours-{name}": functools.partial(engine, weights=name) for name in NARROW}
+    return {"ours": engine, "ours-queue": queue, **narrow}
+
+
+def narrow_errors(model: Any, variables: Any, prompts: np.ndarray, new: int) -> dict[str, dict[str, float]]:
+    """Of each narrow type: mean and largest |error|, in nats, of the log-probabilities of the tokens it writes."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_jax.config import SampleConfig
+    from dpo_jax.sample import generate
+
+    @jax.jit
+    def exact(variables: Any, texts: jax.Array) -> jax.Array:
+        hidden = model.apply(variables, texts)[:, prompts.shape[1] - 1 : -1]
+        logps = jax.nn.log_softmax(model.apply(variables, hidden, method="logits"))
+        return jnp.take_along_axis(logps, texts[:, prompts.shape[1] :, None], axis=2)[..., 0]
+
+    found = {}
+    for name in (None, *NARROW):
+        config = SampleConfig(new, temperature=0.0, weights=name)
+        out = generate(model, variables, prompts, jax.random.key(0), config=config)
+        want = exact(variables, np.concatenate([prompts, np.asarray(out.tokens)], axis=1))
+        error = np.abs(np.asarray(out.logps) - np.asarray(want))
+        found["ours" if name is None else f"ours-{name}"] = {"mean": float(error.mean()), "max": float(error.max())}
+    return found
 
 
 def their_turn(model: Any, prompts: np.ndarray, samples: int, new: int) -> Turn:
@@ -240,7 +271,7 @@ def main() -> None:
             words = [*sys.argv[1:], "--folder", folder]
             tunix = stack.enter_context(Worker("tunix", options.peer_python, __file__, words))
             report["versions"]["tunix"] = tunix.ready["versions"]
-        measure, bandwidths, measured = bandwidth_meter(), [], {}
+        measure, bandwidths, measured, errors = bandwidth_meter(), [], {}, {}
         random = np.random.default_rng(0)
         for name in options.settings:
             count, samples = SETTINGS[name]
@@ -257,7 +288,9 @@ def main() -> None:
                 for who in takes if turn % 2 == 0 else reversed(takes):
                     made[who].append(takes[who]())
             measured[name] = first, made
-    report["bandwidth"] = bandwidths
+            if samples == 1:
+                errors[name] = narrow_errors(model, variables, prompts, options.new)
+    report |= {"bandwidth": bandwidths, "log_probability_errors": errors}
     for name, (first, made) in measured.items():
         report["settings"][name] = compare(name, first, made, max(bandwidths) / weights)
     show(report)
@@ -307,6 +340,9 @@ def show(report: dict[str, Any]) -> None:
             ratios = " ".join(f"{row[key]:13.2f} x" for key in against)
             same = "" if row["equal_tokens"] is None else f"{row['equal_tokens']:.1%}"
             print(f"  {who:13} {row['median']:8.1f} {ratios} {row['share']:6.0%} {same:>12}")
+    for name, rows in report["log_probability_errors"].items():
+        words = "; ".join(f"{who} {row['mean']:.1e} (largest {row['max']:.1e})" for who, row in rows.items())
+        print(f"\n{name}: error of the log-probabilities, nats a token: {words}")
     busy = max(row["other_cores"] for found in report["settings"].values() for row in found["contenders"].values())
     if busy > 0.1:
         print(f"warning: something else took up to {busy:.2f} cores during a turn; discard this run")
