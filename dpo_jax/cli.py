@@ -196,12 +196,17 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     return loaded, args[1:]
 
 
-def _give_way(default: Any, given: set[str]) -> Any:
+def _give_way(default: Any, given: set[str], prefix: str = "") -> Any:
+    """A CONFIG.py's options without those that others, given on the command line, exclude."""
     for section, *pair in _EXCLUSIVE:
         for name, other in (pair, pair[::-1]):
-            if f"{section}.{name}" in given and f"{section}.{other}" not in given:
+            if f"{prefix}{section}.{name}" in given and f"{prefix}{section}.{other}" not in given:
                 part = dataclasses.replace(getattr(default, section), **{other: None})
                 default = dataclasses.replace(default, **{section: part})
+    for field in dataclasses.fields(default):
+        if hasattr(getattr(default, field.name), "train"):  # the run of a recipe's stage
+            part = _give_way(getattr(default, field.name), given, f"{prefix}{field.name}.")
+            default = dataclasses.replace(default, **{field.name: part})
     return default
 
 
@@ -320,24 +325,27 @@ def _command_line_class(word: str) -> Any:
     command, cls = COMMANDS[word], getattr(config, COMMANDS[word].options)
     renamed, changed = dict(command.renamed), []
     for field in dataclasses.fields(cls):
-        kind: Any = field.type
-        unused = [o.partition(".")[2] for o in command.unused if o.partition(".")[0] == field.name]
-        if field.name in command.unused:
-            kind = tyro.conf.Suppress[kind]
-        elif field.name in renamed:
-            kind = Annotated[kind, tyro.conf.arg(name=renamed[field.name])]
-        elif dataclasses.is_dataclass(kind) and unused:
-            # Copies: making a dataclass of a field writes the new type into it.
-            inner = [
-                (f.name, tyro.conf.Suppress[f.type], copy.copy(f)) for f in dataclasses.fields(kind) if f.name in unused
-            ]
-            kind = dataclasses.make_dataclass(kind.__name__, inner, bases=(kind,), frozen=True)  # type: ignore[arg-type]
-            given = field.default_factory
-            assert given is not dataclasses.MISSING, "every section has its defaults"
-            own = kind if given is field.type else partial(_section, kind, given)
-            changed.append((field.name, kind, dataclasses.field(default_factory=own)))
-            continue
-        else:
-            continue
-        changed.append((field.name, kind, dataclasses.field(default=field.default)))
+        if field.name in renamed and field.name not in command.unused:
+            kind = Annotated[field.type, tyro.conf.arg(name=renamed[field.name])]
+            changed.append((field.name, kind, dataclasses.field(default=field.default)))
+    changed += _hidden(cls, command.unused)
     return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True)
+
+
+def _hidden(cls: Any, unused: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """The fields of `cls` that `unused` names, or parts of, anew: left out of the help, with the same defaults."""
+    import tyro
+
+    changed = []
+    for field in dataclasses.fields(cls):
+        kind: Any = field.type
+        inner = [name.removeprefix(f"{field.name}.") for name in unused if name.startswith(f"{field.name}.")]
+        if field.name in unused:
+            changed.append((field.name, tyro.conf.Suppress[kind], copy.copy(field)))  # a copy: the type is written in
+        elif dataclasses.is_dataclass(kind) and inner:
+            section: Any = kind
+            part = dataclasses.make_dataclass(section.__name__, _hidden(kind, inner), bases=(section,), frozen=True)
+            make = field.default_factory
+            assert make is not dataclasses.MISSING, "a section has a default"
+            changed.append((field.name, part, dataclasses.field(default_factory=partial(_section, part, make))))
+    return changed

@@ -9,6 +9,7 @@ from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, I
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
+from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
@@ -37,7 +38,9 @@ __all__ = [
     "FRONTIER_SIZES",
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
+    "SET_BY_RECIPE",
     "AttentionKernel",
+    "ChatRecipeConfig",
     "CheckpointConfig",
     "ClassHead",
     "ConstraintKind",
@@ -58,6 +61,7 @@ __all__ = [
     "GenerateRun",
     "InspectRun",
     "Layout",
+    "Llama2ChatRun",
     "LogpsRun",
     "LoraConfig",
     "Loss",

@@ -27,6 +27,39 @@ RECIPE = "recipe"
 """The first of the two words of a recipe: `dpo-jax recipe NAME`."""
 
 _NO_LOADER = ("data.shuffle", "data.workers")
+_NOT_SFT = ("train.layout", "data.max_prompt_length")
+_NOT_PPO = (
+    "eval_source",
+    "train.eval_every",
+    "train.layout",
+    "checkpoint.best",
+    "data.buckets",
+    "data.workers",
+    "sample.stop_strings",
+    "sample.beams",
+    "sample.length_penalty",
+)
+_NOT_REJECTION = (
+    "train.layout",
+    "train.eval_every",
+    "checkpoint.best",
+    "data.kind",
+    "data.separator",
+    "data.documents",
+    "data.max_prompt_length",
+    "sample.temperature",
+    "sample.beams",
+    "sample.length_penalty",
+)
+
+
+def _inside(section: str, *names: str) -> tuple[str, ...]:
+    """Options of the run of a recipe's stage: those that the recipe sets, and others that mean nothing there."""
+    several = [f"distributed.{name}" for name in ("auto", "coordinator", "processes", "process_id")]
+    every = ("model", "source", "out", "eval_source", "checkpoint.best", "train.eval_every", *several, *names)
+    return tuple(f"{section}.{name}" for name in dict.fromkeys(every))
+
+
 COMMANDS = {
     "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
     "dpo": Command(
@@ -41,7 +74,7 @@ COMMANDS = {
         "dpo_jax.run.sft:train",
         "fine-tune a model on dialogues or instructions",
         renamed=(("source", "data"), ("eval_source", "eval_data")),
-        unused=("train.layout", "data.max_prompt_length"),
+        unused=_NOT_SFT,
         lists=("data", "eval_data"),
         recipe=True,
     ),
@@ -57,17 +90,7 @@ COMMANDS = {
         "dpo_jax.run.ppo:train",
         "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
         renamed=(("source", "data"),),
-        unused=(
-            "eval_source",
-            "train.eval_every",
-            "train.layout",
-            "checkpoint.best",
-            "data.buckets",
-            "data.workers",
-            "sample.stop_strings",
-            "sample.beams",
-            "sample.length_penalty",
-        ),
+        unused=_NOT_PPO,
         recipe=True,
     ),
     "rejection": Command(
@@ -75,18 +98,7 @@ COMMANDS = {
         "dpo_jax.run.rejection:train",
         "let a model learn from the best of K of its own responses",
         renamed=(("source", "data"), ("eval_source", "eval_data")),
-        unused=(
-            "train.layout",
-            "train.eval_every",
-            "checkpoint.best",
-            "data.kind",
-            "data.separator",
-            "data.documents",
-            "data.max_prompt_length",
-            "sample.temperature",
-            "sample.beams",
-            "sample.length_penalty",
-        ),
+        unused=_NOT_REJECTION,
         recipe=True,
     ),
     "recipe frontier": Command(
@@ -114,6 +126,19 @@ COMMANDS = {
             "distributed.coordinator",
             "distributed.processes",
             "distributed.process_id",
+        ),
+        recipe=True,
+    ),
+    "recipe llama2_chat": Command(
+        "Llama2ChatRun",
+        "dpo_jax.run.recipes.llama2_chat:recipe",
+        "Llama 2-Chat: SFT, reward models, rounds of rejection sampling, PPO",
+        unused=(
+            *_inside("sft", *_NOT_SFT),
+            *_inside("helpful", "mix_source", "mix", "holdout"),
+            *_inside("safety", "mix_source", "holdout"),
+            *_inside("rejection", "reward", "safety_reward", "reward_timeout", "rejection.pool_from", *_NOT_REJECTION),
+            *_inside("ppo", "reward", "safety_reward", "reward_timeout", *_NOT_PPO),
         ),
         recipe=True,
     ),

@@ -1,5 +1,6 @@
 """Texts that go on with openings: written, judged, and measured under a second model. For `demo` and the recipes."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -164,12 +165,13 @@ def opening_prompt(opening: str) -> Prompt:
     return Prompt((Message("user", opening),), opening)
 
 
-def by_prompt(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of each prompt, in the order of the prompts."""
+def by_prompt(rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
+    """The rows of each prompt, a text or a list of messages, in the order of the prompts."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row["prompt"], []).append(row)
-    yield from groups.items()
+        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
+    for group in groups.values():
+        yield group[0]["prompt"], group
 
 
 def make_pairs(rows: Sequence[Row], column: str = "score") -> list[Row]:
