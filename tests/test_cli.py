@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax import __version__, cli, config
 from dpo_jax.config import DPORun
+from dpo_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -42,6 +43,16 @@ def test_defaults_are_those_of_config() -> None:
 def test_hyphens_and_underscores(spelled: str) -> None:
     run = cli.parse("dpo", [*GIVEN, spelled, "skip", "--data.max-prompt-length", "9", "--data.no-shuffle"])
     assert (run.on_bad_rows, run.data.max_prompt_length, run.data.shuffle) == ("skip", 9, False)
+
+
+def test_switches_take_true_and_false() -> None:
+    words = [*GIVEN, "--gatt.train", "false", "--gatt.holdout", "0.5", "--data.shuffle=false"]
+    with pytest.raises(InputError, match=r"no effect with --gatt\.no_train"):
+        cli.parse("gatt", words)
+    run = cli.parse("gatt", [*GIVEN, "--gatt.evaluate-only", "true", "--data.shuffle=true", "--gatt.train"])
+    assert (run.gatt.evaluate_only, run.data.shuffle, run.gatt.train) == (True, True, True)
+    assert run.data.max_length == 4096, "the section's own default"
+    assert cli.main(["gatt", *GIVEN, "--gatt.train", "perhaps"]) == 2
 
 
 @pytest.mark.parametrize("word", cli.COMMANDS)

@@ -279,6 +279,8 @@ def test_options_without_effect(options: dict, message: str) -> None:
         ({"data": SFTDataConfig(template="raw")}, "--data.template raw has no turns"),
         ({"eval_source": "e", "gatt": GattConfig(holdout=0.1)}, "--gatt.holdout has no effect"),
         ({"eval_source": "e", "gatt": GattConfig(evaluate_only=True)}, "takes its prompts from --data"),
+        ({"eval_source": "e", "gatt": GattConfig(train=False)}, "--eval_data has no effect with --gatt.no_train"),
+        ({"gatt": GattConfig(train=False, holdout=0.2)}, "--gatt.holdout has no effect with --gatt.no_train"),
     ],
 )
 def test_options_that_contradict_each_other(changes: dict, message: str) -> None:

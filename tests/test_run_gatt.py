@@ -195,6 +195,7 @@ def stop_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenLoader, "__next__", draw)
 
 
+@pytest.mark.slow
 def test_stopped_in_every_stage_and_resumed_is_exact(
     inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,15 +269,19 @@ def write(path: Path, *rows: dict) -> str:
     [
         (
             {"gatt": {"turns": 16, "eval_turns": 2}},
-            "16 turns with .* the model's context is 512: [1-9][0-9]* turns fit; lower",
+            "16 turns with .* the model's context is 512: [1-9][0-9]* of them fit",
         ),
         ({"gatt": {"eval_turns": 99}}, "holds 6 different user turns, and a dialogue is to have 99"),
-        ({"data": SFTDataConfig(max_length=60)}, "--data.max_length is 60: 1 turns fit"),
+        ({"data": SFTDataConfig(max_length=60)}, "--data.max_length is 60: 1 of them fit"),
         ({"data": SFTDataConfig(max_length=512, template="nothing")}, "template nothing"),
         ({"gatt": {"instructions": None, "languages": ("xx",)}}, "--gatt.languages xx is unknown"),
         (
             {"train": TrainConfig(batch_size=5, steps=1), "mesh": MeshConfig(2, 1, 1)},
             "batch_size 5 does not divide by 2",
+        ),
+        (
+            {"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16"), "lora": LoraConfig()},
+            "frozen_dtype has no effect",
         ),
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"source": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -121,6 +121,9 @@ class GattRun(TrainingRun):
             self.eval_source is None or self.gatt.holdout is None,
             "--gatt.holdout has no effect with --eval_data",
         )
+        if not self.gatt.train:
+            require(self.eval_source is None, "--eval_data has no effect with --gatt.no_train: nothing is evaluated")
+            require(self.gatt.holdout is None, "--gatt.holdout has no effect with --gatt.no_train")
         if self.gatt.evaluate_only:
             require(
                 self.eval_source is None and self.gatt.holdout is None,

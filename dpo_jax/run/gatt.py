@@ -36,7 +36,7 @@ from dpo_jax.run.gatt_dialogues import Outline, Plan, Writer, check_room, check_
 from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import say, show_log
 from dpo_jax.run.rows import Row, read_lines, write_lines
-from dpo_jax.run.training import Training, read_architecture
+from dpo_jax.run.training import read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
@@ -66,7 +66,7 @@ def gatt(run: GattRun) -> Path:
     plan = make_plan(run)
     _check_lengths(run, plan, encoder, architecture)
     if run.gatt.train and not run.gatt.evaluate_only and status == "new":
-        Training.begin(training_run(run), "sft")  # refuses now what it would refuse after sampling
+        sft.begin(training_run(run))  # refuses now what it would refuse after sampling
     _claim(run, folder, plan)
 
     options = run.gatt

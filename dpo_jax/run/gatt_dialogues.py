@@ -144,8 +144,8 @@ def check_room(
         return
     fit = next((t for t in range(turns - 1, 0, -1) if longest(t) <= room), 0)
     raise InputError(
-        f"{turns} turns with answers of up to {new} tokens may take {tokens} tokens, and {limit} is {room}: {fit} turns"
-        " fit; lower --gatt.turns (--gatt.eval_turns) or --sample.max_new_tokens"
+        f"{turns} turns with answers of up to {new} tokens may take {tokens} tokens, and {limit} is {room}: {fit} of"
+        " them fit; lower --gatt.turns (--gatt.eval_turns) or --sample.max_new_tokens"
     )
 
 

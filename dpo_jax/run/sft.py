@@ -20,9 +20,7 @@ def train(config: SFTRun) -> Path:
 
     Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
     """
-    if config.train.frozen_dtype is not None and not config.lora.rank:
-        raise InputError("--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
-    training = Training.begin(config, "sft")
+    training = begin(config)
     if training is None:
         return Path(config.out)
     mesh = training.mesh
@@ -88,6 +86,13 @@ def train(config: SFTRun) -> Path:
             *([] if heldout is None else heldout.sections("Evaluation data")),
         ],
     )
+
+
+def begin(config: SFTRun) -> Training[SFTRun] | None:
+    """Check the options and open the run folder, without writing; None where its run has finished."""
+    if config.train.frozen_dtype is not None and not config.lora.rank:
+        raise InputError("--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
+    return Training.begin(config, "sft")
 
 
 # ---------------------------------------------------------------- report
