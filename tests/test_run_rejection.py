@@ -361,6 +361,24 @@ def test_a_safety_reward_decides_as_in_llama_2() -> None:
     np.testing.assert_array_equal(found, [3, -2, 1, np.nan])
 
 
+def test_two_judges_write_what_they_say(inputs: Path, tmp_path: Path) -> None:
+    """An unsafe or a tagged response has the safety judge's score; both are on record."""
+    (tmp_path / "two.py").write_text(
+        "def helpful(prompts, responses):\n    return [len(text) for text in responses]\n"
+        "def safe(prompts, responses):\n    return [-5.0 if 'bad' in text else 2.5 for text in responses]\n"
+    )
+    data = dataset(tmp_path, [{"prompt": "a"}, {"prompt": "b", "safety": True}])
+    samples, _ = made(data, [["good film", "a bad film"], ["good", "bad"]], [[0, 0], [0, 0]])
+    functions = {"reward": f"{tmp_path / 'two.py'}:helpful", "safety_reward": f"{tmp_path / 'two.py'}:safe"}
+    config = options(inputs, tmp_path / "run", **functions)
+    judges = responses.Judges(config, mesh=runs.small_mesh(1, 1, 1), batch_size=1)
+    rows = responses.write_scores(tmp_path / "scores.jsonl", data, samples, judges, label="scores")
+    assert [row["score"] for row in rows] == [9, -5, 2.5, -5]
+    assert [row["helpfulness"] for row in rows] == [9, 10, 4, 3]
+    assert [row["safety"] for row in rows] == [2.5, -5, 2.5, -5]
+    assert read_lines(tmp_path / "scores.jsonl") == rows
+
+
 def test_counts_of_the_curves() -> None:
     assert rejection_report.counts_up_to(3) == [1, 2, 3]
     many = rejection_report.counts_up_to(1000)
@@ -398,6 +416,7 @@ def words(inputs: Path, out: Path) -> list[str]:
         (["--rejection.pool_from", "nowhere.jsonl"], r"nowhere.jsonl"),
         (["--rejection.student", "nowhere"], r"nowhere: no such folder"),
         (["--eval_data", "{train}"], r"10 of its prompts stand in .*train.jsonl too \(first: row 1, and there row 1\)"),
+        (["--eval_data", "{eval}", "--rejection.pool_from", "{pool}"], r"1 of its prompts stand in .*pool.jsonl too"),
         (["--sample.temperature", "0.5"], r"--sample.temperature has no effect in dpo-jax rejection"),
         (["--sample.max_new_tokens", "32"], r"leaves no room for a prompt"),
         (["--data.max_length", "7"], r"no prompt has at most 1 tokens"),
@@ -407,7 +426,10 @@ def words(inputs: Path, out: Path) -> list[str]:
     ],
 )
 def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    names = {"model": inputs / "model", "train": inputs / "train.jsonl"}
+    asked = json.loads((inputs / "eval.jsonl").read_text().splitlines()[2])["prompt"]
+    (tmp_path / "pool.jsonl").write_text(json.dumps(best(asked, 1.0)) + "\n")
+    names = {name: inputs / f"{name}.jsonl" for name in ("train", "eval")}
+    names |= {"model": inputs / "model", "pool": tmp_path / "pool.jsonl"}
     args = [*words(inputs, tmp_path / "out"), *(word.format(**names) for word in more)]
     assert cli.main(args) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -105,10 +105,14 @@ class _Run:
         self.heldout = None
         if config.eval_source is not None:
             self.heldout = self._load(config.eval_source, encoder, architectures)
-            _check_apart(self.data, self.heldout)
+            own = [prompt.plain for prompt in self.data.prompts]
+            _check_apart(self.heldout, config.source, own, self.data.row_numbers.tolist())
         self.judges = Judges(config, mesh=training.mesh, batch_size=training.eval_batch_size)
         before = config.rejection.pool_from
         self._before = [] if before is None else best_responses.read_pool(before)
+        if self.heldout is not None:
+            earlier = [row["prompt"] for row in self._before]
+            _check_apart(self.heldout, str(before), earlier, range(1, len(earlier) + 1))
         self._first = 1 + max((row["iteration"] for row in self._before), default=0)
         self._check_inputs(None if before is None else best_responses.hash_of(before))
         training.folder.claim(as_json(config))
@@ -326,9 +330,9 @@ def _read_student(config: RejectionRun, training: Training[RejectionRun]) -> Lla
     return architecture
 
 
-def _check_apart(data: PromptDataset, heldout: PromptDataset) -> None:
-    """Refuse held-out prompts that are trained on."""
-    rows = {key_of(prompt.plain): int(n) for prompt, n in zip(data.prompts, data.row_numbers, strict=True)}
+def _check_apart(heldout: PromptDataset, source: str, prompts: Sequence[Any], numbers: Sequence[int]) -> None:
+    """Refuse held-out prompts that are trained on: `prompts`, those of the rows `numbers` of `source`."""
+    rows = {key_of(prompt): number for prompt, number in zip(prompts, numbers, strict=True)}
     both = [
         (rows[key], int(n))
         for prompt, n in zip(heldout.prompts, heldout.row_numbers, strict=True)
@@ -336,7 +340,7 @@ def _check_apart(data: PromptDataset, heldout: PromptDataset) -> None:
     ]
     if both:
         raise InputError(
-            f"{heldout.source}: {len(both)} of its prompts stand in {data.source} too (first: row {both[0][1]}, and"
+            f"{heldout.source}: {len(both)} of its prompts stand in {source} too (first: row {both[0][1]}, and"
             f" there row {both[0][0]}); hold out other prompts"
         )
 
