@@ -117,7 +117,7 @@ def test_the_comparison_says_who_wins_at_a_common_distance() -> None:
         (["llama4"], "unknown recipe llama4"),
         (["fronteer"], "did you mean frontier?"),
         (["frontier"], "missing --out"),
-        (["frontier", "--out", "o", "--recipe.points", "5"], "--recipe.points 5 does not divide --recipe.dpo_steps 24"),
+        (["frontier", "--out", "o", "--recipe.points", "5"], "--recipe.points 5 does not divide --recipe.ppo_steps 12"),
         (["frontier", "--out", "o", "--recipe.prompts", "239"], "there are 240 openings in all"),
         (["frontier", "--out", "o", "--lora.rank", "0"], "--lora.rank must be positive"),
         (["frontier", "--out", "o", "--recipe.dpo_beta", "0.1", "0.1"], "all different"),

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from dpo_jax.align.rejection import order_statistic
 from dpo_jax.config import (
@@ -44,6 +45,8 @@ from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import abstract_variables
 from dpo_jax.run import dpo, ppo, sft
 from dpo_jax.run.continuations import Writer, by_prompt, interval, kl_figures, log_ratios, make_pairs, per_prompt
 from dpo_jax.run.folder import write_atomically
@@ -54,6 +57,7 @@ from dpo_jax.run.recipes import frontier_report
 from dpo_jax.run.recipes.stages import Figures, Recipe, Stage
 from dpo_jax.run.reward_functions import open_reward
 from dpo_jax.run.rows import Row, read_lines, write_lines
+from dpo_jax.weights.orbax_params import load_trained
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
@@ -153,7 +157,7 @@ class Frontier:
         for price in self._sizes.ppo_kl_coefficient:
             key = f"ppo-kl-{price:g}"
             config = self._ppo(price, key, sizes.ppo_steps)
-            found.append(Method("PPO", f"KL coefficient {price:g}", key, ppo.train, config, "openings.jsonl"))
+            found.append(Method("PPO", f"KL price {price:g}", key, ppo.train, config, "openings.jsonl"))
         return found
 
     def _shared(self, key: str, reads: str, steps: int | None, batch_size: int) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class Frontier:
         return self._loaded[1]
 
     @functools.cached_property
-    def _loaded(self) -> tuple[Any, Any]:
+    def _loaded(self) -> tuple[Llama, Any]:
         return load_pretrained(self._run.model)
 
     @functools.cached_property
@@ -276,7 +280,7 @@ class Frontier:
     def _point(self, method: Method, step: int) -> Figures:
         path = self._texts(method, step)
         if not path.exists():
-            model, variables = load_pretrained(self._out / method.key / "checkpoints" / str(step))
+            model, variables = self._checkpoint(self._out / method.key / "checkpoints" / str(step))
             self._writer.write(
                 path,
                 f"{_title(method)}, step {step}",
@@ -289,6 +293,15 @@ class Frontier:
             )
         point = self._measured(method, step)
         return {"reward": point["reward"], "kl": point["kl"]}
+
+    def _checkpoint(self, folder: Path) -> tuple[Llama, Any]:
+        """A policy as a run's checkpoint has it: the reference's weights, which are there, and its adapters."""
+        model = self._loaded[0].clone(lora=self._run.lora)
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), abstract_variables(model)["adapters"]
+        )
+        return model, {"params": self._reference["params"], **load_trained(folder, {"adapters": target})}
 
     # ---------------------------------------------------------------- the table
 

@@ -14,6 +14,7 @@ from dpo_jax.run.log import read_metrics
 from dpo_jax.run.rows import Row, read_lines
 
 _MARKERS = {"DPO": "o", "PPO": "s", "SFT on chosen": "^", "best of n": "*"}
+_WIDTH = 120  # of the table; narrower, its numbers would break over several lines
 _HEAD = ("method", "setting", "step", "reward", "reward, 95 %", "KL", "KL, 95 %", "KL a token", "tokens")
 
 
@@ -76,7 +77,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the table and the comparison to stdout."""
-    console = Console()
+    console = Console(width=max(Console().width, _WIDTH))
     table = Table(title=f"{summary['reward']} against KL(policy, reference), {summary['unseen_openings']} openings")
     for name in _HEAD:
         table.add_column(name, justify="left" if name in ("method", "setting") else "right")

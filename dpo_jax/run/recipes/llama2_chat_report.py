@@ -11,6 +11,7 @@ from dpo_jax.run import report
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.rows import read_lines
 
+_WIDTH = 120  # of the tables; narrower, their numbers would break over several lines
 _NOTE = (
     "Share of held-out comparisons that a reward model judges as the judge does. Reward model r has learnt from the"
     " comparisons that were given and from those of V0 ... V(r-1); what stands to the right of them is new to it."
@@ -54,7 +55,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the tables to stdout."""
-    console = Console()
+    console = Console(width=max(Console().width, _WIDTH))
     tables = [("Answers to the prompts, by the judge", *_versions(summary))]
     for kind in _kinds(summary):
         tables.append((f"Accuracy of the {kind} reward models on held-out comparisons", *_accuracies(summary, kind)))
