@@ -5,8 +5,8 @@ the instruction stands right before it: answer in Spanish, French or German. The
 Spanish." and the like, and the Spanish, French and German system prompts of a file such as BiGGen Bench's; the
 questions are in English, one after another, so that nothing but the first turn says which language is wanted.
 Language identification judges the answers; it does not judge their sense, which is little at 135M parameters. Only
-answers that pass are learnt (--gatt.keep consistent), as rejection sampling would; the numbers are ours. About ten
-minutes.
+answers that pass are learnt (--gatt.keep consistent), as rejection sampling would; the numbers are ours. Trained on
+dialogues of three turns, it is judged on six. About ten minutes.
 
     dpo-jax gatt configs/smollm2_gatt.py --data QUESTIONS.jsonl --gatt.instructions SYSTEM_PROMPTS.jsonl --out runs/gatt
 
@@ -35,17 +35,17 @@ config = GattRun(
         languages=("es", "fr", "de"),
         short=0.5,
         dialogues=54,
-        turns=4,
+        turns=3,
         train_turns="every",
         keep="consistent",
-        eval_dialogues=27,
+        eval_dialogues=18,
         eval_turns=6,
     ),
     sample=SampleConfig(max_new_tokens=24, temperature=0.7),
-    sample_batch_size=27,
+    sample_batch_size=18,
     lora=LoraConfig(rank=16),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=2),
     data=SFTDataConfig(max_length=512, buckets=3),
-    train=TrainConfig(batch_size=8, epochs=2),
+    train=TrainConfig(batch_size=4, epochs=2),
     checkpoint=CheckpointConfig(every=10, keep=1),
 )
