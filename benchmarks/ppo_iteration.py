@@ -83,8 +83,9 @@ def arguments() -> argparse.Namespace:
 
 def prompt_ids(options: argparse.Namespace) -> np.ndarray:
     """Prompts [N, P]: random ids, none of them special."""
+    vocabulary = json.loads((options.folder / "model" / "config.json").read_text())["vocab_size"]
     shape = (BATCHES * options.prompts, options.prompt)
-    return np.random.default_rng(0).integers(100, 49152, shape).astype(np.int32)
+    return np.random.default_rng(0).integers(100, vocabulary, shape).astype(np.int32)
 
 
 def write_model(options: argparse.Namespace) -> None:
@@ -116,14 +117,13 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
     model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh)
     tokenizer, ids = dpo_jax.load_tokenizer(options.folder / "model"), prompt_ids(options)
-    count = len(ids)
     data = PromptDataset(
         ids=Ragged.of(list(ids), np.int32),
         prompts=tuple(Prompt((), text) for text in tokenizer.batch_decode(ids.tolist())),
-        safety=np.zeros(count, bool),
-        row_numbers=np.arange(1, count + 1, dtype=np.int32),
+        safety=np.zeros(len(ids), bool),
+        row_numbers=np.arange(1, len(ids) + 1, dtype=np.int32),
         dropped=Counter(),
-        rows_read=count,
+        rows_read=len(ids),
         source="random prompts",
     )
     config = PPOConfig(
@@ -389,8 +389,8 @@ def main() -> None:
     table = compare(contenders, turns, options.warmup)
     show(table, options)
     if options.out is not None:
-        settings = {k: v for k, v in vars(options).items() if k in ("model", "prompts", "prompt", "new", "minibatches")}
-        settings |= {"rounds": options.rounds, "warmup": options.warmup, "cores": options.cores}
+        named = ("model", "prompts", "prompt", "new", "minibatches", "rounds", "warmup", "cores")
+        settings = {name: getattr(options, name) for name in named}
         options.out.write_text(json.dumps({"settings": settings, "figures": table}, indent=2) + "\n")
     return None
 
