@@ -2,8 +2,8 @@
 
 Two rounds in place of four, one judge, LoRA, short answers: it shows the machinery and the shift of distribution, not a
 better model. With the sentiment lexicon as the judge the answers become kinder; any other --judge will do. The numbers
-are ours. HELPFULNESS may be any file of comparisons, of which the first 200 rows are used; PROMPTS some dozens of
-questions.
+are ours. PROMPTS are some dozens of questions; DIALOGUES and HELPFULNESS may hold any layouts of `dpo-jax sft` and
+`dpo-jax reward`.
 
     dpo-jax recipe llama2_chat configs/smollm2_chat.py --sft_data DIALOGUES.jsonl --helpful_data HELPFULNESS.jsonl \
         --prompts PROMPTS.jsonl --out runs/smollm2_chat
@@ -43,7 +43,7 @@ config = Llama2ChatRun(
     prompts=ON_COMMAND_LINE,
     judge="vader",
     out=ON_COMMAND_LINE,
-    recipe=ChatRecipeConfig(rounds=2, pair_samples=4, pair_temperature=1.0, heldout=0.2),
+    recipe=ChatRecipeConfig(rounds=2, pair_samples=4, pair_temperature=1.0, heldout=0.25),
     sft=SFTRun(
         **SET,
         **LORA,

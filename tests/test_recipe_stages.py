@@ -118,3 +118,6 @@ def test_the_content_of_folders(tmp_path: Path) -> None:
     folder.finish()
     assert content(tmp_path / "run") != before
     assert content("vader") == "vader"
+    assert content("regex:a.py") == "regex:a.py"
+    (tmp_path / "mine.py").write_text("def f(): ...")
+    assert content(f"{tmp_path / 'mine.py'}:f") == content(tmp_path / "mine.py")

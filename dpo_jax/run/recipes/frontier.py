@@ -120,10 +120,10 @@ class Frontier:
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
-        out, model = self._out, self._run.model
+        out, model, judge = self._out, self._run.model, self._run.reward
         stages = [
-            Stage("samples", (model,), out / "samples.jsonl", self._samples),
-            Stage("unseen openings", (model,), out / "unseen.jsonl", self._reference_texts),
+            Stage("samples", (model, judge), out / "samples.jsonl", self._samples),
+            Stage("unseen openings", (model, judge), out / "unseen.jsonl", self._reference_texts),
             Stage("pairs", (out / "samples.jsonl",), out / "pairs.jsonl", self._pairs),
         ]
         for method in self.methods:
@@ -132,7 +132,9 @@ class Frontier:
             stages.append(Stage(_title(method), (model, out / method.reads), folder, work))
             for step in self._steps(method):
                 points = functools.partial(self._point, method, step)
-                stages.append(Stage(f"{_title(method)}, step {step}", (folder,), self._texts(method, step), points))
+                stages.append(
+                    Stage(f"{_title(method)}, step {step}", (folder, judge), self._texts(method, step), points)
+                )
         texts = [self._texts(method, step) for method in self.methods for step in self._steps(method)]
         stages.append(Stage("table", (out / "unseen.jsonl", *texts), out / "summary.json", self._table))
         return stages

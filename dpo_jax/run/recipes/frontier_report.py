@@ -110,6 +110,7 @@ def draw(summary: Mapping[str, Any]) -> Figure:
             label=f"{method} {setting}".strip().replace("$", r"\$"),
             marker=_MARKERS.get(method, "o"),
             linestyle=("-", "--", "-.", ":")[number % 4],
+            fillstyle=("full", "none", "left", "right")[number % 4],
             color=colours[method],
             markersize=5,
             linewidth=1,

@@ -124,21 +124,23 @@ class Recipe:
 def content(source: str | Path) -> str:
     """A hash of a file; of a run of ours, that of its options and figures; of another folder, of names and sizes.
 
-    What is neither (a hub id, a reward by name) is its own content.
+    A reward of the user's own, FILE.py:FUNCTION, counts as its file. What is neither file nor folder (a hub id, a
+    reward by name) is its own content.
     """
-    path, digest = Path(source).expanduser(), hashlib.sha256()
+    file, _, _ = str(source).rpartition(":")
+    path, digest = Path(file if file.endswith(".py") else source).expanduser(), hashlib.sha256()
     if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     if not path.is_dir():
         return str(source)
     if (path / "run.json").exists():
         for name in ("run.json", "config.json", "metrics.jsonl"):
             digest.update((path / name).read_bytes() if (path / name).exists() else b"")
         return digest.hexdigest()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    for each in sorted(path.rglob("*")):
+        if each.is_file():
+            digest.update(f"{each.relative_to(path)} {each.stat().st_size}\n".encode())
     return digest.hexdigest()
 
 
