@@ -57,7 +57,7 @@ config = Llama2ChatRun(
         reward=RewardLossConfig(ties="drop", centering=0.01, max_replies=2),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_ratio=0.1, floor=0.1),
         data=DataConfig(max_length=LENGTH, max_prompt_length=LENGTH - ANSWER - 8, buckets=1),
-        train=TrainConfig(batch_size=8, steps=20),
+        train=TrainConfig(batch_size=8, steps=30),
         on_bad_rows="skip",
     ),
     rejection=RejectionRun(

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax.errors import InputError
 from dpo_jax.run.folder import RunFolder
-from dpo_jax.run.recipes.stages import RECORD, Recipe, Stage, content
+from dpo_jax.run.recipes.stages import RECORD, Recipe, Stage, content, last_figures
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,13 @@ def test_other_options_and_other_inputs_are_refused(tmp_path: Path, source: Path
         chain.perform(source)
     with pytest.raises(InputError, match="holds a run of `dpo-jax recipe chain`"):
         Recipe("other", Options(str(tmp_path / "out")), Options(str(tmp_path / "out")))
+
+
+def test_figures_are_the_newest_of_a_run(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 3.0, "eval_accuracy": 0.5}, {"step": 2, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert last_figures(tmp_path, {"loss": "loss", "accuracy": "eval_accuracy"}) == {"loss": 2.0, "accuracy": 0.5}
+    assert last_figures(tmp_path / "absent", {"loss": "loss"}) == {}
 
 
 def test_the_content_of_folders(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import generate
 from dpo_jax.run.log import show_log
 from dpo_jax.run.recipes import comparisons, llama2_chat_report
-from dpo_jax.run.recipes.stages import Figures, Recipe, Stage
+from dpo_jax.run.recipes.stages import Figures, Recipe, Stage, last_figures
 from dpo_jax.run.reward_functions import check_reward, open_reward, scores_of
 from dpo_jax.run.rows import Row, read_lines, write_lines
 
@@ -159,7 +159,7 @@ class Llama2Chat:
     def _sft(self) -> Figures:
         run = self._run
         sft.train(dataclasses.replace(run.sft, model=run.model, source=run.sft_data, out=str(self._out / "sft")))
-        return {}
+        return last_figures(self._out / "sft", {"loss": "loss"})
 
     # ---------------------------------------------------------------- what the newest model writes
 
@@ -288,7 +288,8 @@ class Llama2Chat:
                 out=str(self._reward(number, kind)),
             )
         )
-        return {"comparisons": len(read_lines(self._material(number, kind)))}
+        figures = last_figures(self._reward(number, kind), {"accuracy on the newest": "eval_accuracy"})
+        return {"comparisons": len(read_lines(self._material(number, kind))), **figures}
 
     def _accuracy_stage(self, name: str, file: str, cells: Sequence[tuple[int, str]]) -> Stage:
         rewards = [self._reward(number, kind) for number, _ in cells for kind in self._kinds]
@@ -337,11 +338,15 @@ class Llama2Chat:
         before = str(self._model(number - 1) / "pool.jsonl") if number > 1 else None
         inner = dataclasses.replace(options.rejection, pool_from=before if options.rejection.pool == "all" else None)
         rejection.train(dataclasses.replace(options, rejection=inner, **self._setting(number)))
-        return {}
+        names = {"reward of all": "rewards/mean", "of the best": "rewards/best", "in the pool": "pool/size"}
+        return last_figures(self._model(number), names)
 
     def _ppo(self, number: int) -> Figures:
         ppo.train(dataclasses.replace(self._run.ppo, **self._setting(number)))
-        return {}
+        # Two rewards as one are whitened: their mean is 0, and those that it was made of tell more.
+        parts = {"helpfulness": "rewards/helpfulness", "safety": "rewards/safety"}
+        names = {"reward": "objective/scores", "KL": "objective/kl"}
+        return last_figures(self._model(number), names | (parts if len(self._kinds) > 1 else {}))
 
     # ---------------------------------------------------------------- the table
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_jax.errors import InputError
 from dpo_jax.run.folder import RunFolder, as_json, is_finished, write_atomically
-from dpo_jax.run.log import say
+from dpo_jax.run.log import read_metrics, say
 
 RECORD = "stages.json"
 Figures = Mapping[str, float | int | str]
@@ -119,6 +119,14 @@ class Recipe:
     def finish(self) -> None:
         """Mark the recipe as finished."""
         self._folder.finish()
+
+
+def last_figures(folder: Path, names: Mapping[str, str]) -> Figures:
+    """The newest values in a run folder's metrics.jsonl: what they are to be called -> their name there."""
+    found: dict[str, float | int | str] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        found |= {name: row[key] for name, key in names.items() if key in row}
+    return found
 
 
 def content(source: str | Path) -> str:
