@@ -347,5 +347,7 @@ def _hidden(cls: Any, unused: Sequence[str]) -> list[tuple[str, Any, Any]]:
             part = dataclasses.make_dataclass(section.__name__, _hidden(kind, inner), bases=(section,), frozen=True)
             make = field.default_factory
             assert make is not dataclasses.MISSING, "a section has a default"
-            changed.append((field.name, part, dataclasses.field(default_factory=partial(_section, part, make))))
+            # Tyro takes the defaults of a class field by field; those of an instance have been filled in already.
+            fresh = part if make is kind else partial(_section, part, make)
+            changed.append((field.name, part, dataclasses.field(default_factory=fresh)))
     return changed
