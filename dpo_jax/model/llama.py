@@ -25,16 +25,12 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import attention, narrow
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.model.cache import Cache, Caches, count_slots
+from dpo_jax.model.products import SAVED, matmul, precision
 
 _REMAT_POLICIES: dict[Remat, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """float32 means float32: without this, TPUs would multiply in bfloat16 and GPUs in TF32."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -89,12 +85,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, exact = x.shape[-1], precision(self.dtype)
+        width = x.shape[-1]
         if self.has_variable("narrow", "kernel"):
             y = narrow.matmul(x, self.get_variable("narrow", "kernel")).astype(self.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
-            y = jnp.matmul(x, kernel.astype(self.dtype), precision=exact)
+            y = matmul(x.astype(self.dtype), kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         adapted = self.lora.rank > 0 and self.name in self.lora.targets
@@ -106,8 +102,7 @@ class Linear(nn.Module):
 
             a = self.variable("adapters", "lora_a", uniform).value
             b = self.variable("adapters", "lora_b", jnp.zeros, (rank, self.features)).value
-            low = jnp.matmul(x, a.astype(self.dtype), precision=exact)
-            y = y + self.lora.scale * jnp.matmul(low, b.astype(self.dtype), precision=exact)
+            y = y + self.lora.scale * matmul(matmul(x.astype(self.dtype), a), b)
         return y
 
 
@@ -328,6 +323,8 @@ class Llama(nn.Module):
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
         if "lm_head" in self.variables.get("narrow", {}):
             return narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
-        return jnp.matmul(
-            hidden, self.unembedding(), precision=precision(self.dtype), preferred_element_type=jnp.float32
-        )
+        if self.config.tie_embeddings:
+            operands, spec = (hidden, self.embed_tokens.value.astype(self.dtype)), "...d,vd->...v"
+        else:
+            operands, spec = (hidden, self.lm_head.value.astype(self.dtype)), "...d,dv->...v"
+        return jnp.einsum(spec, *operands, precision=precision(self.dtype), preferred_element_type=jnp.float32)

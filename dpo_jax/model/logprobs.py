@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import mesh as meshes
+from dpo_jax.model.products import matmul
 
 
 @struct.dataclass
@@ -65,8 +66,7 @@ def by_chunks(f: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
 
 def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
-    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jnp.matmul(hidden, unembedding, precision=exact, preferred_element_type=jnp.float32)
+    return matmul(hidden, unembedding, jnp.float32)
 
 
 def _at(z: jax.Array, y: jax.Array) -> jax.Array:
