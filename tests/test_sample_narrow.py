@@ -45,7 +45,7 @@ def test_quantised_numbers_are_within_half_a_step():
 def test_products_of_narrow_weights(to, bound, rows):
     x = jnp.asarray(rng.normal(size=(*rows, 256)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(256, 48)) * np.geomspace(1e-3, 1e3, 48), jnp.float32)
-    got, want = narrow.matmul(x, narrow.narrowed(kernel, to)), np.matmul(x, kernel)
+    got, want = narrow.matmul(x, narrow.narrowed(kernel.T, to)), np.matmul(x, kernel)
     assert got.dtype == jnp.float32
     assert got.shape == want.shape
     sizes = np.linalg.norm(x, axis=-1, keepdims=True) * np.linalg.norm(kernel, axis=0) / 16

@@ -6,8 +6,10 @@
                x ~ s (q + r / 254), so x W ~ s s_j (q Q + r Q / 254), integer products summed in int32. One int8 alone
                loses ten times more to the outliers of x; the second costs more rows, not more reading of weights.
 
-Narrow weights stand in the collection `narrow` of a model's variables, under the names of the kernels that they stand
-for; a `Linear` that finds one there reads it instead of its kernel. Nothing trains through them.
+Narrow matrices are kept transposed, [F, D]: that order suits XLA's CPU backend best (integer products x 1.3 at one row
+and x 1.2 at 8, bfloat16 x 1.5), and other backends choose their own. Narrow weights stand in the collection `narrow` of
+a model's variables, under the names of the kernels that they stand for; a `Linear` that finds one there reads it
+instead of its kernel. Nothing trains through them.
 """
 
 from collections.abc import Mapping
@@ -18,8 +20,8 @@ import jax.numpy as jnp
 
 from dpo_jax.config import Narrow
 
-_ROWS = 8
-"""Integer products of fewer rows run as so many: XLA's CPU backend has its fast kernel from there on (x 3 at one)."""
+_ROWS = 2
+"""Products of fewer rows run as so many: XLA's CPU backend converts the matrix to float32 for a lone row."""
 
 
 def quantise(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
@@ -30,28 +32,37 @@ def quantise(x: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
 
 
 def narrowed(kernel: jax.Array, to: Narrow) -> dict[str, jax.Array]:
-    """A narrow kernel [..., D, F]: {"values"}, and in int8 {"scales": float32 [..., F]}."""
+    """A narrow kernel from a transposed one [..., F, D]: {"values"}, and in int8 {"scales": float32 [..., F]}."""
     if to == "bfloat16":
         return {"values": kernel.astype(jnp.bfloat16)}
-    values, scales = quantise(kernel, axis=-2)
+    values, scales = quantise(kernel)
     return {"values": values, "scales": scales}
 
 
 def matmul(x: jax.Array, kernel: Mapping[str, jax.Array]) -> jax.Array:
-    """float32 [..., F] from x [..., D] and a narrow kernel [D, F]."""
-    values = kernel["values"]
-    if "scales" not in kernel:
-        return jnp.matmul(x.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    """float32 [..., F] from x [..., D] and a narrow kernel of values [F, D]."""
+    rows, values = x.reshape(-1, x.shape[-1]), kernel["values"]
+    if "scales" in kernel:
+        y = _integer_products(rows.astype(jnp.float32), values) * kernel["scales"]
+    else:
+        y = _products(rows.astype(values.dtype), values, jnp.float32)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _products(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
+    """[N, F] in `dtype` from [N, D] and [F, D]."""
+    padded = jnp.pad(rows, ((0, max(0, _ROWS - len(rows))), (0, 0)))
+    return jnp.einsum("nd,fd->nf", padded, values, preferred_element_type=dtype)[: len(rows)]
+
+
+def _integer_products(rows: jax.Array, values: jax.Array) -> jax.Array:
+    """float32 [N, F] from float32 [N, D] and int8 [F, D]; the rows are quantised twice."""
     q, scales = quantise(rows)
     scales = scales[:, None]
     left = rows / jnp.where(scales > 0, scales, 1.0) - q  # within a half
     r = jnp.round(254 * left).astype(jnp.int8)
-    both = jnp.concatenate([q, r])
-    both = jnp.pad(both, ((0, max(0, _ROWS - len(both))), (0, 0)))
-    sums = jnp.matmul(both, values, preferred_element_type=jnp.int32).astype(jnp.float32)
-    y = (sums[: len(rows)] + sums[len(rows) : 2 * len(rows)] / 254) * scales * kernel["scales"]
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    sums = _products(jnp.concatenate([q, r]), values, jnp.int32).astype(jnp.float32)
+    return (sums[: len(rows)] + sums[len(rows) :] / 254) * scales
 
 
 def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]:
@@ -64,7 +75,7 @@ def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]
         kept, found = {}, {}
         for name, value in params.items():
             if name == "kernel":
-                found[name] = narrowed(value, to)
+                found[name] = narrowed(value.swapaxes(-1, -2), to)
             elif isinstance(value, Mapping):
                 inner, kernels = split(value)
                 kept |= {name: inner} if inner else {}
@@ -75,5 +86,5 @@ def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]
 
     kept, found = split(variables["params"])
     if "lm_head" not in found:
-        found["lm_head"] = {"kernel": narrowed(kept["embed_tokens"]["embedding"].T, to)}
+        found["lm_head"] = {"kernel": narrowed(kept["embed_tokens"]["embedding"], to)}
     return {**variables, "params": kept, "narrow": found}
