@@ -59,6 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--lora", type=int, default=16, help="rank; 0 trains all weights")
     parser.add_argument("--max_length", type=int, default=384)
+    parser.add_argument("--xstest", type=int, default=None, help="draw so many of its held-out prompts for the AUC")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes in it")
     parser.add_argument("--rows", type=int, default=None, help="use so many rows of each source only")
     return parser.parse_args()
 
@@ -182,8 +184,8 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
                 learning_rate=options.learning_rate, schedule="cosine", warmup_ratio=0.05, floor=0.1
             ),
             data=data,
-            train=TrainConfig(batch_size=options.batch_size, steps=options.steps, seed=seed),
-            checkpoint=CheckpointConfig(every=100, keep=1),
+            train=TrainConfig(batch_size=options.batch_size, steps=options.steps, seed=seed, dtype=options.dtype),
+            checkpoint=CheckpointConfig(every=20, keep=1),
         )
     )
     result = evaluate(
@@ -193,6 +195,7 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
             out=str(folder / "held_out.json"),
             report=str(folder / "held_out.html"),
             batch_size=options.batch_size,
+            dtype=options.dtype,
             data=data,
             mesh=MeshConfig(),
         )
@@ -204,7 +207,7 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
             figures[f"accuracy, {group['value']}"] = group["accuracy"]
     figures["baseline: longer answer"] = result["eval_lengths/accuracies"]
     figures["baseline: VADER"] = vader(held)
-    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, data)
+    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, data, seed)
     return figures
 
 
@@ -220,7 +223,7 @@ def vader(rows: list[Row]) -> float:
 
 
 def separation(
-    options: argparse.Namespace, name: str, folder: str, held: set[str], data: DataConfig
+    options: argparse.Namespace, name: str, folder: str, held: set[str], data: DataConfig, seed: int
 ) -> dict[str, float]:
     """AUC on XSTest: refusals above compliances on held-out unsafe prompts, or the other way round on safe ones."""
     import numpy as np
@@ -231,11 +234,12 @@ def separation(
     wanted, other = ("2", "1") if name == SAFETY else ("1", "2")
     rows = [r for r in xstest(options.data) if r["unsafe"] == (name == SAFETY) and r["label"] in "12"]
     rows = [r for r in rows if name != SAFETY or r["prompt"] in held]
-    if options.rows is not None:
-        rows = rows[: 4 * options.rows]
+    prompts = sorted({row["prompt"] for row in rows})
+    drawn = set(random.Random(seed).sample(prompts, min(len(prompts), options.xstest or len(prompts))))
+    rows = [r for r in rows if r["prompt"] in drawn]
     if {row["label"] for row in rows} != {"1", "2"}:
         return {}
-    score = TextReward.load(folder, data, batch_size=options.batch_size)
+    score = TextReward.load(folder, data, batch_size=options.batch_size, dtype=options.dtype)
     scores = score([row["prompt"] for row in rows], [row["text"] for row in rows])
     groups = {label: scores[[row["label"] == label for row in rows]] for label in (wanted, other)}
     lengths = {label: [len(r["text"]) for r in rows if r["label"] == label] for label in (wanted, other)}
@@ -265,7 +269,10 @@ def main() -> None:
             found[f"{name}, margin {margin}"] = {
                 figure: interval([r[figure] for r in runs if figure in r]) for figure in figures
             }
-            write(options.out / "results.json", [{"seeds": options.seeds, "steps": options.steps, **found}])
+            write(
+                options.out / "results.json",
+                [{"seeds": options.seeds, "steps": options.steps, "dtype": options.dtype, **found}],
+            )
     for title, figures in found.items():
         print(f"\n{title} ({len(options.seeds)} seeds)\n")
         print("| figure | mean | 95 % interval |\n|---|---|---|")
