@@ -3,12 +3,15 @@
 A kernel is [in, out] here and [out, in] there; the L layers are one stacked leaf here and L tensors there.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -17,6 +20,9 @@ from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
+
+PIECE_BYTES = 2 << 30
+"""Local shards of a stacked leaf beyond this many bytes are read and placed a few layers at a time."""
 
 Slices = tuple[slice, ...]
 Tree = dict[str, Any]
@@ -161,22 +167,57 @@ def _read_leaf(slot: Slot, reader: TensorReader, index: Slices, dtype: np.dtype)
     return block if slot.stacked else block[0]
 
 
+def _bounds(slot: Slot, index: Slices | None) -> tuple[tuple[int, int], ...]:
+    """(start, stop) on each axis of a leaf, of the index that jax gives for a shard."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index or (), slot.shape, strict=True))
+
+
 def _load_leaf(slot: Slot, reader: TensorReader, target: jax.ShapeDtypeStruct) -> jax.Array:
-    memo: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}  # replicas of a shard are read once
+    """A leaf in its shards; one that is large goes to the devices a few layers at a time."""
+    sharding, dtype = target.sharding, np.dtype(target.dtype)
+    assert sharding is not None
+    devices = len(sharding.device_set) // jax.process_count() or 1
+    here = min(math.prod(sharding.shard_shape(slot.shape)) * devices, math.prod(slot.shape)) * dtype.itemsize
+    layers = len(slot.keys)
+    pieces = next(n for n in range(1, layers + 1) if layers % n == 0 and (here <= n * PIECE_BYTES or n == layers))
+    if pieces == 1:
+        return _load_piece(slot, reader, sharding, dtype)
+    leaf = jax.jit(partial(jnp.zeros, slot.shape, dtype), out_shardings=sharding)()
+    put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0, out_shardings=sharding)
+    many = layers // pieces
+    for start in range(0, layers, many):
+        part = replace(slot, keys=slot.keys[start : start + many], shape=(many, *slot.shape[1:]))
+        leaf = put(leaf, _load_piece(part, reader, sharding, dtype), np.int32(start), 0)
+        leaf.block_until_ready()  # else the host reads on, and holds several pieces
+    return leaf
+
+
+def _load_piece(slot: Slot, reader: TensorReader, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
+    """A leaf whose local shards fit into host memory together."""
+    local = {_bounds(slot, index) for index in sharding.addressable_devices_indices_map(slot.shape).values()}
+    box = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*local, strict=True))
+    sizes = [math.prod(stop - start for start, stop in bounds) for bounds in (box, *local)]
+    block = None
+    if sizes[0] == sum(sizes[1:]):  # shards that lie side by side are read at once, in longer runs
+        block = _read_leaf(slot, reader, tuple(slice(*b, 1) for b in box), dtype)
+    memo: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas of a shard are read once
 
     def shard(index: Slices | None) -> np.ndarray:
-        index = index or ()
-        bounds = tuple(s.indices(n) for s, n in zip(index, slot.shape, strict=True))
+        bounds = _bounds(slot, index)
+        if block is not None:
+            return block[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, box, strict=True))]
         if bounds not in memo:
-            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b) for b in bounds), np.dtype(target.dtype))
+            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b, 1) for b in bounds), dtype)
         return memo[bounds]
 
-    assert target.sharding is not None
-    return jax.make_array_from_callback(slot.shape, target.sharding, shard)
+    return jax.make_array_from_callback(slot.shape, sharding, shard)
 
 
 def load_tree(slots: list[Slot], reader: TensorReader, target: Mapping[str, Any]) -> Tree:
-    """Read every leaf straight into its shards: host memory holds the local shards of one leaf at a time.
+    """Read every leaf straight into its shards.
+
+    Beside what the devices hold, host memory takes the local shards of one leaf, or of as many of its layers as fit
+    into `PIECE_BYTES`, and one tensor. Each process reads what its devices hold, once.
 
     Args:
       slots: what to read; run `check_keys` first.

@@ -1,11 +1,13 @@
 """Safetensors, single file or sharded: tensors read slice by slice, and written one after the other."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,11 @@ from dpo_jax.weights.layout import Slices
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_AHEAD = 8 << 20
+"""Bytes that the kernel is asked to fetch at once where many short runs of them are wanted."""
+_SHORT = 64 << 10
+"""A shorter run than this is not worth a request to a disk of its own."""
 # Buffers that old checkpoints carry although they follow from config.json.
 _BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -40,25 +47,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies: `offset` is that of its first byte in `file`."""
+
+    file: BinaryIO
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
 class SafetensorsReader:
     """The tensors of some safetensors files of one folder (a `TensorReader`).
 
-    Every file is opened and its header checked at once, so a truncated one is found before anything is loaded.
+    Every file is opened and its header checked at once, so a truncated one is found before anything is loaded. Values
+    are read with positioned reads of exactly the bytes asked for, not through a memory map: the pages of a map stay in
+    the process's resident memory, which would grow to the size of the checkpoint.
+
+    Attributes:
+      bytes_read: how many bytes of tensors have been read so far.
     """
 
     def __init__(self, folder: Path, files: Iterable[str], weight_map: Mapping[str, str] | None = None):
         self.where = str(folder)
-        self._slices: dict[str, Any] = {}
+        self.bytes_read = 0
+        self._tensors: dict[str, _Tensor] = {}
         home: dict[str, str] = {}
         for name in files:
             try:
-                handle = safe_open(folder / name, framework="np")
-                keys = list(handle.keys())
+                with safe_open(folder / name, framework="np"):  # checks the header, and the file's size against it
+                    file, header, start = _header(folder / name)
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"{folder / name}: truncated or not a safetensors file ({error}); fetch it again"
                 ) from error
-            for key in keys:
+            for key, entry in header.items():
                 if _BUFFER.fullmatch(key):
                     continue
                 if key in home:
@@ -66,28 +89,78 @@ class SafetensorsReader:
                 if weight_map is not None and weight_map.get(key) != name:
                     raise InputError(f"{folder / INDEX}: tensor {key} of {name} is {_told(weight_map.get(key))}")
                 home[key] = name
-                self._slices[key] = handle.get_slice(key)
-                if (kind := self._slices[key].get_dtype()) not in _NAMES.values():
+                if (kind := entry["dtype"]) not in _DTYPES:
                     raise InputError(
                         f"{folder / name}: tensor {key} is {kind}; only F32, BF16 and F16 weights are read"
                     )
+                at = start + entry["data_offsets"][0]
+                self._tensors[key] = _Tensor(file, at, tuple(entry["shape"]), _DTYPES[kind])
         for key, name in (weight_map or {}).items():
             if key not in home and not _BUFFER.fullmatch(key):
                 raise InputError(f"{folder / INDEX}: tensor {key} should be in {name}, and is not there")
 
-        kinds = {tensor.get_dtype() for tensor in self._slices.values()}
-        self.dtype = next((d for d, name in _NAMES.items() if kinds == {name}), np.dtype(np.float32))
+        kinds = {tensor.dtype for tensor in self._tensors.values()}
+        self.dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
-        return {key: tuple(tensor.get_shape()) for key, tensor in self._slices.items()}
+        return {key: tensor.shape for key, tensor in self._tensors.items()}
 
     def read(self, key: str, index: Slices) -> np.ndarray:
         """A rectangle of a tensor, in the dtype of the file."""
+        tensor = self._tensors[key]
         try:
-            return self._slices[key][index]
-        except (SafetensorError, OSError) as error:
+            values = _read(tensor, index)
+        except OSError as error:
             raise InputError(f"{self.where}: tensor {key} cannot be read ({error})") from error
+        self.bytes_read += values.nbytes
+        return values
+
+
+def _header(path: Path) -> tuple[BinaryIO, dict[str, Any], int]:
+    """The opened file, the header's entry of each tensor, and where the data begins. The file has been checked."""
+    file = path.open("rb", buffering=0)
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return file, header, 8 + length
+
+
+def _read(tensor: _Tensor, index: Slices) -> np.ndarray:
+    """The rectangle `index` (steps of 1) of a tensor, one run of neighbouring bytes after the other."""
+    values = np.empty([s.stop - s.start for s in index], tensor.dtype)
+    if not values.size:
+        return values
+    whole = len(index)  # axes from here on are wanted whole, so they and the axis before them make one run
+    while whole and values.shape[whole - 1] == tensor.shape[whole - 1]:
+        whole -= 1
+    strides = [math.prod(tensor.shape[axis + 1 :]) * tensor.dtype.itemsize for axis in range(len(index))]
+    first = tensor.offset + sum(s.start * stride for s, stride in zip(index, strides, strict=True))
+    outer = values.shape[: max(whole - 1, 0)]
+    runs = values.reshape(math.prod(outer), -1).view(np.uint8)
+    descriptor, fetched = tensor.file.fileno(), 0
+    for run, place in zip(runs, np.ndindex(outer), strict=True):
+        at = first + sum(i * stride for i, stride in zip(place, strides, strict=False))
+        if len(runs) > 1 and len(run) < _SHORT and at + len(run) > fetched:
+            _fetch(descriptor, at, _AHEAD)
+            fetched = at + _AHEAD
+        _fill(descriptor, run.data, at)
+    return values
+
+
+def _fetch(descriptor: int, offset: int, size: int) -> None:
+    """Let the kernel read ahead, where it can be asked to (not on macOS)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Read until the buffer is full: one read gives at most 2 GiB."""
+    while len(buffer):
+        got = os.preadv(descriptor, [buffer], offset)
+        if not got:
+            raise OSError("the file has become shorter")
+        buffer, offset = buffer[got:], offset + got
 
 
 def _told(file: str | None) -> str:
