@@ -12,7 +12,7 @@ Float32, `--prompt` random tokens, `--new` new ones (nothing stops earlier), on 
 In each round each contender takes its turn. Machines drift, so what counts is the median over rounds of the ratio
 within a round. The bound: a step reads every weight once, so it takes at least weights / bandwidth; the bandwidth is
 measured in the same rounds, as the fastest pass of PyTorch or of XLA over 512 MiB. Prefill counts as time, not as
-tokens; compiling, in a turn before the first round, counts as neither. At the greedy settings the tokens are compared,
+tokens; compiling, in a turn before the first round, and weights prepared once for all turns count as neither. At the greedy settings the tokens are compared,
 so that nobody wins by computing something else.
 
     ours           `dpo_jax.sample.generate`, one program
@@ -70,20 +70,24 @@ def our_turns(model: Any, variables: Any, prompts: np.ndarray, samples: int, new
     import jax
 
     from dpo_jax.config import SampleConfig
-    from dpo_jax.sample import generate, serve
+    from dpo_jax.sample import generate, prepare, serve
 
     config = SampleConfig(new, temperature=0.0 if samples == 1 else 1.0)
+    prepared = {}
+    for name in (None, *NARROW):
+        prepared[name] = prepare(model, variables, dataclasses.replace(config, weights=name))
     key = jax.random.key(0)
     requests = [(i, k) for i in range(len(prompts)) for k in range(samples)]
 
-    def engine(**changes: Any) -> list[list[int]]:
-        found = generate(model, variables, prompts, key, config=dataclasses.replace(config, **changes), samples=samples)
+    def engine(weights: Any = None) -> list[list[int]]:
+        made = dataclasses.replace(config, weights=weights)
+        found = generate(model, prepared[weights], prompts, key, config=made, samples=samples)
         return np.asarray(found.tokens).tolist()
 
     def queue() -> list[list[int]]:
         served = serve(
             model,
-            variables,
+            prepared[None],
             prompts.tolist(),
             key,
             config=config,

@@ -16,7 +16,8 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model import cache as caches
 from dpo_jax.model import narrow
 from dpo_jax.model import variables as model_variables
-from dpo_jax.sample import decode, generate, serve
+from dpo_jax.sample import decode, generate, prepare, serve
+from dpo_jax.sample import program as programs
 
 rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(3, 30, size).tolist() for size in (1, 9, 5)]
@@ -55,8 +56,8 @@ def test_products_of_narrow_weights(to, bound, rows):
 def step_logits(small, config, unrolled=True):
     """float32 [tokens, V]: logits of a text, its first half computed at once, the rest token by token."""
     model, variables = small
-    program = decode.Program.of(model, config, "threefry2x32", None)._replace(unrolled=unrolled)
-    weights = decode.Weights(variables, decode._token_weights(variables, to=config.weights, unrolled=unrolled))
+    program = programs.Program.of(model, config, "threefry2x32", None)._replace(unrolled=unrolled)
+    weights = programs.Weights(variables, programs._token_weights(variables, to=config.weights, unrolled=unrolled))
     decoder = decode.Decoder(program, weights, decode.settings(config, model.config.vocab_size))
     text = jnp.asarray(np.random.default_rng(1).integers(3, 30, (1, 24)), jnp.int32)
     first, cache = quick_jit(lambda: decoder.prefill(text[:, :12], jnp.full(1, 12), 32))()
@@ -110,6 +111,10 @@ def test_a_request_gives_the_same_text_alone_in_a_batch_and_in_the_queue(small):
     batch = texts(generate(model, variables, PROMPTS, key, config=config))
     alone = texts(generate(model, variables, PROMPTS[1:2], key, config=config, row_ids=[1]))
     assert alone[0] == batch[1]
+    prepared = prepare(model, variables, config)
+    assert texts(generate(model, prepared, PROMPTS, key, config=config)) == batch
+    with pytest.raises(InputError, match="were prepared as int8"):
+        generate(model, prepared, PROMPTS, key, config=SampleConfig(NEW))
     requests = [(i, 0) for i in range(len(PROMPTS))]
     served = serve(model, variables, PROMPTS, key, config=config, requests=requests, rows=2)
     assert {done.request[0]: done.tokens for some in served for done in some} == dict(enumerate(batch))

@@ -88,3 +88,10 @@ def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]
     if "lm_head" not in found:
         found["lm_head"] = {"kernel": narrowed(kept["embed_tokens"]["embedding"], to)}
     return {**variables, "params": kept, "narrow": found}
+
+
+def kind(variables: Mapping[str, Any]) -> Narrow | None:
+    """What the weights of these variables were narrowed to."""
+    if "narrow" not in variables:
+        return None
+    return "int8" if "scales" in variables["narrow"]["lm_head"]["kernel"] else "bfloat16"

@@ -6,5 +6,15 @@
 from dpo_jax.sample.beams import beam_search
 from dpo_jax.sample.continuous import Finished, Request, serve
 from dpo_jax.sample.engine import Generation, generate, generate_with_plain_logps
+from dpo_jax.sample.program import prepare
 
-__all__ = ["Finished", "Generation", "Request", "beam_search", "generate", "generate_with_plain_logps", "serve"]
+__all__ = [
+    "Finished",
+    "Generation",
+    "Request",
+    "beam_search",
+    "generate",
+    "generate_with_plain_logps",
+    "prepare",
+    "serve",
+]

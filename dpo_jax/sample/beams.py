@@ -26,6 +26,7 @@ from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
 from dpo_jax.sample import decode, filters
 from dpo_jax.sample.engine import Generation
+from dpo_jax.sample.program import Program, Weights, make_weights
 
 OUT = -1e9
 """Added to the score of what may not be chosen; worse than any real one."""
@@ -73,13 +74,13 @@ def _take(x: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("program", "beams", "new", "slots"))
 def _search(
-    weights: decode.Weights,
+    weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     penalty: jax.Array,
     settings: decode.Settings,
     *,
-    program: decode.Program,
+    program: Program,
     beams: int,
     new: int,
     slots: int,
@@ -232,8 +233,8 @@ def beam_search(
     }
     settings = decode.settings(config, vocab)
     with meshes.in_force(mesh):
-        program = decode.Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
-        weights = decode.weights(program, variables, config)
+        program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
+        weights = make_weights(program, variables, config)
         table, sizes = batch if mesh is None else meshes.put_batch(mesh, batch)
         out = _search(weights, table, sizes, penalty, settings, program=program, **static)
     return Generation(*(x[:count, : config.max_new_tokens] for x in out))

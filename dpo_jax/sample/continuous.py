@@ -22,6 +22,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
+from dpo_jax.sample.program import Program, Weights, make_weights
 
 CHUNK = 64
 """Tokens a row after which the host looks, if no room was made before."""
@@ -56,13 +57,13 @@ class _View(NamedTuple):
     logps: jax.Array
 
 
-def _constrain(program: decode.Program, rows: decode.Rows) -> decode.Rows:
+def _constrain(program: Program, rows: decode.Rows) -> decode.Rows:
     return rows if program.mesh is None else decode.constrain(rows)
 
 
 @partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words"))
 def _empty(
-    settings: decode.Settings, *, program: decode.Program, rows: int, new: int, slots: int, key_words: int
+    settings: decode.Settings, *, program: Program, rows: int, new: int, slots: int, key_words: int
 ) -> decode.Rows:
     state = decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
     return _constrain(program, state)
@@ -71,7 +72,7 @@ def _empty(
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
 def _admit(
     rows: decode.Rows,
-    weights: decode.Weights,
+    weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     targets: jax.Array,
@@ -80,7 +81,7 @@ def _admit(
     key_data: jax.Array,
     settings: decode.Settings,
     *,
-    program: decode.Program,
+    program: Program,
 ) -> decode.Rows:
     """Prompts [G, P], each computed once, into the rows `targets` [G, K]; B there means nowhere.
 
@@ -112,13 +113,13 @@ def _admit(
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
 def _run(
     rows: decode.Rows,
-    weights: decode.Weights,
+    weights: Weights,
     ended: jax.Array,
     steps: jax.Array,
     wanted: jax.Array,
     settings: decode.Settings,
     *,
-    program: decode.Program,
+    program: Program,
 ) -> tuple[decode.Rows, _View]:
     """At most `steps` tokens a row, until `wanted` rows are done; `ended` bool [B] were ended by the host."""
     decoder = decode.Decoder(program, weights, settings)
@@ -195,8 +196,8 @@ def serve(
     rows = -(-min(rows, max(len(requests), 1)) // parts) * parts
     bits, implementation = decode.key_data(key)
     with meshes.in_force(mesh):
-        program = decode.Program.of(model, config, implementation, mesh)
-        weights = decode.weights(program, variables, config)
+        program = Program.of(model, config, implementation, mesh)
+        weights = make_weights(program, variables, config)
     units = _units(requests, rows)
     for slots, group in _groups(model, lengths.tolist(), units, config):
         batch = _Batch(program, weights, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)
@@ -208,8 +209,8 @@ class _Batch:
 
     def __init__(
         self,
-        program: decode.Program,
-        weights: decode.Weights,
+        program: Program,
+        weights: Weights,
         table: np.ndarray,
         lengths: np.ndarray,
         bits: np.ndarray,

@@ -10,71 +10,25 @@ B rows, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import Narrow, SampleConfig
+from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import cache as caches
-from dpo_jax.model import llama, narrow
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama
 from dpo_jax.sample import filters
+from dpo_jax.sample.program import Program, Weights
 
 PAD = 0
 """What stands in `Rows.tokens` behind the end of a row. `Rows.count` says where that is, not this value."""
 
 SAMPLE = np.uint32(2**31)
 """Added to a sample's number before it is folded into its row's key; tokens count from 0 and stay below."""
-
-
-class Program(NamedTuple):
-    """What compiled functions depend on beside shapes; hashable.
-
-    Attributes:
-      model:          computes the prompts.
-      unrolled:       whether the tokens after them go through unrolled layers; see `Llama.unrolled`.
-      cache:          dtype of the cache, by name.
-      implementation: of the random numbers, by name.
-      mesh:           or None.
-    """
-
-    model: llama.Llama
-    unrolled: bool
-    cache: str
-    implementation: str
-    mesh: Mesh | None
-
-    @classmethod
-    def of(cls, model: llama.Llama, config: SampleConfig, implementation: str, mesh: Mesh | None) -> "Program":
-        """For a mesh that is in force, or none."""
-        cache = jnp.dtype(config.cache or model.dtype).name
-        return cls(model, meshes.platform() == "cpu", cache, implementation, mesh)
-
-
-class Weights(NamedTuple):
-    """Variables for the prompts, and for the tokens after them; the same ones unless unrolled or narrow."""
-
-    prompt: Any
-    token: Any
-
-
-def weights(program: Program, variables: Any, config: SampleConfig) -> Weights:
-    """Made once for many tokens: what is unrolled or narrow is a copy."""
-    if not program.unrolled and config.weights is None:
-        return Weights(variables, variables)
-    return Weights(variables, _token_weights(variables, to=config.weights, unrolled=program.unrolled))
-
-
-@partial(jax.jit, static_argnames=("to", "unrolled"))
-def _token_weights(variables: Any, *, to: Narrow | None, unrolled: bool) -> Any:
-    made = variables if to is None else narrow.narrow_variables(variables, to)
-    return model_variables.unroll(made) if unrolled else made
 
 
 class Settings(NamedTuple):

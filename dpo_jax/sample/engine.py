@@ -19,6 +19,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
+from dpo_jax.sample.program import Program, Weights, make_weights
 
 PAD = decode.PAD
 bucket = decode.bucket
@@ -41,14 +42,14 @@ class Generation(NamedTuple):
 
 @partial(jax.jit, static_argnames=("program", "new", "slots", "samples", "plain"))
 def _generate(
-    weights: decode.Weights,
+    weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     key_data: jax.Array,
     row_ids: jax.Array,
     settings: decode.Settings,
     *,
-    program: decode.Program,
+    program: Program,
     new: int,
     slots: int,
     samples: int,
@@ -84,7 +85,8 @@ def generate(
     calls that differ only in the numbers of their settings, or in seed.
 
     Args:
-      model, variables: from `load_pretrained`; with an `adapters` collection the adapted model generates.
+      model, variables: from `load_pretrained`; with an `adapters` collection the adapted model generates. For many
+        calls, `prepare(model, variables, config)` in place of the variables.
       prompts: B lists of token ids, or integers [B, P] padded on the right with `prompt_lengths` [B].
       key: a JAX random key. The same key gives the same text, another key another text; greedy ignores it.
       config: see `SampleConfig`.
@@ -159,8 +161,8 @@ def _run(
         "plain": plain,
     }
     with meshes.in_force(mesh):
-        program = decode.Program.of(model, config, implementation, mesh)
-        weights = decode.weights(program, variables, config)
+        program = Program.of(model, config, implementation, mesh)
+        weights = make_weights(program, variables, config)
         tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
         out, logps = _generate(weights, tokens, lengths, key_data, ids, settings, program=program, **static)
 
