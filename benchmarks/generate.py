@@ -12,8 +12,8 @@ Float32, `--prompt` random tokens, `--new` new ones (nothing stops earlier), on 
 In each round each contender takes its turn. Machines drift, so what counts is the median over rounds of the ratio
 within a round. The bound: a step reads every weight once, so it takes at least weights / bandwidth; the bandwidth is
 measured in the same rounds, as the fastest pass of PyTorch or of XLA over 512 MiB. Prefill counts as time, not as
-tokens; compiling, in a turn before the first round, and weights prepared once for all turns count as neither. At the greedy settings the tokens are compared,
-so that nobody wins by computing something else.
+tokens; compiling, in a turn before the first round, and preparing weights, once for all turns, count as neither. At the
+greedy settings the tokens are compared, so that nobody wins by computing something else.
 
     ours           `dpo_jax.sample.generate`, one program
     ours-queue     `dpo_jax.sample.serve`, as `dpo-jax generate` uses it
