@@ -17,20 +17,24 @@ from functools import cache, partial
 from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
-from dpo_jax.config.words import COMMANDS, RECIPE
-from dpo_jax.errors import InputError
+from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
+from dpo_jax.errors import DoesNotFit, InputError
 
 PROGRAM = "dpo-jax"
-OK, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
 GUESS_CUTOFF = 0.5
+PLANNED = ("sft", "reward", "dpo", "ppo")
+"""Commands whose CONFIG.py `plan` takes."""
 
+_CONFIG = {PLAN: " CONFIG.py"}  # where it must be given
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Run one command; return the exit code: 0, 2 for bad input (one line on stderr), 3 for a plan that does not fit,
+    130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -39,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except DoesNotFit as answer:
+        print(f"{PROGRAM}: {answer}", file=sys.stderr)
+        return DOES_NOT_FIT
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -109,9 +116,18 @@ def _overview(words: Mapping[str, str] | None = None, first: str = "") -> str:
     )
 
 
-def parse(word: str, args: Sequence[str]) -> Any:
-    """The options of command `word`: an instance of its dataclass. Raises `InputError` for what does not parse."""
-    command, args = COMMANDS[word], list(args)
+def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
+    """The options of command `word`: an instance of its dataclass. Raises `InputError` for what does not parse.
+
+    `open_ended`: what a CONFIG.py leaves to the command line may be missing.
+    """
+    if word == PLAN:
+        return _parse_plan(list(args))
+    return _parse(word, list(args), open_ended=open_ended)
+
+
+def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
+    command = COMMANDS[word]
     default, args = _split_recipe(word, args)
     args = _joined(args, command.lists)
     names = option_names(word)
@@ -125,7 +141,7 @@ def parse(word: str, args: Sequence[str]) -> Any:
         default = _give_way(default, given)
     options = _tyro(word, args, default)
     for field in dataclasses.fields(options):
-        if getattr(options, field.name) in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)):
+        if not open_ended and getattr(options, field.name) in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)):
             raise InputError(
                 f"missing --{dict(command.renamed).get(field.name, field.name)}: the CONFIG.py leaves it open"
             )
@@ -179,21 +195,52 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     if not COMMANDS[word].recipe or not args or args[0].startswith("-"):
         return None, args
     path, cls = args[0], getattr(config, COMMANDS[word].options)
-    if not path.endswith(".py"):
-        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such CONFIG file")
-    try:
-        loaded = runpy.run_path(path).get("config")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    loaded = _load_config(path)
     if not isinstance(loaded, cls):
         raise InputError(
             f"{path}: must define `config`, a dpo_jax.config.{cls.__name__}; it is {type(loaded).__name__}"
         )
     return loaded, args[1:]
+
+
+def _load_config(path: str) -> Any:
+    """What a CONFIG.py calls `config`."""
+    if not path.endswith(".py"):
+        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such CONFIG file")
+    try:
+        return runpy.run_path(path).get("config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _parse_plan(args: list[str]) -> Any:
+    """Options of `plan`, and in `training` those of the command that its CONFIG.py belongs to."""
+    if not args or args[0].startswith("-"):
+        raise InputError(f"missing CONFIG.py: {PROGRAM} {PLAN} CONFIG.py --topology v5e:4x4 ({PROGRAM} {PLAN} --help)")
+    loaded = _load_config(args[0])
+    words = [word for word in PLANNED if type(loaded) is getattr(config, COMMANDS[word].options)]
+    if not words:
+        kinds = ", ".join(PLANNED)
+        raise InputError(f"{args[0]}: {type(loaded).__name__} cannot be planned; a plan takes a CONFIG.py of {kinds}")
+    names, own, theirs = option_names(PLAN), [], [args[0]]
+    others = option_names(words[0])
+    within = theirs
+    for token in args[1:]:
+        if _is_option(token):
+            name = token.partition("=")[0].lstrip("-").replace("-", "_")
+            if name not in names and name not in others:
+                guess = _guess(name, [*names, *others], "--")
+                raise InputError(
+                    f"unknown option {token}{guess} ({PROGRAM} {PLAN} --help, {PROGRAM} {words[0]} --help)"
+                )
+            within = own if name in names else theirs
+        within.append(token)
+    training = _parse(words[0], theirs, open_ended=True)
+    return dataclasses.replace(_parse(PLAN, own), training=training)
 
 
 def _give_way(default: Any, given: set[str], prefix: str = "") -> Any:
@@ -294,7 +341,7 @@ def _parse_with_tyro(word: str, args: list[str], default: Any) -> Any:
     spelled = _command_line_class(word)
     parsed = tyro.cli(
         spelled,
-        prog=f"{PROGRAM} {word}" + (" [CONFIG.py]" if COMMANDS[word].recipe else ""),
+        prog=f"{PROGRAM} {word}" + _CONFIG.get(word, " [CONFIG.py]" if COMMANDS[word].recipe else ""),
         description=cls.__doc__,
         args=args,
         use_underscores=True,

@@ -179,15 +179,26 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
-def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function` jitted for `mesh`; every process gets the whole result. Its arguments stay as they are."""
-    jitted = jax.jit(function, out_shardings=replicated(mesh))
+class Replicated:
+    """`function` jitted for one mesh; every process gets the whole result. Its arguments stay as they are."""
 
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted(*args)
+    def __init__(self, function: Callable[..., Any], mesh: Mesh):
+        self.mesh = mesh
+        self._jitted = jax.jit(function, out_shardings=replicated(mesh))
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self._jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """`jax.jit(...).lower`, for `jax.ShapeDtypeStruct`s with shardings too."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(*args)
+
+
+def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Replicated:
+    """`function` jitted for `mesh`; see `Replicated`."""
+    return Replicated(function, mesh)
 
 
 class ShardedStep:

@@ -7,7 +7,7 @@ CUDA nor cuDNN is used for compiling).
 import importlib.util
 
 import pytest
-from test_tpu_compile import GIB, PARAMETERS, compile_step
+from plans import GIB, PARAMETERS, compiled, dpo_run, job
 
 pytestmark = [
     pytest.mark.cuda_compile,
@@ -18,17 +18,19 @@ pytestmark = [
 ]
 
 
-def test_llama_2_7b_trains_on_8_a100():
+def test_llama_2_7b_trains_on_8_a100() -> None:
     """Full fine-tuning with a live bfloat16 reference; 16 pairs whose sequences have 512 + 512 tokens."""
-    memory = compile_step(platform="cuda", topology="1x1x8", pairs=16, prompt=512, response=512)
+    figures = compiled(job(dpo_run(pairs=16), "a100:8", prompt=512, response=512))
+    memory = figures["memory"]
     assert memory["arguments"] == pytest.approx(PARAMETERS * 14 / 8 / GIB, rel=0.01)
-    assert memory["not_donated"] < 0.01
+    assert memory["outputs"] < 0.01
     assert memory["peak"] < 18.0
 
 
-def test_separate_sequences_use_cudnn_attention():
-    memory = compile_step(
-        platform="cuda", topology="1x1x8", pairs=16, prompt=512, response=512, layers=2, layout="separate"
-    )
-    assert memory["cudnn"]
-    assert memory["peak"] < 3.0
+@pytest.mark.parametrize("topology", ["a100:8", "h100:8"])
+def test_separate_sequences_use_cudnn_attention(topology: str) -> None:
+    run = dpo_run(pairs=16, layout="separate")
+    figures = compiled(job(run, topology, prompt=512, response=512, layers=2))
+    assert figures["attention"] == "cudnn"
+    assert figures["memory"]["peak"] < 3.0
+    assert any(one["kind"] == "all-gather" and one["devices"] == 8 for one in figures["collectives"])

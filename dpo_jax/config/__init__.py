@@ -10,6 +10,7 @@ from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
+from dpo_jax.config.plan import AssumeConfig, PlanRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
@@ -39,6 +40,7 @@ __all__ = [
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
     "SET_BY_RECIPE",
+    "AssumeConfig",
     "AttentionKernel",
     "ChatRecipeConfig",
     "CheckpointConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "PPOConfig",
     "PPOLossConfig",
     "PPORun",
+    "PlanRun",
     "PrepareRun",
     "Proposal",
     "RejectionConfig",

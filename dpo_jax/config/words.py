@@ -23,6 +23,8 @@ class Command:
     """Whether a CONFIG.py may stand before the options."""
 
 
+PLAN = "plan"
+"""The command whose CONFIG.py is another command's, and whose options that command's may follow."""
 RECIPE = "recipe"
 """The first of the two words of a recipe: `dpo-jax recipe NAME`."""
 
@@ -182,6 +184,12 @@ COMMANDS = {
         "dpo_jax.run.prepare:prepare",
         "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
         renamed=(("source", "data"),),
+    ),
+    PLAN: Command(
+        "PlanRun",
+        "dpo_jax.run.plan:plan",
+        "does it fit, what does it move, how long does it take: a training step on devices that are not here",
+        unused=("training",),
     ),
     "inspect": Command(
         "InspectRun",

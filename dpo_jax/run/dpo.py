@@ -53,12 +53,7 @@ def train(config: DPORun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = DPOConfig(
-        **{f.name: getattr(config.dpo, f.name) for f in dataclasses.fields(DPOLossConfig)},
-        optimizer=resolved.optimizer,
-        accumulate=config.train.accumulate,
-        layout=config.train.layout,
-    )
+    step_config = step_options(resolved)
 
     # -------------------------------------------------------------- weights and the reference policy
     model, variables = training.load_model()
@@ -125,6 +120,16 @@ def _check_options(config: DPORun) -> None:
         raise InputError(
             "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference"
         )
+
+
+def step_options(config: DPORun) -> DPOConfig:
+    """What the step needs to know of a run's options."""
+    return DPOConfig(
+        **{f.name: getattr(config.dpo, f.name) for f in dataclasses.fields(DPOLossConfig)},
+        optimizer=config.optimizer,
+        accumulate=config.train.accumulate,
+        layout=config.train.layout,
+    )
 
 
 def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig) -> None:

@@ -39,7 +39,7 @@ def train(config: PPORun) -> Path:
     if training is None:
         return Path(config.out)
     mesh = training.mesh
-    _check_sizes(config, batch_parts(mesh))
+    check_sizes(config, batch_parts(mesh))
 
     # -------------------------------------------------------------- the model's shape, the prompts, the reward
     architecture, tokenizer = training.read_model_shape()
@@ -62,13 +62,7 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = _loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = PPOConfig(
-        **{f.name: getattr(config.ppo, f.name) for f in dataclasses.fields(PPOLossConfig)},
-        optimizer=resolved.optimizer,
-        temperature=config.sample.temperature,
-        seed=config.train.seed,
-        accumulate=config.train.accumulate,
-    )
+    step_config = step_options(resolved)
 
     # -------------------------------------------------------------- weights: policy, reference, value model
     model, variables = training.load_model()
@@ -129,10 +123,21 @@ def train(config: PPORun) -> Path:
     )
 
 
+def step_options(config: PPORun) -> PPOConfig:
+    """What the step needs to know of a run's options."""
+    return PPOConfig(
+        **{f.name: getattr(config.ppo, f.name) for f in dataclasses.fields(PPOLossConfig)},
+        optimizer=config.optimizer,
+        temperature=config.sample.temperature,
+        seed=config.train.seed,
+        accumulate=config.train.accumulate,
+    )
+
+
 # ---------------------------------------------------------------- checks
 
 
-def _check_sizes(config: PPORun, devices: int) -> None:
+def check_sizes(config: PPORun, devices: int) -> None:
     """Refuse sizes that do not divide over mini-batches, micro-batches and devices."""
     parts = config.ppo.minibatches * config.train.accumulate * devices
     if config.train.batch_size % parts:

@@ -45,13 +45,7 @@ def train(config: RewardRun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = RewardConfig(
-        **{f.name: getattr(config.reward, f.name) for f in dataclasses.fields(RewardLossConfig)},
-        optimizer=resolved.optimizer,
-        accumulate=config.train.accumulate,
-        layout=config.train.layout,
-        seed=config.train.seed,
-    )
+    step_config = step_options(resolved)
 
     # -------------------------------------------------------------- weights, training
     model, variables = as_reward_model(*training.load_model())
@@ -88,6 +82,17 @@ def train(config: RewardRun) -> Path:
             data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
         ]
         + _groups(rows),
+    )
+
+
+def step_options(config: RewardRun) -> RewardConfig:
+    """What the step needs to know of a run's options."""
+    return RewardConfig(
+        **{f.name: getattr(config.reward, f.name) for f in dataclasses.fields(RewardLossConfig)},
+        optimizer=config.optimizer,
+        accumulate=config.train.accumulate,
+        layout=config.train.layout,
+        seed=config.train.seed,
     )
 
 

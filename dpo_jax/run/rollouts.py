@@ -7,7 +7,7 @@ data.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class Rollouts:
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._sample, self._mesh, self._piece, self._raw = config, sample, mesh, piece, raw
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
-        self._measure = _jit_measure(model, config, mesh)
+        self._measure = jit_measure(model, config, mesh)
         self.kl_coefficient = float(np.float32(config.kl_coefficient))
         self.steps_per_epoch = len(data) * config.group / loader.batch_size
 
@@ -256,9 +256,7 @@ def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: variables[name] for name in ("params", "adapters") if name in variables}
 
 
-def _jit_measure(
-    model: Llama, config: PPOConfig, mesh: Mesh
-) -> Callable[[TrainState, Mapping[str, Any], Rollout], tuple[jax.Array, jax.Array | None]]:
+def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:
     """(state, reference, rollout) -> reference log-probabilities, and values where there is a value model; [B, R]."""
 
     def measure(

@@ -39,13 +39,7 @@ def train(config: SFTRun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = data.loader(**training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = SFTConfig(
-        **{f.name: getattr(config.sft, f.name) for f in dataclasses.fields(SFTLossConfig)},
-        optimizer=resolved.optimizer,
-        accumulate=config.train.accumulate,
-        packed=data.packed,
-        seed=config.train.seed,
-    )
+    step_config = step_options(resolved, packed=data.packed)
 
     # -------------------------------------------------------------- weights, training
     model, variables = training.load_model()
@@ -85,6 +79,17 @@ def train(config: SFTRun) -> Path:
             *data.sections("Data", steps=planned.total_steps),
             *([] if heldout is None else heldout.sections("Evaluation data")),
         ],
+    )
+
+
+def step_options(config: SFTRun, *, packed: bool) -> SFTConfig:
+    """What the step needs to know of a run's options; `packed`: whether a window holds several sequences."""
+    return SFTConfig(
+        **{f.name: getattr(config.sft, f.name) for f in dataclasses.fields(SFTLossConfig)},
+        optimizer=config.optimizer,
+        accumulate=config.train.accumulate,
+        packed=packed,
+        seed=config.train.seed,
     )
 
 

@@ -125,6 +125,44 @@ def generate_with_plain_logps(
     return out, plain
 
 
+def lower(
+    model: llama.Llama, variables: Any, *, rows: int, prompt: int, config: SampleConfig, samples: int, mesh: Mesh
+) -> Any:
+    """The `jax.stages.Lowered` of `generate`, for compiling ahead of time.
+
+    Args:
+      variables: `jax.ShapeDtypeStruct`s with shardings on `mesh`.
+      rows, prompt: prompts, a multiple of the devices that split them, of at most so many tokens.
+      config, samples: as for `generate`.
+
+    Raises `InputError` where the program needs copies of the weights (`config.weights`; layers unrolled for CPUs).
+    """
+    slots = decode.count_slots(model, prompt, config)
+    key_data, implementation = decode.key_data(jax.random.key(0))
+    width = min(bucket(prompt), slots)
+    with meshes.in_force(mesh):
+        program = Program.of(model, config, implementation, mesh)
+        if program.unrolled or config.weights is not None:
+            raise InputError("generation with copies of the weights cannot be compiled ahead: leave sample.weights out")
+
+        def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, meshes.batch_axes(len(shape))))
+
+        return _generate.lower(
+            make_weights(program, variables, config),
+            array(rows, width),
+            array(rows),
+            key_data,
+            array(rows, dtype=jnp.uint32),
+            decode.settings(config, model.config.vocab_size),
+            program=program,
+            new=bucket(config.max_new_tokens),
+            slots=slots,
+            samples=samples,
+            plain=False,
+        )
+
+
 def _run(
     model: llama.Llama,
     variables: Any,

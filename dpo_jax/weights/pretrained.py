@@ -18,7 +18,7 @@ from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
 from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft
-from dpo_jax.weights.source import Source, resolve
+from dpo_jax.weights.source import Source, config_file, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
@@ -75,6 +75,12 @@ def read_architecture(place: Source) -> LlamaConfig:
     base = base_place(place)
     config = huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
     return replace(config, num_labels=1) if _adds_score(place) else config
+
+
+def read_shape(source: str | Path) -> LlamaConfig:
+    """The architecture of a checkpoint, of which a config.json alone is read where there is one."""
+    found = config_file(source)
+    return read_architecture(resolve(source)) if found is None else huggingface.read_config(found.parent)
 
 
 def _adds_score(place: Source) -> bool:

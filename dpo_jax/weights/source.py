@@ -1,6 +1,7 @@
 """What `--model M` names: a folder, a file, a hub id, or `smollm2`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 # Weights, configuration and tokenizer; no pickles, and no code.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _HUB_IGNORED = ["*/*", "consolidated*", "tekken.json"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -40,7 +42,7 @@ def resolve(source: str | Path) -> Source:
         raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
     if str(source) == "smollm2":
         return Source("gguf", smollm2.fetch())
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)) and path.suffix != ".gguf":
+    if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
         return _folder(_download(str(source)))
     raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
 
@@ -73,13 +75,23 @@ def _folder(path: Path) -> Source:
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
 
 
-def _download(name: str) -> Path:
+def config_file(source: str | Path) -> Path | None:
+    """The config.json of a Hugging Face folder or hub id, without its weights; None for anything else."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / "config.json" if (path / "config.json").is_file() else None
+    if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.suffix == ".gguf":
+        return None
+    return _download(str(source), ["config.json"]) / "config.json"
+
+
+def _download(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionFailed, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

@@ -1,0 +1,73 @@
+"""Options of `dpo-jax plan`."""
+
+import math
+from dataclasses import dataclass, field
+
+from dpo_jax.config.checks import require
+from dpo_jax.config.training import TrainingRun
+
+
+@dataclass(frozen=True)
+class AssumeConfig:
+    """Shares of a device's peaks that a program is assumed to reach."""
+
+    matrix: float = 0.6
+    """Of the peak of matrix products."""
+    memory: float = 0.8
+    """Of the memory's bandwidth."""
+    links: float = 0.5
+    """Of the bandwidth of all links of a device together."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix", "memory", "links"):
+            share = getattr(self, name)
+            require(0 < share <= 1, f"--assume.{name} {share} is a share of the peak: in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """What a training step needs on devices that are not here, before they are paid for: `dpo-jax plan`.
+
+    CONFIG.py says which command and how; its options may follow too, under their own names (--train.remat full,
+    --mesh.tensor 4, --data.max_length 2048). The real step is compiled, from shapes alone. The exit code is 0 where
+    everything fits into the devices' memory, and 3 where something does not.
+    """
+
+    topology: str
+    """The devices: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4 (a TPU slice), a100:8, h100:8 (a node), a100:2x8 (two)."""
+    model_shape: str | None = None
+    """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, mistral_7b, smollm2_135m),
+    in place of --model, of which only config.json is read."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length (or what a command leaves of it)."""
+    response_tokens: int | None = None
+    """Tokens of each response in the largest batch; of a window of text all its tokens. Not given: what the prompt
+    leaves of --data.max_length."""
+    out: str | None = None
+    """JSON file with all figures."""
+    search: bool = False
+    """Try mesh splits x rematerialisation x micro-batches, and rank what fits. What was compiled is kept: a search
+    that was interrupted goes on."""
+    search_limit: int | None = None
+    """Compile at most so many candidates, the most promising first. Not given: 12."""
+    write_config: str | None = None
+    """CONFIG.py to write with the options of the best that was found."""
+    price_per_device_hour: float | None = None
+    """Dollars for an hour of one device."""
+    cache: str | None = None
+    """Folder that keeps what was compiled, so that asking again costs nothing. Not given: one in the user's cache."""
+    assume: AssumeConfig = field(default_factory=AssumeConfig)
+    training: TrainingRun | None = None
+    """The options of the command that is planned."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "response_tokens"):
+            tokens = getattr(self, name)
+            require(tokens is None or tokens >= 1, f"--{name} {tokens} must be at least 1")
+        for name in ("search_limit", "write_config"):
+            require(getattr(self, name) is None or self.search, f"--{name} has no effect without --search")
+        require(self.search_limit is None or self.search_limit >= 1, "--search_limit must be at least 1")
+        path = self.write_config
+        require(path is None or path.endswith(".py"), f"--write_config {path}: a CONFIG is a Python file (.py)")
+        price = self.price_per_device_hour
+        require(price is None or 0 <= price < math.inf, f"--price_per_device_hour {price} must not be negative")

@@ -1,0 +1,1 @@
+"""`dpo-jax plan`: compile a training step for devices that are not here, and say what it needs there."""

@@ -1,0 +1,354 @@
+"""What a compiled program moves, read from its HLO text: collectives by kind, and bytes to and from memory.
+
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. The length of a loop is what
+the compiler wrote beside it (`known_trip_count`), else what its condition compares its counter with. A loop whose
+length depends on data (the tokens of a generation) counts `unknown_trips` times.
+
+Bytes that a device sends over its links, for a collective of n devices on rings, of b bytes (the whole result of an
+all-gather; a device's operand of the others):
+
+    all-gather, reduce-scatter, all-to-all   b (n - 1) / n
+    all-reduce                               2 b (n - 1) / n
+    collective-permute, -broadcast           b
+
+Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
+cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
+in on-chip memory (a layout with S(n)) counts nothing.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_DEFINITION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|\w+_computation)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_NOTHING_MOVES = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "while",
+    "call",
+    "conditional",
+    "iota",
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+    """All that follows the operands: attributes, called computations."""
+    argument: str
+    """What stands between the parentheses."""
+    root: bool
+
+    def called(self, attribute: str) -> str:
+        """Name of the computation that `attribute` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        if found is None:
+            raise ValueError(f"{self.opcode} {self.name} names no {attribute}")
+        return found[1]
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclass
+class Collective:
+    """All collectives of one kind and group size.
+
+    Attributes:
+      count: how often they run.
+      payload: bytes they carry.
+      sent: bytes that each device sends.
+    """
+
+    count: float = 0.0
+    payload: float = 0.0
+    sent: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """What one run of a program moves, a device.
+
+    Attributes:
+      collectives: (kind, group size) -> what they carry.
+      memory: bytes to and from memory.
+      unknown_loops: loops whose length the program does not tell.
+    """
+
+    collectives: dict[tuple[str, int], Collective] = field(default_factory=dict)
+    memory: float = 0.0
+    unknown_loops: int = 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(one.sent for one in self.collectives.values())
+
+
+# ---------------------------------------------------------------- the text
+
+
+def _closing(text: str, start: int) -> int:
+    """Index behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = _DEFINITION.match(line)
+    if found is None:
+        return None
+    rest = line[found.end() :]
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    end = _closing(rest, opening)
+    argument = rest[opening + 1 : end - 1]
+    return Instruction(
+        name=found[2],
+        shape=shape,
+        opcode=rest[:opening],
+        operands=tuple(_NAME.findall(argument)),
+        text=rest[end:],
+        argument=argument,
+        root=found[1] is not None,
+    )
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one that is its entry."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header is not None:
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif current is not None and (made := _instruction(line)) is not None:
+            current[made.name] = made
+    if not entry:
+        raise ValueError("this HLO text has no entry computation")
+    return computations, entry
+
+
+def _array_bytes(kind: str, sizes: str, layout: str) -> float:
+    if "S(" in layout or kind in ("token", "opaque"):
+        return 0.0
+    number = re.search(r"\d+", kind)
+    bits = 8 if kind == "pred" else int(number[0]) if number else 0
+    return math.prod(int(n) for n in sizes.split(",") if n) * bits / 8
+
+
+def arrays(shape: str, *, everywhere: bool = False) -> list[float]:
+    """Bytes of each array of a shape; 0 for those in on-chip memory, unless `everywhere`."""
+    return [_array_bytes(k, sizes, "" if everywhere else layout) for k, sizes, layout in _ARRAY.findall(shape)]
+
+
+# ---------------------------------------------------------------- how often, and how much
+
+
+def group_size(text: str, devices: int) -> int:
+    """Devices of each group of a collective, from its attributes: four ways to write it."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    return devices
+
+
+def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> int | None:
+    """How often a while loop runs, or None."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(found[1])
+    condition = computations[loop.called("condition")]
+
+    def number(name: str) -> int | None:
+        """A constant, also one that comes into the loop from outside."""
+        made = condition[name]
+        if made.opcode != "get-tuple-element":
+            return _constant(condition, name)
+        index = re.search(r"index=(\d+)", made.text)
+        start = inside[loop.operands[0]]
+        if index is None or start.opcode != "tuple":
+            return None
+        return _constant(inside, start.operands[int(index[1])])
+
+    root = next(made for made in condition.values() if made.root)
+    if root.opcode != "compare" or "direction=LT" not in root.text:
+        return None
+    counter, bound = (condition[name] for name in root.operands)
+    first, last = number(counter.name), number(bound.name)
+    return None if first is None or last is None else max(last - first, 0)
+
+
+def _constant(inside: Computation, name: str) -> int | None:
+    made = inside[name]
+    while made.opcode in ("copy", "bitcast"):
+        made = inside[made.operands[0]]
+    return int(made.argument) if made.opcode == "constant" and re.fullmatch(r"-?\d+", made.argument) else None
+
+
+def _collective_kind(opcode: str) -> str | None:
+    name = opcode.removesuffix("-start")
+    return name if name in _KINDS else None
+
+
+def _collective(made: Instruction, inside: Computation, kind: str, devices: int) -> tuple[str, int, float]:
+    """Kind, group size and payload of one."""
+    whole = sum(arrays(made.shape, everywhere=True))
+    given = sum(sum(arrays(inside[name].shape, everywhere=True)) for name in made.operands)
+    n = group_size(made.text, devices)
+    if kind == "all-gather":
+        return kind, n, whole - given if made.opcode.endswith("-start") else whole
+    if kind == "all-reduce" and any(
+        other.opcode == "dynamic-slice" and made.name in other.operands and other.root for other in inside.values()
+    ):
+        return "reduce-scatter", n, given  # a TPU's fusion of an all-reduce with the slice of it that is kept
+    return kind, n, given
+
+
+def _sent(kind: str, n: int, payload: float) -> float:
+    if kind.startswith("collective-"):
+        return payload
+    return payload * (2 if kind == "all-reduce" else 1) * (n - 1) / n
+
+
+class _Reader:
+    def __init__(self, text: str, devices: int, unknown_trips: float):
+        self.computations, self.entry = parse(text)
+        self.devices, self.unknown_trips = devices, unknown_trips
+        self.found = Traffic()
+
+    def walk(self, name: str, times: float, *, fused: bool = False) -> None:
+        """Add what the computation `name` moves when it runs `times` times; within a fusion only its collectives."""
+        inside = self.computations[name]
+        for made in inside.values():
+            if (kind := _collective_kind(made.opcode)) is not None:
+                self._add(_collective(made, inside, kind, self.devices), times)
+            if made.opcode == "while":
+                length = _loop_length(made, inside, self.computations)
+                self.found.unknown_loops += length is None
+                self.walk(made.called("body"), times * (self.unknown_trips if length is None else length))
+            elif made.opcode == "fusion":
+                self.walk(made.called("calls"), times, fused=True)
+            elif made.opcode in ("call", "conditional", "async-start"):
+                for called in _called(made):
+                    self.walk(called, times)
+            if not fused:
+                self.found.memory += times * self._bytes(made, inside)
+
+    def _add(self, what: tuple[str, int, float], times: float) -> None:
+        kind, n, payload = what
+        total = self.found.collectives.setdefault((kind, n), Collective())
+        total.count += times
+        total.payload += times * payload
+        total.sent += times * _sent(kind, n, payload)
+
+    def _bytes(self, made: Instruction, inside: Computation) -> float:
+        if made.opcode in _NOTHING_MOVES or made.opcode.endswith(("-done", "-update")) or made.opcode == "async-start":
+            return 0.0
+        out = arrays(made.shape)
+
+        def operand(i: int) -> float:
+            return sum(arrays(inside[made.operands[i]].shape))
+
+        if made.opcode == "fusion":
+            called = self.computations[made.called("calls")]
+            read = sum(min(operand(i), self._read(called, i)) for i in range(len(made.operands)))
+            return read + self._written(called, sum(out))
+        if made.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * sum(out)
+        if made.opcode == "dynamic-update-slice":
+            return 2 * operand(1)
+        if made.opcode == "scatter":
+            return 3 * operand(len(made.operands) - 1)
+        if made.opcode == "copy-start":  # (destination, source, context)
+            return (out[0] if out else 0.0) + operand(0)
+        if made.opcode == "custom-call" and not made.operands:
+            return 0.0
+        if made.opcode.endswith("-start"):
+            out = out[len(made.operands) :]
+        return sum(out) + sum(operand(i) for i in range(len(made.operands)))
+
+    def _read(self, called: Computation, index: int) -> float:
+        """Bytes that a fusion reads of its operand `index`: of slices only the slices; infinite where all of it."""
+        parameter = next(
+            made.name for made in called.values() if made.opcode == "parameter" and made.argument.strip() == str(index)
+        )
+        return sum(self._uses(called, parameter))
+
+    def _uses(self, called: Computation, name: str) -> Iterator[float]:
+        for made in called.values():
+            if name not in made.operands:
+                continue
+            place = made.operands.index(name)
+            if made.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                yield sum(arrays(made.shape, everywhere=True))
+            elif made.opcode == "dynamic-update-slice" and place == 0:
+                yield 0.0  # written in place
+            elif made.opcode == "bitcast":
+                yield from self._uses(called, made.name)
+            elif made.opcode == "fusion":
+                yield self._read(self.computations[made.called("calls")], place)
+            else:
+                yield math.inf
+
+    def _written(self, called: Computation, out: float) -> float:
+        """Bytes that a fusion writes: `out`, or the update where it updates in place."""
+        made = next(made for made in called.values() if made.root)
+        while made.opcode == "bitcast":
+            made = called[made.operands[0]]
+        if made.opcode != "dynamic-update-slice" or out == 0:
+            return out
+        return min(out, sum(arrays(called[made.operands[1]].shape, everywhere=True)))
+
+
+def _called(made: Instruction) -> list[str]:
+    return [name for group in _CALLED.findall(made.text) for name in _NAME.findall(group)]
+
+
+def read_traffic(text: str, *, devices: int, unknown_trips: float = 1.0) -> Traffic:
+    """What the compiled program `text` (`compiled.as_text()`) moves on each of `devices`.
+
+    `unknown_trips`: how often a loop runs whose length depends on data.
+    """
+    reader = _Reader(text, devices, unknown_trips)
+    reader.walk(reader.entry, 1.0)
+    return reader.found

@@ -1,0 +1,54 @@
+"""Runs to plan, for tests of the planner and of what it compiles."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import DPOLossConfig, DPORun, MeshConfig, TrainConfig, TrainingRun
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.run.plan import word_of
+from dpo_jax.run.planner import compiling
+from dpo_jax.run.planner.jobs import Job
+from dpo_jax.run.planner.programs import names
+from dpo_jax.run.planner.shapes import SHAPES
+
+GIB = 2**30
+PARAMETERS = 6_738_415_616  # of Llama-2-7B
+
+
+def dpo_run(*, pairs: int, mesh: MeshConfig | None = None, reference: Any = "live", **train: Any) -> DPORun:
+    """Full fine-tuning in bfloat16 with --train.remat full, unless `train` says otherwise."""
+    options: dict[str, Any] = {"batch_size": pairs, "dtype": "bfloat16", "remat": "full"} | train
+    return DPORun(
+        model="m",
+        source="d",
+        out="o",
+        dpo=DPOLossConfig(reference=reference),
+        train=TrainConfig(**options),
+        mesh=mesh or MeshConfig(),
+    )
+
+
+def job(run: TrainingRun, topology: str, *, prompt: int, response: int, layers: int | None = None) -> Job:
+    """The training step of `run` for Llama-2-7B, or for its first `layers` layers."""
+    return job_of(run, topology, shape(layers), prompt=prompt, response=response)
+
+
+def shape(layers: int | None = None) -> LlamaConfig:
+    """Of Llama-2-7B, or of its first `layers` layers."""
+    whole = SHAPES["llama2_7b"]
+    return whole if layers is None else dataclasses.replace(whole, num_layers=layers)
+
+
+def job_of(run: TrainingRun, topology: str, model: LlamaConfig, *, prompt: int, response: int) -> Job:
+    """The training step of `run`."""
+    return Job(word_of(run), names(run)[0], run, model, topology, prompt, response)
+
+
+def compiled(one: Job) -> dict[str, Any]:
+    """Its figures, compiled anew; sizes in GiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compiling.figures_of(one, Path(folder))
+    memory = {name: size / GIB for name, size in figures.get("memory", {}).items()}
+    return {**figures, "memory": memory}
