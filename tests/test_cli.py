@@ -140,6 +140,8 @@ def test_recipes(path: Path) -> None:
         open_too = {
             "llama2_rm_safe": ["--mix_data", "h.jsonl"],
             "llama2_ppo": ["--reward", "h", "--safety_reward", "s"],
+            "ppo_llama2_7b_v5p8": ["--reward", "h", "--safety_reward", "s"],
+            "ppo_llama2_7b_a100x8": ["--reward", "h", "--safety_reward", "s"],
             "llama2_rejection": ["--reward", "h"],
             "smollm2_rejection": ["--eval_data", "e"],
         }
