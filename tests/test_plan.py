@@ -84,7 +84,9 @@ LOOP = """HloModule m
   %i = s32[] get-tuple-element(%p), index=0
   %x = f32[8]{0} get-tuple-element(%p), index=1
   %s = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=GROUPS, use_global_device_ids=true, to_apply=%add
-  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %s)
+  %one = s32[] constant(STEP)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %s)
 }
 
 %cond (q: (s32[], f32[8])) -> pred[] {
@@ -105,6 +107,16 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+def loop(groups: str = "{}", direction: str = "LT", step: int = 1) -> str:
+    return LOOP.replace("GROUPS", groups).replace("DIRECTION", direction).replace("STEP", str(step))
+
+
+def test_a_counter_may_go_in_larger_steps() -> None:
+    """From 1 to 5: 1, 2, 3, 4; 1, 3; 1, 4; and once."""
+    counts = [hlo.read_traffic(loop(step=n), devices=8).collectives["all-reduce", 8].count for n in (1, 2, 3, 4)]
+    assert counts == [4, 2, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("groups", "n"),
     [
@@ -116,7 +128,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     ],
 )
 def test_groups_however_they_are_written(groups: str, n: int) -> None:
-    found = hlo.read_traffic(LOOP.replace("GROUPS", groups).replace("DIRECTION", "LT"), devices=8)
+    found = hlo.read_traffic(loop(groups), devices=8)
     assert found.collectives.keys() == {("all-reduce", n)}
     one = found.collectives["all-reduce", n]
     assert (one.count, one.payload) == (4, 4 * 32)  # the counter goes from 1 to 5
@@ -124,8 +136,7 @@ def test_groups_however_they_are_written(groups: str, n: int) -> None:
 
 
 def test_a_loop_of_unknown_length() -> None:
-    text = LOOP.replace("GROUPS", "{}").replace("DIRECTION", "NE")
-    found = hlo.read_traffic(text, devices=8, unknown_trips=100)
+    found = hlo.read_traffic(loop(direction="NE"), devices=8, unknown_trips=100)
     assert found.unknown_loops == 1
     assert found.collectives["all-reduce", 8].count == 100
 

@@ -18,8 +18,9 @@ in on-chip memory (a layout with S(n)) counts nothing.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _DEFINITION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
@@ -194,35 +195,70 @@ def group_size(text: str, devices: int) -> int:
 
 
 def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> int | None:
-    """How often a while loop runs, or None."""
+    """How often a while loop runs, or None: its counter goes from `first`, by `step`, while it is less than `last`."""
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(found[1])
-    condition = computations[loop.called("condition")]
-
-    def number(name: str) -> int | None:
-        """A constant, also one that comes into the loop from outside."""
-        made = condition[name]
-        if made.opcode != "get-tuple-element":
-            return _constant(condition, name)
-        index = re.search(r"index=(\d+)", made.text)
-        start = inside[loop.operands[0]]
-        if index is None or start.opcode != "tuple":
-            return None
-        return _constant(inside, start.operands[int(index[1])])
-
-    root = next(made for made in condition.values() if made.root)
-    if root.opcode != "compare" or "direction=LT" not in root.text:
+    condition, body = computations[loop.called("condition")], computations[loop.called("body")]
+    start, test, after = inside[loop.operands[0]], _root(condition), _root(body)
+    if (start.opcode, test.opcode, after.opcode) != ("tuple", "compare", "tuple") or "direction=LT" not in test.text:
         return None
-    counter, bound = (condition[name] for name in root.operands)
-    first, last = number(counter.name), number(bound.name)
-    return None if first is None or last is None else max(last - first, 0)
+    counter = _element(condition, test.operands[0])
+    if counter is None:
+        return None
+
+    def fixed(computation: Computation, name: str) -> int | None:
+        """A constant, also one that comes into the loop from outside and stays what it is."""
+        index = _element(computation, name)
+        if index is None:
+            return _constant(computation, name)
+        stays = _element(body, after.operands[index]) == index
+        return _constant(inside, start.operands[index]) if stays else None
+
+    first, last = _constant(inside, start.operands[counter]), fixed(condition, test.operands[1])
+    step = _step(body, after.operands[counter], computations, partial(fixed, body))
+    if first is None or last is None or step is None or step < 1:
+        return None
+    return max(-(-(last - first) // step), 0)
 
 
-def _constant(inside: Computation, name: str) -> int | None:
-    made = inside[name]
+def _root(computation: Computation) -> Instruction:
+    return next(made for made in computation.values() if made.root)
+
+
+def _plain(computation: Computation, name: str) -> Instruction:
+    """The instruction behind copies."""
+    made = computation[name]
     while made.opcode in ("copy", "bitcast"):
-        made = inside[made.operands[0]]
+        made = computation[made.operands[0]]
+    return made
+
+
+def _element(computation: Computation, name: str) -> int | None:
+    """Which element of a loop's state `name` is, or None."""
+    made = _plain(computation, name)
+    index = re.search(r"index=(\d+)", made.text) if made.opcode == "get-tuple-element" else None
+    return None if index is None else int(index[1])
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    made = _plain(computation, name)
     return int(made.argument) if made.opcode == "constant" and re.fullmatch(r"-?\d+", made.argument) else None
+
+
+def _step(
+    body: Computation, name: str, computations: Mapping[str, Computation], fixed: Callable[[str], int | None]
+) -> int | None:
+    """What a loop adds to its counter, whose next value is `name`; None where that is not plainly a constant."""
+    made = _plain(body, name)
+    if made.opcode == "fusion":
+        called, outer = computations[made.called("calls")], made.operands
+        made = _root(called)
+        given = {p.name: outer[int(p.argument)] for p in called.values() if p.opcode == "parameter"}
+        found = [fixed(given[x]) if x in given else _constant(called, x) for x in made.operands]
+    else:
+        found = [fixed(x) for x in made.operands]
+    steps = [value for value in found if value is not None]
+    return steps[0] if made.opcode == "add" and len(steps) == 1 else None
 
 
 def _collective_kind(opcode: str) -> str | None:
