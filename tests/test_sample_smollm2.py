@@ -9,7 +9,7 @@ from test_sample_engine import full_logits, log_softmax, texts
 
 import dpo_jax
 from dpo_jax.config import SampleConfig
-from dpo_jax.sample import beam_search, generate
+from dpo_jax.sample import beam_search, generate, serve
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 NEW = 64
@@ -63,6 +63,18 @@ def test_greedy_answers_to_64_questions_are_those_of_transformers(smollm2, promp
         logits = full_logits(model, variables, prompts[i] + got[i])[len(prompts[i]) - 1 : -1]
         want = log_softmax(logits)[np.arange(len(got[i])), got[i]]
         np.testing.assert_allclose(np.asarray(found.logps)[i, : len(got[i])], want, atol=1e-4)
+
+
+def test_a_request_gives_the_same_text_alone_in_a_batch_and_after_a_refill(smollm2, prompts):
+    model, variables, *_ = smollm2
+    prompts, key = prompts[:32], jax.random.key(5)
+    config = SampleConfig(24, stop_tokens=model.config.eos_token_ids)
+    batch = texts(generate(model, variables, prompts, key, config=config))
+    for i in (3, 30):
+        assert texts(generate(model, variables, [prompts[i]], key, config=config, row_ids=[i])) == [batch[i]]
+    requests = [(i, 0) for i in range(32)]
+    served = serve(model, variables, prompts, key, config=config, requests=requests, rows=6)
+    assert {done.request[0]: done.tokens for some in served for done in some} == dict(enumerate(batch))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.6])

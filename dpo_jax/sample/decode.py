@@ -297,13 +297,13 @@ class Decoder:
         """Draw the next token of every row that is not done from logits [B, V], and write it down."""
         s, live, at = self.settings, ~rows.done, jnp.arange(len(rows.count))
 
-        def uniform(bits: jax.Array, count: jax.Array) -> jax.Array:
+        def noise(bits: jax.Array, count: jax.Array) -> jax.Array:
             key = jax.random.wrap_key_data(bits, impl=self.program.implementation)
-            return jax.random.uniform(jax.random.fold_in(key, count))
+            return filters.draw_noise(jax.random.fold_in(key, count), logits.shape[-1])
 
         token, logp = filters.pick(
             logits,
-            jax.vmap(uniform)(rows.keys, rows.count),
+            jax.vmap(noise)(rows.keys, rows.count),
             temperature=s.temperature,
             top_k=s.top_k,
             top_p=s.top_p,

@@ -154,37 +154,35 @@ def adjust(
     return logits
 
 
-def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """One index a row, with probability proportional to its weight: the inverse of the cumulative sum.
+_BLOCK = 256
 
-    A token of weight 0 is never drawn, whatever the rounding. The sum runs over blocks first and then inside the
-    block that was hit: two short sums keep the rounding small and the work at one pass.
+
+def draw_noise(key: jax.Array, vocab: int) -> jax.Array:
+    """What one draw among `vocab` tokens needs: float32 [N] from the standard Gumbel distribution."""
+    return jax.random.gumbel(key, (-(-vocab // _BLOCK) + _BLOCK,), jnp.float32, mode="high")
+
+
+def draw(weights: jax.Array, noise: jax.Array) -> jax.Array:
+    """One index a row, with probability proportional to its weight: argmax(log w + Gumbel noise), never one of weight 0.
+
+    First among the sums of blocks, then inside the block that won, which is the same distribution for a hundredth of
+    the random numbers (Maddison et al. 2014, arXiv 1411.0030). A draw changes only where rounding decides between the
+    two that lead. The inverse of a cumulative sum would change at each of its V edges: for a flat row of 49,152 tokens
+    at relative errors of 1e-6 in one draw of a thousand, and with it the text that a row gets in another batch.
 
     Args:
       weights: float32 [B, V], not negative, no row all 0.
-      uniform: float32 [B], in [0, 1): each row's own random number.
+      noise: float32 [B, N], each row's own `draw_noise`.
 
     Returns:
       int32 [B].
     """
-    size = 256
     rows, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % size))).reshape(rows, -1, size)
-    sums = jnp.sum(blocks, axis=-1)
-    block, left = _first_beyond(sums, uniform * jnp.sum(sums, axis=-1))
-    inside, _ = _first_beyond(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], left)
-    return block * size + inside
-
-
-def _first_beyond(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index whose running sum exceeds target [B], among weights > 0, and what of target is left inside it."""
-    running = jnp.cumsum(weights, axis=-1)
-    beyond = (running > target[:, None]) & (weights > 0)
-    # Rounding may leave the target at or past the last sum; the heaviest entry then stands in.
-    index = jnp.where(jnp.any(beyond, -1), jnp.argmax(beyond, -1), jnp.argmax(weights, -1)).astype(jnp.int32)
-    at = index[:, None]
-    before = jnp.take_along_axis(running - weights, at, axis=-1)[:, 0]
-    return index, jnp.maximum(target - before, 0.0)
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    count = blocks.shape[1]
+    block = jnp.argmax(jnp.log(jnp.sum(blocks, axis=-1)) + noise[:, :count], axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _BLOCK + jnp.argmax(jnp.log(inside) + noise[:, count:], axis=-1)).astype(jnp.int32)
 
 
 def token_logps(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -195,7 +193,7 @@ def token_logps(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) ->
 
 def pick(
     logits: jax.Array,
-    uniform: jax.Array,
+    noise: jax.Array,
     *,
     temperature: jax.Array | None,
     top_k: jax.Array | None,
@@ -207,7 +205,7 @@ def pick(
 
     Args:
       logits: float32 [B, V], the model's.
-      uniform: float32 [B] in [0, 1), each row's own.
+      noise: float32 [B, N], each row's own `draw_noise`; greedy reads none.
       temperature: []; None is greedy: the highest logit, the lowest id among equals.
       top_k, top_p, min_p: []; None is off.
       adjusted: float32 [B, V], what the token is taken from; None means `logits`.
@@ -227,5 +225,5 @@ def pick(
         weights = keep_top_p(weights, top_p)
     if min_p is not None:
         weights = keep_min_p(weights, min_p)
-    tokens = draw(weights, uniform)
+    tokens = draw(weights, noise)
     return tokens, token_logps(logits, tokens, temperature)
