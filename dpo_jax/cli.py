@@ -41,17 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except InputError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return _failed(BAD_INPUT, f"error: {' '.join(str(error).split())}")
     except DoesNotFit as answer:
         print(f"{PROGRAM}: {answer}", file=sys.stderr)
         return DOES_NOT_FIT
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _failed(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # the reader of our output went away (`dpo-jax inspect ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        if (together := _together()) is not None:
+            together.leave_after(error)
+        raise
+
+
+def _failed(code: int, line: str) -> int:
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    if (together := _together()) is not None:
+        together.leave(code, line.removeprefix("error: "))
+    return code
+
+
+def _together() -> Any:
+    """The module that knows of other processes of this run, where the command has come so far that there are some."""
+    return sys.modules.get("dpo_jax.run.distributed")
 
 
 def _run(args: list[str]) -> int:

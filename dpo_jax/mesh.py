@@ -6,6 +6,7 @@ Three mesh axes:
   tensor  heads, feed-forward width and vocabulary are split within a layer.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import InputError
@@ -36,13 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 LogicalAxes = tuple[str | None, ...]
+_log = logging.getLogger(__name__)
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: every device of every process), with axes `data`, `fsdp`, `tensor`.
 
-    One size may be -1: it takes what the others leave. Raises `InputError` when the sizes do not give the number of
-    devices exactly.
+    One size may be -1: it takes what the others leave. Several slices lie along `data` first. Raises `InputError` when
+    the sizes do not give the number of devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -62,7 +65,38 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
             "set one of --mesh.data, --mesh.fsdp, --mesh.tensor to -1"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=axis_types, devices=devices)
+    shape = tuple(sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=axis_types)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+
+
+def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any]) -> np.ndarray:
+    """The devices of several slices (TPU slices, or GPU nodes) that a slower network joins, as an array `shape`.
+
+    The slices lie along `data`, across which only gradients travel; where `data` is too small for that also along
+    `fsdp`, never along `tensor`.
+    """
+    data, fsdp, tensor = shape
+    along_data = math.gcd(data, slices)
+    along_fsdp = slices // along_data
+    if fsdp % along_fsdp:
+        raise InputError(
+            f"mesh data {data}, fsdp {fsdp}, tensor {tensor}: does not divide over {slices} slices; set --mesh.data to"
+            f" {slices} or a multiple of it"
+        )
+    if along_fsdp > 1:
+        _log.info(
+            "mesh: fsdp reaches over %d slices, so weights are gathered through the slower network between them in"
+            " every layer; --mesh.data %d keeps that within a slice, where the model fits",
+            along_fsdp,
+            slices,
+        )
+    # As jax.make_mesh has it: only these chips' tori may be cut along an axis of the mesh.
+    cut = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    within = (data // along_data, fsdp // along_fsdp, tensor)
+    return create_hybrid_device_mesh(within, (along_data, along_fsdp, 1), devices, allow_split_physical_axes=cut)
 
 
 def _split(axes: LogicalAxes) -> list[tuple[str, ...]]:
@@ -89,11 +123,6 @@ def sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def one_per_device(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array [number of devices] of which each device holds one element."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed, stopped, resumed, and two processes that work on one run."""
+"""Runs in processes of their own: killed, stopped, resumed, and several processes that work on one run."""
 
 import os
 import random
@@ -30,17 +30,27 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def start_words(inputs: Path, out: Path) -> list[str]:
+    return ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--out", str(out)]
+
+
 def start(inputs: Path, out: Path, *options: str) -> subprocess.Popen:
     """Start `dpo-jax dpo` in a process of its own, on one CPU device."""
-    command = [sys.executable, "-m", "dpo_jax", "dpo", "--model", str(inputs / "model")]
-    command += ["--data", str(inputs / "train.jsonl"), "--eval_data", str(inputs / "eval.jsonl"), "--out", str(out)]
+    command = [*start_words(inputs, out), "--eval_data", str(inputs / "eval.jsonl")]
     command += ["--train.steps", str(STEPS), "--train.batch_size", "4", "--train.eval_every", "7"]
     command += ["--checkpoint.every", "3", "--data.max_length", "96", "--data.buckets", "2"]
     command += ["--optimizer.learning_rate", "3e-3", *options]
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "DPO_JAX_CACHE")}
+    return spawn(inputs, *command)
+
+
+def spawn(inputs: Path, *words: str, devices: int = 1) -> subprocess.Popen:
+    """`dpo-jax dpo` with these options, in a process of its own on so many CPU devices."""
+    command = [sys.executable, "-m", "dpo_jax", "dpo", *words]
+    env = {name: value for name, value in os.environ.items() if name != "DPO_JAX_CACHE"}
     env |= {
         "DPO_JAX_CACHE": str(inputs / "cache"),
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
@@ -119,40 +129,63 @@ def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path) -> None
     assert_same_run(out, whole)
 
 
-def start_two(inputs: Path, out: Path) -> list[subprocess.Popen]:
-    """Two processes of one device each, on one run."""
+DEVICES, TOGETHER = 4, 300
+SMALL = ("--train.batch_size", "4", "--mesh.tensor", "2", "--data.max_length", "96", "--data.buckets", "1")
+SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--checkpoint.every", "20")
+
+
+def start_together(inputs: Path, out: Path, processes: int) -> list[subprocess.Popen]:
+    """So many processes on one run, which share four devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    several = ("--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(processes))
+    words = [*start_words(inputs, out), "--train.steps", str(TOGETHER), *SMALL]
     return [
-        start(
+        spawn(
             inputs,
-            out,
-            *("--mesh.data", "1", "--mesh.fsdp", "2", "--distributed.coordinator", f"127.0.0.1:{port}"),
-            *("--distributed.processes", "2", "--distributed.process_id", str(i)),
+            *words,
+            *((*several, "--distributed.process_id", str(i)) if processes > 1 else ()),
+            devices=DEVICES // processes,
         )
-        for i in range(2)
+        for i in range(processes)
     ]
 
 
+def ended_by_another(process: subprocess.Popen) -> str:
+    """What a process says that must end because of another one: one line of ours."""
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, text
+    assert text.count("dpo-jax: error: ") == 1, text
+    assert "start all processes again with the same command" in text
+    assert "Traceback" not in text
+    return text
+
+
 @pytest.mark.multiprocess
-def test_two_processes_stop_together_go_on_and_agree_with_one(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    processes = start_two(inputs, out)
-    wait_for_rows(processes[0], out, 6)
-    processes[1].send_signal(signal.SIGTERM)  # only one of them is told
-    said = [finish(process) for process in processes]
+def test_preempted_and_killed_then_restarted_with_other_counts(inputs: Path, tmp_path: Path) -> None:
+    """2 processes, of which one is told to stop; 4, of which one is killed; 1 to the end."""
+    out, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    (alone,) = start_together(inputs, uninterrupted, 1)
+    finish(alone)
+
+    told = start_together(inputs, out, 2)
+    wait_for_rows(told[0], out, 5)
+    told[1].send_signal(signal.SIGTERM)
+    said = [finish(process) for process in told]
     done = len(metrics(out))
-    assert 6 <= done < STEPS
-    assert f"stopped after step {done} of {STEPS}" in said[0]
+    assert 5 <= done < TOGETHER
+    assert (out / "checkpoints" / str(done)).is_dir()
+    assert f"stopped after step {done} of {TOGETHER}, all saved" in said[0]
     assert "stopped" not in said[1]
-    for process in start_two(inputs, out):
-        finish(process)
-    together, alone = metrics(out), metrics(whole)
-    assert len(together) == STEPS
-    for row, expected in zip(together[:5], alone[:5], strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+    killed = start_together(inputs, out, 4)
+    wait_for_rows(killed[0], out, done + 20)
+    killed[3].send_signal(signal.SIGKILL)
+    for process in killed[:3]:
+        ended_by_another(process)
+
+    (last,) = start_together(inputs, out, 1)
+    assert "going on after step" in finish(last)
     assert (out / "report.html").exists()
-    assert (
-        load_file(out / "model" / "model.safetensors").keys() == load_file(whole / "model" / "model.safetensors").keys()
-    )
+    assert_same_run(out, uninterrupted)

@@ -1,6 +1,7 @@
 """Sections of options that several commands share."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -219,24 +220,48 @@ class DistributedConfig:
     """Several processes. Cloud TPU slices and SLURM jobs are detected with `auto`; elsewhere name the coordinator."""
 
     auto: bool = False
-    """Call jax.distributed.initialize() and let it find the cluster (Cloud TPU pods, SLURM, Open MPI)."""
+    """Let jax find the cluster: Cloud TPU slices (one or several), GKE, SLURM, Open MPI."""
     coordinator: str | None = None
     """host:port of process 0."""
     processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
     """This process's number, from 0."""
+    start_within: int | None = None
+    """Seconds in which all processes must have started; 300 if not given."""
+    lost_after: int | None = None
+    """Seconds without a sign of life after which a process counts as lost, and the others end; 100 if not given."""
+    stuck_after: int | None = None
+    """Seconds without a step or a batch of an evaluation, while training, after which all end; 3600 if not given."""
 
     def __post_init__(self) -> None:
         given = [self.coordinator is not None, self.processes is not None, self.process_id is not None]
         require(
+            not (self.auto and any(given)),
+            "--distributed.auto finds the cluster itself: leave coordinator, processes and process_id out",
+        )
+        require(
             all(given) or not any(given),
             "give --distributed.coordinator, --distributed.processes and --distributed.process_id together",
         )
-        require(
-            not (self.auto and any(given)),
-            "--distributed.auto finds the cluster itself: leave the other --distributed options out",
-        )
+        if self.coordinator is not None and self.processes is not None and self.process_id is not None:
+            require(
+                re.fullmatch(r".+:\d+", self.coordinator) is not None,
+                f"--distributed.coordinator {self.coordinator}: write HOST:PORT of process 0",
+            )
+            require(
+                0 <= self.process_id < self.processes,
+                f"--distributed.process_id {self.process_id}: processes are numbered 0 to {self.processes - 1}"
+                f" (--distributed.processes {self.processes})",
+            )
+        for name in ("start_within", "lost_after", "stuck_after"):
+            seconds = getattr(self, name)
+            require(
+                seconds is None or self.auto or any(given),
+                f"--distributed.{name} has no effect with one process; it belongs to --distributed.auto or"
+                " --distributed.coordinator",
+            )
+            require(seconds is None or seconds > 0, f"--distributed.{name} {seconds}: give seconds, at least 1")
 
 
 @dataclass(frozen=True)

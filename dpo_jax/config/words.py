@@ -28,6 +28,7 @@ PLAN = "plan"
 RECIPE = "recipe"
 """The first of the two words of a recipe: `dpo-jax recipe NAME`."""
 
+_DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within", "lost_after", "stuck_after")
 _NO_LOADER = ("data.shuffle", "data.workers")
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
@@ -57,7 +58,7 @@ _NOT_REJECTION = (
 
 def _inside(section: str, *names: str) -> tuple[str, ...]:
     """Options of the run of a recipe's stage: those that the recipe sets, and others that mean nothing there."""
-    several = [f"distributed.{name}" for name in ("auto", "coordinator", "processes", "process_id")]
+    several = [f"distributed.{name}" for name in _DISTRIBUTED]
     every = ("model", "source", "out", "eval_source", "checkpoint.best", "train.eval_every", *several, *names)
     return tuple(f"{section}.{name}" for name in dict.fromkeys(every))
 
@@ -124,10 +125,7 @@ COMMANDS = {
             "data.max_prompt_length",
             "sample.beams",
             "sample.length_penalty",
-            "distributed.auto",
-            "distributed.coordinator",
-            "distributed.processes",
-            "distributed.process_id",
+            *(f"distributed.{name}" for name in _DISTRIBUTED),
         ),
         recipe=True,
     ),

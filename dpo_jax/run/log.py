@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpo_jax.errors import InputError
+from dpo_jax.run import distributed
 from dpo_jax.run.folder import cannot_write
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
@@ -99,6 +100,7 @@ class ProgressBar:
 
     def update(self, done: int, text: str = "") -> None:
         """Show that `done` of `total` are done, with a few figures as `text`."""
+        distributed.sign()
         self._done, self._text = done, text
         self._bar.update(self._task, completed=done, text=text)
         if self._plain and time.monotonic() - self._last >= self._every:
@@ -187,6 +189,7 @@ class MetricLog:
             row = {**row, "logps/chosen_change": row["logps/chosen"] - first["logps/chosen"]}
         self.rows.append(row)
         if not self._writes:
+            distributed.sign()
             return
         try:
             self._file.write((json.dumps(row) + "\n").encode())

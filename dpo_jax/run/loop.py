@@ -21,10 +21,11 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpo_jax.errors import InputError
-from dpo_jax.mesh import one_per_device, put_batch, replicated
+from dpo_jax.mesh import put_batch
 from dpo_jax.run.log import MetricLog, Row
 from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
@@ -110,7 +111,7 @@ def fit(
     done = int(jax.device_get(state.step))
     stopping = False
     pending: _Pending | None = None
-    with StopRequest(mesh) as stop:
+    with StopRequest() as stop:
         if evaluate is not None and plan.eval_first and done == 0:
             log.write({"step": 0, **_evaluated(0, evaluate(state))})
         mark = time.perf_counter()
@@ -125,20 +126,19 @@ def fit(
             done += 1
             epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
             rates = None if meter is None else partial(meter.rates, meter.work(batch))
-            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), stop.everywhere(), rates, figures)
+            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), rates, figures)
             previous, pending = pending, waiting
             if previous is not None:
-                row, stopping = previous.fetch(mark)
+                row = previous.fetch(mark)
                 mark = time.perf_counter()
                 log.write(row)
-            stopping = stopping or stop.here()
+            stopping = stop.here()
             last = done == plan.steps
             evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
             saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.save_after_eval)
             if not (evaluating or saving or prepare is not None):
                 continue
-            row, asked = pending.fetch(mark)
-            stopping = stopping or asked
+            row = pending.fetch(mark)
             if evaluating:
                 assert evaluate is not None
                 row |= _evaluated(done, evaluate(state))
@@ -165,12 +165,11 @@ class _Pending:
     epoch: float | None
     metrics: Mapping[str, jax.Array]
     rows: np.ndarray
-    stop: jax.Array | None
     rates: Callable[[float], Row] | None
     figures: Row
 
-    def fetch(self, mark: float) -> tuple[Row, bool]:
-        """Wait for this step; its row of the log, and whether any process was asked to stop when it was dispatched.
+    def fetch(self, mark: float) -> Row:
+        """Wait for this step; its row of the log.
 
         `mark` is when the step before was fetched. Raises `InputError` when a figure is not finite.
         """
@@ -187,7 +186,7 @@ class _Pending:
             row["tokens_per_second"] = row["tokens"] / seconds
         if self.rates is not None:
             row |= self.rates(seconds)
-        return row, self.stop is not None and bool(jax.device_get(self.stop))
+        return row
 
     def blame(self, per_row: list[np.ndarray]) -> str:
         """The rows to name: those that a per-row figure gives, or else all of the batch."""
@@ -227,18 +226,17 @@ class StopRequest:
     """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT interrupts at once.
 
     With several processes the signal may reach them at different steps, or only one of them, and they must stop at the
-    same step. So with each step goes an "any of us?" over all devices, which is read, like the step's figures, while
-    the next step runs.
+    same step. There jax listens for SIGTERM itself, from the moment the processes have found each other, and lets them
+    agree on a step that none has begun yet (its preemption sync point); SIGINT is passed on to it as SIGTERM.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self) -> None:
         self._asked = False
         self._before: dict[int, Any] = {}
-        self._devices, self._split = mesh.size, one_per_device(mesh)
-        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+        self._together = jax.process_count() > 1
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:
@@ -255,14 +253,13 @@ class StopRequest:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = True
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)
 
     def here(self) -> bool:
-        """Whether to stop now. False with several processes: they go by `everywhere`."""
-        return self._asked and jax.process_count() == 1
+        """Whether to stop after this step. With several processes all of them call this once a step."""
+        return multihost_utils.reached_preemption_sync_point(next(_steps)) if self._together else self._asked
 
-    def everywhere(self) -> jax.Array | None:
-        """bool [], whether any process was asked, without waiting for it; None with one process."""
-        if jax.process_count() == 1:
-            return None
-        mine = np.full(1, self._asked)
-        return self._any(jax.make_array_from_callback((self._devices,), self._split, lambda index: mine))
+
+_steps = itertools.count(1)
+"""Steps of all the loops that this process has run, by which jax's preemption sync point is agreed on."""

@@ -213,7 +213,7 @@ class Training(Generic[Config]):
             given = config.train.peak_flops
             meter = Meter(flops_of, len(self.devices), peak_flops(self.devices, given))
             self.say(describe_peak(self.devices, given))
-        with MetricLog(self.out, total=total, start=start, writes=self.main) as log:
+        with MetricLog(self.out, total=total, start=start, writes=self.main) as log, distributed.expecting_signs():
             outcome = fit(
                 state,
                 step,
