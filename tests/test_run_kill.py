@@ -129,7 +129,7 @@ def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path) -> None
     assert_same_run(out, whole)
 
 
-DEVICES, TOGETHER = 4, 300
+DEVICES, TOGETHER = 4, 200
 SMALL = ("--train.batch_size", "4", "--mesh.tensor", "2", "--data.max_length", "96", "--data.buckets", "1")
 SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--checkpoint.every", "20")
 
