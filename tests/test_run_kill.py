@@ -188,4 +188,10 @@ def test_preempted_and_killed_then_restarted_with_other_counts(inputs: Path, tmp
     (last,) = start_together(inputs, out, 1)
     assert "going on after step" in finish(last)
     assert (out / "report.html").exists()
-    assert_same_run(out, uninterrupted)
+    ours, theirs = metrics(out), metrics(uninterrupted)
+    assert [(row["step"], row["epoch"], row["tokens"]) for row in ours] == [
+        (row["step"], row["epoch"], row["tokens"]) for row in theirs
+    ], "every batch in its place"
+    # Sums over processes are taken in another order than within one: equal up to rounding, which training magnifies.
+    for row, expected in zip(ours[:10], theirs[:10], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
