@@ -163,7 +163,7 @@ def draw_noise(key: jax.Array, vocab: int) -> jax.Array:
 
 
 def draw(weights: jax.Array, noise: jax.Array) -> jax.Array:
-    """One index a row, with probability proportional to its weight: argmax(log w + Gumbel noise), never one of weight 0.
+    """One index a row, with probability proportional to its weight, never 0: argmax(log w + Gumbel noise).
 
     First among the sums of blocks, then inside the block that won, which is the same distribution for a hundredth of
     the random numbers (Maddison et al. 2014, arXiv 1411.0030). A draw changes only where rounding decides between the
