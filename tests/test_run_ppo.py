@@ -118,8 +118,8 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert all(row["policy/sampler_difference"] < 1e-4 for row in rows)
     assert all(row["policy/clipfrac_avg"] > 0 for row in rows[1:])
     assert rows[-1]["epoch"] == pytest.approx(STEPS * BATCH / 10)
-    scores = [row["objective/scores"] for row in rows]
-    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.1
+    # Ten iterations of 64 responses tell no rise of the reward from luck (tests/test_bandit.py does): the policy moves.
+    assert rows[-1]["objective/kl"] > 0.3
 
     # The controller moves the coefficient by the divergence of the rollout before.
     for row, following in itertools.pairwise(rows):

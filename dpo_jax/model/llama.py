@@ -323,8 +323,8 @@ class Llama(nn.Module):
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
         if "lm_head" in self.variables.get("narrow", {}):
             return narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
+        matrix, spec = self.unembedding(), "...d,dv->...v"
         if self.config.tie_embeddings:
-            operands, spec = (hidden, self.embed_tokens.value.astype(self.dtype)), "...d,vd->...v"
-        else:
-            operands, spec = (hidden, self.lm_head.value.astype(self.dtype)), "...d,dv->...v"
-        return jnp.einsum(spec, *operands, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+            # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
+            matrix, spec = matrix.T, "...d,vd->...v"
+        return jnp.einsum(spec, hidden, matrix, precision=precision(self.dtype), preferred_element_type=jnp.float32)

@@ -1,9 +1,8 @@
 """Matrix products, summed in float32: a Linear's, and the output matrix's.
 
-XLA leaves a product of bfloat16 operands in bfloat16 to each backend; the CPU's then multiplies in float32, and has its
-fast kernels (AMX, AVX-512 BF16) only where the result is asked for in float32, forward and backward: x 3 on such a
-machine. So that is asked for here, and rounded afterwards; on TPUs and GPUs, which sum in float32 anyway, XLA puts the
-rounding into the product.
+TPUs and GPUs sum products of bfloat16 in float32 and round what comes out. XLA's CPU backend multiplies in float32
+where bfloat16 is to come out, and has its fast kernels (AMX, AVX-512 BF16) only where float32 is asked for, forward and
+backward: x 3 on such a machine. So on CPUs that is asked for, and rounded afterwards.
 """
 
 from functools import partial
@@ -27,16 +26,16 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     """x [..., D] times kernel [D, F], [..., F] in `dtype` (default: that of x).
 
-    The kernel is rounded to the dtype of x, and so is the gradient that comes back before it is multiplied; the
-    gradient of the kernel has the kernel's own dtype and never was narrower.
+    The kernel is rounded to the dtype of x. On CPUs the gradient that comes back is so, too, before it is multiplied, and
+    the gradient of the kernel never was narrower than the kernel.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    y: Any = _product(x, kernel, dtype) if x.dtype != jnp.float32 else _exact(x, kernel, dtype)
+    if x.dtype == jnp.bfloat16 and meshes.platform() == "cpu":
+        y: Any = _product(x, kernel, dtype)
+    else:
+        exact = precision(x.dtype)
+        y = jnp.matmul(x, kernel.astype(x.dtype), precision=exact, preferred_element_type=dtype)
     return saved(y)
-
-
-def _exact(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype)).astype(dtype)
 
 
 def saved(y: jax.Array) -> jax.Array:
