@@ -26,8 +26,8 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
     """x [..., D] times kernel [D, F], [..., F] in `dtype` (default: that of x).
 
-    The kernel is rounded to the dtype of x. On CPUs the gradient that comes back is so, too, before it is multiplied, and
-    the gradient of the kernel never was narrower than the kernel.
+    The kernel is rounded to the dtype of x. On CPUs the gradient that comes back is so, too, before it is multiplied,
+    and the gradient of the kernel never was narrower than the kernel.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if x.dtype == jnp.bfloat16 and meshes.platform() == "cpu":
