@@ -39,10 +39,21 @@ class Program(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Variables for the prompts, and for the tokens after them; the same ones unless unrolled or narrow."""
+    """What a compiled program is given.
+
+    Attributes:
+      prompt: variables for the prompts.
+      own:    those for the tokens after them, where they are unrolled or narrow; None: the same, which then are one
+              argument of the program and not two.
+    """
 
     prompt: Any
-    token: Any
+    own: Any = None
+
+    @property
+    def token(self) -> Any:
+        """Variables for the tokens after the prompts."""
+        return self.prompt if self.own is None else self.own
 
 
 def make_weights(program: Program, variables: Any, config: SampleConfig) -> Weights:
@@ -56,7 +67,7 @@ def make_weights(program: Program, variables: Any, config: SampleConfig) -> Weig
             raise InputError(f"these weights were prepared as {made}, and config.weights is {config.weights}")
         return variables
     if not program.unrolled and config.weights is None:
-        return Weights(variables, variables)
+        return Weights(variables)
     return Weights(variables, _token_weights(variables, to=config.weights, unrolled=program.unrolled))
 
 

@@ -2,8 +2,7 @@
 
 All of a run stays on the devices while each of them works: policy, value model, optimizer, the frozen reference and
 the reward models. A program's own arguments are a part of that; `held` is all of it. Reward models are taken to have
-the policy's shape. The sampler's program takes its weights twice (for the prompts and for the tokens after them), and
-the compiler counts them twice.
+the policy's shape.
 """
 
 import dataclasses
