@@ -1,7 +1,10 @@
 """Checkpoints: round trip, how many are kept, damage, another mesh, another run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -264,3 +267,47 @@ def test_what_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.Monkey
     checkpoints.wait()
     assert checkpoints.steps() == [2]
     checkpoints.close()
+
+
+_SIXTEEN = """
+import sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import arrays, make_state
+from dpo_jax.mesh import make_mesh
+from dpo_jax.weights.checkpoint import Checkpoints
+mesh = make_mesh(data=2, fsdp=4, tensor=2)
+restored = Checkpoints(Path(sys.argv[1]), keep=9).restore(make_state(mesh, seed=7, width=32))
+kernel = restored.state.trainable["params"]["mlp"]["kernel"]
+assert len(kernel.sharding.device_set) == 16 and kernel.addressable_shards[0].data.shape == (8, 16)
+assert (restored.step, restored.data) == (2, {"position": 2})
+np.savez(sys.argv[1] + "/sixteen.npz", *arrays(restored.state))
+"""
+
+
+@pytest.mark.multiprocess
+def test_from_eight_devices_to_two_to_sixteen(tmp_path: Path) -> None:
+    state = update(make_state(make_mesh(fsdp=4, tensor=2), width=32))
+    assert len(jax.devices()) == 8
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    checkpoints.save(state, data={"position": 1})
+    checkpoints.close()
+
+    two = Checkpoints(tmp_path, keep=9)
+    restored = two.restore(make_state(make_mesh(devices=jax.devices()[:2]), seed=5, width=32))
+    assert restored is not None
+    assert_same(arrays(restored.state), arrays(state))
+    after = update(restored.state)
+    two.save(after, data={"position": 2})
+    two.close()
+
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-c", _SIXTEEN, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sixteen = np.load(tmp_path / "sixteen.npz")
+    assert_same([sixteen[name] for name in sixteen.files], arrays(after))
