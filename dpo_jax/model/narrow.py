@@ -6,8 +6,8 @@
                x ~ s (q + r / 254), so x W ~ s s_j (q Q + r Q / 254), integer products summed in int32. One int8 alone
                loses ten times more to the outliers of x; the second costs more rows, not more reading of weights.
 
-Narrow matrices are kept transposed, [F, D]: that order suits XLA's CPU backend best (integer products x 1.3 at one row
-and x 1.2 at 8, bfloat16 x 1.5), and other backends choose their own. Narrow weights stand in the collection `narrow` of
+Narrow matrices are kept transposed, [F, D]: that order suits XLA's CPU backend best (integer products x 1.2 to 1.5,
+bfloat16 x 1.4), and other backends choose their own. Narrow weights stand in the collection `narrow` of
 a model's variables, under the names of the kernels that they stand for; a `Linear` that finds one there reads it
 instead of its kernel. Nothing trains through them.
 """

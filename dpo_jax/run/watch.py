@@ -218,10 +218,12 @@ class Watch:
 
     def _talk(self) -> None:
         """What the first thread does: write and read notes. It may hang where process 0 does."""
-        while not self._closing.wait(self._period):
+        while True:  # the first note at once: it tells the others this host's name
             with contextlib.suppress(RuntimeError):  # jax's own: process 0 is gone; `_look` notices
                 self._exchange(None)
                 self._reached = time.monotonic()
+            if self._closing.wait(self._period):
+                return
 
     def _look(self) -> None:
         """What the second thread does: judge."""
