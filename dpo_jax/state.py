@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -44,22 +43,48 @@ class TrainState:
         base = {"params": self.frozen["params"]} if "params" in self.frozen else {}
         return {**base, **self.trainable}
 
-    def apply_gradients(self, gradients: Any) -> "TrainState":
-        """The state after one optimizer step along `gradients` (a tree like `trainable`)."""
-        updates, opt_state = self.tx.update(gradients, self.opt_state, self.trainable)
-        trainable = optax.apply_updates(self.trainable, updates)
-        return dataclasses.replace(self, step=self.step + 1, trainable=trainable, opt_state=opt_state)
+    def apply_gradients(self, gradients: Any, *, finite: jax.Array | bool = True) -> "TrainState":
+        """The state after one optimizer step along `gradients` (a tree like `trainable`).
+
+        Where `finite` (bool []) does not hold it is the state as it was: a step that went wrong leaves no trace.
+        """
+        trainable, opt_state = apply_update(self.tx, gradients, self.trainable, self.opt_state, keep=finite)
+        return dataclasses.replace(self, step=self.step + finite, trainable=trainable, opt_state=opt_state)
 
 
-def keep_if(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where `finite` (bool []) holds, else `old`: a step that went wrong leaves no trace."""
-    keep = partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
-    return dataclasses.replace(
-        old,
-        step=keep(new.step, old.step),
-        trainable=keep(new.trainable, old.trainable),
-        opt_state=keep(new.opt_state, old.opt_state),
-    )
+def apply_update(
+    tx: optax.GradientTransformation,
+    gradients: Any,
+    trainable: Any,
+    opt_state: Any,
+    *,
+    keep: jax.Array | bool,
+    rate: jax.Array | float | None = None,
+) -> tuple[Any, Any]:
+    """(trainable, opt_state) after one update along `gradients`, times `rate` where given; as they were without `keep`.
+
+    Weights and moments are written over where they lie. As plain expressions XLA's CPU compiler would hold every moment
+    twice, and so would any compiler of a choice between two whole states. Hence two loops that run once, or never: the
+    second waits for the count of the first, because the weights need the old moments; and a barrier in each keeps what
+    only reads from being computed, and held, outside.
+    """
+
+    def learn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        slope, moments, weights = jax.lax.optimization_barrier((gradients, opt_state, carry[1]))
+        changes, _ = tx.update(slope, moments, weights)
+        if rate is not None:
+            changes = jax.tree.map(lambda u: rate * u, changes)
+        return carry[0] + 1, optax.apply_updates(weights, changes)
+
+    def remember(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        slope, moments = jax.lax.optimization_barrier((gradients, carry[1]))
+        return carry[0] + 1, tx.update(slope, moments, trainable)[1]
+
+    def repeat(body: Callable[[Any], Any], start: Any, times: jax.Array) -> tuple[jax.Array, Any]:
+        return jax.lax.while_loop(lambda carry: carry[0] < times, body, (jnp.zeros((), jnp.int32), start))
+
+    done, learned = repeat(learn, trainable, jnp.asarray(keep, jnp.int32))
+    return learned, repeat(remember, opt_state, done)[1]
 
 
 def create(

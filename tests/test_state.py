@@ -1,5 +1,8 @@
 """The optimizer against PyTorch's, the schedules, and the layout of a fresh state."""
 
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +78,50 @@ def test_optimizers_are_pytorchs(options):
     config = OptimizerConfig(learning_rate=0.05, **options)
     for a, b in zip(ours(config, 8), pytorchs(config, 8), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+
+
+def updated(options: OptimizerConfig, updates: int, *, keep: bool = True):
+    """A state, and the compiled function of so many updates of it, as PPO's step makes them."""
+    kernels = {str(i): jax.random.normal(jax.random.key(i), (128, 128)) for i in range(8)}
+    state = states.create(lambda: None, {"params": kernels}, states.make_optimizer(options))
+    x = jax.random.normal(jax.random.key(9), (8, 128))
+
+    def step(state, keep):
+        def update(carry, x):
+            gradients = jax.grad(lambda w: sum(jnp.sum(jnp.sin(x @ k)) for k in w["params"].values()))(carry[0])
+            norm = optax.tree.norm(gradients)
+            finite = keep & jnp.isfinite(norm)
+            return states.apply_update(state.tx, gradients, *carry, keep=finite, rate=0.5), norm
+
+        (trainable, opt_state), _ = jax.lax.scan(
+            update, (state.trainable, state.opt_state), jnp.tile(x, (updates, 1, 1))
+        )
+        return dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
+
+    return state, jax.jit(step, donate_argnums=0).lower(state, jnp.asarray(keep)).compile()
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize(("name", "clip", "gradients"), [("adamw", None, 1), ("adamw", 1.0, 2), ("rmsprop", 1.0, 1)])
+def test_an_update_is_made_in_place(name, clip, gradients, updates):
+    """Beside weights and moments there is the gradient, once more clipped for Adam: no second copy of the others."""
+    _, compiled = updated(OptimizerConfig(name=name, clip_norm=clip), updates)
+    weights = 8 * 4 * 128 * 128
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= (3 if name == "adamw" else 2) * weights
+    assert gradients * weights <= memory.temp_size_in_bytes < (gradients + 0.5) * weights
+
+
+def test_an_update_that_is_not_kept_leaves_no_trace():
+    options = OptimizerConfig(learning_rate=0.1)
+    state, compiled = updated(options, 2, keep=False)
+    before = jax.device_get((state.trainable, state.opt_state))
+    after = compiled(state, jnp.asarray(False))
+    chex.assert_trees_all_equal(jax.device_get((after.trainable, after.opt_state)), before)
+    state, compiled = updated(options, 2)
+    after = compiled(state, jnp.asarray(True))
+    counts = optax.tree_utils.tree_get_all_with_path(after.opt_state, "count")
+    assert [int(count) for _, count in counts] == [2, 2]
 
 
 def rates(steps: int, **options) -> np.ndarray:

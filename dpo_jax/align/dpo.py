@@ -304,7 +304,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     loss = jnp.sum(pairs.weights * rows.loss) / whole.weight
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_state = states.keep_if(finite, state.apply_gradients(gradients), state)
+    new_state = state.apply_gradients(gradients, finite=finite)
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,

@@ -34,7 +34,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax import state as states
 from dpo_jax.align import microbatches
 from dpo_jax.align.advantages import Targets, gae, kl_estimate, learning_targets, response_mask, token_rewards
-from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics
+from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
@@ -253,8 +253,9 @@ def _losses(
 def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
     """All updates of one rollout: `config.epochs` passes over it in `config.minibatches` mini-batches each.
 
-    Pure: the order of rows is a function of `config.seed` and `state.step`. Where a loss or gradient is not finite the
-    state comes back as it was.
+    Pure: the order of rows is a function of `config.seed` and `state.step`. With a rollout that is not finite the state
+    comes back as it was. Where a loss or gradient is not finite, neither that update nor a later one is made, and
+    `step` stays: to undo those before it too, a copy of all weights and moments would have to be held all the time.
 
     Args:
       state: from `init_state`.
@@ -302,21 +303,17 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
             return jax.grad(objective, has_aux=True)(trainable)
 
         found, (shares, parts) = microbatches.sum_gradients(gradients, (part, aims), config.accumulate, like=trainable)
-        norm = optax.tree.norm(found)
+        loss, norm = jnp.sum(shares), optax.tree.norm(found)
+        stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.stop_kl is not None:
             stopped |= masked.mean(0.5 * jnp.square(parts.log_ratio), aims.mask) > config.stop_kl
-        changes, next_opt_state = state.tx.update(found, opt_state, trainable)
-        learned = optax.apply_updates(trainable, jax.tree.map(lambda u: lr * u, changes))
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(stopped, old, new), (learned, next_opt_state), (trainable, opt_state)
-        )
-        return (trainable, opt_state, stopped), figures(parts, aims.mask, jnp.sum(shares), norm, ~stopped)
+        trainable, opt_state = states.apply_update(state.tx, found, trainable, opt_state, keep=~stopped, rate=lr)
+        return (trainable, opt_state, stopped), figures(parts, aims.mask, loss, norm, ~stopped)
 
-    start = (state.trainable, state.opt_state, jnp.zeros((), bool))
+    start = (state.trainable, state.opt_state, jnp.any(nonfinite(rollout, targets.mask)))
     (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
     finite = jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
-    learned = dataclasses.replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
-    new_state = states.keep_if(finite, learned, state)
+    new_state = dataclasses.replace(state, step=state.step + finite, trainable=trainable, opt_state=opt_state)
     return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates)}
 
 

@@ -70,6 +70,14 @@ def figures(
     )
 
 
+def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
+    """bool [B]: whether something that was measured of a real row is a NaN or infinity."""
+    good = jnp.isfinite(rollout.scores)
+    for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
+        good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
+    return (rollout.weights > 0) & ~good
+
+
 def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[str, jax.Array]:
     real, mask = rollout.weights > 0, targets.mask
 
@@ -81,9 +89,6 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
     reward = a_response(targets.rewards)
     score = masked.mean(targets.scores, real)
     made = jnp.mean(updates.learned.astype(jnp.float32))
-    good = jnp.isfinite(rollout.scores)
-    for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
-        good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
     last = jax.tree.map(lambda x: x[-1], updates)
     found = {
         "loss": jnp.mean(updates.loss),
@@ -105,7 +110,7 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
         "policy/updates": made,
         "lengths/response": masked.mean(rollout.response_lengths.astype(jnp.float32), real),
         "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
-        "rows/nonfinite": jnp.where(real & ~good, rollout.rows, -1),
+        "rows/nonfinite": jnp.where(nonfinite(rollout, mask), rollout.rows, -1),
     }
     if targets.returns is not None:
         found |= {"loss/value_avg": jnp.mean(updates.value), "val/clipfrac_avg": jnp.mean(updates.value_clipped)}

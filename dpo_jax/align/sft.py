@@ -160,7 +160,7 @@ def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tu
     loss = jnp.sum(values.nll) / count
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_state = states.keep_if(finite, state.apply_gradients(gradients), state)
+    new_state = state.apply_gradients(gradients, finite=finite)
     tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
     bad = ~jnp.isfinite(values.nll) | (count == 0)
     metrics = {
