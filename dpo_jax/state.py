@@ -59,7 +59,7 @@ def apply_update(
     opt_state: Any,
     *,
     keep: jax.Array | bool,
-    rate: jax.Array | float | None = None,
+    rate: jax.typing.ArrayLike | None = None,
 ) -> tuple[Any, Any]:
     """(trainable, opt_state) after one update along `gradients`, times `rate` where given; as they were without `keep`.
 

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
@@ -23,6 +22,9 @@ from dpo_jax.model.variables import abstract_variables
 
 PIECE_BYTES = 2 << 30
 """Local shards of a stacked leaf beyond this many bytes are read and placed a few layers at a time."""
+
+GATHER_BYTES = 64 << 20
+"""Tensors beyond this many bytes come together from several processes in pieces."""
 
 Slices = tuple[slice, ...]
 Tree = dict[str, Any]
@@ -248,10 +250,20 @@ def tensor_shapes(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
 def tensors(slots: list[Slot], tree: Mapping[str, Any], dtype: Any) -> Iterator[np.ndarray]:
     """Every tensor in the order of `tensor_shapes`, whole and on the host, one at a time.
 
-    Every process has to run through it: a tensor whose shards lie on several processes is gathered by all of them.
+    Every process has to run through it: a tensor whose shards lie on several processes goes to process 0 in pieces,
+    which all of them make; the others are given its shape with nothing behind it.
     """
     for slot, layer in _in_file_order(slots):
-        yield _gather(lookup(tree, slot.path), layer if slot.stacked else None, slot.transposed, np.dtype(dtype))
+        yield _whole(lookup(tree, slot.path), layer if slot.stacked else None, slot.transposed, np.dtype(dtype))
+
+
+def _whole(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return _gathered(leaf, layer, transposed, dtype)
+    if layer is not None:
+        leaf = _layer(leaf, np.int32(layer)) if isinstance(leaf, jax.Array) else leaf[layer]
+    values = np.asarray(leaf)
+    return np.ascontiguousarray(values.T if transposed else values, dtype)
 
 
 @jax.jit
@@ -259,12 +271,45 @@ def _layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _gather(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
-    if isinstance(leaf, jax.Array):
-        leaf = leaf if layer is None else _layer(leaf, np.int32(layer))
-        if not leaf.is_fully_addressable:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    elif layer is not None:
-        leaf = leaf[layer]
-    values = np.asarray(leaf)
-    return np.ascontiguousarray(values.T if transposed else values, dtype)
+def _gathered(leaf: jax.Array, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    """A tensor on process 0, through pieces that every process holds for a moment."""
+    stacked, sharding = layer is not None, leaf.sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    shape, shard = leaf.shape[stacked:], sharding.shard_shape(leaf.shape)[stacked:]
+    # Cut across an axis that no device has only a part of: a piece of a sharded axis lies on some of the devices, and
+    # XLA would bring all of it together first.
+    axis = max(range(len(shape)), key=lambda i: (shape[i] == shard[i], shape[i]))
+    rows, size = shape[axis], math.prod(shape) * dtype.itemsize
+    width = math.ceil(rows / math.ceil(size / GATHER_BYTES))
+    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    apart, everywhere = (
+        jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes)) for axes in (spec[stacked:], ())
+    )
+    whole = np.empty(shape[::-1] if transposed else shape, dtype) if jax.process_index() == 0 else None
+    view = whole.T if whole is not None and transposed else whole
+    for start in range(0, rows, width):
+        start = min(start, rows - width)  # all pieces have one shape, and the last may repeat some rows
+        piece = _piece(leaf, np.int32(layer or 0), np.int32(start), stacked, axis, width, dtype.name, apart, everywhere)
+        if view is not None:
+            view[(slice(None),) * axis + (slice(start, start + width),)] = np.asarray(piece.addressable_data(0))
+        piece.block_until_ready()  # else several pieces are under way at once
+    return np.broadcast_to(np.zeros((), dtype), shape[::-1] if transposed else shape) if whole is None else whole
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8))
+def _piece(
+    leaf: jax.Array,
+    layer: jax.Array,
+    start: jax.Array,
+    stacked: bool,
+    axis: int,
+    width: int,
+    dtype: str,
+    apart: jax.sharding.NamedSharding,
+    everywhere: jax.sharding.NamedSharding,
+) -> jax.Array:
+    part = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+    part = jax.lax.dynamic_slice_in_dim(part, start, width, axis).astype(dtype)
+    # Every device cuts its share; without this word XLA would bring the whole tensor together and cut then.
+    part = jax.lax.with_sharding_constraint(part, apart)
+    return jax.lax.with_sharding_constraint(part, everywhere)
