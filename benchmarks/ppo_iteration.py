@@ -26,7 +26,7 @@ machine of 24 GB compare two at a time, such as `--contenders ours trl`.
 Where the work differs. TRL puts the output matrix over prompts too, in the reference and in the update, keeps the
 sampler's logits of all steps to take the log-probabilities from, and computes whole softmaxes for the entropy; ours
 takes the head at response tokens only, in chunks, and has the sampler's log-probabilities from sampling. Ours computes
-some of the forward pass again in the backward one (remat `dots`), leaves the state untouched where a gradient is not
+some of the forward pass again in the backward one (remat `dots`; all of it with `--remat full`), leaves the state untouched where a gradient is not
 finite, takes quantiles of ratio and KL, and writes each response to samples.jsonl. `ours-lean` has one trunk less to
 run, to differentiate and to keep Adam's moments of. Advantages count as measuring in TRL and as update in ours.
 """
@@ -65,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minibatches", type=int, default=1, help="gradient steps of an iteration")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them")
+    parser.add_argument("--remat", choices=("dots", "full"), default="dots", help="of ours, as --train.remat")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "ours-lean", "trl"])
     parser.add_argument("--out", type=Path, default=None, help="write the figures here, as JSON")
@@ -115,7 +116,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax.run.samples import SampleLog
 
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
-    model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh)
+    model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh, remat=options.remat)
     tokenizer, ids = dpo_jax.load_tokenizer(options.folder / "model"), prompt_ids(options)
     data = PromptDataset(
         ids=Ragged.of(list(ids), np.int32),

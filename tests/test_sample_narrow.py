@@ -57,7 +57,7 @@ def step_logits(small, config, unrolled=True):
     """float32 [tokens, V]: logits of a text, its first half computed at once, the rest token by token."""
     model, variables = small
     program = programs.Program.of(model, config, "threefry2x32", None)._replace(unrolled=unrolled)
-    weights = programs.make_weights(program, variables, config)
+    weights = programs.make_weights(program, variables, config.weights)
     decoder = decode.Decoder(program, weights, decode.settings(config, model.config.vocab_size))
     text = jnp.asarray(np.random.default_rng(1).integers(3, 30, (1, 24)), jnp.int32)
     first, cache = quick_jit(lambda: decoder.prefill(text[:, :12], jnp.full(1, 12), 32))()

@@ -234,7 +234,7 @@ def beam_search(
     settings = decode.settings(config, vocab)
     with meshes.in_force(mesh):
         program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
-        weights = make_weights(program, variables, config)
+        weights = make_weights(program, variables, config.weights)
         table, sizes = batch if mesh is None else meshes.put_batch(mesh, batch)
         out = _search(weights, table, sizes, penalty, settings, program=program, **static)
     return Generation(*(x[:count, : config.max_new_tokens] for x in out))

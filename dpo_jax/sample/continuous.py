@@ -197,7 +197,7 @@ def serve(
     bits, implementation = decode.key_data(key)
     with meshes.in_force(mesh):
         program = Program.of(model, config, implementation, mesh)
-        weights = make_weights(program, variables, config)
+        weights = make_weights(program, variables, config.weights)
     units = _units(requests, rows)
     for slots, group in _groups(model, lengths.tolist(), units, config):
         batch = _Batch(program, weights, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import SampleConfig
+from dpo_jax.config import Narrow, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
@@ -40,9 +40,9 @@ class Generation(NamedTuple):
     logps: jax.Array
 
 
-@partial(jax.jit, static_argnames=("program", "new", "slots", "samples", "plain"))
+@partial(jax.jit, static_argnames=("program", "narrow", "new", "slots", "samples", "plain"))
 def _generate(
-    weights: Weights,
+    variables: Any | Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     key_data: jax.Array,
@@ -50,12 +50,18 @@ def _generate(
     settings: decode.Settings,
     *,
     program: Program,
+    narrow: Narrow | None,
     new: int,
     slots: int,
     samples: int,
     plain: bool,
 ) -> tuple[Generation, jax.Array | None]:
-    """Prefill and decode. Rows of length 0 are fillers and done at once."""
+    """Prefill and decode. Rows of length 0 are fillers and done at once.
+
+    What decoding reads is made in here from plain variables: a copy of weights that change with every call, as in
+    training, is gone when it ends.
+    """
+    weights = make_weights(program, variables, narrow)
     key = jax.random.wrap_key_data(key_data, impl=program.implementation)
     numbers = jnp.tile(jnp.arange(samples), len(prompts))
     keys = decode.row_keys(key, jnp.repeat(row_ids, samples), numbers)
@@ -149,13 +155,14 @@ def lower(
             return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, meshes.batch_axes(len(shape))))
 
         return _generate.lower(
-            make_weights(program, variables, config),
+            variables,
             array(rows, width),
             array(rows),
             key_data,
             array(rows, dtype=jnp.uint32),
             decode.settings(config, model.config.vocab_size),
             program=program,
+            narrow=None,
             new=bucket(config.max_new_tokens),
             slots=slots,
             samples=samples,
@@ -193,6 +200,7 @@ def _run(
     key_data, implementation = decode.key_data(key)
     settings = decode.settings(config, model.config.vocab_size)
     static = {
+        "narrow": config.weights,
         "new": bucket(config.max_new_tokens),
         "slots": slots,
         "samples": samples,
@@ -200,9 +208,8 @@ def _run(
     }
     with meshes.in_force(mesh):
         program = Program.of(model, config, implementation, mesh)
-        weights = make_weights(program, variables, config)
         tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
-        out, logps = _generate(weights, tokens, lengths, key_data, ids, settings, program=program, **static)
+        out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, program=program, **static)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: count * samples, : config.max_new_tokens]

@@ -56,19 +56,19 @@ class Weights(NamedTuple):
         return self.prompt if self.own is None else self.own
 
 
-def make_weights(program: Program, variables: Any, config: SampleConfig) -> Weights:
+def make_weights(program: Program, variables: Any, to: Narrow | None) -> Weights:
     """Made once for many tokens: what is unrolled or narrow is a copy. What is made already stays as it is.
 
-    Raises `InputError` where that was made for other `config.weights`.
+    Raises `InputError` where that was made for another `to`, which is `SampleConfig.weights`.
     """
     if isinstance(variables, Weights):
         made = narrow.kind(variables.token)
-        if made != config.weights:
-            raise InputError(f"these weights were prepared as {made}, and config.weights is {config.weights}")
+        if made != to:
+            raise InputError(f"these weights were prepared as {made}, and config.weights is {to}")
         return variables
-    if not program.unrolled and config.weights is None:
+    if not program.unrolled and to is None:
         return Weights(variables)
-    return Weights(variables, _token_weights(variables, to=config.weights, unrolled=program.unrolled))
+    return Weights(variables, _token_weights(variables, to=to, unrolled=program.unrolled))
 
 
 @partial(jax.jit, static_argnames=("to", "unrolled"))
@@ -83,4 +83,4 @@ def prepare(model: llama.Llama, variables: Any, config: SampleConfig, *, mesh: M
     It holds a copy where `config.weights` asks for fewer bits, and on CPUs, where layers are unrolled.
     """
     with meshes.in_force(mesh):
-        return make_weights(Program.of(model, config, "", mesh), variables, config)
+        return make_weights(Program.of(model, config, "", mesh), variables, config.weights)
