@@ -310,9 +310,10 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         trainable, opt_state = states.apply_update(state.tx, found, trainable, opt_state, keep=~stopped, rate=lr)
         return (trainable, opt_state, stopped), figures(parts, aims.mask, loss, norm, ~stopped)
 
-    start = (state.trainable, state.opt_state, jnp.any(nonfinite(rollout, targets.mask)))
+    bad = jnp.any(nonfinite(rollout, targets.mask))
+    start = (state.trainable, state.opt_state, bad)
     (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
-    finite = jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
+    finite = ~bad & jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
     new_state = dataclasses.replace(state, step=state.step + finite, trainable=trainable, opt_state=opt_state)
     return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates)}
 
