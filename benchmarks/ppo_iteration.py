@@ -26,9 +26,11 @@ machine of 24 GB compare two at a time, such as `--contenders ours trl`.
 Where the work differs. TRL puts the output matrix over prompts too, in the reference and in the update, keeps the
 sampler's logits of all steps to take the log-probabilities from, and computes whole softmaxes for the entropy; ours
 takes the head at response tokens only, in chunks, and has the sampler's log-probabilities from sampling. Ours computes
-some of the forward pass again in the backward one (remat `dots`; all of it with `--remat full`), leaves the state untouched where a gradient is not
-finite, takes quantiles of ratio and KL, and writes each response to samples.jsonl. `ours-lean` has one trunk less to
-run, to differentiate and to keep Adam's moments of. Advantages count as measuring in TRL and as update in ours.
+some of the forward pass again in the backward one (remat `dots`; all of it with `--remat full`), makes no update whose
+gradient is not finite, takes quantiles of ratio and KL, and writes each response to samples.jsonl. `ours-lean` has one
+trunk less to run, to differentiate and to keep Adam's moments of. Advantages count as measuring in TRL and as update in
+ours. Memory: run this with the Python of an environment without PyTorch, as `pip install dpo_jax` makes one: where it
+is installed, transformers imports it with its tokenizers, for a quarter of a GiB.
 """
 
 import argparse
