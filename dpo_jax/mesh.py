@@ -125,6 +125,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def of_one(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """The sharding of one element along the first axis of an array of `ndim` axes: of a layer of stacked ones."""
+    axes = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
+
+
 def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
     """Raise `InputError`, naming the fix, when an axis of `shape` does not divide over the mesh axes that split it."""
     for size, axis, split in zip(shape, axes, _split(axes), strict=True):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
@@ -275,16 +276,15 @@ def _gathered(leaf: jax.Array, layer: int | None, transposed: bool, dtype: np.dt
     """A tensor on process 0, through pieces that every process holds for a moment."""
     stacked, sharding = layer is not None, leaf.sharding
     assert isinstance(sharding, jax.sharding.NamedSharding)
+    assert isinstance(sharding.mesh, jax.sharding.Mesh)
     shape, shard = leaf.shape[stacked:], sharding.shard_shape(leaf.shape)[stacked:]
     # Cut across an axis that no device has only a part of: a piece of a sharded axis lies on some of the devices, and
     # XLA would bring all of it together first.
     axis = max(range(len(shape)), key=lambda i: (shape[i] == shard[i], shape[i]))
     rows, size = shape[axis], math.prod(shape) * dtype.itemsize
     width = math.ceil(rows / math.ceil(size / GATHER_BYTES))
-    spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-    apart, everywhere = (
-        jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*axes)) for axes in (spec[stacked:], ())
-    )
+    apart = meshes.of_one(sharding, leaf.ndim) if stacked else sharding
+    everywhere = meshes.replicated(sharding.mesh)
     whole = np.empty(shape[::-1] if transposed else shape, dtype) if jax.process_index() == 0 else None
     view = whole.T if whole is not None and transposed else whole
     for start in range(0, rows, width):
