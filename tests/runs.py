@@ -2,7 +2,11 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +42,16 @@ def small_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run folder without the wall-clock figures."""
     return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[str]]:
+    """So many processes of `dpo-jax`, one device each, that train together over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dpo_jax", *words, "--distributed.coordinator", f"127.0.0.1:{port}"]
+    command += ["--distributed.processes", str(count), "--distributed.process_id"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(count)
+    ]

@@ -246,6 +246,26 @@ def test_eight_devices_make_the_same_run(inputs: Path, whole: Path, tmp_path: Pa
     assert texts[0] == texts[1]
 
 
+@pytest.mark.multiprocess
+def test_two_processes_make_the_same_iteration(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = f"""
+        ppo --model {inputs / "model"} --data {inputs / "prompts.jsonl"} --out {out}
+        --reward {inputs / "mine.py"}:letters --lora.rank 4
+        --ppo.epochs 2 --ppo.kl_target 4 --ppo.kl_horizon 256 --ppo.kl_coefficient 0.02
+        --sample.max_new_tokens 6 --sample.temperature 0.7 --optimizer.learning_rate 2e-2
+        --data.template raw --data.max_length 22 --data.max_prompt_length 16
+        --train.steps 1 --train.batch_size {BATCH} --train.seed 1 --mesh.data 1 --mesh.fsdp 2
+    """.split()
+    for process in runs.start_together(words, 2):
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    (row,), first = runs.metrics(out), runs.metrics(whole)[0]
+    assert row == pytest.approx({**first, "epoch": row["epoch"]}, rel=1e-3, abs=1e-4)
+    texts = [[s["response"] for s in read_rows(folder / "samples.jsonl")][:BATCH] for folder in (out, whole)]
+    assert texts[0] == texts[1]
+
+
 def test_prompts_come_in_groups_and_without_end(inputs: Path) -> None:
     encoder = ConversationEncoder(load_tokenizer(inputs / "model"), "raw")
     config = DataConfig(template="raw")

@@ -7,9 +7,7 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -513,17 +511,9 @@ def test_two_processes_choose_what_one_does(inputs: Path, whole: Path, tmp_path:
     out = tmp_path / "run"
 
     def start() -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         more = ["--eval_data", str(inputs / "eval.jsonl"), "--rejection.temperatures", *map(str, TEMPERATURES)]
         more += ["--rejection.eval_samples", str(SAMPLES), "--data.packing", "--train.steps", "2"]
-        more += ["--mesh.fsdp", "2", "--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", "2"]
-        command = [sys.executable, "-m", "dpo_jax", *words(inputs, out), *more, "--distributed.process_id"]
-        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        return [
-            subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)
-        ]
+        return runs.start_together([*words(inputs, out), *more, "--mesh.fsdp", "2"], 2)
 
     processes = start()
     part = out / "iteration-1" / "samples.jsonl.part"
