@@ -232,6 +232,18 @@ def test_not_finite_is_not_learned() -> None:
     assert [r for r in np.asarray(metrics["rows/nonfinite"]) if r >= 0] == [3]
 
 
+def test_nothing_is_learned_after_an_update_that_is_not_finite() -> None:
+    """The first update, at an absurd rate, is made; the second finds no finite gradient any more."""
+    options = config(epochs=3, learning_rate=1e38)
+    state, rollout = start(options)
+    new, metrics = run(options, state, rollout)
+    once, _ = run(dataclasses.replace(options, epochs=1), state, rollout)
+    chex.assert_trees_all_equal((new.trainable, new.opt_state), (once.trainable, once.opt_state))
+    assert not np.isfinite(float(metrics["grad_norm"]))
+    assert float(metrics["policy/updates"]) == pytest.approx(1 / 3)
+    assert (int(new.step), int(once.step)) == (0, 1)
+
+
 def test_bad_rollouts_are_refused() -> None:
     options = config(minibatches=3)
     state, rollout = start(options)

@@ -69,7 +69,7 @@ def write_others(folder: Path, collection: Mapping[str, Any], tensors: Mapping[s
 
 
 def gathered(collection: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every head but the score, whole and on the host, [n, D]. All processes call this together."""
+    """Every head but the score, [n, D], whole on the host of process 0. All processes call this together."""
     others = {name: leaf for name, leaf in collection.items() if name != heads.SCORE}
     slots = layout.head_slots(others)
     return dict(zip((slot.path[0] for slot in slots), layout.tensors(slots, others, np.float32), strict=True))
