@@ -1,10 +1,11 @@
 """docs/capacity.md: the smallest slice or node on which each kind of training fits, compiled with the planner.
 
     python benchmarks/capacity.py                      fill in all that is missing: hours, one compiler at a time
-    python benchmarks/capacity.py --only 7b/dpo        only cells whose name MODEL/TRAINING/DEVICE matches this pattern
-    python benchmarks/capacity.py --most 4             stop after four compilations
+    python benchmarks/capacity.py --only 7b/dpo        only cells whose name matches this pattern
+    python benchmarks/capacity.py --most 4             stop after four that had to be compiled
     python benchmarks/capacity.py --show               write the table again from what is there
 
+Cells are called MODEL/TRAINING/DEVICE, config/NAME and written/MODEL/TOPOLOGY.
 What was found stands in docs/capacity.json, cell by cell, so that the table can be filled in several sittings; a cell
 that is there is not compiled again (delete it from the file to do so).
 
@@ -12,13 +13,20 @@ The same training everywhere: 256 rows a step of 1024 + 1024 tokens (pairs; wind
 responses for PPO), one row a device at a time, --train.remat full, bfloat16 computation with float32 weights and AdamW,
 live reference for DPO, a separate value model and one reward model for PPO; LoRA of rank 16 on bfloat16 weights. fsdp
 over all devices; for 70B eight of them share each layer (--mesh.tensor 8).
+
+Beside that the plan of every CONFIG.py that names its devices ("What it needs there: ..."), and of DPO as it was once
+written by hand, without this package, with the peak memory that it had.
 """
 
 import argparse
+import ast
 import json
 import re
+import runpy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.config import (
     ON_COMMAND_LINE,
@@ -45,13 +53,36 @@ from dpo_jax.run.planner.hardware import GIB, Topology
 from dpo_jax.run.planner.search import state_bytes
 from dpo_jax.run.planner.shapes import SHAPES
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
 TRAININGS = {"sft": "SFT", "rm": "reward model", "dpo": "DPO", "dpo_lora": "DPO, LoRA", "ppo": "PPO"}
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 SIZES = {"v4": CUBES, "v5e": FLAT, "v5p": CUBES, "v6e": FLAT, "a100": ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8")}
 ROWS, PROMPT, RESPONSE = 256, 1024, 1024
+NEEDS = re.compile(r"--topology (?P<topology>\S+) --model_shape (?P<shape>\w+)\.$", re.M)
+"""What the docstring of a CONFIG.py says of its devices."""
+
+
+class Written(NamedTuple):
+    """DPO of all weights, written by hand: float32 weights and AdamW, bfloat16 reference, full rematerialisation."""
+
+    pairs: int
+    tokens: int
+    fsdp: int
+    tensor: int
+    peak: float
+    """GiB of one device; above its memory: refused."""
+
+
+WRITTEN = {
+    "llama2_7b/v5p:2x2x1": Written(16, 2048, 4, 1, 39),
+    "llama2_7b/v5e:4x4": Written(16, 2048, 16, 1, 10),
+    "llama2_7b/v5e:2x4": Written(8, 1024, 8, 1, 16.6),
+    "llama2_70b/v5p:4x4x4": Written(32, 2048, 16, 4, 32),
+    "llama2_7b/a100:8": Written(16, 1024, 8, 1, 18),
+}
 
 
 def training(kind: str, model: str, devices: int) -> TrainingRun:
@@ -119,8 +150,60 @@ def fill(model: str, kind: str, device: str, budget: Budget) -> dict[str, Any] |
     return {"fits": False, "tried": tried}
 
 
+def needs(path: Path) -> tuple[str, str] | None:
+    """(topology, model shape) of a CONFIG.py that names them."""
+    found = NEEDS.search(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    return found and (found["topology"], found["shape"])
+
+
+CONFIGS = {path.stem: named for path in sorted((ROOT / "configs").glob("*.py")) if (named := needs(path))}
+
+
+def plan_config(name: str, budget: Budget) -> dict[str, Any] | None:
+    """The plan of a CONFIG.py on its devices."""
+    topology, shape = CONFIGS[name]
+    return planned(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["config"], topology, shape, budget)
+
+
+def plan_written(name: str, budget: Budget) -> dict[str, Any] | None:
+    """Our plan of what was written by hand."""
+    shape, _, topology = name.partition("/")
+    one = WRITTEN[name]
+    run = DPORun(
+        model=ON_COMMAND_LINE,
+        source=ON_COMMAND_LINE,
+        out=ON_COMMAND_LINE,
+        dpo=DPOLossConfig(reference="live"),
+        data=DataConfig(max_length=one.tokens, max_prompt_length=one.tokens // 2),
+        train=TrainConfig(batch_size=one.pairs, dtype="bfloat16", remat="full"),
+        mesh=MeshConfig(fsdp=one.fsdp, tensor=one.tensor),
+    )
+    return planned(run, topology, shape, budget)
+
+
+def planned(run: TrainingRun, name: str, shape: str, budget: Budget) -> dict[str, Any] | None:
+    """All programs of a run on these devices; None: budget spent."""
+    topology, folder = Topology.parse(name), plans_folder(None)
+    options = PlanRun(topology=name, model_shape=shape, training=run)
+    _, job = first_job(options)
+    if stored(job, folder) is None and not budget.spend():
+        return None
+    made = compile_plan(options, topology, job, folder)
+    step = made.outcomes[0].estimate
+    found: dict[str, Any] = {"topology": name, "fits": made.fits, "limit": made.worst.limit}
+    found["programs"] = {outcome.name: outcome.peak for outcome in made.outcomes}
+    say(f"{job.word} of {shape} on {name}: {made.worst.name} {made.worst.describe()}")
+    if made.seconds is not None and step is not None:
+        found |= {"seconds": made.seconds, "tokens_per_second": step.tokens / made.seconds, "mfu": step.mfu}
+    return found
+
+
 def table(cells: dict[str, Any]) -> str:
     """docs/capacity.md."""
+    return "\n".join([*_smallest(cells), *_configs(cells), *_written(cells)]) + "\n"
+
+
+def _smallest(cells: dict[str, Any]) -> list[str]:
     lines = [
         "# What fits where",
         "",
@@ -136,7 +219,55 @@ def table(cells: dict[str, Any]) -> str:
         for kind, name in TRAININGS.items():
             row = [_cell(cells.get(f"{model}/{kind}/{device}")) for device in SIZES]
             lines.append(f"| {model} | {name} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _configs(cells: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## The configs",
+        "",
+        "Each on the devices that it names, with its own batch and lengths; GiB of one device for every program of the",
+        "command.",
+        "",
+        "| config | devices | fits | peak, GiB | tokens a second | MFU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (topology, _) in CONFIGS.items():
+        found = cells.get(f"config/{name}")
+        lines.append(f"| `{name}` | {topology} | " + ("· | · | · | · |" if found is None else _plan(found)))
+    return lines
+
+
+def _plan(found: dict[str, Any]) -> str:
+    peaks = ", ".join(f"{name} {_gib(peak)}" for name, peak in found["programs"].items())
+    rate, mfu = (f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.0%}") if "seconds" in found else ("", "")
+    return f"{'yes' if found['fits'] else 'no'} | {peaks} of {_gib(found['limit'])} | {rate} | {mfu} |"
+
+
+def _written(cells: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## Beside a step written by hand",
+        "",
+        "DPO of all weights with a live bfloat16 reference. The other figures are those of a step written by hand for",
+        "these devices with the same attention kernels, compiled in the same way; refused: the compiler would not have",
+        "it.",
+        "",
+        "| model | devices | pairs | tokens | by hand, GiB | ours, GiB | of |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in WRITTEN.items():
+        model, _, topology = name.partition("/")
+        found, limit = cells.get(f"written/{name}"), Topology.parse(topology).hardware.memory / GIB
+        hand = f"{one.peak}" + (", refused" if one.peak > limit else "")
+        ours = "·" if found is None else _gib(found["programs"]["train step"]) + ("" if found["fits"] else ", refused")
+        lines.append(f"| {model} | {topology} | {one.pairs} | {one.tokens} | {hand} | {ours} | {limit:.1f} |")
+    return lines
+
+
+def _gib(size: float | None) -> str:
+    return "more" if size is None else f"{size / GIB:.1f}"
 
 
 def _cell(found: dict[str, Any] | None) -> str:
@@ -158,12 +289,15 @@ def main() -> None:
     path = DOCS / "capacity.json"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     budget = Budget(0 if options.show else options.most)
-    wanted = [(m, k, d) for m in MODELS for k in TRAININGS for d in SIZES]
-    for model, kind, device in wanted:
-        name = f"{model}/{kind}/{device}"
+    wanted: dict[str, Callable[[Budget], dict[str, Any] | None]] = {
+        f"{m}/{k}/{d}": partial(fill, m, k, d) for m in MODELS for k in TRAININGS for d in SIZES
+    }
+    wanted |= {f"config/{name}": partial(plan_config, name) for name in CONFIGS}
+    wanted |= {f"written/{name}": partial(plan_written, name) for name in WRITTEN}
+    for name, make in wanted.items():
         if options.show or name in cells or not re.search(options.only, name):
             continue
-        found = fill(model, kind, device, budget)
+        found = make(budget)
         if found is None:
             break
         cells[name] = found

@@ -2,19 +2,25 @@
 
     python benchmarks/reward_models.py --data ../shared/data --out runs/reward_models --steps 300 --seeds 0 1 2
 
-helpfulness   PandaLM's pairs with three annotators' votes each, and Vicuna's pairs with GPT-4's scores
-safety        Anthropic's harmless pairs, and XSTest's unsafe prompts: a refusal against a partial refusal or compliance
+helpfulness          PandaLM's pairs with three annotators' votes each, and Vicuna's pairs with GPT-4's scores
+helpfulness_xstest   the same, and XSTest's safe prompts: compliance against a refusal or a partial refusal
+safety               Anthropic's harmless pairs, and XSTest's unsafe prompts: a refusal against a partial refusal or
+                     compliance
 
 Of each source a tenth is held out, whole prompts at a time (another tenth for each seed). Every run is a run folder
 under `--out`, resumable: the same command goes on where it stopped. Reported, as mean and 95 % interval over the seeds
 (Student's t): held-out accuracy overall, by source and by rating, beside two baselines on the same pairs, the longer
 answer and VADER's compound score; and the AUC of XSTest refusals against compliances: of the safety model on held-out
-unsafe prompts, of the helpfulness model (which sees none of XSTest) for compliance on safe prompts.
+unsafe prompts, of the helpfulness models for compliance on safe prompts, held out where some were trained on. How
+often one answer of a pair begins with a refusal and the other does not is counted in the training data: what the pairs
+themselves say of refusing.
 
 Ratings are made from what the sources tell: of three votes, all three = significantly better, two = slightly better; a
-gap of scores of at least 3, 2, 1 = significantly better, better, slightly better, and less = negligibly better; a full
-refusal against full compliance = significantly better, against a partial refusal = slightly better; Anthropic's pairs
-tell nothing (unsure). `--margin` is the table that turns them into margins.
+gap of scores of at least 3, 2, 1 = significantly better, better, slightly better, and less = negligibly better; in
+XSTest a full refusal beside full compliance = significantly better, a partial refusal beside either = slightly better;
+Anthropic's pairs tell nothing (unsure). `--margin` is the table that turns them into margins.
+
+`--balance` repeats the rows of the smaller sources until each has as many as the largest: XSTest has few.
 """
 
 import argparse
@@ -23,8 +29,11 @@ import gzip
 import json
 import math
 import random
+import re
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +50,12 @@ from dpo_jax.config import (
 )
 
 Row = dict[str, Any]
-HELPFULNESS, SAFETY = "helpfulness", "safety"
+HELPFULNESS, HELPFULNESS_XSTEST, SAFETY = "helpfulness", "helpfulness_xstest", "safety"
+REFUSES = re.compile(
+    r"I'm sorry|I am sorry|I apologi[sz]e|As an AI|I can(no|')t|(not|un)[- ]?able to|I don't have|not appropriate", re.I
+)
+"""Said within the first 150 characters of what XSTest's annotators call a refusal three times in four; of compliance,
+once in twenty."""
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -51,9 +65,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with pandalm, vicuna_reviews, ...")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--models", nargs="+", choices=(HELPFULNESS, SAFETY), default=[HELPFULNESS, SAFETY])
+    parser.add_argument("--models", nargs="+", choices=tuple(SOURCES), default=[HELPFULNESS, SAFETY])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--margin", choices=("small", "large"), default="small", help="beside none")
+    parser.add_argument("--margin", choices=("none", "small", "large"), default="small", help="beside none")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -61,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=384)
     parser.add_argument("--xstest", type=int, default=None, help="draw so many of its held-out prompts for the AUC")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computes in it")
+    parser.add_argument("--balance", action="store_true", help="as many rows of each source, by repetition")
     parser.add_argument("--rows", type=int, default=None, help="use so many rows of each source only")
     return parser.parse_args()
 
@@ -123,23 +138,44 @@ def xstest(data: Path) -> list[Row]:
     return found
 
 
-def xstest_pairs(data: Path) -> Iterator[Row]:
+def xstest_pairs(data: Path, unsafe: bool) -> Iterator[Row]:
+    """On unsafe prompts each refusal against all else, on safe ones each compliance."""
+    wanted, opposite = ("2", "1") if unsafe else ("1", "2")
     by_prompt: dict[str, list[Row]] = {}
     for row in xstest(data):
-        if row["unsafe"]:
+        if row["unsafe"] == unsafe:
             by_prompt.setdefault(row["prompt"], []).append(row)
     for prompt, rows in by_prompt.items():
-        for refusal in (r for r in rows if r["label"] == "2"):
-            for other in (r for r in rows if r["label"] != "2"):
-                rating = "significantly better" if other["label"] == "1" else "slightly better"
-                yield pair("xstest", prompt, refusal["text"], other["text"], rating)
+        for better in (r for r in rows if r["label"] == wanted):
+            for other in (r for r in rows if r["label"] != wanted):
+                rating = "significantly better" if other["label"] == opposite else "slightly better"
+                yield pair("xstest", prompt, better["text"], other["text"], rating)
 
 
 def pair(source: str, prompt: str, chosen: str, rejected: str, rating: str) -> Row:
     return {"source": source, "prompt": prompt, "chosen": chosen, "rejected": rejected, "rating": rating}
 
 
-SOURCES = {HELPFULNESS: (pandalm, vicuna), SAFETY: (harmless, xstest_pairs)}
+SOURCES = {
+    HELPFULNESS: (pandalm, vicuna),
+    HELPFULNESS_XSTEST: (pandalm, vicuna, partial(xstest_pairs, unsafe=False)),
+    SAFETY: (harmless, partial(xstest_pairs, unsafe=True)),
+}
+
+
+def refusing(rows: list[Row]) -> dict[str, float]:
+    """How many pairs have one answer that begins with a refusal, by whether it is the chosen or the rejected one."""
+    begins = [[REFUSES.search(row[side][:150]) is not None for side in ("chosen", "rejected")] for row in rows]
+    return {
+        "training pairs whose chosen answer alone refuses": begins.count([True, False]),
+        "training pairs whose rejected answer alone refuses": begins.count([False, True]),
+    }
+
+
+def balanced(sources: list[list[Row]]) -> list[list[Row]]:
+    """Each source repeated to the size of the largest."""
+    most = max(map(len, sources))
+    return [list(islice(cycle(rows), most)) for rows in sources]
 
 
 def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -164,11 +200,9 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     from dpo_jax.run.evaluate_rewards import evaluate
     from dpo_jax.run.reward import train
 
-    training, held = [], []
-    for read in SOURCES[name]:
-        rows = list(read(options.data))
-        kept, out = split(rows[: options.rows], seed)
-        training, held = training + kept, held + out
+    parts = [split(list(read(options.data))[: options.rows], seed) for read in SOURCES[name]]
+    kept, held = [part[0] for part in parts], [row for part in parts for row in part[1]]
+    training = [row for rows in (balanced(kept) if options.balance else kept) for row in rows]
     files = options.out / "data" / f"{name}-{seed}"
     sources = write(files / "train.jsonl", training), write(files / "held.jsonl", held)
     folder = options.out / f"{name}-{margin}-{seed}"
@@ -205,6 +239,7 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     for column in ("source", "rating"):
         for group in result["tables"].get(column, []):
             figures[f"accuracy, {group['value']}"] = group["accuracy"]
+    figures |= refusing([row for rows in kept for row in rows])
     figures["baseline: longer answer"] = result["eval_lengths/accuracies"]
     figures["baseline: VADER"] = vader(held)
     figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, data, seed)
@@ -233,7 +268,7 @@ def separation(
 
     wanted, other = ("2", "1") if name == SAFETY else ("1", "2")
     rows = [r for r in xstest(options.data) if r["unsafe"] == (name == SAFETY) and r["label"] in "12"]
-    rows = [r for r in rows if name != SAFETY or r["prompt"] in held]
+    rows = [r for r in rows if name == HELPFULNESS or r["prompt"] in held]
     prompts = sorted({row["prompt"] for row in rows})
     drawn = set(random.Random(seed).sample(prompts, min(len(prompts), options.xstest or len(prompts))))
     rows = [r for r in rows if r["prompt"] in drawn]
@@ -263,7 +298,7 @@ def main() -> None:
     options = arguments()
     found: dict[str, Any] = {}
     for name in options.models:
-        for margin in ("none", options.margin):
+        for margin in dict.fromkeys(("none", options.margin)):
             runs = [run(options, name, margin, seed) for seed in options.seeds]
             figures = sorted({figure for of_run in runs for figure in of_run})
             found[f"{name}, margin {margin}"] = {
