@@ -136,6 +136,19 @@ def test_margins(load):
     np.testing.assert_allclose(load([{**PAIR, "agreement": 0.6}], margin="agreement", margin_scale=2).margins, [1.2])
 
 
+def test_margins_of_lists_are_differences_of_scores(load):
+    words = ("good", "kind", "bad")
+    ranked = {"prompt": "the film", "responses": [*words], "scores": [2.0, 9.0, 4.0]}
+    pair = {"prompt": "a film", "responses": ["good", "bad"], "scores": [3, 1]}
+    data = load([ranked, pair], margin="score_gap", margin_scale=0.5)
+    assert [text(data, 0, k) for k in range(3)] == ["kind", "bad", "good"]
+    np.testing.assert_allclose(data.margins, [[3.5, 1, 0], [1, 0, 0]])
+    np.testing.assert_allclose(load([ranked], margin="score_gap", max_replies=2).margins, [7])
+    pairs = load([{**pair, "prompt": f"film {i}"} for i in range(4)], margin="score_gap")
+    whole = mix(pairs, load([{**ranked, "prompt": f"book {i}"} for i in range(4)], margin="score_gap"), 0.5, seed=0)
+    np.testing.assert_allclose(whole.margins[[0, 7]], [[2, 0, 0], [7, 2, 0]])
+
+
 def test_labels(load):
     rows = [
         {**PAIR, "labels": {"safety": ["safe", "unsafe"], "harm": [[], ["b", "a"]]}},
@@ -181,6 +194,7 @@ TWO = {"prompt": "the film", "response_a": "bad", "response_b": "good"}
         ({**PAIR, "agreement": 60}, {"margin": "agreement"}, r"a share of the annotators, in \[0, 1\]"),
         ({"prompt": "a", "responses": ["good"]}, {}, r"a list of 1 in 'responses' compares nothing"),
         ({"prompt": "a", "responses": ["x", "y", "z"], "rating": 3}, {"margin": "small"}, "--reward.max_replies 2"),
+        ({"prompt": "a", "responses": ["x", "y", "z"]}, {"margin": "score_gap"}, "only scores give each pair"),
         ({"prompt": "a", "responses": ["x", "y"], "scores": [1]}, {}, r"must be a list of 2 numbers"),
         ({"prompt": "a", "responses": ["x", "y"], "scores": [1, 2], "ranks": [1, 2]}, {}, "rank the replies twice"),
         ({"prompt": "a", "responses": ["x", {"response": "y", "score": 1}]}, {}, "some entries of 'responses' have"),

@@ -178,12 +178,14 @@ def test_a_shift_of_all_scores_moves_only_the_centering(toy):
     assert_same(rows["loss"], plain + 0.1 * (scores[:, 0] + scores[:, 1]) ** 2)
 
 
-@pytest.mark.parametrize("pairs", ["all", "adjacent"])
-def test_each_prompt_counts_once(toy, pairs):
-    """InstructGPT's Eq. 1 by hand: the mean over prompts of the mean over each prompt's pairs."""
+@pytest.mark.parametrize(("pairs", "margin"), [("all", "none"), ("adjacent", "none"), ("all", "score_gap")])
+def test_each_prompt_counts_once(toy, pairs, margin):
+    """InstructGPT's Eq. 1 by hand: the mean over prompts of the mean over each prompt's pairs; each with its margin."""
     model, variables = toy
     batch = comparisons(responses=4)
-    config = dataclasses.replace(PLAIN, pairs=pairs)
+    marks = (margin == "score_gap") * np.random.default_rng(2).random((8, 4)).astype(np.float32)
+    batch = dataclasses.replace(batch, margins=marks)
+    config = dataclasses.replace(PLAIN, pairs=pairs, margin=margin)
     state = reward.init_state(model, variables, config)
     scores = np.asarray(quick_jit(reward.eval_step, config=config)(state, batch)["scores"])
     losses, wins = [], []
@@ -191,14 +193,14 @@ def test_each_prompt_counts_once(toy, pairs):
         there = [k for k in range(4) if batch.response_lengths[i, k]]
         levels = sorted({batch.ranks[i, k] for k in there})
         found = [
-            (row[w], row[l])
+            (row[w], row[l], marks[i, w] - marks[i, l])
             for w in there
             for l in there
             if (step := levels.index(batch.ranks[i, l]) - levels.index(batch.ranks[i, w])) > 0
             and (pairs == "all" or step == 1)
         ]
-        losses.append(np.mean([np.log1p(np.exp(l - w)) for w, l in found]))
-        wins.append(np.mean([w > l for w, l in found]))
+        losses.append(np.mean([np.log1p(np.exp(l - w + m)) for w, l, m in found]))
+        wins.append(np.mean([w > l for w, l, _ in found]))
     metrics, _ = run(model, variables, batch, config)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
     np.testing.assert_allclose(metrics["accuracy"], np.mean(wins), rtol=1e-5)

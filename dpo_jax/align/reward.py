@@ -202,7 +202,11 @@ def _row_values(
     if config.margin != "none":
         if batch.margins is None:
             raise InputError(f'margin "{config.margin}": the batch has no margins; load the data with this margin')
-        margin = masked.select(batch.margins, batch.weights > 0)[:, None, None]
+        if batch.margins.ndim == 1:
+            margin = masked.select(batch.margins, batch.weights > 0)[:, None, None]
+        else:
+            marks = masked.select(batch.margins, _present(batch))
+            margin = marks[:, :, None] - marks[:, None, :]
     ranking = mean(ranking_loss(w, l, margin))
     loss = ranking
     if config.centering > 0:

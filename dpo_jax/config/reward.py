@@ -33,8 +33,8 @@ class RewardLossConfig:
 
     margin: Margin = "none"
     """By how much the chosen score should lead: none; small (1, 2/3, 1/3, 0) or large (3, 2, 1, 0) by the column
-    `rating`, as Llama 2; column (the number in `margin`); score_gap (difference of the two scores); agreement (share of
-    the annotators who agree)."""
+    `rating`, as Llama 2; column (the number in `margin`); score_gap (difference of the two scores, also in a list of
+    scored replies); agreement (share of the annotators who agree)."""
     margin_scale: float | None = None
     """Multiplies the score gap or the agreement. Not given: 1."""
     ties: Ties = "error"

@@ -18,7 +18,7 @@ from dpo_jax.data.comparisons import (
     Comparison,
     is_numbered,
     label_of,
-    margin,
+    marks,
     ordered,
     parse_comparison,
     parse_responses,
@@ -44,7 +44,8 @@ def load_comparisons(
     """Read, check and tokenise a file of comparisons (layouts: see `comparisons.py`) to learn from.
 
     Responses stand best first. K is that of the longest list; rows with fewer have absent ones, of length 0. `ranks` is
-    there where K > 2, `margins` where `rules` ask for margins, `labels` where they name auxiliary heads.
+    there where K > 2, `margins` where `rules` ask for margins (one a row, where K > 2 marks of the responses), `labels`
+    where they name auxiliary heads.
 
     Args:
       source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`.
@@ -60,7 +61,7 @@ def load_comparisons(
         assert found.places is not None, "it was ordered by them"
         learnt = _Learnt(
             ranks=[found.places[i] for i in order],
-            margin=0.0 if rules.margin == "none" else margin(found, len(order), rules),
+            marks=[] if rules.margin == "none" else marks(found, order, rules),
             labels={
                 head.name: [label_of(found.labels.get(head.name, [None] * len(found.places))[i], head) for i in order]
                 for head in rules.heads
@@ -82,7 +83,12 @@ def load_comparisons(
             row[: len(learnt.ranks)] = learnt.labels[head.name]
         if (labels[head.name] < 0).all():
             raise InputError(f"{source}: no row has a label of the head '{head.name}' in its column 'labels'")
-    margins = None if rules.margin == "none" else np.asarray([learnt.margin for learnt in rows], np.float32)
+    margins = None
+    if rules.margin != "none":
+        margins = np.zeros((n, k), np.float32)
+        for row, learnt in zip(margins, rows, strict=True):
+            row[: len(learnt.marks)] = learnt.marks
+        margins = margins[:, 0] if k == 2 else margins
     extras = {name: [learnt.extras[name] for learnt in rows] for name in EXTRAS}
     return replace(
         data,
@@ -120,8 +126,8 @@ def load_responses(
 class _Learnt:
     """What a row tells beside its texts, in the order of its kept responses."""
 
-    def __init__(self, ranks: list[int], margin: float, labels: dict[str, list[Any]], extras: dict[str, Any]):
-        self.ranks, self.margin, self.labels, self.extras = ranks, margin, labels, extras
+    def __init__(self, ranks: list[int], marks: list[float], labels: dict[str, list[Any]], extras: dict[str, Any]):
+        self.ranks, self.marks, self.labels, self.extras = ranks, marks, labels, extras
 
 
 def _render(encoder: ConversationEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
@@ -282,12 +288,16 @@ def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:
     ranks = np.broadcast_to(np.arange(own, dtype=np.int32), (n, own)) if data.ranks is None else data.ranks
     responses = [data.responses[i * own + j] if j < own else _NONE for i in range(n) for j in range(k)]
 
-    def padded(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, ((0, 0), (0, more)) + ((0, 0),) * (values.ndim - 2), constant_values=-1)
+    def padded(values: np.ndarray, filler: int = -1) -> np.ndarray:
+        return np.pad(values, ((0, 0), (0, more)) + ((0, 0),) * (values.ndim - 2), constant_values=filler)
 
+    margins = data.margins
+    if margins is not None and more:
+        margins = padded(np.stack([margins, np.zeros_like(margins)], 1) if own == 2 else margins, 0)
     return replace(
         data,
+        margins=margins,
         responses=Ragged.of(responses, np.int32),
-        ranks=np.pad(ranks, ((0, 0), (0, more)), constant_values=k) if k > 2 else None,
+        ranks=padded(ranks, k) if k > 2 else None,
         labels=None if data.labels is None else {name: padded(values) for name, values in data.labels.items()},
     )

@@ -17,6 +17,7 @@ being a class, for overlapping classes a list of classes, or null.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class Comparison:
       places: place of each response, 0 the best, equal for ties; None where the row does not compare them.
       raw: (prompt, responses ...) as the row spells them; None where only a template can join the prompt.
       evidence: what the row gives of rating, margin, score_gap, agreement and source.
+      scores: of a list of replies, where it has them; empty otherwise.
       labels: head -> label of each response.
     """
 
@@ -60,6 +62,7 @@ class Comparison:
     places: tuple[int, ...] | None
     raw: tuple[str | None, ...] | None
     evidence: dict[str, Extra] = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
     labels: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -131,7 +134,7 @@ def _pair(row: dict[str, Any]) -> Comparison:
     if "agreement" in row:
         evidence["agreement"] = number_of(row["agreement"], "agreement")
     answers = (pair.chosen, pair.rejected)
-    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, _labels(row, 2))
+    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, labels=_labels(row, 2))
 
 
 def _listed(row: dict[str, Any], column: str) -> Comparison:
@@ -158,7 +161,7 @@ def _listed(row: dict[str, Any], column: str) -> Comparison:
         evidence["score_gap"] = abs(scores[0] - scores[1])
     places = tuple(order.index(key) for key in keys)
     spelled = None if raw is None else (raw, *texts)
-    return Comparison(messages, tuple(texts), places, spelled, evidence, _labels(row, k))
+    return Comparison(messages, tuple(texts), places, spelled, evidence, tuple(scores), _labels(row, k))
 
 
 def _reply(value: object, column: str) -> tuple[str, float | None]:
@@ -195,7 +198,7 @@ def _two(row: dict[str, Any], names: list[str]) -> Comparison:
     elif any(scored):
         raise BadRow("a score of one response only", f"'{next(filter(None, scored))}'; give both a score")
     spelled = None if raw is None else (raw, *texts)
-    return Comparison(messages, tuple(texts), places, spelled, evidence, _labels(row, 2))
+    return Comparison(messages, tuple(texts), places, spelled, evidence, labels=_labels(row, 2))
 
 
 def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
@@ -261,13 +264,15 @@ def _tie(rules: RewardLossConfig) -> Any:
     return "lost" if rules.ties == "drop" else "bad"
 
 
-def margin(found: Comparison, responses: int, rules: RewardLossConfig) -> float:
-    """The margin of a row of which so many responses are learnt from. Raises `BadRow`."""
-    if responses > 2:
-        detail = f"a margin belongs to a pair, and this row has {responses} replies; set --reward.max_replies 2"
-        raise BadRow(f"a ranked list under --reward.margin {rules.margin}", detail)
+def marks(found: Comparison, order: Sequence[int], rules: RewardLossConfig) -> list[float]:
+    """Marks of the responses learnt from, whose differences are the margins of their pairs. Raises `BadRow`."""
     scale = 1.0 if rules.margin_scale is None else rules.margin_scale
-    return margin_of(rules.margin, scale, found.evidence)
+    if rules.margin == "score_gap" and found.scores:
+        return [scale * (found.scores[i] - found.scores[order[-1]]) for i in order]
+    if len(order) == 2:
+        return [margin_of(rules.margin, scale, found.evidence), 0.0]
+    detail = f"only scores give each pair of its {len(order)} replies a margin; set --reward.max_replies 2"
+    raise BadRow(f"a ranked list under --reward.margin {rules.margin}", detail)
 
 
 def label_of(value: Any, head: ClassHead) -> Any:
