@@ -133,6 +133,10 @@ def test_score(run, tmp_path):
     assert rows[0]["rewards"] == [rows[0]["chosen_reward"], rows[0]["rejected_reward"]]
     assert len(rows[1]["rewards"]) == 3
     assert rows[0]["chosen_reward"] > rows[0]["rejected_reward"]
+    kind, rude = rows[0]["labels"]["safety"]
+    assert kind["safe"] > rude["safe"]
+    assert kind["safe"] + kind["unsafe"] == pytest.approx(1)
+    assert [len(row["labels"]["safety"]) for row in rows] == [2, 3, 1]
     np.testing.assert_allclose(rows[1]["rewards"], [rows[0]["rejected_reward"]] * 2 + [rows[2]["reward"]], atol=1e-4)
 
     copied = scored(run, data, tmp_path / "copied.jsonl", "--copy")

@@ -13,11 +13,12 @@ import tiny
 
 import dpo_jax
 from dpo_jax.align import reward
-from dpo_jax.config import LoraConfig, RewardConfig
+from dpo_jax.config import ClassHead, LoraConfig, RewardConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import groups, heads
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.pretrained import read_classes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -104,7 +105,7 @@ def test_a_reward_model_of_ours_in_transformers(base, tmp_path, lora):
         state = dataclasses.replace(state, trainable={**state.trainable, "adapters": noise})
     tokenizer = dpo_jax.load_tokenizer(base)
     tokenizer.pad_token = tokenizer.eos_token
-    dpo_jax.save_pretrained(tmp_path / "rm", model, state.variables, tokenizer, source=base)
+    dpo_jax.save_pretrained(tmp_path / "rm", model, state.variables, tokenizer, source=base, classes=config.heads)
     assert tokenizer.pad_token == tokenizer.eos_token  # the caller's own is as it was
 
     raw = json.loads((tmp_path / "rm" / "config.json").read_text())
@@ -125,9 +126,12 @@ def test_a_reward_model_of_ours_in_transformers(base, tmp_path, lora):
     assert "lm_head" not in again["params"]
     convert(tmp_path / "rm", tmp_path / "copy")
     np.testing.assert_allclose(ours(tmp_path / "copy", batch), here, atol=1e-6)
-    assert (tmp_path / "copy" / "heads.safetensors").is_file()
+    for name in ("rm", "copy"):
+        assert read_classes(tmp_path / name) == (ClassHead("harm", ("x", "y", "z"), 1.0, True),)
     if lora:
-        dpo_jax.save_pretrained(tmp_path / "adapter", model, state.variables, tokenizer, source=base, merge=False)
+        told = {"source": base, "classes": config.heads}
+        dpo_jax.save_pretrained(tmp_path / "adapter", model, state.variables, tokenizer, merge=False, **told)
+        assert read_classes(tmp_path / "adapter") == read_classes(tmp_path / "rm")
         np.testing.assert_allclose(ours(tmp_path / "adapter", batch), here, atol=1e-5)
         _check_peft(base, tmp_path / "adapter", rows, here)
     # A second export replaces the first, heads.safetensors included.
@@ -180,6 +184,12 @@ def test_what_is_refused(published, base, tmp_path):
     save_file({"harm.weight": np.ones((3, 31), np.float32)}, tmp_path / "odd" / "heads.safetensors")
     with pytest.raises(InputError, match=r"heads.safetensors: tensor harm.weight \(3, 31\) is not a head"):
         dpo_jax.load_pretrained(tmp_path / "odd")
+    assert read_classes(tmp_path / "odd") == read_classes(published) == ()
+    for told in ("[1]", "{", '{"harm": {}}', '{"harm": {"classes": ["x"], "overlapping": true}}'):
+        metadata = {"classes": told}
+        save_file({"harm.weight": np.ones((3, 32), np.float32)}, tmp_path / "odd" / "heads.safetensors", metadata)
+        with pytest.raises(InputError, match="what its header says of classes does not fit its heads"):
+            read_classes(tmp_path / "odd")
 
 
 def test_a_tokenizer_without_a_token_to_spare(published, tmp_path):

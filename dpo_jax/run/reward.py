@@ -82,6 +82,7 @@ def train(config: RewardRun) -> Path:
             data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
         ]
         + _groups(rows),
+        classes=step_config.heads,
     )
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import nn
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import AttentionKernel, DataConfig
+from dpo_jax.config import AttentionKernel, ClassHead, DataConfig
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
 from dpo_jax.data.encode import ConversationEncoder, truncate
 from dpo_jax.data.loader import IndexedBatches, eval_batches
@@ -24,7 +25,7 @@ from dpo_jax.model.groups import response_states
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.log import ProgressBar
 from dpo_jax.types import PreferenceBatch
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_classes
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -42,24 +43,39 @@ class RewardModel:
     Attributes:
       model, variables: with the head `score`.
       mesh: the devices.
+      classes: the auxiliary heads whose classes are known.
     """
 
-    def __init__(self, model: Llama, variables: Any, *, mesh: Mesh, batch_size: int = 8, multiple: int = 64):
+    def __init__(
+        self,
+        model: Llama,
+        variables: Any,
+        *,
+        mesh: Mesh,
+        batch_size: int = 8,
+        multiple: int = 64,
+        classes: Sequence[ClassHead] = (),
+    ):
         """Args:
         model, variables: from `load_pretrained` with `mesh`.
         mesh: where they lie.
         batch_size: responses a forward pass, over all devices.
         multiple: lengths are padded to multiples of this, so that calls with other texts compile little anew.
+        classes: from `read_classes`.
         """
         if batch_size % (parts := meshes.batch_parts(mesh)):
             raise InputError(
                 f"a batch of {batch_size} does not divide over {parts} devices; take a multiple of {parts}"
             )
         self.model, self.variables, self.mesh = model, variables, mesh
+        self.classes = tuple(classes)
         self._batch_size, self._multiple = batch_size, multiple
 
-        def forward(variables: Any, batch: PreferenceBatch) -> jax.Array:
-            return heads.apply(variables, heads.SCORE, response_states(model.apply, variables, batch))[..., 0]
+        def forward(variables: Any, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            hidden = response_states(model.apply, variables, batch)
+            logits = {head: heads.apply(variables, head.name, hidden) for head in self.classes}
+            chances = {h.name: nn.sigmoid(x) if h.overlapping else nn.softmax(x) for h, x in logits.items()}
+            return heads.apply(variables, heads.SCORE, hidden)[..., 0], chances
 
         self._forward = jax.jit(forward, out_shardings=meshes.replicated(mesh))
 
@@ -77,21 +93,28 @@ class RewardModel:
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1]) if mesh is None else mesh
         model, variables = load_pretrained(source, mesh=mesh, dtype=dtype, attention=attention)
         check_score(source, model.config)
-        return cls(model, variables, mesh=mesh, batch_size=batch_size)
+        return cls(model, variables, mesh=mesh, batch_size=batch_size, classes=read_classes(source))
 
     def rewards(self, batches: IndexedBatches, label: str | None = None) -> np.ndarray:
         """float64 [N, K]: the score of every response of the rows in `batches`; 0 where absent, NaN for other rows."""
+        return self.judge(batches, label)[0]
+
+    def judge(self, batches: IndexedBatches, label: str | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """`rewards`, and for each head of `classes` the probability of its classes, float64 [N, K, C]; likewise."""
         n, k = batches.dataset.response_lengths.shape
         found = np.full((n, k), np.nan)
+        chances = {head.name: np.full((n, k, len(head.classes)), np.nan) for head in self.classes}
         done = 0
         with ProgressBar(label or "scores", len(batches.rows), shown=label is not None) as bar, jax.set_mesh(self.mesh):
             for indices, batch in batches:
-                scores = np.asarray(self._forward(self.variables, meshes.put_batch(self.mesh, batch)))
+                scores, likely = self._forward(self.variables, meshes.put_batch(self.mesh, batch))
                 real = np.asarray(indices) >= 0
-                found[np.asarray(indices)[real]] = scores[real]
+                found[np.asarray(indices)[real]] = np.asarray(scores)[real]
+                for name, values in chances.items():
+                    values[np.asarray(indices)[real]] = np.asarray(likely[name])[real]
                 done += int(real.sum())
                 bar.update(done)
-        return found
+        return found, chances
 
     def score_tokens(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> np.ndarray:
         """The score of each response to its prompt, float32 [N].

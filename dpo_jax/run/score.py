@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import ScoreRun
+from dpo_jax.config import ClassHead, ScoreRun
 from dpo_jax.data.comparison_sets import load_responses
 from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.loader import eval_batches
@@ -17,6 +17,7 @@ from dpo_jax.run.reward_model import RewardModel, check_score
 from dpo_jax.run.rows import Row, RowsFile
 from dpo_jax.run.setting import Setting, check_output, load_vocabulary
 from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import read_classes
 
 _AT_ONCE = 32  # batches between two writes of the file
 
@@ -26,7 +27,8 @@ def score(run: ScoreRun) -> Path:
 
     Each row is an object with `row` (its number in the file, from 1) and `rewards`, one number for each response in the
     row's own order; beside it `chosen_reward` and `rejected_reward` for a row with `chosen` and `rejected`, `reward`
-    for a row with a single response. With --copy the row's own columns stand in front.
+    for a row with a single response; of a model with auxiliary heads `labels`, {head: [{class: probability}, ...]}, an
+    object for each response. With --copy the row's own columns stand in front.
 
     Rows that cannot be used are left out, and said. Raises `InputError`.
     """
@@ -44,25 +46,22 @@ def score(run: ScoreRun) -> Path:
     model, variables = setting.load(run.model, tokenizer)
 
     batches = eval_batches(data, run.batch_size, run.data.buckets)
-    rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size)
+    classes = read_classes(run.model)
+    rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size, classes=classes)
     settings = {"options": as_json(run), "model": fingerprint(variables), "data": data.fingerprint}
     originals = _rows(run.source, set(data.row_numbers.tolist())) if run.copy else {}
     with RowsFile(out, settings) as file, ProgressBar("rows", len(data)) as bar:
         bar.update(len(file.rows))
         step = _AT_ONCE * run.batch_size
         for start in range(len(file.rows), len(data), step):
-            rows = np.arange(start, min(start + step, len(data)))
-            scores = rewards.rewards(batches.of(rows))[rows]
-            file.append(
-                {**originals.get(number, {}), **_result(number, found[lengths > 0].tolist(), layout)}
-                for number, found, lengths, layout in zip(
-                    data.row_numbers[rows].tolist(),
-                    scores,
-                    data.response_lengths[rows],
-                    data.extras["layout"][start : start + step],
-                    strict=True,
-                )
-            )
+            rows, found = np.arange(start, min(start + step, len(data))), list[Row]()
+            scores, chances = rewards.judge(batches.of(rows))
+            for i in rows:
+                number, there = int(data.row_numbers[i]), data.response_lengths[i] > 0
+                labels = {head.name: _named(head, chances[head.name][i, there]) for head in classes}
+                result = _result(number, scores[i, there].tolist(), data.extras["layout"][i])
+                found.append({**originals.get(number, {}), **result, **({"labels": labels} if labels else {})})
+            file.append(found)
             bar.update(len(file.rows))
         done = file.finish()
     say(f"{out}: {len(done):,} rows")
@@ -76,6 +75,11 @@ def _result(number: int, rewards: list[float], layout: Any) -> Row:
     elif layout == "single":
         row["reward"] = rewards[0]
     return row
+
+
+def _named(head: ClassHead, chances: np.ndarray) -> list[dict[str, float]]:
+    """[K, C] probabilities under the names of the classes."""
+    return [dict(zip(head.classes, of_one, strict=True)) for of_one in chances.tolist()]
 
 
 def _rows(source: str, wanted: set[int]) -> dict[int, Row]:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.data.templates import RAW, ChatTemplate
@@ -246,8 +246,9 @@ class Training(Generic[Config]):
         title: str,
         summary: str,
         sections: Sequence[report.Section],
+        classes: Sequence[ClassHead] = (),
     ) -> Path:
-        """Write `model/` (and `adapter/`) and the report, and mark the run as finished.
+        """Write `model/` (and `adapter/`) and the report, and mark the run as finished. `classes`: of a reward model.
 
         Under LoRA `model/` holds the merged weights, for everyone, and `adapter/` the adapters alone. `sections` of the
         report come after its curves.
@@ -256,9 +257,10 @@ class Training(Generic[Config]):
         if config.data.template not in (None, RAW):
             # Whoever loads the model is to speak to it as it was spoken to here.
             tokenizer.chat_template = ChatTemplate(tokenizer, config.data.template).jinja
-        save_pretrained(self.out / "model", model, variables, tokenizer, source=config.model)
+        told: dict[str, Any] = {"source": config.model, "classes": classes}
+        save_pretrained(self.out / "model", model, variables, tokenizer, **told)
         if "adapters" in variables:
-            save_pretrained(self.out / "adapter", model, variables, tokenizer, source=config.model, merge=False)
+            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
         if self.main:
             rows = read_metrics(self.out / "metrics.jsonl")
             cost = cost_lines(rows, self.devices, config.energy)

@@ -19,6 +19,7 @@ from dpo_jax.weights.pretrained import (
     open_tensors,
     origin_folder,
     read_architecture,
+    read_classes,
     save_pretrained,
 )
 from dpo_jax.weights.source import Source, resolve
@@ -60,7 +61,8 @@ def convert(
             raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
         model, variables = load_pretrained(source, mesh=mesh, dtype=stored)
         tokenizer = tokenizer_of(place)
-        save_pretrained(target, model, variables, tokenizer, source=source, dtype=stored, shard_bytes=shard_bytes)
+        carried: dict[str, Any] = {"source": source, "classes": read_classes(source)}
+        save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
         return
     if to == "huggingface" and place.kind in ("huggingface", "gguf"):
         config, reader = open_tensors(place)

@@ -2,7 +2,8 @@
 
 The score of a reward model is `score.weight` among the weights of a `LlamaForSequenceClassification` folder, which
 `transformers` loads (in an adapter folder: among the adapters, as PEFT's `modules_to_save`). All other heads stand
-beside the weights in `heads.safetensors`: for each head NAME one tensor `NAME.weight`, float32 [n, D].
+beside the weights in `heads.safetensors`: for each head NAME one tensor `NAME.weight`, float32 [n, D]; in the header,
+as JSON, the classes that the n outputs stand for, where they were named.
 
 `transformers` scores at the last token that is not the pad token, so a reward model must not be padded with a token
 that ends answers: `padded_apart` chooses another.
@@ -10,7 +11,8 @@ that ends answers: `padded_apart` chooses another.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.config import ClassHead
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
@@ -27,6 +30,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.weights import layout, shards
 
 FILE = "heads.safetensors"
+_CLASSES = "classes"
 
 
 def target_of(model: Llama, sizes: Mapping[str, int], mesh: Mesh | None) -> Any:
@@ -58,14 +62,38 @@ def load_others(folder: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]
     return layout.load_tree(layout.head_slots(target), reader, target)
 
 
-def write_others(folder: Path, collection: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def read_classes(folder: Path) -> tuple[ClassHead, ...]:
+    """The heads whose classes the folder's `heads.safetensors` names (weight 1). Raises `InputError`."""
+    if not (folder / FILE).is_file():
+        return ()
+    found = []
+    shapes = shards.SafetensorsReader(folder, [FILE]).shapes()
+    try:
+        for name, told in json.loads(shards.read_metadata(folder / FILE).get(_CLASSES, "{}")).items():
+            head = ClassHead(name, tuple(map(str, told["classes"])), 1.0, bool(told["overlapping"]))
+            if len(head.classes) != shapes[f"{name}.weight"][0]:
+                raise ValueError(f"{len(head.classes)} classes of {name}")
+            found.append(head)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"what its header says of classes does not fit its heads ({error})"
+        raise InputError(f"{folder / FILE}: {problem}; export the model again") from error
+    return tuple(found)
+
+
+def write_others(
+    folder: Path,
+    collection: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    classes: Sequence[ClassHead],
+) -> None:
     """Write `heads.safetensors`, where there is a head beside the score. For one process; see `gathered`."""
     if not tensors:
         return
     slots = layout.head_slots({name: collection[name] for name in tensors})
     shapes = layout.tensor_shapes(slots)
     values: Iterator[np.ndarray] = (tensors[slot.path[0]] for slot in slots)
-    shards.write_file(folder / FILE, shapes, values, np.float32)
+    named = {h.name: {"classes": h.classes, "overlapping": h.overlapping} for h in classes if h.name in tensors}
+    shards.write_file(folder / FILE, shapes, values, np.float32, {_CLASSES: json.dumps(named)} if named else {})
 
 
 def gathered(collection: Mapping[str, Any]) -> dict[str, np.ndarray]:

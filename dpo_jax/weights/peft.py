@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from dpo_jax.config import LINEAR_LAYERS, LoraConfig
+from dpo_jax.config import LINEAR_LAYERS, ClassHead, LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
@@ -86,7 +86,14 @@ def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) ->
 
 
 def save_adapters(
-    path: Path, model: Llama, variables: Mapping[str, Any], tokenizer: Any, *, base: str, dtype: Any
+    path: Path,
+    model: Llama,
+    variables: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    base: str,
+    dtype: Any,
+    classes: Sequence[ClassHead] = (),
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
 
@@ -118,7 +125,7 @@ def save_adapters(
     others = head_files.gathered(collection)
 
     def finish(folder: Path) -> None:
-        head_files.write_others(folder, collection, others)
+        head_files.write_others(folder, collection, others, classes)
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:

@@ -1,7 +1,7 @@
 """Load a checkpoint of any kind, save one in Hugging Face's format."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import AttentionKernel, LoraConfig, Remat
+from dpo_jax.config import AttentionKernel, ClassHead, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
@@ -148,6 +148,11 @@ def load_pretrained(
     return model, variables
 
 
+def read_classes(source: str | Path) -> tuple[ClassHead, ...]:
+    """The classes of a checkpoint's auxiliary heads, as `save_pretrained` was told them; none where it was not."""
+    return heads.read_classes(resolve(source).path)
+
+
 def _load(
     place: Source, chosen: Mapping[str, Any], lora: LoraConfig, mesh: Mesh | None, dtype: Any
 ) -> tuple[Llama, dict[str, Any]]:
@@ -194,6 +199,7 @@ def save_pretrained(
     dtype: Any = None,
     merge: bool = True,
     shard_bytes: int = huggingface.SHARD_BYTES,
+    classes: Sequence[ClassHead] = (),
 ) -> None:
     """Write a folder that `transformers` loads (or, with `merge=False`, a PEFT adapter folder).
 
@@ -211,6 +217,7 @@ def save_pretrained(
       dtype: of the stored weights; not given: that of the parameters (adapters: float32).
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
       shard_bytes: largest weight file.
+      classes: names for the outputs of auxiliary heads (`RewardConfig.heads`), which `read_classes` reads again.
 
     Raises `InputError` for an unwritable or full disk, or a tokenizer that does not fit the embedding.
     """
@@ -223,7 +230,8 @@ def save_pretrained(
         if source is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         base = _base_name(source)
-        peft.save_adapters(path, model, variables, tokenizer, base=base, dtype=dtype or jnp.float32)
+        stored = dtype or jnp.float32
+        peft.save_adapters(path, model, variables, tokenizer, base=base, dtype=stored, classes=classes)
         return
     params = merged_params(model, variables)
     dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
@@ -236,7 +244,7 @@ def save_pretrained(
 
     def finish(folder: Path) -> None:
         huggingface.write_configs(folder, config, dtype, origin)
-        heads.write_others(folder, collection, others)
+        heads.write_others(folder, collection, others, classes)
         if tokenizer is not None:
             huggingface.save_tokenizer(tokenizer, folder, origin)
 

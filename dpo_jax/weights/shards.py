@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -188,13 +189,29 @@ def open_folder(folder: Path) -> SafetensorsReader:
     return SafetensorsReader(folder, files, weight_map)
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[np.ndarray], dtype: Any) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors. Raises `InputError`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterator[np.ndarray],
+    dtype: Any,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write the next `len(shapes)` of `tensors` as one safetensors file: header length, JSON header, data.
 
-    Done here because the library's own writer wants all tensors of a file in memory together.
+    `metadata` stands in the header. Done here because the library's own writer wants all tensors of a file in memory
+    together.
     """
     dtype, offset = np.dtype(dtype), 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     for key, shape in shapes.items():
         end = offset + int(np.prod(shape)) * dtype.itemsize
         header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
