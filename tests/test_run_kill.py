@@ -131,7 +131,7 @@ def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path) -> None
 
 DEVICES, TOGETHER = 4, 200
 SMALL = ("--train.batch_size", "4", "--mesh.tensor", "2", "--data.max_length", "96", "--data.buckets", "1")
-SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--checkpoint.every", "20")
+SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-4", "--checkpoint.every", "20")
 
 
 def start_together(inputs: Path, out: Path, processes: int) -> list[subprocess.Popen]:
@@ -192,6 +192,6 @@ def test_preempted_and_killed_then_restarted_with_other_counts(inputs: Path, tmp
     assert [(row["step"], row["epoch"], row["tokens"]) for row in ours] == [
         (row["step"], row["epoch"], row["tokens"]) for row in theirs
     ], "every batch in its place"
-    # Sums over processes are taken in another order than within one: equal up to rounding, which training magnifies.
-    for row, expected in zip(ours[:10], theirs[:10], strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    # Sums over processes are taken in another order than within one: equal up to rounding.
+    losses = np.asarray([[row["loss"] for row in rows] for rows in (ours, theirs)])
+    np.testing.assert_allclose(*losses, atol=1e-4)
