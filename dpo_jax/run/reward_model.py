@@ -96,23 +96,25 @@ class RewardModel:
         return cls(model, variables, mesh=mesh, batch_size=batch_size, classes=read_classes(source))
 
     def rewards(self, batches: IndexedBatches, label: str | None = None) -> np.ndarray:
-        """float64 [N, K]: the score of every response of the rows in `batches`; 0 where absent, NaN for other rows."""
+        """float64 [M, K]: the scores of the M rows in `batches`, in the order of the data set; 0 where absent."""
         return self.judge(batches, label)[0]
 
     def judge(self, batches: IndexedBatches, label: str | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """`rewards`, and for each head of `classes` the probability of its classes, float64 [N, K, C]; likewise."""
-        n, k = batches.dataset.response_lengths.shape
-        found = np.full((n, k), np.nan)
-        chances = {head.name: np.full((n, k, len(head.classes)), np.nan) for head in self.classes}
+        """`rewards`, and for each head of `classes` the probabilities of its classes, float64 [M, K, C]."""
+        rows = np.sort(batches.rows)
+        shape = len(rows), batches.dataset.responses_per_prompt
+        found = np.zeros(shape)
+        chances = {head.name: np.zeros((*shape, len(head.classes))) for head in self.classes}
         done = 0
-        with ProgressBar(label or "scores", len(batches.rows), shown=label is not None) as bar, jax.set_mesh(self.mesh):
+        with ProgressBar(label or "scores", len(rows), shown=label is not None) as bar, jax.set_mesh(self.mesh):
             for indices, batch in batches:
                 scores, likely = self._forward(self.variables, meshes.put_batch(self.mesh, batch))
-                real = np.asarray(indices) >= 0
-                found[np.asarray(indices)[real]] = np.asarray(scores)[real]
+                real = indices >= 0
+                places = np.searchsorted(rows, indices[real])
+                found[places] = np.asarray(scores)[real]
                 for name, values in chances.items():
-                    values[np.asarray(indices)[real]] = np.asarray(likely[name])[real]
-                done += int(real.sum())
+                    values[places] = np.asarray(likely[name])[real]
+                done += len(places)
                 bar.update(done)
         return found, chances
 

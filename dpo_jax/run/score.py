@@ -56,10 +56,10 @@ def score(run: ScoreRun) -> Path:
         for start in range(len(file.rows), len(data), step):
             rows, found = np.arange(start, min(start + step, len(data))), list[Row]()
             scores, chances = rewards.judge(batches.of(rows))
-            for i in rows:
+            for at, i in enumerate(rows):
                 number, there = int(data.row_numbers[i]), data.response_lengths[i] > 0
-                labels = {head.name: _named(head, chances[head.name][i, there]) for head in classes}
-                result = _result(number, scores[i, there].tolist(), data.extras["layout"][i])
+                labels = {head.name: _named(head, chances[head.name][at, there]) for head in classes}
+                result = _result(number, scores[at, there].tolist(), data.extras["layout"][i])
                 found.append({**originals.get(number, {}), **result, **({"labels": labels} if labels else {})})
             file.append(found)
             bar.update(len(file.rows))
