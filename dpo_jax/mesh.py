@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import InputError
@@ -69,7 +69,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=axis_types)
-    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError:
+        _log.info("mesh %s: cuts an axis of the torus of these TPUs; sizes that it has are faster", sizes)
+        laid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(laid, AXES, axis_types=axis_types)
 
 
 def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any]) -> np.ndarray:

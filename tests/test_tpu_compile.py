@@ -22,8 +22,11 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
+from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.run.planner.hardware import Topology
 from dpo_jax.run.planner.shapes import parameters
+from dpo_jax.run.planner.worker import devices_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,6 +55,14 @@ def test_splash_attention_is_split_over_heads() -> None:
     assert figures["attention"] == "splash"
     assert figures["memory"]["peak"] < 3.0
     assert figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 4}
+
+
+def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
+    """jax lays no axis of 8 along a torus of 4 x 4 x 4 unless it is told that it may."""
+    devices = devices_of(Topology.parse("v5p:4x4x4"))
+    mesh = make_mesh(fsdp=8, tensor=8, devices=devices)
+    assert mesh.devices.shape == (1, 8, 8)
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
 def test_a_refusal_is_an_answer() -> None:
