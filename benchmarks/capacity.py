@@ -139,21 +139,12 @@ def fill(model: str, kind: str, device: str, budget: Budget) -> dict[str, Any] |
             why = "weights, optimizer and gradients alone are larger"
             tried.append({"topology": str(topology), "fits": False, "why": why})
             continue
-        options = PlanRun(topology=str(topology), model_shape=model, training=run)
-        _, job = first_job(options)
-        folder = plans_folder(None)
-        if stored(job, folder) is None and not budget.spend():
+        found = planned(run, str(topology), model, budget)
+        if found is None:
             return None
-        made = compile_plan(options, topology, job, folder)
-        worst = made.worst
-        tried.append({"topology": str(topology), "fits": made.fits, "peak": worst.peak, "limit": worst.limit})
-        say(f"{model} {kind} {topology}: {worst.name} {worst.describe()}")
-        if made.fits:
-            step = made.outcomes[0].estimate
-            assert step is not None
-            assert made.seconds is not None
-            rate = step.tokens / made.seconds
-            return {**tried[-1], "seconds": made.seconds, "tokens_per_second": rate, "mfu": step.mfu, "tried": tried}
+        tried.append({name: found[name] for name in ("topology", "fits", "peak", "limit")})
+        if found["fits"]:
+            return {**found, "tried": tried}
     return {"fits": False, "tried": tried}
 
 
@@ -197,7 +188,7 @@ def planned(run: TrainingRun, name: str, shape: str, budget: Budget) -> dict[str
         return None
     made = compile_plan(options, topology, job, folder)
     step = made.outcomes[0].estimate
-    found: dict[str, Any] = {"topology": name, "fits": made.fits, "limit": made.worst.limit}
+    found: dict[str, Any] = {"topology": name, "fits": made.fits, "peak": made.worst.peak, "limit": made.worst.limit}
     found["programs"] = {outcome.name: outcome.peak for outcome in made.outcomes}
     say(f"{job.word} of {shape} on {name}: {made.worst.name} {made.worst.describe()}")
     if made.seconds is not None and step is not None:

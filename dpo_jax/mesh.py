@@ -66,18 +66,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
         )
     axis_types = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes[axis] for axis in AXES)
+    # As jax.make_mesh has it: the torus of these chips may be cut along an axis of the mesh without a word.
+    cut = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    try:
+        laid = _laid(shape, devices, cut=cut)
+    except NotImplementedError:  # what jax raises where only a cut torus gives these sizes
+        _log.info("mesh %s: cuts an axis of the torus of these TPUs; sizes that it has are faster", sizes)
+        laid = _laid(shape, devices, cut=True)
+    return Mesh(laid, AXES, axis_types=axis_types)
+
+
+def _laid(shape: tuple[int, ...], devices: list[Any], *, cut: bool) -> np.ndarray:
+    """The devices as an array `shape`; `cut`: an axis of a TPU's torus may be split in parts."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        return Mesh(_across_slices(shape, slices, devices), AXES, axis_types=axis_types)
-    try:
-        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
-    except NotImplementedError:
-        _log.info("mesh %s: cuts an axis of the torus of these TPUs; sizes that it has are faster", sizes)
-        laid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(laid, AXES, axis_types=axis_types)
+        return _across_slices(shape, slices, devices, cut=cut)
+    return create_device_mesh(shape, devices, allow_split_physical_axes=cut)
 
 
-def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any]) -> np.ndarray:
+def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any], *, cut: bool) -> np.ndarray:
     """The devices of several slices (TPU slices, or GPU nodes) that a slower network joins, as an array `shape`.
 
     The slices lie along `data`, across which only gradients travel; where `data` is too small for that also along
@@ -98,8 +105,6 @@ def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any]) -> n
             along_fsdp,
             slices,
         )
-    # As jax.make_mesh has it: only these chips' tori may be cut along an axis of the mesh.
-    cut = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
     within = (data // along_data, fsdp // along_fsdp, tensor)
     return create_hybrid_device_mesh(within, (along_data, along_fsdp, 1), devices, allow_split_physical_axes=cut)
 

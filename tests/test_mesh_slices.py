@@ -24,7 +24,7 @@ def slices_of(shape: tuple[int, int, int], slices: int) -> np.ndarray:
     """The slice of every device of the mesh."""
     count = int(np.prod(shape))
     devices = [Device(i, i * slices // count) for i in range(count)]
-    return np.vectorize(lambda device: device.slice_index)(meshes._across_slices(shape, slices, devices))
+    return np.vectorize(lambda device: device.slice_index)(meshes._across_slices(shape, slices, devices, cut=False))
 
 
 def test_slices_lie_along_data() -> None:

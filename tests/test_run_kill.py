@@ -131,7 +131,7 @@ def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path) -> None
 
 DEVICES, TOGETHER = 4, 200
 SMALL = ("--train.batch_size", "4", "--mesh.tensor", "2", "--data.max_length", "96", "--data.buckets", "1")
-SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-4", "--checkpoint.every", "20")
+SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--checkpoint.every", "20")
 
 
 def start_together(inputs: Path, out: Path, processes: int) -> list[subprocess.Popen]:

@@ -271,8 +271,8 @@ def marks(found: Comparison, order: Sequence[int], rules: RewardLossConfig) -> l
         return [scale * (found.scores[i] - found.scores[order[-1]]) for i in order]
     if len(order) == 2:
         return [margin_of(rules.margin, scale, found.evidence), 0.0]
-    detail = f"only scores give each pair of its {len(order)} replies a margin; set --reward.max_replies 2"
-    raise BadRow(f"a ranked list under --reward.margin {rules.margin}", detail)
+    detail = f"only scores give each pair of its {len(order)} replies a margin: add 'scores' and take score_gap"
+    raise BadRow(f"a ranked list under --reward.margin {rules.margin}", f"{detail}, or set --reward.max_replies 2")
 
 
 def label_of(value: Any, head: ClassHead) -> Any:
