@@ -50,8 +50,8 @@ from dpo_jax.run.log import say
 from dpo_jax.run.plan import compile_plan, first_job
 from dpo_jax.run.planner.compiling import plans_folder, stored
 from dpo_jax.run.planner.hardware import GIB, Topology
-from dpo_jax.run.planner.search import state_bytes
-from dpo_jax.run.planner.shapes import SHAPES, parameters
+from dpo_jax.run.planner.rough import gradient_bytes, state_bytes
+from dpo_jax.run.planner.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -123,19 +123,14 @@ class Budget:
         return True
 
 
-def gradients(run: TrainingRun, model: str) -> float:
-    """Bytes of the gradients of full weights: under accumulation their sum, and those of the micro-batch at hand."""
-    trained = 0 if run.lora.rank else parameters(SHAPES[model]) * (2 if isinstance(run, PPORun) else 1)
-    return 4.0 * trained * (2 if run.train.accumulate > 1 else 1)
-
-
 def fill(model: str, kind: str, device: str, budget: Budget) -> dict[str, Any] | None:
     """The smallest size on which a cell fits, from the first that its state does not rule out; None: budget spent."""
     tried: list[dict[str, Any]] = []
     for size in SIZES[device]:
         topology = Topology.parse(f"{device}:{size}")
         run = training(kind, model, topology.devices)
-        if (state_bytes(run, SHAPES[model]) + gradients(run, model)) / topology.devices > topology.hardware.memory:
+        least = state_bytes(run, SHAPES[model]) + gradient_bytes(run, SHAPES[model])
+        if least / topology.devices > topology.hardware.memory:
             why = "weights, optimizer and gradients alone are larger"
             tried.append({"topology": str(topology), "fits": False, "why": why})
             continue

@@ -329,7 +329,7 @@ def test_results_belong_to_the_code_that_made_them() -> None:
 
 
 def candidate(tensor: int, remat: Any, accumulate: int) -> Candidate:
-    return Candidate(MeshConfig(fsdp=8 // tensor, tensor=tensor), remat, accumulate, 0.0)
+    return Candidate(MeshConfig(fsdp=8 // tensor, tensor=tensor), remat, accumulate, 0.0, 0.0)
 
 
 def test_search_compiles_no_more_than_it_must() -> None:
@@ -356,7 +356,12 @@ def test_candidates_divide_and_have_room() -> None:
         assert 16 % (sizes[0] * sizes[1] * one.accumulate) == 0
     # 14 bytes a parameter are 5.5 GiB on each of 16 chips; on 4 they are too many.
     assert {one.mesh.data for one in found} == {1, 2}
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    room = Topology.parse("v5e:4x4").hardware.memory
+    first = [one for one in found if one.bytes <= room]
+    assert found[: len(first)] == sorted(first, key=lambda one: one.seconds), "what seems to have room comes first"
+    assert found[len(first) :] == sorted(found[len(first) :], key=lambda one: one.bytes)
+    assert {one.remat for one in first[:6]} <= {"dots", "full"}
+    assert "none" in {one.remat for one in found[-3:]}
     with pytest.raises(config.checks.InputError, match="has room for the state"):
         Frontier(candidates(run, SHAPES["llama2_70b"], Topology.parse("v5e:4x4"), lengths))
 

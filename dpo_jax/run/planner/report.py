@@ -101,7 +101,9 @@ def _gib(size: float) -> str:
 
 def show_search(tried: Sequence[tuple[Candidate, Planned | str]], console: Console) -> None:
     """The candidates of a search that were compiled: those that fit by estimated tokens a second, then the others."""
-    table = Table("data x fsdp x tensor", "remat", "micro-batches", "peak GiB", "of", "s/step", "tokens/s", "MFU")
+    table = Table("data\nx fsdp\nx tensor", "remat", "micro-\nbatches", "GiB", "of", "s/step", "tokens/s", "MFU")
+    for column in table.columns:
+        column.no_wrap = True
     for candidate, made in tried:
         mesh = f"{candidate.mesh.data} x {candidate.mesh.fsdp} x {candidate.mesh.tensor}"
         head = (mesh, candidate.remat, str(candidate.accumulate))
@@ -114,5 +116,5 @@ def show_search(tried: Sequence[tuple[Candidate, Planned | str]], console: Conso
             rate = step.tokens / made.seconds
             table.add_row(*head, *sizes, f"{made.seconds:.3g}", f"{rate:,.0f}", f"{step.mfu:.0%}", style="bold")
         else:
-            table.add_row(*head, *sizes, "does not fit")
+            table.add_row(*head, *sizes, "no room")
     console.print(table)

@@ -4,23 +4,22 @@ Every candidate is the same training: the batch of a step stays what it is. What
 compiled: candidates whose weights and optimizer alone are larger than the memory; on one mesh, those that keep more
 than one that did not fit (less is recomputed, fewer micro-batches), and those that compute and move more than one that
 fits.
-The others are compiled in the order of a rough estimate, the most promising first, at most so many.
+The others are compiled in the order of rough estimates (`rough.py`), at most so many: first those that seem to have
+room, the fastest first, then the others, the smallest first.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dpo_jax.config import DPORun, MeshConfig, PPORun, Remat, SFTRun, TrainingRun
+from dpo_jax.config import MeshConfig, PPORun, Remat, TrainingRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.run.flops import ModelFlops, Work
 from dpo_jax.run.planner.hardware import Topology
 from dpo_jax.run.planner.programs import Lengths
-from dpo_jax.run.planner.shapes import parameters
+from dpo_jax.run.planner.rough import rough_bytes, rough_seconds, state_bytes
 
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-_AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0}  # forward passes of a training step, the backward pass counting two
 MOST_TENSOR = 8  # devices that share a layer: beyond a node or a row of a slice its collectives cost too much
 MOST_MICRO_BATCHES = 32
 
@@ -33,13 +32,15 @@ class Candidate:
       mesh: sizes without -1.
       remat: what the backward pass recomputes.
       accumulate: micro-batches.
-      seconds: a rough estimate, to try the best first.
+      seconds: a rough estimate of a step's.
+      bytes: a rough estimate of the memory of one device.
     """
 
     mesh: MeshConfig
     remat: Remat
     accumulate: int
     seconds: float
+    bytes: float
 
     def options(self, run: TrainingRun) -> TrainingRun:
         """A run with these options."""
@@ -73,39 +74,24 @@ def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
-def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
-    """Bytes of weights, optimizer and frozen models of all devices together, where each is held once."""
-    weights = parameters(shape)
-    frozen = 2 if (run.train.frozen_dtype or run.train.dtype) == "bfloat16" else 4
-    moments = 8 if run.optimizer.name == "adamw" else 4
-    if run.lora.rank:
-        adapters = ModelFlops.of(shape, run.lora).adapters
-        return weights * frozen + adapters * (4 + moments)
-    size = weights * (4.0 + moments)
-    if isinstance(run, DPORun) and run.dpo.reference == "live" and not run.dpo.reference_free:
-        size += weights * frozen
-    if isinstance(run, PPORun):
-        separate = run.ppo.advantage == "gae" and run.ppo.value in (None, "separate")
-        size += weights * frozen + (weights * (4 + moments) if separate else 0)
-    return size
-
-
 def candidates(run: TrainingRun, shape: LlamaConfig, topology: Topology, lengths: Lengths) -> list[Candidate]:
     """All ways that divide and whose state has room, the most promising first."""
-    found = []
+    found, room = [], topology.hardware.memory
     devices, batch = topology.devices, run.train.batch_size
     minibatches = run.ppo.minibatches if isinstance(run, PPORun) else 1
     for mesh in _meshes(devices, shape):
         parts = mesh.data * mesh.fsdp
-        if state_bytes(run, shape) / (devices / mesh.data) > topology.hardware.memory:
+        if state_bytes(run, shape) / (devices / mesh.data) > room:
             continue
         for accumulate in _divisors(batch // minibatches, MOST_MICRO_BATCHES):
             if (batch // minibatches) % (parts * accumulate) or accumulate & (accumulate - 1):
                 continue
             for remat in REMATS:
-                seconds = _rough(run, shape, topology, lengths, mesh, remat, accumulate)
-                found.append(Candidate(mesh, remat, accumulate, seconds))
-    return sorted(found, key=lambda one: one.seconds)
+                train = dataclasses.replace(run.train, remat=remat, accumulate=accumulate)
+                one = dataclasses.replace(run, train=train, mesh=mesh)
+                seconds, size = rough_seconds(one, shape, topology, lengths), rough_bytes(one, shape, lengths)
+                found.append(Candidate(mesh, remat, accumulate, seconds, size))
+    return sorted(found, key=lambda one: (one.bytes > room, one.seconds if one.bytes <= room else one.bytes))
 
 
 def _meshes(devices: int, shape: LlamaConfig) -> Iterator[MeshConfig]:
@@ -115,32 +101,6 @@ def _meshes(devices: int, shape: LlamaConfig) -> Iterator[MeshConfig]:
             fsdp = devices // tensor // data
             if all(size % tensor == 0 for size in splits) and shape.hidden_size % fsdp == 0:
                 yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-
-
-def _rough(
-    run: TrainingRun,
-    shape: LlamaConfig,
-    topology: Topology,
-    lengths: Lengths,
-    mesh: MeshConfig,
-    remat: Remat,
-    accumulate: int,
-) -> float:
-    """Seconds of compute and of collectives, in bfloat16, as if nothing overlapped; for ordering only."""
-    hardware, passes = topology.hardware, _AGAIN[remat]
-    responses = 1 if isinstance(run, SFTRun | PPORun) else 2
-    tokens = run.train.batch_size * (lengths.prompt + responses * lengths.response)
-    work = Work(float(tokens), float(tokens), tokens * (lengths.prompt + lengths.response) / 2)
-    compute = ModelFlops.of(shape).forward(work) * passes / topology.devices / hardware.peak(run.train.dtype)
-    # Weights are gathered for the forward, the repeated forward and the backward pass, gradients scattered in float32.
-    weights = parameters(shape) / mesh.tensor
-    gathers = (2 if remat == "none" else 3) * accumulate * 2 * weights * (mesh.fsdp - 1) / mesh.fsdp
-    scatters = 0.0 if run.lora.rank else accumulate * 4 * weights * (mesh.fsdp - 1) / mesh.fsdp
-    copies = 2 * 4 * weights / mesh.fsdp * (mesh.data - 1) / mesh.data
-    # Two sums over the tensor axis in each layer and pass.
-    width = tokens / (mesh.data * mesh.fsdp) * shape.hidden_size * 2
-    sums = 2 * shape.num_layers * passes * 2 * width * (mesh.tensor - 1) / mesh.tensor
-    return compute / 0.6 + (gathers + scatters + copies + sums) / hardware.links / 0.5
 
 
 class Frontier:
