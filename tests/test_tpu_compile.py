@@ -115,7 +115,8 @@ def test_programs_of_every_command_compile(kind: str) -> None:
     one = job_of(run, "v5e:2x2", SMALL, prompt=0 if kind == "sft" else 128, response=256 if kind == "sft" else 128)
     figures = compiled(dataclasses.replace(one, program=program))
     memory = figures["memory"]
-    assert 0 < memory["arguments"] < memory["arguments"] + memory["temporaries"] < 1
+    # A newer compiler keeps all of the smallest program's temporaries off the HBM.
+    assert 0 < memory["arguments"] <= memory["arguments"] + memory["temporaries"] < 1
     assert figures["flops"] <= figures["computed"]
     assert sum(one["sent"] for one in figures["collectives"]) > 0
     if program == "generate":
