@@ -95,6 +95,45 @@ def test_ranked_lists(load):
     np.testing.assert_array_equal(batch.ranks, data.ranks)
 
 
+ULTRAFEEDBACK = {"annotations": {"honesty": {"Rating": "2"}}, "critique": "fine", "model": "m", "fine-grained_score": 3}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"completions": [{"response": "bad", "overall_score": 4, **ULTRAFEEDBACK}, {"response": "good", "overall_score": 7.5, **ULTRAFEEDBACK}]},
+        {"completions": [{"response": "bad", "rating": 2}, {"response": "good", "rating": 5}]},
+        {"completions": [{"response": "bad", "rank": 1}, {"response": "good", "rank": 0}]},
+        {"responses": [{"response": "bad", "rank": 2.0}, {"response": "good", "rank": 1.0}]},
+        {"responses": [{"text": "bad", "score": 1, "rank": 2}, {"text": "good", "score": 2, "rank": 1}]},
+        {"responses": ["bad", "good"], "ratings": [1, 5]},
+        {"responses": ["bad", "good"], "rating": [8.0, 9.0]},
+        {"responses": ["bad", "good"], "rank": [2, 1]},
+    ],
+)  # fmt: skip
+def test_every_judgement_is_read(load, row):
+    data = load([{"prompt": "the film", **row}])
+    assert [text(data, 0, k) for k in (0, 1)] == ["good", "bad"]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"completions": [{"response": "x", **ULTRAFEEDBACK}, {"response": "y", **ULTRAFEEDBACK}]}, "annotations"),
+        ({"responses": [{"response": "x", "fine-grained_score": 3}, {"response": "y"}]}, "fine-grained_score"),
+        ({"responses": ["x", "y"], "ranking": [2, 1]}, "ranking"),
+        ({"responses": ["x", "y"], "preference": "second"}, "preference"),
+        ({"responses": ["x", "y"], "winner": 1}, "winner"),
+        ({"responses": ["x", "y"], "ratings": [1, 2, 3]}, "ratings"),
+    ],
+)
+def test_a_judgement_that_is_not_read_leaves_no_order(load, row, name):
+    row = {"prompt": "the film", **row}
+    with pytest.raises(InputError, match=f"'{name}' may say which entry of '.*' is better, and is not read"):
+        load([row])
+    assert len(load([row], reader=load_responses)) == 1, "to be scored, any order will do"
+
+
 def test_long_lists_keep_the_best_the_worst_and_some_between(load):
     row = {"prompt": "the film", "responses": [f"answer {word}" for word in tiny.WORDS[:7]]}
     data = load([row], max_replies=3)

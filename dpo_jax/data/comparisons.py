@@ -5,8 +5,8 @@ Understood layouts, told apart by their columns (a column that is null counts as
 * Preference pairs as in `preferences.py`: `chosen`, `rejected`. Beside them, where known: `rating` (see `ratings.py`),
   `margin`, `score_chosen` and `score_rejected`, or `agreement` (share of the annotators who agree).
 * Lists of replies: a prompt, and `responses`, `output`, `outputs` or `completions`: a list of texts, messages, or
-  objects with `response` (or `text`, `completion`) and, where known, `score`. The best stands first, unless `ranks`
-  (a list, 1 the best, equal for ties), `scores` (a list, larger is better), or the objects' scores say otherwise.
+  objects with `response` (or `text`, `completion`). The best stands first, unless scores or ranks, in the objects or
+  beside the list, say otherwise (see `judgements.py`).
 * Two responses: a prompt, and `response_a`, `response_b` (or response1, response_1, answer_a, completion_a, output_a
   ...), with `score_a`, `score_b` (score1 ...), or with the votes of annotators, `annotator1`, `annotator2`, ...: 1 the
   first, 2 the second, 0 a tie.
@@ -22,14 +22,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_jax.config import ClassHead, RewardLossConfig
+from dpo_jax.data import judgements
 from dpo_jax.data.dialogues import history_of, parse_dialogue
+from dpo_jax.data.judgements import judged
 from dpo_jax.data.messages import Message, columns_of, response_of, text_of
-from dpo_jax.data.preferences import PROMPT_COLUMNS, Extra, parse_pair, parse_prompt
+from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Extra, parse_pair, parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import majority, margin_of, number_of, votes_of
 
 LIST_COLUMNS = ("responses", "output", "outputs", "completions")
-OWN_COLUMNS = frozenset((*LIST_COLUMNS, "messages", "history", "ranks", "scores", "labels", "agreement"))
+REPLY_KEYS = ("response", "text", "completion")
+"""Keys of an entry of such a list that hold its text."""
+OWN_COLUMNS = frozenset((*LIST_COLUMNS, *judgements.COLUMNS, "messages", "history", "labels", "agreement"))
 """Columns that are read here, beside those of `preferences.COLUMNS` and of `is_numbered`."""
 
 EXTRAS = ("rating", "source", "score_gap", "agreement")
@@ -55,6 +59,7 @@ class Comparison:
       evidence: what the row gives of rating, margin, score_gap, agreement and source.
       scores: of a list of replies, where it has them; empty otherwise.
       labels: head -> label of each response.
+      unplaced: why `places` is None, where it is.
     """
 
     messages: tuple[Message, ...]
@@ -64,6 +69,7 @@ class Comparison:
     evidence: dict[str, Extra] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
     labels: dict[str, list[Any]] = field(default_factory=dict)
+    unplaced: BadRow | None = None
 
 
 def is_numbered(column: str) -> bool:
@@ -139,48 +145,35 @@ def _pair(row: dict[str, Any]) -> Comparison:
 
 def _listed(row: dict[str, Any], column: str) -> Comparison:
     messages, raw = _prompt(row)
-    texts, own_scores = [], []
-    for value in row[column]:
-        text, score = _reply(value, column)
-        texts.append(text)
-        own_scores.append(score)
+    texts = [_reply(value, column) for value in row[column]]
     k = len(texts)
     if k < 2:
         raise BadRow(f"a list of {k} in '{column}' compares nothing", "it takes two replies at least: remove the row")
-    given = [score for score in own_scores if score is not None]
-    if len(given) not in (0, k):
-        raise BadRow(f"some entries of '{column}' have a score", "give all of them one, or none")
-    scores = _numbers(row, "scores", k) or given
-    ranks = _numbers(row, "ranks", k)
-    if ranks and scores:
-        raise BadRow("'ranks' and scores rank the replies twice", "keep one of them")
-    keys = ranks or [-score for score in scores] or list(range(k))
-    order = sorted(set(keys))
+    found = judged(row, column, COLUMNS | OWN_COLUMNS)
+    unknown, (places, scores) = (found, (None, ())) if isinstance(found, BadRow) else (None, found)
     evidence = _told_evidence(row)
     if scores and k == 2:
         evidence["score_gap"] = abs(scores[0] - scores[1])
-    places = tuple(order.index(key) for key in keys)
     spelled = None if raw is None else (raw, *texts)
-    return Comparison(messages, tuple(texts), places, spelled, evidence, tuple(scores), _labels(row, k))
+    return Comparison(messages, tuple(texts), places, spelled, evidence, scores, _labels(row, k), unknown)
 
 
-def _reply(value: object, column: str) -> tuple[str, float | None]:
-    """(text, score or None) of an entry of a list."""
+def _reply(value: object, column: str) -> str:
+    """The text of an entry of a list."""
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
-        names = [name for name in ("response", "text", "completion") if name in value]
+        names = [name for name in REPLY_KEYS if name in value]
         if len(names) != 1:
             raise BadRow(f"an entry of '{column}' has no text", f"{columns_of(value)}; write response and score")
-        score = value.get("score")
-        return text_of(value[names[0]], names[0]), None if score is None else number_of(score, "score")
+        return text_of(value[names[0]], names[0])
     context, text = response_of(value, column)
     if context:
         raise BadRow(f"a reply in '{column}' is a conversation", "give each reply alone")
-    return text, None
+    return text
 
 
 def _two(row: dict[str, Any], names: list[str]) -> Comparison:
     messages, raw = _prompt(row)
-    texts = [_reply(row[name], name)[0] for name in names]
+    texts = [_reply(row[name], name) for name in names]
     endings = [(_NUMBERED.fullmatch(name) or [""])[2] for name in names]
     scored = [next((c for c in (f"score_{e}", f"score{e}") if c in row), None) for e in endings]
     votes = votes_of(row)
@@ -214,20 +207,10 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
 def _told_evidence(row: dict[str, Any]) -> dict[str, Extra]:
     evidence: dict[str, Extra] = {}
     for name in ("rating", "margin", "agreement", "source"):
-        if name in row:
+        if name in row and not isinstance(row[name], list):  # a list has one value a reply
             text = name == "source" or (name == "rating" and isinstance(row[name], str))
             evidence[name] = text_of(row[name], name) if text else number_of(row[name], name)
     return evidence
-
-
-def _numbers(row: dict[str, Any], column: str, k: int) -> list[float]:
-    """The column's numbers, one a reply; empty where it is absent."""
-    if column not in row:
-        return []
-    values = row[column]
-    if not isinstance(values, list) or len(values) != k:
-        raise BadRow(f"'{column}' does not fit the replies", f"it must be a list of {k} numbers, one a reply")
-    return [number_of(value, column) for value in values]
 
 
 def _labels(row: dict[str, Any], k: int) -> dict[str, list[Any]]:
@@ -247,7 +230,7 @@ def ordered(found: Comparison, rules: RewardLossConfig) -> list[int]:
     Of more than `rules.max_replies` the best, the worst, and some evenly between are kept.
     """
     if found.places is None:
-        raise BadRow(
+        raise found.unplaced or BadRow(
             "nothing says which response is better", "give scores (score_a, score_b), or votes (annotator1 ...)"
         )
     places = found.places
