@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 ).split()
 
 # Entries of a config.json that speak of the file they stood in, not of the model.
-_NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+_NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"}
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -97,7 +97,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> 
     """Write a `transformers` tokenizer, and the SentencePiece model of `source`, which other tools read."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    saved = {k: v for k, v in shards.read_json(path).items() if k not in ("is_local", "local_files_only")}
+    saved = {k: v for k, v in shards.read_json(path).items() if k not in ("is_local", "local_files_only", "auto_map")}
     if saved.get("tokenizer_class") == "TokenizersBackend":
         # transformers 5's new name for a class that version 4 knows by the old one; both read the old one.
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -36,9 +36,15 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
             f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place.path))
+        # Without the argument transformers asks on the terminal, and runs what the folder's auto_map names on "y".
+        tokenizer = AutoTokenizer.from_pretrained(str(place.path), trust_remote_code=False)
     except Exception as error:  # transformers and the Rust library beneath raise bare Exceptions for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{place.path}: its tokenizer is a program in the folder (auto_map), and none is run; save the"
+                " tokenizer as a tokenizer.json of a class of transformers"
+            ) from error
         raise InputError(f"{place.path}: its tokenizer files cannot be read ({reason}); fetch them again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{place.path}: its tokenizer has no fast form (tokenizer.json); save one with transformers")
