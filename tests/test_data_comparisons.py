@@ -101,7 +101,12 @@ ULTRAFEEDBACK = {"annotations": {"honesty": {"Rating": "2"}}, "critique": "fine"
 @pytest.mark.parametrize(
     "row",
     [
-        {"completions": [{"response": "bad", "overall_score": 4, **ULTRAFEEDBACK}, {"response": "good", "overall_score": 7.5, **ULTRAFEEDBACK}]},
+        {
+            "completions": [
+                {"response": "bad", "overall_score": 4, **ULTRAFEEDBACK},
+                {"response": "good", "overall_score": 7.5, **ULTRAFEEDBACK},
+            ]
+        },
         {"completions": [{"response": "bad", "rating": 2}, {"response": "good", "rating": 5}]},
         {"completions": [{"response": "bad", "rank": 1}, {"response": "good", "rank": 0}]},
         {"responses": [{"response": "bad", "rank": 2.0}, {"response": "good", "rank": 1.0}]},
@@ -110,7 +115,7 @@ ULTRAFEEDBACK = {"annotations": {"honesty": {"Rating": "2"}}, "critique": "fine"
         {"responses": ["bad", "good"], "rating": [8.0, 9.0]},
         {"responses": ["bad", "good"], "rank": [2, 1]},
     ],
-)  # fmt: skip
+)
 def test_every_judgement_is_read(load, row):
     data = load([{"prompt": "the film", **row}])
     assert [text(data, 0, k) for k in (0, 1)] == ["good", "bad"]
