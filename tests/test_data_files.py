@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,11 +42,15 @@ def refused(source: str, *words: str) -> None:
         assert word in message, message
 
 
-@pytest.mark.parametrize("packed", [False, True])
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, zstd])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_formats_are_told_by_their_bytes(tmp_path: Path, kind: str, packed: bool) -> None:
+def test_formats_are_told_by_their_bytes(tmp_path: Path, kind: str, packed: Callable[[bytes], bytes]) -> None:
     data = {"jsonl": jsonl(ROWS), "json": json.dumps(ROWS, indent=1).encode(), "parquet": parquet(tmp_path)}[kind]
-    source = write(tmp_path / "a.bin", gzip.compress(data) if packed else data)  # the name says nothing
+    source = write(tmp_path / "a.bin", packed(data))  # the name says nothing
     assert list(read_rows(source)) == list(enumerate(ROWS, 1))
 
 
@@ -82,15 +87,74 @@ def test_files_that_hold_nothing_or_are_something_else(tmp_path: Path) -> None:
     refused(write(tmp_path / "empty.jsonl", b""), "holds no rows")
     refused(write(tmp_path / "blank.jsonl", b"\n \n"), "holds no rows")
     refused(write(tmp_path / "list.json", b"[]"), "holds no rows")
-    refused(str(tmp_path), "is a folder")
+    (tmp_path / "none").mkdir()
+    refused(str(tmp_path / "none"), "the folder holds no file of JSONL")
+    refused(str(tmp_path / "*.jsonlx"), "no file matches")
     refused("tfds:hh", "hh", "dpo-jax prepare")
-    refused(write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd...."), "zstd")
+    refused(write(tmp_path / "a.zst", b"\x28\xb5\x2f\xfd...."), "a.zst", "zstd", "damaged")
+    refused(write(tmp_path / "a.xz", b"\xfd7zXZ"), "xz", "use gzip or zstd")
     refused(write(tmp_path / "a.parquet", b"PAR1" + bytes(30)), "Parquet")
     if os.geteuid() != 0:
         locked = tmp_path / "locked.jsonl"
         locked.write_bytes(b"{}")
         locked.chmod(0)
         refused(str(locked), "cannot be read")
+
+
+CSV = """\ufeffprompt,chosen,rejected,score
+"He said ""so"",
+and left.",good,bad,7
+Grüße?,"a, b",,
+"""
+
+
+@pytest.mark.parametrize(("name", "packed"), [("a.csv", bytes), ("a.CSV.gz", gzip.compress), ("a.csv.zst", zstd)])
+def test_csv(tmp_path: Path, name: str, packed: Callable[[bytes], bytes]) -> None:
+    """Quoted line breaks and quotes, a byte order mark, empty cells; a number is a text."""
+    rows = [
+        {"prompt": 'He said "so",\r\nand left.', "chosen": "good", "rejected": "bad", "score": "7"},
+        {"prompt": "Grüße?", "chosen": "a, b", "rejected": None, "score": None},
+    ]
+    text = CSV.replace("\n", "\r\n").encode()
+    assert list(read_rows(write(tmp_path / name, packed(text)))) == list(enumerate(rows, 1))
+    tabs = b"prompt\tchosen\nq\ta, b\n"
+    assert list(read_rows(write(tmp_path / "a.tsv", tabs))) == [(1, {"prompt": "q", "chosen": "a, b"})]
+    assert list(read_rows(write(tmp_path / "b.csv", b'{"a": 1}\n'))) == [(1, {"a": 1})], "its bytes say what it is"
+
+
+def test_broken_csv(tmp_path: Path) -> None:
+    found = list(read_rows_or_problems(write(tmp_path / "a.csv", b"a,b\n1,2\n1,2,3\n\n4\n")))
+    assert found[0] == (1, {"a": "1", "b": "2"})
+    assert [row.reason for _, row in found[1:] if isinstance(row, BadRow)] == ["wrong number of cells"] * 2
+    refused(write(tmp_path / "quote.csv", b'a,b\n"1,2\n3,4\n'), "quote.csv, line 3", "not readable as CSV")
+    refused(write(tmp_path / "twice.csv", b"a,a\n1,2\n"), "the column 'a' twice")
+    refused(write(tmp_path / "bytes.csv", b"a,b\n\xff,2\n"), "row 1 or one soon after is not UTF-8")
+    refused(write(tmp_path / "empty.csv", b"a,b\n"), "holds no rows")
+
+
+def test_folders_and_patterns(tmp_path: Path) -> None:
+    """A folder is read as the hub data set it may be a copy of; a pattern names files, in order."""
+    for name in ("data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", "data/dev.jsonl.gz", "notes.md"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        data = jsonl([{"from": name}])
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+
+    def names(source: str) -> list[str]:
+        return [row["from"].removeprefix("data/") for _, row in read_rows(source)]
+
+    shards = ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert names(f"{tmp_path}:train") == names(f"{tmp_path / 'data'}/train*") == names(f"{tmp_path}/**/t*") == shards
+    assert names(f"{tmp_path}:validation") == ["dev.jsonl.gz"]
+    refused(str(tmp_path), "several splits (dev train)")
+    refused(f"{tmp_path}:sft", "no split 'sft'; there are dev train")
+    (tmp_path / "data/dev.jsonl.gz").unlink()
+    assert names(str(tmp_path)) == shards
+    other = tmp_path / "parts"
+    other.mkdir()
+    for i in (1, 2):
+        (other / f"part{i}.jsonl").write_bytes(jsonl([{"from": f"part{i}"}]))
+    assert names(str(other)) == ["part1", "part2"], "no name tells of splits: all of them"
 
 
 def test_broken_gzip(tmp_path: Path) -> None:
@@ -104,30 +168,3 @@ def test_gzip_bomb_and_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(files, "MAX_LINE", 2**14)
     refused(write(tmp_path / "bomb.gz", gzip.compress(b'{"a": 1}\n' * 2**19)), "unpacks to more than")
     refused(write(tmp_path / "line.gz", gzip.compress(b" " * 2**20)), "line is longer")
-
-
-def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of the hub, which split is read, and how a failure reads. The hub itself is replaced."""
-    for name in ("data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", "data/test.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(jsonl([{"from": name}]))
-    asked = {}
-
-    def snapshot(repository: str, **kwargs: object) -> str:
-        asked.update(kwargs, repository=repository)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    names = [row["from"] for _, row in read_rows("owner/name:train")]
-    assert names == ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
-    assert asked["repository"] == "owner/name"
-    assert asked["repo_type"] == "dataset"
-    assert all(p.endswith((".json", ".jsonl", ".parquet", ".gz")) for p in asked["allow_patterns"])
-    refused("owner/name", "several splits", "data/test", "data/train")
-    refused("owner/name:validation", "no split 'validation'")
-
-    def offline(*_: object, **__: object) -> str:
-        raise ConnectionError("no route to host\nmore")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    refused("owner/name", "owner/name", "no route to host", "network")

@@ -46,7 +46,7 @@ class GenerateRun:
     prompt: str | None = None
     """One prompt; its response is printed as text (with --samples: as JSON lines)."""
     prompts: str | None = None
-    """File of prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    """File of prompts (JSONL, JSON, Parquet, CSV): rows with `prompt` (a text) or `messages`."""
     out: str | None = None
     """JSONL file to write, one object a row in input order; an interrupted run goes on with it. Not given: stdout."""
     raw: bool = False
@@ -86,7 +86,7 @@ class EvalRun:
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     source: str
-    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    """Preference file (JSONL, JSON, Parquet, CSV) or hub data set id."""
     reference: str | None = None
     """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
     judge: str | None = None
@@ -130,7 +130,7 @@ class LogpsRun:
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     source: str
-    """Preference file (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    """Preference file (JSONL, JSON, Parquet, CSV) or hub data set id."""
     out: str
     """JSONL file: chosen_logps, rejected_logps (sums), chosen_tokens, rejected_tokens, and the row number."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -155,7 +155,7 @@ class InspectRun:
     model: str
     """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
     source: str
-    """File of rows (JSONL, JSON or Parquet, plain or .gz) or hub data set id."""
+    """File of rows (JSONL, JSON, Parquet, CSV) or hub data set id."""
     kind: Literal["preferences", "dialogues"] = "preferences"
     """How the rows are read: as pairs, or as dialogues, as `dpo-jax sft` reads them."""
     train_on: Literal["answers", "last", "all"] | None = None

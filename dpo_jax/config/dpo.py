@@ -93,7 +93,7 @@ class DPORun(TrainingRun):
     """One `dpo-jax dpo` run: everything that decides its numbers, saved as `config.json` in the run folder."""
 
     source: str
-    """(--data) Preference file (JSONL, JSON or Parquet, plain or .gz), hub data set id, or tfds: folder."""
+    """(--data) Preference file (JSONL, JSON, Parquet, CSV), hub data set id, or tfds: folder."""
     eval_source: str | None = None
     """(--eval_data) Held-out preference file."""
     reference: str | None = None

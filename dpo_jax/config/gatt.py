@@ -100,7 +100,7 @@ class GattRun(TrainingRun):
     """
 
     source: str
-    """(--data) What users say (JSONL, JSON or Parquet, plain or .gz): rows with `prompt`, `turns` (a list of texts), or
+    """(--data) What users say (JSONL, JSON, Parquet, CSV): rows with `prompt`, `turns` (a list of texts), or
     `messages`, of which the user's turns are read."""
     eval_source: str | None = None
     """(--eval_data) The same for the evaluation; rows that share a text with --data are left out. Not given: a share

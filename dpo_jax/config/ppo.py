@@ -144,7 +144,7 @@ class PPORun(TrainingRun):
     """
 
     source: str
-    """(--data) Prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    """(--data) Prompts (JSONL, JSON, Parquet, CSV): rows with `prompt` (a text) or `messages`."""
     reward: str = field(kw_only=True)
     """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
     found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own

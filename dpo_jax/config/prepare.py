@@ -34,7 +34,7 @@ class PrepareRun:
     """
 
     source: str
-    """(--data) Preferences, dialogues or documents: JSONL, JSON or Parquet (plain or .gz), hub data set id, text files
+    """(--data) Preferences, dialogues or documents: JSONL, JSON, Parquet, CSV, hub data set id, text files
     or tfds: folder."""
     to: str
     """Folder to write, new or empty; or one in a bucket (gs://...). The data set stands in 1.0.0/ in it."""

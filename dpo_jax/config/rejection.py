@@ -78,7 +78,7 @@ class RejectionRun(TrainingRun):
     """
 
     source: str
-    """(--data) Prompts (JSONL, JSON or Parquet, plain or .gz): rows with `prompt` (a text) or `messages`."""
+    """(--data) Prompts (JSONL, JSON, Parquet, CSV): rows with `prompt` (a text) or `messages`."""
     eval_source: str | None = None
     """(--eval_data) Held-out prompts, answered before the first and after each iteration: how the mean reward moves."""
     reward: str = field(kw_only=True)

@@ -170,7 +170,7 @@ class ScoreRun:
     model: str
     """The reward model: a Hugging Face folder (one label), a hub id, or a run folder of ours."""
     source: str
-    """(--data) Pairs, lists of replies, or single responses (JSONL, JSON or Parquet, plain or .gz)."""
+    """(--data) Pairs, lists of replies, or single responses (JSONL, JSON, Parquet, CSV)."""
     out: str
     """JSONL file: the row number, and the rewards of its responses."""
     copy: bool = False

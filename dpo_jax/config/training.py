@@ -22,7 +22,7 @@ class TrainingRun:
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     source: str
-    """(--data) Data file (JSONL, JSON or Parquet, plain or .gz), hub data set id, or tfds: folder."""
+    """(--data) Data file (JSONL, JSON, Parquet, CSV), hub data set id, or tfds: folder."""
     out: str
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
     eval_source: str | None = None

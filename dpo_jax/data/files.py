@@ -1,19 +1,22 @@
-"""Files of rows: JSONL, JSON (a list of objects) and Parquet, plain or gzip-compressed; data sets of the hub; stores.
+"""Files of rows: JSONL, JSON (a list of objects), Parquet and CSV, plain, gzip or zstd; folders; the hub; stores.
 
-What a file is, its first bytes say (gzip, Parquet, a JSON list, else JSON lines), not its name. Rows stream: only a
-JSON list and a compressed Parquet file are held in memory whole.
+What a file is, its first bytes say (gzip, zstd, Parquet, a JSON list, else JSON lines), not its name; but that a text
+is CSV or TSV its name says. Rows stream: only a JSON list and a compressed Parquet file are held in memory whole.
 """
 
+import csv
+import glob
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from dpo_jax.data.hub import fetch, names_hub, read_metadata
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.splits import SUFFIXES, choose, data_files, default_config
 from dpo_jax.data.store import names_store, open_store
 from dpo_jax.errors import InputError
 
@@ -22,20 +25,20 @@ Row = dict[str, Any]
 MAX_LINE = 64 * 2**20
 """Longest line of a JSONL file, in bytes."""
 BOMB_RATIO, BOMB_FLOOR = 200, 256 * 2**20
-"""A gzip file that unpacks to more than both BOMB_FLOOR bytes and BOMB_RATIO times its size is refused."""
+"""A gzip or zstd file that unpacks to more than both BOMB_FLOOR bytes and BOMB_RATIO times its size is refused."""
 
-_FORMATS = "JSONL, JSON or Parquet, plain or .gz"
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson", ".gz")
-_OTHER = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
-_HUB_PATTERNS = tuple(f"*{suffix}{gz}" for suffix in (".jsonl", ".json", ".parquet") for gz in ("", ".gz"))
-_HUB_IGNORED = ("dataset_info*.json", "*/dataset_info*.json", ".*", "state.json", "*/state.json")
+_FORMATS = "JSONL, JSON, Parquet or CSV, plain, .gz or .zst"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row]]:
-    """Yield (number, row) for every row of `source`: a file, the id of a hub data set, or a store (see `store.py`).
+    """Yield (number, row) for every row of `source`.
 
-    A hub id is `owner/name`, or `owner/name:split` where there are several splits. Numbers start at 1. In a JSON-lines
-    file they are line numbers (blank lines hold no row); over the several files of a hub data set they run on.
+    That is a file; a folder, or FOLDER:SPLIT (see `splits.py`); a pattern of files (`part-*.jsonl`); the id of a hub
+    data set, `owner/name`, `owner/name:split`, `owner/name@revision:config/split`; or a store (see `store.py`). Numbers
+    start at 1. In a JSON-lines file they are line numbers (blank lines hold no row); over several files they run on.
 
     Raises:
       InputError: absent, unreadable or empty file, broken compression, unknown format, no network, or a row that is
@@ -66,67 +69,50 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
 
 
 def _resolve(source: str) -> list[Path]:
+    """The files that `source` names: a file, a folder or FOLDER:SPLIT, a pattern, or a data set of the hub."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        raise InputError(f"{source}: is a folder; name one file in it ({_FORMATS})")
-    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w./-]+))?", source)
-    if match is None or source.endswith(_SUFFIXES):
-        raise InputError(f"{source}: no such file; give a file of {_FORMATS}, or a hub data set as owner/name")
-    return _download(match[1], match[2])
+        return _in_folder(path, None)
+    folder, colon, split = source.rpartition(":")
+    if colon and Path(folder).expanduser().is_dir():
+        return _in_folder(Path(folder).expanduser(), split)
+    if any(mark in source for mark in "*?["):
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise InputError(f"{source}: no file matches this pattern")
+        return files
+    if names_hub(source) and not source.partition(":")[0].endswith(SUFFIXES):
+        return fetch(source)
+    raise InputError(f"{source}: no such file; give a file of {_FORMATS}, or a hub data set as owner/name")
 
 
-def _download(repository: str, split: str | None) -> list[Path]:
-    """The files of one split of a hub data set, in order. Only data files are fetched, never code."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [p if split is None else f"*{split}{p}" for p in _HUB_PATTERNS]
-    try:
-        folder = Path(
-            snapshot_download(
-                repository, repo_type="dataset", allow_patterns=patterns, ignore_patterns=list(_HUB_IGNORED)
-            )
-        )
-    except (OSError, ValueError) as error:  # every error of the hub and of the network derives from one of the two
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{repository}: no such file here, and the hub data set of that name cannot be fetched ({reason}); "
-            "check the name and the network, or download a file and give its path"
-        ) from error
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name.endswith(_SUFFIXES)]
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(_split_name(file.relative_to(folder)), []).append(file)
-    if split is not None:
-        splits = {name: paths for name, paths in splits.items() if name == split or name.endswith("/" + split)}
-    if len(splits) == 1:
-        return next(iter(splits.values()))
-    if not splits:
-        which = f"no split {split!r}" if split else "no JSON, JSONL or Parquet files"
-        raise InputError(
-            f"{repository}: the hub data set has {which}; look at its files and name one as owner/name:split"
-        )
-    names = " ".join(sorted(splits))
-    raise InputError(
-        f"{repository}: the hub data set has several splits ({names}); name one, e.g. {repository}:{min(splits)}"
-    )
-
-
-def _split_name(path: Path) -> str:
-    """`data/train-00000-of-00004.parquet` -> `data/train`: the file without its shard number and suffixes."""
-    name = re.sub(r"(\.jsonl|\.json|\.parquet)(\.gz)?$", "", path.as_posix())
-    return re.sub(r"-\d+-of-\d+$", "", name)
+def _in_folder(folder: Path, split: str | None) -> list[Path]:
+    """The files of one split in a folder, as in a hub data set that was downloaded."""
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    card = folder / "README.md"
+    metadata = read_metadata(card) if card.is_file() else {}
+    files = data_files(paths, metadata)
+    if not files:
+        raise InputError(f"{folder}: the folder holds no file of {_FORMATS}, by their names")
+    return [folder / path for path in choose(files, split, default_config(files, metadata), str(folder))]
 
 
 class _Unpacked(io.RawIOBase):
-    """A gzip file as a raw stream that stops with a clear error when it is broken or grows beyond all measure."""
+    """A packed file as a raw stream that stops with a clear error when it is broken or grows beyond all measure."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, format: str):
+        """`format`: gzip or zstd."""
+        self._path, self._format = path, format
         self._limit = max(BOMB_FLOOR, BOMB_RATIO * path.stat().st_size)
         self._read = 0
-        self._stream = gzip.GzipFile(path, "rb")
+        if format == "zstd":
+            import pyarrow as pa
+
+            self._stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd")
+        else:
+            self._stream = gzip.GzipFile(path, "rb")
 
     def readable(self) -> bool:
         return True
@@ -134,8 +120,8 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             piece = self._stream.read(len(buffer))
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{self._path}: the gzip file is damaged or cut short ({error})") from error
+        except (EOFError, zlib.error, OSError) as error:  # a BadGzipFile is an OSError, and all that Arrow raises
+            raise InputError(f"{self._path}: the {self._format} file is damaged or cut short ({error})") from error
         self._read += len(piece)
         if self._read > self._limit:
             raise InputError(
@@ -151,13 +137,14 @@ class _Unpacked(io.RawIOBase):
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """The content of a file as a stream, unpacked where it is gzip. Raises `InputError` for other compressions."""
+    """The content of a file as a stream, unpacked where it is gzip or zstd. Raises `InputError` for other formats."""
     with path.open("rb") as raw:
         magic = raw.read(4)
     for start, name in _OTHER.items():
         if magic.startswith(start):
-            raise InputError(f"{path}: is compressed with {name}; unpack it, or use gzip")
-    return io.BufferedReader(_Unpacked(path), 2**16) if magic.startswith(b"\x1f\x8b") else path.open("rb")
+            raise InputError(f"{path}: is compressed with {name}; unpack it, or use gzip or zstd")
+    packed = next((name for start, name in ((_GZIP, "gzip"), (_ZSTD, "zstd")) if magic.startswith(start)), None)
+    return path.open("rb") if packed is None else io.BufferedReader(_Unpacked(path, packed), 2**16)
 
 
 def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
@@ -169,6 +156,8 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
             yield from _parquet(path, io.BytesIO(stream.read()) if packed else stream)
         elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _json_list(path, stream.read())
+        elif (separator := _separator(path)) and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            yield from _table(path, stream, separator)
         else:
             yield from _json_lines(path, stream)
 
@@ -215,6 +204,36 @@ def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
         raise InputError(f"{path}: malformed JSON: {error}") from error
     for number, row in enumerate(rows, 1):
         yield number, _checked(row, f"{path}, element {number},")
+
+
+def _separator(path: Path) -> str | None:
+    """What stands between the cells of a CSV or TSV file; None where the name is of another."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((mark for suffix, mark in _SEPARATORS.items() if name.endswith(suffix)), None)
+
+
+def _table(path: Path, stream: BinaryIO, separator: str) -> Iterator[tuple[int, Row | BadRow]]:
+    """Rows of CSV (RFC 4180): the first record names the columns; a cell is text, and absent where it is empty."""
+    csv.field_size_limit(MAX_LINE)
+    records = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
+    number = 0
+    try:
+        names = next(records, [])
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{path}: its first line names the column {repeated[0]!r} twice; it must name each column")
+        for cells in records:
+            if not cells:
+                continue
+            number += 1
+            if len(cells) == len(names):
+                yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+            else:
+                detail = f"{path}, line {records.line_num}: {len(cells)}, and the first line names {len(names)} columns"
+                yield number, BadRow("wrong number of cells", f"{detail}; is a quote or a separator missing?")
+    except csv.Error as error:
+        raise InputError(f"{path}, line {records.line_num}: not readable as CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: row {number + 1} or one soon after is not UTF-8; save the file as UTF-8") from error
 
 
 def _parquet(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row]]:
