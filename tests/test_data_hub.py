@@ -251,3 +251,10 @@ def test_heads_of_readme() -> None:
     assert chosen({"configs": [{"data_files": [{"split": "x", "path": "b/[!o]*"}]}]}, "x") == paths[3:]
     with pytest.raises(InputError, match=r"README.md: `data_files` names 3"):
         data_files(paths, {"configs": [{"data_files": [{"split": "x", "path": 3}]}]})
+
+
+def test_a_head_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nconfigs: [a: {\n---\n")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"README.md: its YAML head cannot be read"):
+        names(str(tmp_path))

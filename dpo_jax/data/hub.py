@@ -49,12 +49,11 @@ def fetch(source: str) -> list[Path]:
 
 def read_metadata(card: Path) -> Mapping[str, Any]:
     """The YAML head of a README.md; empty where there is none. Raises `InputError` for one that cannot be read."""
-    import yaml
     from huggingface_hub import metadata_load
 
     try:
         return metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # a YAMLError derives from nothing narrower
         raise InputError(f"{card}: its YAML head cannot be read ({str(error).splitlines()[0]})") from error
 
 
