@@ -36,8 +36,8 @@ class PlanRun:
     topology: str
     """The devices: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4 (a TPU slice), a100:8, h100:8 (a node), a100:2x8 (two)."""
     model_shape: str | None = None
-    """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b, mistral_7b, smollm2_135m),
-    in place of --model, of which only config.json is read."""
+    """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_1b (3.2), llama3_8b,
+    llama3_70b, mistral_7b, smollm2_135m), in place of --model, of which only config.json is read."""
     prompt_tokens: int | None = None
     """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length (or what a command leaves of it)."""
     response_tokens: int | None = None

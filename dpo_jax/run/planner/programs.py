@@ -49,6 +49,8 @@ class Program:
 
     Attributes:
       lower: gives the `jax.stages.Lowered`.
+      step: the jitted function itself; None for the sampler, which is called with prompts and a key.
+      arguments: what it takes: trees of shapes with their places on the mesh, and last a batch of host arrays.
       flops: model FLOPs of one run, all devices together.
       computed: what is computed for them.
       tokens: real tokens of one run.
@@ -64,6 +66,14 @@ class Program:
     held: float = 0.0
     trips: float = 1.0
     repeats: int = 1
+    step: Any = None
+    arguments: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, step: Any, mesh: Mesh, arguments: tuple[Any, ...], *counts: float, **more: Any) -> "Program":
+        """The program of a jitted step. `counts`: flops, computed, tokens."""
+        *trees, batch = arguments
+        return cls(lambda: step.lower(*trees, placed(mesh, batch)), *counts, step=step, arguments=arguments, **more)
 
 
 def names(run: TrainingRun) -> tuple[str, ...]:
@@ -224,8 +234,7 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
         computed += flops.training(each) - flops.training(pair)
         computed += again(flops, run.train.remat, each) - again(flops, run.train.remat, pair)
         computed += (flops.forward(each, adapted=False) - flops.forward(pair, adapted=False)) if live else 0.0
-    step = dpo.jit_train_step(config, mesh)
-    return Program(lambda: step.lower(state, placed(mesh, batch)), needed, computed, pair.tokens)
+    return Program.of(dpo.jit_train_step(config, mesh), mesh, (state, batch), needed, computed, pair.tokens)
 
 
 def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
@@ -253,8 +262,7 @@ def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Length
         each = dataclasses.replace(apart(batch), predicted=2.0 * rows)
         computed += flops.training(each) - flops.training(pair)
         computed += again(flops, run.train.remat, each) - again(flops, run.train.remat, pair)
-    step = reward.jit_train_step(config, mesh)
-    return Program(lambda: step.lower(state, placed(mesh, batch)), needed, computed, pair.tokens)
+    return Program.of(reward.jit_train_step(config, mesh), mesh, (state, batch), needed, computed, pair.tokens)
 
 
 def build_sft(run: SFTRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
@@ -268,5 +276,4 @@ def build_sft(run: SFTRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
     flops = ModelFlops.of(shape, run.lora, outputs=None if negatives is None else negatives + 1)
     needed, work = sft_flops(flops)(batch), token_work(batch)
     computed = needed + again(flops, run.train.remat, work)
-    step = sft.jit_train_step(config, mesh)
-    return Program(lambda: step.lower(state, placed(mesh, batch)), needed, computed, work.tokens)
+    return Program.of(sft.jit_train_step(config, mesh), mesh, (state, batch), needed, computed, work.tokens)

@@ -17,6 +17,7 @@ from dpo_jax.config import PPOConfig, PPORun, is_url
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
 from dpo_jax.run import ppo as run_ppo
 from dpo_jax.run.flops import ModelFlops, Work, preference_work
 from dpo_jax.run.planner import programs
@@ -48,26 +49,38 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
     held = sum(map(programs.device_bytes, (state, reference))) + reward_models(run) * programs.device_bytes(judge)
     piece = run.rollout_batch_size or run.train.batch_size
     flops = ModelFlops.of(shape, run.lora)
+    pieces = run.train.batch_size // piece
     if name == "train step":
         rollout = _rollout(run.train.batch_size, lengths, config, measured=True)
-        step = ppo.jit_train_step(config, mesh)
-        return _program(lambda: step.lower(state, programs.placed(mesh, rollout)), rollout, held, _update(run, flops))
-    pieces = run.train.batch_size // piece
-    if name == "measure":
+        step, arguments, count = ppo.jit_train_step(config, mesh), (state, rollout), _update(run, flops)
+    elif name == "measure":
         rollout = _rollout(piece, lengths, config, measured=False)
-        measure = jit_measure(model, config, mesh)
-        return _program(
-            lambda: measure.lower(state, reference, programs.placed(mesh, rollout)),
-            rollout,
-            held,
-            _measure(run, flops),
-            pieces,
-        )
-    if name != "generate":
+        step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
+    elif name == "generate":
+        return _sampler(run, model, state, mesh, lengths, flops, config, piece, held)
+    else:
         raise InputError(f"ppo has no program {name}")
-    rollout = _rollout(piece, lengths, config, measured=False)
-    made = _program(
-        lambda: engine.lower(
+    work = preference_work(rollout.groups, 0, 1)
+    repeats = pieces if name == "measure" else 1
+    return Program.of(step, mesh, arguments, *count(work), work.tokens, held=held, repeats=repeats)
+
+
+def _sampler(
+    run: PPORun,
+    model: Llama,
+    state: Any,
+    mesh: Mesh,
+    lengths: Lengths,
+    flops: ModelFlops,
+    config: PPOConfig,
+    piece: int,
+    held: float,
+) -> Program:
+    """The sampler of a rollout, `piece` responses at a time."""
+    work = preference_work(_rollout(piece, lengths, config, measured=False).groups, 0, 1)
+
+    def lower() -> Any:
+        return engine.lower(
             model,
             policy_of(state.variables),
             rows=piece // config.group,
@@ -75,25 +88,18 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
             config=dataclasses.replace(run.sample, max_new_tokens=lengths.response),
             samples=config.group,
             mesh=mesh,
-        ),
-        rollout,
+        )
+
+    needed = flops.forward(work)
+    return Program(
+        lower,
+        needed,
+        needed,
+        work.tokens,
         held,
-        lambda work: (flops.forward(work), flops.forward(work)),
-        pieces,
+        trips=lengths.response - 1,
+        repeats=run.train.batch_size // piece,
     )
-    return dataclasses.replace(made, trips=lengths.response - 1)
-
-
-def _program(
-    lower: Callable[[], Any],
-    rollout: Rollout,
-    held: float,
-    count: Callable[[Work], tuple[float, float]],
-    repeats: int = 1,
-) -> Program:
-    work = preference_work(rollout.groups, 0, 1)
-    needed, computed = count(work)
-    return Program(lower, needed, computed, work.tokens, held, repeats=repeats)
 
 
 def _separate(config: PPOConfig | Any) -> bool:

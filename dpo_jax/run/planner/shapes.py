@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo_jax.config import ON_COMMAND_LINE, TrainingRun
 from dpo_jax.errors import InputError
-from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.weights.pretrained import read_shape
 
 _LLAMA2_7B = LlamaConfig(
@@ -38,6 +38,16 @@ SHAPES = {
         _LLAMA2_7B, hidden_size=5120, intermediate_size=13_824, num_layers=40, num_heads=40, num_kv_heads=40
     ),
     "llama2_70b": replace(_LLAMA2_7B, **_70B),
+    "llama3_1b": replace(
+        _LLAMA3_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        head_dim=64,
+        max_position=131_072,
+        rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
+        tie_embeddings=True,
+    ),
     "llama3_8b": _LLAMA3_8B,
     "llama3_70b": replace(_LLAMA3_8B, **_70B),
     "mistral_7b": replace(

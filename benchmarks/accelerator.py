@@ -1,0 +1,482 @@
+"""What one accelerator does with this package: kernels, bfloat16, training steps, sampling; beside each step its plan.
+
+    bash benchmarks/accelerator.sh OUT_FOLDER                    everything, in under 8 minutes on one H100
+    python benchmarks/accelerator.py --sections attention dpo    some of it
+    python benchmarks/accelerator.py --toy                       the same programs at toy size, on a CPU
+
+Nothing is downloaded: weights are random, rows are full and their tokens random. Each section is a process of its own
+with a time budget; what it has measured is in OUT_FOLDER/accelerator.json after each case, so that what is stopped
+keeps the rest. Models of 1B have the shape of Llama-3.2-1B, of 7B that of Llama-2-7B, with as many layers as the case
+says where all 32 and their optimizer do not fit.
+
+    ceilings   what matrix products and copies reach here
+    attention  cuDNN's flash attention beside plain XLA: error against float32, time
+    numerics   log-probabilities in bfloat16 against float32
+    dpo, sft, reward, ppo   steps as the command runs them (`run/planner/programs.py`), built from its options
+    large      the DPO step at 7B shape: all weights of some layers, LoRA of all
+    sample     tokens a second, beside the bound that reading the weights sets
+
+MFU is against the dense bfloat16 peak of the data sheet (`run/accounting.py`), causal attention counted half, nothing
+for what is computed again. `plan` is the planner's estimate for the same compiled program: seconds if all overlaps, and
+if nothing does.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SECTIONS = {
+    "ceilings": 40,
+    "attention": 60,
+    "numerics": 60,
+    "dpo": 150,
+    "large": 120,
+    "sample": 100,
+    "sft": 60,
+    "reward": 50,
+    "ppo": 100,
+}
+"""Seconds that each may take, the most wanted first: a section that is late is stopped."""
+
+LORA = "--train.layout separate --dpo.reference live --lora.rank 16"
+TRAINING = {
+    # name: (command, shape, layers, prompt, response, options)
+    "dpo": {
+        "1B live separate": ("dpo", "1b", None, 512, 512, "--train.layout separate --dpo.reference live"),
+        "1B live shared": ("dpo", "1b", None, 512, 512, "--train.layout shared --dpo.reference live"),
+        "1B cached separate": ("dpo", "1b", None, 512, 512, "--train.layout separate"),
+        "1B cached shared": ("dpo", "1b", None, 512, 512, "--train.layout shared"),
+        "1B cached separate, remat full": (
+            "dpo", "1b", None, 512, 512, "--train.layout separate --train.remat full",
+        ),
+        "1B LoRA live separate": ("dpo", "1b", None, 512, 512, LORA),
+    },
+    "large": {
+        "7B LoRA live separate": (
+            "dpo", "7b", None, 512, 512, f"{LORA} --train.batch_size 8",
+        ),
+        "7B, 8 layers, cached separate": ("dpo", "7b", 8, 512, 512, "--train.layout separate --train.batch_size 8"),
+    },
+    "sft": {
+        "1B windows of 2048": ("sft", "1b", None, 0, 2048, ""),
+        "1B packed windows of 2048": ("sft", "1b", None, 0, 2048, "--data.packing"),
+    },
+    "reward": {"1B separate": ("reward", "1b", None, 512, 512, "--train.layout separate")},
+    "ppo": {
+        "1B shared value": (
+            "ppo", "1b", None, 256, 128, "--ppo.value shared --ppo.epochs 1 --train.batch_size 64 --reward length",
+        ),
+    },
+}  # fmt: skip
+COMMON = "--model M --data D --out O --train.dtype bfloat16 --train.steps 100 --train.batch_size 16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("accelerator"), help="folder for accelerator.json")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run?")
+    parser.add_argument("--seconds", type=float, default=470, help="for all sections together")
+    parser.add_argument("--section", choices=list(SECTIONS), default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.section is not None:
+        work(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for name in options.sections:
+        left = options.seconds - (time.monotonic() - started)
+        if left < 15:
+            print(f"{name}: left out, {left:.0f} s are left", flush=True)
+            continue
+        command = [sys.executable, __file__, "--section", name, "--out", str(options.out), *["--toy"] * options.toy]
+        try:
+            code = subprocess.run(command, timeout=min(left, SECTIONS[name]), check=False).returncode
+            if code:
+                print(f"{name}: ended with exit code {code}", flush=True)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped after {min(left, SECTIONS[name]):.0f} s", flush=True)
+    print(f"all: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def work(options: argparse.Namespace) -> None:
+    """One section, in this process."""
+    # More of the memory than jax takes by itself: the larger cases want it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    import jax
+
+    device = jax.devices()[0]
+    simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample}
+    cases = simple[options.section](options.toy) if options.section in simple else steps(options.section, options.toy)
+    file = options.out / "accelerator.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found["device"] = {"kind": device.device_kind, "jax": jax.__version__, "memory": memory_limit(device)}
+    rows = found.setdefault(options.section, {})
+    for name, figures in cases:
+        rows[name] = figures
+        print(f"{options.section}: {name}: {json.dumps(figures)}", flush=True)
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(found, indent=1) + "\n")
+        new.replace(file)
+
+
+def memory_limit(device: Any) -> int | None:
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def seconds_of(run: Callable[[], Any], *, budget: float = 4.0, least: int = 3, most: int = 20) -> dict[str, Any]:
+    """Median and fastest time of `run`, which must give arrays to wait for."""
+    import jax
+
+    jax.block_until_ready(run())
+    times: list[float] = []
+    while len(times) < least or (sum(times) < budget and len(times) < most):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times), "fastest": min(times), "runs": len(times)}
+
+
+# ---------------------------------------------------------------- the device itself
+
+
+def ceilings(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    import jax
+    import jax.numpy as jnp
+
+    n, again = (256, 2) if toy else (8192, 10)
+    for dtype in ("bfloat16", "float32"):
+        a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(dtype)) for i in (0, 1))
+
+        @jax.jit
+        def product(a: Any, b: Any) -> Any:
+            precision = "highest" if a.dtype == jnp.float32 else None
+            return jax.lax.fori_loop(0, again, lambda _, x: jnp.matmul(x, b, precision=precision) / n, a)
+
+        got = seconds_of(lambda product=product, a=a, b=b: product(a, b))
+        yield f"matrix products, {dtype}", got | {"tflops": 2 * n**3 * again / got["fastest"] / 1e12}
+    x = jax.random.normal(jax.random.key(2), (2**20 if toy else 2**30,), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    got = seconds_of(lambda: copy(x))
+    yield "read and write", got | {"gb_per_second": 2 * x.nbytes / got["fastest"] / 1e9}
+
+
+# ---------------------------------------------------------------- kernels and dtypes
+
+
+def error(x: Any, reference: Any) -> float:
+    """Norm of the difference over the norm of the reference."""
+    import jax.numpy as jnp
+
+    x, reference = x.astype(jnp.float32), reference.astype(jnp.float32)
+    return float(jnp.linalg.norm((x - reference).ravel()) / jnp.linalg.norm(reference.ravel()))
+
+
+def attention_gradients(kernel: str, *, mask: Any, weight: Any) -> Callable[..., Any]:
+    """q, k, v -> gradients of a weighted sum of the attention's output, and that output."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_jax.model.attention import attend
+
+    def total(*tensors: Any) -> Any:
+        out = attend(*tensors, mask=mask, kernel=kernel)
+        return jnp.sum(weight * out.astype(jnp.float32)), out
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+
+
+def attention(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Forward and gradients of one layer's attention; rows of different lengths, padding left out of the comparison."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_jax import mesh as meshes
+    from dpo_jax.model.attention import AttentionMask
+
+    sizes = [(2, 64, 4, 2, 16)] if toy else [(8, 1024, 32, 8, 64), (4, 2048, 32, 32, 128), (2, 4096, 32, 8, 128)]
+    for B, T, H, G, C in sizes:
+        keys = jax.random.split(jax.random.key(T), 4)
+        q = jax.random.normal(keys[0], (B, T, H, C), jnp.bfloat16)
+        k, v = (jax.random.normal(key, (B, T, G, C), jnp.bfloat16) for key in keys[1:3])
+        lengths = jnp.linspace(T // 2, T, B).astype(jnp.int32)
+        real = jnp.arange(T) < lengths[:, None]
+        weight = jax.random.normal(keys[3], (B, T, H, C), jnp.float32) * real[..., None, None]
+        mask = AttentionMask(segments=real.astype(jnp.int32), packed=False)
+
+        both = partial(attention_gradients, mask=mask, weight=weight)
+        exact, out = both("xla")(*(x.astype(jnp.float32) for x in (q, k, v)))
+        for kernel in {"gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(meshes.platform(), ("xla",)):
+            run = both(kernel)
+            gradients, got = run(q, k, v)
+            figures: dict[str, Any] = {"error": error(got * real[..., None, None], out * real[..., None, None])}
+            figures |= {f"error d{name}": error(a, b) for name, a, b in zip("qkv", gradients, exact, strict=True)}
+            timed = seconds_of(lambda run=run, q=q, k=k, v=v: run(q, k, v), budget=1.0)
+            flops = 3.5 * 2 * B * T * T * H * C  # causal counted half; the backward pass is 2.5 forward passes
+            yield (
+                f"{kernel}, {B} x {T}, {H}/{G} heads of {C}",
+                figures | timed | {"tflops": flops / timed["fastest"] / 1e12},
+            )
+
+
+def numerics(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Log-probabilities of responses under a random model of 1B shape, with and without a kernel, against float32."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dpo_jax.model.groups import response_logps
+    from dpo_jax.model.llama import Llama
+    from dpo_jax.model.variables import init_variables
+    from dpo_jax.run.planner.programs import Lengths, full_pairs
+
+    shape = shape_of("1b", None, toy)
+    batch = with_tokens(full_pairs(2, 2, Lengths(24, 40) if toy else Lengths(512, 512)), shape.vocab_size)
+    variables = init_variables(Llama(shape), jax.random.key(0))
+
+    def logps(**options: Any) -> Any:
+        layout = options.pop("layout", "separate")
+        model = Llama(shape, **options)
+        run = jax.jit(lambda v: response_logps(model.apply, v, batch, layout=layout, head_budget_bytes=2**28))
+        return np.asarray(run(variables))
+
+    exact = logps()
+    gpu = jax.default_backend() == "gpu"
+    ways: dict[str, dict[str, Any]] = {"float32, prompt shared": {"layout": "shared"}}
+    ways["bfloat16, xla"] = {"dtype": jnp.bfloat16, "attention": "xla"}
+    ways |= {"bfloat16, cudnn": {"dtype": jnp.bfloat16, "attention": "cudnn"}} if gpu else {}
+    ways["bfloat16, prompt shared, xla"] = {"dtype": jnp.bfloat16, "attention": "xla", "layout": "shared"}
+    for name, options in ways.items():
+        off = np.abs(logps(**options) - exact)
+        sums = np.abs((logps(**dict(options)) - exact).sum(-1))
+        yield (
+            name,
+            {"token_mean": float(off.mean()), "token_largest": float(off.max()), "sum_largest": float(sums.max())},
+        )
+
+
+# ---------------------------------------------------------------- models and data
+
+
+def shape_of(name: str, layers: int | None, toy: bool) -> Any:
+    """The shape of 1B or 7B; `layers`: only so many."""
+    from dpo_jax.run.planner.shapes import SHAPES
+
+    if toy:
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+        return dataclasses.replace(SHAPES["smollm2_135m"], **small, head_dim=16, vocab_size=512)
+    shape = SHAPES[{"1b": "llama3_1b", "7b": "llama2_7b"}[name]]
+    return shape if layers is None else dataclasses.replace(shape, num_layers=layers)
+
+
+def with_tokens(batch: Any, vocab: int) -> Any:
+    """The batch with random ids: rows of equal tokens would be faster than any data."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    names = [name for name in ("prompts", "responses", "tokens") if hasattr(batch, name)]
+    return dataclasses.replace(
+        batch, **{name: random.integers(3, vocab, getattr(batch, name).shape, np.int32) for name in names}
+    )
+
+
+def made(tree: Any) -> Any:
+    """Arrays of these shapes in their places: weights random, norms' scales 1, all else (moments, counts) 0."""
+    import jax
+    import jax.numpy as jnp
+
+    def fill(path: Any, x: Any) -> Any:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        if "opt_state" in names or not jnp.issubdtype(x.dtype, jnp.floating) or "lora_b" in names:
+            return jnp.zeros(x.shape, x.dtype)
+        if names[-1] == "scale":
+            return jnp.ones(x.shape, x.dtype)
+        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(names).encode()) % 2**31)
+        return 0.02 * jax.random.normal(key, x.shape, x.dtype)
+
+    where = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(fill, tree), out_shardings=where)()
+
+
+# ---------------------------------------------------------------- training steps
+
+
+def steps(section: str, toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    import jax
+
+    from dpo_jax import cli
+    from dpo_jax import mesh as meshes
+    from dpo_jax.run.planner import programs, worker
+    from dpo_jax.run.planner.jobs import Job
+
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    for name, (word, shape_name, layers, prompt, response, options) in TRAINING[section].items():
+        words = f"{COMMON} {options}".split()
+        if word == "ppo":
+            words += ["--sample.max_new_tokens", str(response), "--data.template", "raw"]
+        words += [] if word in ("ppo", "sft") else ["--data.max_prompt_length", str(prompt)]
+        words += ["--data.max_length", str(prompt + response)]
+        run = cli.parse(word, words)
+        shape = shape_of(shape_name, layers, toy)
+        lengths = programs.Lengths(24 if prompt else 0, 40) if toy else programs.Lengths(prompt, response)
+        for program_name in programs.names(run):
+            job = Job(word, program_name, run, shape, "h100:1", lengths.prompt, lengths.response)
+            program = worker.build(job, mesh, lengths)
+            label = name if program_name == "train step" else f"{name}: {program_name}"
+            try:
+                figures = measured(program, mesh, run.train.dtype) if program.step else sampler_step(job, mesh, program)
+            except jax.errors.JaxRuntimeError as failure:
+                if "RESOURCE_EXHAUSTED" not in str(failure):
+                    raise
+                figures = {"refused": str(failure).splitlines()[0][:300]}
+            yield label, figures | {"tokens": program.tokens, "options": " ".join(words[6:])}
+
+
+def measured(program: Any, mesh: Any, dtype: str) -> dict[str, Any]:
+    """Compile time, step time, rates and memory of one program; beside them what the planner makes of it."""
+    import jax
+
+    from dpo_jax import mesh as meshes
+    from dpo_jax.run.planner import worker
+
+    *trees, batch = program.arguments
+    start = time.perf_counter()
+    compiled = program.lower().compile()
+    figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
+    about = worker.measure(compiled, mesh, program.trips)
+    placed = meshes.put_batch(mesh, with_tokens(batch, vocab_of(program)))
+    held = [made(tree) for tree in trees]
+    donates = len(trees) == 1  # a training step; a measurement reads two trees and keeps them
+
+    def run() -> Any:
+        out = compiled(*held, placed)
+        if donates:
+            held[0] = out[0]
+        return out
+
+    figures |= seconds_of(run)
+    out = run()
+    loss = out[1].get("loss") if donates and isinstance(out, tuple) else None
+    if loss is not None:
+        figures["loss"] = float(loss)
+    stats = jax.devices()[0].memory_stats() or {}
+    return (
+        figures
+        | rates(program, figures["seconds"], dtype)
+        | {
+            "peak_compiled_gib": about["memory"]["peak"] / 2**30,
+            "in_use_gib": stats.get("bytes_in_use", 0) / 2**30,
+            "attention": about["attention"],
+            "plan": planned(program, about, dtype),
+        }
+    )
+
+
+def vocab_of(program: Any) -> int:
+    """Rows of the embedding that the program's weights have."""
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(program.arguments[0])
+    (rows,) = {x.shape[0] for path, x in leaves if jax.tree_util.keystr(path).endswith("['embed_tokens']['embedding']")}
+    return rows
+
+
+def rates(program: Any, seconds: float, dtype: str) -> dict[str, Any]:
+    import jax
+
+    from dpo_jax.run.accounting import peak_flops
+
+    peak = peak_flops(jax.devices(), None)
+    rate = program.flops / seconds
+    figures = {"tokens_per_second": program.tokens / seconds, "tflops": rate / 1e12}
+    return figures if peak is None else figures | {"mfu": rate / peak}
+
+
+def planned(program: Any, about: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The planner's estimate for an H100 (an H200 has its matrix units, and more and faster memory)."""
+    from dpo_jax.config import AssumeConfig
+    from dpo_jax.run.planner.estimate import estimate
+    from dpo_jax.run.planner.hardware import Topology
+
+    figures = about | {"computed": program.computed, "flops": program.flops, "tokens": program.tokens}
+    made = estimate(figures, Topology.parse("h100:1"), dtype, AssumeConfig())
+    return {"all_overlaps": made.fastest, "nothing_overlaps": made.slowest, "bound": made.bound}
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def sampler_step(job: Any, mesh: Any, program: Any) -> dict[str, Any]:
+    """The sampler of a PPO iteration, as `rollouts.py` calls it: one response to each prompt."""
+    from dpo_jax.run.planner import programs
+
+    model = programs.make_model(job.run, job.shape)
+    variables = made(programs.trained(job.run, model, mesh))
+    rows = job.run.rollout_batch_size or job.run.train.batch_size
+    return sampled(model, variables, rows, job.prompt, job.response, {}, mesh)
+
+
+def sampled(model: Any, variables: Any, rows: int, prompt: int, new: int, options: dict[str, Any], mesh: Any) -> Any:
+    """Seconds of the whole and of the prefill (with the first token), decoded tokens a second."""
+    import jax
+    import numpy as np
+
+    from dpo_jax.config import SampleConfig
+    from dpo_jax.sample import generate, prepare
+
+    prompts = np.random.default_rng(1).integers(3, model.config.vocab_size, (rows, prompt))
+    took = {}
+    for length in (1, new):
+        config = SampleConfig(max_new_tokens=length, **options)
+        weights = prepare(model, variables, config, mesh=mesh) if options.get("weights") else variables
+        count = iter(range(1000))
+        took[length] = seconds_of(
+            lambda config=config, weights=weights, count=count: (
+                generate(model, weights, prompts, jax.random.key(next(count)), config=config, mesh=mesh).tokens
+            )
+        )
+    decode = (took[new]["seconds"] - took[1]["seconds"]) / (new - 1)
+    return {
+        "seconds": took[new]["seconds"],
+        "prefill_seconds": took[1]["seconds"],
+        "seconds_a_token": decode,
+        "decoded_tokens_per_second": rows / decode,
+        "tokens_per_second": rows * new / took[new]["seconds"],
+    }
+
+
+def sample(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """bfloat16 weights, prompts of 256 tokens, 128 new ones."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_jax import mesh as meshes
+    from dpo_jax.model.llama import Llama
+    from dpo_jax.model.variables import init_variables
+
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    prompt, new = (16, 8) if toy else (256, 128)
+    for name in ("1b", "7b"):
+        model = Llama(shape_of(name, None, toy), dtype=jnp.bfloat16)
+        variables = init_variables(model, jax.random.key(0), mesh=mesh, dtype=jnp.bfloat16)
+        read = sum(x.nbytes for x in jax.tree.leaves(variables))
+        for rows, options in ((1, {}), (1, {"weights": "int8"}), (32, {}), (128, {})):
+            if toy and rows > 1:
+                continue
+            got = sampled(model, variables, rows, prompt, new, options, mesh)
+            label = f"{name.upper()}, {rows} rows" + "".join(f", {key} {value}" for key, value in options.items())
+            yield label, got | {"weight_gb": read / 1e9, "gb_per_second": read / got["seconds_a_token"] / 1e9}
+
+
+if __name__ == "__main__":
+    main()
