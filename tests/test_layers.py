@@ -15,6 +15,7 @@ FLOORS = {
     "types": 0,
     "masked": 0,
     "errors": 0,
+    "headers": 0,
     "mesh": 1,
     "config": 1,
     "state": 1,

@@ -185,7 +185,6 @@ def test_linear_rope_scaling(source: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2' is not supported"),
-        ({"kind": Q.Q5_0}, r"stored as Q5_0; supported are F32"),
         ({"drop": ("blk.1.ffn_up.weight",)}, r"tensor missing: model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"drop": ("token_embd.weight",)}, r"token_embd\.weight is missing"),
         ({"tensors": {"blk.0.attn_sinks.weight": np.ones(2, np.float32)}}, r"unknown tensor: blk\.0\.attn_sinks"),

@@ -89,9 +89,60 @@ def test_hub_ids(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"owner/model: no such folder here, and the .* hub did not give it") as error:
         resolve("owner/model")
     assert "\n" not in str(error.value)
-    for name in ("nothing", "./owner/model", "a/b/c", "owner/model.gguf", "~nobody"):
+    for name in ("nothing", "./owner/model", "a/b/c", "owner/model.gguf", "./a/b/c.gguf", "~nobody"):
         with pytest.raises(InputError, match="no such folder or file"):
             resolve(name)
+
+
+def test_a_gguf_file_of_a_hub_repository(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are listed, and one of them is fetched."""
+    import huggingface_hub
+
+    listed = [".gitattributes", "README.md", "config.json", "m.Q4_K_M.gguf", "m.Q4_K_S.gguf", "m.Q8_0.gguf"]
+    listed += ["big/m-f16-00001-of-00002.gguf", "big/m-f16-00002-of-00002.gguf", "m-imatrix.gguf"]
+    fetched: list[tuple[str, str]] = []
+
+    def fetch(name: str, file: str) -> str:
+        fetched.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: listed)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    for asked, file in (
+        ("owner/m-GGUF/m.Q8_0.gguf", "m.Q8_0.gguf"),
+        ("owner/m-GGUF:Q4_K_M", "m.Q4_K_M.gguf"),
+        ("owner/m-GGUF:q8_0", "m.Q8_0.gguf"),
+        ("owner/m-GGUF/big/m-f16-00002-of-00002.gguf", "big/m-f16-00002-of-00002.gguf"),
+    ):
+        place = resolve(asked)
+        assert (place.kind, place.path) == ("gguf", tmp_path / file)
+        assert fetched.pop() == ("owner/m-GGUF", file)
+    for asked, message in (
+        ("owner/m-GGUF:Q2_K", r"no GGUF file Q2_K \(big/"),
+        ("owner/m-GGUF/other.gguf", r"no GGUF file other\.gguf \("),
+        ("owner/m-GGUF:Q4_K", r"several such GGUF files \(m.Q4_K_M.gguf, m.Q4_K_S.gguf\)"),
+        ("owner/m-GGUF:f16", r"several such GGUF files \(big/m-f16-00001.*name one as owner/m-GGUF/FILE\.gguf"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resolve(asked)
+
+    def listing(name: str, **options: Any) -> str:
+        (tmp_path / "snapshot").mkdir()
+        (tmp_path / "snapshot" / "config.json").write_text("{}")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", listing)
+    with pytest.raises(InputError, match=r"holds GGUF files; name one, e\.g\. owner/m-GGUF/big"):
+        resolve("owner/m-GGUF")
+    assert not fetched
+
+    def offline(self: Any, name: str) -> list[str]:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach it\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    with pytest.raises(InputError, match="the Hugging Face hub did not give it") as error:
+        resolve("owner/m-GGUF:Q4_K_M")
+    assert "\n" not in str(error.value)
 
 
 def test_tokenizer_ids_are_those_of_transformers(source: Path) -> None:

@@ -6,27 +6,33 @@ interleaved. They are put back here. Whatever the metadata says that this model 
 
 import math
 import re
-from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import Fields, told
 from dpo_jax.model.architecture import LlamaConfig, from_hf
 from dpo_jax.model.llama import rotary_frequencies
 from dpo_jax.weights import layout
+from dpo_jax.weights.gguf_header import GGUFHeader, GGUFTensor, open_gguf
 from dpo_jax.weights.layout import Slices
 
 _Q = GGMLQuantizationType
-_TYPES = (_Q.F32, _Q.F16, _Q.BF16, _Q.Q8_0, _Q.Q4_0, _Q.Q4_1)
+# Those whose dequantisation has been held against the format's definition, block by block.
+_TYPES = (
+    *(_Q.F32, _Q.F16, _Q.BF16, _Q.Q8_0, _Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1),
+    *(_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K, _Q.IQ4_NL, _Q.IQ4_XS),
+)
 _PLAIN = {_Q.F32: np.float32, _Q.F16: np.float16, _Q.BF16: ml_dtypes.bfloat16}
 _ROPE_FACTORS = "rope_freqs.weight"
+_PERMUTED = re.compile(r"\.[qk]_proj\.")
+_MAX_LAYERS = 10_000
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -44,38 +50,6 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-
-
-def open_gguf(path: Path) -> GGUFReader:
-    """Parse the header of a GGUF file (tensors stay on the disk). `InputError` where it is damaged."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parse(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # a vocabulary takes a second to parse, and the weights and the tokenizer both want it
-def _parse(path: Path, size: int, mtime_ns: int) -> GGUFReader:
-    del mtime_ns
-    try:
-        reader = GGUFReader(path)
-    # the parser checks nothing: on damaged bytes it fails wherever NumPy, an enum or memory happens to object
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError, OSError) as error:
-        raise InputError(f"{path}: truncated or not a GGUF file ({_line(error)}); fetch it again") from error
-    for tensor in reader.tensors:
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise InputError(f"{path}: truncated: tensor {tensor.name} ends beyond the file; fetch it again")
-    return reader
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def metadata(reader: GGUFReader) -> dict[str, Any]:
-    """Every metadata entry, as Python values."""
-    return {key: field.contents() for key, field in reader.fields.items()}
 
 
 def _hf_name(name: str) -> str:
@@ -97,46 +71,48 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 class GGUFTensors:
     """The weights of a GGUF file (a `TensorReader`)."""
 
-    def __init__(self, path: Path, reader: GGUFReader, head_dim: int):
-        self.where = str(path)
-        self._head_dim = head_dim
-        self._tensors: dict[str, ReaderTensor] = {}
-        for tensor in reader.tensors:
-            if tensor.tensor_type not in _TYPES:
+    def __init__(self, header: GGUFHeader, head_dim: int):
+        self.where = str(header.path)
+        self._path, self._head_dim = header.path, head_dim
+        self._tensors: dict[str, GGUFTensor] = {}
+        for tensor in header.tensors.values():
+            if tensor.kind not in _TYPES:
                 supported = ", ".join(t.name for t in _TYPES)
                 raise InputError(
-                    f"{path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}; supported are {supported}"
+                    f"{self.where}: tensor {tensor.name} is stored as {tensor.kind.name}; supported are {supported}"
                 )
             if tensor.name != _ROPE_FACTORS:
                 self._tensors[_hf_name(tensor.name)] = tensor
-        kinds = {tensor.tensor_type for tensor in self._tensors.values()}
+        kinds = {tensor.kind for tensor in self._tensors.values()}
         self.dtype = np.dtype(_PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.float32)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor; GGUF lists the fastest axis first."""
-        return {key: tuple(int(n) for n in reversed(tensor.shape)) for key, tensor in self._tensors.items()}
+        """Shape of every tensor."""
+        return {key: tensor.shape for key, tensor in self._tensors.items()}
 
     def read(self, key: str, index: Slices) -> np.ndarray:
         """A rectangle of a tensor, dequantised: float32, or bfloat16 and float16 as stored."""
         tensor = self._tensors[key]
-        rows: slice | np.ndarray = index[0]
-        if re.search(r"\.[qk]_proj\.", key):
-            rows = _interleaved(np.arange(rows.start, rows.stop), self._head_dim)
+        raw, rows = _raw(self._path, tensor), index[0]
+        places = _interleaved(np.arange(rows.start, rows.stop), self._head_dim) if _PERMUTED.search(key) else rows
         if len(index) == 1:
-            return _decode(tensor.data, tensor.tensor_type)[rows]
+            return _decode(raw, tensor.kind)[0, places]
         columns = index[1]
-        block, size = GGML_QUANT_SIZES[tensor.tensor_type]
-        first, last = columns.start // block, -(-columns.stop // block)
-        unit = size if tensor.data.dtype == np.uint8 else 1  # quantised rows are bytes, cut at whole blocks
-        raw = tensor.data[rows][:, first * unit : last * unit]
-        return _decode(raw, tensor.tensor_type)[:, columns.start - first * block : columns.stop - first * block]
+        block, size = GGML_QUANT_SIZES[tensor.kind]
+        first, last = columns.start // block, -(-columns.stop // block)  # cut at whole blocks
+        values = _decode(raw[places, first * size : last * size], tensor.kind)
+        return values[:, columns.start - first * block : columns.stop - first * block]
+
+
+def _raw(path: Path, tensor: GGUFTensor) -> np.ndarray:
+    """The rows of a tensor as bytes, mapped for as long as they are in use: pages of a map count as memory."""
+    shape = (math.prod(tensor.shape[:-1]), tensor.row_bytes)
+    return np.memmap(path, np.uint8, "r", tensor.offset, shape)
 
 
 def _decode(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    if kind in (_Q.F32, _Q.F16):
-        return data
     data = np.ascontiguousarray(data)
-    return data.view(ml_dtypes.bfloat16) if kind == _Q.BF16 else dequantize(data, kind)
+    return data.view(_PLAIN[kind]) if kind in _PLAIN else dequantize(data, kind)
 
 
 # Metadata of the architecture that is read below, or changes none of the model's numbers.
@@ -146,56 +122,57 @@ _READ = frozenset(
     rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.finetuned rope.scale_linear""".split()
 )  # fmt: skip
-_ABSENT = (None, 0, 0.0, False)
 
 
-def read_config(path: Path, reader: GGUFReader, meta: Mapping[str, Any]) -> LlamaConfig:
+def read_config(header: GGUFHeader) -> LlamaConfig:
     """The architecture from the metadata. `InputError` for anything that this model does not compute."""
-    if meta.get("general.architecture") != "llama":
-        raise InputError(f"{path}: architecture {meta.get('general.architecture')!r} is not supported; only llama is")
-    own = {key.removeprefix("llama."): value for key, value in meta.items() if key.startswith("llama.")}
-    if unknown := sorted(key for key in own if key not in _READ and own[key] not in _ABSENT):
-        raise InputError(f"{path}: metadata llama.{unknown[0]} = {own[unknown[0]]!r} is not supported")
+    path, tensors = header.path, header.tensors
+    everything = Fields(header.metadata, f"{path}: metadata")
+    if (architecture := everything.get("general.architecture")) != "llama":
+        raise InputError(f"{path}: architecture {told(architecture)} is not supported; only llama is")
+    if everything.maybe_whole("split.count", low=0) not in (None, 0, 1):
+        raise InputError(f"{path}: is one of several parts; join them with llama-gguf-split --merge")
+    raw = {key.removeprefix("llama."): v for key, v in header.metadata.items() if key.startswith("llama.")}
+    own = Fields(raw, f"{path}: metadata", "llama.")
+    if unknown := sorted(key for key, value in raw.items() if key not in _READ and value):
+        raise InputError(f"{path}: metadata llama.{unknown[0]} = {told(raw[unknown[0]])} is not supported")
 
-    def get(key: str) -> Any:
-        if own.get(key) is None:
-            raise InputError(f"{path}: metadata llama.{key} is missing; the file is damaged or too old")
-        return own[key]
-
-    names = {tensor.name for tensor in reader.tensors}
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = own.get("attention.key_length") or hidden // heads
+    layers = own.whole("block_count", high=_MAX_LAYERS)
+    heads, hidden = own.whole("attention.head_count"), own.whole("embedding_length")
+    head_dim = own.maybe_whole("attention.key_length", low=0) or hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (own.get(key) or head_dim) != head_dim:
-            raise InputError(f"{path}: metadata llama.{key} = {own[key]} differs from the head size {head_dim}")
-    theta = own.get("rope.freq_base") or 10_000.0
-    embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+        if (own.maybe_whole(key, low=0) or head_dim) != head_dim:
+            raise InputError(f"{path}: metadata llama.{key} = {own.get(key)} differs from the head size {head_dim}")
+    theta = own.number("rope.freq_base", 0.0, low=-1) or 10_000.0
+    embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise InputError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")
-    eos = [meta[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in meta]
-    window = own.get("attention.sliding_window")
-    raw = {
-        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "vocab_size": own.get("vocab_size") or int(embedding.shape[1]),
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": own.get("attention.head_count_kv") or heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _short(theta),
-        "rope_scaling": _scaling(path, reader, own, head_dim, theta),
-        "max_position_embeddings": get("context_length"),
-        "sliding_window": window or None,
-        "tie_word_embeddings": "output.weight" not in names,
-        "attention_bias": "blk.0.attn_q.bias" in names,
-        "mlp_bias": "blk.0.ffn_gate.bias" in names,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(eos)) or None,
-        "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
-    }
-    return from_hf(raw, str(path))
+    ends = [everything.maybe_whole(f"tokenizer.ggml.{name}_token_id", low=0) for name in ("eos", "eot")]
+    window = own.maybe_whole("attention.sliding_window", low=0)
+    return from_hf(
+        {
+            "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+            "vocab_size": own.maybe_whole("vocab_size", low=0) or embedding.shape[0],
+            "hidden_size": hidden,
+            "intermediate_size": own.whole("feed_forward_length"),
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": own.maybe_whole("attention.head_count_kv", low=0) or heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": _short(own.number("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short(theta),
+            "rope_scaling": _scaling(header, own, head_dim, theta),
+            "max_position_embeddings": own.whole("context_length"),
+            "sliding_window": window or None,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+            "bos_token_id": everything.maybe_whole("tokenizer.ggml.bos_token_id", low=0),
+            "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)) or None,
+            "pad_token_id": everything.maybe_whole("tokenizer.ggml.padding_token_id", low=0),
+        },
+        str(path),
+    )
 
 
 def _short(value: float) -> float:
@@ -203,22 +180,23 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(
-    path: Path, reader: GGUFReader, own: Mapping[str, Any], head_dim: int, theta: float
-) -> dict[str, Any] | None:
-    kind = own.get("rope.scaling.type") or "none"
-    factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")
-    factors = next((t for t in reader.tensors if t.name == _ROPE_FACTORS), None)
+def _scaling(header: GGUFHeader, own: Fields, head_dim: int, theta: float) -> dict[str, Any] | None:
+    path = header.path
+    kind = own.text("rope.scaling.type") or "none"
+    factor = own.number("rope.scaling.factor", 0.0, low=-1) or own.number("rope.scale_linear", 1.0, low=-1)
+    factors = header.tensors.get(_ROPE_FACTORS)
     if kind not in ("none", "linear"):
         raise InputError(
-            f"{path}: RoPE scaling {kind!r} is not supported; supported are linear and Llama 3.1's factors"
+            f"{path}: RoPE scaling {told(kind)} is not supported; supported are linear and Llama 3.1's factors"
         )
-    linear = factor is not None and factor not in (0, 1)
+    linear = factor not in (0, 1)
     if factors is None:
-        return {"rope_type": "linear", "factor": _short(factor)} if factor and linear else None
+        return {"rope_type": "linear", "factor": _short(factor)} if linear else None
     if linear:
         raise InputError(f"{path}: both linear RoPE scaling and {_ROPE_FACTORS}, which is not supported")
-    return _llama3_scaling(path, np.asarray(factors.data, np.float32), head_dim, theta)
+    if factors.kind != _Q.F32 or len(factors.shape) != 1:
+        raise InputError(f"{path}: tensor {_ROPE_FACTORS} is not a list of float32 numbers")
+    return _llama3_scaling(path, _decode(_raw(path, factors), _Q.F32)[0], head_dim, theta)
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any]:
@@ -231,7 +209,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
     frequencies = rotary_frequencies(head_dim, theta, None).astype(np.float64)
     turns = original * frequencies / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - blend) / factor + blend)
+    expected = 1 / ((1 - blend) / factor + blend) if factor > 0 else np.full_like(blend, np.nan)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5, atol=0):
         raise InputError(f"{path}: the RoPE factors in {_ROPE_FACTORS} are not those of Llama 3.1's scaling")
     return {
@@ -245,8 +223,8 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
 
 def open_file(path: Path) -> tuple[LlamaConfig, GGUFTensors]:
     """Configuration and checked weights of a GGUF file. Raises `InputError` as `huggingface.open_folder` does."""
-    reader = open_gguf(path)
-    config = read_config(path, reader, metadata(reader))
-    tensors = GGUFTensors(path, reader, config.head_dim)
+    header = open_gguf(path)
+    config = read_config(header)
+    tensors = GGUFTensors(header, config.head_dim)
     layout.check_keys(layout.parameter_slots(config), tensors)
     return config, tensors

@@ -1,5 +1,6 @@
 """The tokenizer inside a GGUF file: byte-level BPE or SentencePiece BPE, rebuilt as a `transformers` fast tokenizer."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
-from dpo_jax.weights.gguf import metadata, open_gguf
+from dpo_jax.headers import Fields, told
+from dpo_jax.weights.gguf_header import open_gguf
 from dpo_jax.weights.merges import merges_by_score
 
 # Entries of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_MAX_TOKEN = 4096
+"""Longest token, in characters."""
 
 # How text is cut before merging, by `tokenizer.ggml.pre`.
 _LLAMA3 = (
@@ -27,26 +32,22 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     Raises `InputError` where there is none, or of a kind whose ids would not be certain to be right.
     """
-    meta = metadata(open_gguf(path))
-    tokens = meta.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise InputError(f"{path}: has no tokenizer (tokenizer.ggml.tokens); use a model folder with one")
-    if len(set(tokens)) != len(tokens):
-        raise InputError(f"{path}: a token is listed twice in tokenizer.ggml.tokens")
+    meta = _checked(path)
+    tokens = meta["tokenizer.ggml.tokens"]
     kind = meta.get("tokenizer.ggml.model")
     if kind == "gpt2":
         backend, add_bos = _byte_level(path, meta)
     elif kind == "llama":
         backend, add_bos = _sentencepiece(path, meta), True
     else:
-        raise InputError(f"{path}: tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama")
+        raise InputError(
+            f"{path}: tokenizer {told(kind)} is not supported; supported are gpt2 (byte-level BPE) and llama"
+        )
     backend.add_special_tokens(_added(meta, _CONTROL, special=True))
     backend.add_tokens(_added(meta, _USER_DEFINED, special=False))
 
     def token(name: str) -> str | None:
         index = meta.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and not 0 <= index < len(tokens):
-            raise InputError(f"{path}: tokenizer.ggml.{name}_token_id {index} is not a token")
         return None if index is None else tokens[index]
 
     bos, eos = token("bos"), token("eos")
@@ -58,11 +59,40 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        model_max_length=int(meta.get("llama.context_length") or 10**30),
+        model_max_length=meta.get("llama.context_length") or 10**30,
         **{name: value for name, value in special.items() if value is not None},
     )
     tokenizer.chat_template = meta.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """The metadata, in which every entry that is read here is of its type, and every id is a token's."""
+    meta = open_gguf(path).metadata
+    fields = Fields(meta, f"{path}: metadata")
+    tokens = fields.items("tokenizer.ggml.tokens", str, "texts")
+    if not tokens:
+        raise InputError(f"{path}: has no tokenizer (tokenizer.ggml.tokens); use a model folder with one")
+    if len(set(tokens)) != len(tokens):
+        raise InputError(f"{path}: a token is listed twice in tokenizer.ggml.tokens")
+    if long := next((token for token in tokens if len(token) > _MAX_TOKEN), None):
+        raise InputError(f"{path}: tokenizer.ggml.tokens holds {told(long)}, which is too long for a token")
+    fields.items("tokenizer.ggml.merges", str, "texts")
+    fields.items("tokenizer.ggml.token_type", int, "whole numbers")
+    scores = fields.items("tokenizer.ggml.scores", (int, float), "numbers")
+    if any(math.isnan(score) for score in scores):
+        raise InputError(f"{path}: tokenizer.ggml.scores holds something that is no number")
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = fields.maybe_whole(f"tokenizer.ggml.{name}_token_id", low=0)
+        if index is not None and index >= len(tokens):
+            raise InputError(f"{path}: tokenizer.ggml.{name}_token_id {index} is not a token")
+    for name in ("model", "pre"):
+        fields.text(f"tokenizer.ggml.{name}")
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        fields.flag(f"tokenizer.ggml.{name}", False)
+    fields.text("tokenizer.chat_template")
+    fields.maybe_whole("llama.context_length", low=0)
+    return meta
 
 
 def _added(meta: Mapping[str, Any], kind: int, *, special: bool) -> list[AddedToken]:
@@ -106,10 +136,14 @@ def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     else:
         known = ", ".join(("gpt-2", "smollm", *_LLAMA3_NAMES))
         raise InputError(
-            f"{path}: pre-tokenizer {cut!r} is not supported (supported: {known}); use the model's Hugging Face folder"
+            f"{path}: pre-tokenizer {told(cut)} is not supported (supported: {known}); "
+            "use the model's Hugging Face folder"
         )
+    vocabulary = _vocabulary(meta)
+    if stray := next((pair for pair in pairs if not {*pair, "".join(pair)} <= vocabulary.keys()), None):
+        raise InputError(f"{path}: tokenizer.ggml.merges joins {told(' '.join(stray))}, which are no tokens")
     # Llama 3's vocabulary was made so that a whole piece that is a token stays one, whatever the merges say.
-    model = models.BPE(_vocabulary(meta), pairs, ignore_merges=cut in _LLAMA3_NAMES)
+    model = models.BPE(vocabulary, pairs, ignore_merges=cut in _LLAMA3_NAMES)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()

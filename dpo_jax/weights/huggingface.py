@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig, from_hf, to_hf
 from dpo_jax.weights import layout, shards
 from dpo_jax.weights.folder import new_folder
@@ -29,7 +30,7 @@ _NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path",
 
 def read_config(folder: Path) -> LlamaConfig:
     """The architecture that a folder's config.json describes."""
-    return from_hf(shards.read_json(folder / "config.json"), str(folder / "config.json"))
+    return from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
@@ -77,7 +78,7 @@ def write_configs(folder: Path, config: LlamaConfig, dtype: Any, source: Path | 
     extras: dict[str, Any] = {}
     if source is not None and (source / "config.json").is_file():
         known = raw.keys() | _NOT_CARRIED
-        extras = {k: v for k, v in shards.read_json(source / "config.json").items() if k not in known}
+        extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known}
     _dump(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
@@ -97,7 +98,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> 
     """Write a `transformers` tokenizer, and the SentencePiece model of `source`, which other tools read."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    saved = {k: v for k, v in shards.read_json(path).items() if k not in ("is_local", "local_files_only", "auto_map")}
+    saved = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only", "auto_map")}
     if saved.get("tokenizer_class") == "TokenizersBackend":
         # transformers 5's new name for a class that version 4 knows by the old one; both read the old one.
         saved["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.weights.folder import new_folder
-from dpo_jax.weights.shards import read_json
 
 _VALUE = "value"
 """PPO's value model, or its head on the policy: learnt beside the model, and no part of it."""

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.config import LINEAR_LAYERS, ClassHead, LoraConfig
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights import heads as head_files
@@ -26,7 +27,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return shards.read_json(folder / CONFIG)
+    return read_json(folder / CONFIG)
 
 
 def base_of(folder: Path) -> str:

@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.weights.gguf_tokenizer import surround
 from dpo_jax.weights.merges import merges_by_score
 from dpo_jax.weights.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces, read_pieces
-from dpo_jax.weights.shards import read_json
 from dpo_jax.weights.source import Source
 from dpo_jax.weights.tokenizer import tokenizer_of
 

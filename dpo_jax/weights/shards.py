@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json, told
 from dpo_jax.weights.layout import Slices
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,26 +27,6 @@ _SHORT = 64 << 10
 """A shorter run than this is not worth a request to a disk of its own."""
 # Buffers that old checkpoints carry although they follow from config.json.
 _BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` for anything else, a key given twice included."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise InputError(f"{path}: key {next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)!r} twice")
-        return result
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is expected, and this is a {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -180,10 +161,11 @@ def open_folder(folder: Path) -> SafetensorsReader:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or empty")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]{,230}\.safetensors", name):
+            raise InputError(f"{index}: {told(name)} is not the name of a safetensors file in this folder")
     files = dict.fromkeys(weight_map.values())
     for name in files:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
-            raise InputError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
         if not (folder / name).is_file():
             raise InputError(f"{index}: names {name}, which is not there; fetch it")
     return SafetensorsReader(folder, files, weight_map)

@@ -1,7 +1,8 @@
 """What `--model M` names: a folder, a file, a hub id, or `smollm2`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _HUB_IGNORED = ["*/*", "consolidated*", "tekken.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A GGUF file of a hub repository: by its name, or by how it is quantised.
+_HUB_GGUF = re.compile(rf"({_HUB_ID.pattern})(?:/([\w][\w./-]*\.gguf)|:(\w[\w-]*))")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -31,7 +34,8 @@ def resolve(source: str | Path) -> Source:
 
     A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
     (its `model`, or the newest of its checkpoints while it is unfinished), one of a run's checkpoints, `owner/name` on
-    the Hugging Face hub, or `smollm2`. Raises `InputError` for anything else.
+    the Hugging Face hub, a GGUF file there (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that
+    file alone is fetched), or `smollm2`. Raises `InputError` for anything else.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -42,6 +46,8 @@ def resolve(source: str | Path) -> Source:
         raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
     if str(source) == "smollm2":
         return Source("gguf", smollm2.fetch())
+    if named := _HUB_GGUF.fullmatch(str(source)):
+        return Source("gguf", _download_gguf(*named.groups()))
     if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
         return _folder(_download(str(source)))
     raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
@@ -85,16 +91,50 @@ def config_file(source: str | Path) -> Path | None:
     return _download(str(source), ["config.json"]) / "config.json"
 
 
-def _download(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    from huggingface_hub import snapshot_download
+@contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """What goes wrong between us and the hub, as an `InputError` about `name`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ignore[reportPrivateImportUsage]
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionFailed, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); check the name and the "
             "network, log in for a gated model, or use smollm2"
         ) from error
+
+
+def _download(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub(name):
+        folder = Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
+    if patterns is _HUB_PATTERNS and not any(folder.glob("*.safetensors")) and (there := _ggufs(name)):
+        raise InputError(f"{name}: holds GGUF files; name one, e.g. {name}/{there[0]} (there are {', '.join(there)})")
+    return folder
+
+
+def _ggufs(name: str) -> list[str]:
+    """The GGUF files of a hub repository."""
+    from huggingface_hub import HfApi
+
+    with _hub(name):
+        return sorted(file for file in HfApi().list_repo_files(name) if file.endswith(".gguf"))
+
+
+def _download_gguf(name: str, file: str | None, kind: str | None) -> Path:
+    """The one GGUF file of a hub repository that is called `file`, or is quantised as `kind` says."""
+    from huggingface_hub import hf_hub_download
+
+    there = _ggufs(name)
+    apart = re.compile(rf"(?<![^-._/]){re.escape(kind or '')}(?![^-._])", re.IGNORECASE)
+    found = [f for f in there if (f == file if kind is None else apart.search(f.removesuffix(".gguf")))]
+    if len(found) != 1:
+        which = "several such GGUF files" if found else f"no GGUF file {file or kind}"
+        listed = ", ".join(found or there) or "none at all"
+        raise InputError(f"{name}: holds {which} ({listed}); name one as {name}/FILE.gguf")
+    with _hub(name):
+        return Path(hf_hub_download(name, found[0]))
