@@ -26,10 +26,14 @@ def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def var(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Unbiased variance (n - 1 in the denominator) over the masked-in positions, a scalar."""
+    """Unbiased variance (n - 1 in the denominator) over the masked-in positions, a scalar.
+
+    0 for a single position, of which it is undefined, so that whitening it is defined; NaN if there are none.
+    """
     # Masked before the square: the gradient of a square at NaN is NaN, even under a cotangent of 0.
     deviation = select(x - mean(x, mask), mask)
-    return jnp.sum(jnp.square(deviation)) / (jnp.sum(mask.astype(jnp.float32)) - 1)
+    n = jnp.sum(mask.astype(jnp.float32))
+    return jnp.where(n > 0, jnp.sum(jnp.square(deviation)) / jnp.maximum(n - 1, 1), jnp.nan)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:

@@ -1,6 +1,7 @@
 """A problem whose optimum is known: eight answers of one token each, a reward for each, and a reference policy.
 
-The policy that maximises E[r] − β KL(π ‖ π_ref) is π*(a) ∝ π_ref(a) exp(r(a) / β) (Rafailov et al. 2023, Eq. 4).
+The policy that maximises E[r] − β KL(π ‖ π_ref) is π*(a) ∝ π_ref(a) exp(r(a) / β) (Rafailov et al. 2023, Eq. 4), and
+the one that maximises E[r] − β KL(π_ref ‖ π) is π*(a) = β π_ref(a) / (λ − r(a)), with λ such that it sums to 1.
 """
 
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from pairs import quick_jit
 
 from dpo_jax.align import dpo, ppo
+from dpo_jax.align.advantages import kl_term
 from dpo_jax.config import DPOConfig, OptimizerConfig, PPOConfig
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -36,13 +38,13 @@ def start():
     return {"params": {"logits": {"kernel": jnp.asarray(REFERENCE[None])}}}
 
 
-def distance(state) -> float:
+def distance(state, optimum=OPTIMUM) -> float:
     """Total variation between the policy and the optimum."""
     policy = jax.nn.softmax(state.variables["params"]["logits"]["kernel"][0])
-    return float(0.5 * jnp.sum(jnp.abs(policy - OPTIMUM)))
+    return float(0.5 * jnp.sum(jnp.abs(policy - optimum)))
 
 
-def sample(state, key, rows: int) -> Rollout:
+def sample(state, key, rows: int, *, reward=REWARD, beta: float = BETA) -> Rollout:
     """One-token answers drawn from the policy, with their rewards."""
     logits = state.variables["params"]["logits"]["kernel"][0]
     arms = jax.random.categorical(key, logits, shape=(rows,))
@@ -55,8 +57,8 @@ def sample(state, key, rows: int) -> Rollout:
         logps=jax.nn.log_softmax(logits)[arms][:, None],
         reference_logps=jax.nn.log_softmax(REFERENCE)[arms][:, None],
         values=None,
-        scores=jnp.asarray(REWARD)[arms],
-        kl_coefficient=jnp.full(rows, BETA),
+        scores=jnp.asarray(reward)[arms],
+        kl_coefficient=jnp.full(rows, beta),
         weights=jnp.ones(rows),
         rows=jnp.arange(rows),
     )
@@ -86,6 +88,118 @@ def test_policy_gradients_reach_the_optimum(advantage: str) -> None:
     assert float(metrics["objective/kl"][0]) == pytest.approx(0, abs=1e-6)
     divergence = float(np.sum(OPTIMUM * (np.log(OPTIMUM) - jax.nn.log_softmax(REFERENCE))))
     assert float(metrics["objective/kl"][-20:].mean()) == pytest.approx(divergence, rel=0.1)
+
+
+def optimum_of_the_reverse(reward, beta: float) -> np.ndarray:
+    """β π_ref / (λ − r), by bisection of λ."""
+    reference = np.asarray(jax.nn.softmax(REFERENCE), np.float64)
+    low, high = reward.max() + 1e-9, reward.max() + 100.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (beta * reference / (middle - reward)).sum() > 1 else (low, middle)
+    return beta * reference / (low - reward)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_corrected"])
+def test_a_divergence_in_the_loss_reaches_the_optimum_of_its_own_objective(estimator: str) -> None:
+    beta, steps, rows = 0.3, 200, 2048
+    reward = np.random.default_rng(3).uniform(-1, 1, ARMS).astype(np.float32)
+    forward = np.asarray(jax.nn.softmax(REFERENCE + reward / beta))
+    reverse = optimum_of_the_reverse(reward.astype(np.float64), beta)
+    assert 0.5 * np.abs(forward - reverse).sum() > 0.1, "the two objectives are told apart"
+    optimizer = OptimizerConfig(
+        learning_rate=0.05, schedule="linear", total_steps=steps, b1=0.0, b2=0.99, clip_norm=None
+    )
+    config = PPOConfig(
+        optimizer=optimizer,
+        advantage="rloo",
+        kl_coefficient=beta,
+        kl_placement="loss",
+        kl_estimator=estimator,
+        epochs=1,
+    )
+    state = ppo.init_state(MODEL, start(), config)
+
+    def iteration(state, key):
+        return ppo.train_step(state, sample(state, key, rows, reward=reward, beta=beta), config=config)[0], None
+
+    keys = jax.random.split(jax.random.key(1), steps)
+    state, _ = quick_jit(lambda state: jax.lax.scan(iteration, state, keys))(state)
+    assert distance(state, reverse if estimator == "k3" else forward) < 0.02
+
+
+# ---------------------------------------------------------------- two tokens, every answer counted
+
+FIRST, SECOND = (jnp.asarray(_RNG.standard_normal(shape), jnp.float32) for shape in ((3,), (3, 3)))
+REFERENCE_FIRST, REFERENCE_SECOND = (jnp.asarray(_RNG.standard_normal(shape), jnp.float32) for shape in ((3,), (3, 3)))
+
+
+def two_tokens(first, second) -> jax.Array:
+    """[9, 2]: log-probabilities of the two tokens of each answer."""
+    firsts, seconds = jax.nn.log_softmax(first), jax.nn.log_softmax(second, axis=-1)
+    return jnp.stack([jnp.repeat(firsts, 3), seconds.reshape(-1)], axis=1)
+
+
+def expected_gradient(estimator: str) -> tuple[jax.Array, jax.Array]:
+    """Of the loss's term, over all nine answers by their probability, with respect to both tokens' logits."""
+    old, reference = two_tokens(FIRST, SECOND), two_tokens(REFERENCE_FIRST, REFERENCE_SECOND)
+
+    def term(first, second):
+        return jnp.sum(
+            jnp.exp(old.sum(axis=1))[:, None] * kl_term(two_tokens(first, second), old, reference, estimator)
+        )
+
+    return quick_jit(jax.grad(term, argnums=(0, 1)))(FIRST, SECOND)
+
+
+def visited(divergence) -> tuple[jax.Array, jax.Array]:
+    """Gradient of each token's own divergence, at the prefixes as often as they are visited now."""
+
+    def term(first, second):
+        later = [divergence(second[a], REFERENCE_SECOND[a]) for a in range(3)]
+        return divergence(first, REFERENCE_FIRST) + jnp.dot(jax.nn.softmax(FIRST), jnp.stack(later))
+
+    return quick_jit(jax.grad(term, argnums=(0, 1)))(FIRST, SECOND)
+
+
+def divergence_of(logits, reference) -> jax.Array:
+    """KL(softmax(logits) ‖ softmax(reference))."""
+    logits, reference = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
+    return jnp.sum(jnp.exp(logits) * (logits - reference))
+
+
+def of_the_answer(first, second) -> jax.Array:
+    """KL of the whole answer of two tokens."""
+    logps, reference = two_tokens(first, second).sum(axis=1), two_tokens(REFERENCE_FIRST, REFERENCE_SECOND).sum(axis=1)
+    return jnp.sum(jnp.exp(logps) * (logps - reference))
+
+
+def test_what_each_term_of_the_loss_is_the_gradient_of() -> None:
+    for estimator, wanted in (
+        ("k1", (jnp.zeros(3), jnp.zeros((3, 3)))),
+        ("k2", visited(divergence_of)),
+        ("k3", visited(lambda x, reference: divergence_of(reference, x))),
+        ("k3_corrected", visited(divergence_of)),
+    ):
+        for found, exact in zip(expected_gradient(estimator), wanted, strict=True):
+            np.testing.assert_allclose(found, exact, atol=1e-6, err_msg=estimator)
+    # The first token's own divergence is not what it causes: the gradient of the answer's divergence differs.
+    true = quick_jit(jax.grad(of_the_answer))(FIRST, SECOND)
+    assert float(jnp.max(jnp.abs(true - expected_gradient("k2")[0]))) > 0.01
+
+
+def test_in_the_reward_only_k1_is_the_gradient_of_the_answers_divergence() -> None:
+    """Σ_y π(y) Σ_t k_t(y) ∇ log π(y), which is what a policy gradient with k taken off the reward goes down."""
+    old, reference = two_tokens(FIRST, SECOND), two_tokens(REFERENCE_FIRST, REFERENCE_SECOND)
+    true = quick_jit(jax.grad(of_the_answer))(FIRST, SECOND)
+
+    def descent(estimator: str) -> jax.Array:
+        price = jnp.exp(old.sum(axis=1)) * ppo.kl_estimate(old, reference, estimator).sum(axis=1)
+        return jax.grad(lambda first: jnp.dot(price, two_tokens(first, SECOND).sum(axis=1)))(FIRST)
+
+    np.testing.assert_allclose(descent("k1"), true, atol=1e-6)
+    for estimator in ("k2", "k3"):
+        assert float(jnp.max(jnp.abs(descent(estimator) - true))) > 0.05
 
 
 def test_dpo_reaches_the_same_optimum_from_pairs() -> None:

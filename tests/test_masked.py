@@ -38,6 +38,16 @@ def test_whitening_a_constant_is_finite():
     chex.assert_tree_all_finite(masked.whiten(jnp.full(4, 3.0), jnp.ones(4)))
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_one_position_has_a_finite_variance_and_can_be_whitened(jit):
+    one = jnp.asarray([0, 0, 1, 0])
+    var, whiten = (jax.jit(f) if jit else f for f in (masked.var, masked.whiten))
+    assert float(var(X, one)) == 0
+    assert float(whiten(X, one)[2]) == 0
+    chex.assert_tree_all_finite(jax.grad(lambda x: jnp.sum(masked.select(masked.whiten(x, one), one)))(X))
+    assert np.isnan(float(var(X, jnp.zeros(4)))), "of nothing there is no variance"
+
+
 def test_total_along_an_axis():
     x = jnp.arange(6.0).reshape(2, 3)
     np.testing.assert_array_equal(masked.total(x, jnp.asarray([[1, 0, 1], [0, 0, 1]]), axis=1), [2, 5])

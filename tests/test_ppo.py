@@ -1,5 +1,7 @@
 """PPO's quantities against the check values, a plain Python loop, and the sentences that define them."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.align import ppo
-from dpo_jax.align.advantages import group_relative, leave_one_out, next_kl_coefficient
-from dpo_jax.config import PPOLossConfig
+from dpo_jax.align.advantages import group_relative, kl_term, leave_one_out, next_kl_coefficient
+from dpo_jax.config import PPOLossConfig, PPORun, RejectionRun, SampleConfig
 from dpo_jax.errors import InputError
 
 R = jnp.array([[-0.01, 0.02, -0.03, 0.99]])
@@ -58,6 +60,26 @@ def test_kl_estimators() -> None:
     np.testing.assert_allclose(ppo.kl_estimate(logps, reference, "k3"), [0.1487212707, 0.0, 0.0288007831], rtol=1e-5)
 
 
+@pytest.mark.parametrize("delta", [-1e4, -95.0, -90.0, -41.0, 41.0, 90.0, 1e4])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_corrected"])
+def test_kl_terms_and_their_gradients_are_finite_far_from_the_reference(estimator: str, delta: float) -> None:
+    for old in (0.0, -95.0, 95.0):
+        value, slope = jax.value_and_grad(lambda x, o=old: kl_term(x, x - o, jnp.float32(0), estimator))(delta)
+        assert np.isfinite([value, slope]).all()
+        moved = jax.grad(lambda x, o=old: kl_term(x, jnp.float32(o), jnp.float32(0), estimator))(delta)
+        assert np.isfinite(moved)
+    if estimator == "k3" and delta < 0:
+        assert float(slope) < -1e9, "the pull back is not lost"
+
+
+def test_k3_keeps_its_digits_where_its_two_forms_meet() -> None:
+    delta = np.concatenate([np.linspace(-30, 3, 67), [-1.001, -1.0, -0.999, -1e-3, 1e-3, 0]])
+    exact = np.expm1(-delta) + delta
+    found = jax.vmap(jax.value_and_grad(lambda x: ppo.kl_estimate(x, jnp.float32(0), "k3")))(jnp.float32(delta))
+    np.testing.assert_allclose(found[0], exact, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(found[1], -np.expm1(-delta), rtol=2e-5, atol=1e-6)
+
+
 def test_estimators_have_the_divergence_as_their_mean() -> None:
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.5, 0.3])
     logps, reference = jnp.log(jnp.asarray(p)), jnp.log(jnp.asarray(q))
@@ -90,6 +112,20 @@ def test_policy_loss() -> None:
     np.testing.assert_allclose(slope, [[-2 / 3, 0, 0, 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("far", [87.0, 89.0, 95.0, 1e4])
+def test_what_is_clipped_has_no_gradient_however_far_it_is(far: float) -> None:
+    mask, old = jnp.ones((1, 3), bool), jnp.zeros((1, 3))
+    new = jnp.array([[far, -far, far]])
+    advantages = jnp.array([[1.0, -1.0, 0.0]])
+    value, slope = jax.value_and_grad(ppo.policy_loss)(new, old, advantages, mask, 0.2)
+    assert float(value) == pytest.approx((-1.2 + 0.8) / 3, rel=1e-6)
+    np.testing.assert_array_equal(slope, 0)
+    worse, pull = jax.value_and_grad(ppo.policy_loss)(new, old, -jnp.abs(advantages), mask, 0.2)
+    assert np.isfinite(worse)
+    assert np.isfinite(pull).all()
+    assert float(pull[0, 0]) > 0
+
+
 def test_value_loss() -> None:
     mask = jnp.array([[1, 1, 0]])
     values, old, returns = jnp.array([[1.0, 0.1, 9.0]]), jnp.array([[0.0, 0.0, 0.0]]), jnp.array([[1.0, 0.5, jnp.nan]])
@@ -120,6 +156,43 @@ def test_options_without_effect_are_refused() -> None:
         ({"kl_horizon": 10}, "kl_horizon has no effect"),
         ({"kl_target": 6.0, "kl_coefficient": 0.0}, "must be positive"),
         ({"clip": 1.5}, r"must lie in \(0, 1\)"),
+        ({"advantage": "grpo", "kl_estimator": "k1"}, "k1 as a term of the loss has gradient 0"),
+        ({"kl_placement": "loss", "kl_estimator": "k1", "kl_target": 6.0}, "k1 as a term of the loss has gradient 0"),
+        ({"kl_estimator": "k2"}, "k2 taken off the rewards gives the gradient of no divergence"),
+        ({"advantage": "rloo", "kl_estimator": "k3"}, "k3 taken off the rewards"),
+        ({"advantage": "grpo", "kl_placement": "reward", "kl_estimator": "k3_corrected"}, "k3_corrected taken off"),
     ]:
         with pytest.raises(InputError, match=message):
             PPOLossConfig(**options)
+
+
+def test_what_is_not_given_follows_from_the_advantage() -> None:
+    grpo, rloo, gae = (PPOLossConfig(advantage=name) for name in ("grpo", "rloo", "gae"))
+    assert (grpo.kl_choice, grpo.kl_in_loss, grpo.passes, grpo.updates) == ("k3", True, 1, 1)
+    assert (rloo.kl_choice, rloo.kl_in_loss, rloo.passes) == ("k1", False, 4)
+    assert (gae.kl_choice, gae.kl_in_loss, gae.passes) == ("k1", False, 4)
+    assert PPOLossConfig(advantage="grpo", kl_placement="reward").kl_choice == "k1"
+    assert PPOLossConfig(advantage="grpo", epochs=3, minibatches=2).updates == 6
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"no_repeat_ngram": 3},
+        {"logit_bias": ((4, 1.0),)},
+        {"min_new_tokens": 2},
+    ],
+)
+def test_sampling_that_the_update_does_not_know_of_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"--sample\.{next(iter(option))} does not go with PPO"):
+        PPORun(model="m", source="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
+    RejectionRun(model="m", source="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
+
+
+def test_narrow_weights_and_caches_of_the_sampler_are_not_refused() -> None:
+    sample = SampleConfig(max_new_tokens=8, weights="int8", cache="bfloat16")
+    PPORun(model="m", source="d", out="o", reward="vader", sample=sample)

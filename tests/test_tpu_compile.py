@@ -94,7 +94,7 @@ PPO = PPORun(
     data=DATA,
     reward="a model",
     ppo=PPOLossConfig(epochs=1, minibatches=2),
-    sample=SampleConfig(max_new_tokens=128, top_p=0.9),
+    sample=SampleConfig(max_new_tokens=128),
 )
 PROGRAMS = {
     "sft": (SFTRun(**GIVEN, data=SFTDataConfig(max_length=256, packing=True)), "train step"),

@@ -11,11 +11,24 @@ Kullback-Leibler estimators of one sample (Schulman 2020, "Approximating KL dive
     k2 = δ² / 2     biased, low variance
     k3 = e^−δ − 1 + δ   unbiased and never negative
 
+Their size is one thing, what training with them optimises is another. In the reward, k1 gives the gradient of the whole
+response's KL(π ‖ π_ref); k2 and k3 give the gradient of no divergence, and no pull back to π_ref near it. In the loss,
+differentiated at fixed samples, k1 gives 0 in expectation, and
+
+    k2             the gradient of KL(π ‖ π_ref)
+    k3             the gradient of KL(π_ref ‖ π)
+    k3_corrected   ρ k3, with ρ differentiated too: of KL(π ‖ π_ref) again   DeepSeek-V3.2 (arXiv 2512.02556), 3.1
+
+each of every token's own KL at the prefixes that were visited, not of what a token makes likely later.
+
 Advantages:
 
     GAE    A_t = Σ_l (γ λ)^l (r_{t+l} + γ V_{t+l+1} − V_{t+l})      Schulman et al. 2016 (arXiv 1506.02438), Eq. 16
     RLOO   A = R_i − mean of R_j over the other samples j ≠ i of the prompt   Ahmadian et al. 2024 (arXiv 2402.14740)
     GRPO   A = (s_i − mean s) / std s over the samples of the prompt      Shao et al. 2024 (arXiv 2402.03300), 4.1.2
+
+GRPO's mean holds the sample itself, which scales the gradient of the reward by (K − 1) / K of K samples, and that of a
+KL term in the loss not at all; leaving it out (RLOO) does not.
 """
 
 from typing import Any, Literal
@@ -30,17 +43,49 @@ from dpo_jax.errors import InputError
 from dpo_jax.types import Rollout
 
 KLEstimator = Literal["k1", "k2", "k3"]
+KLTerm = Literal["k1", "k2", "k3", "k3_corrected"]
+_LARGEST = 30.0
+"""A log-ratio up to which e^x is taken as it is: there products of two, and sums of squares, are finite."""
 _EPSILON = 1e-4  # added to the deviation of GRPO's groups, as TRL's GRPOTrainer does: equal scores give advantages of 0
 
 
+def ratio_of(log_ratio: jax.Array) -> jax.Array:
+    """e^x of log-ratios x, continued by its tangent beyond x = 30, where float32 would soon overflow (at 88.7).
+
+    So what is clipped has a gradient of 0, and not the NaN of 0 · ∞, and a token that is too far off still has a
+    finite pull back.
+    """
+    near = jnp.minimum(log_ratio, _LARGEST)
+    return jnp.exp(near) * (1 + (log_ratio - near))
+
+
 def kl_estimate(logps: jax.Array, reference_logps: jax.Array, estimator: KLEstimator = "k1") -> jax.Array:
-    """The estimate of KL(π ‖ π_ref) of each token, in nats; arrays of one shape. k1 of -0.5 is k3 of 0.1487212707."""
+    """The estimate of KL(π ‖ π_ref) of each token, in nats; arrays of one shape. k1 of -0.5 is k3 of 0.1487212707.
+
+    k3 is finite, with a finite gradient, at any finite log-probabilities: see `ratio_of`.
+    """
     delta = logps - reference_logps
     if estimator == "k1":
         return delta
     if estimator == "k2":
         return jnp.square(delta) / 2
-    return jnp.expm1(-delta) + delta
+    # expm1 keeps the digits of a small δ, and overflows at a large one.
+    near = delta > -1
+    return jnp.where(near, jnp.expm1(-jnp.where(near, delta, 0.0)), ratio_of(-delta) - 1) + delta
+
+
+def kl_term(logps: jax.Array, old_logps: jax.Array, reference_logps: jax.Array, estimator: KLTerm = "k3") -> jax.Array:
+    """What each token adds to the loss for its KL divergence (see the top of this file), in nats; arrays of one shape.
+
+    Args:
+      logps: log-probabilities of the policy that learns; the gradient flows into them.
+      old_logps: of the policy that sampled.
+      reference_logps: of the reference policy.
+      estimator: k3_corrected is ρ k3 with ρ = π / π_old.
+    """
+    if estimator == "k3_corrected":
+        return ratio_of(logps - old_logps) * kl_estimate(logps, reference_logps, "k3")
+    return kl_estimate(logps, reference_logps, estimator)
 
 
 def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coefficient: jax.Array | float) -> jax.Array:
@@ -183,7 +228,8 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
     mask, scores = response_mask(rollout), _shaped_scores(rollout, config)
     logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
     beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
-    rewards = token_rewards(scores, kl_estimate(logps, reference, config.kl_estimator), mask, kl_coefficient=beta)
+    kl = kl_estimate(logps, reference)
+    rewards = token_rewards(scores, kl, mask, kl_coefficient=beta)
     returns = None
     if config.advantage == "gae":
         if rollout.values is None:
@@ -200,4 +246,4 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
         advantages = masked.select(jnp.broadcast_to(advantages, mask.shape), mask)
     if config.whitens:
         advantages = masked.select(masked.whiten(advantages, mask), mask)
-    return Targets(mask, advantages, returns, scores, rewards, kl_estimate(logps, reference))
+    return Targets(mask, advantages, returns, scores, rewards, kl)

@@ -33,7 +33,16 @@ from dpo_jax import masked
 from dpo_jax import mesh as meshes
 from dpo_jax import state as states
 from dpo_jax.align import microbatches
-from dpo_jax.align.advantages import Targets, gae, kl_estimate, learning_targets, response_mask, token_rewards
+from dpo_jax.align.advantages import (
+    Targets,
+    gae,
+    kl_estimate,
+    kl_term,
+    learning_targets,
+    ratio_of,
+    response_mask,
+    token_rewards,
+)
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
@@ -65,7 +74,7 @@ VALUE = "value"
 
 
 def _policy_terms(logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, clip: float) -> jax.Array:
-    ratio = jnp.exp(logps - old_logps)
+    ratio = ratio_of(logps - old_logps)
     return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
 
 
@@ -223,12 +232,12 @@ def _losses(
     new = _predict(state, trainable, rollout, config)
     logps, old = masked.select(new.logps, mask), masked.select(rollout.logps, mask)
     policy = _policy_terms(logps, old, targets.advantages, config.clip)
-    ratio = jnp.exp(logps - old)
+    ratio = ratio_of(logps - old)
     limited = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
     terms = policy - config.entropy_coefficient * new.entropy
     if config.kl_in_loss:
         reference = masked.select(rollout.reference_logps, mask)
-        terms += rollout.kl_coefficient[:, None] * kl_estimate(logps, reference, config.kl_estimator)
+        terms += rollout.kl_coefficient[:, None] * kl_term(logps, old, reference, config.kl_choice)
     value = value_clipped = jnp.zeros_like(policy)
     if targets.returns is not None:
         assert new.values is not None
@@ -251,7 +260,7 @@ def _losses(
 
 
 def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
-    """All updates of one rollout: `config.epochs` passes over it in `config.minibatches` mini-batches each.
+    """All updates of one rollout: `config.passes` passes over it in `config.minibatches` mini-batches each.
 
     Pure: the order of rows is a function of `config.seed` and `state.step`. With a rollout that is not finite the state
     comes back as it was. Where a loss or gradient is not finite, neither that update nor a later one is made, and
@@ -287,7 +296,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         )
     targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.epochs)]
+    orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.passes)]
     lr = states.learning_rate_schedule(config.optimizer)(state.step)
 
     def update(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
-from dpo_jax.align.advantages import Targets
+from dpo_jax.align.advantages import Targets, ratio_of
 from dpo_jax.types import Rollout
 
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -50,7 +50,7 @@ def _quantiles(x: jax.Array, mask: jax.Array) -> jax.Array:
 def figures(
     tokens: TokenParts, mask: jax.Array, loss: jax.Array, grad_norm: jax.Array, learned: jax.Array
 ) -> UpdateFigures:
-    ratio = jnp.exp(tokens.log_ratio)
+    ratio = ratio_of(tokens.log_ratio)
     half_square = 0.5 * jnp.square(tokens.log_ratio)
     return UpdateFigures(
         loss=loss,

@@ -7,6 +7,9 @@ from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig
 from dpo_jax.config.training import TrainingRun
 
+_NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens")
+"""Options of sampling under which the tokens drawn have other probabilities than the model gives them."""
+
 
 @dataclass(frozen=True)
 class PPOLossConfig:
@@ -16,16 +19,19 @@ class PPOLossConfig:
     """gae: PPO with a value model. rloo, grpo: without one, from several responses to each prompt."""
     clip: float = 0.2
     """Clip range of the ratio between new and old policy."""
-    epochs: int = 4
-    """Passes over each rollout (Llama 2: 1)."""
+    epochs: int | None = None
+    """Passes over each rollout (Llama 2: 1). Not given: 1 for grpo, else 4."""
     minibatches: int = 1
     """Optimizer updates a pass: the rollout is split into this many mini-batches."""
     kl_coefficient: float = 0.05
     """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Which one-sample estimate of the KL divergence is priced."""
     kl_placement: Literal["reward", "loss"] | None = None
     """reward: taken off the rewards. loss: a term of the loss. Not given: loss for grpo, else reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = None
+    """Which estimate of the KL divergence is priced. In the reward k1 alone, which optimises KL(policy, reference) of
+    the whole response. In the loss: k3 (GRPO's), which optimises KL(reference, policy) of each token; k2, or
+    k3_corrected (k3 times the importance ratio, as DeepSeek-V3.2), which optimise KL(policy, reference) of each token.
+    Not given: k1 in the reward, k3 in the loss."""
     kl_target: float | None = None
     """Adapt the coefficient so that the KL of a response stays near this many nats (Ziegler et al. 2019)."""
     kl_horizon: int | None = None
@@ -63,9 +69,19 @@ class PPOLossConfig:
         gae_only = ("gamma", "lam", "value", "value_clip", "value_coefficient", "whiten_rewards")
         only_with(self, "advantage", dict.fromkeys(gae_only, ("gae",)), "ppo")
         require(0 < self.clip < 1, f"--ppo.clip {self.clip} must lie in (0, 1)")
-        require(self.epochs >= 1, "--ppo.epochs must be at least 1")
+        require(self.epochs is None or self.epochs >= 1, "--ppo.epochs must be at least 1")
         require(self.minibatches >= 1, "--ppo.minibatches must be at least 1")
         require(self.kl_coefficient >= 0, "--ppo.kl_coefficient must not be negative")
+        require(
+            not self.kl_in_loss or self.kl_estimator != "k1",
+            "--ppo.kl_estimator k1 as a term of the loss has gradient 0 in expectation, so that no --ppo.kl_coefficient"
+            " or --ppo.kl_target can hold the policy; take k3, k2 or k3_corrected, or --ppo.kl_placement reward",
+        )
+        require(
+            self.kl_in_loss or self.kl_estimator in (None, "k1"),
+            f"--ppo.kl_estimator {self.kl_estimator} taken off the rewards gives the gradient of no divergence and no"
+            " pull back to the reference; take k1 there, or --ppo.kl_placement loss",
+        )
         require(self.kl_target is None or self.kl_target > 0, "--ppo.kl_target must be positive")
         require(
             self.kl_target is None or self.kl_coefficient > 0,
@@ -105,6 +121,16 @@ class PPOLossConfig:
         return (self.kl_placement or ("loss" if self.advantage == "grpo" else "reward")) == "loss"
 
     @property
+    def kl_choice(self) -> Literal["k1", "k2", "k3", "k3_corrected"]:
+        """Which estimate of the KL divergence is priced."""
+        return self.kl_estimator or ("k3" if self.kl_in_loss else "k1")
+
+    @property
+    def passes(self) -> int:
+        """Passes over each rollout."""
+        return self.epochs or (1 if self.advantage == "grpo" else 4)
+
+    @property
     def whitens(self) -> bool:
         """Whether advantages are whitened."""
         return self.advantage == "gae" if self.whiten_advantages is None else self.whiten_advantages
@@ -112,7 +138,7 @@ class PPOLossConfig:
     @property
     def updates(self) -> int:
         """Optimizer updates a step."""
-        return self.epochs * self.minibatches
+        return self.passes * self.minibatches
 
 
 @dataclass(frozen=True)
@@ -166,6 +192,13 @@ class PPORun(TrainingRun):
         require(
             self.sample.beams is None and not self.sample.stop_strings,
             "--sample.beams and --sample.stop_strings have no effect: PPO learns from plain samples",
+        )
+        free = SampleConfig()
+        narrowing = [name for name in _NARROWING if getattr(self.sample, name) != getattr(free, name)]
+        require(
+            not narrowing,
+            f"--sample.{narrowing[0] if narrowing else ''} does not go with PPO: it changes what is drawn, and the"
+            " update compares log-probabilities of the model as it is; leave it out (rejection takes it)",
         )
         room = self.data.max_length - self.sample.max_new_tokens
         require(

@@ -174,6 +174,6 @@ def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], f
         measured = model.forward(work) + model.forward(work, adapted=False)
         measured += model.forward(trunk) if separate or shared else 0.0
         update = model.training(work) + (model.training(trunk) if separate else 0.0)
-        return measured + config.epochs * update
+        return measured + config.passes * update
 
     return flops

@@ -113,7 +113,7 @@ def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, flo
         trunk = dataclasses.replace(work, predicted=0.0)
         needed = flops.training(work) + (flops.training(trunk) if _separate(run.ppo) else 0.0)
         twice = programs.again(flops, run.train.remat, work) * (2 if _separate(run.ppo) else 1)
-        return run.ppo.epochs * needed, run.ppo.epochs * (needed + twice)
+        return run.ppo.passes * needed, run.ppo.passes * (needed + twice)
 
     return count
 
