@@ -22,6 +22,6 @@ config = DPORun(
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1, nll_coefficient=1.0, nll_normalization="sequence"),
     optimizer=OptimizerConfig(learning_rate=7e-7),
-    data=DataConfig(max_length=2048, max_prompt_length=1024),
+    data=DataConfig(max_length=2048),
     train=TrainConfig(batch_size=16, epochs=1, dtype="bfloat16"),
 )

@@ -35,6 +35,6 @@ config = RewardRun(
         weight_decay=0.1,
         clip_norm=1.0,
     ),
-    data=DataConfig(max_length=4096, max_prompt_length=2048),
+    data=DataConfig(max_length=4096),
     train=TrainConfig(batch_size=512, epochs=1, dtype="bfloat16"),
 )

@@ -22,6 +22,6 @@ config = DPORun(
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_ratio=0.1),
-    data=DataConfig(template="llama3", max_length=2048, max_prompt_length=1024),
+    data=DataConfig(template="llama3", max_length=2048),
     train=TrainConfig(batch_size=128, epochs=1, dtype="bfloat16"),
 )

@@ -21,6 +21,6 @@ config = DPORun(
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(loss="dpop", beta=0.3, dpop_lambda=50.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup_ratio=0.1),
-    data=DataConfig(max_length=1024, max_prompt_length=512),
+    data=DataConfig(max_length=1024),
     train=TrainConfig(batch_size=32, epochs=1, dtype="bfloat16"),
 )

@@ -26,7 +26,7 @@ config = RewardRun(
     reward=RewardLossConfig(ties="drop", centering=0.01, max_replies=4),
     lora=LoraConfig(rank=16),
     optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=10, floor=0.1),
-    data=DataConfig(max_length=256, max_prompt_length=128),
+    data=DataConfig(max_length=256),
     train=TrainConfig(batch_size=8, steps=100),
     checkpoint=CheckpointConfig(every=50),
 )

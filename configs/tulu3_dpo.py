@@ -20,6 +20,6 @@ config = DPORun(
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(loss="sigmoid_norm", beta=5.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1),
-    data=DataConfig(max_length=2048, max_prompt_length=1024),
+    data=DataConfig(max_length=2048),
     train=TrainConfig(batch_size=128, epochs=1, dtype="bfloat16"),
 )

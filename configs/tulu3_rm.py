@@ -13,6 +13,6 @@ config = RewardRun(
     source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     optimizer=OptimizerConfig(learning_rate=3e-6, schedule="linear"),
-    data=DataConfig(max_length=2048, max_prompt_length=1024),
+    data=DataConfig(max_length=2048),
     train=TrainConfig(batch_size=256, epochs=1, dtype="bfloat16"),
 )

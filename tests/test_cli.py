@@ -30,7 +30,7 @@ def test_sections_and_renamed_options() -> None:
     run = cli.parse("dpo", [*words, "--lora.targets", "q_proj", "v_proj", "--optimizer.clip_norm", "None"])
     assert type(run) is DPORun
     assert (run.model, run.source, run.out, run.eval_source) == ("m", "d.jsonl", "o", "e.jsonl")
-    assert (run.data.max_length, run.data.max_prompt_length) == (64, 32)
+    assert (run.data.max_length, run.data.max_prompt_length) == (64, None)
     assert (run.dpo.loss, run.lora.rank, run.lora.targets) == ("ipo", 8, ("q_proj", "v_proj"))
     assert run.optimizer.clip_norm is None
 

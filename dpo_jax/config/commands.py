@@ -174,7 +174,7 @@ class InspectRun:
         if self.kind == "preferences":
             require(self.train_on is None, "--train_on has no effect without --kind dialogues")
         else:
-            unlimited = self.data.max_prompt_length == self.data.max_length // 2
+            unlimited = self.data.max_prompt_length is None
             require(unlimited, "--data.max_prompt_length has no effect with --kind dialogues")
 
 

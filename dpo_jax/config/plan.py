@@ -39,7 +39,8 @@ class PlanRun:
     """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_1b (3.2), llama3_8b,
     llama3_70b, mistral_7b, smollm2_135m), in place of --model, of which only config.json is read."""
     prompt_tokens: int | None = None
-    """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length (or what a command leaves of it)."""
+    """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length, or without it half of
+    --data.max_length (of PPO: what --sample.max_new_tokens leaves of it)."""
     response_tokens: int | None = None
     """Tokens of each response in the largest batch; of a window of text all its tokens. Not given: what the prompt
     leaves of --data.max_length."""

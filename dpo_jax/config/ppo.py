@@ -231,7 +231,8 @@ class PPORun(TrainingRun):
     @property
     def longest_prompt(self) -> int:
         """Tokens of a prompt before it is cut."""
-        return min(self.data.max_prompt_length, self.data.max_length - self.sample.max_new_tokens)
+        room = self.data.max_length - self.sample.max_new_tokens
+        return min(self.data.prompt_room(self.sample.max_new_tokens), room)
 
 
 def is_url(judge: str | None) -> bool:

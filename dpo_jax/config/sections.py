@@ -99,8 +99,9 @@ class DataConfig:
     """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
-    max_prompt_length: int = 0
-    """Longest prompt in tokens; the start of a longer prompt is cut. 0: half of max_length."""
+    max_prompt_length: int | None = None
+    """Longest prompt in tokens; the start of a longer one is cut. Not given: a row that fits max_length stays whole;
+    else the prompt keeps half of max_length, or what the row's longest response leaves where that is more."""
     buckets: int = 4
     """Number of batch shapes: rows of like length share a batch, and each shape is compiled once."""
     shuffle: bool = True
@@ -114,16 +115,23 @@ class DataConfig:
         require(
             self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
         )
-        require(self.max_prompt_length >= 0, "--data.max_prompt_length must be positive, or 0 (half of max_length)")
-        if self.max_prompt_length == 0:
-            object.__setattr__(self, "max_prompt_length", self.max_length // 2)
+        longest = self.max_prompt_length
+        require(longest is None or longest >= 1, "--data.max_prompt_length must be positive")
         require(
-            self.max_length > self.max_prompt_length,
-            f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {self.max_prompt_length},"
-            " or no response fits",
+            longest is None or self.max_length > longest,
+            f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {longest}, or no response fits",
         )
         require(self.buckets >= 1, "--data.buckets must be at least 1")
         require(self.limit is None or self.limit >= 1, "--data.limit must be at least 1")
+
+    def prompt_room(self, response: int) -> int:
+        """Tokens that a prompt keeps in front of a response of `response` tokens (the longest, of several).
+
+        Without an explicit limit that is all of it where both fit into `max_length`.
+        """
+        if self.max_prompt_length is not None:
+            return self.max_prompt_length
+        return max(self.max_length // 2, self.max_length - response)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SFTDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         # An answer may follow a prompt of any length: there is no limit of its own, and none of a recipe's to keep.
-        object.__setattr__(self, "max_prompt_length", 0)
+        object.__setattr__(self, "max_prompt_length", None)
         super().__post_init__()
         one_size = type(self).buckets
         require(not self.packing or self.buckets == one_size, "--data.buckets has no effect with --data.packing")

@@ -23,8 +23,9 @@ from dpo_jax.data.comparisons import (
     parse_comparison,
     parse_responses,
 )
+from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
-from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, truncate
+from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
 from dpo_jax.data.preferences import COLUMNS
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
@@ -150,26 +151,22 @@ def _load(
     rows = CheckedRows(source, config.limit)
     groups: list[Encoded] = []
     numbers: list[int] = []
+    cuts: list[RowCut] = []
     told: list[Any] = []
     for chunk in rows.chunks(lambda row: parse(row, encoder)):
         encoded = encoder.encode([rendered for _, (rendered, _) in chunk], compared=compared)
-        for (number, (_, learnt)), group in zip(chunk, encoded, strict=True):
+        for (number, (rendered, learnt)), whole in zip(chunk, encoded, strict=True):
             try:
-                if isinstance(group, BadRow):
-                    raise group
-                group = truncate(
-                    group,
-                    max_length=config.max_length,
-                    max_prompt_length=config.max_prompt_length,
-                    bos=encoder.bos,
-                    compared=compared,
-                )
+                if isinstance(whole, BadRow):
+                    raise whole
+                group = truncate(whole, config, bos=encoder.bos, compared=compared)
             except BadRow as problem:
                 rows.tally.add(number, problem)
                 continue
             check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
             groups.append(group)
             numbers.append(number)
+            cuts.append(cut_of(whole, group, system=rendered.system))
             told.append(learnt)
     problems = rows.close(len(groups), on_bad_rows)
     k = max(len(group.responses) for group in groups)
@@ -186,6 +183,7 @@ def _load(
         unused_columns=tuple(sorted(c for c in rows.columns - known if not is_numbered(c))),
         terminators=encoder.terminators,
         source=source,
+        cuts=tuple(cuts),
         problems=problems,
     )
     return data, told
@@ -202,6 +200,7 @@ def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
         prompts=Ragged.of([data.prompts[i] for i in rows], np.int32),
         responses=Ragged.of([data.responses[i * k + j] for i in rows for j in range(k)], np.int32),
         row_numbers=data.row_numbers[rows],
+        cuts=tuple(data.cuts[i] for i in rows) if data.cuts else (),
         extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
         margins=None if data.margins is None else data.margins[rows],
         ranks=None if data.ranks is None else data.ranks[rows],
@@ -262,6 +261,7 @@ def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDatase
         rows_read=first.rows_read + drawn.rows_read,
         unused_columns=tuple(sorted({*first.unused_columns, *drawn.unused_columns})),
         source=f"{first.source} + {drawn.source}",
+        cuts=first.cuts + drawn.cuts,
         margins=joined(first.margins, drawn.margins),
         ranks=joined(first.ranks, drawn.ranks),
         labels=labels or None,

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
-from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, truncate
+from dpo_jax.data.cuts import RowCut
+from dpo_jax.data.cuts import summary as cuts_summary
+from dpo_jax.data.encode import ConversationEncoder, Rendered, cut_of, truncate
 from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, Extra, parse_pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
@@ -58,6 +60,7 @@ class PreferenceDataset:
       unused_columns: columns of the file that nothing reads.
       terminators: ids that end a response.
       source: what was read.
+      cuts: what the length limits cut off each of the N rows; empty where nobody measured it.
       reference_logps: float32 [N, K], or None.
       margins, ranks, labels: see `PreferenceBatch`, for N rows; None where nobody asked.
     """
@@ -72,6 +75,7 @@ class PreferenceDataset:
     unused_columns: tuple[str, ...]
     terminators: tuple[int, ...]
     source: str
+    cuts: tuple[RowCut, ...] = ()
     reference_logps: np.ndarray | None = None
     margins: np.ndarray | None = None
     ranks: np.ndarray | None = None
@@ -120,7 +124,7 @@ class PreferenceDataset:
         return replace(self, reference_logps=logps)
 
     def summary(self) -> str:
-        """A few lines for the log: rows used, lengths, responses cut before their end, columns not read.
+        """A few lines for the log: rows used, lengths, what was cut, columns not read.
 
         (What was left out was logged when it was.)
         """
@@ -133,6 +137,8 @@ class PreferenceDataset:
             f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()}), "
             f"{ended:.1%} of them whole with their terminator"
         ]
+        if cut := cuts_summary(self.cuts):
+            lines.append(cut)
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
@@ -174,6 +180,7 @@ def load_preferences(
     responses: list[np.ndarray] = []
     formats: list[np.ndarray] = []
     numbers: list[int] = []
+    cuts: list[RowCut] = []
     extras: list[dict[str, Extra]] = []
 
     def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
@@ -182,9 +189,11 @@ def load_preferences(
 
     for chunk in rows.chunks(parse):
         encoded = encoder.encode([rendered for _, (rendered, _) in chunk])
-        for (number, (_, extra)), pair in zip(chunk, encoded, strict=True):
+        for (number, (rendered, extra)), whole in zip(chunk, encoded, strict=True):
             try:
-                pair = _fitted(pair, config, encoder.bos)
+                if isinstance(whole, BadRow):
+                    raise whole
+                pair = truncate(whole, config, bos=encoder.bos)
             except BadRow as problem:
                 rows.tally.add(number, problem)
                 continue
@@ -193,6 +202,7 @@ def load_preferences(
             responses.extend(pair.responses)
             formats.extend(pair.formats)
             numbers.append(number)
+            cuts.append(cut_of(whole, pair, system=rendered.system))
             extras.append(extra)
 
     problems = rows.close(len(prompts), on_bad_rows)
@@ -207,15 +217,10 @@ def load_preferences(
         unused_columns=tuple(sorted(rows.columns - COLUMNS)),
         terminators=encoder.terminators,
         source=source,
+        cuts=tuple(cuts),
         problems=problems,
     )
     return _with_mismatched(dataset, config.max_length) if with_mismatched else dataset
-
-
-def _fitted(pair: Encoded | BadRow, config: DataConfig, bos: int | None) -> Encoded:
-    if isinstance(pair, BadRow):
-        raise pair
-    return truncate(pair, max_length=config.max_length, max_prompt_length=config.max_prompt_length, bos=bos)
 
 
 def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
+from dpo_jax.config import DataConfig
 from dpo_jax.data.chat_tokenizer import ChatTokenizer, end_of, first_token
+from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import Pair
 from dpo_jax.data.problems import BadRow
@@ -35,11 +37,13 @@ class Rendered:
         absent one.
       boundary: character at which the answers begin, the same in all.
       ends: character at which the answer's own text ends and the template's turn end begins, for each.
+      system: the prompt begins with a system message.
     """
 
     wholes: tuple[str | None, ...]
     boundary: int
     ends: tuple[int, ...]
+    system: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class ConversationEncoder(ChatTokenizer):
             boundaries.append(start)
             ends.append(end)
             wholes.append(whole[:end] + self._closing)
-        return Rendered(tuple(wholes), min(boundaries), tuple(ends))
+        return Rendered(tuple(wholes), min(boundaries), tuple(ends), messages[0].role == "system")
 
     def _render_raw(self, raw: Sequence[str | None] | None) -> Rendered:
         if raw is None or raw[0] is None:
@@ -161,18 +165,24 @@ def _repeats(answers: Sequence[list[int]]) -> bool:
     return len({tuple(ids) for ids in answers}) < len(answers)
 
 
-def truncate(
-    encoded: Encoded, *, max_length: int, max_prompt_length: int, bos: int | None, compared: bool = True
-) -> Encoded:
+def truncate(encoded: Encoded, config: DataConfig, *, bos: int | None, compared: bool = True) -> Encoded:
     """Keep the end of an over-long prompt (behind its BOS), then the start of each response.
 
-    The prompt gets at most `max_prompt_length` tokens, prompt and response at most `max_length`. A cut response has no
-    terminator. Raises `BadRow` where two of the responses differ in nothing that is left, if they are `compared`.
+    Prompt and response get at most `config.max_length` tokens; what of it the prompt gets, `config.prompt_room` says of
+    the longest response. A cut response has no terminator. Raises `BadRow` where two of the responses differ in nothing
+    that is left, if they are `compared`.
     """
-    prompt = end_of(encoded.prompt, max_prompt_length, bos)
-    room = max_length - len(prompt)
+    prompt = end_of(encoded.prompt, config.prompt_room(max(map(len, encoded.responses))), bos)
+    room = config.max_length - len(prompt)
     responses = tuple(r[:room] for r in encoded.responses)
     if compared and _repeats([r.tolist() for r in responses if len(r)]):
         same = _SAME if len(responses) == 2 else _TWO_SAME
         raise BadRow(same, f"the first {room} of them; raise --data.max_length", "lost")
     return Encoded(prompt, responses, tuple(f[:room] for f in encoded.formats))
+
+
+def cut_of(whole: Encoded, kept: Encoded, *, system: bool) -> RowCut:
+    """What `truncate` cut off a row; `system`: its prompt began with a system message."""
+    shorter = sum(len(a) > len(b) for a, b in zip(whole.responses, kept.responses, strict=True))
+    prompt = len(whole.prompt) - len(kept.prompt)
+    return RowCut(prompt, shorter, system and prompt > 0)

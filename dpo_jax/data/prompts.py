@@ -11,6 +11,8 @@ import numpy as np
 from dpo_jax.config import DataConfig
 from dpo_jax.data.chat_tokenizer import end_of
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.cuts import RowCut
+from dpo_jax.data.cuts import summary as cuts_summary
 from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.messages import Message
@@ -44,7 +46,7 @@ class PromptDataset:
       dropped: how many rows were left out, by reason.
       rows_read: how many rows the file held (or `limit`).
       source: what was read.
-      cut: how many prompts lost their beginning to the length limit.
+      cuts: what each of the N prompts lost to the length limit.
     """
 
     ids: Ragged
@@ -54,7 +56,7 @@ class PromptDataset:
     dropped: Counter[str]
     rows_read: int
     source: str
-    cut: int = 0
+    cuts: tuple[RowCut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,9 +73,10 @@ class PromptDataset:
     def summary(self) -> str:
         """One line for the log: rows used, lengths. (What was left out was logged when it was.)"""
         lengths = self.ids.lengths
+        cut = cuts_summary(self.cuts)
         return (
             f"{self.source}: {len(self)} of {self.rows_read} prompts, {lengths.mean():.0f} tokens each"
-            f" (longest {lengths.max()}); {self.cut} cut at their beginning"
+            f" (longest {lengths.max()})" + (f"\n{cut}" if cut else "")
         )
 
 
@@ -105,7 +108,7 @@ def load_prompts(
     prompts: list[Prompt] = []
     safety: list[bool] = []
     numbers: list[int] = []
-    cut = 0
+    cuts: list[RowCut] = []
 
     def parse(row: dict[str, Any]) -> tuple[Prompt, bool, list[int]]:
         messages, text = parse_prompt(row)
@@ -123,7 +126,8 @@ def load_prompts(
         for number, (prompt, tag, encoded) in chunk:
             check_ids(max(encoded), vocab_size, number)
             ids.append(end_of(np.asarray(encoded, np.int32), longest, encoder.bos))
-            cut += len(encoded) > longest
+            lost = max(len(encoded) - longest, 0)
+            cuts.append(RowCut(lost, system=lost > 0 and prompt.messages[0].role == "system"))
             prompts.append(prompt)
             safety.append(tag)
             numbers.append(number)
@@ -136,7 +140,7 @@ def load_prompts(
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
         source=source,
-        cut=cut,
+        cuts=tuple(cuts),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, DPOLossConfig, DPORun
+from dpo_jax.data import cuts
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
@@ -196,7 +197,7 @@ def data_section(title: str, data: PreferenceDataset) -> report.Section:
     lengths |= {
         name: column[column > 0] for name, column in (("chosen", responses[:, 0]), ("rejected", responses[:, 1]))
     }
-    counts = [("rows read", data.rows_read), ("rows used", len(data))]
+    counts = [("rows read", data.rows_read), ("rows used", len(data)), *cuts.counts(data.cuts)]
     counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
     return report.Section(
         title,

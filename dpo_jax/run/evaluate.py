@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import EvalRun
+from dpo_jax.data import cuts
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.files import read_rows_or_problems
@@ -81,6 +82,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         "data": run.source,
         "pairs": len(dataset),
         "dropped": dict(dataset.dropped),
+        "cut": dict(cuts.counts(dataset.cuts)),
         **judgement.figures(policy, lengths, reference, beta=beta),
         **kl,
         "tables": judgement.tables(policy, lengths, reference, dataset.extras, beta=beta),
@@ -104,14 +106,19 @@ def _answer(
     """The model's answers to the prompts of the first `run.samples` usable rows."""
     encoder = ConversationEncoder(tokenizer, run.data.template)
     wanted = set(dataset.row_numbers[: run.samples].tolist())
-    prompts = []
+    prompts: list[list[int]] = []
+    longest = run.data.prompt_room(run.sample.max_new_tokens)
+    cut = 0
     for number, row in read_rows_or_problems(run.source):
         if number in wanted and not isinstance(row, BadRow):
             pair = parse_pair(row, needs_pairs=True)
             prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages
-            prompts.append(encoder.prompt_ids(prompt, max_length=run.data.max_prompt_length))
+            prompts.append(encoder.prompt_ids(prompt, max_length=longest))
+            cut += len(encoder.prompt_ids(prompt)) > longest
         if len(prompts) == len(wanted):
             break
+    if cut:
+        say(f"{run.source}: {cut} prompts to answer cut at their beginning, to {longest} tokens")
     config = terminators(model, encoder, run.sample)
     written = responses(
         model,

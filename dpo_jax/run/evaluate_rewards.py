@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.config import EvalRun, RewardLossConfig
+from dpo_jax.data import cuts
 from dpo_jax.data.comparison_sets import load_comparisons
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import eval_batches
@@ -42,6 +43,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         "data": run.source,
         "pairs": len(data),
         "dropped": dict(data.dropped),
+        "cut": dict(cuts.counts(data.cuts)),
         **reward_judgement.figures(scores, lengths, ranks),
     }
     if run.judge is not None:

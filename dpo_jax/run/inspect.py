@@ -28,7 +28,7 @@ def inspect(run: InspectRun) -> None:
     """Print `run.rows` usable rows from row number `run.first` on. Raises `InputError`."""
     console = Console(highlight=False)
     for heading, found in _pairs(run) if run.kind == "preferences" else _dialogues(run):
-        console.print(Text(heading, style="bold"))
+        console.print(Text(heading, style="bold"), soft_wrap=True)
         console.print(_coloured(found), soft_wrap=True)
         console.print()
     for part, meaning in MEANINGS.items():
@@ -43,7 +43,7 @@ def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
             found = pieces(dataset, tokenizer, i, side)
             prompt, response = dataset.prompt_lengths[i], dataset.response_lengths[i, side]
             heading = f"row {dataset.row_numbers[i]}, {name}: {prompt} prompt tokens, {response} response tokens"
-            yield heading + _cut(found), found
+            yield heading + dataset.cuts[i].told() + _cut(found), found
 
 
 def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:

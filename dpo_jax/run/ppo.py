@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.align import ppo
 from dpo_jax.config import PPOConfig, PPOLossConfig, PPORun
+from dpo_jax.data import cuts
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptDataset, PromptLoader, load_prompts
 from dpo_jax.data.templates import RAW
@@ -211,7 +212,7 @@ def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prompts_section(data: PromptDataset) -> report.Section:
-    counts = [("rows read", data.rows_read), ("rows used", len(data)), ("cut at their beginning", data.cut)]
+    counts = [("rows read", data.rows_read), ("rows used", len(data)), *cuts.counts(data.cuts)]
     counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
     plot = report.lengths_plot("Lengths", {"prompt": data.ids.lengths})
     return report.Section("Prompts", note=data.source, plots=(plot,), table=report.Table(("what", "rows"), counts))

@@ -48,6 +48,7 @@ def select(data: PromptDataset, indices: Sequence[int]) -> PromptDataset:
         prompts=tuple(data.prompts[i] for i in indices),
         safety=data.safety[list(indices)],
         row_numbers=data.row_numbers[list(indices)],
+        cuts=tuple(data.cuts[i] for i in indices) if data.cuts else (),
     )
 
 

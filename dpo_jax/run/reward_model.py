@@ -186,9 +186,7 @@ class TextReward:
         for i, group in enumerate(self._encoder.encode(rendered, compared=False)):
             if isinstance(group, BadRow):
                 raise InputError(f"text {i}: {group}") from group
-            config = self._config
-            lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-            encoded.append(truncate(group, bos=self._encoder.bos, compared=False, **lengths))
+            encoded.append(truncate(group, self._config, bos=self._encoder.bos, compared=False))
         return self._rewards.score_tokens([e.prompt for e in encoded], [e.responses[0] for e in encoded])
 
     def _render(self, prompt: Sequence[Message] | str, response: str) -> Any:
