@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, replicated, sharding
 from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.source import resolve
 
 
 def apply(variables, x):
@@ -171,12 +173,78 @@ def lose_the_list(step: Path) -> None:
     (step / "files.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, remove, flip, spoil_meta, lose_the_list])
-def test_a_damaged_checkpoint_falls_back(tmp_path: Path, damage) -> None:
-    history = fill(tmp_path, 3)
+def alter(step: Path, name: str, change) -> None:
+    """Change the bytes of the files that match `name`; their sizes stay."""
+    paths = [path for path in sorted(step.glob(name)) if path.is_file()]
+    assert paths
+    for path in paths:
+        content = path.read_bytes()
+        changed = bytes(change(bytearray(content)))
+        assert len(changed) == len(content)
+        assert changed != content
+        path.write_bytes(changed)
+
+
+def zero(content: bytearray) -> bytearray:
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(len(content[middle : middle + 64]))
+    return content
+
+
+def shuffle(content: bytearray) -> bytearray:
+    return content[1::2] + content[::2]
+
+
+def bit(content: bytearray) -> bytearray:
+    content[len(content) // 3] ^= 4
+    return content
+
+
+def other_step(content: bytearray) -> bytearray:
+    return content.replace(b'"step": 3', b'"step": 2')
+
+
+def a_list(content: bytearray) -> bytearray:
+    return bytearray(b"[]".ljust(len(content)))
+
+
+SAME_SIZE = {
+    "arrays_zeroed": ("state/**/d/*", zero),
+    "arrays_shuffled": ("state/**/d/*", shuffle),
+    "arrays_bit": ("state/**/d/*", bit),
+    "manifest": ("state/manifest.ocdbt", zero),
+    "tree": ("state/_METADATA", bit),
+    "meta_zeroed": ("meta/metadata", zero),
+    "meta_bit": ("meta/metadata", bit),
+    "meta_step": ("meta/metadata", other_step),
+    "meta_list": ("meta/metadata", a_list),
+    "metrics": ("metrics/metrics", zero),
+    "sums": ("files.json", bit),
+    "all": ("*/**/*", shuffle),
+}
+
+
+def same_size(name: str):
+    return pytest.param(lambda step: alter(step, *SAME_SIZE[name]), id=name)
+
+
+DAMAGES = [truncate, remove, flip, spoil_meta, lose_the_list, *map(same_size, SAME_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[np.ndarray]]]:
+    """A folder with checkpoints of steps 1 to 3, to be copied, and the arrays at each step."""
+    folder = tmp_path_factory.mktemp("three")
+    return folder, fill(folder, 3, best="eval_loss")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back(tmp_path: Path, three, damage) -> None:
+    shutil.copytree(three[0], tmp_path, dirs_exist_ok=True)
+    history = three[1]
     damage(tmp_path / "3")
     said: list[str] = []
-    checkpoints = Checkpoints(tmp_path, keep=10, say=said.append)
+    checkpoints = Checkpoints(tmp_path, keep=10, best="eval_loss", say=said.append)
     restored = checkpoints.restore(make_state())
     assert restored is not None
     assert restored.step == 2
@@ -190,6 +258,69 @@ def test_a_damaged_checkpoint_falls_back(tmp_path: Path, damage) -> None:
     assert again.steps() == [1, 2, 3]
     assert len(said) == 1
     again.close()
+
+
+def test_two_damaged_in_a_row(tmp_path: Path, three) -> None:
+    shutil.copytree(three[0], tmp_path, dirs_exist_ok=True)
+    history = three[1]
+    alter(tmp_path / "3", "state/**/d/*", shuffle)
+    alter(tmp_path / "2", "state/**/d/*", zero)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=10, say=said.append)
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert_same(arrays(restored.state), history[1])
+    assert [line.split(" (")[0] for line in said] == ["checkpoint 3 is damaged", "checkpoint 2 is damaged"]
+    checkpoints.close()
+
+
+def without_sums(step: Path) -> None:
+    """As it was written before there were checksums: sizes only."""
+    sizes = {name: size for name, (size, _) in json.loads((step / "files.json").read_text()).items()}
+    (step / "files.json").write_text(json.dumps(sizes))
+
+
+def no_identity(content: bytearray) -> bytearray:
+    return content.replace(b'"identity"', b'"identita"')
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("state/**/d/*", shuffle), ("state/_METADATA", a_list), ("meta/metadata", a_list), ("meta/metadata", no_identity)],
+)
+def test_checkpoints_without_checksums(tmp_path: Path, three, name: str, change) -> None:
+    """They restore, and where they do not read, the one before does."""
+    shutil.copytree(three[0], tmp_path, dirs_exist_ok=True)
+    history = three[1]
+    without_sums(tmp_path / "2")
+    without_sums(tmp_path / "3")
+    alter(tmp_path / "3", name, change)
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=10, say=said.append)
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert_same(arrays(restored.state), history[2])
+    assert [line.split(" (")[0] for line in said] == ["checkpoint 3 is damaged"]
+    checkpoints.close()
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    digits = "\N{ARABIC-INDIC DIGIT SEVEN}"
+    others = [".DS_Store", digits, f"1{digits}", "\N{SUPERSCRIPT TWO}", "007", "-3", "5.5", "notes"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "9").write_text("a file")
+    checkpoints = Checkpoints(tmp_path, keep=2, say=pytest.fail)
+    restored = checkpoints.restore(make_state())
+    assert restored is not None
+    assert restored.step == 2
+    checkpoints.save(update(restored.state), data={})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "9", "2", "3"}
+    assert resolve(tmp_path / "3").kind == "checkpoint"
 
 
 def test_all_damaged(tmp_path: Path) -> None:
@@ -311,3 +442,54 @@ def test_from_eight_devices_to_two_to_sixteen(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     sixteen = np.load(tmp_path / "sixteen.npz")
     assert_same([sixteen[name] for name in sixteen.files], arrays(after))
+
+
+_TOGETHER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[4]))
+from test_checkpoint import alter, bit, make_state, shuffle, update
+from dpo_jax.mesh import make_mesh
+from dpo_jax.weights.checkpoint import Checkpoints
+from jax.experimental import multihost_utils
+folder, state = Path(sys.argv[1]), make_state(make_mesh(fsdp=4))
+checkpoints = Checkpoints(folder, keep=9)
+for step in range(1, 5):
+    state = update(state)
+    checkpoints.save(state, data={"position": step})
+checkpoints.close()
+if jax.process_index() == 0:
+    alter(folder / "4", "state/**/d/*", shuffle)
+    alter(folder / "3", "meta/metadata", bit)
+multihost_utils.sync_global_devices("damaged")
+said = []
+checkpoints = Checkpoints(folder, keep=9, say=said.append)
+restored = checkpoints.restore(make_state(make_mesh(fsdp=4), seed=1))
+assert (restored.step, checkpoints.steps()) == (2, [1, 2]), checkpoints.steps()
+checkpoints.save(update(restored.state), data={"position": 3})
+checkpoints.close()
+print(len(said), sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.mark.multiprocess
+def test_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-c", _TOGETHER, str(tmp_path), str(port), str(Path(__file__).parent)]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    assert [output.splitlines()[-1][:1] for output, _ in outputs] == ["2", "0"]
+    assert outputs[0][0].splitlines()[-1].endswith("['1', '2', '3', 'damaged-3', 'damaged-4']")

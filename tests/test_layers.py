@@ -49,7 +49,7 @@ OWNERS = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
-    "etils": {"data"},
+    "etils": {"data", "weights"},
     "google": {"data"},
     "py3langid": {"data"},
     "rich": {"run"},

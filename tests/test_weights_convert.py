@@ -161,6 +161,11 @@ def test_damaged_orbax_folders_are_refused(source: Path, tmp_path: Path) -> None
 
     (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     refused("has shape .* and config.json asks for")
+    arrays = max((tmp_path / "orbax" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = bytearray(arrays.read_bytes())
+    arrays.write_bytes(bytes(whole[:-64] + whole[:-65:-1]))  # which decodes, or does not
+    refused("its checksum differs")
+    arrays.write_bytes(whole)
     (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     refused("parameter lm_head/kernel is missing")
     (tmp_path / "orbax" / "config.json").write_text(json.dumps(config))
@@ -212,6 +217,11 @@ def test_a_run_that_is_not_finished_is_a_source(source: Path, tmp_path: Path, lo
     dpo_jax.save_pretrained(tmp_path / "direct", model, state.variables, None)
     assert weights(tmp_path / "hf") == weights(tmp_path / "direct")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    arrays = max((run / "checkpoints" / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:-64] + whole[:-65:-1])
+    with pytest.raises(InputError, match="12.*damaged"):
+        dpo_jax.load_pretrained(run)
     (run / "config.json").write_text("{}")
     with pytest.raises(InputError, match="does not say which model the run began with"):
         dpo_jax.load_pretrained(run)

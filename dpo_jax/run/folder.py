@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax.errors import InputError
+from dpo_jax.weights.folder import steps_in
 
 # Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
 FREE = (
@@ -156,8 +157,7 @@ class RunFolder:
 
 def has_checkpoints(path: Path) -> bool:
     """True where at least one checkpoint was completed in this run folder."""
-    folder = path / "checkpoints"
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    return bool(steps_in(path / "checkpoints"))
 
 
 def is_finished(path: Path) -> bool:

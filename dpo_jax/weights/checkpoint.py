@@ -5,29 +5,31 @@ What is in one: the step, the trained weights and the optimizer state; the posit
 What is not: frozen weights. Under LoRA they are the base model and with a live reference the reference model, both of
 which are loaded again from where they came; their hash is part of the identity.
 
-Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state), `meta/` (JSON), and `files.json`, the size of every
-file, written before the checkpoint gets its final name.
+Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state), `meta/` (JSON), and `files.json`, size and checksum
+of every file (`weights/digests.py`), written before the checkpoint gets its final name.
 """
 
-import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dpo_jax.errors import InputError
 from dpo_jax.state import TrainState
+from dpo_jax.weights.digests import damage, write_digests
 from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.folder import steps_in
 
-FILES = "files.json"
 Identity = Mapping[str, str | int | float | bool | None]
 
 # A smaller value of these is better; of every other metric, a larger one.
@@ -90,7 +92,8 @@ class Checkpoints:
             preservation_policy=policy,
             best_fn=None if self._best is None else self._metric,
             cleanup_tmp_directories=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sizes),
+            step_name_format=_StepNames(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         try:
             return ocp.CheckpointManager(self.folder, options=options)
@@ -166,8 +169,11 @@ class Checkpoints:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved(state))
         freed = False
         for step in reversed(self.steps()):
+            if reason := damage(self.folder / str(step)):
+                self._pass_over(step, reason)
+                continue
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                meta = self._meta(step)
                 self._check_identity(step, meta, _describe(target))
                 if not freed:  # two copies of a large state would not fit
                     jax.tree.map(lambda x: x.delete(), saved(state))
@@ -176,12 +182,10 @@ class Checkpoints:
                 tree = self._manager.restore(step, args=arguments)["state"]
                 if fingerprint(tree) != meta["hash"]:
                     raise _Damaged("its arrays are not those that were saved")
-            except InputError:
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # too little memory is no damage
                 raise
-            except (OSError, ValueError, KeyError, _Damaged) as error:  # what orbax and tensorstore make of bad files
-                self._set_aside(step, str(error))
-                _agreed(True)
-                self._manager.reload()
+            except Exception as error:  # bad files of a checkpoint without checksums: anything, from these libraries
+                self._pass_over(step, f"{type(error).__name__}: {error}")
                 continue
             return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
         if _agreed(bool(self._damaged)):
@@ -190,6 +194,16 @@ class Checkpoints:
                 " beginning, or choose another --out"
             )
         return None
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What `save` wrote as `meta`, its parts of the kinds that they must be."""
+        meta: Any = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        kinds = {"step": int, "identity": dict, "data": dict, "arrays": dict, "hash": str}
+        if not isinstance(meta, dict) or any(not isinstance(meta.get(name), kind) for name, kind in kinds.items()):
+            raise _Damaged("its metadata are not those of a checkpoint")
+        if meta["step"] != step:
+            raise _Damaged(f"its metadata are of step {meta['step']}")
+        return meta
 
     def _check_identity(self, step: int, meta: Mapping[str, Any], expected: Mapping[str, list[Any]]) -> None:
         there = meta["identity"]
@@ -207,36 +221,39 @@ class Checkpoints:
                 )
 
     def _set_aside_damaged(self) -> None:
-        """Set aside checkpoints whose files are not all there, so that orbax never sees them. Process 0 looks."""
-        if jax.process_index() == 0 and self.folder.is_dir():
-            for path in sorted(self.folder.iterdir()):
-                reason = _missing_or_cut(path) if path.name.isdigit() else None
-                if reason:
-                    self._set_aside(int(path.name), reason)
+        """Set aside checkpoints whose files are not all there, or that orbax could not list. Arrays are read later."""
+        for step in steps_in(self.folder):
+            if reason := damage(self.folder / str(step), lambda name: not name.startswith("state/")):
+                self._set_aside(step, reason)
         _agreed(True)  # the others wait for process 0
+
+    def _pass_over(self, step: int, reason: str) -> None:
+        self._set_aside(step, reason)
+        _agreed(True)
+        self._manager.reload()
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Say that a checkpoint is damaged, and rename it: its step will be saved again."""
+        self._damaged.append(step)
         if jax.process_index() != 0:
             return
-        self._damaged.append(step)
         path = self.folder / str(step)
         kept = _free_name(self.folder / f"damaged-{step}")
-        path.rename(kept)
-        self._say(
-            f"checkpoint {step} is damaged ({' '.join(reason.split())[:200]}): set aside as {kept};"
-            " the one before it is used"
-        )
+        try:
+            path.rename(kept)
+        except OSError as error:
+            raise InputError(
+                f"{path}: is damaged and cannot be renamed ({error.strerror or error}); remove it"
+            ) from error
+        self._say(f"checkpoint {step} is damaged ({' '.join(reason.split())[:200]}): set aside as {kept}")
 
-    def _write_sizes(self) -> None:
-        """Record the files of the checkpoint that is about to get its final name."""
+    def _write_digests(self) -> None:
+        """Record the files of the checkpoint that is about to get its final name. In the background, of process 0."""
         if jax.process_index() != 0:
             return
         for unfinished in self.folder.glob("*orbax-checkpoint-tmp*"):
             # What stands in subfolders is complete by now; orbax still writes to its own notes beside them.
-            paths = [path for path in sorted(unfinished.glob("*/**/*")) if path.is_file()]
-            sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in paths}
-            (unfinished / FILES).write_text(json.dumps(sizes))
+            write_digests(unfinished)
 
     def _cannot_write(self, error: BaseException | str) -> InputError:
         text = " ".join(str(error).split())
@@ -265,6 +282,32 @@ def _expect_closed_loops() -> None:
         sys.unraisablehook = hook
 
 
+class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+    """Tells orbax which entries of the folder are checkpoints: those of `steps_in`, and no others."""
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+        for step in steps_in(Path(base_path)):
+            yield self.find_step(base_path, step)
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+        path = epath.Path(base_path) / str(step)
+        if not path.is_dir():
+            raise ValueError(f"no checkpoint at {path}")
+        return _Found(step, path)
+
+
+class _Found(ocp.path.step.Metadata):
+    """A checkpoint's place. Orbax asks for its age, which decides nothing here, and would read it from a file that no
+    checksum covers."""
+
+    @property
+    def commit_timestamp(self) -> datetime:
+        return datetime.fromtimestamp(self.path.stat().mtime, tz=UTC)
+
+
 class _Damaged(Exception):
     """A checkpoint that reads, and is not what was saved."""
 
@@ -282,21 +325,6 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
 def _agreed(value: bool) -> bool:
     """Process 0's `value`, in every process."""
     return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-def _missing_or_cut(step: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, by the sizes recorded in it; None when all are there."""
-    try:
-        sizes = json.loads((step / FILES).read_text())
-    except (OSError, ValueError):
-        return f"{FILES} is missing or unreadable"
-    for name, size in sizes.items():
-        path = step / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-    return None
 
 
 def _free_name(path: Path) -> Path:

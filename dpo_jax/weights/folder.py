@@ -15,6 +15,8 @@ _OURS = re.compile(
     r"|added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
 )
 
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+
 
 def check_free(path: Path, *, replace: bool) -> None:
     """Raise `InputError` unless `path` is absent, an empty folder, or (with `replace`) an earlier model folder."""
@@ -53,3 +55,18 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run's `checkpoints/`, in order; what else lies there does not count.
+
+    A checkpoint is a folder whose name is a number in plain digits. `str.isdigit` would take other alphabets' too.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if is_step(path))
+
+
+def is_step(path: Path) -> bool:
+    """Whether `path` is, by its name, a checkpoint's folder."""
+    return _STEP.fullmatch(path.name) is not None and path.is_dir()

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
+from dpo_jax.weights.digests import FILES, damage, write_digests
 from dpo_jax.weights.folder import new_folder
 
 _VALUE = "value"
@@ -27,6 +28,8 @@ def load_params(folder: Path, target: Any) -> Any:
     target: a tree of `jax.ShapeDtypeStruct` with shardings. Raises `InputError` where the folder holds another tree.
     """
     path = (folder / "params").absolute()
+    if (folder / FILES).exists():  # not there where an earlier version converted
+        _check_files(folder)
     _check(path, _metadata(path), target)
     return _restore(path, target)
 
@@ -37,6 +40,7 @@ def load_trained(step: Path, target: Any) -> Any:
     {"params": ...} or {"adapters": ...}, and {"heads": ...} beside it where `trained_heads` names some.
     """
     path = (step / "state").absolute()
+    _check_files(step)
     stored = _metadata(path)
     if not isinstance(stored, dict) or "trainable" not in stored:
         raise InputError(f"{step}: is not a checkpoint of a training run")
@@ -86,7 +90,14 @@ def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> Non
                 checkpointer.save((scratch / "params").absolute(), params)
         except ValueError as error:  # how tensorstore reports a full disk
             raise InputError(f"{path}: cannot be written ({_line(error)}); free some space") from error
+        write_digests(scratch)
         finish(scratch)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `InputError` where the files in the subfolders of `folder` are not those that were written."""
+    if reason := damage(folder):
+        raise InputError(f"{folder}: damaged ({reason}); use another checkpoint, or convert again")
 
 
 def _metadata(path: Path) -> Any:

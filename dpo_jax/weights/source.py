@@ -9,6 +9,7 @@ from typing import Literal
 
 from dpo_jax.errors import InputError
 from dpo_jax.weights import smollm2
+from dpo_jax.weights.folder import is_step, steps_in
 
 Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 
@@ -70,11 +71,11 @@ def _folder(path: Path) -> Source:
             "e.g. with transformers' save_pretrained"
         )
     if (path / "checkpoints").is_dir():
-        steps = [int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+        steps = steps_in(path / "checkpoints")
         if not steps:
             raise InputError(f"{path}: this run has no model and no checkpoint yet; start it again with its command")
-        return _folder(path / "checkpoints" / str(max(steps)))
-    if path.name.isdigit() and (path / "state").is_dir():
+        return _folder(path / "checkpoints" / str(steps[-1]))
+    if is_step(path) and (path / "state").is_dir():
         return Source("checkpoint", path)
     if ggufs := sorted(path.glob("*.gguf")):
         raise InputError(f"{path}: give the GGUF file itself, e.g. {ggufs[0]}")
