@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, orbax_params
+from dpo_jax.weights import huggingface, layout, orbax_params, tokenizer_files
 from dpo_jax.weights.folder import check_free
 from dpo_jax.weights.pretrained import (
     base_place,
@@ -72,11 +72,11 @@ def convert(
         model, variables = load_pretrained(source, mesh=mesh, dtype=stored)
         config, params = model.config, merged_params(model, variables)
         if to == "orbax":
-            orbax_params.write_folder(target, params, _finisher(place, config, stored))
+            orbax_params.write_folder(target, params, _finisher(place, config, stored, to))
             return
         slots = layout.parameter_slots(config)
         shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, stored)
-    finish = _finisher(place, config, stored)
+    finish = _finisher(place, config, stored, to)
     huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
 
 
@@ -92,19 +92,19 @@ def _stored_dtype(place: Source) -> np.dtype:
     return orbax_params.stored_dtype(base.path) if base.kind == "orbax" else open_tensors(base)[1].dtype
 
 
-def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype) -> Callable[[Path], None]:
+def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype, to: Format) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
     origin = origin_folder(place)
     tokenizer = None
-    if origin != place.path:
+    if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
         tokenizer = tokenizer_of(place)
         check_vocabulary(tokenizer, config)
 
     def finish(folder: Path) -> None:
         huggingface.write_configs(folder, config, dtype, origin)
         if tokenizer is not None:
-            huggingface.save_tokenizer(tokenizer, folder, origin)
+            tokenizer_files.save_tokenizer(tokenizer, folder, origin)
         elif origin is not None:
-            huggingface.copy_tokenizer(origin, folder)
+            tokenizer_files.copy_tokenizer(origin, folder)
 
     return finish

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: config.json, safetensors, tokenizer files, generation_config.json."""
+"""Hugging Face model folders: config.json, safetensors, generation_config.json."""
 
 import json
 import shutil
@@ -18,11 +18,6 @@ from dpo_jax.weights.folder import new_folder
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file: the size that Hugging Face's hub recommends."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "tokenizer.model chat_template.jinja chat_template.json"
-).split()
 
 # Entries of a config.json that speak of the file they stood in, not of the model.
 _NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"}
@@ -68,7 +63,8 @@ def _check_tied(reader: shards.SafetensorsReader) -> None:
         )
 
 
-def _dump(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as the files of a model folder hold it."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,32 +75,12 @@ def write_configs(folder: Path, config: LlamaConfig, dtype: Any, source: Path | 
     if source is not None and (source / "config.json").is_file():
         known = raw.keys() | _NOT_CARRIED
         extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known}
-    _dump(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
+    write_json(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     else:
         ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _dump(folder / "generation_config.json", {"_from_model_config": True, **ids})
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a model folder that `folder` does not have yet."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> None:
-    """Write a `transformers` tokenizer, and the SentencePiece model of `source`, which other tools read."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    saved = {k: v for k, v in read_json(path).items() if k not in ("is_local", "local_files_only", "auto_map")}
-    if saved.get("tokenizer_class") == "TokenizersBackend":
-        # transformers 5's new name for a class that version 4 knows by the old one; both read the old one.
-        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _dump(path, saved)
-    if source is not None and (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
 
 
 def write_weights(

@@ -14,7 +14,7 @@ from dpo_jax.headers import read_json
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights import heads as head_files
-from dpo_jax.weights import huggingface, layout, shards
+from dpo_jax.weights import huggingface, layout, shards, tokenizer_files
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -130,7 +130,7 @@ def save_adapters(
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            huggingface.save_tokenizer(tokenizer, folder)
+            tokenizer_files.save_tokenizer(tokenizer, folder)
 
     slots = layout.adapter_slots(model)
     shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, variables["adapters"], dtype)

@@ -17,7 +17,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
-from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft
+from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft, tokenizer_files
 from dpo_jax.weights.source import Source, config_file, resolve
 from dpo_jax.weights.tokenizer import check_vocabulary
 
@@ -246,7 +246,7 @@ def save_pretrained(
         huggingface.write_configs(folder, config, dtype, origin)
         heads.write_others(folder, collection, others, classes)
         if tokenizer is not None:
-            huggingface.save_tokenizer(tokenizer, folder, origin)
+            tokenizer_files.save_tokenizer(tokenizer, folder, origin)
 
     slots = layout.parameter_slots(config)
     shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, dtype)

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout
+from dpo_jax.weights import huggingface, layout, tokenizer_files
 from dpo_jax.weights.pieces import Pieces
 from dpo_jax.weights.pretrained import open_tensors
 from dpo_jax.weights.source import Source
@@ -98,7 +98,7 @@ def write_resized(
     def finish(folder: Path) -> None:
         origin = None if place.kind == "gguf" else place.path
         huggingface.write_configs(folder, config, dtype, origin)
-        huggingface.save_tokenizer(tokenizer, folder)
+        tokenizer_files.save_tokenizer(tokenizer, folder)
         (folder / "tokenizer.model").write_bytes(longer.proto.SerializeToString(deterministic=True))
 
     huggingface.write_weights(target, shapes, tensors(), dtype, finish, shard_bytes=shard_bytes, replace=False)

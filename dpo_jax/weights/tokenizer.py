@@ -1,12 +1,22 @@
-"""The tokenizer of a checkpoint."""
+"""The tokenizer of a checkpoint.
 
+Where a folder has a tokenizer.json, what that file says is the truth: the ids of a text are those that the `tokenizers`
+library gives with it. `transformers` 5 builds pipelines of its own for some classes (`LlamaTokenizer`), which give
+other ids from one minor version to the next, so no class but the general one is asked. From the other files come the
+names of the special tokens, the chat template, and tokens that tokenizer.json lacks, behind its own. Whether BOS and
+EOS are put around a text is the post-processor's word, too; a tokenizer_config.json that says otherwise is named.
+"""
+
+import logging
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
-from tokenizers import models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights.gguf_tokenizer import read_tokenizer
 from dpo_jax.weights.merges import merges_by_score
@@ -14,9 +24,19 @@ from dpo_jax.weights.orbax_params import origin
 from dpo_jax.weights.peft import base_of
 from dpo_jax.weights.source import Source, resolve
 
+_log = logging.getLogger(__name__)
+
+# Special tokens that a class of `transformers` has where no file of the folder names them.
+_OF_CLASS = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "CodeLlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
+
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a checkpoint (`source` as for `load_pretrained`), as `transformers` loads it.
+    """The tokenizer that belongs to a checkpoint (`source` as for `load_pretrained`), in the form of `transformers`.
 
     Raises `InputError` when there is none, or it is not a fast one.
     """
@@ -36,8 +56,12 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
             f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
         )
     try:
+        if (place.path / "tokenizer.json").is_file():
+            return _as_in_file(place.path)
         # Without the argument transformers asks on the terminal, and runs what the folder's auto_map names on "y".
         tokenizer = AutoTokenizer.from_pretrained(str(place.path), trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:  # transformers and the Rust library beneath raise bare Exceptions for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
@@ -48,10 +72,52 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
         raise InputError(f"{place.path}: its tokenizer files cannot be read ({reason}); fetch them again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{place.path}: its tokenizer has no fast form (tokenizer.json); save one with transformers")
-    pieces = place.path / "tokenizer.model"
-    if not (place.path / "tokenizer.json").is_file() and isinstance(tokenizer.backend_tokenizer.model, models.BPE):
-        tokenizer.backend_tokenizer.model = _merged_by_score(pieces)
+    if isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+        _as_sentencepiece(tokenizer.backend_tokenizer, place.path)
     return tokenizer
+
+
+def _as_in_file(folder: Path) -> PreTrainedTokenizerFast:
+    """What tokenizer.json says, with what stands beside it; see the module."""
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.is_file() else {}
+    vocabulary = file.get_vocab()
+    for name, token in _OF_CLASS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {}).items():
+        if getattr(tokenizer, name) is None and name not in config and token in vocabulary:
+            setattr(tokenizer, name, token)
+    known = {token.content for token in file.get_added_tokens_decoder().values()}
+    file.add_tokens([t for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.content not in known])
+    # transformers has added them too, but also changed the file's own tokens, its post-processor where it has none, and
+    # in some versions the way it splits a text.
+    tokenizer._tokenizer = file
+    _compare_ends(tokenizer, config, settings)
+    return tokenizer
+
+
+def _compare_ends(tokenizer: Any, config: dict[str, Any], where: Path) -> None:
+    """Name a tokenizer_config.json that promises another BOS or EOS than the post-processor writes."""
+    ids = tokenizer.backend_tokenizer.encode("a").ids
+    for name, id, found in (("bos", tokenizer.bos_token_id, ids[:1]), ("eos", tokenizer.eos_token_id, ids[-1:])):
+        said, added = config.get(f"add_{name}_token"), id is not None and found == [id]
+        if id is not None and isinstance(said, bool) and said != added:
+            does = "adds it" if added else "adds none"
+            _log.warning("%s: add_%s_token is %s, but tokenizer.json %s, which counts", where, name, said, does)
+
+
+def _as_sentencepiece(backend: Tokenizer, folder: Path) -> None:
+    """Make what transformers 5 builds from a tokenizer.model alone give SentencePiece's ids.
+
+    Where `legacy` is false, a text that begins with a space gets no other in front: so it was meant.
+    """
+    backend.model = _merged_by_score(folder / "tokenizer.model")
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.is_file() else {}
+    if config.get("legacy") is not False:
+        spaces, prefix = normalizers.Replace(" ", "▁"), config.get("add_prefix_space") is not False
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+        backend.pre_tokenizer = None
 
 
 def _merged_by_score(path: Path) -> models.BPE:
