@@ -250,7 +250,7 @@ def test_marks_and_prefixes_give_transformers_own_mask(shared_data: Path) -> Non
     assert not DialogueEncoder(plain, None, "answers")._template.marks_answers  # type: ignore[union-attr]
     for dialogue in dialogues:
         theirs = marked.apply_chat_template(
-            [m._asdict() for m in dialogue.messages],
+            [m.as_dict() for m in dialogue.messages],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

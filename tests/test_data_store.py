@@ -219,7 +219,7 @@ def test_records_are_those_of_tfds() -> None:
             value = columns.get(name, float("nan") if type_ == "number" else None)
             outer, _, inner = name.partition("/")
             if type_ == "messages":
-                value = [message._asdict() for message in value]
+                value = [message.as_dict() for message in value]
             tree = tree | ({outer: {**tree.get(outer, {}), inner: value}} if inner else {outer: value})
         theirs = store_schema.features(kind).serialize_example(tree)
         example = store_schema.example_class()

@@ -58,7 +58,7 @@ def test_no_token_of_an_earlier_turn_is_in_the_loss(template: str | None, tmp_pa
     tokenizer = tiny.tokenizer()
     answers = ("the good film", "a kind rude book", "hate red")
     rows = [
-        {"messages": [m._asdict() for m in gatt.training_form("quite blue", USERS, answers, turn=t)]} for t in (1, 2, 3)
+        {"messages": [m.as_dict() for m in gatt.training_form("quite blue", USERS, answers, turn=t)]} for t in (1, 2, 3)
     ]
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -88,6 +88,10 @@ class ChatTokenizer:
         assert self._template is not None, "raw texts are not rendered"
         return self._template.render(messages, generation=generation)
 
+    def writes(self, name: str) -> bool:
+        """Whether the template writes `name`, a key of messages beside role and content, or the column `tools`."""
+        return self._template is not None and self._template.writes(name)
+
     # ---- prompts -----------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompt: Sequence[Message] | str, *, max_length: int | None = None) -> list[int]:
@@ -117,9 +121,15 @@ class ChatTokenizer:
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
-    def _refuse_control(self, texts: Sequence[str]) -> None:
+    def _beside(self, messages: Sequence[Message]) -> list[str]:
+        """What the template may write of `messages` beside their contents, as texts."""
+        written = [value for message in messages for key, value in message.extra if self.writes(key)]
+        written += [message.tools for message in messages[:1] if message.tools and self.writes("tools")]
+        return [value if isinstance(value, str) else repr(value) for value in written]
+
+    def _refuse_control(self, messages: Sequence[Message], answers: Sequence[str] = ()) -> None:
         """Raise `BadRow` where a text spells a control token."""
-        for text in texts:
+        for text in (*(m.content for m in messages), *answers, *self._beside(messages)):
             if found := self._control.search(text):
                 detail = f"{found[0]!r} would be read as such; spell it differently"
                 raise BadRow("the text holds a control token of the tokenizer", detail, "noise")
@@ -131,17 +141,21 @@ class ChatTokenizer:
             answer = answer.rstrip().removesuffix(found)
         return answer
 
-    def _answer_in(self, whole: str, prompt: str, context: Sequence[Message], answer: str) -> tuple[int, int]:
+    def _answer_in(
+        self, whole: str, prompt: str, context: Sequence[Message], answer: str, thoughts: Sequence[str] = ()
+    ) -> tuple[int, int]:
         """Characters of `whole`, the rendered `context` and then `answer`, between which the answer's own text stands.
 
-        `prompt` is the rendered context with an opened answer. Raises `BadRow` where the template writes around this
-        answer what it does not write around others.
+        `thoughts` are texts that may stand in front of it, and belong to it. `prompt` is the rendered context with an
+        opened answer. Raises `BadRow` where the template writes around this answer what it does not around others.
         """
         start, end = len(prompt), len(whole) - len(self._tail)
         if not whole.startswith(prompt):
             # The header for generation may be more than what stands before a given answer (an opened <think>, say).
             bare = self._render(context)
             start = whole.rfind(answer.strip(), len(bare), end) if whole.startswith(bare) else -1
+            before = (whole.find(thought.strip(), len(bare), end) for thought in thoughts)
+            start = min((at for at in before if at >= 0), default=start) if start >= 0 else start
         if start < 0 or not whole.endswith(self._tail):
             detail = "what it writes around the answer depends on the answer; name another template"
             raise BadRow("the chat template renders the prompt differently with an answer", detail)

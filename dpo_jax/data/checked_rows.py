@@ -2,10 +2,11 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.errors import InputError
 
@@ -27,6 +28,7 @@ class CheckedRows:
       source: see `files.read_rows`.
       rows_read: how many rows were read.
       columns: every column that occurred.
+      keys: column -> keys that its messages had beside role and content.
       tally: the rows that cannot be used. Whoever finds one later adds it.
     """
 
@@ -35,6 +37,7 @@ class CheckedRows:
         self.source, self._limit = source, limit
         self.rows_read = 0
         self.columns: set[str] = set()
+        self.keys: dict[str, set[str]] = {}
         self.tally = Tally()
 
     def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
@@ -45,7 +48,7 @@ class CheckedRows:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self.columns.update(map(str, row))
+                self.note(row)
                 chunk.append((number, parse(row)))
             except BadRow as problem:
                 self.tally.add(number, problem)
@@ -54,6 +57,30 @@ class CheckedRows:
                 chunk = []
         if chunk:
             yield chunk
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Remember what a row holds."""
+        self.columns.update(map(str, row))
+        for name, value in row.items():
+            if isinstance(value, list | dict) and (keys := keys_beside(value)):
+                self.keys.setdefault(str(name), set()).update(keys)
+
+    def unused(
+        self, known: Collection[str], *, rendered: Collection[str], writes: Callable[[str], bool]
+    ) -> tuple[str, ...]:
+        """Columns, and keys of messages (as "column: key"), that nothing reads.
+
+        Args: the columns that are read; those of them whose messages the template sees whole; whether it writes a key.
+        """
+        left = self.columns - set(known) - ({"tools"} if writes("tools") else set())
+        keys = {
+            f"{column}: {key}"
+            for column, found in self.keys.items()
+            if column in known
+            for key in found
+            if column not in rendered or not writes(key)
+        }
+        return tuple(sorted(left | keys))
 
     def close(self, used: int, on_bad_rows: OnBadRows) -> str:
         """What was left out, in words; it is logged too.

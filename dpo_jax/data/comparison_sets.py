@@ -26,7 +26,7 @@ from dpo_jax.data.comparisons import (
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
 from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
-from dpo_jax.data.preferences import COLUMNS
+from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
@@ -171,7 +171,7 @@ def _load(
     problems = rows.close(len(groups), on_bad_rows)
     k = max(len(group.responses) for group in groups)
     responses = [r for group in groups for r in (*group.responses, *[_NONE] * (k - len(group.responses)))]
-    known = COLUMNS | OWN_COLUMNS
+    known = COLUMNS | OWN_COLUMNS | set(filter(is_numbered, rows.columns))
     data = PreferenceDataset(
         prompts=Ragged.of([group.prompt for group in groups], np.int32),
         responses=Ragged.of(responses, np.int32),
@@ -180,7 +180,7 @@ def _load(
         extras={},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
-        unused_columns=tuple(sorted(c for c in rows.columns - known if not is_numbered(c))),
+        unused_columns=rows.unused(known, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes),
         terminators=encoder.terminators,
         source=source,
         cuts=tuple(cuts),

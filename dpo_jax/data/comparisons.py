@@ -12,8 +12,8 @@ Understood layouts, told apart by their columns (a column that is null counts as
   first, 2 the second, 0 a tie.
 
 The prompt is `prompt`, `messages`, `conversations`, `question`, or `instruction` with `input` and `history`, and
-`system`. Labels for auxiliary heads stand in `labels`: {head: [label of each response, in the row's order]}, a label
-being a class, for overlapping classes a list of classes, or null.
+`system` or `system_prompt`. Labels for auxiliary heads stand in `labels`: {head: [label of each response, in the row's
+order]}, a label being a class, for overlapping classes a list of classes, or null.
 """
 
 import re
@@ -25,7 +25,7 @@ from dpo_jax.config import ClassHead, RewardLossConfig
 from dpo_jax.data import judgements
 from dpo_jax.data.dialogues import history_of, parse_dialogue
 from dpo_jax.data.judgements import judged
-from dpo_jax.data.messages import Message, columns_of, response_of, text_of
+from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, response_of, text_of
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Extra, parse_pair, parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import majority, margin_of, number_of, votes_of
@@ -195,7 +195,7 @@ def _two(row: dict[str, Any], names: list[str]) -> Comparison:
 
 
 def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
-    columns = (*PROMPT_COLUMNS, "messages", "input", "system")
+    columns = (*PROMPT_COLUMNS, "messages", "input", *SYSTEM_COLUMNS, "tools")
     messages, raw = parse_prompt({name: row[name] for name in columns if name in row})
     if "history" in row and (history := history_of(row["history"])):
         if raw is None and messages[0].role != "system":

@@ -14,7 +14,7 @@ from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.cuts import summary as cuts_summary
 from dpo_jax.data.encode import ConversationEncoder, Rendered, cut_of, truncate
-from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, Extra, parse_pair
+from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra, parse_pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
@@ -214,7 +214,7 @@ def load_preferences(
         extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
-        unused_columns=tuple(sorted(rows.columns - COLUMNS)),
+        unused_columns=rows.unused(COLUMNS, rendered=PROMPT_COLUMNS, writes=encoder.writes),
         terminators=encoder.terminators,
         source=source,
         cuts=tuple(cuts),

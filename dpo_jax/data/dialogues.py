@@ -10,9 +10,10 @@ Understood layouts (a column that is null counts as absent):
 * preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
   unpaired rows (`label`) those with a good completion.
 
-A `system` column holds a system prompt. `finish_reason` "length" (`dpo-jax generate` writes it) says that the last
-answer was cut: it is learnt without a terminator. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts that
-`--data.template raw` is to see (see `store_schema.py`).
+A `system` or `system_prompt` column holds a system prompt, `tools` what the template may say of tools; turns that are
+marked as not to be learnt: see `messages.py`. `finish_reason` "length" (`dpo-jax generate` writes it) says that the
+last answer was cut: it is learnt without a terminator. With `messages`, `as_spelled`: {"prompt", "answer"}, the texts
+that `--data.template raw` is to see (see `store_schema.py`).
 
 A dialogue has at most one system message, in front, then user
 and assistant in turn, the user first, the assistant last; no turn is blank (a system message may be).
@@ -23,7 +24,17 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
+from dpo_jax.data.messages import (
+    SYSTEM_COLUMNS,
+    Message,
+    answer_of,
+    columns_of,
+    messages_of,
+    text_of,
+    turns_of,
+    with_system,
+    with_tools,
+)
 from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_pair, parse_prompt
 from dpo_jax.data.problems import BadRow, Severity
 
@@ -31,9 +42,11 @@ DIALOGUE_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 CUT = "length"
 """The `finish_reason` of an answer that was cut."""
-_BESIDE = ("chosen", "rejected", "label", "input", "context", "system", "history", "as_spelled", "finish_reason")
+_BESIDE = ("chosen", "rejected", "label", "input", "context", *SYSTEM_COLUMNS, "history", "as_spelled", "finish_reason")
 COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE))
 """Every column that is read. Others are ignored, and named."""
+RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
+"""Columns whose messages the template sees whole."""
 
 UNDERSTOOD = (
     "understood are messages, conversations, prompt or instruction (+ input, history) or question with completion, "
@@ -78,7 +91,8 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
         messages = None if given is None else _list_of_messages(row, given)
         dialogue = _answered(row) if given is None or messages is None else _whole(row, given, messages)
     _check_turns(dialogue.messages, severity)
-    return replace(dialogue, cut=row.get("finish_reason") == CUT)
+    messages = with_tools(dialogue.messages, row)
+    return replace(dialogue, messages=messages, cut=row.get("finish_reason") == CUT)
 
 
 def _list_of_messages(row: dict[str, Any], name: str) -> tuple[Message, ...] | None:
@@ -122,7 +136,7 @@ def _answered(row: dict[str, Any]) -> Dialogue:
     answers = [name for name in ANSWER_COLUMNS if name in row]
     if len(answers) > 1:
         raise BadRow("several fields give an answer", f"{', '.join(answers)}; keep one of them")
-    asked = {name: row[name] for name in (*PROMPT_COLUMNS, "messages", "input", "system") if name in row}
+    asked = {name: row[name] for name in (*PROMPT_COLUMNS, "messages", "input", *SYSTEM_COLUMNS) if name in row}
     if "context" in row and "instruction" in row:
         if "input" in row:
             raise BadRow("'context' and 'input' beside one 'instruction'", "keep one of them")
@@ -135,14 +149,14 @@ def _answered(row: dict[str, Any]) -> Dialogue:
             raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
         head = prompt[:-1]
         prompt, raw = (*head, *history, prompt[-1]), None
-    said, answer = response_of(row[answers[0]], answers[0])
+    *said, answer = answer_of(row[answers[0]], answers[0])
     if said and said[0].role != "assistant":  # it repeats the prompt
-        if said[: len(prompt)] != prompt:
+        if turns_of(said[: len(prompt)]) != turns_of(prompt):
             detail = "give the answer alone, or the whole dialogue as 'messages'"
             raise BadRow(f"'{answers[0]}' is a conversation that does not continue the prompt", detail)
         said = said[len(prompt) :]
-    messages = (*prompt, *said, Message("assistant", answer))
-    return Dialogue(messages, None if raw is None or said else (raw, answer))
+    messages = (*prompt, *said, answer)
+    return Dialogue(messages, None if raw is None or said else (raw, answer.content))
 
 
 def _no_answer(row: dict[str, Any]) -> BadRow:

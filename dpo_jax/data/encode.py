@@ -72,7 +72,7 @@ class ConversationEncoder(ChatTokenizer):
         if self._template is None:
             return self._render_raw(raw)
         answers = [None if a is None else self._unclosed(a) for a in texts]
-        self._refuse_control([*(m.content for m in messages), *(a for a in answers if a is not None)])
+        self._refuse_control(messages, [a for a in answers if a is not None])
         prompt = self._render(messages, generation=True)
         wholes: list[str | None] = []
         ends, boundaries = [], []

@@ -7,6 +7,7 @@
 * Where answers begin and end, the template says: by its `{% generation %}` marks if it has them, else by what it
   renders of the dialogue up to the answer, without it and with it. If it renders that differently once other turns
   follow (drops it, say), the row cannot be used.
+* A turn that the row marks as not to be learnt (`Message.learn`) is context.
 * An answer that was cut (`Dialogue.cut`) has no terminator; the text ends with it.
 * A token that straddles the beginning of an answer belongs to the answer.
 * A dialogue of more than `max_length` tokens keeps its start and loses its end: no false terminator. If no target is
@@ -34,11 +35,16 @@ TrainOn = Literal["answers", "last", "all"]
 class RenderedDialogue:
     """A dialogue as text, and the characters [start, end) of each answer to be predicted, its terminator included.
 
-    `cut`: the last answer has none, and gets none.
+    Attributes:
+      text: all of it, up to the end of the last answer.
+      answers: those to be predicted.
+      context: answers that are not, though all else may be.
+      cut: the last answer has no terminator, and gets none.
     """
 
     text: str
     answers: tuple[tuple[int, int], ...]
+    context: tuple[tuple[int, int], ...] = ()
     cut: bool = False
 
 
@@ -69,28 +75,54 @@ class DialogueEncoder(ChatTokenizer):
                 detail = "it consists of several messages; name a template that joins them"
                 raise BadRow("--data.template raw takes one prompt and one answer as plain text", detail)
             prompt, answer = dialogue.raw
-            return RenderedDialogue(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), dialogue.cut)
+            self._learnt(dialogue.messages[-1:])
+            return RenderedDialogue(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), cut=dialogue.cut)
         messages = [
             m._replace(content=self._unclosed(m.content)) if m.role == "assistant" else m for m in dialogue.messages
         ]
-        self._refuse_control([m.content for m in messages])
+        self._refuse_control(messages)
         for message in messages:
             if message.role == "assistant" and not message.content.strip():
                 raise BadRow("empty turn: an answer holds nothing but terminators", "remove the row")
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        learnt, context = self._learnt(messages)
         if self._template.marks_answers:
             text, spans = self._template.render_marked(messages)
-            answers = self._marked(text, spans, messages)
+            answers = dict(zip(turns, self._marked(text, spans, messages), strict=True))
         else:
             text = self._render(messages)
-            turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
             # Of the other turns nothing needs to be known, so a template that drops some of them will do.
-            wanted = turns if self._train_on == "answers" else turns[-1:]
-            answers = [self._between(text, messages[: i + 1], last=i == turns[-1]) for i in wanted]
-        text = text[: answers[-1][1]]
+            wanted = sorted({*learnt, *context, turns[-1]})
+            answers = {i: self._between(text, messages[: i + 1], last=i == turns[-1]) for i in wanted}
+        text = text[: answers[turns[-1]][1]]
         if dialogue.cut:
             text = self._without_closing(text)
-            answers[-1] = (answers[-1][0], len(text))
-        return RenderedDialogue(text, tuple(answers if self._train_on == "answers" else answers[-1:]), dialogue.cut)
+            answers[turns[-1]] = (answers[turns[-1]][0], len(text))
+        return RenderedDialogue(
+            text, tuple(answers[i] for i in learnt), tuple(answers[i] for i in context), cut=dialogue.cut
+        )
+
+    def _learnt(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Which answers are to be learnt, and which are context though `train_on` is "all": indices of `messages`.
+
+        Raises `BadRow` where none is left, or the row marks a turn of another role that it is not possible to heed.
+        """
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        everything = self._train_on == "all"
+        for message in messages:
+            if message.role != "assistant" and message.learn is not None and message.learn != everything:
+                if everything:
+                    detail = f"one of the {message.role}, and which tokens are it is not known; learn answers alone"
+                    raise BadRow("a turn that is not to be learnt, under --data.train_on all", detail)
+                if message.learn:
+                    detail = f"one of the {message.role}; answers are: remove its mark, or take --data.train_on all"
+                    raise BadRow("a turn that is no answer is marked as one to learn", detail)
+        wanted = turns if self._train_on == "answers" else turns[-1:]
+        learnt = [i for i in wanted if messages[i].learn is not False]
+        if not learnt and not everything:
+            detail = "its marks (weight, train, loss) leave only context"
+            raise BadRow("no answer of the dialogue is to be learnt", detail, "lost")
+        return learnt, [i for i in turns if messages[i].learn is False] if everything else []
 
     def _without_closing(self, text: str) -> str:
         """`text`, which ends with an answer, without what the template writes to end it."""
@@ -121,7 +153,8 @@ class DialogueEncoder(ChatTokenizer):
         """The last answer of `messages`, a beginning of the dialogue that was rendered as `text`."""
         context, answer = messages[:-1], messages[-1].content
         whole = text if last else self._render(messages)
-        start, end = self._answer_in(whole, self._render(context, generation=True), context, answer)
+        thoughts = [value for key, value in messages[-1].extra if isinstance(value, str) and self.writes(key)]
+        start, end = self._answer_in(whole, self._render(context, generation=True), context, answer, thoughts)
         if not last and not text.startswith(whole[:end] + self._closing):
             raise BadRow(
                 "the chat template renders an answer differently once other turns follow",
@@ -140,9 +173,11 @@ class DialogueEncoder(ChatTokenizer):
         targets = np.full(len(ids), self._train_on == "all")
         for start, end in row.answers:
             targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = True
+        for start, end in row.context:
+            targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = False
         if not row.cut and (not ids or ids[-1] not in self._closers):
             ids.append(self._terminator)
-            targets = np.append(targets, True)
+            targets = np.append(targets, bool(row.answers) and row.answers[-1][1] == len(row.text))
         with_bos = self._with_bos(ids)
         targets = np.concatenate([np.zeros(len(with_bos) - len(ids), bool), targets])
         targets[0] = False

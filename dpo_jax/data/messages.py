@@ -1,22 +1,52 @@
 """Messages and texts as rows of any layout hold them, checked one value at a time.
 
-A message is {"role", "content"} or {"from", "value"}; roles are system, user (human), assistant (gpt).
+A message is {"role", "content"} or {"from", "value"}; roles are system, user (human), assistant (gpt). A key that is
+null is absent. Of its other keys:
+
+* `weight` (OpenAI: 0 or 1), `train` and `loss` (true or false) say whether a dialogue's turn is learnt, or context.
+* `tool_calls` and the like say what no text here would: such rows are refused.
+* All others go to the chat template, as `transformers` hands them on (`reasoning_content`, say). Those that it does not
+  write are named.
 """
 
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_jax.data.problems import BadRow
 
 
 class Message(NamedTuple):
-    """One turn: `role` is system, user or assistant."""
+    """One turn.
+
+    Attributes:
+      role: system, user or assistant.
+      content: what is said.
+      learn: whether the row wants the turn learnt; None where it says nothing.
+      extra: (key, value) of what else the message has, for the chat template.
+      tools: of the first message of a conversation: what the row's column `tools` holds, for the chat template.
+    """
 
     role: str
     content: str
+    learn: bool | None = None
+    extra: tuple[tuple[str, Any], ...] = ()
+    tools: Any = None
+
+    def as_dict(self) -> dict[str, str]:
+        """The message as functions of users and files see it."""
+        return {"role": self.role, "content": self.content}
 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """Every spelling of a role that is understood, and the role it means."""
+
+MARKS = ("weight", "train", "loss")
+"""Keys that say whether a turn is learnt."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns that hold a system prompt."""
+_SPELLINGS = (("role", "content"), ("from", "value"))
+_NO_TEXT = ("tool_calls", "function_call", "image", "images", "audio", "audios", "video", "videos")
 
 
 def columns_of(row: dict[str, Any]) -> str:
@@ -40,16 +70,46 @@ def message_of(value: object, name: str) -> Message:
     """One message of the field `name`. Raises `BadRow`."""
     if not isinstance(value, dict):
         raise BadRow(f"'{name}' holds something that is no message", 'write {"role": ..., "content": ...}')
-    for role_key, content_key in (("role", "content"), ("from", "value")):
+    value = {key: held for key, held in value.items() if held is not None}
+    for role_key, content_key in _SPELLINGS:
         if role_key in value and content_key in value:
             role = value[role_key]
             if not isinstance(role, str) or role not in ROLES:
                 raise BadRow(f"unknown role in '{name}'", f"{str(role)[:40]!r}; understood are {', '.join(ROLES)}")
-            if value.get("tool_calls"):
-                raise BadRow(f"tool calls in '{name}'", "only plain text messages are understood")
-            return Message(ROLES[role], text_of(value[content_key], f"{name}: {content_key}"))
+            if wordless := [key for key in _NO_TEXT if value.get(key)]:
+                raise BadRow(f"{wordless[0]} in '{name}'", "only plain text messages are understood")
+            content = text_of(value[content_key], f"{name}: {content_key}")
+            read = (role_key, content_key, *MARKS, *_NO_TEXT)
+            extra = tuple((key, held) for key, held in value.items() if key not in read)
+            return Message(ROLES[role], content, _learnt(value, name), extra)
     keys = ", ".join(sorted(map(str, value)))
     raise BadRow(f"a message in '{name}' lacks role/content", f"it has {keys or 'no fields'}; from/value will do too")
+
+
+def _learnt(message: Mapping[str, Any], name: str) -> bool | None:
+    """What the marks of a message say, false where they disagree. Raises `BadRow` for a mark between yes and no."""
+    given = [key for key in MARKS if key in message]
+    for key in given:
+        if message[key] not in (0, 1):
+            kinds = "0 nor 1" if key == "weight" else "true nor false"
+            raise BadRow(f"a message's '{key}' in '{name}' is neither {kinds}", f"it is {str(message[key])[:40]!r}")
+    return all(message[key] for key in given) if given else None
+
+
+def turns_of(messages: Iterable[Message]) -> list[tuple[str, str]]:
+    """(role, content) of each message: what makes two conversations the same."""
+    return [message[:2] for message in messages]
+
+
+def keys_beside(value: object) -> set[str]:
+    """Keys of the messages in the field `value`, if it holds any, that are neither role nor content nor a mark."""
+    found: set[str] = set()
+    for message in value if isinstance(value, list) else [value]:
+        if isinstance(message, dict):
+            there = {str(key) for key, held in message.items() if held is not None}
+            spelling = next((set(keys) for keys in _SPELLINGS if there.issuperset(keys)), None)
+            found |= there - spelling - set(MARKS) if spelling else set()
+    return found
 
 
 def messages_of(value: list[object], name: str) -> tuple[Message, ...]:
@@ -59,24 +119,59 @@ def messages_of(value: list[object], name: str) -> tuple[Message, ...]:
     return tuple(message_of(m, name) for m in value)
 
 
-def response_of(value: object, name: str) -> tuple[tuple[Message, ...], str]:
-    """(the messages in front of the response, if any; the response): a text, a message or messages. Raises `BadRow`."""
+def answer_of(value: object, name: str) -> tuple[Message, ...]:
+    """An answer: a text, a message, or messages of which the last one is it. Raises `BadRow`."""
     if not isinstance(value, list | dict):
-        return (), text_of(value, name)
+        return (Message("assistant", text_of(value, name)),)
     messages = messages_of(value if isinstance(value, list) else [value], name)
     if messages[-1].role != "assistant":
         detail = f"its last message has the role {messages[-1].role}"
         raise BadRow(f"bad role order: '{name}' must end with an assistant message", detail)
+    return messages
+
+
+def response_of(value: object, name: str) -> tuple[tuple[Message, ...], str]:
+    """(the messages in front of a response that is compared, if any; its text). Raises `BadRow`."""
+    messages = answer_of(value, name)
+    if messages[-1].learn is False:
+        raise BadRow(f"the answer in '{name}' is not to be learnt", f"by its {' or '.join(MARKS)}", "lost")
     return messages[:-1], messages[-1].content
 
 
 def with_system(
     messages: tuple[Message, ...], row: dict[str, Any], where: str = "among the messages"
 ) -> tuple[Message, ...]:
-    """`messages` with the text of the row's column `system` in front, if it has one. Raises `BadRow`."""
-    system = text_of(row.get("system", ""), "system")
-    if not system:
+    """`messages` with the text of the row's column `system` or `system_prompt` in front. Raises `BadRow`."""
+    given = {text: name for name in SYSTEM_COLUMNS if (text := text_of(row.get(name) or "", name))}
+    if not given:
         return messages
+    if len(given) > 1:
+        raise BadRow("two system prompts", f"'{SYSTEM_COLUMNS[0]}' and '{SYSTEM_COLUMNS[1]}' differ; keep one of them")
+    [(system, name)] = given.items()
     if messages[0].role == "system":
-        raise BadRow("two system prompts", f"one in 'system', one {where}; keep one of them")
+        if messages[0].content == system:
+            return messages
+        raise BadRow("two system prompts", f"one in '{name}', one {where}; keep one of them")
     return (Message("system", system), *messages)
+
+
+def with_tools(messages: tuple[Message, ...], row: dict[str, Any]) -> tuple[Message, ...]:
+    """`messages`, the first of which carries the row's column `tools`: a list of JSON schemas, or its text."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools] if tools else []
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow("'tools' is not a list of JSON objects", str(error)) from error
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("'tools' is not a list of JSON objects", f"it holds {str(tools)[:40]!r}")
+    if not tools:
+        return messages
+    return (messages[0]._replace(tools=_without_nulls(tools)), *messages[1:])
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys that Arrow filled with null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value

@@ -12,7 +12,8 @@ Understood layouts (a column that is null counts as absent):
 * With any of them, `as_spelled`: {"prompt", "chosen", "rejected"}, the texts that `--data.template raw` is to see. A
   store (see `store_schema.py`) holds it where they cannot be told from the messages.
 
-An optional `system` column holds a system prompt. (Messages: see `messages.py`.)
+An optional `system` or `system_prompt` column holds a system prompt, `tools` what the template may say of tools.
+(Messages: see `messages.py`.)
 """
 
 import difflib
@@ -21,7 +22,17 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_jax.data.messages import Message, columns_of, messages_of, response_of, text_of, with_system
+from dpo_jax.data.messages import (
+    SYSTEM_COLUMNS,
+    Message,
+    columns_of,
+    messages_of,
+    response_of,
+    text_of,
+    turns_of,
+    with_system,
+    with_tools,
+)
 from dpo_jax.data.problems import BadRow, Severity
 
 Extra = float | str
@@ -50,7 +61,7 @@ NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
 EXTRA_COLUMNS = (*NUMBER_COLUMNS, "rating", "source")
 PROMPT_COLUMNS = ("prompt", "conversations", "instruction", "question")
 RESPONSE_COLUMNS = ("chosen", "rejected", "completion", "label")
-COLUMNS = frozenset((*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", "system", "as_spelled"))
+COLUMNS = frozenset((*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", *SYSTEM_COLUMNS, "as_spelled"))
 """Every column that is read. Others are carried in many published files (ids, copies); they are ignored, and named."""
 
 UNDERSTOOD = (
@@ -72,6 +83,7 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
       BadRow: says which field, and how to mend it.
     """
     pair = _parse(row, needs_pairs)
+    pair = replace(pair, messages=with_tools(pair.messages, row))
     spelled = row.get("as_spelled")
     return pair if spelled is None else replace(pair, raw=_as_spelled(spelled))
 
@@ -175,7 +187,7 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     """Read one row of a file of prompts, to generate from.
 
     Args:
-      row: `messages`, or one of `PROMPT_COLUMNS`; an optional `system`. Other columns are not read.
+      row: `messages`, or one of `PROMPT_COLUMNS`; a system prompt and `tools`, if any. Other columns are not read.
 
     Returns:
       The messages, a user message last, and the prompt as plain text (None where only a template can join them).
@@ -191,7 +203,7 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     prompt = _prompt(row)
     if prompt is None:
         raise BadRow("missing field 'prompt'", f"{columns_of(row)}; understood are prompt (a text) and messages")
-    return prompt
+    return with_tools(prompt[0], row), prompt[1]
 
 
 def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
@@ -200,16 +212,18 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
     texts: list[str] = []
     for name in ("chosen", "rejected"):
         context, text = response_of(row[name], name)
-        if context and context[-len(messages) :] != messages:
+        if context and turns_of(context[-len(messages) :]) != turns_of(messages):
             detail = "give the prompt's own messages and one answer, or the answer alone"
             raise BadRow(f"'{name}' is a conversation that does not continue the prompt", detail)
         contexts.append(context or messages)
         texts.append(text)
     marked = raw is not None and raw.rstrip().endswith(_ASSISTANT) and "as_spelled" not in row
-    answers = [text.strip() for text in texts] if marked else texts
-    if contexts[0] != contexts[1]:
+    answers = [_one_turn(text) for text in texts] if marked else texts
+    if turns_of(contexts[0]) != turns_of(contexts[1]):
         raise BadRow("no shared prompt: 'chosen' and 'rejected' have different messages before the answer")
-    if contexts[0] != messages:  # the conversations tell more than the prompt field, such as a system message
+    if turns_of(contexts[0]) != turns_of(
+        messages
+    ):  # the conversations tell more than the prompt field, such as a system message
         messages, raw = contexts[0], None
         _check_roles(messages)
     return Pair(messages, *answers, raw=None if raw is None else (raw, texts[0], texts[1]), extras=extras)
@@ -228,7 +242,7 @@ def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
         raise BadRow(
             "missing field 'prompt'", f"{columns_of(row)}, and 'chosen' or 'rejected' is one message without a prompt"
         )
-    if prompt != other:
+    if turns_of(prompt) != turns_of(other):
         raise BadRow(
             "no shared prompt",
             "the messages before the last differ between 'chosen' and 'rejected'; remove the row",
@@ -257,7 +271,14 @@ def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict
     mark = len(_ASSISTANT)
     prompt, answers = chosen[: cuts[0] + mark], (chosen[cuts[0] + mark :], rejected[cuts[1] + mark :])
     raw = (prompt, answers[0], answers[1]) if messages[0].role != "system" else None
-    return Pair(messages, answers[0].strip(), answers[1].strip(), raw=raw, extras=extras)
+    return Pair(messages, *map(_one_turn, answers), raw=raw, extras=extras)
+
+
+def _one_turn(answer: str) -> str:
+    """What follows the last mark of the assistant, where no turn of the human's follows."""
+    if _HUMAN in answer:
+        raise BadRow('the text ends with a turn of "\\n\\nHuman:"', "it has no answer: remove the row", "noise")
+    return answer.strip()
 
 
 def _turns(text: str) -> tuple[Message, ...]:
@@ -290,7 +311,7 @@ def _unpaired(row: dict[str, Any], extras: dict[str, Extra], needs_pairs: bool) 
         raise _missing(row, "prompt")
     messages, raw = prompt
     context, text = response_of(row["completion"], "completion")
-    if context and context != messages:
+    if context and turns_of(context) != turns_of(messages):
         raise BadRow("'completion' is a conversation that does not continue the prompt", "give the answer alone")
     if not text.strip():
         raise BadRow("empty completion: 'completion' is blank", "give it a text, or remove the row")

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from dpo_jax.data.cuts import summary as cuts_summary
 from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.messages import Message
-from dpo_jax.data.preferences import parse_prompt
+from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.steps_loader import StepsLoader, check_seed, run_length
 from dpo_jax.data.templates import RAW
+
+log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -31,7 +34,7 @@ class Prompt(NamedTuple):
     @property
     def plain(self) -> str | list[dict[str, str]]:
         """For functions of users and for files: the text, or [{"role", "content"}, ...]."""
-        return [message._asdict() for message in self.messages] if self.text is None else self.text
+        return [message.as_dict() for message in self.messages] if self.text is None else self.text
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ def load_prompts(
             safety.append(tag)
             numbers.append(number)
     rows.close(len(ids), on_bad_rows)
+    asked = (*PROMPT_COLUMNS, "messages")
+    if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
+        log.warning("%s: the template does not write %s", source, ", ".join(unused))
     return PromptDataset(
         ids=Ragged.of(ids, np.int32),
         prompts=tuple(prompts),
@@ -142,6 +148,11 @@ def load_prompts(
         source=source,
         cuts=tuple(cuts),
     )
+
+
+def _speaks(name: str) -> bool:
+    """Whether a column, or a key of messages, may hold what the prompt says."""
+    return name == "tools" or ": " in name
 
 
 class PromptBatch(NamedTuple):

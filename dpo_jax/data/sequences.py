@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import DataConfig
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.dataset import Ragged
-from dpo_jax.data.dialogues import COLUMNS, parse_dialogue
+from dpo_jax.data.dialogues import COLUMNS, RENDERED, parse_dialogue
 from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
 from dpo_jax.data.problems import BadRow
 
@@ -127,7 +127,7 @@ def load_dialogues(
         rows_read=rows.rows_read,
         source=source,
         cut=sum(s.cut for s in sequences),
-        unused_columns=tuple(sorted(rows.columns - COLUMNS)),
+        unused_columns=rows.unused(COLUMNS, rendered=RENDERED, writes=encoder.writes),
         terminators=encoder.terminators,
         problems=problems,
     )

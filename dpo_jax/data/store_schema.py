@@ -11,6 +11,7 @@ A store is a TFDS data set (features.json says its columns) whose rows are in on
 rows is no such change: readers name what they do not know and go on.
 """
 
+import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import dialogues
-from dpo_jax.data.messages import Message, columns_of, text_of
+from dpo_jax.data.messages import Message, columns_of, text_of, turns_of
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair, parse_pair
 from dpo_jax.data.problems import BadRow
 
@@ -40,9 +41,13 @@ class Field(NamedTuple):
 
 
 _SPELLED = "as the source spells it, where `--data.template raw` must see that"
+_FIELDS = "JSON: for each message an object of its other keys, such as train; absent where there are none"
+_TOOLS = "JSON: the tools that the template may describe"
 FIELDS: dict[Kind, tuple[Field, ...]] = {
     "preferences": (
         Field("prompt", "messages", "at most one system message, then user and assistant in turn, a user message last"),
+        Field("message_fields", "text", _FIELDS),
+        Field("tools", "text", _TOOLS),
         Field("chosen", "text", "the preferred response; absent in an unpaired row of an undesirable response"),
         Field("rejected", "text", "the other response; absent in an unpaired row of a desirable response"),
         Field("as_spelled/prompt", "text", f"the prompt {_SPELLED}"),
@@ -57,6 +62,8 @@ FIELDS: dict[Kind, tuple[Field, ...]] = {
     ),
     "dialogues": (
         Field("messages", "messages", "at most one system message, then user and assistant in turn, an answer last"),
+        Field("message_fields", "text", _FIELDS),
+        Field("tools", "text", _TOOLS),
         Field("as_spelled/prompt", "text", f"all before the last answer {_SPELLED}"),
         Field("as_spelled/answer", "text", f"the last answer {_SPELLED}"),
         Field("finish_reason", "text", "length where the last answer was cut, so that no terminator follows it"),
@@ -109,18 +116,19 @@ def parse(row: Row, kind: Kind) -> Parsed:
 
 def _parsed_pair(pair: Pair) -> Parsed:
     columns: dict[str, Any] = {"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected}
+    columns |= _beside(pair.messages)
     if not _tells(pair.messages, (pair.chosen, pair.rejected), pair.raw):
         columns |= _spelling(("prompt", "chosen", "rejected"), pair.raw)
     for name, value in pair.extras.items():
         columns["rating_text" if name == "rating" and isinstance(value, str) else name] = value
     parts = {"prompt": "\n".join(m.content for m in pair.messages)}
     parts |= {name: text for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)) if text is not None}
-    return Parsed(columns, pair.messages, parts)
+    return Parsed(columns, tuple(turns_of(pair.messages)), parts)
 
 
 def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:
     messages = dialogue.messages
-    columns: dict[str, Any] = {"messages": messages}
+    columns: dict[str, Any] = {"messages": messages} | _beside(messages)
     if not _tells(messages[:-1], (messages[-1].content,), dialogue.raw):
         columns |= _spelling(("prompt", "answer"), dialogue.raw)
     if dialogue.cut:
@@ -131,7 +139,14 @@ def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:
         "answers": "\n".join(m.content for m in messages if m.role == "assistant"),
         "dialogue": "\n".join(m.content for m in messages),
     }
-    return Parsed(columns, messages[:first], parts)
+    return Parsed(columns, tuple(turns_of(messages[:first])), parts)
+
+
+def _beside(messages: Sequence[Message]) -> dict[str, Any]:
+    """The columns that hold what messages have beside role and content; what JSON cannot hold (a date), as text."""
+    fields = [dict(m.extra) | ({} if m.learn is None else {"train": m.learn}) for m in messages]
+    told = {"message_fields": fields if any(fields) else None, "tools": messages[0].tools}
+    return {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in told.items() if value}
 
 
 def _tells(prompt: Sequence[Message], answers: tuple[str | None, ...], raw: tuple[str | None, ...] | None) -> bool:
@@ -147,16 +162,20 @@ def _spelling(names: Sequence[str], raw: tuple[str | None, ...] | None) -> dict[
 
 def columns_read(kind: Kind) -> frozenset[str]:
     """Columns of a source that its rows are made of, or that are kept as they stand."""
-    if kind == "preferences":
-        return COLUMNS
-    return dialogues.COLUMNS if kind == "dialogues" else frozenset(("text", "source"))
+    if kind == "text":
+        return frozenset(("text", "source"))
+    return (COLUMNS if kind == "preferences" else dialogues.COLUMNS) | {"tools"}
 
 
 def as_row(columns: Row, kind: Kind) -> Row:
     """A stored row, with absent columns left out, in a layout of the reader of its kind (see `preferences.py`)."""
-    if kind != "preferences":
-        return columns
     row = dict(columns)
+    if "message_fields" in row:
+        name = "prompt" if kind == "preferences" else "messages"
+        fields = json.loads(row.pop("message_fields"))
+        row[name] = [{**given, **turn} for turn, given in zip(row[name], fields, strict=True)]
+    if kind != "preferences":
+        return row
     if "rating_text" in row:
         row["rating"] = row.pop("rating_text")
     if ("chosen" in row) != ("rejected" in row):

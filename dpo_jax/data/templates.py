@@ -26,6 +26,8 @@ from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
 RAW = "raw"
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of what an assistant thinks before it answers: keys of messages, of which a template reads one."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -119,6 +121,22 @@ class ChatTemplate:
         """
         return self._render(messages, generation=generation)[0]
 
+    def writes(self, name: str) -> bool:
+        """Whether the template's text names `name`, a key of messages or `tools`; reasoning has several names."""
+        names = REASONING if name in REASONING else (name,)
+        return any(name in self._words for name in names)
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self._text))
+
+    def _given(self, message: Message) -> dict[str, Any]:
+        """A message as the template sees it; reasoning under each of its names, as in newer `transformers`."""
+        given: dict[str, Any] = {key: value for key, value in message.extra if self.writes(key)}
+        if reasoning := next((given[name] for name in REASONING if name in given), None):
+            given |= dict.fromkeys(REASONING, reasoning)
+        return {**given, "role": message.role, "content": message.content}
+
     @cached_property
     def marks_answers(self) -> bool:
         """Whether the template says by `{% generation %}` which of its text the assistant speaks."""
@@ -136,7 +154,8 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             rendered = render_jinja_template(
-                [[m._asdict() for m in messages]],
+                [[self._given(m) for m in messages]],
+                tools=messages[0].tools,
                 chat_template=self._text,
                 add_generation_prompt=generation,
                 return_assistant_tokens_mask=marked,

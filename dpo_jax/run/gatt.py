@@ -200,7 +200,7 @@ def training_rows(
             else:
                 spoken = [said[i, t]["answer"] for t in range(1, turn + 1)]
                 messages = ghost.training_form(instruction or outline.instruction.text, outline.users, spoken)
-                row: Row = {"messages": [m._asdict() for m in messages], "finish_reason": last["finish_reason"]}
+                row: Row = {"messages": [m.as_dict() for m in messages], "finish_reason": last["finish_reason"]}
                 row |= {"dialogue": i, "turn": turn}
                 try:
                     encoder.render(parse_dialogue(row))

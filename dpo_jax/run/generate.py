@@ -230,7 +230,7 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
             raise InputError(f"{where}: {problem}") from problem
         if not ids[-1]:
             raise InputError(f"{where}: the prompt has no token; give it a text")
-        prompt = [m._asdict() for m in messages] if text is None else text
+        prompt = [m.as_dict() for m in messages] if text is None else text
         heads.append({"row": number, "prompt": prompt})
     return heads, ids
 
