@@ -127,7 +127,7 @@ def test_every_judgement_is_read(load, row):
         ({"completions": [{"response": "x", **ULTRAFEEDBACK}, {"response": "y", **ULTRAFEEDBACK}]}, "annotations"),
         ({"responses": [{"response": "x", "fine-grained_score": 3}, {"response": "y"}]}, "fine-grained_score"),
         ({"responses": ["x", "y"], "ranking": [2, 1]}, "ranking"),
-        ({"responses": ["x", "y"], "preference": "second"}, "preference"),
+        ({"responses": ["x", "y"], "preferred": "second"}, "preferred"),
         ({"responses": ["x", "y"], "winner": 1}, "winner"),
         ({"responses": ["x", "y"], "ratings": [1, 2, 3]}, "ratings"),
     ],

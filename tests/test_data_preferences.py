@@ -136,7 +136,7 @@ BROKEN: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "bad", ["does not continue the prompt"]),
     ({"prompt": "a\ud800", "chosen": "good", "rejected": "bad"}, "bad", ["broken Unicode", "character 2"]),
     ({"prompt": "Q?", "instruction": "Q?", "chosen": "a", "rejected": "b"}, "bad", ["several fields give a prompt"]),
-    ({"input": "Q?", "chosen": "a", "rejected": "b"}, "bad", ["'input' without 'instruction'"]),
+    ({"question": "Q?", "input": "I", "chosen": "a", "rejected": "b"}, "bad", ["'input' without 'instruction'"]),
     ({**LAYOUTS["text"], "margin": float("nan")}, "bad", ["'margin' is not a finite number"]),
     ({**LAYOUTS["text"], "score_chosen": "8"}, "bad", ["'score_chosen' is not a finite number"]),
     ({**LAYOUTS["text"], "source": 3}, "bad", ["'source' is not text"]),

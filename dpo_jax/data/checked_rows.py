@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.layouts import is_vote, sources, together
 from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.errors import InputError
@@ -27,28 +28,30 @@ class CheckedRows:
     Attributes:
       source: see `files.read_rows`.
       rows_read: how many rows were read.
-      columns: every column that occurred.
+      columns: every column that occurred, with something in it.
       keys: column -> keys that its messages had beside role and content.
+      sources: those columns that stand for one of the readers' names (see `layouts.py`) -> that name.
       tally: the rows that cannot be used. Whoever finds one later adds it.
     """
 
-    def __init__(self, source: str, limit: int | None):
-        """Args: the source; at most how many of its rows to read, or None."""
-        self.source, self._limit = source, limit
+    def __init__(self, source: str, limit: int | None, *, compared: bool = False):
+        """Args: the source; at most how many of its rows to read, or None; whether answers are to be compared, so that
+        rows with one scored answer each are put together."""
+        self.source, self._limit, self._compared = source, limit, compared
         self.rows_read = 0
         self.columns: set[str] = set()
         self.keys: dict[str, set[str]] = {}
+        self.sources: dict[str, str] = {}
         self.tally = Tally()
 
     def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
         """(row number, what `parse` makes of the row) of at most CHUNK rows at a time; it may raise `BadRow`."""
         chunk: list[tuple[int, Parsed]] = []
-        for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
-            self.rows_read += 1
+        rows = self._noted()
+        for number, row in together(rows) if self._compared else rows:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self.note(row)
                 chunk.append((number, parse(row)))
             except BadRow as problem:
                 self.tally.add(number, problem)
@@ -58,9 +61,18 @@ class CheckedRows:
         if chunk:
             yield chunk
 
+    def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows as they stand, counted, and what they hold."""
+        for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
+            self.rows_read += 1
+            if not isinstance(row, BadRow):
+                self.note(row)
+            yield number, row
+
     def note(self, row: dict[str, Any]) -> None:
         """Remember what a row holds."""
-        self.columns.update(map(str, row))
+        self.columns.update(str(name) for name, value in row.items() if value is not None)
+        self.sources.update(sources(row))
         for name, value in row.items():
             if isinstance(value, list | dict) and (keys := keys_beside(value)):
                 self.keys.setdefault(str(name), set()).update(keys)
@@ -70,17 +82,18 @@ class CheckedRows:
     ) -> tuple[str, ...]:
         """Columns, and keys of messages (as "column: key"), that nothing reads.
 
-        Args: the columns that are read; those of them whose messages the template sees whole; whether it writes a key.
+        Args: the names that the reader of the rows knows; those of them whose messages the template sees whole; whether
+        it writes a key.
         """
-        left = self.columns - set(known) - ({"tools"} if writes("tools") else set())
+        left = self.columns - set(known) - self.sources.keys() - ({"tools"} if writes("tools") else set())
         keys = {
             f"{column}: {key}"
             for column, found in self.keys.items()
-            if column in known
+            if column in known or column in self.sources
             for key in found
-            if column not in rendered or not writes(key)
+            if self.sources.get(column, column) not in rendered or not writes(key)
         }
-        return tuple(sorted(left | keys))
+        return tuple(sorted({name for name in left if not is_vote(name)} | keys))
 
     def close(self, used: int, on_bad_rows: OnBadRows) -> str:
         """What was left out, in words; it is logged too.

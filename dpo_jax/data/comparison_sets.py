@@ -16,16 +16,18 @@ from dpo_jax.data.comparisons import (
     EXTRAS,
     OWN_COLUMNS,
     Comparison,
-    is_numbered,
+    compares_replies,
     label_of,
     marks,
     ordered,
     parse_comparison,
-    parse_responses,
+    parse_replies,
 )
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
+from dpo_jax.data.layouts import readable
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
@@ -124,6 +126,15 @@ def load_responses(
     return replace(data, extras={"layout": layouts})
 
 
+def parse_responses(row: dict[str, Any]) -> Comparison:
+    """Read one row of responses to be scored: a comparison, or a prompt with a single answer. Raises `BadRow`."""
+    row = readable(row)
+    if compares_replies(row) or "chosen" in row:
+        return parse_replies(row)
+    dialogue = parse_dialogue(row)
+    return Comparison(dialogue.messages[:-1], (dialogue.messages[-1].content,), None, dialogue.raw)
+
+
 class _Learnt:
     """What a row tells beside its texts, in the order of its kept responses."""
 
@@ -148,7 +159,7 @@ def _load(
 ) -> tuple[PreferenceDataset, list[Any]]:
     """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
     encoder = ConversationEncoder(tokenizer, config.template)
-    rows = CheckedRows(source, config.limit)
+    rows = CheckedRows(source, config.limit, compared=compared)
     groups: list[Encoded] = []
     numbers: list[int] = []
     cuts: list[RowCut] = []
@@ -171,7 +182,6 @@ def _load(
     problems = rows.close(len(groups), on_bad_rows)
     k = max(len(group.responses) for group in groups)
     responses = [r for group in groups for r in (*group.responses, *[_NONE] * (k - len(group.responses)))]
-    known = COLUMNS | OWN_COLUMNS | set(filter(is_numbered, rows.columns))
     data = PreferenceDataset(
         prompts=Ragged.of([group.prompt for group in groups], np.int32),
         responses=Ragged.of(responses, np.int32),
@@ -180,7 +190,9 @@ def _load(
         extras={},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
-        unused_columns=rows.unused(known, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes),
+        unused_columns=rows.unused(
+            COLUMNS | OWN_COLUMNS, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes
+        ),
         terminators=encoder.terminators,
         source=source,
         cuts=tuple(cuts),

@@ -1,12 +1,13 @@
 """Rows that compare responses to one prompt -> one form, whatever the layout.
 
-Understood layouts, told apart by their columns (a column that is null counts as absent):
+Understood layouts, told apart by their columns under the names of `layouts.py`:
 
 * Preference pairs as in `preferences.py`: `chosen`, `rejected`. Beside them, where known: `rating` (see `ratings.py`),
   `margin`, `score_chosen` and `score_rejected`, or `agreement` (share of the annotators who agree).
 * Lists of replies: a prompt, and `responses`, `output`, `outputs` or `completions`: a list of texts, messages, or
-  objects with `response` (or `text`, `completion`). The best stands first, unless scores or ranks, in the objects or
-  beside the list, say otherwise (see `judgements.py`).
+  objects with `response` (or `text`, `completion`, `answer`). The best stands first, unless a judgement, in the objects
+  or beside the list, says otherwise (see `judgements.py`). Without a prompt each is a conversation; all but its last
+  message is the prompt, the same in all.
 * Two responses: a prompt, and `response_a`, `response_b` (or response1, response_1, answer_a, completion_a, output_a
   ...), with `score_a`, `score_b` (score1 ...), or with the votes of annotators, `annotator1`, `annotator2`, ...: 1 the
   first, 2 the second, 0 a tie.
@@ -16,31 +17,30 @@ The prompt is `prompt`, `messages`, `conversations`, `question`, or `instruction
 order]}, a label being a class, for overlapping classes a list of classes, or null.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_jax.config import ClassHead, RewardLossConfig
 from dpo_jax.data import judgements
-from dpo_jax.data.dialogues import history_of, parse_dialogue
 from dpo_jax.data.judgements import judged
-from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, response_of, text_of
-from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Extra, parse_pair, parse_prompt
+from dpo_jax.data.layouts import Readable, readable
+from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, history_of, response_of, text_of, turns_of
+from dpo_jax.data.preferences import ASSISTANT, COLUMNS, PROMPT_COLUMNS, Extra, Pair, one_turn, parse_pair, parse_prompt
 from dpo_jax.data.problems import BadRow
-from dpo_jax.data.ratings import majority, margin_of, number_of, votes_of
+from dpo_jax.data.ratings import margin_of, number_of
 
 LIST_COLUMNS = ("responses", "output", "outputs", "completions")
-REPLY_KEYS = ("response", "text", "completion")
+REPLY_KEYS = ("response", "text", "completion", "answer")
 """Keys of an entry of such a list that hold its text."""
-OWN_COLUMNS = frozenset((*LIST_COLUMNS, *judgements.COLUMNS, "messages", "history", "labels", "agreement"))
-"""Columns that are read here, beside those of `preferences.COLUMNS` and of `is_numbered`."""
+REPLIES_COLUMNS = frozenset((*LIST_COLUMNS, *judgements.COLUMNS))
+"""Columns of several answers, and what judges them."""
+OWN_COLUMNS = REPLIES_COLUMNS | {"messages", "history", "labels", "agreement"}
+"""Columns that are read here, beside those of `preferences.COLUMNS` and votes."""
 
 EXTRAS = ("rating", "source", "score_gap", "agreement")
 """What a row tells that evaluation groups by."""
 
-_NUMBERED = re.compile(r"(response|answer|completion|output)_?(a|b|[0-2])")
-_SCORE = re.compile(r"score_?(a|b|[0-2])|annotator_?\d+")
 _UNDERSTOOD = (
     "understood are chosen + rejected, a list in responses or output, and response_a + response_b with score_a + "
     "score_b or annotator1, annotator2, ..."
@@ -59,6 +59,7 @@ class Comparison:
       evidence: what the row gives of rating, margin, score_gap, agreement and source.
       scores: of a list of replies, where it has them; empty otherwise.
       labels: head -> label of each response.
+      names: what to call each response in a message.
       unplaced: why `places` is None, where it is.
     """
 
@@ -69,68 +70,65 @@ class Comparison:
     evidence: dict[str, Extra] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
     labels: dict[str, list[Any]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     unplaced: BadRow | None = None
-
-
-def is_numbered(column: str) -> bool:
-    """Whether `column` is one of two responses, its score, or a vote."""
-    return bool(_NUMBERED.fullmatch(column) or _SCORE.fullmatch(column))
 
 
 def parse_comparison(row: dict[str, Any]) -> Comparison:
     """Read one row of any layout (see the module). Raises `BadRow`: which field, and how to mend it."""
-    row = {name: value for name, value in row.items() if value is not None}
-    found = _parse(row)
-    for name, text in zip(_told(found, row), found.responses, strict=True):
+    found = parse_replies(readable(row))
+    for name, text in zip(found.names, found.responses, strict=True):
         if not text.strip():
             # Where models wrote the responses some are blank, and there is no token to score.
             raise BadRow(f"empty completion: {name} is blank", "give it a text", "lost")
     return found
 
 
-def parse_responses(row: dict[str, Any]) -> Comparison:
-    """Read one row of responses to be scored: a comparison, or a prompt with a single answer. Raises `BadRow`."""
-    row = {name: value for name, value in row.items() if value is not None}
-    if any(isinstance(row.get(name), list) for name in LIST_COLUMNS) or len(_numbered(row)) == 2 or "chosen" in row:
-        return _parse(row)
-    dialogue = parse_dialogue(row)
-    if dialogue.messages[-1].role != "assistant":
-        raise BadRow("no answer at the end: the last turn is the user's", "give its answer")
-    return Comparison(dialogue.messages[:-1], (dialogue.messages[-1].content,), None, dialogue.raw)
+def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
+    """Read one row as a pair: of more than two responses the best and the worst. Raises `BadRow`, for a tie too."""
+    row = readable(row)
+    if not compares_replies(row):
+        return parse_pair(row, needs_pairs=needs_pairs)
+    found = parse_comparison(row)
+    places = found.places
+    if places is None:
+        raise found.unplaced or BadRow("nothing says which response is better")
+    best, worst = places.index(0), len(places) - 1 - places[::-1].index(max(places))
+    if places[best] == places[worst]:
+        raise BadRow("a tie: no response is better", "leave such rows out with --on-bad-rows skip")
+    chosen, rejected = found.responses[best], found.responses[worst]
+    if chosen == rejected:
+        raise BadRow("'chosen' and 'rejected' are the same", "such a row prefers nothing: remove it")
+    raw = (
+        None if found.raw is None or found.raw[0] is None else (found.raw[0], found.raw[1 + best], found.raw[1 + worst])
+    )
+    extras = {name: found.evidence[name] for name in ("rating", "margin", "source") if name in found.evidence}
+    if found.scores:
+        extras |= {"score_chosen": found.scores[best], "score_rejected": found.scores[worst]}
+    return Pair(found.messages, chosen, rejected, raw, extras)
 
 
-def _parse(row: dict[str, Any]) -> Comparison:
+def compares_replies(row: Readable) -> bool:
+    """Whether `row` holds a list of responses, and not a pair."""
+    return not {"chosen", "rejected"} & row.keys() and any(isinstance(row.get(name), list) for name in LIST_COLUMNS)
+
+
+def parse_replies(row: Readable) -> Comparison:
+    """`parse_comparison` of any responses, blank ones too."""
     if "chosen" in row or "rejected" in row:
         return _pair(row)
     lists = [name for name in LIST_COLUMNS if isinstance(row.get(name), list)]
     if len(lists) > 1:
         raise BadRow("several fields give replies", f"{', '.join(lists)}; keep one of them")
-    if lists:
-        return _listed(row, lists[0])
-    names = _numbered(row)
-    if len(names) == 2:
-        return _two(row, names)
-    raise BadRow("no responses to compare", f"{columns_of(row)}; {_UNDERSTOOD}")
-
-
-def _numbered(row: dict[str, Any]) -> list[str]:
-    return sorted(name for name in row if _NUMBERED.fullmatch(name))
-
-
-def _told(found: Comparison, row: dict[str, Any]) -> list[str]:
-    """What to call each response in an error."""
-    if "chosen" in row:
-        return ["'chosen'", "'rejected'"]
-    names = _numbered(row)
-    if len(names) == len(found.responses) == 2:
-        return [f"'{name}'" for name in names]
-    return [f"reply {i}" for i in range(1, len(found.responses) + 1)]
+    if not lists:
+        raise BadRow("no responses to compare", f"{columns_of(row)}; {_UNDERSTOOD}")
+    return _listed(row, lists[0])
 
 
 # ---------------------------------------------------------------- layouts
 
 
-def _pair(row: dict[str, Any]) -> Comparison:
+def _pair(row: Readable) -> Comparison:
     pair = parse_pair(row)
     assert pair.chosen is not None, "a pair has both"
     assert pair.rejected is not None, "a pair has both"
@@ -140,63 +138,55 @@ def _pair(row: dict[str, Any]) -> Comparison:
     if "agreement" in row:
         evidence["agreement"] = number_of(row["agreement"], "agreement")
     answers = (pair.chosen, pair.rejected)
-    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, labels=_labels(row, 2))
+    names = ("'chosen'", "'rejected'")
+    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, labels=_labels(row, 2), names=names)
 
 
-def _listed(row: dict[str, Any], column: str) -> Comparison:
-    messages, raw = _prompt(row)
-    texts = [_reply(value, column) for value in row[column]]
-    k = len(texts)
+def _listed(row: Readable, column: str) -> Comparison:
+    k = len(row[column])
+    if k == 1 and "responses" in row.sources:
+        raise BadRow("a scored answer without another to the same prompt", "neighbouring rows are compared", "lost")
     if k < 2:
         raise BadRow(f"a list of {k} in '{column}' compares nothing", "it takes two replies at least: remove the row")
+    separate = len(row.sources.get(column, ())) > 1
+    names = tuple(f"'{row.called(column, i)}'" if separate else f"reply {i + 1}" for i in range(k))
+    replies = [_reply(value, row.called(column, i)) for i, value in enumerate(row[column])]
+    texts = tuple(text for _, text in replies)
+    messages, raw = _prompt(row, [context for context, _ in replies], row.called(column))
+    if raw is not None and raw.rstrip().endswith(ASSISTANT):
+        spelled, texts = (raw, *texts), tuple(one_turn(text) for text in texts)
+    else:
+        spelled = None if raw is None else (raw, *texts)
     found = judged(row, column, COLUMNS | OWN_COLUMNS)
-    unknown, (places, scores) = (found, (None, ())) if isinstance(found, BadRow) else (None, found)
     evidence = _told_evidence(row)
-    if scores and k == 2:
-        evidence["score_gap"] = abs(scores[0] - scores[1])
-    spelled = None if raw is None else (raw, *texts)
-    return Comparison(messages, tuple(texts), places, spelled, evidence, scores, _labels(row, k), unknown)
+    comparison = Comparison(messages, texts, None, spelled, evidence, labels=_labels(row, k), names=names)
+    if isinstance(found, BadRow):
+        return replace(comparison, unplaced=found)
+    return replace(comparison, places=found.places, scores=found.scores, evidence={**found.evidence, **evidence})
 
 
-def _reply(value: object, column: str) -> str:
-    """The text of an entry of a list."""
+def _reply(value: object, column: str) -> tuple[tuple[Message, ...], str]:
+    """(what stands before it, if it is a conversation; the text) of an entry of a list."""
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
-        names = [name for name in REPLY_KEYS if name in value]
+        names = [name for name in REPLY_KEYS if value.get(name) is not None]
         if len(names) != 1:
             raise BadRow(f"an entry of '{column}' has no text", f"{columns_of(value)}; write response and score")
-        return text_of(value[names[0]], names[0])
-    context, text = response_of(value, column)
-    if context:
-        raise BadRow(f"a reply in '{column}' is a conversation", "give each reply alone")
-    return text
+        return (), text_of(value[names[0]], names[0])
+    return response_of(value, column)
 
 
-def _two(row: dict[str, Any], names: list[str]) -> Comparison:
-    messages, raw = _prompt(row)
-    texts = [_reply(row[name], name) for name in names]
-    endings = [(_NUMBERED.fullmatch(name) or [""])[2] for name in names]
-    scored = [next((c for c in (f"score_{e}", f"score{e}") if c in row), None) for e in endings]
-    votes = votes_of(row)
-    evidence, places = _told_evidence(row), None
-    if votes and any(scored):
-        raise BadRow("scores and votes compare the responses twice", "keep one of them")
-    if votes:
-        winner, share = majority(votes)
-        places = {0: (0, 0), 1: (0, 1), 2: (1, 0)}[winner]
-        evidence["agreement"] = share
-    elif all(scored):
-        first, second = (number_of(row[str(name)], str(name)) for name in scored)
-        places = (0, 0) if first == second else (0, 1) if first > second else (1, 0)
-        evidence["score_gap"] = abs(first - second)
-    elif any(scored):
-        raise BadRow("a score of one response only", f"'{next(filter(None, scored))}'; give both a score")
-    spelled = None if raw is None else (raw, *texts)
-    return Comparison(messages, tuple(texts), places, spelled, evidence, labels=_labels(row, 2))
-
-
-def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
+def _prompt(
+    row: Readable, contexts: Sequence[tuple[Message, ...]], column: str
+) -> tuple[tuple[Message, ...], str | None]:
     columns = (*PROMPT_COLUMNS, "messages", "input", *SYSTEM_COLUMNS, "tools")
-    messages, raw = parse_prompt({name: row[name] for name in columns if name in row})
+    told = {name: row[name] for name in columns if name in row}
+    if any(contexts):
+        if told.keys() - {*SYSTEM_COLUMNS, "tools"}:
+            raise BadRow(f"a reply in '{column}' is a conversation", "give each reply alone")
+        if any(turns_of(context) != turns_of(contexts[0]) for context in contexts):
+            raise BadRow("no shared prompt", f"the messages before the last differ in '{column}'; remove the row")
+        told["messages"] = [message.as_dict() for message in contexts[0]]
+    messages, raw = parse_prompt(Readable(told, row.sources))
     if "history" in row and (history := history_of(row["history"])):
         if raw is None and messages[0].role != "system":
             raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
@@ -204,7 +194,7 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     return messages, raw
 
 
-def _told_evidence(row: dict[str, Any]) -> dict[str, Extra]:
+def _told_evidence(row: Readable) -> dict[str, Extra]:
     evidence: dict[str, Extra] = {}
     for name in ("rating", "margin", "agreement", "source"):
         if name in row and not isinstance(row[name], list):  # a list has one value a reply
@@ -215,8 +205,9 @@ def _told_evidence(row: dict[str, Any]) -> dict[str, Extra]:
 
 def _labels(row: dict[str, Any], k: int) -> dict[str, list[Any]]:
     labels = row.get("labels", {})
-    fits = isinstance(labels, dict) and all(isinstance(v, list) and len(v) == k for v in labels.values())
-    if not fits:
+    if not isinstance(labels, dict):  # of something else than heads
+        return {}
+    if not all(isinstance(v, list) and len(v) == k for v in labels.values()):
         raise BadRow("'labels' does not fit the responses", f"write {{head: [label, ...]}}, {k} labels for each head")
     return labels
 
@@ -230,9 +221,7 @@ def ordered(found: Comparison, rules: RewardLossConfig) -> list[int]:
     Of more than `rules.max_replies` the best, the worst, and some evenly between are kept.
     """
     if found.places is None:
-        raise found.unplaced or BadRow(
-            "nothing says which response is better", "give scores (score_a, score_b), or votes (annotator1 ...)"
-        )
+        raise found.unplaced or BadRow("nothing says which response is better")
     places = found.places
     order = sorted(range(len(places)), key=lambda i: places[i])
     if rules.max_replies is not None and len(order) > rules.max_replies:

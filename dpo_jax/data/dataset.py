@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.comparisons import REPLIES_COLUMNS, parse_preference
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.cuts import summary as cuts_summary
 from dpo_jax.data.encode import ConversationEncoder, Rendered, cut_of, truncate
-from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra, parse_pair
+from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
@@ -175,7 +176,7 @@ def load_preferences(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = ConversationEncoder(tokenizer, config.template)
-    rows = CheckedRows(source, config.limit)
+    rows = CheckedRows(source, config.limit, compared=True)
     prompts: list[np.ndarray] = []
     responses: list[np.ndarray] = []
     formats: list[np.ndarray] = []
@@ -184,7 +185,7 @@ def load_preferences(
     extras: list[dict[str, Extra]] = []
 
     def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
-        pair = parse_pair(row, needs_pairs=needs_pairs)
+        pair = parse_preference(row, needs_pairs=needs_pairs)
         return encoder.render(pair), pair.extras
 
     for chunk in rows.chunks(parse):
@@ -214,7 +215,7 @@ def load_preferences(
         extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
-        unused_columns=rows.unused(COLUMNS, rendered=PROMPT_COLUMNS, writes=encoder.writes),
+        unused_columns=rows.unused(COLUMNS | REPLIES_COLUMNS, rendered=PROMPT_COLUMNS, writes=encoder.writes),
         terminators=encoder.terminators,
         source=source,
         cuts=tuple(cuts),

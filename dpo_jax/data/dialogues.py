@@ -24,18 +24,21 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpo_jax.data.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
+from dpo_jax.data.layouts import readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
     answer_of,
     columns_of,
+    history_of,
     messages_of,
     text_of,
     turns_of,
     with_system,
     with_tools,
 )
-from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_pair, parse_prompt
+from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_prompt
 from dpo_jax.data.problems import BadRow, Severity
 
 DIALOGUE_COLUMNS = ("messages", "conversations")
@@ -43,7 +46,7 @@ ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 CUT = "length"
 """The `finish_reason` of an answer that was cut."""
 _BESIDE = ("chosen", "rejected", "label", "input", "context", *SYSTEM_COLUMNS, "history", "as_spelled", "finish_reason")
-COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE))
+COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE)) | REPLIES_COLUMNS
 """Every column that is read. Others are ignored, and named."""
 RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
 """Columns whose messages the template sees whole."""
@@ -75,16 +78,16 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
 
     Raises `BadRow`: says which field, and how to mend it.
     """
-    row = {name: value for name, value in row.items() if value is not None}
+    row = readable(row)
     if not COLUMNS.intersection(row):
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     severity: Severity = "bad"
-    if "chosen" in row or "rejected" in row:
-        pair = parse_pair(row)
+    if "chosen" in row or "rejected" in row or (compares_replies(row) and not _is_answer(row)):
+        pair = parse_preference(row)
         assert pair.chosen is not None, "a pair has both"
         raw = None if pair.raw is None else (pair.raw[0], pair.chosen if pair.raw[1] is None else pair.raw[1])
         dialogue = Dialogue((*pair.messages, Message("assistant", pair.chosen)), raw)
-        if not any(name in row for name in PROMPT_COLUMNS):
+        if not any(name in row for name in (*PROMPT_COLUMNS, "messages")):
             severity = "noise"  # implicit prompts, where a turn is blank here and there
     else:
         given = next((name for name in DIALOGUE_COLUMNS if name in row), None)
@@ -93,6 +96,12 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
     _check_turns(dialogue.messages, severity)
     messages = with_tools(dialogue.messages, row)
     return replace(dialogue, messages=messages, cut=row.get("finish_reason") == CUT)
+
+
+def _is_answer(row: dict[str, Any]) -> bool:
+    """Whether `output` is one answer, spelled as messages, and no list of several."""
+    value = row.get("output")
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value)
 
 
 def _list_of_messages(row: dict[str, Any], name: str) -> tuple[Message, ...] | None:
@@ -163,17 +172,6 @@ def _no_answer(row: dict[str, Any]) -> BadRow:
     near = (c for c in row if c not in COLUMNS and difflib.get_close_matches(c, ANSWER_COLUMNS, n=1))
     hint = next((f"; is {c!r} meant?" for c in near), "")
     return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
-
-
-def history_of(value: object) -> tuple[Message, ...]:
-    """The messages of the column `history`, a list of [user, assistant]. Raises `BadRow`."""
-    if not isinstance(value, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
-        raise BadRow("'history' is no list of [user, assistant]", 'write [["question", "answer"], ...]')
-    return tuple(
-        Message(role, text_of(text, "history"))
-        for turn in value
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    )
 
 
 def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:

@@ -175,3 +175,14 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(held) for key, held in value.items() if held is not None}
     return [_without_nulls(held) for held in value] if isinstance(value, list) else value
+
+
+def history_of(value: object) -> tuple[Message, ...]:
+    """The messages of the column `history`, a list of [user, assistant]. Raises `BadRow`."""
+    if not isinstance(value, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
+        raise BadRow("'history' is no list of [user, assistant]", 'write [["question", "answer"], ...]')
+    return tuple(
+        Message(role, text_of(text, "history"))
+        for turn in value
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    )

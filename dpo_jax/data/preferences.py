@@ -22,6 +22,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dpo_jax.data.layouts import Readable, readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -68,7 +69,7 @@ UNDERSTOOD = (
     "understood are prompt + chosen + rejected, chosen + rejected with the prompt inside, conversations or instruction "
     "(+ input) or question + chosen + rejected, and prompt + completion + label"
 )
-_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -82,6 +83,7 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
     Raises:
       BadRow: says which field, and how to mend it.
     """
+    row = readable(row)
     pair = _parse(row, needs_pairs)
     pair = replace(pair, messages=with_tools(pair.messages, row))
     spelled = row.get("as_spelled")
@@ -89,7 +91,6 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
 
 
 def _parse(row: dict[str, Any], needs_pairs: bool) -> Pair:
-    row = {name: value for name, value in row.items() if value is not None}
     extras = _extras(row)
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
@@ -129,7 +130,7 @@ def _missing(row: dict[str, Any], name: str) -> BadRow:
 def _extras(row: dict[str, Any]) -> dict[str, Extra]:
     extras: dict[str, Extra] = {}
     for name in EXTRA_COLUMNS:
-        if name not in row:
+        if name not in row or isinstance(row[name], list):  # of something else: one value for each of several answers
             continue
         value = row[name]
         if name == "source" or (name == "rating" and isinstance(value, str)):
@@ -170,8 +171,8 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None] | Non
         raw = text_of(row[name], name)
         if name == "instruction" and (extra := text_of(row.get("input", ""), "input")):
             raw = f"{raw}\n{extra}"
-        if raw.startswith(_HUMAN) and raw.rstrip().endswith(_ASSISTANT):
-            messages = _turns(raw.rstrip().removesuffix(_ASSISTANT))
+        if raw.startswith(_HUMAN) and raw.rstrip().endswith(ASSISTANT):
+            messages = _turns(raw.rstrip().removesuffix(ASSISTANT))
         else:
             messages = (Message("user", raw),)
     whole = with_system(messages, row, f"in '{name}'")
@@ -195,11 +196,11 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     Raises:
       BadRow: says which field, and how to mend it.
     """
-    row = {name: value for name, value in row.items() if value is not None}
+    row = readable(row)
     if "messages" in row:
         if not isinstance(row["messages"], list):
             raise BadRow("'messages' is not a list", 'write [{"role": "user", "content": ...}]')
-        row["conversations"] = row.pop("messages")
+        row = Readable({**row, "conversations": row["messages"]}, row.sources)
     prompt = _prompt(row)
     if prompt is None:
         raise BadRow("missing field 'prompt'", f"{columns_of(row)}; understood are prompt (a text) and messages")
@@ -217,13 +218,12 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
             raise BadRow(f"'{name}' is a conversation that does not continue the prompt", detail)
         contexts.append(context or messages)
         texts.append(text)
-    marked = raw is not None and raw.rstrip().endswith(_ASSISTANT) and "as_spelled" not in row
-    answers = [_one_turn(text) for text in texts] if marked else texts
+    marked = raw is not None and raw.rstrip().endswith(ASSISTANT) and "as_spelled" not in row
+    answers = [one_turn(text) for text in texts] if marked else texts
     if turns_of(contexts[0]) != turns_of(contexts[1]):
         raise BadRow("no shared prompt: 'chosen' and 'rejected' have different messages before the answer")
-    if turns_of(contexts[0]) != turns_of(
-        messages
-    ):  # the conversations tell more than the prompt field, such as a system message
+    # The conversations may tell more than the prompt field, such as a system message.
+    if turns_of(contexts[0]) != turns_of(messages):
         messages, raw = contexts[0], None
         _check_roles(messages)
     return Pair(messages, *answers, raw=None if raw is None else (raw, texts[0], texts[1]), extras=extras)
@@ -258,7 +258,7 @@ def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
 def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
     cuts = []
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        cut = text.rfind(_ASSISTANT)
+        cut = text.rfind(ASSISTANT)
         if cut < 0:
             detail = f"{columns_of(row)}, and '{name}' has no \"\\n\\nAssistant:\" to find a prompt by"
             raise BadRow("missing field 'prompt'", detail)
@@ -268,13 +268,13 @@ def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict
         raise BadRow("no shared prompt", detail, "noise")
     messages = with_system(_turns(chosen[: cuts[0]]), row)
     _check_roles(messages, "noise")
-    mark = len(_ASSISTANT)
+    mark = len(ASSISTANT)
     prompt, answers = chosen[: cuts[0] + mark], (chosen[cuts[0] + mark :], rejected[cuts[1] + mark :])
     raw = (prompt, answers[0], answers[1]) if messages[0].role != "system" else None
-    return Pair(messages, *map(_one_turn, answers), raw=raw, extras=extras)
+    return Pair(messages, *map(one_turn, answers), raw=raw, extras=extras)
 
 
-def _one_turn(answer: str) -> str:
+def one_turn(answer: str) -> str:
     """What follows the last mark of the assistant, where no turn of the human's follows."""
     if _HUMAN in answer:
         raise BadRow('the text ends with a turn of "\\n\\nHuman:"', "it has no answer: remove the row", "noise")

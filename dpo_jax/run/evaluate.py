@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import EvalRun
 from dpo_jax.data import cuts
+from dpo_jax.data.comparisons import parse_preference
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.preferences import parse_pair
+from dpo_jax.data.layouts import together
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch, replicated
@@ -109,9 +110,9 @@ def _answer(
     prompts: list[list[int]] = []
     longest = run.data.prompt_room(run.sample.max_new_tokens)
     cut = 0
-    for number, row in read_rows_or_problems(run.source):
+    for number, row in together(read_rows_or_problems(run.source)):
         if number in wanted and not isinstance(row, BadRow):
-            pair = parse_pair(row, needs_pairs=True)
+            pair = parse_preference(row)
             prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages
             prompts.append(encoder.prompt_ids(prompt, max_length=longest))
             cut += len(encoder.prompt_ids(prompt)) > longest

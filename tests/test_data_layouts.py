@@ -1,0 +1,117 @@
+"""Every layout of columns in docs/data.md: as a pair, as a comparison, and as a dialogue."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_jax.data.comparison_sets import parse_responses
+from dpo_jax.data.comparisons import parse_comparison, parse_preference
+from dpo_jax.data.dialogues import parse_dialogue
+from dpo_jax.data.layouts import LAYOUTS, readable, sources, together
+from dpo_jax.data.messages import Message
+from dpo_jax.data.preferences import parse_prompt
+from dpo_jax.data.problems import BadRow
+
+PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+
+
+def examples() -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(section, title, rows) of every example of the page."""
+    found = []
+    for section in PAGE.split("\n## ")[1:]:
+        for title, block in re.findall(r"### ([^\n]*)\n```json\n(.*?)```", section, re.DOTALL):
+            found.append((section.partition("\n")[0], title, [json.loads(line) for line in block.splitlines()]))
+    return found
+
+
+EXAMPLES = examples()
+COMPARED = [(title, row) for section, title, rows in EXAMPLES if section != "Dialogues" for row in rows]
+HELPSTEER2 = next(rows for _, title, rows in EXAMPLES if title.startswith("HelpSteer2:"))
+
+
+@pytest.mark.parametrize(("title", "row"), [(t, r) for t, r in COMPARED if not t.startswith("HelpSteer2:")])
+def test_preferences(title: str, row: dict[str, Any]) -> None:
+    pair = parse_preference(row)
+    assert (pair.messages[-1].content, pair.chosen, pair.rejected) == ("Q?", "good", "bad")
+    found = parse_comparison(row)
+    assert found.messages == pair.messages
+    assert found.places is not None
+    assert [found.responses[found.places.index(place)] for place in (0, 1)] == ["good", "bad"]
+    assert sorted(parse_responses(row).responses) == ["bad", "good"]
+    dialogue = parse_dialogue(row)
+    assert dialogue.messages == (*pair.messages, Message("assistant", "good"))
+
+
+@pytest.mark.parametrize(("title", "row"), [(t, r) for s, t, rows in EXAMPLES if s == "Dialogues" for r in rows])
+def test_dialogues(title: str, row: dict[str, Any]) -> None:
+    assert [m.content for m in parse_dialogue(row).messages] == ["Q?", "good"]
+
+
+def test_neighbouring_rows_with_one_scored_answer() -> None:
+    rows = [*HELPSTEER2, {**HELPSTEER2[0], "prompt": "other"}, {"prompt": "other", "chosen": "a", "rejected": "b"}]
+    numbers, found = zip(*together(enumerate(rows, 1)), strict=True)
+    assert numbers == (1, 3, 4)
+    pair = parse_preference(found[0])
+    assert (pair.messages[-1].content, pair.chosen, pair.rejected) == ("Q?", "good", "bad")
+    assert pair.extras == {"score_chosen": 3, "score_rejected": 1}
+    with pytest.raises(BadRow, match="a scored answer without another to the same prompt") as alone:
+        parse_preference(found[1])
+    assert alone.value.severity == "lost"
+    assert found[2] is rows[3]
+    by_correctness = [{**row, "score": row["correctness"]} for row in HELPSTEER2]
+    ((_, row),) = together(enumerate(by_correctness, 1))
+    assert parse_preference(row).chosen == "bad"
+
+
+def test_every_layout_of_the_table_has_an_example() -> None:
+    rows = [readable(row) for _, _, rows in EXAMPLES for row in rows]
+    for layout in LAYOUTS:
+        places = {place for where in layout.columns.values() for place in where.split()}
+        there = [{place for where in row.sources.values() for place in where} for row in rows]
+        assert any(places <= found for found in there) or layout.name == "ms-swift", layout.name
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"response_0": "x", "response_1": "y"}, "nothing says which response is better"),
+        ({"response_0": "x", "response_1": "y", "better_response_id": -1}, "'better_response_id' does not name one"),
+        ({"response_0": "x", "response_1": "y", "better_response_id": True}, "'better_response_id' does not name one"),
+        ({"response_1": "x", "response_2": "y", "preference_strength": 0}, "a tie: no response is better"),
+        ({"response1": "x", "response2": "y", "safer_response_id": 0}, "nothing says which|may say which"),
+        ({"human_ref_A": "x", "human_ref_B": "y", "history": "Q?", "labels": 1, "score_A": 1, "score_B": 2},
+         "'score_A' and 'labels' rank the replies twice, and differently"),
+        ({"conversation_a": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}],
+          "conversation_b": [{"role": "user", "content": "R"}, {"role": "assistant", "content": "y"}],
+          "winner": "model_a"}, "no shared prompt"),
+        ({"generations": ["x", "y"], "winner": "tie"}, "'winner' may say which entry"),
+        ({"input": {"messages": 3}, "preferred_output": "x", "non_preferred_output": "y"}, "'prompt' is not text"),
+        ({"input": "Q?", "preferred_output": "x", "non_preferred_output": "y"}, "'input' is no object"),
+        ({"messages": "Q?", "rejected_response": "y"}, "'messages' is not a list of messages"),
+    ],
+)  # fmt: skip
+def test_refused(row: dict[str, Any], message: str) -> None:
+    prompt = {} if {"history", "conversation_a", "input", "messages"} & row.keys() else {"prompt": "Q?"}
+    with pytest.raises(BadRow, match=message):
+        parse_preference({**prompt, **row})
+
+
+def test_what_has_the_readers_names_stays() -> None:
+    """A column under the readers' name is not replaced, and what a layout would read of it is not used."""
+    row = {"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_response_id": 0, "better": 1}
+    assert parse_preference(row).chosen == "good"
+    assert sources(row) == {"response_0": "responses", "response_1": "responses"}
+    math = {"problem": "Q?", "solution": "good", "messages": [{"role": "user", "content": "Q?"},
+                                                              {"role": "assistant", "content": "good"}]}  # fmt: skip
+    assert sources(math) == {}
+    assert [m.content for m in parse_dialogue(math).messages] == ["Q?", "good"]
+    implicit = {
+        "input": "I",
+        "chosen": "\n\nHuman: Q?\n\nAssistant: good",
+        "rejected": "\n\nHuman: Q?\n\nAssistant: bad",
+    }
+    assert "prompt" not in readable(implicit)
+    assert parse_prompt({"problem": "Q?", "solution": "4"})[1] == "Q?"
