@@ -28,6 +28,8 @@ class DemoRun:
     """Seed of everything."""
     model: str = "smollm2"
     """A Hugging Face folder, a hub id, a .gguf file, or smollm2."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
@@ -63,6 +65,8 @@ class GenerateRun:
     """Dtype of weights and computation."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
@@ -112,6 +116,8 @@ class EvalRun:
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(self.beta is None or self.reference is not None, "--beta has no effect without --reference")
@@ -143,6 +149,8 @@ class LogpsRun:
     """Attention kernel; auto takes the best that can run on these devices."""
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "--batch_size must be at least 1")
@@ -167,6 +175,8 @@ class InspectRun:
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
     data: DataConfig = field(default_factory=DataConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(self.rows >= 1, "--rows must be at least 1")
@@ -190,3 +200,5 @@ class ConvertRun:
     """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype to write. Not given: the source's."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""

@@ -119,6 +119,8 @@ class FrontierRun:
     lora: LoraConfig = field(default_factory=partial(LoraConfig, rank=16))
     recipe: FrontierConfig = field(default_factory=FrontierConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")

@@ -81,6 +81,8 @@ class Llama2ChatRun:
     """Of the rounds of rejection sampling."""
     ppo: PPORun = field(default_factory=partial(PPORun, **_SET, reward=SET_BY_RECIPE))
     """Of the last version; its template and its length of an answer hold for the answers that are compared, too."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")

@@ -185,6 +185,8 @@ class ScoreRun:
     """Attention kernel; auto takes the best that can run on these devices."""
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "--batch_size must be at least 1")

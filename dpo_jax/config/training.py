@@ -37,6 +37,8 @@ class TrainingRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     @property
     def evaluates(self) -> bool:

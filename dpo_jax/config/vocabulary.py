@@ -32,6 +32,8 @@ class ExtendVocabRun:
     """The model's own SentencePiece model, where its folder has no tokenizer.model."""
     pad_to_multiple_of: int = 1
     """Round the rows of the embedding up to a multiple of this, for example the size of --mesh.tensor or 64."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
         if self.tokenizer is None:

@@ -59,7 +59,17 @@ _NOT_REJECTION = (
 def _inside(section: str, *names: str) -> tuple[str, ...]:
     """Options of the run of a recipe's stage: those that the recipe sets, and others that mean nothing there."""
     several = [f"distributed.{name}" for name in _DISTRIBUTED]
-    every = ("model", "source", "out", "eval_source", "checkpoint.best", "train.eval_every", *several, *names)
+    every = (
+        "model",
+        "source",
+        "out",
+        "eval_source",
+        "checkpoint.best",
+        "train.eval_every",
+        "ignore_config_keys",
+        *several,
+        *names,
+    )
     return tuple(f"{section}.{name}" for name in dict.fromkeys(every))
 
 

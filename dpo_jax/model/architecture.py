@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import MAX_WHOLE, Fields, told
+from dpo_jax.model.config_keys import OPTION, QUANTIZED, ignored, left_unread, refuse_quantized
 
 
 @dataclass(frozen=True)
@@ -63,83 +65,105 @@ _ARCHITECTURES = {
 }
 _CLASSIFICATION = "ForSequenceClassification"
 
-# Keys that say how the model was made or is to be served, and change none of its numbers.
-_WITHOUT_EFFECT = frozenset(
-    """_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache pad_token_id bos_token_id
-    eos_token_id initializer_range pretraining_tp is_llama_config rope_interleaved transformers.js_config auto_map
-    attn_implementation _attn_implementation_autoset use_return_dict return_dict output_attentions
-    output_hidden_states chunk_size_feed_forward num_labels id2label label2id problem_type task_specific_params
-    unk_token_id finetuning_task tokenizer_class prefix sep_token_id decoder_start_token_id""".split()
-)  # fmt: skip
+_MAX_LAYERS, _MAX_WIDTH, _MAX_INNER, _MAX_VOCAB, _MAX_HEADS = 10_000, 1 << 20, 1 << 24, 1 << 26, 1 << 16
+_MISTRAL = {"sliding_window": 4096, "kv_heads": 8, "max_position": 131_072}
+"""What `transformers` takes where a Mistral's config.json does not speak of it."""
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """`rope_theta` and scaling, from either spelling (`rope_scaling`, or transformers 5's `rope_parameters`)."""
-    nested = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(nested.pop("rope_theta", raw.get("rope_theta", 10_000.0)))
-    kind = nested.pop("rope_type", nested.pop("type", "default"))
-    nested.pop("type", None)
-    if float(nested.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
-        raise InputError(f"{where}: partial_rotary_factor other than 1 is not supported")
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None, list[str]]:
+    """`rope_theta`, scaling and unread keys, from either spelling (`rope_scaling`, or transformers 5's
+    `rope_parameters`)."""
+    spelled = {name: fields.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    for name, value in spelled.items():
+        if not isinstance(value, dict):
+            raise fields.wrong(name, "an object")
+    found = [name for name, value in spelled.items() if value]
+    name = found[0] if found else "rope_scaling"
+    if len(found) == 2 and _alike(spelled["rope_parameters"]) != _alike(spelled["rope_scaling"]):
+        raise InputError(f"{fields.where}: rope_parameters and rope_scaling say different things; leave one out")
+    nested = Fields(spelled[name], fields.where, f"{name}.")
+    theta = fields.number("rope_theta", nested.number("rope_theta", 10_000.0))
+    if nested.number("rope_theta", theta) != theta:
+        raise InputError(f"{fields.where}: rope_theta is {theta:g}, and within {name} another; leave one out")
+    for part in (fields, nested):
+        if part.number("partial_rotary_factor", 1.0, low=-1) not in (0, 1):
+            raise part.wrong("partial_rotary_factor", "1, the only one that is supported")
+    kind = nested.text("rope_type", nested.text("type", "default"))
     if kind == "default":
-        if nested:
-            raise InputError(f"{where}: RoPE of type default with unknown keys {sorted(nested)}")
-        return theta, None
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(nested.pop("factor")))
+        scaling = None
+    elif kind == "linear":
+        scaling = RopeScaling("linear", nested.number("factor"))
     elif kind == "llama3":
         scaling = RopeScaling(
             "llama3",
-            factor=float(nested.pop("factor")),
-            low_freq_factor=float(nested.pop("low_freq_factor")),
-            high_freq_factor=float(nested.pop("high_freq_factor")),
-            original_max_position=int(nested.pop("original_max_position_embeddings")),
+            factor=nested.number("factor"),
+            low_freq_factor=nested.number("low_freq_factor"),
+            high_freq_factor=nested.number("high_freq_factor"),
+            original_max_position=nested.whole("original_max_position_embeddings"),
         )
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise nested.wrong("low_freq_factor", f"below high_freq_factor {scaling.high_freq_factor:g}")
     else:
-        raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported are default, linear and llama3")
-    if nested:
-        raise InputError(f"{where}: RoPE scaling {kind!r} with unknown keys {sorted(nested)}")
-    return theta, scaling
+        raise InputError(
+            f"{fields.where}: RoPE scaling {told(kind)} is not supported; supported are default, linear and llama3"
+        )
+    return theta, scaling, left_unread(nested.raw, nested.asked, fields.where, f"{name}.")
 
 
-def _num_labels(raw: Mapping[str, Any], where: str) -> int:
+def _alike(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling of either spelling's scaling, without its base."""
+    kept = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
+    return kept | {"rope_type": rope.get("rope_type", rope.get("type"))}
+
+
+def _num_labels(fields: Fields) -> int:
     """The labels of a `...ForSequenceClassification`: the one that is a reward. `InputError` for another number."""
-    count = raw.get("num_labels")
-    if count is None:
-        count = len(raw["id2label"]) if raw.get("id2label") else 2  # transformers' default
+    names = fields.get("id2label")
+    if names is not None and not isinstance(names, dict):
+        raise fields.wrong("id2label", "an object")
+    count = fields.whole("num_labels", len(names) if names else 2, low=0)  # transformers' default
     if count != 1:
-        raise InputError(f"{where}: a classifier with {count} labels; a reward model has one (num_labels 1)")
+        raise InputError(f"{fields.where}: a classifier with {count} labels; a reward model has one (num_labels 1)")
     return 1
+
+
+def _ids(fields: Fields, key: str) -> tuple[int, ...]:
+    """The token ids of a field: one, a list, or none. -1 is how old checkpoints spell none."""
+    value = fields.get(key)
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i <= MAX_WHOLE for i in several):
+        raise fields.wrong(key, "a token's id or a list of them")
+    return tuple(i for i in several if i >= 0)
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     """Read a Hugging Face config dictionary. `where` names the file in errors.
 
-    Raises `InputError` for another architecture, a missing size, or a value that would change the numbers in a way
-    that this model does not implement.
+    Raises `InputError` for another architecture, a missing size, a value of another type or beyond its range, or one
+    that would change the numbers in a way that this model does not implement.
     """
-    names = raw.get("architectures") or []
-    model_type = raw.get("model_type")
+    return read_hf(raw, where)[0]
+
+
+def read_hf(raw: Mapping[str, Any], where: str) -> tuple[LlamaConfig, list[str]]:
+    """`from_hf`, and the keys that were left unread although `transformers` does not write them into every model."""
+    fields = Fields(raw, where)
+    names = fields.items("architectures", str, "names")
+    model_type = fields.text("model_type")
     if names and names[0] not in _ARCHITECTURES:
         raise InputError(
-            f"{where}: architecture {names[0]} is not supported; supported are {', '.join(_ARCHITECTURES)}"
+            f"{where}: architecture {names[0][:80]} is not supported; supported are {', '.join(_ARCHITECTURES)}"
         )
     if model_type not in (None, *_ARCHITECTURES.values()) or (not names and model_type is None):
-        raise InputError(f"{where}: model_type {model_type!r} is not supported; supported are llama and mistral")
-    seen = set(_WITHOUT_EFFECT) | {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
-
-    def get(key: str, default: Any = None, *, required: bool = False) -> Any:
-        seen.add(key)
-        value = raw.get(key)
-        if value is None and required:
-            raise InputError(f"{where}: {key} is missing")
-        return default if value is None else value
+        raise InputError(f"{where}: model_type {told(model_type)} is not supported; supported are llama and mistral")
+    refuse_quantized(fields.get(QUANTIZED), where)
+    model_type = model_type or _ARCHITECTURES[names[0]]
+    mistral = model_type == "mistral"
 
     def only(key: str, *allowed: Any) -> None:
-        seen.add(key)
-        if raw.get(key) is not None and raw[key] not in allowed:
+        if (value := fields.get(key)) is not None and value not in allowed:
             raise InputError(
-                f"{where}: {key} = {raw[key]!r} is not supported; supported: {', '.join(map(repr, allowed))}"
+                f"{where}: {key} = {told(value)} is not supported; supported: {', '.join(map(repr, allowed))}"
             )
 
     only("hidden_act", "silu", "swish")
@@ -147,43 +171,49 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> LlamaConfig:
     only("is_encoder_decoder", False)
     only("add_cross_attention", False)
     only("is_decoder", False, True)
-    only("quantization_config")
     only("tie_encoder_decoder", False)
-    hidden, heads = int(get("hidden_size", required=True)), int(get("num_attention_heads", required=True))
-    theta, scaling = _rope(raw, where)
-    eos = raw.get("eos_token_id")
+    only("rope_interleaved", False)
+    hidden = fields.whole("hidden_size", high=_MAX_WIDTH)
+    heads = fields.whole("num_attention_heads", high=_MAX_HEADS)
+    kv_heads = _MISTRAL["kv_heads"] if mistral and "num_key_value_heads" not in raw else heads
+    window = None
+    if mistral:
+        window = fields.maybe_whole("sliding_window") if "sliding_window" in raw else _MISTRAL["sliding_window"]
+    theta, scaling, unread = _rope(fields)
     config = LlamaConfig(
-        vocab_size=int(get("vocab_size", required=True)),
+        vocab_size=fields.whole("vocab_size", high=_MAX_VOCAB),
         hidden_size=hidden,
-        intermediate_size=int(get("intermediate_size", required=True)),
-        num_layers=int(get("num_hidden_layers", required=True)),
+        intermediate_size=fields.whole("intermediate_size", high=_MAX_INNER),
+        num_layers=fields.whole("num_hidden_layers", high=_MAX_LAYERS),
         num_heads=heads,
-        num_kv_heads=int(get("num_key_value_heads", heads)),
-        head_dim=int(get("head_dim", hidden // heads)),
-        rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
+        num_kv_heads=fields.whole("num_key_value_heads", kv_heads, high=_MAX_HEADS),
+        head_dim=fields.whole("head_dim", hidden // heads, high=_MAX_WIDTH // heads),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position=int(get("max_position_embeddings", 2048)),
-        sliding_window=get("sliding_window"),
-        tie_embeddings=bool(get("tie_word_embeddings", False)),
-        attention_bias=bool(get("attention_bias", False)),
-        mlp_bias=bool(get("mlp_bias", False)),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
-        pad_token_id=raw.get("pad_token_id"),
-        model_type=model_type or _ARCHITECTURES[names[0]],
-        num_labels=_num_labels(raw, where) if names and names[0].endswith(_CLASSIFICATION) else 0,
+        max_position=fields.whole("max_position_embeddings", _MISTRAL["max_position"] if mistral else 2048),
+        sliding_window=window,
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        attention_bias=fields.flag("attention_bias", False),
+        mlp_bias=fields.flag("mlp_bias", False),
+        bos_token_id=next(iter(_ids(fields, "bos_token_id")), None),
+        eos_token_ids=_ids(fields, "eos_token_id"),
+        pad_token_id=next(iter(_ids(fields, "pad_token_id")), None),
+        model_type=model_type,
+        num_labels=_num_labels(fields) if names and names[0].endswith(_CLASSIFICATION) else 0,
     )
-    unknown = sorted(key for key in raw if key not in seen and raw[key] is not None)
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]} = {raw[unknown[0]]!r}; remove it if it changes nothing")
+    if read := [key for key in sorted(fields.asked) if raw.get(key) is not None and ignored(key)]:
+        raise InputError(f"{where}: {OPTION} {read[0]}: it is read, and cannot be left out")
+    unread = left_unread(raw, fields.asked, where) + unread
     if config.num_heads % config.num_kv_heads:
         raise InputError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
         )
+    if fields.get("head_dim") is None and hidden % heads:
+        raise InputError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     if config.head_dim % 2:
         raise InputError(f"{where}: head_dim {config.head_dim} is odd; rotary embeddings need pairs")
-    return config
+    return config, unread
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.run import demo_report, dpo
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.continuations import Writer, make_pairs
 from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.generate import terminators
@@ -107,6 +108,7 @@ def _claim(run: DemoRun, out: Path) -> None:
         write_atomically(marker, json.dumps(settings, indent=2) + "\n")
 
 
+@with_config_keys
 def demo(run: DemoRun) -> Path:
     """The `demo` command; returns its folder. See the module for the stages."""
     return _demo(run, FAST if run.fast else FULL)

@@ -20,6 +20,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.run import report
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
@@ -28,6 +29,7 @@ from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 
 
+@with_config_keys
 def train(config: DPORun) -> Path:
     """Run DPO; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
 

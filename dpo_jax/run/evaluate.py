@@ -24,6 +24,7 @@ from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.run import evaluate_rewards, judgement
 from dpo_jax.run import text as texts
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
@@ -36,6 +37,7 @@ Answers = list[tuple[list[int], Response]]
 """Prompt ids and response of each generated text."""
 
 
+@with_config_keys
 def evaluate(run: EvalRun) -> dict[str, Any]:
     """Judge `run.model`; print tables, write `run.out` if it is given, and return what is in it. Raises `InputError`.
 

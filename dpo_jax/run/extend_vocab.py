@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.config import ExtendVocabRun
 from dpo_jax.data.files import open_bytes, read_rows
 from dpo_jax.errors import InputError
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import say
 from dpo_jax.weights import resize, vocabulary
 from dpo_jax.weights.folder import check_free
@@ -74,6 +75,7 @@ class Extension:
     reached: tuple[int, int]
 
 
+@with_config_keys
 def extend_vocab(run: ExtendVocabRun) -> Extension:
     """Write `run.target`, print what changed, and return it. Raises `InputError`."""
     target = Path(run.target)

@@ -27,6 +27,7 @@ FREE = (
     "train.peak_flops",
     "reward_timeout",
     "sample_batch_size",
+    "ignore_config_keys",
 )
 
 Status = Literal["new", "unfinished", "finished"]

@@ -31,6 +31,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.run import gatt_report, sft
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.gatt_dialogues import Outline, Plan, Writer, check_room, check_template, make_plan, seed_of
 from dpo_jax.run.generate import terminators
@@ -45,6 +46,7 @@ INPUTS = "inputs.json"
 """What the dialogues of a run follow from; written when its folder is claimed."""
 
 
+@with_config_keys
 def gatt(run: GattRun) -> Path:
     """The `gatt` command; returns the run folder. See the module for the stages.
 

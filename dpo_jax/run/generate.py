@@ -23,6 +23,7 @@ from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.rows import RowsFile
 from dpo_jax.sample import Finished, Request, beam_search, serve
@@ -244,6 +245,7 @@ def _check_out(out: str | None) -> Path | None:
     return path
 
 
+@with_config_keys
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = _check_out(run.out)

@@ -10,6 +10,7 @@ from dpo_jax.config import InspectRun
 from dpo_jax.data.inspect import Piece, pieces, sequence_pieces
 from dpo_jax.data.sequences import load_dialogues
 from dpo_jax.errors import InputError
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import say
 from dpo_jax.run.setting import load_data, load_vocabulary
 from dpo_jax.run.training import check_context
@@ -24,6 +25,7 @@ MEANINGS = {
 }
 
 
+@with_config_keys
 def inspect(run: InspectRun) -> None:
     """Print `run.rows` usable rows from row number `run.first` on. Raises `InputError`."""
     console = Console(highlight=False)

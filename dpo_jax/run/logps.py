@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 from dpo_jax.config import LogpsRun
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.log import say
 from dpo_jax.run.setting import Setting, check_output, load_data
 from dpo_jax.types import CHOSEN, REJECTED
 
 
+@with_config_keys
 def logps(run: LogpsRun) -> Path:
     """Write `run.out`, rows in input order: row (its number in the file, from 1), chosen_logps and rejected_logps
     (sums over the response's tokens, terminator included, in nats), chosen_tokens and rejected_tokens.

@@ -12,6 +12,7 @@ from dpo_jax.config import PlanRun, RewardRun, SFTRun, TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.planner import compiling
@@ -27,6 +28,7 @@ from dpo_jax.run.planner.source import config_text
 SEARCH_LIMIT = 12
 
 
+@with_config_keys
 def plan(options: PlanRun) -> dict[str, Any]:
     """Compile what `options.training` would run; print what it needs, write `options.out`, and return what is in it.
 

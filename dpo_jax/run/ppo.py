@@ -19,6 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.run import report
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, ppo_flops
 from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import read_metrics
@@ -31,6 +32,7 @@ from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 
 
+@with_config_keys
 def train(config: PPORun) -> Path:
     """Run PPO, RLOO or GRPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
 

@@ -33,6 +33,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.run import best_responses, distributed, rejection_report, sft
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import as_json, write_atomically
 from dpo_jax.run.responses import Judges, Sampler, key_of, select, write_once, write_scores
 from dpo_jax.run.rows import Row, read_lines, write_lines
@@ -46,6 +47,7 @@ _SAMPLES, _HELDOUT = 1, 2
 """They set the draws of the iterations and of the held-out prompts apart, which one seed decides."""
 
 
+@with_config_keys
 def train(config: RejectionRun) -> Path:
     """Run rejection sampling; return the run folder. An unfinished run in `config.out` is gone on with.
 

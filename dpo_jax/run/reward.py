@@ -11,6 +11,7 @@ from dpo_jax.data.comparison_sets import join, load_comparisons, mix, split_by_p
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.errors import InputError
 from dpo_jax.run import report
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.flops import ModelFlops, reward_flops
 from dpo_jax.run.heldout_rewards import evaluator
@@ -22,6 +23,7 @@ from dpo_jax.weights.heads import as_reward_model
 MIX = 0.1
 
 
+@with_config_keys
 def train(config: RewardRun) -> Path:
     """Train a reward model; return the run folder. An unfinished run in `config.out` is resumed exactly.
 

@@ -10,6 +10,7 @@ from dpo_jax.data.comparison_sets import load_responses
 from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.problems import BadRow
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.folder import as_json
 from dpo_jax.run.log import ProgressBar, say
@@ -22,6 +23,7 @@ from dpo_jax.weights.pretrained import read_classes
 _AT_ONCE = 32  # batches between two writes of the file
 
 
+@with_config_keys
 def score(run: ScoreRun) -> Path:
     """Write `run.out`, rows in input order. An interrupted file is gone on with. Returns the path.
 

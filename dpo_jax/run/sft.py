@@ -6,6 +6,7 @@ from pathlib import Path
 from dpo_jax.align import sft
 from dpo_jax.config import SFTConfig, SFTLossConfig, SFTRun
 from dpo_jax.errors import InputError
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.dialogues import Dialogues
 from dpo_jax.run.flops import ModelFlops, sft_flops
 from dpo_jax.run.heldout_tokens import evaluator
@@ -15,6 +16,7 @@ from dpo_jax.run.training import Training
 from dpo_jax.weights.fingerprint import fingerprint
 
 
+@with_config_keys
 def train(config: SFTRun) -> Path:
     """Run SFT; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
 

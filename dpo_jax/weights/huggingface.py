@@ -1,8 +1,10 @@
 """Hugging Face model folders: config.json, safetensors, generation_config.json."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from jax.experimental import multihost_utils
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
-from dpo_jax.model.architecture import LlamaConfig, from_hf, to_hf
+from dpo_jax.model.architecture import LlamaConfig, read_hf, to_hf
+from dpo_jax.model.config_keys import ignored
 from dpo_jax.weights import layout, shards
 from dpo_jax.weights.folder import new_folder
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file: the size that Hugging Face's hub recommends."""
@@ -25,7 +30,16 @@ _NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path",
 
 def read_config(folder: Path) -> LlamaConfig:
     """The architecture that a folder's config.json describes."""
-    return from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    where = str(folder / "config.json")
+    config, unread = read_hf(read_json(folder / "config.json"), where)
+    if unread:
+        _name_unread(where, ", ".join(unread))
+    return config
+
+
+@lru_cache  # a command reads a configuration several times, and says this once
+def _name_unread(where: str, keys: str) -> None:
+    logger.info("%s: keys without effect, not read: %s", where, keys)
 
 
 def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
@@ -74,7 +88,7 @@ def write_configs(folder: Path, config: LlamaConfig, dtype: Any, source: Path | 
     extras: dict[str, Any] = {}
     if source is not None and (source / "config.json").is_file():
         known = raw.keys() | _NOT_CARRIED
-        extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known}
+        extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known and not ignored(k)}
     write_json(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import AttentionKernel, ClassHead, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.config_keys import ignoring
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
@@ -113,6 +114,7 @@ def load_pretrained(
     remat: Remat = "dots",
     attention: AttentionKernel = "auto",
     seed: int = 0,
+    ignore_config_keys: Sequence[str] = (),
 ) -> tuple[Llama, dict[str, Any]]:
     """The model and its variables, {"params": ...[, "adapters": ...][, "heads": ...]}.
 
@@ -131,6 +133,7 @@ def load_pretrained(
       compute_dtype: of activations and products; not given: `dtype`.
       remat, attention: see `Llama`.
       seed: of the adapters.
+      ignore_config_keys: keys of config.json that are not known here and are said to change nothing.
 
     Raises `InputError` for anything wrong with the checkpoint, with file and tensor.
     """
@@ -142,7 +145,8 @@ def load_pretrained(
     }
     if lora is not None and lora.rank and has_adapters(place):
         raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
-    model, variables = _load(place, chosen, lora or LoraConfig(), mesh, dtype)
+    with ignoring(ignore_config_keys):
+        model, variables = _load(place, chosen, lora or LoraConfig(), mesh, dtype)
     if model.lora.rank and "adapters" not in variables:
         variables["adapters"] = init_adapters(model, jax.random.key(seed), mesh=mesh)
     return model, variables

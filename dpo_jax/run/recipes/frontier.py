@@ -48,6 +48,7 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
 from dpo_jax.run import dpo, ppo, sft
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.continuations import Writer, by_prompt, interval, kl_figures, log_ratios, make_pairs, per_prompt
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import terminators
@@ -92,6 +93,7 @@ class Method:
         return self.config.train.steps
 
 
+@with_config_keys
 def recipe(run: FrontierRun) -> Path:
     """The `recipe frontier` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

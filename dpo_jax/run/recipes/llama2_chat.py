@@ -35,6 +35,7 @@ from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.run import ppo, rejection, reward, sft
+from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.continuations import make_pairs
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import generate
@@ -48,6 +49,7 @@ HELPFUL, SAFE = "helpful", "safety"
 _JUDGED = 256  # answers in one call of a judge
 
 
+@with_config_keys
 def recipe(run: Llama2ChatRun) -> Path:
     """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()
