@@ -34,7 +34,7 @@ def load(tmp_path):
 
 
 def text(data, row, k):
-    return TOKENIZER.decode(data.responses[row * data.responses_per_prompt + k]).removesuffix("<|im_end|>")
+    return TOKENIZER.decode(data.responses[row * data.responses_per_prompt + k]).removesuffix("<|im_end|>\n")
 
 
 # ---------------------------------------------------------------- ratings

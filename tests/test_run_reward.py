@@ -168,7 +168,7 @@ def test_reward_functions_of_texts_and_tokens(run):
     tokens = RewardModel.load(str(run / "rm"), batch_size=2)
     tokenizer = dpo_jax.load_tokenizer(run / "rm")
     ids = [tokenizer(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for p in prompts]
-    replies = [tokenizer(f"{a}<|im_end|>")["input_ids"] for a in answers]
+    replies = [tokenizer(f"{a}<|im_end|>\n")["input_ids"] for a in answers]
     np.testing.assert_allclose(tokens.score_tokens(ids, replies), scores, atol=1e-4)
     assert tokens.score_tokens([], []).shape == (0,)
     with pytest.raises(InputError, match="text 0: prompt of 0"):

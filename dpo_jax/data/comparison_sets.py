@@ -26,7 +26,7 @@ from dpo_jax.data.comparisons import (
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
 from dpo_jax.data.dialogues import parse_dialogue
-from dpo_jax.data.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
+from dpo_jax.data.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
 from dpo_jax.data.layouts import readable
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS
 from dpo_jax.data.problems import BadRow
@@ -46,9 +46,10 @@ def load_comparisons(
 ) -> PreferenceDataset:
     """Read, check and tokenise a file of comparisons (layouts: see `comparisons.py`) to learn from.
 
-    Responses stand best first. K is that of the longest list; rows with fewer have absent ones, of length 0. `ranks` is
-    there where K > 2, `margins` where `rules` ask for margins (one a row, where K > 2 marks of the responses), `labels`
-    where they name auxiliary heads.
+    A response ends where a reward model scores it, with the whole of what the template writes behind it
+    (`encode.ScoredEncoder`); one that `max_length` cut ends where it was cut. Responses stand best first. K is that of
+    the longest list; rows with fewer have absent ones, of length 0. `ranks` is there where K > 2, `margins` where
+    `rules` ask for margins (one a row, where K > 2 marks of the responses), `labels` where they name auxiliary heads.
 
     Args:
       source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`.
@@ -58,7 +59,7 @@ def load_comparisons(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
 
-    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, _Learnt]:
+    def parse(row: dict[str, Any], encoder: ScoredEncoder) -> tuple[Rendered, _Learnt]:
         found = parse_comparison(row)
         order = ordered(found, rules)
         assert found.places is not None, "it was ordered by them"
@@ -116,7 +117,7 @@ def load_responses(
     says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
     """
 
-    def parse(row: dict[str, Any], encoder: ConversationEncoder) -> tuple[Rendered, str]:
+    def parse(row: dict[str, Any], encoder: ScoredEncoder) -> tuple[Rendered, str]:
         found = parse_responses(row)
         count = len(found.responses)
         layout = "pair" if row.get("chosen") is not None else "single" if count == 1 else "list"
@@ -142,7 +143,7 @@ class _Learnt:
         self.ranks, self.marks, self.labels, self.extras = ranks, marks, labels, extras
 
 
-def _render(encoder: ConversationEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
+def _render(encoder: ScoredEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
     raw = None if found.raw is None else (found.raw[0], *(found.raw[1 + i] for i in order))
     return encoder.render_group(found.messages, [found.responses[i] for i in order], raw)
 
@@ -158,7 +159,7 @@ def _load(
     compared: bool,
 ) -> tuple[PreferenceDataset, list[Any]]:
     """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
-    encoder = ConversationEncoder(tokenizer, config.template)
+    encoder = ScoredEncoder(tokenizer, config.template)
     rows = CheckedRows(source, config.limit, compared=compared)
     groups: list[Encoded] = []
     numbers: list[int] = []
@@ -193,7 +194,7 @@ def _load(
         unused_columns=rows.unused(
             COLUMNS | OWN_COLUMNS, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes
         ),
-        terminators=encoder.terminators,
+        terminators=encoder.endings,
         source=source,
         cuts=tuple(cuts),
         problems=problems,

@@ -59,7 +59,7 @@ class PreferenceDataset:
       dropped: how many rows were left out, by reason.
       rows_read: how many rows the file held (or `limit`).
       unused_columns: columns of the file that nothing reads.
-      terminators: ids that end a response.
+      terminators: ids that end a whole response (of comparisons: see `encode.ScoredEncoder`); none: not known.
       source: what was read.
       cuts: what the length limits cut off each of the N rows; empty where nobody measured it.
       reference_logps: float32 [N, K], or None.
@@ -135,8 +135,8 @@ class PreferenceDataset:
         ended = np.isin(last, self.terminators)[responses > 0].mean()
         lines = [
             f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
-            f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()}), "
-            f"{ended:.1%} of them whole with their terminator"
+            f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()})"
+            + (f", {ended:.1%} of them whole with their terminator" if self.terminators else "")
         ]
         if cut := cuts_summary(self.cuts):
             lines.append(cut)

@@ -7,7 +7,7 @@
 * A token that straddles the boundary (a newline of the header merged with one of the answer) belongs to the response.
   As the responses share one prompt, the prompt is the longest common run of tokens that lie before the boundary in
   all; whatever header token this leaves over opens the response.
-* A response ends with exactly one terminator; there is never a BOS before it.
+* A response ends with exactly one terminator; there is never a BOS before it. (For reward models: `ScoredEncoder`.)
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.chat_tokenizer import ChatTokenizer, end_of, first_token
+from dpo_jax.data.chat_tokenizer import ChatTokenizer, behind, end_of, first_token
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import Pair
@@ -61,6 +61,11 @@ class Encoded:
 class ConversationEncoder(ChatTokenizer):
     """Renders and tokenises preference pairs with one tokenizer and one template."""
 
+    @property
+    def _ending(self) -> str:
+        """What closes a response, of the text that the template writes behind it."""
+        return self._closing
+
     def render(self, pair: Pair) -> Rendered:
         """The texts of a pair. Raises `BadRow` where the template cannot render it."""
         return self.render_group(pair.messages, (pair.chosen, pair.rejected), pair.raw)
@@ -85,7 +90,7 @@ class ConversationEncoder(ChatTokenizer):
             start, end = self._answer_in(whole, prompt, messages, answer)
             boundaries.append(start)
             ends.append(end)
-            wholes.append(whole[:end] + self._closing)
+            wholes.append(whole[:end] + self._ending)
         return Rendered(tuple(wholes), min(boundaries), tuple(ends), messages[0].role == "system")
 
     def _render_raw(self, raw: Sequence[str | None] | None) -> Rendered:
@@ -135,17 +140,57 @@ class ConversationEncoder(ChatTokenizer):
             formats.append((at < start) | (at >= stop))
         return Encoded(np.asarray(present[0].ids[:length], np.int32), tuple(responses), tuple(formats))
 
+    def _closed(self, ids: list[int]) -> list[int]:
+        """The ids of a whole conversation with a terminator at their end."""
+        return ids if ids and ids[-1] in self._closers else [*ids, self._terminator]
+
     def _part(self, encoding: Encoding, boundary: int, end: int, length: int) -> "_Part":
-        ids = list(encoding.ids)
+        ids = self._closed(encoding.ids)
         start, stop = first_token(encoding, boundary, length), first_token(encoding, end, length)
-        if not ids or ids[-1] not in self._closers:
-            ids.append(self._terminator)
-        stop = min(stop, len(ids) - 1)  # a raw text may spell its terminator itself
-        if stop <= start:
+        # A raw text may spell its terminator itself.
+        last = len(ids) - 1 if ids and ids[-1] in self._closers else len(ids)
+        stop = min(stop, last)
+        if min(behind(encoding, end, length), last) <= start:
             raise BadRow("empty completion: no token of the answer is left", severity="lost")
         with_bos = self._with_bos(ids)
         shift = len(with_bos) - len(ids)
         return _Part(with_bos, start + shift, stop + shift)
+
+
+class ScoredEncoder(ConversationEncoder):
+    """The same for reward models, which score the last token of the whole rendered template.
+
+    There `transformers` reads a rendered dialogue (the last token that is not padding). So a response ends here with
+    all that the template writes behind it, such as ChatML's newline, and with nothing else: a template without a turn
+    end gets no EOS. With `raw` a response ends with its one terminator, as elsewhere.
+    """
+
+    @property
+    def _ending(self) -> str:
+        return self._tail
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        return super()._closed(ids) if self._template is None else ids
+
+    def whole_ids(self, prompt: Sequence[Message] | str, response: str) -> list[int]:
+        """Ids of a prompt and a response up to the one to score at; what they spell is text.
+
+        Messages (or a text that a user says) under the template; with `raw` a text, taken as it stands, and the
+        response behind it. Any response will do, a blank one too: it is closed like all others. Raises `BadRow` where
+        the template refuses the conversation.
+        """
+        if self._template is None:
+            assert isinstance(prompt, str), "raw prompts are text"
+            return self._with_bos([*self._control.encode_behind(prompt, response), self._terminator])
+        messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        return self._with_bos(self._rendered_ids((*messages, Message("assistant", response)), generation=False))
+
+    @property
+    def endings(self) -> tuple[int, ...]:
+        """Ids that a whole response ends with; none where the template writes nothing behind it."""
+        if self._template is None:
+            return self.terminators
+        return tuple(self._ids(self._tail)[-1:])
 
 
 class _Part(NamedTuple):

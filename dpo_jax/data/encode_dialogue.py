@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data.chat_tokenizer import ChatTokenizer, first_token
+from dpo_jax.data.chat_tokenizer import ChatTokenizer, behind, first_token
 from dpo_jax.data.dialogues import Dialogue
 from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
@@ -126,7 +126,7 @@ class DialogueEncoder(ChatTokenizer):
 
     def _without_closing(self, text: str) -> str:
         """`text`, which ends with an answer, without what the template writes to end it."""
-        closings = (self._closing, self._special.get(self._terminator, ""))
+        closings = (self._closing, self._control.texts.get(self._terminator, ""))
         found = next((closing for closing in closings if closing and text.endswith(closing)), "")
         return text.removesuffix(found)
 
@@ -136,7 +136,7 @@ class DialogueEncoder(ChatTokenizer):
         if len(spans) != spoken:
             detail = f"{len(spans)} of {spoken}; name another template"
             raise BadRow("the chat template's {% generation %} marks are not one an answer", detail)
-        closing = self._special.get(self._terminator, "")
+        closing = self._control.texts.get(self._terminator, "")
         closing = closing if closing in self._closing else ""  # EOS that the template does not write
         found = []
         for start, end in spans:
@@ -172,9 +172,9 @@ class DialogueEncoder(ChatTokenizer):
         ids = list(encoding.ids)
         targets = np.full(len(ids), self._train_on == "all")
         for start, end in row.answers:
-            targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = True
+            targets[first_token(encoding, start, len(row.text)) : behind(encoding, end, len(row.text))] = True
         for start, end in row.context:
-            targets[first_token(encoding, start, len(row.text)) : _behind(encoding, end, len(row.text))] = False
+            targets[first_token(encoding, start, len(row.text)) : behind(encoding, end, len(row.text))] = False
         if not row.cut and (not ids or ids[-1] not in self._closers):
             ids.append(self._terminator)
             targets = np.append(targets, bool(row.answers) and row.answers[-1][1] == len(row.text))
@@ -187,10 +187,3 @@ class DialogueEncoder(ChatTokenizer):
             detail = first if len(with_bos) > max_length else "there is nothing before it to predict it from"
             return BadRow("no token of an answer is left to predict", detail, "lost")
         return EncodedSequence(tokens, targets, cut=len(with_bos) > max_length)
-
-
-def _behind(encoding: Encoding, character: int, length: int) -> int:
-    """Index of the first token that holds nothing in front of `character`."""
-    token = first_token(encoding, character, length)
-    span = encoding.token_to_chars(token) if token < len(encoding.ids) else None
-    return token + (span is not None and span[0] < character)

@@ -18,7 +18,7 @@ from dpo_jax.run.heldout_rewards import evaluator
 from dpo_jax.run.log import Row, read_metrics
 from dpo_jax.run.training import Training, preference_loader
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.heads import as_reward_model, padded_apart
 
 MIX = 0.1
 
@@ -38,6 +38,7 @@ def train(config: RewardRun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
+    padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
     data, heldout = _data(config, tokenizer, architecture.vocab_size)
     for dataset in (data, heldout):
         if dataset is not None:

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.config import PPORun, RejectionRun, is_url
 from dpo_jax.data.chat_tokenizer import end_of
-from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.encode import ScoredEncoder
 from dpo_jax.data.prompts import Prompt
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
@@ -189,8 +189,9 @@ class Endpoint:
 class ModelReward:
     """A reward model as a judge of texts, with its own tokenizer and, but for raw texts, its own chat template.
 
-    The score is read at the terminator, which closes every response, a blank or a cut one too. What a response spells
-    is text: a policy may write anything. A prompt that leaves no room loses its beginning.
+    The score is read at the last token of the rendered template, where the model was trained to give it: every response
+    is closed, a blank one and one that was cut at its longest too. What a response spells is text: a policy may write
+    anything. Of prompt and response together the end is kept, as far as the model's context goes.
     """
 
     everywhere = True
@@ -200,23 +201,21 @@ class ModelReward:
         self._model = RewardModel.load(source, **setting)
         tokenizer = load_tokenizer(source)
         check_vocabulary(tokenizer, self._model.model.config)
-        self._encoder, self._raw, self._source = ConversationEncoder(tokenizer, RAW if raw else None), raw, source
+        self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None), raw
         self.identity = fingerprint(self._model.variables)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        pairs = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        return self._model.score_tokens([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        found = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return self._model.score_tokens([ids[:1] for ids in found], [ids[1:] for ids in found])
 
-    def _ids(self, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
-        encoder, longest = self._encoder, self._model.model.config.max_position
-        end = encoder.terminators[0]
+    def _ids(self, prompt: Prompt, response: str) -> list[int]:
         if self._raw:
             assert prompt.text is not None, "rows without a text were refused"
-            whole = [*encoder.prompt_ids(prompt.text + response)[: longest - 1], end]
-            return whole[:1], whole[1:]
-        answer = [*encoder.text_ids(response)[: longest - 2], end]
-        asked = np.asarray(encoder.prompt_ids(prompt.messages), np.int32)
-        return end_of(asked, longest - len(answer), encoder.bos).tolist(), answer
+            ids = self._encoder.whole_ids(prompt.text, response)
+        else:
+            ids = self._encoder.whole_ids(prompt.messages, response)
+        longest = self._model.model.config.max_position
+        return end_of(np.asarray(ids, np.int32), longest, self._encoder.bos).tolist()
 
 
 def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, ClassHead, DataConfig
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
-from dpo_jax.data.encode import ConversationEncoder, truncate
+from dpo_jax.data.encode import ScoredEncoder, truncate
 from dpo_jax.data.loader import IndexedBatches, eval_batches
 from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
@@ -123,7 +123,7 @@ class RewardModel:
 
         Args:
           prompts: ids, BOS included where the tokenizer has one, at least one each.
-          responses: ids, the terminator included where there is one, at least one each.
+          responses: ids up to the one to score at (the last of the rendered template), at least one each.
 
         Raises `InputError` for an empty one, or a sequence beyond the model's context.
         """
@@ -161,7 +161,7 @@ class TextReward:
     def __init__(self, rewards: RewardModel, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
         """`config`: template and lengths; over-long prompts lose their beginning, over-long responses their end."""
         self._rewards, self._config = rewards, config
-        self._encoder = ConversationEncoder(tokenizer, config.template)
+        self._encoder = ScoredEncoder(tokenizer, config.template)
 
     @classmethod
     def load(cls, source: str, config: DataConfig | None = None, **setting: Any) -> "TextReward":
@@ -172,7 +172,7 @@ class TextReward:
         return cls(rewards, tokenizer, config or DataConfig())
 
     def __call__(self, prompts: Sequence[Sequence[Message] | str], responses: Sequence[str]) -> np.ndarray:
-        """The score of each response to its prompt, float32 [N], each closed by the template's terminator.
+        """The score of each response to its prompt, float32 [N], at the last token of the rendered template.
 
         Raises `InputError` for a text that cannot be rendered, such as a blank one, with its index.
         """

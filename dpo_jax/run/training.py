@@ -11,6 +11,7 @@ A command asks for these in the order of a run:
     training.finish(model, state, tokenizer, report=...)
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -237,6 +238,15 @@ class Training(Generic[Config]):
 
     # ---------------------------------------------------------------- results
 
+    def exported(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A copy with the template of the run: whoever loads the model is to speak to it as it was spoken to here."""
+        template = self.config.data.template
+        if template in (None, RAW):
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = ChatTemplate(tokenizer, template).jinja
+        return tokenizer
+
     def finish(
         self,
         model: Llama,
@@ -254,9 +264,7 @@ class Training(Generic[Config]):
         report come after its curves.
         """
         config = self.config
-        if config.data.template not in (None, RAW):
-            # Whoever loads the model is to speak to it as it was spoken to here.
-            tokenizer.chat_template = ChatTemplate(tokenizer, config.data.template).jinja
+        tokenizer = self.exported(tokenizer)
         told: dict[str, Any] = {"source": config.model, "classes": classes}
         save_pretrained(self.out / "model", model, variables, tokenizer, **told)
         if "adapters" in variables:

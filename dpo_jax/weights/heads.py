@@ -113,23 +113,24 @@ def as_reward_model(model: Llama, variables: Mapping[str, Any]) -> tuple[Llama, 
 def padded_apart(
     config: LlamaConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer (a copy) whose pad token never is the last token of an answer.
+    """Configuration and tokenizer (a copy) whose pad token never is the last token of a rendered text.
 
-    The pad token that is there, else the unknown token, BOS, or another special token. Raises `InputError` where the
-    tokenizer has none to spare.
+    The pad token that is there, else the unknown token, BOS, or another special token: the first that is neither EOS
+    nor spelled in the chat template, and has a row in the embedding. Raises `InputError` where there is none to spare.
     """
-    special = {i: token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    special = [i for i, token in added if token.special]
     # A template writes the end of a turn either as the tokenizer's EOS or as a token that it spells out.
     template = str(tokenizer.chat_template or "")
     enders = {*config.eos_token_ids, cast(int | None, tokenizer.eos_token_id)}
-    enders |= {i for i, text in special.items() if text in template}
+    enders |= {i for i, token in added if token.content in template}
     named = [config.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
-    known = set(tokenizer.get_vocab().values())
+    known = {i for i in tokenizer.get_vocab().values() if i < config.vocab_size}
     spare = next((i for i in cast(list[int], [*named, *special]) if i in known and i not in enders), None)
     if spare is None:
         raise InputError(
             "the tokenizer has no special token but those that end an answer, and transformers scores at the last token"
-            " that is not padding; add a pad token to the tokenizer"
+            " that is not padding; add a pad token to the tokenizer, and a row for it to the model"
         )
     changed = copy.deepcopy(tokenizer)
     changed.pad_token = cast(str, tokenizer.convert_ids_to_tokens(spare))
