@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
-from dpo_jax.data.comparison_sets import parse_responses
+from dpo_jax.config import DataConfig, RewardLossConfig
+from dpo_jax.data.comparison_sets import load_comparisons, parse_responses
 from dpo_jax.data.comparisons import parse_comparison, parse_preference
+from dpo_jax.data.dataset import load_preferences
 from dpo_jax.data.dialogues import parse_dialogue
+from dpo_jax.data.documents import load_documents
+from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.layouts import LAYOUTS, readable, sources, together
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.prompts import load_prompts
+from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.errors import InputError
 
+TOKENIZER = tiny.tokenizer()
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 
 
@@ -115,3 +124,92 @@ def test_what_has_the_readers_names_stays() -> None:
     }
     assert "prompt" not in readable(implicit)
     assert parse_prompt({"problem": "Q?", "solution": "4"})[1] == "Q?"
+
+
+# ---------------------------------------------------------------- columns that are named, and what is said of columns
+
+
+def load(tmp_path: Path, rows: list[dict[str, Any]], reader: Any = load_preferences, **data: Any) -> Any:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    rules = (RewardLossConfig(),) if reader is load_comparisons else ()
+    return reader(str(path), TOKENIZER, DataConfig(max_length=64, **data), *rules, vocab_size=320)
+
+
+SAFE = {"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_response_id": 1, "safer_response_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ("prompt=ask,chosen=yes,rejected=no", {"ask": "Q?", "yes": "good", "no": "bad", "prompt": "other"}),
+        ("prompt=ask.text,chosen=both.a,rejected=both.b", {"ask": {"text": "Q?"}, "both": {"a": "good", "b": "bad"}}),
+        ("prompt=ask,responses=tries,scores=marks", {"ask": "Q?", "tries": ["bad", "good"], "marks": [1, 2]}),
+        ("better=safer_response_id", {**SAFE, "better_response_id": 0, "safer_response_id": 1}),
+    ],
+)
+def test_named_columns(tmp_path: Path, columns: str, row: dict[str, Any]) -> None:
+    for reader in (load_preferences, load_comparisons):
+        data = load(tmp_path, [row], reader, columns=columns)
+        assert [TOKENIZER.decode(data.responses[k]) for k in (0, 1)] == ["good<|im_end|>", "bad<|im_end|>"]
+        assert "Q?" in TOKENIZER.decode(data.prompts[0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("prompt", "write NAME=COLUMN"),
+        ("prompt=", "write NAME=COLUMN"),
+        ("promt=ask", "nothing reads 'promt'; did you mean prompt?"),
+        ("prompt=a,prompt=b", "gives 'prompt' twice"),
+        (
+            "prompt=nowhere",
+            "no row has a column 'nowhere' .--data.columns prompt=nowhere.; there are better",
+        ),
+        ("prompt=response_0.x", "'response_0' is no object"),
+    ],
+)
+def test_columns_refused(tmp_path: Path, columns: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, [SAFE], columns=columns)
+
+
+def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
+    data = load(tmp_path, [{**SAFE, "is_response_0_safe": True}])
+    assert data.used_columns == (
+        "better_response_id as better", "prompt", "response_0 as responses", "response_1 as responses",
+    )  # fmt: skip
+    assert data.unused_columns == ("is_response_0_safe", "safer_response_id")
+    assert "columns used: better_response_id as better, prompt, response_0 as responses" in data.summary()
+    data = load(tmp_path, [SAFE], columns="better=safer_response_id,prompt=prompt")
+    assert "safer_response_id as better" in data.used_columns
+    assert data.unused_columns == ("better_response_id",)
+    dialogues = load(tmp_path, [{"conversation": [
+        {"role": "user", "content": "Q?", "toxic": False}, {"role": "assistant", "content": "good"}], "turn": 1,
+    }], load_dialogues)  # fmt: skip
+    assert dialogues.used_columns == ("conversation as messages",)
+    assert dialogues.unused_columns == ("conversation: toxic", "turn")
+
+
+@pytest.mark.parametrize(("title", "rows"), [(title, rows) for _, title, rows in EXAMPLES])
+def test_every_example_is_told_column_by_column(tmp_path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Each column of each example is named once: as used, or as not used."""
+    pairs = (title, rows) in [(t, r) for section, t, r in EXAMPLES if section != "Dialogues"]
+    for part in [rows] if title.startswith("HelpSteer2:") else [[row] for row in rows]:
+        data = load(tmp_path, part, load_preferences if pairs else load_dialogues)
+        told = [column.partition(" as ")[0] for column in data.used_columns]
+        told += [column for column in data.unused_columns if ":" not in column]
+        assert sorted(told) == sorted({name for row in part for name in row})
+
+
+def test_named_columns_of_documents_and_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"body": {"text": "the film was good"}, "ask": "Q?"}) + "\n")
+    data = load_documents(str(path), TOKENIZER, vocab_size=320, columns="text=body.text")
+    assert "the film was good" in TOKENIZER.decode(data.tokens[0])
+    assert data.unused_columns == ("ask",)
+    with pytest.raises(InputError, match="of documents only text=COLUMN is read"):
+        load_documents(str(path), TOKENIZER, vocab_size=320, columns="prompt=ask")
+    encoder = ConversationEncoder(TOKENIZER, None)
+    prompts = load_prompts(str(path), encoder, DataConfig(columns="prompt=ask"), longest=32, vocab_size=320)
+    assert prompts.prompts[0].text == "Q?"

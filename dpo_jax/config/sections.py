@@ -108,6 +108,9 @@ class DataConfig:
     """Shuffle rows anew in every epoch (by --train.seed)."""
     limit: int | None = None
     """Use only the first rows of the file."""
+    columns: str | None = None
+    """Where rows hold what is read, if not under the names in docs/data.md: prompt=input,chosen=good_answer; a place
+    inside a column is prompt=question.text."""
     workers: int = 2
     """Threads that prepare batches ahead of the step."""
 
@@ -123,6 +126,12 @@ class DataConfig:
         )
         require(self.buckets >= 1, "--data.buckets must be at least 1")
         require(self.limit is None or self.limit >= 1, "--data.limit must be at least 1")
+        for part in (self.columns or "").split(",") if self.columns is not None else ():
+            name, equals, place = part.partition("=")
+            require(
+                bool(name and equals and place.strip(".")),
+                f"--data.columns {self.columns}: write NAME=COLUMN, with commas between",
+            )
 
     def prompt_room(self, response: int) -> int:
         """Tokens that a prompt keeps in front of a response of `response` tokens (the longest, of several).

@@ -58,7 +58,7 @@ _NOT_REJECTION = (
 
 def _inside(section: str, *names: str) -> tuple[str, ...]:
     """Options of the run of a recipe's stage: those that the recipe sets, and others that mean nothing there."""
-    several = [f"distributed.{name}" for name in _DISTRIBUTED]
+    several = ["data.columns", *(f"distributed.{name}" for name in _DISTRIBUTED)]
     every = (
         "model",
         "source",

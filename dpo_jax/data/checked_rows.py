@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.layouts import is_vote, sources, together
+from dpo_jax.data.layouts import column_of, is_vote, parse_columns, renamed, sources, together
 from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.errors import InputError
@@ -34,10 +34,15 @@ class CheckedRows:
       tally: the rows that cannot be used. Whoever finds one later adds it.
     """
 
-    def __init__(self, source: str, limit: int | None, *, compared: bool = False):
-        """Args: the source; at most how many of its rows to read, or None; whether answers are to be compared, so that
-        rows with one scored answer each are put together."""
+    def __init__(self, source: str, limit: int | None, *, columns: str | None = None, compared: bool = False):
+        """Args:
+        source: see above.
+        limit: at most how many of its rows to read, or None.
+        columns: `--data.columns`.
+        compared: answers are to be compared, so rows with one scored answer each are put together.
+        """
         self.source, self._limit, self._compared = source, limit, compared
+        self._renamed = parse_columns(columns)
         self.rows_read = 0
         self.columns: set[str] = set()
         self.keys: dict[str, set[str]] = {}
@@ -47,8 +52,7 @@ class CheckedRows:
     def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
         """(row number, what `parse` makes of the row) of at most CHUNK rows at a time; it may raise `BadRow`."""
         chunk: list[tuple[int, Parsed]] = []
-        rows = self._noted()
-        for number, row in together(rows) if self._compared else rows:
+        for number, row in self.together():
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -61,18 +65,28 @@ class CheckedRows:
         if chunk:
             yield chunk
 
+    def together(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """(row number, row) with columns renamed and rows put together, or what is wrong with it."""
+        rows = self._noted()
+        return together(rows) if self._compared else rows
+
     def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows as they stand, counted, and what they hold."""
         for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
             self.rows_read += 1
-            if not isinstance(row, BadRow):
-                self.note(row)
-            yield number, row
+            if isinstance(row, BadRow):
+                yield number, row
+                continue
+            self.note(row)
+            try:
+                yield number, renamed(row, self._renamed) if self._renamed else row
+            except BadRow as problem:
+                yield number, problem
 
     def note(self, row: dict[str, Any]) -> None:
         """Remember what a row holds."""
         self.columns.update(str(name) for name, value in row.items() if value is not None)
-        self.sources.update(sources(row))
+        self.sources.update(sources(renamed(row, self._renamed)) if self._renamed else sources(row))
         for name, value in row.items():
             if isinstance(value, list | dict) and (keys := keys_beside(value)):
                 self.keys.setdefault(str(name), set()).update(keys)
@@ -85,7 +99,7 @@ class CheckedRows:
         Args: the names that the reader of the rows knows; those of them whose messages the template sees whole; whether
         it writes a key.
         """
-        left = self.columns - set(known) - self.sources.keys() - ({"tools"} if writes("tools") else set())
+        left = self.columns - self._read(known).keys() - ({"tools"} if writes("tools") else set())
         keys = {
             f"{column}: {key}"
             for column, found in self.keys.items()
@@ -93,13 +107,32 @@ class CheckedRows:
             for key in found
             if self.sources.get(column, column) not in rendered or not writes(key)
         }
-        return tuple(sorted({name for name in left if not is_vote(name)} | keys))
+        return tuple(sorted(left | keys))
+
+    def used(self, known: Collection[str]) -> tuple[str, ...]:
+        """The columns that are read, in words: "prompt", "human_ref_A as responses"."""
+        read = self._read(known)
+        return tuple(name if read[name] == name else f"{name} as {read[name]}" for name in sorted(read))
+
+    def _read(self, known: Collection[str]) -> dict[str, str]:
+        """The columns that are read -> the readers' names for what they hold."""
+        own = {name: name for name in self.columns if name in known or is_vote(name)}
+        named = {column_of(place): name for name, place in self._renamed.items()}
+        kept = {name: value for name, value in own.items() if name not in self._renamed}
+        return {name: value for name, value in (kept | self.sources | named).items() if name in self.columns}
 
     def close(self, used: int, on_bad_rows: OnBadRows) -> str:
         """What was left out, in words; it is logged too.
 
         Args: how many rows are used; see `OnBadRows`. Raises `InputError` where rows are refused, or none is used.
         """
+        for name, place in self._renamed.items():
+            if self.rows_read and column_of(place) not in self.columns:
+                there = ", ".join(sorted(self.columns))
+                raise InputError(
+                    f"{self.source}: no row has a column {column_of(place)!r} (--data.columns {name}={place}); there"
+                    f" are {there}"
+                )
         if on_bad_rows == "refuse":
             self.tally.refuse(self.source, self.rows_read)
         problems = self.tally.describe(self.tally.dropped)

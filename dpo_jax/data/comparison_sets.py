@@ -160,7 +160,7 @@ def _load(
 ) -> tuple[PreferenceDataset, list[Any]]:
     """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
     encoder = ScoredEncoder(tokenizer, config.template)
-    rows = CheckedRows(source, config.limit, compared=compared)
+    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
     groups: list[Encoded] = []
     numbers: list[int] = []
     cuts: list[RowCut] = []
@@ -191,6 +191,7 @@ def _load(
         extras={},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
+        used_columns=rows.used(COLUMNS | OWN_COLUMNS),
         unused_columns=rows.unused(
             COLUMNS | OWN_COLUMNS, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes
         ),

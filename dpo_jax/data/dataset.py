@@ -58,7 +58,7 @@ class PreferenceDataset:
       extras: column -> N values (None where a row has none).
       dropped: how many rows were left out, by reason.
       rows_read: how many rows the file held (or `limit`).
-      unused_columns: columns of the file that nothing reads.
+      used_columns, unused_columns: columns of the file that are read, in words, and that nothing reads.
       terminators: ids that end a whole response (of comparisons: see `encode.ScoredEncoder`); none: not known.
       source: what was read.
       cuts: what the length limits cut off each of the N rows; empty where nobody measured it.
@@ -81,6 +81,7 @@ class PreferenceDataset:
     margins: np.ndarray | None = None
     ranks: np.ndarray | None = None
     labels: dict[str, np.ndarray] | None = None
+    used_columns: tuple[str, ...] = ()
     problems: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -140,6 +141,8 @@ class PreferenceDataset:
         ]
         if cut := cuts_summary(self.cuts):
             lines.append(cut)
+        if self.used_columns:
+            lines.append(f"columns used: {', '.join(self.used_columns)}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
@@ -176,7 +179,7 @@ def load_preferences(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = ConversationEncoder(tokenizer, config.template)
-    rows = CheckedRows(source, config.limit, compared=True)
+    rows = CheckedRows(source, config.limit, columns=config.columns, compared=True)
     prompts: list[np.ndarray] = []
     responses: list[np.ndarray] = []
     formats: list[np.ndarray] = []
@@ -215,6 +218,7 @@ def load_preferences(
         extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
         dropped=rows.tally.dropped,
         rows_read=rows.rows_read,
+        used_columns=rows.used(COLUMNS | REPLIES_COLUMNS),
         unused_columns=rows.unused(COLUMNS | REPLIES_COLUMNS, rendered=PROMPT_COLUMNS, writes=encoder.writes),
         terminators=encoder.terminators,
         source=source,

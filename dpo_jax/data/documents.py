@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.files import MAX_LINE, open_bytes, read_rows_or_problems
+from dpo_jax.data.layouts import column_of, parse_columns, renamed
 from dpo_jax.data.messages import columns_of, text_of
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.store import names_store
@@ -104,6 +105,7 @@ def load_documents(
     vocab_size: int,
     separator: str | None = None,
     limit: int | None = None,
+    columns: str | None = None,
     on_bad_rows: Literal["refuse", "skip"] = "refuse",
 ) -> DocumentDataset:
     """Read, check and tokenise documents.
@@ -115,6 +117,7 @@ def load_documents(
       separator: what stands between the documents of a text file: `blank_line`, or a literal. Not given: a file is one
         document.
       limit: use only so many documents.
+      columns: `--data.columns`, for rows: text=COLUMN.
       on_bad_rows: see `dataset.load_preferences`.
 
     Raises:
@@ -123,12 +126,13 @@ def load_documents(
     """
     if separator is not None and not is_text(source):
         raise InputError(f"--data.separator has no effect: {source} holds rows, and each is one document")
+    place = _text_place(source, columns)
     encoder = _Encoder(tokenizer, vocab_size)
     tally = Tally()
     parts: list[np.ndarray] = []
     lengths: list[int] = []
     numbers: list[int] = []
-    columns: set[str] = set()
+    found: set[str] = set()
     rows_read = 0
 
     def encode(waiting: list[tuple[int, str]]) -> None:
@@ -143,7 +147,7 @@ def load_documents(
         parts.append(np.concatenate([np.zeros(0, encoder.dtype), *kept]))
 
     waiting: list[tuple[int, str]] = []
-    documents = text_documents(source, separator) if is_text(source) else _row_documents(source, columns)
+    documents = text_documents(source, separator) if is_text(source) else _row_documents(source, found, place)
     for number, text in itertools.islice(documents, limit):
         rows_read += 1
         if isinstance(text, BadRow):
@@ -168,7 +172,7 @@ def load_documents(
         dropped=tally.dropped,
         rows_read=rows_read,
         unknown=encoder.unknown,
-        unused_columns=tuple(sorted(columns - {"text"})),
+        unused_columns=tuple(sorted(found - {column_of(place)})),
         source=source,
     )
 
@@ -220,17 +224,27 @@ class _Encoder:
 # ---------------------------------------------------------------- reading
 
 
-def _row_documents(source: str, columns: set[str]) -> Iterator[tuple[int, str | BadRow]]:
-    """The column `text` of each row; the names of all columns are added to `columns`."""
+def _text_place(source: str, columns: str | None) -> str:
+    """Where a row has its document, by `--data.columns`. Raises `InputError` for other columns, and for text files."""
+    places = parse_columns(columns)
+    if places.keys() - {"text"} or (places and is_text(source)):
+        detail = "a text file has no columns" if is_text(source) else "of documents only text=COLUMN is read"
+        raise InputError(f"--data.columns {columns} has no effect on {source}: {detail}")
+    return places.get("text", "text")
+
+
+def _row_documents(source: str, columns: set[str], place: str) -> Iterator[tuple[int, str | BadRow]]:
+    """What stands at `place` in each row; the names of all columns are added to `columns`."""
     for number, row in read_rows_or_problems(source):
         if isinstance(row, BadRow):
             yield number, row
             continue
         columns.update(map(str, row))
         try:
+            row = renamed(row, {"text": place})
             if "text" not in row:
-                raise BadRow("no column 'text'", columns_of(row))
-            yield number, text_of(row["text"], "text")
+                raise BadRow(f"no column '{place}'", columns_of(row))
+            yield number, text_of(row["text"], place)
         except BadRow as problem:
             yield number, problem
 

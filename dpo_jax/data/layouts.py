@@ -18,6 +18,7 @@ renamed first (`--data.columns better=safer_response_id`).
 """
 
 import contextlib
+import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dpo_jax.data.problems import BadRow
+from dpo_jax.errors import InputError
 
 Row = dict[str, Any]
 
@@ -32,6 +34,12 @@ PROMPTS = ("prompt", "messages", "conversations", "instruction", "question")
 """Readers' names of what was said before an answer."""
 ANSWERS = ("completion", "response", "answer", "output")
 _JUDGED = ("chosen", "rejected", "responses")
+_OTHERS = (
+    "input context system history tools label labels scores ranks better worse preference score score_chosen "
+    "score_rejected rating margin agreement source text turns safety"
+)
+NAMES = frozenset((*PROMPTS, *ANSWERS, *_JUDGED, *_OTHERS.split()))
+"""All that the readers read."""
 
 
 class Layout(NamedTuple):
@@ -113,6 +121,34 @@ class Readable(Row):
         return places[index or 0] if index is None or len(places) > 1 else places[0]
 
 
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`--data.columns` as reader's name -> place. Raises `InputError` for a name that no reader knows."""
+    if text is None:
+        return {}
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, place = part.strip().partition("=")
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            guess = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(NAMES))}"
+            raise InputError(f"--data.columns {text}: nothing reads {name!r}{guess}")
+        if name in found:
+            raise InputError(f"--data.columns {text}: gives {name!r} twice")
+        found[name] = place
+    return found
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """`row` with what stands at the places `columns` under the readers' names, and no longer under its own.
+
+    Raises `BadRow` where a place lies inside a column that is no object.
+    """
+    moved = {name: _at(row, place) for name, place in columns.items()}
+    taken = {column_of(place) for place in columns.values()}
+    rest = {name: value for name, value in row.items() if name not in taken and name not in moved}
+    return rest | {name: value for name, value in moved.items() if value is not None}
+
+
 def readable(row: Row) -> Readable:
     """`row` as the readers know it. Raises `BadRow` where a place in the table holds something else in this row."""
     if isinstance(row, Readable):
@@ -123,7 +159,7 @@ def readable(row: Row) -> Readable:
     for target, where in places.items():
         values = [_at(there, place) for place in where]
         moved[target] = values[0] if len(where) == 1 else values
-    taken = {_column(place) for where in places.values() for place in where}
+    taken = {column_of(place) for where in places.values() for place in where}
     rest = {name: value for name, value in there.items() if name not in taken}
     return Readable(rest | {name: value for name, value in moved.items() if value is not None}, places)
 
@@ -131,7 +167,7 @@ def readable(row: Row) -> Readable:
 def sources(row: Row) -> dict[str, str]:
     """The columns of `row` that stand for readers' names -> those names."""
     there = {name: value for name, value in row.items() if value is not None}
-    return {_column(place): target for target, where in _places(there).items() for place in where}
+    return {column_of(place): target for target, where in _places(there).items() for place in where}
 
 
 def is_vote(column: str) -> bool:
@@ -185,7 +221,7 @@ def _places(row: Row) -> dict[str, tuple[str, ...]]:
             break
     else:
         found = dict(two)
-    taken = {_column(place) for where in found.values() for place in where}
+    taken = {column_of(place) for where in found.values() for place in where}
     if not (found.keys() | (row.keys() - taken)).intersection(PROMPTS) and not _holds_prompt(row.get("chosen")):
         other = next((name for name in _PROMPT_COLUMNS if name not in taken and isinstance(row.get(name), str)), None)
         if other is not None:
@@ -206,10 +242,10 @@ def _candidates(
     fitting = []
     for layout in LAYOUTS:
         wanted = {name: tuple(places.split()) for name, places in layout.columns.items() if not _given(name, names)}
-        fits = bool(wanted) and all(_column(place) in names for where in wanted.values() for place in where)
+        fits = bool(wanted) and all(column_of(place) in names for where in wanted.values() for place in where)
         if fits and not (layout.columns.keys() & set(_JUDGED) and not wanted.keys() & set(_JUDGED)):
             extra = {name: tuple(places.split()) for name, places in layout.optional.items() if name not in names}
-            wanted |= {n: where for n, where in extra.items() if all(_column(place) in names for place in where)}
+            wanted |= {n: where for n, where in extra.items() if all(column_of(place) in names for place in where)}
             fitting.append((layout, wanted))
     return tuple(fitting), _two_responses(names)
 
@@ -240,13 +276,14 @@ def _two_responses(names: frozenset[str]) -> dict[str, tuple[str, ...]]:
 # ---------------------------------------------------------------- places
 
 
-def _column(place: str) -> str:
+def column_of(place: str) -> str:
+    """The column in which `place` lies."""
     return re.split(r"[.\[]", place, maxsplit=1)[0]
 
 
 def _at(row: Row, place: str) -> Any:
     """What stands at `place`; None where nothing does. Raises `BadRow`."""
-    column = _column(place)
+    column = column_of(place)
     value = row.get(column)
     rest = place.removeprefix(column)
     if rest.startswith("."):

@@ -105,7 +105,7 @@ def load_prompts(
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding.
     """
-    rows = CheckedRows(source, config.limit)
+    rows = CheckedRows(source, config.limit, columns=config.columns)
     raw = config.template == RAW
     ids: list[np.ndarray] = []
     prompts: list[Prompt] = []

@@ -27,7 +27,7 @@ class SequenceDataset:
       rows_read: how many rows the file held (or `limit`).
       source: what was read.
       cut: how many sequences lost their end to the length limit.
-      unused_columns: columns of the file that nothing reads.
+      used_columns, unused_columns: columns of the file that are read, in words, and that nothing reads.
       terminators: ids that end an answer.
       problems: what was left out, in words.
     """
@@ -41,6 +41,7 @@ class SequenceDataset:
     cut: int = 0
     unused_columns: tuple[str, ...] = ()
     terminators: tuple[int, ...] = ()
+    used_columns: tuple[str, ...] = ()
     problems: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -77,6 +78,8 @@ class SequenceDataset:
             f"(longest {lengths.max()}), {self.targets.values.mean():.1%} of them in the loss; "
             f"{self.cut} rows cut at their end"
         ]
+        if self.used_columns:
+            lines.append(f"columns used: {', '.join(self.used_columns)}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
@@ -106,7 +109,7 @@ def load_dialogues(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = DialogueEncoder(tokenizer, config.template, train_on)
-    rows = CheckedRows(source, config.limit)
+    rows = CheckedRows(source, config.limit, columns=config.columns)
     sequences: list[EncodedSequence] = []
     numbers: list[int] = []
     for chunk in rows.chunks(lambda row: encoder.render(parse_dialogue(row))):
@@ -127,6 +130,7 @@ def load_dialogues(
         rows_read=rows.rows_read,
         source=source,
         cut=sum(s.cut for s in sequences),
+        used_columns=rows.used(COLUMNS),
         unused_columns=rows.unused(COLUMNS, rendered=RENDERED, writes=encoder.writes),
         terminators=encoder.terminators,
         problems=problems,

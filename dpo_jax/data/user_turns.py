@@ -38,12 +38,14 @@ def parse_user_turns(row: dict[str, Any]) -> Turns:
     return turns
 
 
-def read_user_turns(source: str, *, limit: int | None = None, on_bad_rows: OnBadRows = "refuse") -> tuple[Turns, ...]:
-    """The user turns of every row of a file; rows that say the same are read once.
+def read_user_turns(
+    source: str, *, limit: int | None = None, columns: str | None = None, on_bad_rows: OnBadRows = "refuse"
+) -> tuple[Turns, ...]:
+    """The user turns of every row of a file; rows that say the same are read once. `columns`: `--data.columns`.
 
     Raises `InputError` for an unreadable file, bad rows, or none that can be used.
     """
-    rows = CheckedRows(source, limit)
+    rows = CheckedRows(source, limit, columns=columns)
     found = dict.fromkeys(turns for chunk in rows.chunks(parse_user_turns) for _, turns in chunk)
     rows.close(len(found), on_bad_rows)
     return tuple(found)

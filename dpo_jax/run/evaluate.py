@@ -12,11 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import EvalRun
 from dpo_jax.data import cuts
+from dpo_jax.data.checked_rows import CheckedRows
 from dpo_jax.data.comparisons import parse_preference
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.layouts import together
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch, replicated
@@ -112,7 +111,8 @@ def _answer(
     prompts: list[list[int]] = []
     longest = run.data.prompt_room(run.sample.max_new_tokens)
     cut = 0
-    for number, row in together(read_rows_or_problems(run.source)):
+    rows = CheckedRows(run.source, run.data.limit, columns=run.data.columns, compared=True)
+    for number, row in rows.together():
         if number in wanted and not isinstance(row, BadRow):
             pair = parse_preference(row)
             prompt = pair.raw[0] if run.data.template == "raw" and pair.raw is not None else pair.messages

@@ -226,7 +226,7 @@ def training_run(run: GattRun) -> SFTRun:
         out=str(out / "sft"),
         lora=run.lora,
         optimizer=run.optimizer,
-        data=dataclasses.replace(run.data, train_on=ghost.TRAIN_ON, limit=None),
+        data=dataclasses.replace(run.data, train_on=ghost.TRAIN_ON, limit=None, columns=None),
         train=run.train,
         checkpoint=run.checkpoint,
         mesh=run.mesh,

@@ -68,7 +68,7 @@ def make_plan(run: GattRun) -> Plan:
     learnt = checked if options.keep == "consistent" else pool
     if not learnt:
         raise InputError(f"{options.instructions}: --gatt.keep consistent needs instructions with a column 'check'")
-    rows = read_user_turns(run.source, limit=run.data.limit, on_bad_rows=run.on_bad_rows)
+    rows = read_user_turns(run.source, limit=run.data.limit, columns=run.data.columns, on_bad_rows=run.on_bad_rows)
     source = run.eval_source or run.source
     if options.evaluate_only:
         training, held = (), rows
@@ -76,7 +76,9 @@ def make_plan(run: GattRun) -> Plan:
         training, held = rows, ()
     elif run.eval_source is not None:
         training = rows
-        held = apart_from(read_user_turns(run.eval_source, on_bad_rows=run.on_bad_rows), training)
+        held = apart_from(
+            read_user_turns(run.eval_source, columns=run.data.columns, on_bad_rows=run.on_bad_rows), training
+        )
     else:
         training, held = split(rows, options.holdout or 0.3, seed)
 

@@ -284,7 +284,7 @@ class _Run:
             shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun)}
             # Our own rows: one whose text happens to spell a control token is left out, not refused.
             shared |= {"source": str(self.folder(iteration) / "sft.jsonl"), "eval_source": None, "on_bad_rows": "skip"}
-            data = dataclasses.replace(config.data, limit=None)
+            data = dataclasses.replace(config.data, limit=None, columns=None)
             sft.train(SFTRun(**(shared | {"model": model, "out": str(out), "data": data})))
         return _finished(out)
 

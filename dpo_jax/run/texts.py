@@ -50,6 +50,7 @@ class Texts:
                 vocab_size=architecture.vocab_size,
                 separator=data.separator if is_text(name) else None,
                 limit=data.limit,
+                columns=data.columns,
                 on_bad_rows=config.on_bad_rows,
             )
             for name, _ in named
