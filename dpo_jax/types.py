@@ -9,7 +9,7 @@ import jax
 from flax import struct
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
-"""Positions on the K axis of a preference group. MISMATCHED is there only for KTO (see `align/dpo.py`)."""
+"""Positions on the K axis of a preference group. MISMATCHED and on are there only for KTO (see `align/dpo.py`)."""
 
 
 @struct.dataclass

@@ -9,7 +9,7 @@ import pytest
 from tokenizers_for_tests import byte_level, llama2
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.dataset import PreferenceDataset, load_preferences
+from dpo_jax.data.dataset import PreferenceDataset, Ragged, load_preferences, partners
 from dpo_jax.data.inspect import pieces
 from dpo_jax.errors import InputError
 
@@ -163,16 +163,38 @@ def test_reference_log_probabilities_are_carried(tmp_path: Path) -> None:
 def test_mismatched_responses_come_from_other_prompts(tmp_path: Path) -> None:
     rows = [row(0), row(0, chosen="fine"), row(1), row(2, chosen="y" * 200)]
     data = load(tmp_path, rows, with_mismatched=True, with_format_masks=True)
-    assert data.responses_per_prompt == 3
-    text = [byte_level().decode(data.responses[3 * i + 2]) for i in range(4)]
-    assert text[0] == text[1] == "good 1<|im_end|>"  # rows 1 and 2 share a prompt: it is taken from row 3
-    assert text[2].startswith("yyy")
-    assert text[3] == "good 0<|im_end|>"  # wraps around
-    assert (data.prompt_lengths + data.response_lengths[:, 2] <= 64).all()
+    assert data.responses_per_prompt == 4
+    text = [[byte_level().decode(data.responses[4 * i + k]) for k in (2, 3)] for i in range(4)]
+    assert text[0] == ["good 1<|im_end|>", "bad 1<|im_end|>"]  # rows 1 and 2 share a prompt: rows 3 and 4 serve them
+    assert text[1][0].startswith("yyy")
+    assert text[1][1] == "bad 2<|im_end|>"
+    assert text[2] == ["good 0<|im_end|>", "bad 0<|im_end|>"]  # and the other way round
+    assert text[3] == ["fine<|im_end|>", "bad 0<|im_end|>"]
+    assert (data.prompt_lengths[:, None] + data.response_lengths[:, 2:] <= 64).all()
     assert data.formats is not None
     np.testing.assert_array_equal(data.formats.lengths, data.responses.lengths)
     with pytest.raises(InputError, match="KTO"):
         load(tmp_path, rows[:2], with_mismatched=True)
+
+
+def test_every_answer_is_mismatched_once_where_that_can_be() -> None:
+    rng = np.random.default_rng(0)
+    for prompts in (
+        [0, 1, 2, 3],
+        [0, 0, 1, 1, 2, 2],
+        [0, 1, 0, 1],
+        rng.integers(0, 9, 200).tolist(),
+        [2, 0, 1, 0, 0, 1],
+    ):
+        partner = partners(Ragged.of([np.asarray([p]) for p in prompts], np.int32))
+        assert partner is not None
+        assert all(prompts[i] != prompts[j] for i, j in enumerate(partner))
+        assert sorted(partner) == list(range(len(prompts)))
+    one_large = [0, 0, 0, 0, 1, 2]  # too many of one prompt: every other answer serves it, as evenly as can be
+    partner = partners(Ragged.of([np.asarray([p]) for p in one_large], np.int32))
+    assert partner is not None
+    assert partner.tolist() == [4, 5, 4, 5, 0, 1]
+    assert partners(Ragged.of([np.asarray([7])] * 3, np.int32)) is None
 
 
 def test_unpaired_rows(tmp_path: Path) -> None:
@@ -184,8 +206,14 @@ def test_unpaired_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 x unpaired row"):
         load(tmp_path, rows)
     data = load(tmp_path, rows, needs_pairs=False, with_mismatched=True)
-    assert (data.response_lengths > 0).tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+    assert (data.response_lengths > 0).tolist() == [
+        [True, False, True, False],
+        [False, True, True, True],
+        [True, True, True, False],
+    ]
     assert byte_level().decode(data.responses[2]) == "no<|im_end|>"
+    only = load(tmp_path, rows[:2], needs_pairs=False, with_mismatched=True)
+    assert only.responses_per_prompt == 3
 
 
 def test_hh_and_sharegpt_files(shared_data: Path, tmp_path: Path) -> None:

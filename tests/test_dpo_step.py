@@ -11,8 +11,10 @@ import pytest
 from pairs import TINY, gradients, make_batch, model_and_variables, pad, quick_jit, take, toy_policy, with_sgd
 
 from dpo_jax.align import dpo
+from dpo_jax.align.figures import WEIGHTS, defined
 from dpo_jax.config import DPOConfig, OptimizerConfig
 from dpo_jax.errors import InputError
+from dpo_jax.types import CHOSEN, REJECTED
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 EVERY_LOSS = ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop")
@@ -251,9 +253,71 @@ def test_metrics(small):
         "learning_rate": 0.5,
     }
     assert_same({k: metrics[k] for k in expected}, {k: np.float32(v) for k, v in expected.items()})
-    assert set(metrics) == set(expected) | {"grad_norm", "rows/nonfinite"}
+    weights = {name for name in metrics if name.startswith(WEIGHTS)}
+    assert set(metrics) == set(expected) | weights | {"grad_norm", "rows/nonfinite"}
+    assert {float(metrics[name]) for name in weights} == {7.0}
     assert {v.dtype for v in scalars(metrics).values()} == {jnp.dtype("float32")}
     assert 0 < metrics["rewards/accuracies"] < 1
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("absent", [CHOSEN, REJECTED])
+def test_a_side_that_a_batch_lacks_is_undefined_and_the_step_is_sound(absent: int, normalization) -> None:
+    model, variables = toy_policy()
+    batch = make_batch(rows=4, responses=3)
+    lengths = batch.response_lengths.copy()
+    lengths[:, absent] = 0
+    batch = dataclasses.replace(batch, response_lengths=lengths)
+    config = DPOConfig(loss="kto", layout="separate", nll_coefficient=0.5, nll_normalization=normalization)
+    state = dpo.init_state(model, variables, config)
+    new, metrics = quick_jit(dpo.train_step, config=config)(state, batch)
+    assert int(new.step) == 1
+    chex.assert_tree_all_finite(new.trainable)
+    values = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
+    kept = defined(values)
+    side = ("chosen", "rejected")[absent]
+    missing = {f"{name}/{side}" for name in ("rewards", "logps", "lengths")}
+    missing |= {"rewards/margins", "rewards/accuracies"}
+    missing |= {"logps/chosen_change", "nll_loss"} if absent == CHOSEN else set()
+    assert {name for name in values if not name.startswith(WEIGHTS)} - set(kept) == missing
+    assert np.isfinite(list(kept.values())).all()
+    assert np.isnan([values[name] for name in missing]).all()
+    # A broken row is another thing: its figures are there, and are NaN.
+    nan = dataclasses.replace(batch, reference_logps=np.full_like(batch.reference_logps, np.nan))
+    spoilt, metrics = quick_jit(dpo.train_step, config=config)(state, nan)
+    kept = defined({name: float(value) for name, value in metrics.items() if value.ndim == 0})
+    assert np.isnan([kept["loss"], kept[f"rewards/{('rejected', 'chosen')[absent]}"]]).all()
+    assert int(spoilt.step) == 0
+
+
+def test_kto_nll_by_sequence_is_a_mean_over_chosen_responses() -> None:
+    model, variables = toy_policy()
+    batch = make_batch(rows=4, responses=3)
+    lengths = batch.response_lengths.copy()
+    lengths[1:, CHOSEN] = lengths[0, REJECTED] = 0
+    batch = dataclasses.replace(batch, response_lengths=lengths)
+    config = DPOConfig(loss="kto", layout="separate", nll_coefficient=1.0)
+    with_nll, _ = run(model, variables, batch, config)
+    without, _ = run(model, variables, batch, dataclasses.replace(config, nll_coefficient=0.0))
+    logps = dpo.reference_logps(model.apply, variables, batch, config=config)
+    nll = -float(logps[0, CHOSEN]) / lengths[0, CHOSEN]
+    assert float(with_nll["loss"] - without["loss"]) == pytest.approx(nll, rel=1e-5)
+    assert float(with_nll["nll_loss"]) == pytest.approx(nll, rel=1e-5)
+    parts, _ = run(model, variables, batch, dataclasses.replace(config, accumulate=4))
+    assert float(parts["loss"]) == pytest.approx(float(with_nll["loss"]), rel=1e-5)
+
+
+def test_kto_kl_point_is_over_all_mismatched_responses() -> None:
+    model, variables = toy_policy()
+    config, batch = DPOConfig(loss="kto", layout="separate"), make_batch(responses=4)
+    lengths = batch.response_lengths.copy()
+    lengths[:3, 3] = 0
+    batch = dataclasses.replace(batch, response_lengths=lengths)
+    ratios = np.asarray(dpo.reference_logps(model.apply, variables, batch, config=config) - batch.reference_logps)
+    found, _ = run(model, variables, batch, config)
+    there = ratios[:, 2:][lengths[:, 2:] > 0]
+    assert len(there) == 13
+    np.testing.assert_allclose(found["kl"], max(0.0, there.mean()), rtol=1e-4)
 
 
 def test_kto_kl_point_comes_from_mismatched_responses_only():

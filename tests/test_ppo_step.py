@@ -10,6 +10,7 @@ import pytest
 from pairs import quick_jit, toy_policy
 
 from dpo_jax.align import ppo
+from dpo_jax.align.figures import defined
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
@@ -155,6 +156,19 @@ def test_a_constant_reward_stays_finite(advantage) -> None:
     new, metrics = run(options, state, flat)
     chex.assert_tree_all_finite(new.trainable)
     assert np.isfinite(float(metrics["loss"]))
+
+
+def test_updates_on_one_token_have_no_variance_to_report() -> None:
+    options = config(epochs=1, minibatches=8, value="stopped")
+    state, rollout = start(options)
+    short = dataclasses.replace(rollout, response_lengths=np.where(np.arange(B) < 7, 1, R).astype(np.int32))
+    for name, ready, several in (("some", short, 1), ("none", jax.tree.map(lambda x: x[:1], short), 0)):
+        new, metrics = run(dataclasses.replace(options, minibatches=len(ready.rows)), state, ready)
+        assert int(new.step) == 1, name
+        kept = defined({key: float(value) for key, value in metrics.items() if value.ndim == 0})
+        assert float(metrics["weights/val/ratio_var"]) == several
+        assert ("val/ratio_var" in kept) == bool(several)
+        assert np.isfinite(list(kept.values())).all(), name
 
 
 @pytest.mark.parametrize(

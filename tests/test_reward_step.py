@@ -13,9 +13,11 @@ from pairs import TINY, gradients, make_batch, model_and_variables, pad, quick_j
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import reward, sampled_softmax
+from dpo_jax.align.figures import defined
 from dpo_jax.config import OptimizerConfig, RewardConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
+from dpo_jax.run import reward_judgement
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 HEADS = {"multi_class": ("rating=a,b,c,d",), "multi_label": ("harm:0.5=x,y,z",)}
@@ -243,6 +245,22 @@ def test_auxiliary_heads_add_their_means(toy):
     known = (batch.labels["rating"] >= 0) & (batch.response_lengths > 0)
     right = np.mean(np.asarray(predicted)[known] == batch.labels["rating"][known])
     np.testing.assert_allclose(metrics["rating/accuracy"], right, rtol=1e-6)
+
+
+def test_a_head_without_a_label_in_the_batch_is_undefined(toy):
+    model, variables = toy
+    batch = comparisons()
+    labels = {name: np.full_like(values, -1) for name, values in batch.labels.items()}
+    config = RewardConfig(layout="separate", **HEADS)
+    metrics, grads = run(model, variables, dataclasses.replace(batch, labels=labels), config)
+    chex.assert_tree_all_finite(grads)
+    kept = defined({name: float(value) for name, value in metrics.items() if value.ndim == 0})
+    assert np.isfinite(list(kept.values())).all()
+    names = {f"{head}/{figure}" for head in ("rating", "harm") for figure in ("loss", "accuracy")}
+    assert names <= set(metrics)
+    assert not names & set(kept)
+    np.testing.assert_allclose(kept["loss"], kept["ranking_loss"], rtol=1e-6)
+    assert reward_judgement.head_figures(np.zeros((2, 2)), np.full((2, 2), -1), ("a", "b")) == {}
 
 
 def test_drawn_classes_estimate_the_exact_loss(toy):

@@ -252,6 +252,29 @@ def test_losses_with_other_needs(inputs: Path, tmp_path: Path, loss) -> None:
     assert "eval_loss" in rows[-1]
 
 
+def test_unpaired_rows_train_at_any_batch_size(inputs: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}: the question", "completion": f"{i} answer", "label": i % 3 == 0} for i in range(9)]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = options(
+        inputs,
+        tmp_path / "run",
+        source=str(tmp_path / "train.jsonl"),
+        eval_source=str(tmp_path / "eval.jsonl"),
+        dpo=DPOLossConfig(loss="kto", nll_coefficient=0.1),
+        train=TrainConfig(epochs=1, batch_size=1),
+    )
+    out = run_dpo.train(config)
+    found = runs.metrics(out)
+    assert [("rewards/chosen" in row, "rewards/rejected" in row) for row in found].count((True, False)) == 3
+    assert [("nll_loss" in row, "logps/rejected" in row) for row in found].count((False, True)) == 6
+    assert not any("rewards/accuracies" in row or "rewards/margins" in row for row in found)
+    assert all(np.isfinite(value) for row in found for value in row.values())
+    assert "eval_rewards/margins" in found[-1], "of the whole file the sides are there, if no pairs"
+    assert "eval_rewards/accuracies" not in found[-1]
+    assert "rewards/chosen" in (out / "report.html").read_text()
+
+
 # ---------------------------------------------------------------- the reference cache
 
 

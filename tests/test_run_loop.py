@@ -204,6 +204,28 @@ def test_the_guard_names_step_and_rows_and_saves_nothing_bad(tmp_path: Path, poi
     checkpoints.close()
 
 
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_an_undefined_figure_is_left_out_and_a_broken_one_stops_the_run(tmp_path: Path, weight: float) -> None:
+    def odd(state, batch):
+        state, metrics = step(state, batch)
+        here = jnp.where(state.step == 2, weight, 5.0)
+        value = jnp.where(state.step == 2, jnp.nan, 0.5)
+        return state, metrics | {"rewards/accuracies": value, "weights/rewards/accuracies": here}
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    arguments = {"plan": Plan(4, checkpoint_every=2), "mesh": MESH, "checkpoints": checkpoints}
+    with MetricLog(tmp_path, total=4) as log:
+        if weight:
+            with pytest.raises(InputError, match="step 2: rewards/accuracies is nan"):
+                fit(fresh_state(), ShardedStep(odd, MESH), Loader(), log=log, **arguments)
+        else:
+            assert fit(fresh_state(), ShardedStep(odd, MESH), Loader(), log=log, **arguments).finished
+    checkpoints.close()
+    found = [row.get("rewards/accuracies") for row in metrics(tmp_path)]
+    assert found == ([0.5] if weight else [0.5, None, 0.5, 0.5])
+    assert not any(name.startswith("weights/") for row in metrics(tmp_path) for name in row)
+
+
 def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
     """The loss of step 4 is finite, and its update is not."""
     state = fresh_state()

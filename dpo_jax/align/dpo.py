@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from dpo_jax import masked
 from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import microbatches
-from dpo_jax.align.losses import implicit_rewards, nll_loss, preference_loss
+from dpo_jax.align import figures, microbatches
+from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model.groups import response_logps, response_mask
@@ -89,15 +89,19 @@ class _Whole:
 
     Attributes:
       weight:     Σ w.
-      nll_length: mean tokens of a chosen response.
+      nll_length: mean tokens of a chosen response, absent ones counting 0.
+      chosen:     mean chosen responses in a row (1, except for unpaired KTO rows).
       responses:  mean responses present in a row (2, except for unpaired KTO rows).
       kl:         KTO's z₀.
+      mismatched: responses that z₀ is the mean over.
     """
 
     weight: jax.Array
     nll_length: jax.Array
+    chosen: jax.Array
     responses: jax.Array
     kl: jax.Array
+    mismatched: jax.Array
 
 
 @struct.dataclass
@@ -224,6 +228,7 @@ def _row_values(
         chosen_nll=nll,
         nll_lengths=batch.response_lengths[:, CHOSEN],
         mean_nll_length=whole.nll_length,
+        mean_chosen=whole.chosen,
         mean_responses=whole.responses,
         kl=whole.kl,
     )
@@ -231,16 +236,27 @@ def _row_values(
     return _Rows(loss=masked.select(loss, batch.weights > 0), policy=sums, rewards=rewards, nll=nll)
 
 
-def _whole(batch: PreferenceBatch, kl: jax.Array, config: DPOConfig) -> _Whole:
-    w, weight = batch.weights, jnp.sum(batch.weights)
-    nll_length = jnp.sum(w * batch.response_lengths[:, CHOSEN]) / weight
-    responses = jnp.sum(w * jnp.sum(_lengths(batch, config) > 0, axis=1)) / weight
-    return _Whole(weight=weight, nll_length=nll_length, responses=responses, kl=kl)
+def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig) -> _Whole:
+    w, weight = pairs.weights, jnp.sum(pairs.weights)
+    kl, mismatched = _kl_point(state, batch, config) if config.loss == "kto" else (jnp.zeros(()), jnp.zeros(()))
+    return _Whole(
+        weight=weight,
+        nll_length=jnp.sum(w * pairs.response_lengths[:, CHOSEN]) / weight,
+        chosen=jnp.sum(w * (pairs.response_lengths[:, CHOSEN] > 0)) / weight,
+        responses=jnp.sum(w * jnp.sum(_lengths(pairs, config) > 0, axis=1)) / weight,
+        kl=kl,
+        mismatched=mismatched,
+    )
 
 
-def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array:
-    """KTO's z₀ = max(0, mean over the batch of log π_θ − log π_ref on mismatched pairs). A scalar, no gradient."""
-    mismatched = _responses(batch, MISMATCHED, MISMATCHED + 1)
+def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> tuple[jax.Array, jax.Array]:
+    """KTO's z₀ = max(0, mean over the batch of log π_θ − log π_ref on mismatched pairs), and over how many.
+
+    Scalars, no gradient. Without any the estimate is the least that a divergence can be, 0.
+    """
+    mismatched = _responses(batch, MISMATCHED, max(batch.responses.shape[1], MISMATCHED + 1))
+    present = _present(mismatched)
+    count = jnp.sum(present.astype(jnp.float32))
 
     def log_ratio(rows: PreferenceBatch) -> jax.Array:
         reference = _reference(state, rows, config)
@@ -248,7 +264,7 @@ def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> j
         return _sums(state.apply_fn, state.variables, rows, config)[0] - reference
 
     ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, config.accumulate))
-    return jax.nn.relu(masked.mean(ratios, _present(mismatched)))
+    return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
 
 
 def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config: DPOConfig) -> tuple[Any, _Rows]:
@@ -278,7 +294,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
 
     Args:
       state: from `init_state`.
-      batch: K >= 2 responses a prompt; the first two are the pair. For kto, K >= 3: index 2 is a mismatched response
+      batch: K >= 2 responses a prompt; the first two are the pair. For kto, K >= 3: from index 2 on they are mismatched
         (another row's), which only moves the KL point, and a response of length 0 is absent.
       config: the one that `init_state` was given.
 
@@ -291,6 +307,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
         logps/chosen, logps/rejected (means of the sums), logps/chosen_change (mean of u: where the reference is the
         starting policy, the change since step 0 on these very rows), lengths/chosen, lengths/rejected (mean tokens),
         tokens (in the batch: prompts once, and both responses),
+      weights/NAME for those that a batch may leave undefined (of unpaired rows): see `align/figures.py`,
       and rows/nonfinite, int32 [B]: the file row number (`batch.rows`) of each row whose loss or log-probabilities are
       not finite, -1 for all others. Where it names no row though grad_norm is not finite, the backward pass overflowed.
 
@@ -298,8 +315,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
       InputError: the batch lacks what `config` asks for (at trace time).
     """
     pairs = _responses(batch, CHOSEN, REJECTED + 1)
-    kl = _kl_point(state, batch, config) if config.loss == "kto" else jnp.zeros(())
-    whole = _whole(pairs, kl, config)
+    whole = _whole(state, batch, pairs, config)
     gradients, rows = _gradients(state, pairs, whole, config)
     loss = jnp.sum(pairs.weights * rows.loss) / whole.weight
     grad_norm = optax.tree.norm(gradients)
@@ -317,36 +333,28 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
 def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPOConfig) -> Metrics:
     present = _present(batch)
     counted = batch.weights > 0
-    paired = jnp.all(present, axis=1)
-
-    def mean(x: jax.Array, response: int) -> jax.Array:
-        return masked.mean(x[:, response].astype(jnp.float32), present[:, response])
-
-    chosen, rejected = mean(rows.rewards, CHOSEN), mean(rows.rewards, REJECTED)
     wins = rows.rewards[:, CHOSEN] > rows.rewards[:, REJECTED]
     tokens = batch.prompt_lengths + jnp.sum(batch.response_lengths, axis=1)
     bad = counted & ~(jnp.isfinite(rows.loss) & jnp.all(jnp.isfinite(rows.policy), axis=1))
     metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": masked.mean(wins.astype(jnp.float32), paired),
-        "logps/chosen": mean(rows.policy, CHOSEN),
-        "logps/rejected": mean(rows.policy, REJECTED),
-        "lengths/chosen": mean(batch.response_lengths, CHOSEN),
-        "lengths/rejected": mean(batch.response_lengths, REJECTED),
         "tokens": masked.total(tokens.astype(jnp.float32), counted),
         "rows/nonfinite": jnp.where(bad, batch.rows, -1),
+        **figures.mean("rewards/accuracies", wins, jnp.all(present, axis=1)),
     }
+    for name, values in (("rewards", rows.rewards), ("logps", rows.policy), ("lengths", batch.response_lengths)):
+        for side, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            metrics |= figures.mean(f"{name}/{side}", values[:, k], present[:, k])
+    metrics |= figures.difference("rewards/margins", "rewards/chosen", "rewards/rejected", metrics)
+    chosen, has_chosen = metrics["rewards/chosen"], present[:, CHOSEN]
     if config.nll_coefficient > 0 or config.loss == "orpo":
-        normalization = config.nll_normalization or "sequence"
-        lengths = batch.response_lengths[:, CHOSEN]
-        nll = nll_loss(rows.nll, lengths, normalization=normalization, mean_length=whole.nll_length)
-        metrics["nll_loss"] = masked.mean(nll, counted)
+        lengths = batch.response_lengths[:, CHOSEN].astype(jnp.float32)
+        share = lengths if config.nll_normalization == "token" else jnp.ones_like(lengths)
+        nll = masked.total(per_token(rows.nll, lengths) * share, has_chosen) / masked.total(share, has_chosen)
+        metrics |= figures.figure("nll_loss", nll, jnp.sum(has_chosen))
     if not config.reference_free:
-        metrics["logps/chosen_change"] = chosen / config.beta
+        metrics |= figures.figure("logps/chosen_change", chosen / config.beta, jnp.sum(has_chosen))
     if config.loss == "kto":
-        metrics["kl"] = whole.kl
+        metrics |= figures.figure("kl", whole.kl, whole.mismatched)
     return metrics
 
 
@@ -369,9 +377,9 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     """
     config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
     pairs = _responses(batch, CHOSEN, REJECTED + 1)
-    kl = _kl_point(state, batch, config) if config.loss == "kto" else jnp.zeros(())
     reference = _reference(state, pairs, config)
-    rows = _row_values(state.apply_fn, state.variables, pairs, reference, _whole(pairs, kl, config), config)
+    whole = _whole(state, batch, pairs, config)
+    rows = _row_values(state.apply_fn, state.variables, pairs, reference, whole, config)
     return {
         "loss": rows.loss,
         "rewards/chosen": rows.rewards[:, CHOSEN],

@@ -18,7 +18,8 @@ reference, nc, nr the numbers of tokens summed, and
                   ω(l) = l − log(1 − eˡ)   (log-odds)
     kto           λ_D (1 − σ(β (u − z₀)))  of the chosen,          Ethayarajh et al. 2024 (2402.01306), Eq. 8
                   λ_U (1 − σ(β (z₀ − v)))  of the rejected,
-                  z₀ = max(0, mean of policy − reference on mismatched pairs), no gradient
+                  z₀ = max(0, mean of policy − reference on mismatched pairs), no gradient; a pair's answer is
+                  another row's, each row's answers being used once (`data/dataset.py`)
     dpop          −log σ(β (D − λ max(0, Rc − Lc)))                Pal et al. 2024 (Smaug, 2402.13228v2)
     + a NLL       NLL = −Lc/nc of each pair (Pang et al. 2024, Iterative RPO, 2404.19733), or over the mean
                   length of all chosen responses of the batch, which makes its batch mean a mean over tokens
@@ -63,20 +64,28 @@ def nll_loss(
     *,
     normalization: Literal["sequence", "token"] = "sequence",
     mean_length: ArrayLike | None = None,
+    mean_present: ArrayLike | None = None,
 ) -> jax.Array:
     """Negative log-likelihood of the chosen responses, [B], in nats a token.
 
     Args:
       chosen_nll: [B], minus the summed log-probability of each chosen response.
       lengths: [B], its tokens. A row with none contributes 0.
-      normalization: "sequence" divides each row by its own length (the batch mean is a mean over pairs); "token" by
-        the mean length over the batch, so that the mean of the result over the batch is the mean over its tokens.
+      normalization: "sequence" divides each row by its own length, and by the share of rows that have a response, so
+        that the mean of the result over the batch is the mean over its responses; "token" by the mean length over the
+        batch, so that it is the mean over its tokens.
       mean_length: for "token", that mean length where these rows are only a part of the batch. Default: over `lengths`.
+      mean_present: for "sequence", that share where these rows are only a part of the batch. Default: of `lengths`.
     """
     chosen_nll, lengths = jnp.asarray(chosen_nll, jnp.float32), jnp.asarray(lengths, jnp.float32)
     if normalization == "sequence":
-        return per_token(chosen_nll, lengths)
-    return chosen_nll / (jnp.mean(lengths) if mean_length is None else mean_length)
+        share = jnp.mean((lengths > 0).astype(jnp.float32)) if mean_present is None else jnp.asarray(mean_present)
+        values = per_token(chosen_nll, lengths)
+    else:
+        share = jnp.mean(lengths) if mean_length is None else jnp.asarray(mean_length)
+        values = chosen_nll
+    # Where no row has a response all values are 0, and their mean over nothing adds nothing to the loss.
+    return jnp.where(lengths > 0, values / jnp.where(share > 0, share, 1.0), 0.0)
 
 
 def preference_loss(
@@ -91,6 +100,7 @@ def preference_loss(
     chosen_nll: Numbers | None = None,
     nll_lengths: Numbers | None = None,
     mean_nll_length: ArrayLike | None = None,
+    mean_chosen: ArrayLike | None = None,
     mean_responses: ArrayLike | None = None,
     kl: ArrayLike = 0.0,
 ) -> jax.Array:
@@ -110,6 +120,8 @@ def preference_loss(
       nll_lengths: [B], the tokens in `chosen_nll`. Default: chosen_lengths.
       mean_nll_length: scalar, mean of `nll_lengths` over the whole batch, for `nll_normalization="token"` where these
         rows are only a part of it. Default: over these rows.
+      mean_chosen: scalar, for `nll_normalization="sequence"` in the same way: the share of the batch's rows that have a
+        chosen response. Default: of these rows.
       mean_responses: scalar, for kto: the mean number of responses present a row, over the whole batch. Rows are
         divided by it, so that the batch mean is a mean over responses. Default: over these rows.
       kl: scalar z₀ of kto, at least 0; no gradient flows into it.
@@ -151,7 +163,7 @@ def preference_loss(
         case "orpo":
             λ = _or(config.orpo_lambda, 0.1)
             ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
-            loss = nll_loss(nll, nll_n) - λ * log_sigmoid(ratio)
+            loss = nll_loss(nll, nll_n, mean_present=mean_chosen) - λ * log_sigmoid(ratio)
         case "kto":
             λ_D, λ_U = _or(config.desirable_weight, 1.0), _or(config.undesirable_weight, 1.0)
             has_c, has_r = nc > 0, nr > 0
@@ -169,7 +181,11 @@ def preference_loss(
             loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
     if config.nll_coefficient > 0:
         loss += config.nll_coefficient * nll_loss(
-            nll, nll_n, normalization=config.nll_normalization or "sequence", mean_length=mean_nll_length
+            nll,
+            nll_n,
+            normalization=config.nll_normalization or "sequence",
+            mean_length=mean_nll_length,
+            mean_present=mean_chosen,
         )
     return loss
 

@@ -283,6 +283,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
       policy/ratio_q05, _q50, _q95, policy/approxkl_q05, _q50, _q95 (of the last update),
       policy/sampler_difference (largest |log ρ| at the first update: what the sampler and this step disagree by),
       policy/updates (share of the updates that were made before `stop_kl`),
+      weights/val/ratio_var (updates on more than one token: see `align/figures.py`),
       rows/nonfinite, int32 [B]: rows whose log-probabilities, scores or values are not finite, -1 elsewhere.
 
     Raises:

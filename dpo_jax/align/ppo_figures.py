@@ -6,6 +6,7 @@ from flax import struct
 
 from dpo_jax import masked
 from dpo_jax.align.advantages import Targets, ratio_of
+from dpo_jax.align.figures import figure
 from dpo_jax.types import Rollout
 
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -36,6 +37,7 @@ class UpdateFigures:
     value_clipped: jax.Array
     ratio: jax.Array
     ratio_var: jax.Array
+    tokens: jax.Array
     ratio_quantiles: jax.Array
     kl_quantiles: jax.Array
     largest_difference: jax.Array
@@ -62,6 +64,7 @@ def figures(
         value_clipped=masked.mean(tokens.value_clipped, mask),
         ratio=masked.mean(ratio, mask),
         ratio_var=masked.var(ratio, mask),
+        tokens=jnp.sum(mask),
         ratio_quantiles=_quantiles(ratio, mask),
         kl_quantiles=_quantiles(half_square, mask),
         largest_difference=jnp.max(jnp.abs(tokens.log_ratio)),
@@ -104,7 +107,6 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
         "policy/entropy_avg": jnp.mean(updates.entropy),
         "loss/policy_avg": jnp.mean(updates.policy),
         "val/ratio": jnp.mean(updates.ratio),
-        "val/ratio_var": jnp.mean(updates.ratio_var),
         "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
         "policy/sampler_difference": updates.largest_difference[0],
         "policy/updates": made,
@@ -112,6 +114,8 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
         "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
         "rows/nonfinite": jnp.where(nonfinite(rollout, mask), rollout.rows, -1),
     }
+    several = updates.tokens > 1
+    found |= figure("val/ratio_var", masked.mean(updates.ratio_var, several), jnp.sum(several))
     if targets.returns is not None:
         found |= {"loss/value_avg": jnp.mean(updates.value), "val/clipfrac_avg": jnp.mean(updates.value_clipped)}
     for i, q in enumerate(_QUANTILES):

@@ -41,7 +41,7 @@ from jax.sharding import Mesh
 from dpo_jax import masked
 from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import microbatches, sampled_softmax
+from dpo_jax.align import figures, microbatches, sampled_softmax
 from dpo_jax.align.comparisons import centering, multi_class_loss, multi_label_loss, pair_mask, ranking_loss
 from dpo_jax.config import ClassHead, RewardConfig
 from dpo_jax.errors import InputError
@@ -177,7 +177,7 @@ def _whole(batch: PreferenceBatch, config: RewardConfig, step: jax.Array | None)
     for place, head in enumerate(config.heads):
         known = _labels(batch, head) >= 0
         known = jnp.any(known, axis=-1) if head.overlapping else known
-        labelled[head.name] = jnp.maximum(jnp.sum(known.astype(jnp.float32)), 1)
+        labelled[head.name] = jnp.sum(known.astype(jnp.float32))
         k, many = config.class_negatives, len(head.classes)
         if step is not None and k is not None and not head.overlapping and many > k:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), place)
@@ -234,7 +234,7 @@ def _row_values(
             predicted[name] = jnp.argmax(logits, axis=-1)
             right[name] = jnp.sum((known & (predicted[name] == labels)).astype(jnp.float32), axis=1)
         auxiliary[name] = jnp.sum(losses, axis=1)
-        loss = loss + head.weight * auxiliary[name] * whole.weight / whole.labelled[name]
+        loss = loss + head.weight * auxiliary[name] * whole.weight / jnp.maximum(whole.labelled[name], 1)
     return _Rows(
         loss=masked.select(loss, batch.weights > 0),
         ranking=ranking,
@@ -284,6 +284,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfi
         mean_reward, min_reward, max_reward (over all responses), rewards/chosen, rewards/rejected,
         NAME/loss and NAME/accuracy of each auxiliary head (over labelled responses),
         lengths/chosen, lengths/rejected (mean tokens of the first and of the other responses), tokens,
+        weights/NAME/loss and weights/NAME/accuracy: how many responses are labelled (see `align/figures.py`),
       and rows/nonfinite, int32 [B]: `batch.rows` of each row whose loss or scores are not finite, -1 for all others.
 
     Raises:
@@ -328,8 +329,8 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: Rew
         "rows/nonfinite": jnp.where(bad, batch.rows, -1),
     }
     for name, count in whole.labelled.items():
-        metrics[f"{name}/loss"] = masked.total(rows.auxiliary[name], counted) / count
-        metrics[f"{name}/accuracy"] = masked.total(rows.right[name], counted) / count
+        metrics |= figures.figure(f"{name}/loss", masked.total(rows.auxiliary[name], counted) / count, count)
+        metrics |= figures.figure(f"{name}/accuracy", masked.total(rows.right[name], counted) / count, count)
     return metrics
 
 

@@ -48,7 +48,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class PreferenceDataset:
-    """N preference groups: a prompt and K responses each (K index 0 chosen, 1 rejected, 2 mismatched for KTO).
+    """N preference groups: a prompt and K responses each (K index 0 chosen, 1 rejected, from 2 on mismatched for KTO).
 
     Attributes:
       prompts: N sequences of ids, BOS included.
@@ -171,7 +171,7 @@ def load_preferences(
       vocab_size: rows of the model's embedding.
       on_bad_rows: "refuse": read the whole file, then raise one error that counts the bad rows by reason and names the
         first of each. "skip": leave them out. Which rows are left out in either case: see `problems.py`.
-      with_mismatched: add K index 2, the response of another prompt (for KTO's KL point).
+      with_mismatched: add, from K index 2 on, the responses of another prompt (for KTO's KL point).
       with_format_masks: keep the masks of header and turn-end tokens.
       needs_pairs: refuse unpaired rows (prompt, completion, label).
 
@@ -228,30 +228,50 @@ def load_preferences(
     return _with_mismatched(dataset, config.max_length) if with_mismatched else dataset
 
 
-def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
-    """Add to each row the response of the next row that has another prompt (the first rows follow the last).
+def partners(prompts: Ragged) -> np.ndarray | None:
+    """int [N]: for each row another one with another prompt, each row once; None where all have the same prompt.
 
-    It is that row's chosen response, or of an unpaired row the one it has, cut to `max_length` with this prompt. So
-    the pairing depends on the data set alone, not on batches.
+    Rows in the order of their prompts are shifted by the size of the largest group of one prompt: where the prompts are
+    all different, that is the next row. Where one prompt has more than half of the rows, the others serve it in turns.
     """
-    n = len(dataset)
-    following = np.roll(np.arange(n), -1)
-    for i in range(2 * n - 1, -1, -1):  # twice around, so that runs of one prompt across the end are seen whole
-        here, after = i % n, (i + 1) % n
-        same = np.array_equal(dataset.prompts[here], dataset.prompts[after])
-        following[here] = following[after] if same else after
-    if np.array_equal(dataset.prompts[0], dataset.prompts[int(following[0])]):
+    seen: dict[bytes, int] = {}
+    groups = np.asarray([seen.setdefault(prompts[i].tobytes(), len(seen)) for i in range(len(prompts))])
+    sizes = np.bincount(groups)
+    if len(sizes) == 1:
+        return None
+    order, largest = np.argsort(groups, kind="stable"), int(sizes.max())
+    partner = np.empty(len(groups), int)
+    if 2 * largest <= len(groups):
+        partner[order] = np.roll(order, -largest)
+    else:
+        many, others = np.flatnonzero(groups == sizes.argmax()), np.flatnonzero(groups != sizes.argmax())
+        partner[many] = np.resize(others, len(many))
+        partner[others] = many[: len(others)]
+    return partner
+
+
+def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
+    """Add to each row the responses of a row that has another prompt, cut to `max_length` with this prompt.
+
+    All responses of all rows serve so, once each (see `partners`), as the paper has it and TRL does: K becomes 3 where
+    rows have one response, and 4 where rows have two (the last is empty of a partner with one). The pairing depends on
+    the data set alone, not on batches.
+    """
+    partner = partners(dataset.prompts)
+    if partner is None:
         raise InputError(f"{dataset.source}: KTO needs responses to other prompts, and all rows have the same one")
+    lengths = dataset.response_lengths
+    present = [np.flatnonzero(row) for row in lengths > 0]
+    most = max(len(some) for some in present)
     responses: list[np.ndarray] = []
     formats: list[np.ndarray] = []
-    lengths = dataset.response_lengths
-    for i in range(n):
-        other = int(following[i])
-        source = 2 * other + (0 if lengths[other, 0] else 1)
+    for i, other in enumerate(partner):
         room = max_length - len(dataset.prompts[i])
-        responses += [dataset.responses[2 * i], dataset.responses[2 * i + 1], dataset.responses[source][:room]]
-        if dataset.formats is not None:
-            formats += [dataset.formats[2 * i], dataset.formats[2 * i + 1], dataset.formats[source][:room]]
+        places = [2 * other + k for k in present[other]]
+        for into, source in ((responses, dataset.responses), (formats, dataset.formats)):
+            if source is not None:
+                added = [source[place][:room] for place in places]
+                into += [source[2 * i], source[2 * i + 1], *added, *[source.values[:0]] * (most - len(added))]
     return replace(
         dataset,
         responses=Ragged.of(responses, np.int32),

@@ -153,7 +153,7 @@ def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch
         pair = preference_work(batch, CHOSEN, REJECTED + 1)
         total = model.training(pair) + (model.forward(pair, adapted=False) if live else 0.0)
         if config.loss == "kto":
-            mismatched = preference_work(batch, MISMATCHED, MISMATCHED + 1)
+            mismatched = preference_work(batch, MISMATCHED, batch.response_lengths.shape[1])
             total += model.forward(mismatched) + (model.forward(mismatched, adapted=False) if live else 0.0)
         return total
 

@@ -185,7 +185,7 @@ class MetricLog:
         """Append the row of one step ("step" and the metrics): to the file (flushed), TensorBoard and the bar."""
         if "logps/chosen" in row and "logps/chosen_change" not in row:
             # Without a reference: against the first step, whose metrics are those of the untrained model.
-            first = self.rows[0] if self.rows else row
+            first = next((earlier for earlier in self.rows if "logps/chosen" in earlier), row)
             row = {**row, "logps/chosen_change": row["logps/chosen"] - first["logps/chosen"]}
         self.rows.append(row)
         if not self._writes:

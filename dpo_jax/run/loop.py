@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpo_jax.align.figures import defined
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch
 from dpo_jax.run.log import MetricLog, Row
@@ -171,12 +172,14 @@ class _Pending:
     def fetch(self, mark: float) -> Row:
         """Wait for this step; its row of the log.
 
-        `mark` is when the step before was fetched. Raises `InputError` when a figure is not finite.
+        `mark` is when the step before was fetched. Figures that this batch leaves undefined are left out
+        (`align/figures.py`). Raises `InputError` when one of the others is not finite.
         """
         values = jax.device_get(dict(self.metrics))
         seconds = time.perf_counter() - mark
         row: Row = {"step": self.step} if self.epoch is None else {"step": self.step, "epoch": self.epoch}
-        row |= {name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)} | self.figures
+        row |= defined({name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)})
+        row |= self.figures
         bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             per_row = [np.asarray(value) for name, value in values.items() if name.startswith(PER_ROW)]

@@ -118,17 +118,17 @@ def _series(rows: Sequence[Row], name: str) -> Series:
 
 
 def final_section(rows: Sequence[Row]) -> Section:
-    """The figures of the last step, and the first of each for comparison."""
+    """The last value of each figure, and the first for comparison. Not every step has every figure."""
     if not rows:
         return Section("Final figures", "No step was made.")
-    last = rows[-1]
-    names = [name for name in last if name != "step"]
-    firsts = [next(row for row in rows if name in row) for name in names]
-    cells = [
-        (name, f"{_number(row[name])} (step {row['step']})", _number(last[name]))
-        for name, row in zip(names, firsts, strict=True)
-    ]
-    return Section("Final figures", table=Table(("figure", "first", f"step {last['step']}"), cells))
+    names = [name for name in dict.fromkeys(name for row in reversed(rows) for name in row) if name != "step"]
+    end, cells = rows[-1]["step"], []
+    for name in names:
+        having = [row for row in rows if name in row]
+        first, last = having[0], having[-1]
+        late = "" if last["step"] == end else f" (step {last['step']})"
+        cells.append((name, f"{_number(first[name])} (step {first['step']})", _number(last[name]) + late))
+    return Section("Final figures", table=Table(("figure", "first", f"step {end}"), cells))
 
 
 def options_section(config: Mapping[str, Any]) -> Section:

@@ -235,9 +235,10 @@ def head_figures(predicted: np.ndarray, labels: np.ndarray, classes: Sequence[st
     """Accuracy of an auxiliary head, and the recall of each class (Llama 2, Table 29: of unsafe responses).
 
     predicted and labels: int [N, K] of exclusive classes, or 0/1 [N, K, C] of overlapping ones; labels -1: unknown.
+    What no label says anything about is left out.
     """
     known = labels >= 0
-    found = {"accuracy": float((predicted == labels)[known].mean())}
+    found = {"accuracy": float((predicted == labels)[known].mean())} if known.any() else {}
     for number, name in enumerate(classes):
         of_class = labels[..., number] == 1 if labels.ndim == 3 else labels == number
         hit = predicted[..., number] == 1 if labels.ndim == 3 else predicted == number

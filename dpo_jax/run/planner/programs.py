@@ -215,7 +215,7 @@ def apart(batch: PreferenceBatch) -> Work:
 def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
     """The step of preference training."""
     config, rows = run_dpo.step_options(run), run.train.batch_size
-    k = 3 if config.loss == "kto" else 2
+    k = 4 if config.loss == "kto" else 2  # of pairs, kto sees both mismatched
     more: Mapping[str, Any] = {}
     if config.mask_format_tokens:
         more = {**more, "format_masks": np.zeros((rows, k, round_up(lengths.response)), bool)}
