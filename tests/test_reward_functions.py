@@ -70,6 +70,87 @@ def test_a_function_of_the_user(tmp_path) -> None:
     assert reward_functions.PythonFunction(f"{path}:f").identity != before
 
 
+def rows_with(*answers: str | None) -> list[Prompt]:
+    """Prompts of rows that have the columns `answer` and `level`."""
+    return [ASK._replace(columns={"answer": answer, "level": 1}) for answer in answers]
+
+
+CODE = """
+def named(prompts, responses, answer):
+    return [float(a == r) for a, r in zip(answer, responses)]
+
+def some(prompts, responses, *, answer, level=None, absent=None):
+    assert absent is None
+    return [float(a == r) * n for a, r, n in zip(answer, responses, level)]
+
+def every(prompts, responses, **columns):
+    assert sorted(columns) == ["answer", "level"]
+    return [float(a == r) for a, r in zip(columns["answer"], responses)]
+
+def neither(prompts, responses):
+    return [2.0 for _ in responses]
+
+def optional(prompts, responses, rubric="x"):
+    return [3.0 for _ in responses]
+
+def one(responses):
+    return [0.0]
+
+def deep(prompts, responses):
+    def inner(text):
+        return 1 / (len(text) - len(text))  # line 24
+    return [inner(text) for text in responses]
+
+def elsewhere(prompts, responses):
+    import json
+    return [json.loads("{") for text in responses]  # line 29
+
+def empty_only(prompts, responses):
+    return [1 / len(text) for text in responses]
+"""
+
+
+def test_a_function_of_the_user_is_given_the_columns_that_it_names(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text(CODE)
+    rows, texts = rows_with("a", None, "c"), ["a", "b", "d"]
+    for name, expected in (
+        ("named", [1, 0, 0]),
+        ("some", [1, 0, 0]),
+        ("every", [1, 0, 0]),
+        ("neither", [2, 2, 2]),
+        ("optional", [3, 3, 3]),
+    ):
+        function = reward_functions.PythonFunction(f"{path}:{name}")
+        reward_functions.try_out(function, rows, np.arange(1, 4), "mine")
+        assert function(rows, texts) == expected, name
+    with pytest.raises(InputError, match=r"one\(responses\) cannot be called; write one\(prompts, responses\)"):
+        reward_functions.PythonFunction(f"{path}:one")
+    other, named = [ASK._replace(columns={"other": 1})], reward_functions.PythonFunction(f"{path}:named")
+    with pytest.raises(InputError, match=r"takes 'answer', which is no column of the prompts; they have other$"):
+        reward_functions.try_out(named, other, np.asarray([1]), "mine")
+
+
+def test_an_exception_of_the_user_names_file_and_line_before_anything_is_sampled(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text(CODE)
+    for name, message in (
+        ("deep", r"mine\.py, line 24: ZeroDivisionError: "),
+        ("elsewhere", r"mine\.py, line 29: JSONDecodeError: "),
+    ):
+        function = reward_functions.PythonFunction(f"{path}:{name}")
+        with pytest.raises(InputError, match=message) as caught:
+            reward_functions.try_out(function, rows_with("a"), np.asarray([1]), "mine")
+        assert "\n" not in str(caught.value)
+    reward_functions.try_out(reward_functions.PythonFunction(f"{path}:empty_only"), [ASK], np.asarray([1]), "mine")
+    for text, message in (
+        ("x = 1\nraise KeyError('key')\n", r"bad\.py, line 2: KeyError: 'key'"),
+        ("x = 1\n\ndef f(:\n", r"bad\.py, line 3: SyntaxError: "),
+        ("import sys\nsys.exit(3)\n", r"bad\.py, line 2: SystemExit: 3"),
+    ):
+        (bad := tmp_path / "bad.py").write_text(text)
+        with pytest.raises(InputError, match=message):
+            reward_functions.PythonFunction(f"{bad}:f")
+
+
 @pytest.mark.parametrize("found", [[1.0], [[1.0], [2.0]], ["good", "bad"], None, {"a": 1}])
 def test_anything_but_numbers_is_refused(found) -> None:
     def judge(prompts, responses):

@@ -55,6 +55,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.py").write_text(
         "def letters(prompts, responses):\n    return [sum(c.islower() for c in text) / 6 for text in responses]\n"
         "def nan(prompts, responses):\n    return [float('nan') if p.startswith('4:') else 1.0 for p in prompts]\n"
+        "def broken(prompts, responses):\n    return [undefined_name for _ in responses]\n"
+        "def needs(prompts, responses, answer):\n    return [0.0 for _ in responses]\n"
     )
     return folder
 
@@ -302,6 +304,9 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
     [
         (["--reward", "{mine}:nan"], "the score of responses to row 5 of the prompts is not finite"),
         (["--reward", "{mine}:absent"], "has no function absent"),
+        (["--reward", "{mine}:broken"], r"mine.py, line 6: NameError: name 'undefined_name'"),
+        (["--reward", "{mine}:needs"], r"takes 'answer', which is no column of the prompts; they have none beside"),
+        (["--reward", "vader", "--sample.top_k", "5"], r"--sample.top_k does not go with PPO"),
         (["--reward", "no.py:f"], "no.py is no file"),
         (["--reward", "regex:("], "--reward regex"),
         (["--reward", "language:en"], "a script tells only"),

@@ -40,6 +40,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.run import best_responses, rejection, rejection_report, responses, training
 from dpo_jax.run.rows import RowsFile, read_lines
 from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import load_tokenizer
 
 TEMPERATURES, SAMPLES, TRAINED, HELD_OUT = (0.7, 1.2), 4, 10, 10
 
@@ -338,13 +339,15 @@ def test_an_earlier_pool_is_judged_anew(tmp_path: Path) -> None:
     pool = best_responses.read_pool(str(path))
 
     def length(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
-        return np.asarray([len(text) for text in texts]) + tagged, {}
+        return np.asarray([len(text) for text in texts]) + tagged + [p.columns.get("bonus", 0) for p in asked], {}
 
     def broken(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
         return np.asarray([np.nan, 1.0]), {}
 
     judges: Any = length
     assert [row["score"] for row in best_responses.judged(pool, judges, str(path))] == [7, 6]
+    known = [prompt._replace(columns={"bonus": 9}) for prompt in dataset(tmp_path, [{"prompt": "b"}]).prompts]
+    assert [row["score"] for row in best_responses.judged(pool, judges, str(path), known)] == [7, 15]
     judges = broken
     with pytest.raises(InputError, match="the score of row 1 is not finite"):
         best_responses.judged(pool, judges, str(path))
@@ -434,6 +437,29 @@ def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: py
     assert error.startswith("dpo-jax: error:")
     assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
+
+
+def test_blank_responses_only_are_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    end = load_tokenizer(inputs / "model").eos_token_id
+    args = [*words(inputs, tmp_path / "out"), "--sample.logit_bias", str(end), "1000", "--reward", "vader"]
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dpo-jax: error: every response to every prompt is blank"), error
+
+
+def test_an_iteration_of_blank_responses_keeps_the_earlier_pool(tmp_path: Path) -> None:
+    data = dataset(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    samples, scores = made(data, [["", " "]] * 2, [[1, 2], [3, 4]])
+    found, told = best_responses.bests(data, samples, scores, iteration=2, reward="mine")
+    assert found == [None, None]
+    assert "2 of 2 prompts have blank responses only" in told[-1]
+    pool = best_responses.merged([best("a", 0.5)], found)
+    kept = best_responses.learnt(pool, RejectionConfig())
+    samples = [{**row, "tokens": 1} for row in samples]
+    figures = rejection_report.sampled(samples, scores, pool, kept, lambda text: [], iteration=2)
+    assert (figures["pool/size"], figures["pool/from_this_iteration"]) == (1, 0)
+    with pytest.raises(InputError, match="every response to every prompt is blank"):
+        best_responses.learnt(best_responses.merged([], found), RejectionConfig())
 
 
 @pytest.mark.slow

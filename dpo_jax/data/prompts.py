@@ -2,9 +2,12 @@
 
 import functools
 import hashlib
+import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
-    """What a row asks: messages, of which a user's is the last, and the text, where the row gives one."""
+    """What a row asks: messages, of which a user's is the last, and the text, where the row gives one.
+
+    `columns` are the other columns of the row, as they stand in the file, for reward functions.
+    """
 
     messages: tuple[Message, ...]
     text: str | None
+    columns: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def plain(self) -> str | list[dict[str, str]]:
@@ -66,8 +73,10 @@ class PromptDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the ids in order, the texts, and the safety tags."""
-        digest = hashlib.sha256(repr(self.prompts).encode("utf-8", "surrogatepass"))
+        """SHA-256 of the ids in order, the texts, the safety tags, and the other columns, which a reward may read."""
+        digest = hashlib.sha256(repr([prompt[:2] for prompt in self.prompts]).encode("utf-8", "surrogatepass"))
+        columns = json.dumps([dict(prompt.columns) for prompt in self.prompts], default=str)
+        digest.update(columns.encode())
         for array in (self.ids.values, self.ids.starts, self.safety):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
@@ -81,6 +90,11 @@ class PromptDataset:
             f"{self.source}: {len(self)} of {self.rows_read} prompts, {lengths.mean():.0f} tokens each"
             f" (longest {lengths.max()})" + (f"\n{cut}" if cut else "")
         )
+
+
+def other_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row of prompts beside its `prompt`."""
+    return {name: value for name, value in row.items() if name != "prompt"}
 
 
 def load_prompts(
@@ -123,7 +137,7 @@ def load_prompts(
         encoded = encoder.prompt_ids(text if raw and text is not None else messages)
         if not encoded:
             raise BadRow("the prompt has no token", "give it a text")
-        return Prompt(messages, text), tag, encoded
+        return Prompt(messages, text, other_columns(row)), tag, encoded
 
     for chunk in rows.chunks(parse):
         for number, (prompt, tag, encoded) in chunk:
@@ -138,9 +152,10 @@ def load_prompts(
     asked = (*PROMPT_COLUMNS, "messages")
     if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
         log.warning("%s: the template does not write %s", source, ", ".join(unused))
+    names = sorted(rows.columns - {"prompt"})  # of all rows, so that every prompt has the same ones
     return PromptDataset(
         ids=Ragged.of(ids, np.int32),
-        prompts=tuple(prompts),
+        prompts=tuple(p._replace(columns={name: p.columns.get(name) for name in names}) for p in prompts),
         safety=np.asarray(safety, bool),
         row_numbers=np.asarray(numbers, np.int32),
         dropped=rows.tally.dropped,

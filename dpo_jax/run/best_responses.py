@@ -51,12 +51,18 @@ def read_pool(path: str) -> list[Row]:
     return list(found.values())
 
 
-def judged(pool: Sequence[Row], judges: Judges, source: str) -> list[Row]:
-    """The rows of an earlier pool with this run's scores. Raises `InputError` for one that is not finite."""
+def judged(pool: Sequence[Row], judges: Judges, source: str, known: Sequence[Prompt] = ()) -> list[Row]:
+    """The rows of an earlier pool with this run's scores. Raises `InputError` for one that is not finite.
+
+    `known`: this run's prompts, whose other columns a reward may need.
+    """
     scores: list[float] = []
+    columns = {key_of(prompt.plain): prompt.columns for prompt in known}
     for first in range(0, len(pool), SCORED):
         rows = pool[first : first + SCORED]
-        prompts = [Prompt(*parse_prompt({"prompt": row["prompt"]})) for row in rows]
+        prompts = [
+            Prompt(*parse_prompt({"prompt": row["prompt"]}), columns.get(key_of(row["prompt"]), {})) for row in rows
+        ]
         numbers = np.arange(first + 1, first + 1 + len(rows))
         tagged = np.asarray([row.get("safety") is True for row in rows])
         scores += judges(prompts, [row["completion"] for row in rows], numbers, tagged)[0].tolist()
@@ -93,7 +99,7 @@ def bests(
     temperatures = np.asarray([row["temperature"] for row in samples[: every.shape[1]]])
     best = rejection.of_iteration(jnp.asarray(usable), jnp.asarray(temperatures), iteration)
     tied = np.asarray(rejection.best_of(jnp.asarray(usable)).tied)
-    if tied.sum() == len(data):
+    if tied.all():
         raise InputError(
             f"--reward {reward}: all {every.shape[1]} responses to a prompt have the same score, for every prompt, so"
             " there is no best; use a reward that tells them apart, or more samples"
@@ -146,6 +152,12 @@ def _arrays(rows: Sequence[Row | None]) -> rejection.Pool:
 
 def learnt(pool: Sequence[Row], config: RejectionConfig) -> list[Row]:
     """The rows of the pool that are learnt, in its order. Raises `InputError` where none is left."""
+    if not pool:
+        raise InputError(
+            "every response to every prompt is blank, so there is nothing to learn from: look at samples.jsonl, and at"
+            " --sample.logit_bias, --sample.stop_tokens and --data.template, or ask for longer ones with"
+            " --sample.min_new_tokens"
+        )
     kept = range(len(pool))
     if config.min_score is not None:
         kept = [i for i in kept if pool[i]["score"] >= config.min_score]

@@ -61,6 +61,7 @@ def train(config: PPORun) -> Path:
     _check_context(config, data, architecture)
     training.say(data.summary())
     scorer = _scorer(config, training)
+    scorer.try_out(data)
 
     # -------------------------------------------------------------- options that follow from the data
     planned = _loader(config, data, **training.length)

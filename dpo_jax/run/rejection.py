@@ -110,6 +110,9 @@ class _Run:
             own = [prompt.plain for prompt in self.data.prompts]
             _check_apart(self.heldout, config.source, own, self.data.row_numbers.tolist())
         self.judges = Judges(config, mesh=training.mesh, batch_size=training.eval_batch_size)
+        for prompts in (self.data, self.heldout):
+            if prompts is not None:
+                self.judges.try_out(prompts)
         before = config.rejection.pool_from
         self._before = [] if before is None else best_responses.read_pool(before)
         if self.heldout is not None:
@@ -196,7 +199,9 @@ class _Run:
 
         path = self.folder(0) / "pool.jsonl"
         rows = write_once(
-            path, settings, lambda file: file.append(best_responses.judged(self._before, self.judges, source))
+            path,
+            settings,
+            lambda file: file.append(best_responses.judged(self._before, self.judges, source, self.data.prompts)),
         )
         self.judges.close()
         self.training.say(f"{source}: the best responses to {len(rows)} prompts, judged by {self.config.reward}")
@@ -262,7 +267,7 @@ class _Run:
             say(f"iteration {iteration}: {line}")
         pool = best_responses.merged(earlier if config.rejection.pool == "all" else [], found)
         learnt = best_responses.learnt(pool, config.rejection)
-        figures = rejection_report.sampled(samples, scores, pool, learnt, self.tokens)
+        figures = rejection_report.sampled(samples, scores, pool, learnt, self.tokens, iteration=number)
         self.rows.append({"step": iteration, **figures})
         say(
             f"iteration {iteration}: mean reward {figures['rewards/mean']:.4g} of {len(samples)} samples,"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.align import rejection
+from dpo_jax.errors import InputError
 from dpo_jax.run import report
 from dpo_jax.run.demo_report import interval
 from dpo_jax.run.folder import cannot_write
@@ -39,13 +40,21 @@ def text_figures(samples: Sequence[Row], ids: Tokens) -> dict[str, float]:
 
 
 def sampled(
-    samples: Sequence[Row], scores: Sequence[Row], pool: Sequence[Row], learnt: Sequence[Row], ids: Tokens
+    samples: Sequence[Row],
+    scores: Sequence[Row],
+    pool: Sequence[Row],
+    learnt: Sequence[Row],
+    ids: Tokens,
+    *,
+    iteration: int,
 ) -> dict[str, float]:
-    """Figures of an iteration: of its samples, of the pool after it, and of what is learnt."""
+    """Figures of an iteration: of its samples, of the pool after it, and of what is learnt.
+
+    `iteration`: its number in the pool.
+    """
     prompts = len({row["row"] for row in samples})
     every = as_matrix(scores, prompts)
     usable = np.where(np.isfinite(every), every, np.nan)
-    newest = max(row["iteration"] for row in pool)
     return {
         "rewards/mean": float(np.nanmean(usable)),
         "rewards/median": float(np.nanmedian(usable)),
@@ -55,7 +64,7 @@ def sampled(
         "rewards/learnt": float(np.mean([row["score"] for row in learnt])),
         "pool/size": len(pool),
         "pool/learnt": len(learnt),
-        "pool/from_this_iteration": float(np.mean([row["iteration"] == newest for row in pool])),
+        "pool/from_this_iteration": float(np.mean([row["iteration"] == iteration for row in pool])),
         **{f"samples/{name}": value for name, value in text_figures(samples, ids).items()},
     }
 
@@ -78,6 +87,8 @@ def heldout(
     prompts = len({row["row"] for row in samples})
     now, before = per_prompt(scores, prompts), per_prompt(start, prompts)
     both = np.isfinite(now) & np.isfinite(before)
+    if not both.any():
+        raise InputError("no held-out prompt has a response with a finite score before and after; mend --reward")
     low, high = interval(now[np.isfinite(now)], seed=seed)
     change_low, change_high = interval((now - before)[both], seed=seed)
     return {

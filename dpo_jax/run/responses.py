@@ -25,7 +25,7 @@ from dpo_jax.data.templates import RAW
 from dpo_jax.run import distributed
 from dpo_jax.run.generate import Response, answers, terminators
 from dpo_jax.run.log import ProgressBar, say
-from dpo_jax.run.reward_functions import RewardFunction, check_reward, open_reward, scores_of
+from dpo_jax.run.reward_functions import RewardFunction, check_reward, open_reward, scores_of, try_out
 from dpo_jax.run.rows import Row, RowsFile, read_lines
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
@@ -199,11 +199,20 @@ class Judges:
         self.described = [
             name if judge is None else judge.identity for name, judge in zip(self._names, checked, strict=True)
         ]
-        self._open: list[RewardFunction] = []
+        self._checked, self._open = checked, list[RewardFunction]()
+
+    def try_out(self, data: PromptDataset) -> None:
+        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
+        for judge, name in zip(self._checked, self._names, strict=True):
+            if judge is not None:
+                try_out(judge, data.prompts, data.row_numbers, name)
 
     def _opened(self) -> list[RewardFunction]:
         if not self._open:
-            self._open = [open_reward(name, self._config, **self._setting) for name in self._names]
+            self._open = [
+                open_reward(name, self._config, **self._setting) if judge is None else judge
+                for name, judge in zip(self._names, self._checked, strict=True)
+            ]
         return self._open
 
     def close(self) -> None:

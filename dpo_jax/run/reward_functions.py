@@ -4,22 +4,17 @@ vader            sentiment, from -1 to 1 (Hutto & Gilbert 2014)
 length           hundreds of characters
 regex:PATTERN    1 where Python's re finds the pattern, else 0
 language:CODE    share of the letters that belong to the script of a language, such as language:zh
-FILE.py:FUNCTION the user's own code: function(prompts, responses) -> numbers, one a response. A prompt is a text, or
-                 [{"role": ..., "content": ...}, ...] where its row holds several messages. The file is executed.
+FILE.py:FUNCTION the user's own code, see `run/reward_code.py`. The file is executed.
 http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
                  needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
 anything else    a reward model: a folder, a hub id, or a run of ours
 """
 
-import hashlib
-import importlib.util
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -33,6 +28,7 @@ from dpo_jax.data.prompts import Prompt
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.run import distributed
+from dpo_jax.run.reward_code import PythonFunction
 from dpo_jax.run.reward_model import RewardModel, check_score
 from dpo_jax.run.training import read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
@@ -42,6 +38,8 @@ TOKEN = "DPO_JAX_REWARD_TOKEN"
 TIMEOUT = 60.0
 ATTEMPTS, FIRST_WAIT = 5, 1.0
 """Of an HTTP reward; the wait in seconds doubles from one attempt to the next."""
+TRIAL = "Yes, that is so."
+"""The response that a function of the user is tried out with."""
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 # Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
@@ -102,39 +100,6 @@ def share_of_script(text: str, language: str) -> float:
     letters = [character for character in text if character.isalpha()]
     own = [x for x in letters if unicodedata.name(x, "").startswith(SCRIPTS[language])]
     return len(own) / len(letters) if letters else 0.0
-
-
-class PythonFunction:
-    """A function of a Python file: the user's own code, loaded once. Its exceptions come back as one line."""
-
-    everywhere = False
-
-    def __init__(self, spec: str):
-        file, _, name = spec.rpartition(":")
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise InputError(f"--reward {spec}: {file} is no file")
-        self._spec = spec
-        self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        found = importlib.util.spec_from_file_location("dpo_jax_reward_of_the_user", path)
-        assert found is not None, "a file that ends in .py has a loader"
-        assert found.loader is not None, "likewise"
-        module = importlib.util.module_from_spec(found)
-        try:
-            sys.modules[found.name] = module  # dataclasses of the file look themselves up there
-            found.loader.exec_module(module)
-        except Exception as error:
-            raise InputError(f"--reward {spec}: {type(error).__name__}: {error}") from error
-        self._function = getattr(module, name, None)
-        if not callable(self._function):
-            raise InputError(f"--reward {spec}: {file} has no function {name}(prompts, responses)")
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
-        assert callable(self._function)
-        try:
-            return self._function([prompt.plain for prompt in prompts], list(responses))
-        except Exception as error:
-            raise InputError(f"--reward {self._spec}: {type(error).__name__}: {error}") from error
 
 
 class Endpoint:
@@ -273,6 +238,17 @@ def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | 
         known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
     return None
+
+
+def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
+    """Call a function of the user once, with the first prompt and a made-up response, before time is spent on sampling.
+
+    Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
+    Raises `InputError` for what would stop the run later.
+    """
+    if isinstance(function, PythonFunction):
+        function.check_columns(prompts)
+        scores_of(function, prompts[:1], [TRIAL], rows[:1], name, finite=False)
 
 
 def scores_of(

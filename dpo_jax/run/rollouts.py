@@ -27,7 +27,7 @@ from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.run.generate import decode
 from dpo_jax.run.log import Row
-from dpo_jax.run.reward_functions import RewardFunction, scores_of
+from dpo_jax.run.reward_functions import RewardFunction, scores_of, try_out
 from dpo_jax.run.samples import SampleLog
 from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
@@ -55,6 +55,12 @@ class Scorer:
     def identity(self) -> str:
         """Changes when a judge does."""
         return self.reward.identity + ("" if self.safety is None else f" with {self.safety.identity}")
+
+    def try_out(self, data: PromptDataset) -> None:
+        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
+        try_out(self.reward, data.prompts, data.row_numbers, self.name)
+        if self.safety is not None:
+            try_out(self.safety, data.prompts, data.row_numbers, self.safety_name)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray

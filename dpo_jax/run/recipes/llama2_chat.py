@@ -30,7 +30,7 @@ from dpo_jax.config import GenerateRun, Llama2ChatRun, RewardRun, SampleConfig
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
-from dpo_jax.data.prompts import Prompt
+from dpo_jax.data.prompts import Prompt, other_columns
 from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
@@ -205,7 +205,7 @@ class Llama2Chat:
         found = {}
         for number, row in read_rows(self._run.prompts):
             try:
-                found[number] = Prompt(*parse_prompt(row)), row.get("safety") is True
+                found[number] = Prompt(*parse_prompt(row), other_columns(row)), row.get("safety") is True
             except BadRow as problem:
                 raise InputError(f"{self._run.prompts}: row {number}: {problem}") from problem
         return found
