@@ -266,6 +266,17 @@ def dataset(folder: Path, rows: list[dict[str, Any]]) -> PromptDataset:
     return load_prompts(str(path), encoder, DataConfig(), longest=99, vocab_size=320)
 
 
+def test_prompts_keep_the_other_columns_of_their_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "4", "none": None}, {"prompt": "b", "level": [1]}]
+    data = dataset(tmp_path, rows)
+    assert [prompt.columns for prompt in data.prompts] == [
+        {"answer": "4", "level": None},
+        {"answer": None, "level": [1]},
+    ]
+    rows[0]["answer"] = "5"
+    assert dataset(tmp_path, rows).fingerprint != data.fingerprint
+
+
 def made(data: PromptDataset, texts: list[list[str]], scores: list[list[float | None]]) -> tuple[list, list]:
     """Files of one sample at each of as many temperatures as there are texts of a prompt."""
     samples, judged = [], []

@@ -152,7 +152,8 @@ def load_prompts(
     asked = (*PROMPT_COLUMNS, "messages")
     if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
         log.warning("%s: the template does not write %s", source, ", ".join(unused))
-    names = sorted(rows.columns - {"prompt"})  # of all rows, so that every prompt has the same ones
+    # Those of all rows, so that every prompt has the same ones.
+    names = sorted({name for prompt in prompts for name, value in prompt.columns.items() if value is not None})
     return PromptDataset(
         ids=Ragged.of(ids, np.int32),
         prompts=tuple(p._replace(columns={name: p.columns.get(name) for name in names}) for p in prompts),
