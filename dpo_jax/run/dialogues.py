@@ -48,6 +48,11 @@ class Dialogues:
         return self.data.fingerprint
 
     @property
+    def terminators(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.data.terminators
+
+    @property
     def packed(self) -> bool:
         """Whether several sequences share a window."""
         return self.config.data.packing

@@ -109,6 +109,7 @@ def train(config: DPORun) -> Path:
         sections=[
             data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
         ],
+        terminators=data.terminators,
     )
 
 

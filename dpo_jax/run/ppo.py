@@ -124,6 +124,7 @@ def train(config: PPORun) -> Path:
         summary=f"{config.model}, rewarded by {config.reward} on {config.source} in {planned.total_steps} iterations"
         f" ({config.ppo.advantage}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), _prompts_section(data)] if training.main else [],
+        terminators=encoder.terminators,
     )
 
 

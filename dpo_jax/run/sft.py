@@ -81,6 +81,7 @@ def train(config: SFTRun) -> Path:
             *data.sections("Data", steps=planned.total_steps),
             *([] if heldout is None else heldout.sections("Evaluation data")),
         ],
+        terminators=data.terminators,
     )
 
 

@@ -63,6 +63,11 @@ class Texts:
         return " ".join(source.fingerprint for source in self.sources)
 
     @property
+    def terminators(self) -> tuple[int, ...]:
+        """Ids that end an answer: texts hold none."""
+        return ()
+
+    @property
     def packed(self) -> bool:
         """Whether a window holds several sequences."""
         return self.config.data.documents != "joined"

@@ -257,15 +257,16 @@ class Training(Generic[Config]):
         summary: str,
         sections: Sequence[report.Section],
         classes: Sequence[ClassHead] = (),
+        terminators: Sequence[int] = (),
     ) -> Path:
         """Write `model/` (and `adapter/`) and the report, and mark the run as finished. `classes`: of a reward model.
 
         Under LoRA `model/` holds the merged weights, for everyone, and `adapter/` the adapters alone. `sections` of the
-        report come after its curves.
+        report come after its curves. `terminators`: what ended the answers that it learnt from.
         """
         config = self.config
         tokenizer = self.exported(tokenizer)
-        told: dict[str, Any] = {"source": config.model, "classes": classes}
+        told: dict[str, Any] = {"source": config.model, "classes": classes, "terminators": terminators}
         save_pretrained(self.out / "model", model, variables, tokenizer, **told)
         if "adapters" in variables:
             save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights import huggingface, layout, orbax_params, tokenizer_files
 from dpo_jax.weights.folder import check_free
@@ -95,13 +96,14 @@ def _stored_dtype(place: Source) -> np.dtype:
 def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype, to: Format) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
     origin = origin_folder(place)
-    tokenizer = None
+    tokenizer, kept = None, place.path / huggingface.GENERATION
+    terminators = huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
         tokenizer = tokenizer_of(place)
         check_vocabulary(tokenizer, config)
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, dtype, origin)
+        huggingface.write_configs(folder, config, dtype, origin, terminators)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
         elif origin is not None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from dpo_jax.weights import layout, shards
 from dpo_jax.weights.folder import new_folder
 
 logger = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
 
 SHARD_BYTES = 5_000_000_000
 """Largest weight file: the size that Hugging Face's hub recommends."""
@@ -82,19 +84,49 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_configs(folder: Path, config: LlamaConfig, dtype: Any, source: Path | None) -> None:
-    """config.json and generation_config.json; what else those of the folder `source` say is carried along."""
+def write_configs(
+    folder: Path, config: LlamaConfig, dtype: Any, source: Path | None, terminators: Sequence[int] = ()
+) -> None:
+    """config.json and generation_config.json; what else those of the folder `source` say is carried along.
+
+    `terminators`: see `write_generation`.
+    """
     raw = to_hf(config)
     extras: dict[str, Any] = {}
     if source is not None and (source / "config.json").is_file():
         known = raw.keys() | _NOT_CARRIED
         extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known and not ignored(k)}
     write_json(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
-    if source is not None and (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    write_generation(folder, config, source, terminators)
+
+
+def write_generation(folder: Path, config: LlamaConfig, source: Path | None, terminators: Sequence[int] = ()) -> None:
+    """generation_config.json, as in the folder `source` where it has one.
+
+    `terminators`: ids that end an answer under the chat template. They join those at which generation stops already: a
+    base model with `<|endoftext|>` that learnt a template of its own would go on behind its answer elsewhere.
+    """
+    path, raw = folder / GENERATION, to_hf(config)
+    given = None if source is None else source / GENERATION
+    if given is not None and given.is_file():
+        if not terminators:
+            shutil.copyfile(given, path)
+            return
+        generation = read_json(given)
     else:
         ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        generation = {"_from_model_config": True, **ids}
+    if terminators:
+        generation.pop("_from_model_config", None)  # transformers would take the ids from config.json again
+        every = list(dict.fromkeys((*stops(generation), *config.eos_token_ids, *terminators)))
+        generation["eos_token_id"] = every if len(every) > 1 else every[0]
+    write_json(path, generation)
+
+
+def stops(generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids at which generation ends, by a generation_config.json."""
+    found = generation.get("eos_token_id")
+    return tuple(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int))
 
 
 def write_weights(

@@ -95,10 +95,12 @@ def save_adapters(
     base: str,
     dtype: Any,
     classes: Sequence[ClassHead] = (),
+    terminators: Sequence[int] = (),
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
 
-    With a head "score" among the variables it is PEFT's form for a sequence classifier, score included.
+    With a head "score" among the variables it is PEFT's form for a sequence classifier, score included. `terminators`
+    are kept in a generation_config.json, for the model that `convert` makes of it.
     """
     lora, collection = model.lora, variables.get("heads", {})
     scored = heads.SCORE in collection
@@ -129,6 +131,8 @@ def save_adapters(
         head_files.write_others(folder, collection, others, classes)
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if terminators:
+            huggingface.write_generation(folder, config_of_model, None, terminators)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder)
 

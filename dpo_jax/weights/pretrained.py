@@ -204,6 +204,7 @@ def save_pretrained(
     merge: bool = True,
     shard_bytes: int = huggingface.SHARD_BYTES,
     classes: Sequence[ClassHead] = (),
+    terminators: Sequence[int] = (),
 ) -> None:
     """Write a folder that `transformers` loads (or, with `merge=False`, a PEFT adapter folder).
 
@@ -222,6 +223,8 @@ def save_pretrained(
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
       shard_bytes: largest weight file.
       classes: names for the outputs of auxiliary heads (`RewardConfig.heads`), which `read_classes` reads again.
+      terminators: ids that end an answer under the chat template (`ChatTokenizer.terminators`): generation_config.json
+        lists them beside those of `source`.
 
     Raises `InputError` for an unwritable or full disk, or a tokenizer that does not fit the embedding.
     """
@@ -235,7 +238,9 @@ def save_pretrained(
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         base = _base_name(source)
         stored = dtype or jnp.float32
-        peft.save_adapters(path, model, variables, tokenizer, base=base, dtype=stored, classes=classes)
+        peft.save_adapters(
+            path, model, variables, tokenizer, base=base, dtype=stored, classes=classes, terminators=terminators
+        )
         return
     params = merged_params(model, variables)
     dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
@@ -247,7 +252,7 @@ def save_pretrained(
     others = heads.gathered(collection)
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, dtype, origin)
+        huggingface.write_configs(folder, config, dtype, origin, terminators)
         heads.write_others(folder, collection, others, classes)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
