@@ -1,36 +1,18 @@
 """What tests of whole training runs share."""
 
-import contextlib
 import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import mesh
 from dpo_jax.run.log import CLOCK_KEYS, read_metrics
-
-
-@contextlib.contextmanager
-def compiled_once(folder: Path) -> Iterator[None]:
-    """Runs of the same shapes share their compiled steps, as runs on one machine may; `folder` keeps them."""
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def small_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

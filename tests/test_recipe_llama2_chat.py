@@ -116,10 +116,9 @@ ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
+def compile_roughly():
     jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -46,12 +46,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ TEXTS = ("samples.jsonl", "sft.jsonl", "before.jsonl", "after.jsonl", "metrics.j
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model (`model`), prompts and instructions; compiled programs are kept."""
     folder = tmp_path_factory.mktemp("inputs")
     tiny.folder(folder / "model", hidden=16, layers=1, max_position=512)
@@ -52,8 +51,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         {"instruction": "the film was red"},
     ]
     (folder / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
-    with runs.compiled_once(folder / "compiled"):
-        yield folder
+    return folder
 
 
 @pytest.fixture(autouse=True)

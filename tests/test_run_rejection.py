@@ -69,10 +69,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
+def compile_roughly():
     jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+    yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

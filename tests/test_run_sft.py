@@ -57,12 +57,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
