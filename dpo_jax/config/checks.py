@@ -1,5 +1,7 @@
 """How an option is refused: in one line, where the option is read."""
 
+import datetime
+
 from dpo_jax.errors import InputError
 
 ON_COMMAND_LINE = "(given on the command line)"
@@ -9,6 +11,15 @@ ON_COMMAND_LINE = "(given on the command line)"
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def require_day(date: str | None, option: str) -> None:
+    """Refuse a day that is not written as YYYY-MM-DD."""
+    try:
+        same = date is None or datetime.date.fromisoformat(date).isoformat() == date
+    except ValueError:
+        same = False
+    require(same, f"{option} {date} is no day; write it as YYYY-MM-DD")
 
 
 def only_with(owner: object, choice: str, table: dict[str, tuple[str, ...]], section: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import require, require_day
 from dpo_jax.config.sections import (
     AttentionKernel,
     DataConfig,
@@ -55,6 +55,9 @@ class GenerateRun:
     """Continue the text as it stands, without a chat template."""
     template: str | None = None
     """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that the chat template writes where it writes today's. Not given: today, also for a run folder
+    whose run began on another day (its config.json has that as data.date)."""
     batch_size: int = 8
     """Responses written at once, over all devices; one that is done makes room for the next."""
     samples: int = 1
@@ -72,6 +75,8 @@ class GenerateRun:
         require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
         require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
         require(not (self.raw and self.template), "--template has no effect with --raw")
+        require(not (self.raw and self.date), "--date has no effect with --raw")
+        require_day(self.date, "--date")
         require(self.samples >= 1, "--samples must be at least 1")
         require(self.samples == 1 or self.sample.beams is None, "--samples has no effect with --sample.beams")
         require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")

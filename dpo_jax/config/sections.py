@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.checks import only_with, require, require_day
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -97,6 +97,9 @@ class DataConfig:
 
     template: str | None = None
     """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that a chat template writes where it writes today's, as Llama 3.1's does. Not given: today; for
+    a run the day on which it began, which its config.json keeps."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
     max_prompt_length: int | None = None
@@ -132,6 +135,8 @@ class DataConfig:
                 bool(name and equals and place.strip(".")),
                 f"--data.columns {self.columns}: write NAME=COLUMN, with commas between",
             )
+        require_day(self.date, "--data.date")
+        require(self.date is None or self.template != "raw", "--data.date has no effect with --data.template raw")
 
     def prompt_room(self, response: int) -> int:
         """Tokens that a prompt keeps in front of a response of `response` tokens (the longest, of several).

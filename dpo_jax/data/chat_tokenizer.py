@@ -30,8 +30,8 @@ _PROBE = "Quicksilver"
 class ChatTokenizer:
     """Renders and tokenises with one tokenizer and one template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
-        """Args: a fast tokenizer; a template name (see `templates.py`), or None for the tokenizer's own.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str | None = None):
+        """Args: a fast tokenizer; a template name (see `templates.py`), or None for the tokenizer's own; the day.
 
         Raises `InputError` when they do not fit together.
         """
@@ -45,7 +45,7 @@ class ChatTokenizer:
         bos = cast(int | None, tokenizer.bos_token_id)
         self._added_bos = bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
         self._eos = cast(int | None, tokenizer.eos_token_id)
-        self._template = None if template == RAW else ChatTemplate(tokenizer, template)
+        self._template = None if template == RAW else ChatTemplate(tokenizer, template, date)
         probe = self._probe()
         self._control = ControlTokens(self._backend, self._control_tokens(tokenizer, probe))
         self._closers = self._control.texts.keys() - {bos, cast(int | None, tokenizer.unk_token_id)} | {self._eos}

@@ -159,7 +159,7 @@ def _load(
     compared: bool,
 ) -> tuple[PreferenceDataset, list[Any]]:
     """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
-    encoder = ScoredEncoder(tokenizer, config.template)
+    encoder = ScoredEncoder(tokenizer, config.template, config.date)
     rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
     groups: list[Encoded] = []
     numbers: list[int] = []

@@ -178,7 +178,7 @@ def load_preferences(
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
-    encoder = ConversationEncoder(tokenizer, config.template)
+    encoder = ConversationEncoder(tokenizer, config.template, config.date)
     rows = CheckedRows(source, config.limit, columns=config.columns, compared=True)
     prompts: list[np.ndarray] = []
     responses: list[np.ndarray] = []

@@ -60,12 +60,14 @@ class EncodedSequence:
 class DialogueEncoder(ChatTokenizer):
     """Renders and tokenises dialogues with one tokenizer and one template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, train_on: TrainOn):
-        """Args: a fast tokenizer; a template name, or None for the tokenizer's own; what is to be predicted.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None, train_on: TrainOn, date: str | None = None
+    ):
+        """Args: a fast tokenizer; a template name, or None for the tokenizer's own; what is to be predicted; the day.
 
         Raises `InputError` when tokenizer and template do not fit together.
         """
-        super().__init__(tokenizer, template)
+        super().__init__(tokenizer, template, date)
         self._train_on: TrainOn = train_on
 
     def render(self, dialogue: Dialogue) -> RenderedDialogue:

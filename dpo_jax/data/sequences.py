@@ -108,7 +108,7 @@ def load_dialogues(
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
-    encoder = DialogueEncoder(tokenizer, config.template, train_on)
+    encoder = DialogueEncoder(tokenizer, config.template, train_on, config.date)
     rows = CheckedRows(source, config.limit, columns=config.columns)
     sequences: list[EncodedSequence] = []
     numbers: list[int] = []

@@ -10,14 +10,18 @@ Named templates (`--data.template`), as Jinja:
   raw      no template: the prompt's text and the response's text as they stand, then EOS.
 
 Without a name, the tokenizer's own `chat_template` is used. Both go through transformers' sandboxed Jinja.
+
+A template may write today's date (`strftime_now`, as Llama 3.1's "Today Date"). The day is then an option, since what a
+run learns must not depend on when it is gone on with.
 """
 
+import datetime
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -30,6 +34,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of what an assistant thinks before it answers: keys of messages, of which a template reads one."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+# The clock of transformers' templates, stopped: `dates` holds what each format that a template spells gives on the day.
+# (Nothing but data may be handed to a template.) The newline at the end is not rendered.
+_PINNED = """\
+{%- macro strftime_now(format) -%}
+{%- if format not in dates -%}
+{{- raise_exception('the format of the date is not written out: ' + format) -}}
+{%- endif -%}
+{{- dates[format] -}}
+{%- endmacro %}
+"""
 
 _TURNS = """\
 {%- set has_system = messages[0]['role'] == 'system' -%}
@@ -82,6 +97,22 @@ _NEEDED = {
 }
 
 
+def today() -> str:
+    """Today as YYYY-MM-DD, by the clock of this machine."""
+    return datetime.date.today().isoformat()
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
+    """Whether a template (by name, or the tokenizer's own) may write today's date."""
+    return template != RAW and ChatTemplate(tokenizer, template).writes("strftime_now")
+
+
+def check_date(tokenizer: PreTrainedTokenizerBase, template: str | None, date: str | None) -> None:
+    """Raise `InputError` where a `date` was given, and the template does not write any."""
+    if date is not None and not writes_date(tokenizer, template):
+        raise InputError(f"the date {date} has no effect: the chat template does not write today's; leave it out")
+
+
 class ChatTemplate:
     """Renders conversations for one tokenizer.
 
@@ -90,12 +121,13 @@ class ChatTemplate:
       jinja: the template's text, as a tokenizer carries it; None for the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None):
-        """Args: the tokenizer; the name of a template except raw, or None for the tokenizer's own.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None, date: str | None = None):
+        """Args: the tokenizer; the name of a template except raw, or None for the tokenizer's own; what day it is.
 
         Raises `InputError` for an unknown name, a missing template, or a tokenizer without the tokens it needs.
         """
         self._tokenizer = tokenizer
+        self._day = datetime.datetime.fromisoformat(date or today())
         self.name = name or "tokenizer"
         choices = f"choose --data.template {', '.join((*TEMPLATES, RAW))}"
         if name is not None and name not in TEMPLATES:
@@ -138,6 +170,15 @@ class ChatTemplate:
         return {**given, "role": message.role, "content": message.content}
 
     @cached_property
+    def _dates(self) -> dict[str, str]:
+        """What each text of the template that may be a format gives on the day; empty where it writes no date."""
+        if not self.writes("strftime_now"):
+            return {}
+        tokens = Environment(autoescape=False).lexer.tokenize(self._text)
+        formats = {token.value for token in tokens if token.type == "string"}
+        return {text: self._day.strftime(text) for text in formats if "%" in text}
+
+    @cached_property
     def marks_answers(self) -> bool:
         """Whether the template says by `{% generation %}` which of its text the assistant speaks."""
         return _GENERATION.search(self._text) is not None
@@ -156,9 +197,10 @@ class ChatTemplate:
             rendered = render_jinja_template(
                 [[self._given(m) for m in messages]],
                 tools=messages[0].tools,
-                chat_template=self._text,
+                chat_template=self._text if not self._dates else _PINNED + self._text,
                 add_generation_prompt=generation,
                 return_assistant_tokens_mask=marked,
+                dates=self._dates,
                 **cast(dict[str, Any], self._tokenizer.special_tokens_map),
             )
         except TemplateError as error:

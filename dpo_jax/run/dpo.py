@@ -43,6 +43,7 @@ def train(config: DPORun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
+    config = training.config
     vocabulary = architecture.vocab_size
     if config.reference is not None:
         vocabulary = min(vocabulary, read_architecture(config.reference).vocab_size)

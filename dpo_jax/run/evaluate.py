@@ -106,7 +106,7 @@ def _answer(
     dataset: PreferenceDataset,
 ) -> Answers:
     """The model's answers to the prompts of the first `run.samples` usable rows."""
-    encoder = ConversationEncoder(tokenizer, run.data.template)
+    encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)
     wanted = set(dataset.row_numbers[: run.samples].tolist())
     prompts: list[list[int]] = []
     longest = run.data.prompt_room(run.sample.max_new_tokens)

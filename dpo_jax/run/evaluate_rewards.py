@@ -69,7 +69,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
 def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceDataset, np.ndarray]:
     """The comparisons as the tokenizer of `source` reads them, and its scores [N, K]."""
-    architecture, tokenizer = load_vocabulary(source)
+    architecture, tokenizer = load_vocabulary(source, run.data if source == run.model else None)
     check_score(source, architecture)
     rules = RewardLossConfig(ties="drop")
     data = load_comparisons(

@@ -140,6 +140,14 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"{self.path}: {parent} is not a writable folder; choose another --out")
 
+    def resolved(self) -> dict[str, Any]:
+        """The resolved options of the run in the folder, flat. Raises `InputError` where they cannot be read."""
+        path = self.path / "config.json"
+        try:
+            return flatten(json.loads(path.read_text()))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: not readable as the options of a run; choose another --out") from error
+
     def claim(self, resolved: Mapping[str, Any]) -> None:
         """Make the folder ours: write the marker and the resolved options. Call it once the input has been checked."""
         self._mark(finished=False)

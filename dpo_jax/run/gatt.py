@@ -32,6 +32,7 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.run import gatt_report, sft
 from dpo_jax.run.config_keys import with_config_keys
+from dpo_jax.run.day import with_day
 from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.gatt_dialogues import Outline, Plan, Writer, check_room, check_template, make_plan, seed_of
 from dpo_jax.run.generate import terminators
@@ -63,7 +64,8 @@ def gatt(run: GattRun) -> Path:
     architecture = read_architecture(run.model)
     tokenizer = load_tokenizer(run.model)
     check_vocabulary(tokenizer, architecture)
-    encoder = ConversationEncoder(tokenizer, run.data.template)
+    run = with_day(run, folder, tokenizer)
+    encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)
     check_template(encoder)
     plan = make_plan(run)
     _check_lengths(run, plan, encoder, architecture)
@@ -78,7 +80,7 @@ def gatt(run: GattRun) -> Path:
         say(f"[1/5] {len(plan.training)} dialogues of {options.turns} turns, the instruction in every turn")
         samples = writers.write(run.model, out / "samples.jsonl", "samples", plan.training, "training", "every")
         rows, left_out = training_rows(
-            run, plan.training, samples, DialogueEncoder(tokenizer, run.data.template, "last")
+            run, plan.training, samples, DialogueEncoder(tokenizer, run.data.template, "last", run.data.date)
         )
         say(f"[2/5] {len(rows)} dialogues to learn from" + "".join(f"; left out: {n} x {r}" for r, n in left_out))
         if not rows:

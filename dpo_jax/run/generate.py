@@ -19,7 +19,7 @@ from dpo_jax.data.files import read_rows
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
-from dpo_jax.data.templates import RAW
+from dpo_jax.data.templates import RAW, check_date
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
@@ -250,7 +250,8 @@ def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = _check_out(run.out)
     tokenizer = load_tokenizer(run.model)
-    encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template)
+    check_date(tokenizer, run.template, run.date)
+    encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template, run.date)
     heads, prompts = _encode(run, encoder)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     model, variables = load_pretrained(run.model, mesh=mesh, dtype=run.dtype)

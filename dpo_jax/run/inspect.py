@@ -49,7 +49,7 @@ def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
 
 
 def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
-    architecture, tokenizer = load_vocabulary(run.model)
+    architecture, tokenizer = load_vocabulary(run.model, run.data)
     dataset = load_dialogues(
         run.source,
         tokenizer,

@@ -46,10 +46,11 @@ def train(config: PPORun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, the prompts, the reward
     architecture, tokenizer = training.read_model_shape()
+    config = training.config
     if architecture.num_labels:
         raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     _check_value_model(config, architecture)
-    encoder = ConversationEncoder(tokenizer, config.data.template)
+    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data = load_prompts(
         config.source,
         encoder,

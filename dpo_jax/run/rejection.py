@@ -28,6 +28,7 @@ import numpy as np
 from dpo_jax.config import RejectionRun, SFTRun
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptDataset, load_prompts
+from dpo_jax.data.templates import writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -92,8 +93,8 @@ class _Run:
 
     def __init__(self, config: RejectionRun, training: Training[RejectionRun]):
         """Check all input, and claim the folder. Raises `InputError`."""
-        self.config, self.training, self.out = config, training, training.out
         architecture, tokenizer = training.read_model_shape()
+        self.config, self.training, self.out = (config := training.config), training, training.out
         architectures = [_language_model(config.model, architecture)]
         if config.rejection.student is not None:
             architectures.append(_read_student(config, training))
@@ -101,7 +102,7 @@ class _Run:
             raise InputError(
                 f"{config.trained}: has adapters already; leave --lora.rank out, or merge them with dpo-jax convert"
             )
-        encoder = ConversationEncoder(tokenizer, config.data.template)
+        encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
         self.tokens = encoder.text_ids
         self.data = self._load(config.source, encoder, architectures)
         self.heldout = None
@@ -289,7 +290,8 @@ class _Run:
             shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun)}
             # Our own rows: one whose text happens to spell a control token is left out, not refused.
             shared |= {"source": str(self.folder(iteration) / "sft.jsonl"), "eval_source": None, "on_bad_rows": "skip"}
-            data = dataclasses.replace(config.data, limit=None, columns=None)
+            date = config.data.date if writes_date(load_tokenizer(config.trained), config.data.template) else None
+            data = dataclasses.replace(config.data, limit=None, columns=None, date=date)
             sft.train(SFTRun(**(shared | {"model": model, "out": str(out), "data": data})))
         return _finished(out)
 

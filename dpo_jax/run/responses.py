@@ -83,7 +83,7 @@ class Sampler:
         self._source, self._config, self._mesh = source, config, mesh
         self._loaded: tuple[Any, Any, str] | None = None
         self._tokenizer = load_tokenizer(source)
-        self._encoder = ConversationEncoder(self._tokenizer, config.data.template)
+        self._encoder = ConversationEncoder(self._tokenizer, config.data.template, config.data.date)
 
     def close(self) -> None:
         """Give its weights up, to make room on the devices."""

@@ -38,6 +38,7 @@ def train(config: RewardRun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
+    config = training.config
     padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
     data, heldout = _data(config, tokenizer, architecture.vocab_size)
     for dataset in (data, heldout):

@@ -161,12 +161,12 @@ class ModelReward:
 
     everywhere = True
 
-    def __init__(self, source: str, *, raw: bool, **setting: Any):
-        """`raw`: prompt and response are one text; `setting`: as for `RewardModel.load`."""
+    def __init__(self, source: str, *, raw: bool, date: str | None = None, **setting: Any):
+        """`raw`: prompt and response are one text; `date`: what day it is; `setting`: as for `RewardModel.load`."""
         self._model = RewardModel.load(source, **setting)
         tokenizer = load_tokenizer(source)
         check_vocabulary(tokenizer, self._model.model.config)
-        self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None), raw
+        self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None, date), raw
         self.identity = fingerprint(self._model.variables)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
@@ -200,6 +200,7 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
     return ModelReward(
         judge,
         raw=config.data.template == RAW,
+        date=config.data.date,
         mesh=mesh,
         batch_size=batch_size,
         dtype=frozen,

@@ -161,7 +161,7 @@ class TextReward:
     def __init__(self, rewards: RewardModel, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
         """`config`: template and lengths; over-long prompts lose their beginning, over-long responses their end."""
         self._rewards, self._config = rewards, config
-        self._encoder = ScoredEncoder(tokenizer, config.template)
+        self._encoder = ScoredEncoder(tokenizer, config.template, config.date)
 
     @classmethod
     def load(cls, source: str, config: DataConfig | None = None, **setting: Any) -> "TextReward":

@@ -38,7 +38,7 @@ def score(run: ScoreRun) -> Path:
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )
     out = check_output(run.out)
-    architecture, tokenizer = load_vocabulary(run.model)
+    architecture, tokenizer = load_vocabulary(run.model, run.data)
     check_score(run.model, architecture)
     data = load_responses(
         run.source, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows

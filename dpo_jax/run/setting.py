@@ -14,6 +14,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences
 from dpo_jax.data.loader import eval_batches
+from dpo_jax.data.templates import check_date
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -69,12 +70,14 @@ class Setting:
         return scored.reference_logps.astype(np.float64)
 
 
-def load_vocabulary(model: str) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
-    """The model's architecture and its tokenizer, which fit together; its weights are not read."""
+def load_vocabulary(model: str, data: DataConfig | None = None) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+    """The model's architecture and its tokenizer, which fit together and `data`; its weights are not read."""
     show_log()
     architecture = read_architecture(model)
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, architecture)
+    if data is not None:
+        check_date(tokenizer, data.template, data.date)
     return architecture, tokenizer
 
 
@@ -87,7 +90,7 @@ def load_data(
     with_format_masks: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, PreferenceDataset]:
     """The model's tokenizer and the pairs of a file, checked before weights are read; what was left out is said."""
-    architecture, tokenizer = load_vocabulary(model)
+    architecture, tokenizer = load_vocabulary(model, config)
     dataset = load_preferences(
         source,
         tokenizer,

@@ -29,6 +29,7 @@ def train(config: SFTRun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
+    config = training.config
     material = Texts if config.data.kind == "text" else Dialogues
     data = material.load(config, config.source, tokenizer, architecture)
     training.say(data.summary())

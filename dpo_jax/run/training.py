@@ -36,6 +36,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.run import distributed, report
 from dpo_jax.run.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
+from dpo_jax.run.day import with_day
 from dpo_jax.run.folder import RunFolder, as_json
 from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
@@ -107,11 +108,15 @@ class Training(Generic[Config]):
     # ---------------------------------------------------------------- before the weights
 
     def read_model_shape(self) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
-        """Architecture and tokenizer of `--model`, checked against each other and the mesh, before its weights."""
+        """Architecture and tokenizer of `--model`, checked against each other and the mesh, before its weights.
+
+        From here on `config` has the day that the chat template writes.
+        """
         architecture = read_architecture(self.config.model)
         shardings(Llama(architecture, lora=self.config.lora), self.mesh)
         tokenizer = load_tokenizer(self.config.model)
         check_vocabulary(tokenizer, architecture)
+        self.config = with_day(self.config, self.folder, tokenizer)
         return architecture, tokenizer
 
     @property
