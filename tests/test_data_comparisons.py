@@ -247,7 +247,7 @@ TWO = {"prompt": "the film", "response_a": "bad", "response_b": "good"}
         ({**TWO, "response_a": "", "score_a": 1, "score_b": 2}, {}, "'response_a' is blank"),
         ({"prompt": "a", "response": "b"}, {}, "no responses to compare"),
         ({"responses": ["x", "y"]}, {}, "missing field 'prompt'"),
-        ({**PAIR, "labels": {"safety": ["safe"]}}, {"multi_class": ("safety=safe,unsafe",)}, "2 labels for each head"),
+        ({**PAIR, "labels": {"safety": ["safe"]}}, {"multi_class": ("safety=safe,unsafe",)}, "a list of 2 labels"),
         ({**PAIR, "labels": {"s": ["x", "odd"]}}, {"multi_class": ("s=x,y",)}, r"unknown class of 's' .*'odd'; known"),
         ({**PAIR, "labels": {"s": [["x"], "y"]}}, {"multi_class": ("s=x,y",)}, "a label of 's' must be one class"),
         ({**PAIR, "labels": {"s": ["x", None]}}, {"multi_label": ("s=x,y",)}, "must be a list of classes"),
@@ -337,19 +337,24 @@ def test_responses_to_be_scored_keep_their_order(load):
 
 
 @pytest.mark.parametrize(
-    ("name", "rules", "rows", "longest"),
+    ("name", "rules", "rows", "longest", "blanks"),
     [
-        ("pandalm/pairs.jsonl", {"margin": "agreement"}, 40, 2),
-        ("vicuna_reviews/pairs.jsonl", {"margin": "score_gap"}, 40, 2),
-        ("oasst_zh/ranked.jsonl", {"max_replies": 4}, 60, 4),
-        ("scored4_en/vicuna_eval.jsonl", {}, 40, 4),
+        ("pandalm/pairs.jsonl", {"margin": "agreement"}, 40, 2, r"5\.0%"),
+        ("vicuna_reviews/pairs.jsonl", {"margin": "score_gap"}, 40, 2, None),
+        ("oasst_zh/ranked.jsonl", {"max_replies": 4}, 60, 4, None),
+        ("scored4_en/vicuna_eval.jsonl", {}, 40, 4, None),
     ],
 )
-def test_real_files(shared_data, name, rules, rows, longest):
+def test_real_files(shared_data, name, rules, rows, longest, blanks):
     """Read as they stand, by their column names; what is left out are ties, blanks, and equal beginnings."""
     config = DataConfig(limit=60, max_length=512, template="chatml")
     rules = RewardLossConfig(ties="drop", **rules)
-    data = load_comparisons(str(shared_data / name), TOKENIZER, config, rules, vocab_size=320)
+    source = str(shared_data / name)
+    if blanks:
+        with pytest.raises(InputError, match=rf"{blanks} of the rows, or leave them out with --on-bad-rows skip"):
+            load_comparisons(source, TOKENIZER, config, rules, vocab_size=320)
+    on_bad_rows = "skip" if blanks else "refuse"
+    data = load_comparisons(source, TOKENIZER, config, rules, vocab_size=320, on_bad_rows=on_bad_rows)
     assert len(data) >= rows
     assert data.responses_per_prompt == longest
     assert len(data) + data.dropped.total() == 60

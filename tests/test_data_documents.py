@@ -107,7 +107,7 @@ def test_short_documents_are_left_out_and_counted(tmp_path: Path, caplog: pytest
     assert data.row_numbers.tolist() == [3]
     assert data.dropped == {"document shorter than two tokens": 3}
     assert "left out 3 x document shorter than two tokens (first: row 1)" in caplog.text
-    with pytest.raises(InputError, match="none of 2 documents can be used: 2 x document shorter than two tokens"):
+    with pytest.raises(InputError, match="none of 2 rows can be used: 2 x document shorter than two tokens"):
         load(jsonl(tmp_path / "b.jsonl", rows[:2]))
 
 

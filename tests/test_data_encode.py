@@ -213,13 +213,13 @@ def test_padding_settings_of_the_tokenizer_change_nothing() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_raw_refuses_several_messages_and_empty_answers_are_lost() -> None:
+def test_raw_refuses_several_messages_and_empty_answers_are_noise() -> None:
     with pytest.raises(BadRow, match="raw takes prompts as plain text"):
         ConversationEncoder(byte_level(), "raw").render(Pair(TURNS, "a", "b", None))
     encoder = ConversationEncoder(byte_level(), "chatml")
     with pytest.raises(BadRow, match="empty completion") as caught:
         encode(encoder, pair(chosen="<|im_end|>"))
-    assert caught.value.severity == "lost"
+    assert caught.value.severity == "noise"
 
 
 # ---- truncation ------------------------------------------------------------------------------------------------------

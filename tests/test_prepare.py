@@ -113,7 +113,7 @@ def test_kinds(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "as_dialogues", kind="dialogues")["kind"] == "dialogues"
     row = next(read_rows(f"tfds:{tmp_path / 'as_dialogues'}"))[1]
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-    with pytest.raises(InputError, match="3 of 3 rows"):
+    with pytest.raises(InputError, match="none of 3 rows"):
         prepare(source, tmp_path / "as_text", kind="text")
     with pytest.raises(InputError, match="unknown column names"):
         prepare(jsonl(tmp_path / "c.jsonl", [{"x": 1}]), tmp_path / "none")

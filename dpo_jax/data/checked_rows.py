@@ -2,13 +2,15 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.layouts import column_of, is_vote, parse_columns, renamed, sources, together
 from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
+from dpo_jax.data.ratings import Evidence
 from dpo_jax.errors import InputError
 
 CHUNK = 256
@@ -47,6 +49,8 @@ class CheckedRows:
         self.columns: set[str] = set()
         self.keys: dict[str, set[str]] = {}
         self.sources: dict[str, str] = {}
+        self._unusable: Counter[str] = Counter()
+        self._usable: set[str] = set()
         self.tally = Tally()
 
     def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
@@ -91,10 +95,17 @@ class CheckedRows:
             if isinstance(value, list | dict) and (keys := keys_beside(value)):
                 self.keys.setdefault(str(name), set()).update(keys)
 
+    def usable(self, evidence: Mapping[str, Evidence]) -> dict[str, float | str]:
+        """What of it can be used; the rest is counted, to be named by `unused`."""
+        found = {name: value for name, value in evidence.items() if not isinstance(value, BadRow)}
+        self._unusable.update(evidence.keys() - found.keys())
+        self._usable.update(found)
+        return found
+
     def unused(
         self, known: Collection[str], *, rendered: Collection[str], writes: Callable[[str], bool]
     ) -> tuple[str, ...]:
-        """Columns, and keys of messages (as "column: key"), that nothing reads.
+        """Columns, keys of messages (as "column: key"), and values, that nothing reads.
 
         Args: the names that the reader of the rows knows; those of them whose messages the template sees whole; whether
         it writes a key.
@@ -107,12 +118,22 @@ class CheckedRows:
             for key in found
             if self.sources.get(column, column) not in rendered or not writes(key)
         }
-        return tuple(sorted(left | keys))
+        spelled = {name: column for column, name in self._read(known).items()}
+        values = {
+            spelled.get(name, name) + ("" if self._never(name) else f" of {count} rows")
+            for name, count in self._unusable.items()
+        }
+        return tuple(sorted(left | keys | values))
 
     def used(self, known: Collection[str]) -> tuple[str, ...]:
         """The columns that are read, in words: "prompt", "human_ref_A as responses"."""
         read = self._read(known)
-        return tuple(name if read[name] == name else f"{name} as {read[name]}" for name in sorted(read))
+        names = sorted(name for name in read if not self._never(read[name]))
+        return tuple(name if read[name] == name else f"{name} as {read[name]}" for name in names)
+
+    def _never(self, name: str) -> bool:
+        """Whether no row's value of the reader's `name` could be used."""
+        return name in self._unusable and name not in self._usable
 
     def _read(self, known: Collection[str]) -> dict[str, str]:
         """The columns that are read -> the readers' names for what they hold."""
@@ -137,9 +158,9 @@ class CheckedRows:
             self.tally.refuse(self.source, self.rows_read)
         problems = self.tally.describe(self.tally.dropped)
         if not used:
-            raise InputError(f"{self.source}: none of {self.rows_read} rows can be used: {problems}")
+            raise self.tally.nothing_left(self.source, self.rows_read)
         if problems:
-            log.warning("%s: left out %s", self.source, problems)
+            log.warning("%s: left out %s", self.source, self.tally.left_out(self.rows_read))
         return problems
 
 

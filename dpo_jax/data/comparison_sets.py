@@ -1,7 +1,7 @@
 """Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dpo_jax.data.comparisons import (
     Comparison,
     compares_replies,
     label_of,
+    labels_of,
     marks,
     ordered,
     parse_comparison,
@@ -28,10 +29,12 @@ from dpo_jax.data.dataset import PreferenceDataset, Ragged
 from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
 from dpo_jax.data.layouts import readable
-from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS
+from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.ratings import Evidence
 from dpo_jax.errors import InputError
 
+Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]
 _NONE = np.zeros(0, np.int32)
 
 
@@ -59,7 +62,7 @@ def load_comparisons(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
 
-    def parse(row: dict[str, Any], encoder: ScoredEncoder) -> tuple[Rendered, _Learnt]:
+    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, _Learnt]:
         found = parse_comparison(row)
         order = ordered(found, rules)
         assert found.places is not None, "it was ordered by them"
@@ -67,10 +70,11 @@ def load_comparisons(
             ranks=[found.places[i] for i in order],
             marks=[] if rules.margin == "none" else marks(found, order, rules),
             labels={
-                head.name: [label_of(found.labels.get(head.name, [None] * len(found.places))[i], head) for i in order]
+                head.name: [label_of(labels[i], head) for i in order]
                 for head in rules.heads
+                for labels in [labels_of(found, head.name)]
             },
-            extras={name: found.evidence.get(name) for name in EXTRAS},
+            extras=usable(found.evidence),
         )
         return _render(encoder, found, order), learnt
 
@@ -93,7 +97,7 @@ def load_comparisons(
         for row, learnt in zip(margins, rows, strict=True):
             row[: len(learnt.marks)] = learnt.marks
         margins = margins[:, 0] if k == 2 else margins
-    extras = {name: [learnt.extras[name] for learnt in rows] for name in EXTRAS}
+    extras = {name: [learnt.extras.get(name) for learnt in rows] for name in EXTRAS}
     return replace(
         data,
         ranks=ranks if k > 2 else None,
@@ -117,7 +121,8 @@ def load_responses(
     says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
     """
 
-    def parse(row: dict[str, Any], encoder: ScoredEncoder) -> tuple[Rendered, str]:
+    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, str]:
+        del usable
         found = parse_responses(row)
         count = len(found.responses)
         layout = "pair" if row.get("chosen") is not None else "single" if count == 1 else "list"
@@ -131,7 +136,7 @@ def parse_responses(row: dict[str, Any]) -> Comparison:
     """Read one row of responses to be scored: a comparison, or a prompt with a single answer. Raises `BadRow`."""
     row = readable(row)
     if compares_replies(row) or "chosen" in row:
-        return parse_replies(row)
+        return parse_replies(row, compared=False)
     dialogue = parse_dialogue(row)
     return Comparison(dialogue.messages[:-1], (dialogue.messages[-1].content,), None, dialogue.raw)
 
@@ -165,7 +170,7 @@ def _load(
     numbers: list[int] = []
     cuts: list[RowCut] = []
     told: list[Any] = []
-    for chunk in rows.chunks(lambda row: parse(row, encoder)):
+    for chunk in rows.chunks(lambda row: parse(row, encoder, rows.usable)):
         encoded = encoder.encode([rendered for _, (rendered, _) in chunk], compared=compared)
         for (number, (rendered, learnt)), whole in zip(chunk, encoded, strict=True):
             try:

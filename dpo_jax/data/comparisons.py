@@ -26,9 +26,18 @@ from dpo_jax.data import judgements
 from dpo_jax.data.judgements import judged
 from dpo_jax.data.layouts import Readable, readable
 from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, history_of, response_of, text_of, turns_of
-from dpo_jax.data.preferences import ASSISTANT, COLUMNS, PROMPT_COLUMNS, Extra, Pair, one_turn, parse_pair, parse_prompt
+from dpo_jax.data.preferences import (
+    ASSISTANT,
+    COLUMNS,
+    PROMPT_COLUMNS,
+    Pair,
+    blank_response,
+    one_turn,
+    parse_pair,
+    parse_prompt,
+)
 from dpo_jax.data.problems import BadRow
-from dpo_jax.data.ratings import margin_of, number_of
+from dpo_jax.data.ratings import Evidence, evidence_of, margin_of
 
 LIST_COLUMNS = ("responses", "output", "outputs", "completions")
 REPLY_KEYS = ("response", "text", "completion", "answer")
@@ -58,7 +67,7 @@ class Comparison:
       raw: (prompt, responses ...) as the row spells them; None where only a template can join the prompt.
       evidence: what the row gives of rating, margin, score_gap, agreement and source.
       scores: of a list of replies, where it has them; empty otherwise.
-      labels: head -> label of each response.
+      labels: the column `labels`, which `labels_of` reads.
       names: what to call each response in a message.
       unplaced: why `places` is None, where it is.
     """
@@ -67,9 +76,9 @@ class Comparison:
     responses: tuple[str, ...]
     places: tuple[int, ...] | None
     raw: tuple[str | None, ...] | None
-    evidence: dict[str, Extra] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
-    labels: dict[str, list[Any]] = field(default_factory=dict)
+    labels: Any = field(default_factory=dict)
     names: tuple[str, ...] = ()
     unplaced: BadRow | None = None
 
@@ -79,16 +88,15 @@ def parse_comparison(row: dict[str, Any]) -> Comparison:
     found = parse_replies(readable(row))
     for name, text in zip(found.names, found.responses, strict=True):
         if not text.strip():
-            # Where models wrote the responses some are blank, and there is no token to score.
-            raise BadRow(f"empty completion: {name} is blank", "give it a text", "lost")
+            raise blank_response(name)
     return found
 
 
-def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
+def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True, compared: bool = True) -> Pair:
     """Read one row as a pair: of more than two responses the best and the worst. Raises `BadRow`, for a tie too."""
     row = readable(row)
     if not compares_replies(row):
-        return parse_pair(row, needs_pairs=needs_pairs)
+        return parse_pair(row, needs_pairs=needs_pairs, compared=compared)
     found = parse_comparison(row)
     places = found.places
     if places is None:
@@ -113,10 +121,10 @@ def compares_replies(row: Readable) -> bool:
     return not {"chosen", "rejected"} & row.keys() and any(isinstance(row.get(name), list) for name in LIST_COLUMNS)
 
 
-def parse_replies(row: Readable) -> Comparison:
-    """`parse_comparison` of any responses, blank ones too."""
+def parse_replies(row: Readable, *, compared: bool = True) -> Comparison:
+    """`parse_comparison` of any responses, blank ones too; those of a pair may be the same if not `compared`."""
     if "chosen" in row or "rejected" in row:
-        return _pair(row)
+        return _pair(row, compared)
     lists = [name for name in LIST_COLUMNS if isinstance(row.get(name), list)]
     if len(lists) > 1:
         raise BadRow("several fields give replies", f"{', '.join(lists)}; keep one of them")
@@ -128,18 +136,24 @@ def parse_replies(row: Readable) -> Comparison:
 # ---------------------------------------------------------------- layouts
 
 
-def _pair(row: Readable) -> Comparison:
-    pair = parse_pair(row)
+def _pair(row: Readable, compared: bool) -> Comparison:
+    pair = parse_pair(row, compared=compared)
     assert pair.chosen is not None, "a pair has both"
     assert pair.rejected is not None, "a pair has both"
     evidence = {name: pair.extras[name] for name in ("rating", "margin", "source") if name in pair.extras}
-    if {"score_chosen", "score_rejected"} <= pair.extras.keys():
-        evidence["score_gap"] = float(pair.extras["score_chosen"]) - float(pair.extras["score_rejected"])
+    scores = [pair.extras[name] for name in ("score_chosen", "score_rejected") if name in pair.extras]
+    if len(scores) == 2:
+        evidence["score_gap"] = _gap(*scores)
     if "agreement" in row:
-        evidence["agreement"] = number_of(row["agreement"], "agreement")
+        evidence["agreement"] = evidence_of(row["agreement"], "agreement")
     answers = (pair.chosen, pair.rejected)
     names = ("'chosen'", "'rejected'")
-    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, labels=_labels(row, 2), names=names)
+    return Comparison(pair.messages, answers, (0, 1), pair.raw, evidence, labels=row.get("labels", {}), names=names)
+
+
+def _gap(better: Evidence, worse: Evidence) -> Evidence:
+    problem = next((score for score in (better, worse) if isinstance(score, BadRow)), None)
+    return problem or evidence_of(float(better) - float(worse), "score_gap")
 
 
 def _listed(row: Readable, column: str) -> Comparison:
@@ -157,9 +171,12 @@ def _listed(row: Readable, column: str) -> Comparison:
         spelled, texts = (raw, *texts), tuple(one_turn(text) for text in texts)
     else:
         spelled = None if raw is None else (raw, *texts)
-    found = judged(row, column, COLUMNS | OWN_COLUMNS)
+    try:
+        found = judged(row, column, COLUMNS | OWN_COLUMNS)
+    except BadRow as problem:  # who only scores the responses needs no places
+        found = problem
     evidence = _told_evidence(row)
-    comparison = Comparison(messages, texts, None, spelled, evidence, labels=_labels(row, k), names=names)
+    comparison = Comparison(messages, texts, None, spelled, evidence, labels=row.get("labels", {}), names=names)
     if isinstance(found, BadRow):
         return replace(comparison, unplaced=found)
     return replace(comparison, places=found.places, scores=found.scores, evidence={**found.evidence, **evidence})
@@ -194,21 +211,20 @@ def _prompt(
     return messages, raw
 
 
-def _told_evidence(row: Readable) -> dict[str, Extra]:
-    evidence: dict[str, Extra] = {}
-    for name in ("rating", "margin", "agreement", "source"):
-        if name in row and not isinstance(row[name], list):  # a list has one value a reply
-            text = name == "source" or (name == "rating" and isinstance(row[name], str))
-            evidence[name] = text_of(row[name], name) if text else number_of(row[name], name)
-    return evidence
+def _told_evidence(row: Readable) -> dict[str, Evidence]:
+    names = ("rating", "margin", "agreement", "source")
+    # A list has one value a reply.
+    return {name: evidence_of(row[name], name) for name in names if name in row and not isinstance(row[name], list)}
 
 
-def _labels(row: dict[str, Any], k: int) -> dict[str, list[Any]]:
-    labels = row.get("labels", {})
-    if not isinstance(labels, dict):  # of something else than heads
-        return {}
-    if not all(isinstance(v, list) and len(v) == k for v in labels.values()):
+def labels_of(found: Comparison, head: str) -> list[Any]:
+    """The label of each response for one head, null where it has none. Raises `BadRow`."""
+    k = len(found.responses)
+    if not isinstance(found.labels, dict):
         raise BadRow("'labels' does not fit the responses", f"write {{head: [label, ...]}}, {k} labels for each head")
+    labels = found.labels.get(head) or [None] * k
+    if not isinstance(labels, list) or len(labels) != k:
+        raise BadRow(f"'labels: {head}' does not fit the responses", f"write a list of {k} labels, one a response")
     return labels
 
 

@@ -189,7 +189,7 @@ def load_preferences(
 
     def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
         pair = parse_preference(row, needs_pairs=needs_pairs)
-        return encoder.render(pair), pair.extras
+        return encoder.render(pair), rows.usable(pair.extras)
 
     for chunk in rows.chunks(parse):
         encoded = encoder.encode([rendered for _, (rendered, _) in chunk])

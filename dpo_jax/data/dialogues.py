@@ -83,7 +83,7 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     severity: Severity = "bad"
     if "chosen" in row or "rejected" in row or (compares_replies(row) and not _is_answer(row)):
-        pair = parse_preference(row)
+        pair = parse_preference(row, compared=False)
         assert pair.chosen is not None, "a pair has both"
         raw = None if pair.raw is None else (pair.raw[0], pair.chosen if pair.raw[1] is None else pair.raw[1])
         dialogue = Dialogue((*pair.messages, Message("assistant", pair.chosen)), raw)
@@ -194,4 +194,5 @@ def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:
             raise BadRow("two turns in a row of one role", detail, severity)
     for i, message in enumerate(turns, start + 1):
         if not message.content.strip():
-            raise BadRow("empty turn", f"message {i}, of the {message.role}, is blank; remove the row", severity)
+            detail = f"message {i}, of the {message.role}, is blank; remove the row"
+            raise BadRow("empty turn", detail, "noise" if message.role == "assistant" else severity)

@@ -162,9 +162,9 @@ def load_documents(
     if on_bad_rows == "refuse":
         tally.refuse(source, rows_read)
     if not lengths:
-        raise InputError(f"{source}: none of {rows_read} documents can be used: {tally.describe(tally.dropped)}")
+        raise tally.nothing_left(source, rows_read)
     if tally.dropped:
-        log.warning("%s: left out %s", source, tally.describe(tally.dropped))
+        log.warning("%s: left out %s", source, tally.left_out(rows_read))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return DocumentDataset(
         tokens=Ragged(np.concatenate(parts), starts),

@@ -151,7 +151,7 @@ class ConversationEncoder(ChatTokenizer):
         last = len(ids) - 1 if ids and ids[-1] in self._closers else len(ids)
         stop = min(stop, last)
         if min(behind(encoding, end, length), last) <= start:
-            raise BadRow("empty completion: no token of the answer is left", severity="lost")
+            raise BadRow("empty completion: no token of the answer is left", severity="noise")
         with_bos = self._with_bos(ids)
         shift = len(with_bos) - len(ids)
         return _Part(with_bos, start + shift, stop + shift)

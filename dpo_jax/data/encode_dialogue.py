@@ -85,7 +85,7 @@ class DialogueEncoder(ChatTokenizer):
         self._refuse_control(messages)
         for message in messages:
             if message.role == "assistant" and not message.content.strip():
-                raise BadRow("empty turn: an answer holds nothing but terminators", "remove the row")
+                raise BadRow("empty turn: an answer holds nothing but terminators", "remove the row", "noise")
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         learnt, context = self._learnt(messages)
         if self._template.marks_answers:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dpo_jax.data.hub import fetch, names_hub, read_metadata
+from dpo_jax.data.parquet import read_parquet
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.splits import SUFFIXES, choose, data_files, default_config
 from dpo_jax.data.store import names_store, open_store
@@ -153,7 +154,7 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
         head = reader.peek(2**12)
         stream = cast(BinaryIO, reader)
         if head.startswith(b"PAR1"):
-            yield from _parquet(path, io.BytesIO(stream.read()) if packed else stream)
+            yield from read_parquet(path, io.BytesIO(stream.read()) if packed else stream)
         elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _json_list(path, stream.read())
         elif (separator := _separator(path)) and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
@@ -234,20 +235,3 @@ def _table(path: Path, stream: BinaryIO, separator: str) -> Iterator[tuple[int, 
         raise InputError(f"{path}, line {records.line_num}: not readable as CSV ({error})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: row {number + 1} or one soon after is not UTF-8; save the file as UTF-8") from error
-
-
-def _parquet(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: row {number + 1} or one soon after holds text that is not UTF-8") from error

@@ -17,7 +17,6 @@ An optional `system` or `system_prompt` column holds a system prompt, `tools` wh
 """
 
 import difflib
-import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,8 +34,10 @@ from dpo_jax.data.messages import (
     with_tools,
 )
 from dpo_jax.data.problems import BadRow, Severity
+from dpo_jax.data.ratings import Evidence, evidence_of
 
 Extra = float | str
+"""What a row tells beside its texts, where it can be used."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Pair:
       chosen, rejected: the texts of the responses, without any template.
       raw: (prompt, chosen, rejected) as the row spells them, for `--data.template raw`; None where the prompt consists
         of several messages, which only a template can join.
-      extras: those of the columns `EXTRA_COLUMNS` that the row has.
+      extras: those of the columns `EXTRA_COLUMNS` that the row has; who needs one looks whether it can be used.
     """
 
     messages: tuple[Message, ...]
     chosen: str | None
     rejected: str | None
     raw: tuple[str, str | None, str | None] | None
-    extras: dict[str, Extra] = field(default_factory=dict)
+    extras: dict[str, Evidence] = field(default_factory=dict)
 
 
 NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
@@ -73,25 +74,26 @@ _HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = re.compile(r"\n\n(Human|Assistant):")
 
 
-def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True) -> Pair:
+def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True, compared: bool = True) -> Pair:
     """Read one row of any layout (see the module).
 
     Args:
       row: column -> value.
       needs_pairs: refuse unpaired rows.
+      compared: refuse a pair that prefers nothing, or has a blank response.
 
     Raises:
       BadRow: says which field, and how to mend it.
     """
     row = readable(row)
-    pair = _parse(row, needs_pairs)
+    pair = _parse(row, needs_pairs, compared)
     pair = replace(pair, messages=with_tools(pair.messages, row))
     spelled = row.get("as_spelled")
     return pair if spelled is None else replace(pair, raw=_as_spelled(spelled))
 
 
-def _parse(row: dict[str, Any], needs_pairs: bool) -> Pair:
-    extras = _extras(row)
+def _parse(row: dict[str, Any], needs_pairs: bool, compared: bool) -> Pair:
+    extras = {name: evidence_of(row[name], name) for name in EXTRA_COLUMNS if name in row}
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
     if not COLUMNS.intersection(row):
@@ -101,10 +103,12 @@ def _parse(row: dict[str, Any], needs_pairs: bool) -> Pair:
             raise _missing(row, name)
     prompt = _prompt(row)
     pair = _implicit(row, extras) if prompt is None else _explicit(prompt, row, extras)
+    if not compared:
+        return pair
     severity: Severity = "noise" if prompt is None else "bad"
     for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if text is not None and not text.strip():
-            raise BadRow(f"empty completion: '{name}' is blank", "give it a text, or remove the row", severity)
+            raise blank_response(f"'{name}'")
     if pair.chosen == pair.rejected:
         raise BadRow("'chosen' and 'rejected' are the same", "such a row prefers nothing: remove it", severity)
     return pair
@@ -121,25 +125,15 @@ def _as_spelled(value: object) -> tuple[str, str | None, str | None]:
     return prompt, chosen, rejected
 
 
+def blank_response(name: str) -> BadRow:
+    """What a blank response is, in every command: `name` says which."""
+    return BadRow(f"empty completion: {name} is blank", "give it a text, or remove the row", "noise")
+
+
 def _missing(row: dict[str, Any], name: str) -> BadRow:
     close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
     hint = f"; is {close[0]!r} meant?" if close else ""
     return BadRow(f"missing field '{name}'", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
-
-
-def _extras(row: dict[str, Any]) -> dict[str, Extra]:
-    extras: dict[str, Extra] = {}
-    for name in EXTRA_COLUMNS:
-        if name not in row or isinstance(row[name], list):  # of something else: one value for each of several answers
-            continue
-        value = row[name]
-        if name == "source" or (name == "rating" and isinstance(value, str)):
-            extras[name] = text_of(value, name)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadRow(f"'{name}' is not a finite number", f"it holds {str(value)[:40]!r}")
-        else:
-            extras[name] = float(value)
-    return extras
 
 
 def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> None:
@@ -207,7 +201,7 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     return with_tools(prompt[0], row), prompt[1]
 
 
-def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
+def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
     messages, raw = prompt
     contexts: list[tuple[Message, ...]] = []
     texts: list[str] = []
@@ -229,7 +223,7 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
     return Pair(messages, *answers, raw=None if raw is None else (raw, texts[0], texts[1]), extras=extras)
 
 
-def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
+def _implicit(row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"), row, extras)
@@ -255,7 +249,7 @@ def _implicit(row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
     return Pair(prompt, chosen, rejected, raw=raw, extras=extras)
 
 
-def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict[str, Extra]) -> Pair:
+def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
     cuts = []
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         cut = text.rfind(ASSISTANT)
@@ -298,7 +292,7 @@ def _turns(text: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _unpaired(row: dict[str, Any], extras: dict[str, Extra], needs_pairs: bool) -> Pair:
+def _unpaired(row: dict[str, Any], extras: dict[str, Evidence], needs_pairs: bool) -> Pair:
     if needs_pairs:
         detail = "'completion' and 'label' are for --dpo.loss kto; other losses need 'chosen' and 'rejected'"
         raise BadRow("unpaired row", detail)
@@ -314,6 +308,6 @@ def _unpaired(row: dict[str, Any], extras: dict[str, Extra], needs_pairs: bool) 
     if context and turns_of(context) != turns_of(messages):
         raise BadRow("'completion' is a conversation that does not continue the prompt", "give the answer alone")
     if not text.strip():
-        raise BadRow("empty completion: 'completion' is blank", "give it a text, or remove the row")
+        raise blank_response("'completion'")
     chosen, rejected = (text, None) if row["label"] else (None, text)
     return Pair(messages, chosen, rejected, raw=None if raw is None else (raw, chosen, rejected), extras=extras)

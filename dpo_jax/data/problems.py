@@ -4,9 +4,9 @@ Three kinds of problem, told apart because each asks for another answer:
 
 * `bad`: the row breaks the format (a field is missing, the JSON is malformed). By default the whole file is checked and
   then refused; `--on-bad-rows skip` leaves such rows out.
-* `noise`: what published sets of implicit prompts really hold here and there, such as two conversations without a
-  common prompt, or a blank answer. Left out and counted while rare; above `NOISE_LIMIT` of the rows the file is not
-  what it was taken for, and these rows count as bad.
+* `noise`: what published sets really hold here and there, such as a blank response, or two conversations without a
+  common prompt. Left out and counted while rare; above `NOISE_LIMIT` of the rows the file is not what it was taken for,
+  and these rows count as bad.
 * `lost`: the row is good, and the lengths or the template leave nothing to learn from. Always left out and counted.
 """
 
@@ -64,13 +64,24 @@ class Tally:
         return "; ".join(parts)
 
     def refuse(self, source: str, rows: int) -> None:
-        """Raise one `InputError` for all bad rows, if there are any among the `rows` read."""
-        counts = self._counts["bad"]
-        noise = self._counts["noise"]
-        if noise.total() > NOISE_LIMIT * rows:
-            counts = counts + noise
+        """Raise one `InputError` for all bad rows, if there are any among the `rows` read, or if no row is left."""
+        if rows and self.dropped.total() >= rows:
+            raise self.nothing_left(source, rows)
+        counts, noise = self._counts["bad"], self._counts["noise"]
+        rare = noise.total() <= NOISE_LIMIT * rows
+        counts = counts if rare else counts + noise
         if counts:
+            limit = "" if rare else f" (blank responses and the like go without asking up to {NOISE_LIMIT:.0%})"
             raise InputError(
-                f"{source}: {counts.total()} of {rows} rows cannot be used: {self.describe(counts)}; "
-                "mend them, or leave them out with --on-bad-rows skip"
+                f"{source}: {counts.total()} of {rows} rows cannot be used: {self.describe(counts)}; mend these "
+                f"{counts.total() / rows:.1%} of the rows, or leave them out with --on-bad-rows skip{limit}"
             )
+
+    def nothing_left(self, source: str, rows: int) -> InputError:
+        """What to raise where none of `rows` rows can be used, and to leave them out would leave nothing."""
+        return InputError(f"{source}: none of {rows} rows can be used: {self.describe(self.dropped)}")
+
+    def left_out(self, rows: int) -> str:
+        """What was left out of `rows` rows, for the log; empty where nothing was."""
+        count = self.dropped.total()
+        return f"{self.describe(self.dropped)}; {count} of {rows} rows ({count / rows:.1%})" if count else ""

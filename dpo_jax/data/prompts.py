@@ -105,16 +105,18 @@ def load_prompts(
     longest: int,
     vocab_size: int,
     on_bad_rows: OnBadRows = "refuse",
+    tagged: bool = True,
 ) -> PromptDataset:
     """Read, check and tokenise a file of prompts.
 
     Args:
-      source: see `files.read_rows`; the layouts of rows: see `preferences.parse_prompt`. A column `safety` tags rows.
+      source: see `files.read_rows`; the layouts of rows: see `preferences.parse_prompt`.
       encoder: of the policy's tokenizer and template.
       config: template and limit.
       longest: a prompt of more tokens loses its beginning (its BOS is kept).
       vocab_size: rows of the model's embedding.
       on_bad_rows: see `checked_rows.OnBadRows`.
+      tagged: read the column `safety`, which tags rows for a safety reward.
 
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding.
@@ -129,7 +131,7 @@ def load_prompts(
 
     def parse(row: dict[str, Any]) -> tuple[Prompt, bool, list[int]]:
         messages, text = parse_prompt(row)
-        tag = row.get("safety") or False
+        tag = (tagged and row.get("safety")) or False
         if not isinstance(tag, bool):
             raise BadRow("'safety' is neither true nor false", f"it holds {str(tag)[:40]!r}")
         if raw and text is None:

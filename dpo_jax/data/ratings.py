@@ -10,12 +10,18 @@ A row names its rating in words, as in the head of the table, or as a number: 3 
 negligibly better.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
+from dpo_jax.data.messages import text_of
 from dpo_jax.data.problems import BadRow
+
+Evidence = float | str | BadRow
+"""What a row tells beside its texts; a `BadRow` in place of what cannot be used."""
 
 TABLES = {"small": (0.0, 1 / 3, 2 / 3, 1.0), "large": (0.0, 1.0, 2.0, 3.0)}
 """Margins by number of the rating."""
@@ -39,9 +45,23 @@ def rating_number(rating: object) -> int:
 
 def number_of(value: object, name: str) -> float:
     """A finite number of the field `name`. Raises `BadRow`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = math.nan
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer past all floats
+            number = float(value)
+    if not math.isfinite(number):
         raise BadRow(f"'{name}' is not a finite number", f"it holds {str(value)[:40]!r}")
-    return float(value)
+    return number
+
+
+def evidence_of(value: object, name: str) -> Evidence:
+    """What the field `name` tells of a comparison, or why it cannot be used: to be raised by whoever needs it."""
+    try:
+        if name == "source" or (name == "rating" and isinstance(value, str)):
+            return text_of(value, name)
+        return number_of(value, name)
+    except BadRow as problem:
+        return problem
 
 
 def votes_of(row: Mapping[str, Any]) -> list[int]:
@@ -78,6 +98,8 @@ def margin_of(kind: str, scale: float, evidence: Mapping[str, Any]) -> float:
             "agreement": "'agreement', or votes in 'annotator1', 'annotator2', ...",
         }.get(name, f"the column '{name}'")
         raise BadRow(f"no {name} for --reward.margin {kind}", f"it takes {needs}; add it, or choose another margin")
+    if isinstance(problem := evidence[name], BadRow):
+        raise problem
     if name == "rating":
         return TABLES[kind][rating_number(evidence["rating"])]
     value = number_of(evidence[name], name)

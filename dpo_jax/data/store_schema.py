@@ -23,6 +23,7 @@ from dpo_jax.data import dialogues
 from dpo_jax.data.messages import Message, columns_of, text_of, turns_of
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair, parse_pair
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.ratings import evidence_of
 
 FORMAT = 1
 Kind = Literal["preferences", "dialogues", "text"]
@@ -79,12 +80,14 @@ FIELDS: dict[Kind, tuple[Field, ...]] = {
 class Parsed:
     """A row of a source, read: `columns` as `FIELDS` names them, the prompt that decides its split, its parts' texts.
 
-    `prompt` is (role, text) a turn; of plain text it is the text. `parts` are what lengths are counted of.
+    `prompt` is (role, text) a turn; of plain text it is the text. `parts` are what lengths are counted of;
+    `unusable` names columns whose value is none of their type, and is not kept.
     """
 
     columns: dict[str, Any]
     prompt: tuple[tuple[str, str], ...]
     parts: dict[str, str]
+    unusable: tuple[str, ...] = ()
 
 
 def kind_of(row: Row) -> Kind:
@@ -108,10 +111,9 @@ def parse(row: Row, kind: Kind) -> Parsed:
     text = text_of(row["text"], "text")
     if not text.strip():
         raise BadRow("empty document: 'text' is blank", severity="lost")
-    columns = {"text": text}
-    if row.get("source") is not None:
-        columns["source"] = text_of(row["source"], "source")
-    return Parsed(columns, (("text", text),), {"text": text})
+    source = None if row.get("source") is None else evidence_of(row["source"], "source")
+    unusable = ("source",) if isinstance(source, BadRow) else ()
+    return Parsed({"text": text, "source": None if unusable else source}, (("text", text),), {"text": text}, unusable)
 
 
 def _parsed_pair(pair: Pair) -> Parsed:
@@ -119,11 +121,14 @@ def _parsed_pair(pair: Pair) -> Parsed:
     columns |= _beside(pair.messages)
     if not _tells(pair.messages, (pair.chosen, pair.rejected), pair.raw):
         columns |= _spelling(("prompt", "chosen", "rejected"), pair.raw)
+    unusable = tuple(name for name, value in pair.extras.items() if isinstance(value, BadRow))
     for name, value in pair.extras.items():
+        if name in unusable:
+            continue
         columns["rating_text" if name == "rating" and isinstance(value, str) else name] = value
     parts = {"prompt": "\n".join(m.content for m in pair.messages)}
     parts |= {name: text for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)) if text is not None}
-    return Parsed(columns, tuple(turns_of(pair.messages)), parts)
+    return Parsed(columns, tuple(turns_of(pair.messages)), parts, unusable)
 
 
 def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:

@@ -58,6 +58,7 @@ def train(config: PPORun) -> Path:
         longest=config.longest_prompt,
         vocab_size=architecture.vocab_size,
         on_bad_rows=config.on_bad_rows,
+        tagged=config.safety_reward is not None,
     )
     _check_context(config, data, architecture)
     training.say(data.summary())

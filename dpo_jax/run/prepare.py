@@ -4,6 +4,7 @@ import itertools
 import tempfile
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,7 @@ class _Pass:
         self.kind: Kind | None = None if run.kind == "auto" else run.kind
         self.tally = Tally()
         self.columns: set[str] = set()
+        self.unusable: Counter[str] = Counter()
         self.read = self.written = 0
         self.writer: StoreWriter | None = None
         self.index = duplicates.PromptIndex(folder / "signatures")
@@ -134,7 +136,9 @@ class _Pass:
                 self.columns.update(row)
                 if self.kind is None:
                     self.kind = store_schema.kind_of(row)
-                chunk.append((number, store_schema.parse(row, self.kind)))
+                parsed = store_schema.parse(row, self.kind)
+                self.unusable.update(parsed.unusable)
+                chunk.append((number, parsed))
             except BadRow as problem:
                 self.tally.add(number, problem)
             if len(chunk) == CHUNK:
@@ -145,8 +149,7 @@ class _Pass:
         if run.on_bad_rows == "refuse":
             self.tally.refuse(run.source, self.read)
         if self.writer is None or self.kind is None:
-            why = self.tally.describe(self.tally.dropped)
-            raise InputError(f"{run.source}: none of {self.read} rows can be used: {why}")
+            raise self.tally.nothing_left(run.source, self.read)
         say(f"{run.to}: {self.written} rows written; counting equal and nearly equal prompts")
         counts = self.index.count(len(self.splits.names))
         written = self.writer.finish(f"{self.kind} from {run.source}, written by dpo-jax prepare")
@@ -158,7 +161,10 @@ class _Pass:
             "rows_written": self.written,
             "dropped": dict(self.tally.dropped.most_common()),
             "problems": self.tally.describe(self.tally.dropped),
-            "columns_not_kept": sorted(self.columns - store_schema.columns_read(self.kind)),
+            "columns_not_kept": [
+                *sorted(self.columns - store_schema.columns_read(self.kind)),
+                *(f"{name} of {count} rows" for name, count in sorted(self.unusable.items())),
+            ],
             "splits": self._splits(counts, written),
             "between_splits": self._between(counts),
             "lengths": self.lengths.summary(),

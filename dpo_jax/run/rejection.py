@@ -136,6 +136,7 @@ class _Run:
             longest=2**31 - 1,
             vocab_size=architectures[0].vocab_size,
             on_bad_rows=config.on_bad_rows,
+            tagged=config.safety_reward is not None,
         )
         firsts = {key_of(prompt.plain): i for i, prompt in reversed(list(enumerate(data.prompts)))}
         different = sorted(firsts.values())
