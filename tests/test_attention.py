@@ -134,6 +134,25 @@ def test_splash_equals_xla(name):
     chex.assert_trees_all_close(f(q, k, v, "splash"), f(q, k, v, "xla"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["prefix", "prefix padded"])
+def test_a_row_for_each_response_equals_the_shared_prefix(name, monkeypatch):
+    """All of the cuDNN path but the kernel, in whose place XLA computes causal, right-padded rows."""
+    in_place = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **options: in_place(*args, **options)
+    )
+    mask, _, real = layout(name)
+    q, k, v = qkv(5, 2, 22, 22, 4, 2, 8)
+    keep = jnp.asarray(real)[..., None, None]
+
+    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def f(q, k, v, kernel):
+        return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel=kernel, scale=0.3)), 0))
+
+    chex.assert_trees_all_close(f(q, k, v, "cudnn"), f(q, k, v, "xla"), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_splash_equals_xla_over_several_blocks_and_devices():
     """700 tokens make 6 blocks of 128, on a mesh that splits rows and heads."""
@@ -174,7 +193,8 @@ def choose(requested, platform, **changes):
         ("tpu", {"cached": True}, "xla"),
         ("tpu", {"dtype": jnp.float32}, "xla"),
         ("gpu", {}, "cudnn"),
-        ("gpu", {"prefix": True}, "xla"),
+        ("gpu", {"prefix": True}, "cudnn"),
+        ("gpu", {"prefix": True, "packed": True}, "xla"),
         ("gpu", {"packed": True}, "xla"),
         ("gpu", {"cached": True}, "xla"),
         ("gpu", {"dtype": jnp.float32}, "xla"),
@@ -193,7 +213,6 @@ def test_auto_takes_the_best_that_can_run(platform, changes, kernel):
         ("splash", "tpu", {"dtype": jnp.float32}, "float32"),
         ("splash", "tpu", {"cached": True}, "cache"),
         ("cudnn", "cpu", {}, "NVIDIA"),
-        ("cudnn", "gpu", {"prefix": True}, "shared by several responses"),
         ("cudnn", "gpu", {"packed": True}, "several segments"),
         ("cudnn", "gpu", {"head_dim": 100}, "multiples of 8"),
     ],

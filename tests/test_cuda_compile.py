@@ -9,6 +9,8 @@ import importlib.util
 import pytest
 from plans import GIB, PARAMETERS, compiled, dpo_run, job
 
+from dpo_jax.config import Layout
+
 pytestmark = [
     pytest.mark.cuda_compile,
     pytest.mark.skipif(
@@ -27,9 +29,9 @@ def test_llama_2_7b_trains_on_8_a100() -> None:
     assert memory["peak"] < 18.0
 
 
-@pytest.mark.parametrize("topology", ["a100:8", "h100:8"])
-def test_separate_sequences_use_cudnn_attention(topology: str) -> None:
-    run = dpo_run(pairs=16, layout="separate")
+@pytest.mark.parametrize(("topology", "layout"), [("a100:8", "shared"), ("h100:8", "shared"), ("h100:8", "separate")])
+def test_both_layouts_use_cudnn_attention(topology: str, layout: Layout) -> None:
+    run = dpo_run(pairs=16, layout=layout)
     figures = compiled(job(run, topology, prompt=512, response=512, layers=2))
     assert figures["attention"] == "cudnn"
     assert figures["memory"]["peak"] < 3.0

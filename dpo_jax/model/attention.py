@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,7 +38,7 @@ class AttentionMask:
                                finite and nobody's business.
       positions: int32 [B, T]  the cached form: keys and values are [B, G, S, C], the slots of a cache, and a query at
                                position p sees slots 0..p.
-      packed:    static; False promises that the segments of a row are 1 ... 1 0 ... 0.
+      packed:    static; False promises that the segments of a row (with a prefix: of each block) are 1 ... 1 0 ... 0.
       prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
                                K response blocks of R. A response sees the prompt and itself, never another response.
     """
@@ -145,7 +147,9 @@ def _xla_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, s
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
-    """cuDNN's flash attention: causal, rows right-padded."""
+    """cuDNN's flash attention: causal, rows right-padded. Responses that share a prompt each get a row with it."""
+    if mask.prefix is not None:
+        return _row_a_response(q, k, v, mask, partial(_cudnn, scale=scale))
     lengths = None if mask.segments is None else jnp.sum(mask.segments != 0, axis=1, dtype=jnp.int32)
     return jax.nn.dot_product_attention(
         q,
@@ -157,6 +161,41 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale:
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
+
+
+def _row_a_response(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, plain: Callable[..., jax.Array]
+) -> jax.Array:
+    """The shared-prefix layout for a kernel that knows right-padded causal rows only.
+
+    Around the attention alone, each response becomes such a row: the prompt's real tokens, then its own. What the
+    prompt's queries give is the same in each of them, and taken from the first. Projections, feed-forward layers and
+    head, where the time goes, still see the prompt once.
+
+    Args:
+      q: [B, T, H, C]; k, v: [B, T, G, C], T = P + K R.
+      plain: kernel of q, k, v and an `AttentionMask`, for rows [B K, P + R].
+    """
+    assert mask.prefix is not None
+    P, K, R = mask.prefix
+    B, L = q.shape[0], P + R
+    real = jnp.ones(q.shape[:2], bool) if mask.segments is None else mask.segments != 0
+    prompt = jnp.sum(real[:, :P], axis=1)[:, None]  # [B, 1]
+    lengths = prompt + jnp.sum(real[:, P:].reshape(B, K, R), axis=2)  # [B, K]
+    at = jnp.arange(L)
+    own = P + R * jnp.arange(K)[:, None] + jnp.clip(at - prompt, 0, R - 1)[:, None]  # [B, K, L]
+    source = jnp.where(at < prompt[..., None], at, own).reshape(B, K * L)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, source[..., None, None], axis=1).reshape(B * K, L, *x.shape[2:])
+
+    segments = (at < lengths.reshape(B * K, 1)).astype(jnp.int32)
+    out = plain(rows(q), rows(k), rows(v), AttentionMask(segments=segments, packed=False)).reshape(
+        B, K, L, *q.shape[2:]
+    )
+    places = (prompt + jnp.arange(R))[:, None, :, None, None]  # of a response's tokens in its row
+    responses = jnp.take_along_axis(out, jnp.broadcast_to(places, (B, K, R, 1, 1)), axis=2)
+    return jnp.concatenate([out[:, 0, :P], responses.reshape(B, K * R, *q.shape[2:])], axis=1)
 
 
 LANES = 128  # a TPU's vector registers are 128 wide, and splash attention's blocks are multiples of that
@@ -256,7 +295,6 @@ def choose_kernel(
         "cudnn": [
             (platform != "gpu", f"it runs on NVIDIA GPUs, and this is compiled for {platform}"),
             (cached, "it does not read from a cache"),
-            (prefix, "it cannot mask a prompt shared by several responses (--train.layout shared)"),
             (packed, "it cannot mask several segments in one row"),
             (dtype not in (jnp.bfloat16, jnp.float16), f"it computes in bfloat16, and this is {jnp.dtype(dtype)}"),
             (head_dim % 8 != 0 or head_dim > 128, f"heads of {head_dim} channels: it takes multiples of 8 up to 128"),

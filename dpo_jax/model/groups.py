@@ -63,7 +63,8 @@ def _shared(batch: PreferenceBatch) -> _Sequences:
 
     last = p + r * jnp.arange(k) + batch.response_lengths - 1
     segments = real.astype(jnp.int32)
-    return _Sequences(_clean(tokens, real), positions, segments, {"prefix": (p, k, r)}, predicting, last)
+    options = {"prefix": (p, k, r), "packed": False}
+    return _Sequences(_clean(tokens, real), positions, segments, options, predicting, last)
 
 
 def _separate(batch: PreferenceBatch) -> _Sequences:
