@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
 from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
-from dpo_jax.errors import DoesNotFit, InputError
+from dpo_jax.errors import DoesNotFit, InputError, full_disk
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
@@ -51,13 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
+        if reason := full_disk(error):
+            path = getattr(error, "filename", None)
+            return _failed(
+                BAD_INPUT,
+                f"error: {'' if path is None else f'{path}: '}cannot be written ({reason}); free space and run the same"
+                " command again: what was whole is kept",
+            )
         if (together := _together()) is not None:
             together.leave_after(error)
         raise
 
 
 def _failed(code: int, line: str) -> int:
-    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
     if (together := _together()) is not None:
         together.leave(code, line.removeprefix("error: "))
     return code

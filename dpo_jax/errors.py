@@ -2,8 +2,13 @@
 
 Everything that a user can mend (a file, a row, a field, an option, a shape that does not divide) is raised as
 `InputError`. The command line prints its message as one line and exits with code 2; any other exception is a bug, but
-for `DoesNotFit`, which is the answer of `dpo-jax plan` where it is no.
+for `DoesNotFit`, which is the answer of `dpo-jax plan` where it is no, and for a full disk (`full_disk`).
 """
+
+import errno
+import os
+
+_FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
 
 class InputError(ValueError):
@@ -12,3 +17,26 @@ class InputError(ValueError):
 
 class DoesNotFit(Exception):
     """A plan that needs more memory than its devices have. The command line prints the one line and exits with 3."""
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system said, such as "No space left on device", where `error` came of a full disk; else None.
+
+    A quota and a limit on the size of files count too. Libraries that write (orbax, safetensors, array_record) raise
+    errors of many kinds that have the system's words in their texts; the exceptions that led to `error` are asked too.
+    """
+    seen: list[BaseException] = []
+    chain: list[BaseException | None] = [error]
+    while chain:
+        current = chain.pop()
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return _FULL[current.errno]
+        if isinstance(current, Exception):
+            text = str(current)
+            if words := [words for words in _FULL.values() if words in text]:
+                return words[0]
+        chain += [current.__cause__, current.__context__]
+    return None

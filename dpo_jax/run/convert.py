@@ -2,12 +2,13 @@
 
 from dpo_jax.config import ConvertRun
 from dpo_jax.run.config_keys import with_config_keys
-from dpo_jax.run.log import say
+from dpo_jax.run.log import say, show_log
 from dpo_jax.weights import convert as formats
 
 
 @with_config_keys
 def convert(run: ConvertRun) -> None:
     """Write `run.source` to the folder `run.target`. Raises `InputError`."""
+    show_log()
     formats.convert(run.source, run.target, to=run.format, dtype=run.dtype)
     say(f"{run.target}: {run.format} checkpoint of {run.source}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.weights.folder import steps_in
 
 # Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
@@ -73,6 +74,18 @@ def cannot_write(path: Path | str, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
 
 
+def close_after(file: Any, path: Path, error: BaseException | None) -> None:
+    """Close a file at the end of a `with` block that `error` ended, if anything did.
+
+    Closing writes what is left, and fails where the disk is full: `InputError`, unless `error` has told of it already.
+    """
+    try:
+        file.close()
+    except OSError as failure:
+        if error is None:
+            raise cannot_write(path, failure) from failure
+
+
 class RunFolder:
     """One run folder of one command. `open` decides what may happen in it, before anything expensive."""
 
@@ -111,11 +124,7 @@ class RunFolder:
         if not self.marker.exists():
             self._check_free()
             return "new"
-        try:
-            marker = json.loads(self.marker.read_text())
-            command, before, finished = marker["command"], flatten(marker["given"]), bool(marker["finished"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.marker}: not readable as the marker of a run; choose another --out") from error
+        command, before, finished = _read_marker(self.marker)
         if command != self.command:
             raise InputError(f"{self.path}: holds a run of `dpo-jax {command}`; choose another --out")
         if not finished and not self._started(self.path):
@@ -172,10 +181,20 @@ def has_checkpoints(path: Path) -> bool:
 def is_finished(path: Path) -> bool:
     """True where a run folder's run has finished."""
     marker = path / "run.json"
+    return marker.exists() and _read_marker(marker)[2]
+
+
+def _read_marker(path: Path) -> tuple[str, dict[str, Any], bool]:
+    """The command of a run, the options that it was given, flat, and whether it has finished. Raises `InputError`."""
     try:
-        return marker.exists() and bool(json.loads(marker.read_text())["finished"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{marker}: not readable as the marker of a run; choose another --out") from error
+        marker = read_json(path)
+        command, given, finished = marker["command"], marker["given"], marker["finished"]
+        if not (isinstance(command, str) and isinstance(given, dict) and isinstance(finished, bool)):
+            raise InputError(f"{path}: command, given or finished is of the wrong kind")
+    except (InputError, KeyError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not readable as the marker of a run ({why}); choose another --out") from error
+    return command, flatten(given), finished
 
 
 def option(name: str) -> str:

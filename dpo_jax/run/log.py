@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpo_jax.errors import InputError
 from dpo_jax.run import distributed
-from dpo_jax.run.folder import cannot_write
+from dpo_jax.run.folder import cannot_write, close_after
+from dpo_jax.run.rows import read_lines
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
 _SECONDS = ("seconds_per_step", "seconds_sampling", "seconds_measuring", "seconds_scoring")
@@ -32,6 +33,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class _Notes(logging.Handler):
+    """Says what is logged. (`StreamHandler` keeps the stderr of its first day, and writes into a running bar.)"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
 @functools.cache
 def _console() -> Console:
     """One console for all bars, so that one may run inside another (evaluation inside training)."""
@@ -42,9 +50,7 @@ def show_log() -> None:
     """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quiet orbax."""
     notes = logging.getLogger("dpo_jax")
     if not notes.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        notes.addHandler(handler)
+        notes.addHandler(_Notes())
         notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
         notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
@@ -119,15 +125,20 @@ class ProgressBar:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; what stands after the last whole line (a killed process) is left out."""
-    rows: list[Row] = []
-    if not path.exists():
-        return rows
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """The rows of a metrics.jsonl, none where it is not there; see `read_lines`."""
+    return read_lines(path) if path.exists() else []
+
+
+def _of_steps(path: Path) -> list[Row]:
+    """`read_metrics` of a run in steps. Raises `InputError` where a row has no step, or other things than numbers."""
+    rows = read_metrics(path)
+    for number, row in enumerate(rows, 1):
+        bad = [name for name, value in row.items() if type(value) not in (int, float)]
+        if type(row.get("step")) is not int or bad:
+            what = "no step" if "step" not in row else f"no number as {bad[0] if bad else 'step'}"
+            raise InputError(
+                f"{path}, line {number}: a row with {what}; restore the file, or start again with another --out"
+            )
     return rows
 
 
@@ -142,7 +153,7 @@ class MetricLog:
 
     def __init__(self, folder: Path, *, total: int, start: int = 0, writes: bool = True):
         self.path = folder / "metrics.jsonl"
-        self.rows: list[Row] = [row for row in read_metrics(self.path) if row["step"] <= start] if start else []
+        self.rows: list[Row] = [row for row in _of_steps(self.path) if row["step"] <= start] if start else []
         self._writes = writes
         self._drift = DriftWarning()
         self.bar = ProgressBar("training", total, done=start, shown=writes)
@@ -156,7 +167,7 @@ class MetricLog:
                 f"{self.path}: does not hold steps 1 to {start}, which the checkpoint has; restore the file, or start"
                 " again with another --out"
             )
-        from tensorboardX import SummaryWriter
+        from dpo_jax.run.events import EventFile
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +176,7 @@ class MetricLog:
             self._file.write(kept.encode())
             self._file.truncate()
             self._file.flush()
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            self._events = EventFile(folder / "tensorboard", purge_from=start + 1 if start else None)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -178,8 +189,8 @@ class MetricLog:
     ) -> None:
         self.bar.__exit__(kind, error, trace)
         if self._writes:
-            self._file.close()
-            self._events.close()
+            close_after(self._events, self.path.with_name("tensorboard"), error)
+            close_after(self._file, self.path, error)
 
     def write(self, row: Row) -> None:
         """Append the row of one step ("step" and the metrics): to the file (flushed), TensorBoard and the bar."""
@@ -194,9 +205,7 @@ class MetricLog:
         try:
             self._file.write((json.dumps(row) + "\n").encode())
             self._file.flush()
-            for name, value in row.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, int(row["step"]))
+            self._events.add(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         except OSError as error:
             raise cannot_write(self.path, error) from error
         self.bar.update(int(row["step"]), summary_text(row))
@@ -211,7 +220,7 @@ class MetricLog:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._events.flush()
+            self._events.sync()
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

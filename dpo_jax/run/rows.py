@@ -11,19 +11,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dpo_jax.run.folder import cannot_write, write_atomically
+from dpo_jax.errors import InputError
+from dpo_jax.run.folder import cannot_write, close_after, write_atomically
 
 Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file of ours; what stands after the last whole line (a killed process) is left out."""
+    """The rows of a JSON-lines file of ours; what stands after the last whole line (a killed process) is left out.
+
+    Raises `InputError` for a line that is whole and no row.
+    """
     rows = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a {type(row).__name__}, and no row; restore or remove the file")
+        rows.append(row)
     return rows
 
 
@@ -73,7 +80,7 @@ class RowsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writes:
-            self._file.close()
+            close_after(self._file, self.part, error)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Write some more rows, at once on the disk."""

@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, full_disk
 from dpo_jax.state import TrainState
 from dpo_jax.weights.digests import damage, write_digests
 from dpo_jax.weights.fingerprint import fingerprint
@@ -77,7 +77,7 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._set_aside_damaged()
         self._manager = self._open(keep)
-        _expect_closed_loops()
+        expect_closed_loops()
 
     def _open(self, keep: int) -> ocp.CheckpointManager:
         newest = policies.LatestN(n=keep)
@@ -257,14 +257,14 @@ class Checkpoints:
 
     def _cannot_write(self, error: BaseException | str) -> InputError:
         text = " ".join(str(error).split())
-        reason = "no space left on the disk" if "No space left" in text else text[:200]
+        reason = (full_disk(error) if isinstance(error, BaseException) else None) or text[:200]
         return InputError(
             f"{self.folder}: a checkpoint cannot be written ({reason});"
             " free space or choose another --out; the checkpoints before it are intact"
         )
 
 
-def _expect_closed_loops() -> None:
+def expect_closed_loops() -> None:
     """Let "Event loop is closed" pass in silence where Python tells of exceptions that nobody can catch.
 
     Orbax gives up at the first array that cannot be written and closes the event loop in which it writes the others;

@@ -13,8 +13,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, full_disk
 from dpo_jax.headers import read_json
+from dpo_jax.weights.checkpoint import expect_closed_loops
 from dpo_jax.weights.digests import FILES, damage, write_digests
 from dpo_jax.weights.folder import new_folder
 
@@ -84,12 +85,14 @@ def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> Non
     """Write `params/` and what `finish` adds as a new folder that appears whole or not at all. For one process."""
     if jax.process_count() > 1:
         raise InputError(f"{path}: conversion to orbax runs in one process; leave the --distributed options out")
+    expect_closed_loops()
     with new_folder(path, replace=False) as scratch:
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((scratch / "params").absolute(), params)
         except ValueError as error:  # how tensorstore reports a full disk
-            raise InputError(f"{path}: cannot be written ({_line(error)}); free some space") from error
+            reason = full_disk(error) or _line(error)
+            raise InputError(f"{path}: cannot be written ({reason}); free some space") from error
         write_digests(scratch)
         finish(scratch)
 
