@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("accelerator"), help="folder for accelerator.json")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--cases", nargs="+", default=[""], help="of training steps only those with one of these words")
     parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--seconds", type=float, default=470, help="for all sections together")
     parser.add_argument("--section", choices=list(SECTIONS), default=None, help=argparse.SUPPRESS)
@@ -101,6 +102,7 @@ def main() -> None:
             print(f"{name}: left out, {left:.0f} s are left", flush=True)
             continue
         command = [sys.executable, __file__, "--section", name, "--out", str(options.out), *["--toy"] * options.toy]
+        command += ["--cases", *options.cases]
         try:
             code = subprocess.run(command, timeout=min(left, SECTIONS[name]), check=False).returncode
             if code:
@@ -120,7 +122,11 @@ def work(options: argparse.Namespace) -> None:
 
     device = jax.devices()[0]
     simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample}
-    cases = simple[options.section](options.toy) if options.section in simple else steps(options.section, options.toy)
+    if options.section in simple:
+        cases = simple[options.section](options.toy)
+    else:
+        wanted = {k: v for k, v in TRAINING[options.section].items() if any(word in k for word in options.cases)}
+        cases = steps(wanted, options.toy)
     file = options.out / "accelerator.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     found["device"] = {"kind": device.device_kind, "jax": jax.__version__, "memory": memory_limit(device)}
@@ -321,7 +327,7 @@ def made(tree: Any) -> Any:
 # ---------------------------------------------------------------- training steps
 
 
-def steps(section: str, toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     import jax
 
     from dpo_jax import cli
@@ -330,7 +336,7 @@ def steps(section: str, toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     from dpo_jax.run.planner.jobs import Job
 
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    for name, (word, shape_name, layers, prompt, response, options) in TRAINING[section].items():
+    for name, (word, shape_name, layers, prompt, response, options) in cases.items():
         words = f"{COMMON} {options}".split()
         if word == "ppo":
             words += ["--sample.max_new_tokens", str(response), "--data.template", "raw"]
