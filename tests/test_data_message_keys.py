@@ -244,7 +244,12 @@ def test_a_little_of_it_is_left_out_and_counted(tmp_path: Path) -> None:
         load_dialogues(write(tmp_path / "b.jsonl", *rows[:5]), TOKENIZER, DataConfig(), vocab_size=320)
 
 
-# ---- a store holds all of it ----
+# ---- a store holds all of it, but for the keys of compared answers ----
+
+
+def test_a_store_names_the_keys_of_compared_answers() -> None:
+    asked, answer = turn("user", "a", id=1), turn("assistant", "b", reasoning_content="hm")
+    assert store_schema.keys_lost({"chosen": [asked, answer], "rejected": "c"}) == {"chosen: reasoning_content"}
 
 
 @pytest.mark.parametrize(

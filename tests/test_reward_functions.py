@@ -239,7 +239,7 @@ def reward_model(tmp_path_factory):
     return str(folder.parent / "rm")
 
 
-def test_a_reward_model_judges_texts(reward_model) -> None:
+def test_a_reward_model_judges_texts(reward_model, caplog) -> None:
     judge = ModelReward(reward_model, raw=False, mesh=one_device(), batch_size=2)
     found = judge([ASK, TALK], ["very good", "bad"])
     np.testing.assert_allclose(
@@ -247,8 +247,11 @@ def test_a_reward_model_judges_texts(reward_model) -> None:
     )
     # A policy may write anything: nothing, a control token, more than the context holds.
     odd = judge([ASK] * 3, ["", "<|im_end|>", "good " * 300])
+    assert "holds the end only of 1 of 3 texts" in caplog.text
     assert np.isfinite(odd).all()
     assert len(set(odd.tolist())) == 3
     raw = ModelReward(reward_model, raw=True, mesh=one_device(), batch_size=2)
     expected = TextReward.load(reward_model, DataConfig(template="raw"))(["the film?"], [" was good"])
     np.testing.assert_allclose(raw([ASK], [" was good"]), expected, atol=1e-5)
+    TextReward.load(reward_model, DataConfig(max_length=24))([TALK.messages], ["good " * 30])
+    assert "1 rows with a response cut at its end" in caplog.text

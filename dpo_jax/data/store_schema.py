@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import dialogues
-from dpo_jax.data.messages import Message, columns_of, text_of, turns_of
+from dpo_jax.data.messages import Message, columns_of, keys_beside, text_of, turns_of
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair, parse_pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import evidence_of
@@ -114,6 +114,12 @@ def parse(row: Row, kind: Kind) -> Parsed:
     source = None if row.get("source") is None else evidence_of(row["source"], "source")
     unusable = ("source",) if isinstance(source, BadRow) else ()
     return Parsed({"text": text, "source": None if unusable else source}, (("text", text),), {"text": text}, unusable)
+
+
+def keys_lost(row: Row) -> set[str]:
+    """Keys of answers that are compared, as "column: key": a store holds their texts alone."""
+    ends = {name: row[name][-1:] for name in ("chosen", "rejected") if isinstance(row.get(name), list)}
+    return {f"{name}: {key}" for name, end in ends.items() for key in keys_beside(end)}
 
 
 def _parsed_pair(pair: Pair) -> Parsed:

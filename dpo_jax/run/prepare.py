@@ -134,6 +134,7 @@ class _Pass:
                 if isinstance(row, BadRow):
                     raise row
                 self.columns.update(row)
+                self.columns.update(store_schema.keys_lost(row))
                 if self.kind is None:
                     self.kind = store_schema.kind_of(row)
                 parsed = store_schema.parse(row, self.kind)

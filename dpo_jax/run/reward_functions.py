@@ -10,6 +10,7 @@ http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scor
 anything else    a reward model: a folder, a hub id, or a run of ours
 """
 
+import logging
 import os
 import re
 import time
@@ -33,6 +34,8 @@ from dpo_jax.run.reward_model import RewardModel, check_score
 from dpo_jax.run.training import read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 TOKEN = "DPO_JAX_REWARD_TOKEN"
 TIMEOUT = 60.0
@@ -170,17 +173,20 @@ class ModelReward:
         self.identity = fingerprint(self._model.variables)
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-        found = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        whole = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        longest = self._model.model.config.max_position
+        if cut := sum(len(ids) > longest for ids in whole):
+            log.warning(
+                "the reward model's context of %d tokens holds the end only of %d of %d texts", longest, cut, len(whole)
+            )
+        found = [end_of(np.asarray(ids, np.int32), longest, self._encoder.bos).tolist() for ids in whole]
         return self._model.score_tokens([ids[:1] for ids in found], [ids[1:] for ids in found])
 
     def _ids(self, prompt: Prompt, response: str) -> list[int]:
         if self._raw:
             assert prompt.text is not None, "rows without a text were refused"
-            ids = self._encoder.whole_ids(prompt.text, response)
-        else:
-            ids = self._encoder.whole_ids(prompt.messages, response)
-        longest = self._model.model.config.max_position
-        return end_of(np.asarray(ids, np.int32), longest, self._encoder.bos).tolist()
+            return self._encoder.whole_ids(prompt.text, response)
+        return self._encoder.whole_ids(prompt.messages, response)
 
 
 def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:

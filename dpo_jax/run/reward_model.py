@@ -1,5 +1,6 @@
 """A reward model as a function: texts or tokens in, float32 scores out. For rejection sampling, PPO and `score`."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, ClassHead, DataConfig
+from dpo_jax.data import cuts
 from dpo_jax.data.dataset import PreferenceDataset, Ragged
-from dpo_jax.data.encode import ScoredEncoder, truncate
+from dpo_jax.data.encode import ScoredEncoder, cut_of, truncate
 from dpo_jax.data.loader import IndexedBatches, eval_batches
 from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
@@ -27,6 +29,8 @@ from dpo_jax.run.log import ProgressBar
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.pretrained import load_pretrained, read_classes
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def check_score(source: str, architecture: LlamaConfig) -> None:
@@ -182,11 +186,15 @@ class TextReward:
                 rendered.append(self._render(prompt, response))
             except BadRow as problem:
                 raise InputError(f"text {i}: {problem}") from problem
-        encoded = []
+        encoded, lost = [], []
         for i, group in enumerate(self._encoder.encode(rendered, compared=False)):
             if isinstance(group, BadRow):
                 raise InputError(f"text {i}: {group}") from group
-            encoded.append(truncate(group, self._config, bos=self._encoder.bos, compared=False))
+            kept = truncate(group, self._config, bos=self._encoder.bos, compared=False)
+            lost.append(cut_of(group, kept, system=rendered[i].system))
+            encoded.append(kept)
+        if told := cuts.summary(lost):
+            log.warning("texts to score %s", told)
         return self._rewards.score_tokens([e.prompt for e in encoded], [e.responses[0] for e in encoded])
 
     def _render(self, prompt: Sequence[Message] | str, response: str) -> Any:
