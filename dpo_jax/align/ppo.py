@@ -197,6 +197,7 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
         rollout.groups,
         layout="separate",  # with one response there is nothing to share, and every kernel runs whole sequences
         temperature=config.temperature,
+        vocabulary=config.vocabulary,
         head_budget_bytes=config.head_budget_bytes,
     )
     return _Predictions(out.logps[:, 0], out.entropy[:, 0], _values(state, variables, rollout, out.states, config))

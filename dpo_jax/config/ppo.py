@@ -148,6 +148,9 @@ class PPOConfig(PPOLossConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     temperature: float = 1.0
     """Temperature that the rollout was sampled at; log-probabilities are taken at it everywhere."""
+    vocabulary: int | None = None
+    """Ids from here on are never sampled and have no part in log-probabilities or entropy: rows of a padded embedding
+    that stand for no text. Not given: the policy has every row."""
     seed: int = 0
     """Seed of the mini-batches."""
     accumulate: int = 1

@@ -121,6 +121,7 @@ def response_logps(
     *,
     layout: Layout = "shared",
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     head_budget_bytes: int = 256 * 2**20,
 ) -> jax.Array:
     """Log-probability of every response token, float32 [B, K, R], in nats; 0 past `response_lengths`.
@@ -131,6 +132,7 @@ def response_logps(
       batch: see `types.PreferenceBatch`.
       layout: "shared" or "separate", see above.
       temperature: divides the logits.
+      vocabulary: see `logprobs.token_logps`.
       head_budget_bytes: see `logprobs.token_logps`.
     """
     b, k, r = batch.responses.shape
@@ -138,7 +140,8 @@ def response_logps(
     hidden = predicting_states(apply_fn, variables, batch, layout=layout).reshape(b * k, r, -1)
     unembedding = apply_fn(variables, method="unembedding")
     targets = _clean(batch.responses, mask).reshape(b * k, r)
-    logps = token_logps(hidden, unembedding, targets, temperature=temperature, budget_bytes=head_budget_bytes)
+    options: dict[str, Any] = {"temperature": temperature, "vocabulary": vocabulary, "budget_bytes": head_budget_bytes}
+    logps = token_logps(hidden, unembedding, targets, **options)
     return jnp.where(mask, logps.reshape(b, k, r), 0.0)
 
 
@@ -175,6 +178,7 @@ def response_predictions(
     *,
     layout: Layout = "shared",
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     head_budget_bytes: int = 256 * 2**20,
 ) -> ResponsePredictions:
     """`response_logps` with the entropies and the states, from one forward pass. Arguments as there."""
@@ -186,6 +190,7 @@ def response_predictions(
         apply_fn(variables, method="unembedding"),
         _clean(batch.responses, mask).reshape(b * k, r),
         temperature=temperature,
+        vocabulary=vocabulary,
         budget_bytes=head_budget_bytes,
     )
     return ResponsePredictions(

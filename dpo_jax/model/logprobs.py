@@ -74,12 +74,18 @@ def _at(z: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(jnp.arange(z.shape[-1]) == y[..., None], z, 0.0), axis=-1)
 
 
+def _of_text(z: jax.Array, vocabulary: int | None) -> jax.Array:
+    """z [..., V] with no probability from `vocabulary` on; finite, as probability times z is summed for the entropy."""
+    return z if vocabulary is None else jnp.where(jnp.arange(z.shape[-1]) < vocabulary, z, -1e30)
+
+
 def token_logps(
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
     *,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     budget_bytes: int = 256 * 2**20,
 ) -> jax.Array:
     """Log-probability of each target token.
@@ -89,6 +95,7 @@ def token_logps(
       unembedding: [D, V], in the dtype of `hidden`.
       targets: int32 [N, R].
       temperature: divides the logits; positive.
+      vocabulary: ids from here on have no part in the distribution; None: all have.
       budget_bytes: memory a device may spend on one chunk of logits.
 
     Returns:
@@ -97,7 +104,7 @@ def token_logps(
 
     def chunk(h: jax.Array, y: jax.Array) -> jax.Array:
         z = logits_of(h, kernel) / temperature
-        z = meshes.constrain(z, ("batch", "length", "vocab"))
+        z = _of_text(meshes.constrain(z, ("batch", "length", "vocab")), vocabulary)
         return _at(z, y) - jax.nn.logsumexp(z, axis=-1)
 
     kernel = meshes.constrain(unembedding, (None, "vocab"))  # gathered once here, not once a chunk
@@ -136,6 +143,7 @@ def token_logps_and_entropy(
     targets: jax.Array,
     *,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     budget_bytes: int = 256 * 2**20,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target token and entropy of its prediction, float32 [N, R] each, in nats.
@@ -145,6 +153,7 @@ def token_logps_and_entropy(
 
     def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = meshes.constrain(logits_of(h, kernel) / temperature, ("batch", "length", "vocab"))
+        z = _of_text(z, vocabulary)
         log_sum = jax.nn.logsumexp(z, axis=-1)
         probabilities = jnp.exp(z - log_sum[..., None])
         return _at(z, y) - log_sum, log_sum - jnp.sum(probabilities * z, axis=-1)

@@ -29,7 +29,7 @@ from dpo_jax.run.rows import RowsFile
 from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer, text_ids
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,11 @@ def answers(
     def text(prompt: int, ids: Sequence[int]) -> str:
         return decode(tokenizer, prompts[prompt], ids, raw=raw)
 
+    vocabulary = text_ids(tokenizer, model.config)
     stops = StopStrings(text, config.stop_strings) if config.stop_strings else None
     if config.beams is not None:
-        served = _search(model, variables, prompts, config, requests, max(1, batch_size // config.beams), mesh)
+        together = max(1, batch_size // config.beams)
+        served = _search(model, variables, prompts, config, requests, together, vocabulary, mesh)
     else:
         served = serve(
             model,
@@ -121,6 +123,7 @@ def answers(
             requests=requests,
             rows=batch_size,
             ended=stops,
+            vocabulary=vocabulary,
             mesh=mesh,
         )
 
@@ -142,6 +145,7 @@ def _search(
     config: SampleConfig,
     requests: Sequence[Request],
     together: int,
+    vocabulary: int | None,
     mesh: Mesh | None,
 ) -> Iterator[list[Finished]]:
     """What beam search finds for each request, `together` prompts at a time."""
@@ -149,7 +153,8 @@ def _search(
         some = list(requests[start : start + together])
         # The last batch is filled up with its last prompt: it needs no program of its own.
         filled = some + [some[-1]] * (min(together, len(requests)) - len(some))
-        found = beam_search(model, variables, [prompts[i] for i, _ in filled], config=config, mesh=mesh)
+        asked = [prompts[i] for i, _ in filled]
+        found = beam_search(model, variables, asked, config=config, vocabulary=vocabulary, mesh=mesh)
         tokens, mask, logps = (np.asarray(x) for x in found)
         yield [Finished(r, tokens[i][mask[i]].tolist(), logps[i][mask[i]].tolist()) for i, r in enumerate(some)]
 

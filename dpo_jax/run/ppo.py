@@ -30,6 +30,7 @@ from dpo_jax.run.samples import SampleLog, progress, samples_section
 from dpo_jax.run.training import Training, read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import text_ids
 
 
 @with_config_keys
@@ -68,7 +69,7 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = _loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = step_options(resolved)
+    step_config = dataclasses.replace(step_options(resolved), vocabulary=text_ids(tokenizer, architecture))
 
     # -------------------------------------------------------------- weights: policy, reference, value model
     model, variables = training.load_model()

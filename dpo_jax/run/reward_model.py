@@ -143,6 +143,9 @@ class RewardModel:
     def _scored(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
         if not prompts:
             return np.zeros(0, np.float32)
+        largest, rows = max(int(ids.max()) for ids in (*prompts, *responses)), self.model.config.vocab_size
+        if largest >= rows:
+            raise InputError(f"a text to score has the id {largest}, and the reward model's embedding has {rows} rows")
         data = PreferenceDataset(
             prompts=Ragged.of(prompts, np.int32),
             responses=Ragged.of(responses, np.int32),

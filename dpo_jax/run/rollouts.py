@@ -182,6 +182,7 @@ class Rollouts:
                 prompt_lengths=batch.prompt_lengths[part],
                 row_ids=np.arange(rows)[part],
                 samples=group,
+                vocabulary=self._config.vocabulary,
                 mesh=self._mesh,
             )
             parts.append([np.asarray(x) for x in generation])
@@ -275,6 +276,7 @@ def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicate
             rollout.groups,
             layout="separate",
             temperature=config.temperature,
+            vocabulary=config.vocabulary,
             head_budget_bytes=config.head_budget_bytes,
         )
         return logps[:, 0], ppo.measure(state, rollout, config=config).values

@@ -199,12 +199,13 @@ def beam_search(
     *,
     config: SampleConfig,
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
+    vocabulary: int | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
     """The best continuation of each prompt that a beam search finds.
 
     Args:
-      model, variables, prompts, prompt_lengths, mesh: as for `engine.generate`.
+      model, variables, prompts, prompt_lengths, vocabulary, mesh: as for `engine.generate`.
       config: with `beams`; see `SampleConfig`.
 
     Returns:
@@ -217,8 +218,9 @@ def beam_search(
         raise InputError("beam_search needs beams in its config; without them call dpo_jax.sample.generate")
     vocab = model.config.vocab_size
     candidates = max(2, 1 + len(config.stop_tokens)) * config.beams
-    if candidates > vocab:
-        raise InputError(f"{config.beams} beams need {candidates} candidates of a vocabulary of {vocab}; lower beams")
+    ids = vocab if vocabulary is None else vocabulary
+    if candidates > ids:
+        raise InputError(f"{config.beams} beams need {candidates} candidates of a vocabulary of {ids}; lower beams")
     padded, lengths = decode.pad_prompts(prompts, prompt_lengths, vocab)
     count, longest = padded.shape
     slots = decode.count_slots(model, longest, config)
@@ -231,7 +233,7 @@ def beam_search(
         "new": decode.bucket(config.max_new_tokens),
         "slots": slots,
     }
-    settings = decode.settings(config, vocab)
+    settings = decode.settings(config, vocab, vocabulary)
     with meshes.in_force(mesh):
         program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
         weights = make_weights(program, variables, config.weights)

@@ -171,12 +171,14 @@ def serve(
     requests: Sequence[Request],
     rows: int,
     ended: Callable[[Request, list[int]], int | None] | None = None,
+    vocabulary: int | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[list[Finished]]:
     """Answer `requests`, some at a time as they are finished (so not in their order).
 
     Args:
-      model, variables, prompts, key, config, mesh: as in `engine.generate`; the row id of a prompt is its index.
+      model, variables, prompts, key, config, vocabulary, mesh: as in `engine.generate`; the row id of a prompt is its
+        index.
       requests: (prompt, sample) pairs, all different. Samples of a prompt share its prefill, as many as there are rows.
       rows: B, how many are written at once (rounded up to what the mesh splits).
       ended: looks at a request's tokens so far, every few tokens, and returns how many of them are its whole answer, or
@@ -198,9 +200,10 @@ def serve(
     with meshes.in_force(mesh):
         program = Program.of(model, config, implementation, mesh)
         weights = make_weights(program, variables, config.weights)
-    units = _units(requests, rows)
+    units, settings = _units(requests, rows), decode.settings(config, model.config.vocab_size, vocabulary)
+    new = decode.bucket(config.max_new_tokens)
     for slots, group in _groups(model, lengths.tolist(), units, config):
-        batch = _Batch(program, weights, table, lengths, bits, config, rows=rows, slots=slots, parts=parts)
+        batch = _Batch(program, weights, table, lengths, bits, settings, new=new, rows=rows, slots=slots, parts=parts)
         yield from batch.work(group, ended)
 
 
@@ -214,16 +217,16 @@ class _Batch:
         table: np.ndarray,
         lengths: np.ndarray,
         bits: np.ndarray,
-        config: SampleConfig,
+        settings: decode.Settings,
         *,
+        new: int,
         rows: int,
         slots: int,
         parts: int,
     ):
         self.program, self.weights, self.table, self.lengths = program, weights, table, lengths
         self.bits, self.rows, self.slots, self.parts = bits, rows, slots, parts
-        self.settings = decode.settings(config, program.model.config.vocab_size)
-        self.new = decode.bucket(config.max_new_tokens)
+        self.settings, self.new = settings, new
         self.owner: list[Request | None] = [None] * rows
 
     def work(

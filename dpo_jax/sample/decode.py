@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off."""
 
     stop: Any  # int32 [stop tokens]
+    vocabulary: Any  # int32 []; ids from it on are never drawn
     limit: Any  # int32 []
     temperature: Any  # float32 []
     top_k: Any  # int32 []
@@ -77,16 +78,22 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def settings(config: SampleConfig, vocab: int) -> Settings:
-    """The numbers of `config` for a vocabulary of `vocab` ids. Raises `InputError` for ids outside it."""
+def settings(config: SampleConfig, vocab: int, vocabulary: int | None = None) -> Settings:
+    """The numbers of `config` for a model of `vocab` ids, of which those below `vocabulary` stand for text.
+
+    Raises `InputError` for ids outside them.
+    """
+    if vocabulary is not None and not 1 <= vocabulary <= vocab:
+        raise InputError(f"vocabulary {vocabulary} must lie in [1, {vocab}], the rows of the model's embedding")
+    ids = vocab if vocabulary is None else vocabulary
     greedy = config.temperature == 0
     stop = np.asarray(config.stop_tokens, np.int32)
     bias = None
     if config.logit_bias:
         bias = np.zeros(vocab, np.float32)
         for token, value in config.logit_bias:
-            if token >= vocab:
-                raise InputError(f"logit_bias names token id {token}, and the model's vocabulary is 0..{vocab - 1}")
+            if token >= ids:
+                raise InputError(f"logit_bias names token id {token}, and the model's vocabulary is 0..{ids - 1}")
             bias[token] = value
     adjustments = filters.Adjustments(
         bias=bias,
@@ -97,6 +104,7 @@ def settings(config: SampleConfig, vocab: int) -> Settings:
     )
     return Settings(
         stop=stop,
+        vocabulary=None if ids == vocab else np.int32(ids),
         limit=np.int32(config.max_new_tokens),
         temperature=None if greedy else np.float32(config.temperature),
         top_k=None if config.top_k is None else np.int32(min(config.top_k, 2**31 - 1)),
@@ -211,13 +219,18 @@ class Decoder:
         hidden, cache = _apply(model, variables, prompts, positions, cache=cache)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         logits = _apply(model, variables, jnp.take_along_axis(hidden, last, axis=1)[:, 0], method="logits")
-        return logits, caches.unstack(cache) if self.program.unrolled else cache
+        return self._of_text(logits), caches.unstack(cache) if self.program.unrolled else cache
+
+    def _of_text(self, logits: jax.Array) -> jax.Array:
+        """The logits [B, V] of tokens that are text: what a padded embedding has behind them is never drawn."""
+        size = self.settings.vocabulary
+        return logits if size is None else jnp.where(jnp.arange(logits.shape[-1]) < size, logits, -jnp.inf)
 
     def step(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """float32 [B, V], the logits behind one more token a row, written to slot `positions` [B]; and the cache."""
         model, variables = self.program.model.clone(unrolled=self.program.unrolled), self.weights.token
         hidden, cache = _apply(model, variables, tokens[:, None], positions[:, None], cache=cache)
-        return _apply(model, variables, hidden[:, 0], method="logits"), cache
+        return self._of_text(_apply(model, variables, hidden[:, 0], method="logits")), cache
 
     def begin(
         self,

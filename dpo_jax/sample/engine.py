@@ -83,6 +83,7 @@ def generate(
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
     row_ids: Sequence[int] | np.ndarray | None = None,
     samples: int = 1,
+    vocabulary: int | None = None,
     mesh: Mesh | None = None,
 ) -> Generation:
     """Continue each prompt by at most `config.max_new_tokens` tokens.
@@ -100,6 +101,8 @@ def generate(
         its prompt, `key` and its id, and on nothing else in the batch.
       samples: K continuations of each prompt, which is computed once for all of them; rows i K to i K + K - 1 are those
         of prompt i. The first of them is what K = 1 gives.
+      vocabulary: ids from here on are never drawn, and have no part in the log-probabilities: rows of a padded
+        embedding that stand for no text. Not given: every id may be drawn.
       mesh: the mesh that `variables` are laid out on; the rows are split over it.
 
     Returns:
@@ -109,7 +112,9 @@ def generate(
       InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than a sliding window holds, stop
         strings (which need a tokenizer).
     """
-    out, _ = _run(model, variables, prompts, key, config, prompt_lengths, row_ids, samples, mesh, plain=False)
+    out, _ = _run(
+        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=False
+    )
     return out
 
 
@@ -123,10 +128,13 @@ def generate_with_plain_logps(
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
     row_ids: Sequence[int] | np.ndarray | None = None,
     samples: int = 1,
+    vocabulary: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Generation, jax.Array]:
     """`generate`, and beside it the log-probabilities at temperature 1, float32 [B K, N]; 0 behind the end."""
-    out, plain = _run(model, variables, prompts, key, config, prompt_lengths, row_ids, samples, mesh, plain=True)
+    out, plain = _run(
+        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=True
+    )
     assert plain is not None
     return out, plain
 
@@ -179,6 +187,7 @@ def _run(
     prompt_lengths: Sequence[int] | np.ndarray | None,
     row_ids: Sequence[int] | np.ndarray | None,
     samples: int,
+    vocabulary: int | None,
     mesh: Mesh | None,
     plain: bool,
 ) -> tuple[Generation, jax.Array | None]:
@@ -198,7 +207,7 @@ def _run(
     padded = np.pad(padded, ((0, fillers), (0, min(bucket(longest), slots) - longest)))
     batch = (padded, np.pad(lengths, (0, fillers)), np.pad(ids.astype(np.uint32), (0, fillers)))
     key_data, implementation = decode.key_data(key)
-    settings = decode.settings(config, model.config.vocab_size)
+    settings = decode.settings(config, model.config.vocab_size, vocabulary)
     static = {
         "narrow": config.weights,
         "new": bucket(config.max_new_tokens),

@@ -24,7 +24,7 @@ from dpo_jax.weights.pretrained import (
     save_pretrained,
 )
 from dpo_jax.weights.source import Source, resolve
-from dpo_jax.weights.tokenizer import check_vocabulary, tokenizer_of
+from dpo_jax.weights.tokenizer import check_published, tokenizer_of
 
 Format = Literal["huggingface", "orbax"]
 
@@ -100,7 +100,7 @@ def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype, to: Format) -
     terminators = huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
         tokenizer = tokenizer_of(place)
-        check_vocabulary(tokenizer, config)
+        check_published(tokenizer, config, place)
 
     def finish(folder: Path) -> None:
         huggingface.write_configs(folder, config, dtype, origin, terminators)

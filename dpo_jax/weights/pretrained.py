@@ -20,7 +20,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
 from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft, tokenizer_files
 from dpo_jax.weights.source import Source, config_file, resolve
-from dpo_jax.weights.tokenizer import check_vocabulary
+from dpo_jax.weights.tokenizer import check_published
 
 
 def open_tensors(place: Source) -> tuple[LlamaConfig, layout.TensorReader]:
@@ -230,7 +230,7 @@ def save_pretrained(
     """
     path = Path(path)
     if tokenizer is not None:
-        check_vocabulary(tokenizer, model.config)
+        check_published(tokenizer, model.config, None if source is None else resolve(source))
     if not merge:
         if "adapters" not in variables:
             raise InputError(f"{path}: there are no adapters to save apart from the weights (merge=False)")
