@@ -411,3 +411,24 @@ def test_the_guard_stops_the_run(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"step [12]: .*of the data; the last checkpoint is intact"):
         run_dpo.train(config)
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_several_files_with_weights_and_a_share_held_out(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped and resumed it is the same run; shares are logged and reported; other weights are another run."""
+    words = f"{inputs / 'train.jsonl'}:0.75,{inputs / 'eval.jsonl'}:0.25"
+    train = TrainConfig(steps=12, batch_size=4, eval_every=6)
+    changes = {"source": words, "eval_source": None, "holdout": 0.3, "train": train}
+    whole, resumed = (options(inputs, tmp_path / name, **changes) for name in ("whole", "resumed"))
+    run_dpo.train(whole)
+    told = "14 rows, 75.00% of the rows drawn, 2."
+    assert told in capsys.readouterr().err
+    assert told in (tmp_path / "whole" / "report.html").read_text()
+    assert [row["step"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "eval_loss" in row] == [6, 12]
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        run_dpo.train(resumed)
+    assert not (tmp_path / "resumed" / "model").exists()
+    run_dpo.train(resumed)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")

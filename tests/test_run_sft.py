@@ -216,6 +216,8 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
     assert (parsed.data.max_length, parsed.data.packing, parsed.data.train_on) == (64, True, "all")
     assert (parsed.train.steps, parsed.train.epochs) == (3, None)
     assert cli.parse("sft", words[1:7]).optimizer.learning_rate == 2e-5
+    mixed = cli.parse("sft", [*words[1:3], "--data", "a:0.7", "b:0.3", "--holdout", "0.1", "--out", "O"])
+    assert (mixed.source, mixed.holdout, mixed.evaluates) == ("a:0.7,b:0.3", 0.1, True)
     for word in ("--train.layout", "--data.max_prompt_length"):
         assert cli.main(["sft", *words, word, "1"]) == 2
         assert "has no effect in dpo-jax sft" in capsys.readouterr().err
@@ -230,6 +232,8 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
         ({"train": TrainConfig(batch_size=6, steps=1), "mesh": MeshConfig(4, 1, 2)}, r"batch_size 6 does not divide"),
         ({"model": "nowhere"}, r"nowhere: no such folder"),
         ({"source": "nowhere.jsonl"}, r"nowhere.jsonl"),
+        ({"source": "a.jsonl:0.5,b.jsonl"}, r"b.jsonl has no weight and others have"),
+        ({"eval_source": None, "holdout": 0.001}, r"leaves one side empty"),
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
         ({"eval_source": None}, r"eval_every has no effect"),
         ({"data": SFTDataConfig(max_length=4)}, r"raise --data.max_length"),
@@ -258,6 +262,8 @@ def test_rows_that_are_no_dialogues_are_refused_with_their_numbers(inputs: Path,
 def test_options_without_effect() -> None:
     with pytest.raises(InputError, match=r"--data\.buckets has no effect with --data\.packing"):
         SFTDataConfig(packing=True, buckets=2)
+    with pytest.raises(InputError, match="--holdout has no effect with --data.kind text"):
+        SFTRun(model="M", source="D", out="O", holdout=0.1, data=SFTDataConfig(kind="text"))
     with pytest.raises(InputError, match="negatives has no effect"):
         SFTLossConfig(negatives=5)
 

@@ -32,7 +32,7 @@ from dpo_jax.config.sections import (
     TrainConfig,
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import HoldoutRun, TrainingRun
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "GattConfig",
     "GattRun",
     "GenerateRun",
+    "HoldoutRun",
     "InspectRun",
     "Layout",
     "Llama2ChatRun",

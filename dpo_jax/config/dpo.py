@@ -5,7 +5,7 @@ from typing import Literal
 
 from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import Layout, OptimizerConfig
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import HoldoutRun
 
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop"]
 
@@ -89,7 +89,7 @@ class DPOConfig(DPOLossConfig):
 
 
 @dataclass(frozen=True)
-class DPORun(TrainingRun):
+class DPORun(HoldoutRun):
     """One `dpo-jax dpo` run: everything that decides its numbers, saved as `config.json` in the run folder."""
 
     source: str

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import AttentionKernel, DataConfig, Layout, MeshConfig, OptimizerConfig
 from dpo_jax.config.sft import Proposal
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import HoldoutRun
 
 Margin = Literal["none", "small", "large", "column", "score_gap", "agreement"]
 Ties = Literal["error", "drop"]
@@ -129,7 +129,7 @@ class RewardConfig(RewardLossConfig):
 
 
 @dataclass(frozen=True)
-class RewardRun(TrainingRun):
+class RewardRun(HoldoutRun):
     """Train a reward model on comparisons: `dpo-jax reward`.
 
     Rows are preference pairs, lists of ranked or scored replies, or two responses with scores or annotators' votes
@@ -140,24 +140,12 @@ class RewardRun(TrainingRun):
     """(--mix_data) A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
     mix: float | None = None
     """Share of the mixture that comes from --mix_data. Not given: 0.1."""
-    holdout: float | None = None
-    """Hold out this share of the data for evaluation, whole prompts at a time, in place of --eval_data."""
     reward: RewardLossConfig = field(default_factory=RewardLossConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.mix is None or self.mix_source is not None, "--mix has no effect without --mix_data")
         require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
-        require(
-            self.holdout is None or 0 < self.holdout < 1, f"--holdout {self.holdout} is a share of the data: in (0, 1)"
-        )
-        require(
-            self.holdout is None or self.eval_source is None, "give --holdout or --eval_data, not both: one is enough"
-        )
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the run has held-out data."""
-        return self.eval_source is not None or self.holdout is not None
 
 
 @dataclass(frozen=True)

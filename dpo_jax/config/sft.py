@@ -6,7 +6,7 @@ from typing import Literal
 
 from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import DataConfig, OptimizerConfig
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import HoldoutRun
 
 Proposal = Literal["uniform", "log_uniform"]
 
@@ -82,7 +82,7 @@ class SFTDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class SFTRun(TrainingRun):
+class SFTRun(HoldoutRun):
     """Fine-tune a model on dialogues or instructions, or go on with its pre-training: `dpo-jax sft`.
 
     Rows hold `messages` or `conversations`, a prompt and its answer, or preference pairs, of which the chosen answer is
@@ -93,3 +93,7 @@ class SFTRun(TrainingRun):
     optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
     sft: SFTLossConfig = field(default_factory=SFTLossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.holdout is None or self.data.kind != "text", "--holdout has no effect with --data.kind text")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dpo_jax.config.checks import require
 from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -44,3 +45,24 @@ class TrainingRun:
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
         return self.eval_source is not None
+
+
+@dataclass(frozen=True)
+class HoldoutRun(TrainingRun):
+    """A run on rows, of which some may be held out."""
+
+    holdout: float | None = None
+    """Hold out this share of the data for evaluation, whole prompts at a time, in place of --eval_data."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.holdout is None or 0 < self.holdout < 1, f"--holdout {self.holdout} is a share of the data: in (0, 1)"
+        )
+        require(
+            self.holdout is None or self.eval_source is None, "give --holdout or --eval_data, not both: one is enough"
+        )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run has held-out data."""
+        return self.eval_source is not None or self.holdout is not None

@@ -80,6 +80,7 @@ COMMANDS = {
         "dpo_jax.run.dpo:train",
         "align a model with preference pairs",
         renamed=(("source", "data"), ("eval_source", "eval_data")),
+        lists=("data", "eval_data"),
         recipe=True,
     ),
     "sft": Command(
@@ -96,6 +97,7 @@ COMMANDS = {
         "dpo_jax.run.reward:train",
         "train a reward model on comparisons",
         renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
+        lists=("data", "eval_data"),
         recipe=True,
     ),
     "ppo": Command(
@@ -144,7 +146,7 @@ COMMANDS = {
         "dpo_jax.run.recipes.llama2_chat:recipe",
         "Llama 2-Chat: SFT, reward models, rounds of rejection sampling, PPO",
         unused=(
-            *_inside("sft", *_NOT_SFT),
+            *_inside("sft", *_NOT_SFT, "holdout"),
             *_inside("helpful", "mix_source", "mix", "holdout"),
             *_inside("safety", "mix_source", "holdout"),
             *_inside("rejection", "reward", "safety_reward", "reward_timeout", "rejection.pool_from", *_NOT_REJECTION),

@@ -176,13 +176,17 @@ def permutation(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def epoch_batches(plan: BucketPlan, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[RowBatch]:
+def epoch_batches(
+    plan: BucketPlan, batch_size: int, *, seed: int, epoch: int, shuffle: bool, order: np.ndarray | None = None
+) -> list[RowBatch]:
     """The ceil(N / B) batches of an epoch, in order: a pure function of its arguments.
 
     Without `shuffle`, rows keep their order within a bucket, and batches stand in the order of their first rows.
+    `order`: the N rows that the epoch holds, where that is not each once (see `row_mixture.py`).
     """
     n = len(plan.rows)
-    order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
+    if order is None:
+        order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
     members = [order[plan.rows[order] == bucket] for bucket in range(len(plan.shapes))]
     filled = _fill(members, plan.larger, batch_size)
     batches = [RowBatch(bucket, rows) for bucket, many in enumerate(filled) for rows in many]

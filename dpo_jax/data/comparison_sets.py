@@ -1,6 +1,5 @@
 """Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from dpo_jax.data.comparisons import (
     parse_replies,
 )
 from dpo_jax.data.cuts import RowCut
-from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.dataset import PreferenceDataset, Ragged, held_out, joined_ragged
 from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
 from dpo_jax.data.layouts import readable
@@ -213,11 +212,13 @@ def _load(
 
 def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
     """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
-    k = data.responses_per_prompt
+    k, formats = data.responses_per_prompt, data.formats
+    of_k = range(k)
     return replace(
         data,
         prompts=Ragged.of([data.prompts[i] for i in rows], np.int32),
-        responses=Ragged.of([data.responses[i * k + j] for i in rows for j in range(k)], np.int32),
+        responses=Ragged.of([data.responses[i * k + j] for i in rows for j in of_k], np.int32),
+        formats=None if formats is None else Ragged.of([formats[i * k + j] for i in rows for j in of_k], bool),
         row_numbers=data.row_numbers[rows],
         cuts=tuple(data.cuts[i] for i in rows) if data.cuts else (),
         extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
@@ -232,15 +233,7 @@ def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[P
 
     Raises `InputError` where one side would be empty.
     """
-    keys = [hashlib.sha256(f"{seed} ".encode() + data.prompts[i].tobytes()).digest() for i in range(len(data))]
-    prompts = sorted(set(keys))
-    count = round(share * len(prompts))
-    if not 0 < count < len(prompts):
-        raise InputError(
-            f"{data.source}: a share of {share:g} of {len(prompts)} prompts leaves one side empty; change the share"
-        )
-    held = set(prompts[:count])
-    inside = np.asarray([key in held for key in keys])
+    inside = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
     return take(data, np.flatnonzero(~inside)), take(data, np.flatnonzero(inside))
 
 
@@ -263,8 +256,8 @@ def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDatase
     """All rows of both, made under the same rules. Sources are named, and rows numbered, as in `mix`."""
     k = max(first.responses_per_prompt, drawn.responses_per_prompt)
     first, drawn = (_widened(_named(data), k) for data in (first, drawn))
-    drawn = replace(drawn, row_numbers=drawn.row_numbers + first.rows_read)
-    names = [name for name in EXTRAS if name in first.extras or name in drawn.extras]
+    drawn = replace(drawn, row_numbers=drawn.row_numbers + max(first.rows_read, int(first.row_numbers.max())))
+    names = sorted({*first.extras, *drawn.extras})
 
     def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
         return None if a is None or b is None else np.concatenate([a, b])
@@ -272,12 +265,14 @@ def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDatase
     labels = {n: np.concatenate([v, (drawn.labels or {})[n]]) for n, v in (first.labels or {}).items()}
     return replace(
         first,
-        prompts=_joined(first.prompts, drawn.prompts),
-        responses=_joined(first.responses, drawn.responses),
+        prompts=joined_ragged(first.prompts, drawn.prompts),
+        responses=joined_ragged(first.responses, drawn.responses),
+        formats=None if first.formats is None or drawn.formats is None else joined_ragged(first.formats, drawn.formats),
         row_numbers=np.concatenate([first.row_numbers, drawn.row_numbers]),
         extras={name: [*_column(first, name), *_column(drawn, name)] for name in names},
         dropped=first.dropped + drawn.dropped,
         rows_read=first.rows_read + drawn.rows_read,
+        used_columns=tuple(sorted({*first.used_columns, *drawn.used_columns})),
         unused_columns=tuple(sorted({*first.unused_columns, *drawn.unused_columns})),
         source=f"{first.source} + {drawn.source}",
         cuts=first.cuts + drawn.cuts,
@@ -285,10 +280,6 @@ def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDatase
         ranks=joined(first.ranks, drawn.ranks),
         labels=labels or None,
     )
-
-
-def _joined(a: Ragged, b: Ragged) -> Ragged:
-    return Ragged(np.concatenate([a.values, b.values]), np.concatenate([a.starts, a.starts[-1] + b.starts[1:]]))
 
 
 def _column(data: PreferenceDataset, name: str) -> list[Any]:
@@ -303,6 +294,8 @@ def _named(data: PreferenceDataset) -> PreferenceDataset:
 def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:
     """The same rows with K = k: absent responses at the end."""
     own = data.responses_per_prompt
+    if own == k:
+        return data
     n, more = len(data), k - own
     ranks = np.broadcast_to(np.arange(own, dtype=np.int32), (n, own)) if data.ranks is None else data.ranks
     responses = [data.responses[i * own + j] if j < own else _NONE for i in range(n) for j in range(k)]

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,9 @@ from dpo_jax.data.encode import ConversationEncoder, Rendered, cut_of, truncate
 from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from dpo_jax.data.row_mixture import RowMixture
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,28 @@ class Ragged:
         return np.diff(self.starts)
 
 
+def joined_ragged(a: Ragged, b: Ragged) -> Ragged:
+    """The sequences of both."""
+    return Ragged(np.concatenate([a.values, b.values]), np.concatenate([a.starts, a.starts[-1] + b.starts[1:]]))
+
+
+def held_out(prompts: Sequence[np.ndarray], share: float, seed: int, source: str) -> np.ndarray:
+    """bool [N], True for the rows of about `share` of the prompts: rows of one prompt stay together.
+
+    `prompts`: the ids of each row's. Which of them depends on the seed. Raises `InputError` where one side would be
+    empty.
+    """
+    keys = [hashlib.sha256(f"{seed} ".encode() + prompt.tobytes()).digest() for prompt in prompts]
+    different = sorted(set(keys))
+    count = round(share * len(different))
+    if not 0 < count < len(different):
+        raise InputError(
+            f"{source}: a share of {share:g} of {len(different)} prompts leaves one side empty; change the share"
+        )
+    held = set(different[:count])
+    return np.asarray([key in held for key in keys])
+
+
 @dataclass(frozen=True)
 class PreferenceDataset:
     """N preference groups: a prompt and K responses each (K index 0 chosen, 1 rejected, from 2 on mismatched for KTO).
@@ -63,6 +88,7 @@ class PreferenceDataset:
       source: what was read.
       cuts: what the length limits cut off each of the N rows; empty where nobody measured it.
       reference_logps: float32 [N, K], or None.
+      mixture: the sources it was joined from, where they were several.
       margins, ranks, labels: see `PreferenceBatch`, for N rows; None where nobody asked.
     """
 
@@ -82,6 +108,7 @@ class PreferenceDataset:
     ranks: np.ndarray | None = None
     labels: dict[str, np.ndarray] | None = None
     used_columns: tuple[str, ...] = ()
+    mixture: "RowMixture | None" = None
     problems: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -225,7 +252,7 @@ def load_preferences(
         cuts=tuple(cuts),
         problems=problems,
     )
-    return _with_mismatched(dataset, config.max_length) if with_mismatched else dataset
+    return with_mismatched_responses(dataset, config.max_length) if with_mismatched else dataset
 
 
 def partners(prompts: Ragged) -> np.ndarray | None:
@@ -250,7 +277,7 @@ def partners(prompts: Ragged) -> np.ndarray | None:
     return partner
 
 
-def _with_mismatched(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
+def with_mismatched_responses(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
     """Add to each row the responses of a row that has another prompt, cut to `max_length` with this prompt.
 
     All responses of all rows serve so, once each (see `partners`), as the paper has it and TRL does: K becomes 3 where

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpo_jax.data.batches import BucketPlan, RowBatch, collate, epoch_batches, plan_buckets
 from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.row_mixture import mixture_identity
 from dpo_jax.data.steps_loader import StepsLoader, check_seed, run_length
 from dpo_jax.types import PreferenceBatch
 
@@ -88,10 +89,13 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         self.plan = plan = plan_buckets(
             dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
         )
-        self._dataset, self._batch_size = dataset, batch_size
-        self._epoch = functools.lru_cache(maxsize=2)(
-            lambda epoch: epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)
-        )
+        self._dataset, self._batch_size, self._mixture = dataset, batch_size, dataset.mixture
+
+        def batches_of(epoch: int) -> list[RowBatch]:
+            drawn = None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
+            return epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=drawn)
+
+        self._epoch = functools.lru_cache(maxsize=2)(batches_of)
         steps_per_epoch = math.ceil(len(dataset) / batch_size)
         super().__init__(
             self._batch_of,
@@ -104,6 +108,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
                 "seed": seed,
                 "shuffle": shuffle,
                 "shapes": [list(shape) for shape in plan.shapes],
+                **mixture_identity(self._mixture),
             },
             start_step=start_step,
             workers=workers,
@@ -118,7 +123,13 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         return collate(self._dataset, batch.indices, self.plan.shapes[batch.bucket], self._batch_size)
 
     def every_row(self) -> IndexedBatches:
-        """The batches of the first epoch, as far as the run goes: each row that it will ever see, once."""
+        """Batches of each row that the run will ever see, once: those of its first epoch, where that holds them."""
+        if self._mixture is not None and self._mixture.weights is not None:
+            seen = np.zeros(len(self._dataset), bool)
+            for step in range(self.total_steps):
+                seen[self._rows_of(step).indices] = True
+            nothing = IndexedBatches(self._dataset, self.plan, self._batch_size, [])
+            return nothing.of(np.flatnonzero(seen))
         steps = min(self.total_steps, self.steps_per_epoch)
         many = [self._rows_of(step) for step in range(steps)]
         return IndexedBatches(self._dataset, self.plan, self._batch_size, many)
@@ -126,10 +137,16 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
     def summary(self) -> str:
         """One line for the log: batch shapes and padding."""
         shapes = ", ".join(f"{p}+{r}" for p, r in self.plan.shapes)
-        return (
+        lines = [
             f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; batch shapes (prompt+response tokens) "
             f"{shapes}; {self.plan.padding:.2f} padded tokens for each real one"
-        )
+        ]
+        return "\n".join([*lines, *(f"{name}: {told}" for name, told in self.told())])
+
+    def told(self) -> list[tuple[str, str]]:
+        """(source, what the run takes of it), where there are several."""
+        rows = round(self.total_steps * len(self._dataset) / self.steps_per_epoch)
+        return [] if self._mixture is None else self._mixture.told(rows)
 
 
 def eval_batches(dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16) -> IndexedBatches:

@@ -55,8 +55,11 @@ class WindowPlan(Protocol):
         """Tokens of an epoch's windows / real tokens, at least 1."""
         ...
 
-    def epoch(self, seed: int, epoch: int, *, shuffle: bool) -> list[WindowBatch]:
-        """The batches of an epoch, in order; without `shuffle` the same in all."""
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        """The batches of an epoch, in order; without `shuffle` the same in all.
+
+        `order`: int64 [N], the sequences that a mixture draws for this epoch (see `row_mixture.py`).
+        """
         ...
 
 
@@ -92,7 +95,10 @@ class PackedPlan:
     def sizes(self) -> tuple[int, ...]:
         return (self.size,)
 
-    def epoch(self, seed: int, epoch: int, *, shuffle: bool) -> list[WindowBatch]:
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        if order is not None:  # sequence i of this plan, which was made for the lengths of such a draw, is order[i]
+            windows = self.epoch(seed, epoch, shuffle=shuffle)
+            return [WindowBatch(size, [order[window] for window in many]) for size, many in windows]
         n, count = len(self.classes), len(self.starts) - 1
         order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
         longest_first = order[np.argsort(-self.classes[order], kind="stable")]
@@ -127,8 +133,8 @@ class PaddedPlan:
     def padding(self) -> float:
         return self.buckets.padding
 
-    def epoch(self, seed: int, epoch: int, *, shuffle: bool) -> list[WindowBatch]:
-        batches = epoch_batches(self.buckets, self.batch_size, seed=seed, epoch=epoch, shuffle=shuffle)
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        batches = epoch_batches(self.buckets, self.batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=order)
         return [WindowBatch(self.sizes[bucket], list(rows[:, None])) for bucket, rows in batches]
 
 

@@ -2,17 +2,21 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
-from dpo_jax.data.dataset import Ragged
+from dpo_jax.data.dataset import Ragged, held_out, joined_ragged
 from dpo_jax.data.dialogues import COLUMNS, RENDERED, parse_dialogue
 from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
 from dpo_jax.data.problems import BadRow
+
+if TYPE_CHECKING:
+    from dpo_jax.data.row_mixture import RowMixture
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class SequenceDataset:
       cut: how many sequences lost their end to the length limit.
       used_columns, unused_columns: columns of the file that are read, in words, and that nothing reads.
       terminators: ids that end an answer.
+      mixture: the sources it was joined from, where they were several.
       problems: what was left out, in words.
     """
 
@@ -42,6 +47,7 @@ class SequenceDataset:
     unused_columns: tuple[str, ...] = ()
     terminators: tuple[int, ...] = ()
     used_columns: tuple[str, ...] = ()
+    mixture: "RowMixture | None" = None
     problems: str = field(default="", repr=False)
 
     def __len__(self) -> int:
@@ -134,4 +140,43 @@ def load_dialogues(
         unused_columns=rows.unused(COLUMNS, rendered=RENDERED, writes=encoder.writes),
         terminators=encoder.terminators,
         problems=problems,
+    )
+
+
+def take_sequences(data: SequenceDataset, rows: np.ndarray) -> SequenceDataset:
+    """The rows at the positions `rows`, in that order. What was left out of the file, and cut, stays told."""
+    return replace(
+        data,
+        tokens=Ragged.of([data.tokens[i] for i in rows], np.int32),
+        targets=Ragged.of([data.targets[i] for i in rows], bool),
+        row_numbers=data.row_numbers[rows],
+    )
+
+
+def split_sequences(data: SequenceDataset, share: float, seed: int) -> tuple[SequenceDataset, SequenceDataset]:
+    """(the rest, about `share` of the prompts): dialogues that begin alike, up to the first answer, stay together.
+
+    (Where all tokens are learnt there is no such beginning, and equal dialogues stay together.) Raises `InputError`
+    where one side would be empty.
+    """
+    firsts = [int(data.targets[i].argmax()) for i in range(len(data))]
+    prompts = [data.tokens[i][:first] if first > 1 else data.tokens[i] for i, first in enumerate(firsts)]
+    inside = held_out(prompts, share, seed, data.source)
+    return take_sequences(data, np.flatnonzero(~inside)), take_sequences(data, np.flatnonzero(inside))
+
+
+def join_sequences(first: SequenceDataset, second: SequenceDataset) -> SequenceDataset:
+    """All rows of both; those of `second` are numbered on from those of `first`."""
+    behind = max(first.rows_read, int(first.row_numbers.max()))
+    return replace(
+        first,
+        tokens=joined_ragged(first.tokens, second.tokens),
+        targets=joined_ragged(first.targets, second.targets),
+        row_numbers=np.concatenate([first.row_numbers, second.row_numbers + behind]),
+        dropped=first.dropped + second.dropped,
+        rows_read=first.rows_read + second.rows_read,
+        source=f"{first.source} + {second.source}",
+        cut=first.cut + second.cut,
+        used_columns=tuple(sorted({*first.used_columns, *second.used_columns})),
+        unused_columns=tuple(sorted({*first.unused_columns, *second.unused_columns})),
     )

@@ -38,25 +38,27 @@ PERIOD = 100_000
 # ---------------------------------------------------------------- sources and weights
 
 
-def parse_sources(text: str) -> list[tuple[str, float | None]]:
+def parse_sources(text: str, option: str = "--data") -> list[tuple[str, float | None]]:
     """`a.jsonl:0.7,b.txt:0.3` -> sources with their weights; a source without a number behind it has None.
+
+    (What exists under its whole name, a colon or a comma in it, is a source of that name.) `option` is for messages.
 
     Raises `InputError` for a weight that is not a positive number, that only some of the sources have, or that a lone
     source has.
     """
     if Path(text).expanduser().exists():
         return [(text, None)]
-    sources = [_source(part.strip()) for part in text.split(",")]
+    sources = [_source(part.strip(), option) for part in text.split(",")]
     weighted = [weight is not None for _, weight in sources]
     if any(weighted) and not all(weighted):
         name = sources[weighted.index(False)][0]
-        raise InputError(f"--data {text}: {name} has no weight and others have; write {name}:WEIGHT, or none at all")
+        raise InputError(f"{option} {text}: {name} has no weight and others have; write {name}:WEIGHT, or none at all")
     if weighted == [True]:
-        raise InputError(f"--data {text}: the weight has no effect, there is one source; leave it out")
+        raise InputError(f"{option} {text}: the weight has no effect, there is one source; leave it out")
     return sources
 
 
-def _source(part: str) -> tuple[str, float | None]:
+def _source(part: str, option: str) -> tuple[str, float | None]:
     name, colon, tail = part.rpartition(":")
     if not colon or Path(part).expanduser().exists():
         return part, None
@@ -65,7 +67,7 @@ def _source(part: str) -> tuple[str, float | None]:
     except ValueError:  # `owner/name:split`, `tfds:folder`
         return part, None
     if not (0 < weight < math.inf):
-        raise InputError(f"--data {part}: the weight {tail} must be a positive number; leave the source out instead")
+        raise InputError(f"{option} {part}: the weight {tail} must be a positive number; leave the source out instead")
     return name, weight
 
 
@@ -105,6 +107,12 @@ class Mixture:
         period, at = divmod(i, PERIOD)
         source = int(self._source[at])
         return source, period * int(self.counts[source]) + int(self._number[at])
+
+    def at(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`self[i]` of many at once: int64 [n], int64 [n]."""
+        period, at = np.divmod(i, PERIOD)
+        source = self._source[at].astype(np.int64)
+        return source, period * self.counts[source] + self._number[at]
 
     def drawn(self, windows: int) -> np.ndarray:
         """int64 [S]: how many of the first `windows` windows come from each source."""

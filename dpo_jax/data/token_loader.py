@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_jax.data.packing import WindowBatch, WindowPlan, collate, plan_windows
+from dpo_jax.data.row_mixture import mixture_identity
 from dpo_jax.data.sequences import SequenceDataset
 from dpo_jax.data.steps_loader import StepsLoader, check_seed, run_length
 from dpo_jax.types import TokenBatch
@@ -61,7 +62,8 @@ class TokenLoader(StepsLoader[TokenBatch]):
         dataset: the sequences.
         batch_size: windows a batch, over all devices and processes.
         seed: of the shuffle, at least 0.
-        window: tokens of a window to pack sequences into; None: one sequence a window, in `buckets` sizes.
+        window: tokens of a window to pack sequences into; None: one sequence a window, in `buckets` sizes. Of sources
+          with weights every epoch packs what was drawn for the first one, so that all have the same windows.
         shuffle: a new order every epoch, and new company in the windows; else the same in all.
         buckets, multiple: see `packing.plan_windows`.
         epochs, steps: length of the run; exactly one of them (default: one epoch).
@@ -71,11 +73,18 @@ class TokenLoader(StepsLoader[TokenBatch]):
         Raises `InputError` where a sequence is longer than the window.
         """
         check_seed(seed)
+        self._dataset, self._batch_size, self._mixture = dataset, batch_size, dataset.mixture
+        drawn = self._drawn(0, seed, shuffle) if window is not None else None
+        lengths = dataset.lengths if drawn is None else dataset.lengths[drawn]
         self.plan = plan = plan_windows(
-            dataset.lengths, window=window, batch_size=batch_size, buckets=buckets, multiple=multiple
+            lengths, window=window, batch_size=batch_size, buckets=buckets, multiple=multiple
         )
-        self._dataset, self._batch_size = dataset, batch_size
-        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: plan.epoch(seed, epoch, shuffle=shuffle))
+
+        def windows_of(epoch: int) -> list[WindowBatch]:
+            order = self._drawn(epoch, seed, shuffle) if window is None else drawn
+            return plan.epoch(seed, epoch, shuffle=shuffle, order=order)
+
+        self._epoch = functools.lru_cache(maxsize=2)(windows_of)
         super().__init__(
             self._batch_of,
             holds=self._holds,
@@ -88,10 +97,14 @@ class TokenLoader(StepsLoader[TokenBatch]):
                 "shuffle": shuffle,
                 "packed": window is not None,
                 "windows": list(plan.sizes),
+                **mixture_identity(self._mixture),
             },
             start_step=start_step,
             workers=workers,
         )
+
+    def _drawn(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray | None:
+        return None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
 
     def _windows_of(self, step: int) -> WindowBatch:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -106,13 +119,19 @@ class TokenLoader(StepsLoader[TokenBatch]):
         return f"rows {self._dataset.row_numbers[np.concatenate(self._windows_of(step).windows)].tolist()}"
 
     def summary(self) -> str:
-        """One line for the log: window sizes and padding."""
+        """For the log: window sizes and padding; of several sources, what the run takes of each."""
         sizes = ", ".join(map(str, self.plan.sizes))
-        return (
+        line = (
             f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; windows of {sizes} tokens with at most "
             f"{self.plan.sequences} sequence{'s' * (self.plan.sequences > 1)}; "
             f"{self.plan.padding:.2f} tokens with padding for each real one"
         )
+        return "\n".join([line, *(f"{name}: {told}" for name, told in self.told())])
+
+    def told(self) -> list[tuple[str, str]]:
+        """(source, what the run takes of it), where there are several."""
+        rows = round(self.total_steps * len(self._dataset) / self.steps_per_epoch)
+        return [] if self._mixture is None else self._mixture.told(rows)
 
 
 def eval_windows(

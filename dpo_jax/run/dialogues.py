@@ -1,12 +1,14 @@
 """What `dpo-jax sft` learns from: dialogues, packed into windows or one in each. Of plain text: see `texts.py`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
-from dpo_jax.data.sequences import SequenceDataset, load_dialogues
+from dpo_jax.data.row_mixture import read_mixture
+from dpo_jax.data.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.run import report
@@ -31,16 +33,38 @@ class Dialogues:
         cls, config: SFTRun, source: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
     ) -> "Dialogues":
         """Read and tokenise them. Raises `InputError`, also for dialogues longer than the model's context."""
-        data = load_dialogues(
-            source,
-            tokenizer,
-            config.data,
-            train_on=config.data.train_on,
-            vocab_size=architecture.vocab_size,
-            on_bad_rows=config.on_bad_rows,
-        )
-        check_context(data.source, data.row_numbers, data.lengths, architecture)
-        return cls(config, data)
+        return cls(config, cls._read(config, source, tokenizer, architecture, option="--eval_data", weighted=False)[0])
+
+    @classmethod
+    def load_both(
+        cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "tuple[Dialogues, Dialogues | None]":
+        """Those of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`."""
+        data, held = cls._read(config, config.source, tokenizer, architecture, holdout=config.holdout)
+        if config.eval_source is not None:
+            return cls(config, data), cls.load(config, config.eval_source, tokenizer, architecture)
+        return cls(config, data), None if held is None else cls(config, held)
+
+    @staticmethod
+    def _read(
+        config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig, **mixture: Any
+    ) -> tuple[SequenceDataset, SequenceDataset | None]:
+        def read(source: str) -> SequenceDataset:
+            data = load_dialogues(
+                source,
+                tokenizer,
+                config.data,
+                train_on=config.data.train_on,
+                vocab_size=architecture.vocab_size,
+                on_bad_rows=config.on_bad_rows,
+            )
+            check_context(data.source, data.row_numbers, data.lengths, architecture)
+            return data
+
+        def split(data: SequenceDataset) -> tuple[SequenceDataset, SequenceDataset]:
+            return split_sequences(data, config.holdout or 0.0, config.train.seed)
+
+        return read_mixture(words, read, join_sequences, split=split, **mixture)
 
     @property
     def fingerprint(self) -> str:
@@ -89,10 +113,11 @@ class Dialogues:
 
     def sections(self, title: str, *, steps: int | None = None) -> list[report.Section]:
         """What was read, what was left out and why, how long the sequences are and how much of them the loss counts."""
-        del steps
         data = self.data
         lengths: dict[str, np.ndarray] = {"dialogue": data.lengths, "in the loss": data.target_lengths}
-        counts = [("rows read", data.rows_read), ("rows used", len(data)), ("rows cut at their end", data.cut)]
+        counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
+        counts += [] if steps is None else self.loader(steps=steps, epochs=None).told()
+        counts.append(("rows cut at their end", data.cut))
         counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
         counts += [("tokens", int(data.lengths.sum())), ("tokens in the loss", int(data.target_lengths.sum()))]
         section = report.Section(

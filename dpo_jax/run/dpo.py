@@ -1,7 +1,7 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, DPOLossConfig, DPORun
 from dpo_jax.data import cuts
-from dpo_jax.data.dataset import PreferenceDataset, load_preferences
+from dpo_jax.data.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
@@ -24,7 +24,7 @@ from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import Training, check_context, preference_loader, read_architecture
+from dpo_jax.run.training import Training, check_context, preference_loader, read_architecture, read_preferences
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 
@@ -47,8 +47,7 @@ def train(config: DPORun) -> Path:
     vocabulary = architecture.vocab_size
     if config.reference is not None:
         vocabulary = min(vocabulary, read_architecture(config.reference).vocab_size)
-    data = _load_data(config, config.source, tokenizer, vocabulary)
-    heldout = None if config.eval_source is None else _load_data(config, config.eval_source, tokenizer, vocabulary)
+    data, heldout = _load_data(config, tokenizer, vocabulary)
     for dataset in (data, heldout):
         if dataset is not None:
             check_lengths(dataset, architecture)
@@ -108,7 +107,8 @@ def train(config: DPORun) -> Path:
         title="DPO run",
         summary=f"{config.model}, aligned with {config.source} in {planned.total_steps} steps ({config.dpo.loss}).",
         sections=[
-            data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
+            data_section("Data", data, planned.told()),
+            *([] if heldout is None else [data_section("Evaluation data", heldout)]),
         ],
         terminators=data.terminators,
     )
@@ -146,18 +146,28 @@ def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig) -> None
 # ---------------------------------------------------------------- loading
 
 
-def _load_data(config: DPORun, source: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreferenceDataset:
+def _load_data(
+    config: DPORun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """What to train on, and what is held out."""
     unpaired = config.dpo.loss == "kto"
-    return load_preferences(
-        source,
-        tokenizer,
-        config.data,
-        on_bad_rows=config.on_bad_rows,
-        vocab_size=vocabulary,
-        with_mismatched=unpaired,
-        with_format_masks=config.dpo.mask_format_tokens,
-        needs_pairs=not unpaired,
-    )
+
+    def read(source: str) -> PreferenceDataset:
+        return load_preferences(
+            source,
+            tokenizer,
+            config.data,
+            on_bad_rows=config.on_bad_rows,
+            vocab_size=vocabulary,
+            with_format_masks=config.dpo.mask_format_tokens,
+            needs_pairs=not unpaired,
+        )
+
+    data, heldout = read_preferences(config, read)
+    if unpaired:  # after rows were held out: a response to another prompt is one of the same side
+        data = with_mismatched_responses(data, config.data.max_length)
+        heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)
+    return data, heldout
 
 
 def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
@@ -194,14 +204,18 @@ def _fixed_part(config: DPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- report
 
 
-def data_section(title: str, data: PreferenceDataset) -> report.Section:
-    """What was read, what was left out and why, and how long the texts are."""
+def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str, str]] = ()) -> report.Section:
+    """What was read, what was left out and why, and how long the texts are.
+
+    `taken`: (source, what the run takes of it), where there are several.
+    """
     responses = data.response_lengths
     lengths: dict[str, np.ndarray] = {"prompt": data.prompt_lengths}
     lengths |= {
         name: column[column > 0] for name, column in (("chosen", responses[:, 0]), ("rejected", responses[:, 1]))
     }
-    counts = [("rows read", data.rows_read), ("rows used", len(data)), *cuts.counts(data.cuts)]
+    counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
+    counts += [*taken, *cuts.counts(data.cuts)]
     counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
     return report.Section(
         title,

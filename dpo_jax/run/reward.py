@@ -16,7 +16,7 @@ from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.flops import ModelFlops, reward_flops
 from dpo_jax.run.heldout_rewards import evaluator
 from dpo_jax.run.log import Row, read_metrics
-from dpo_jax.run.training import Training, preference_loader
+from dpo_jax.run.training import Training, preference_loader, read_preferences
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 
@@ -83,9 +83,10 @@ def train(config: RewardRun) -> Path:
         summary=f"{config.model}, trained on {data.source} in {planned.total_steps} steps"
         f" (margin {config.reward.margin}). {_progress(rows)}".rstrip(),
         sections=[
-            data_section(title, d) for title, d in (("Data", data), ("Evaluation data", heldout)) if d is not None
-        ]
-        + _groups(rows),
+            data_section("Data", data, planned.told()),
+            *([] if heldout is None else [data_section("Evaluation data", heldout)]),
+            *_groups(rows),
+        ],
         classes=step_config.heads,
     )
 
@@ -111,16 +112,17 @@ def _data(
             source, tokenizer, config.data, config.reward, vocab_size=vocabulary, on_bad_rows=config.on_bad_rows
         )
 
+    data, heldout = read_preferences(config, load)
+    if config.mix_source is None:
+        return data, heldout
+    if data.mixture is not None:
+        raise InputError(f"--mix_data beside several files in --data {config.source}: give it a weight among them")
     seed, share = config.train.seed, MIX if config.mix is None else config.mix
-    parts = [load(config.source)] + ([] if config.mix_source is None else [load(config.mix_source)])
-    heldout = None
-    if config.holdout is not None:
-        split = [split_by_prompt(part, config.holdout, seed) for part in parts]
-        parts, held = [rest for rest, _ in split], [part for _, part in split]
-        heldout = held[0] if len(held) == 1 else join(held[0], held[1])
-    elif config.eval_source is not None:
-        heldout = load(config.eval_source)
-    return parts[0] if len(parts) == 1 else mix(parts[0], parts[1], share, seed), heldout
+    second = load(config.mix_source)
+    if config.holdout is not None and heldout is not None:
+        second, held = split_by_prompt(second, config.holdout, seed)
+        heldout = join(heldout, held)
+    return mix(data, second, share, seed), heldout
 
 
 # ---------------------------------------------------------------- report

@@ -31,11 +31,9 @@ def train(config: SFTRun) -> Path:
     architecture, tokenizer = training.read_model_shape()
     config = training.config
     material = Texts if config.data.kind == "text" else Dialogues
-    data = material.load(config, config.source, tokenizer, architecture)
+    data, heldout = material.load_both(config, tokenizer, architecture)
     training.say(data.summary())
-    heldout = None
-    if config.eval_source is not None:
-        heldout = material.load(config, config.eval_source, tokenizer, architecture)
+    if heldout is not None:
         training.say(heldout.summary())
     windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
 

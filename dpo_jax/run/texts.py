@@ -57,6 +57,15 @@ class Texts:
         )
         return cls(config, sources, tuple(weight for _, weight in named))
 
+    @classmethod
+    def load_both(
+        cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "tuple[Texts, Texts | None]":
+        """The documents of `--data`, and those of `--eval_data`."""
+        data = cls.load(config, config.source, tokenizer, architecture)
+        held = None if config.eval_source is None else cls.load(config, config.eval_source, tokenizer, architecture)
+        return data, held
+
     @property
     def fingerprint(self) -> str:
         """Of all documents; what is made of them, the position of the loader tells."""

@@ -25,9 +25,11 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, HoldoutRun, LoraConfig, TrainingRun
+from dpo_jax.data.comparison_sets import join, split_by_prompt
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import PreferenceLoader
+from dpo_jax.data.row_mixture import read_mixture
 from dpo_jax.data.templates import RAW, ChatTemplate
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
@@ -310,6 +312,22 @@ def preference_loader(
         epochs=epochs,
         workers=config.data.workers,
     )
+
+
+def read_preferences(
+    config: HoldoutRun, read: Callable[[str], PreferenceDataset]
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """All rows of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
+
+    `read`: one source. Raises `InputError`, for weights that are wrong too.
+    """
+    seed, share = config.train.seed, config.holdout
+    data, heldout = read_mixture(
+        config.source, read, join, holdout=share, split=lambda rows: split_by_prompt(rows, share or 0.0, seed)
+    )
+    if config.eval_source is not None:
+        heldout, _ = read_mixture(config.eval_source, read, join, option="--eval_data", weighted=False)
+    return data, heldout
 
 
 def check_context(source: str, row_numbers: np.ndarray, lengths: np.ndarray, architecture: LlamaConfig) -> None:
