@@ -21,7 +21,10 @@ def total(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
 
 
 def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the masked-in positions, a scalar. NaN if there are none: an all-masked batch is a mistake."""
+    """Mean over the masked-in positions, a scalar. NaN if there are none: an all-masked batch is a mistake.
+
+    A figure that a batch may lack by right is told from that by its weight: see `align/figures.py`.
+    """
     return total(x, mask) / jnp.sum(mask.astype(jnp.float32))
 
 
