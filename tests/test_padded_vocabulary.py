@@ -91,8 +91,8 @@ def narrow(tmp_path: Path) -> Path:
     backend.add_special_tokens(["<pad>"])
     backend.add_tokens(["<word>"])
     backend.save(str(folder / "tokenizer.json"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, entry in ("tokenizer_config.json", {"pad_token": "<pad>"}), ("config.json", {"pad_token_id": 320}):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | entry))
     return folder
 
 
@@ -107,6 +107,7 @@ def test_ids_past_the_embedding_stop_a_model_only_where_they_are_used(
     assert "token '<pad>' (id 320) and 1 more: the embedding has 320 rows" in caplog.text
     dpo_jax.save_pretrained(tmp_path / "again", model, variables, tokenizer, source=narrow)
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (narrow / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["pad_token_id"] is None
     ids = ConversationEncoder(tokenizer, None).prompt_ids("a <word>")
     assert max(ids) == 321
     with pytest.raises(InputError, match=r"token id 321, and the model's vocabulary is 0\.\.319"):

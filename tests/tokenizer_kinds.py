@@ -115,7 +115,7 @@ def _mistral(model: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 def _byte_level(steps: list[Any], specials: tuple[str, ...], **options: Any) -> Tokenizer:
     backend = Tokenizer(models.BPE(**options))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
@@ -159,6 +159,12 @@ def _qwen(_: Path | None) -> tuple[Tokenizer, dict[str, Any]]:
     return backend, {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "extra_special_tokens": [special[3]]}
 
 
+def _gpt2(_: Path | None) -> tuple[Tokenizer, dict[str, Any]]:
+    """GPT-2's pipeline alone, with a space before the text, of which tokenizer_config.json does not speak."""
+    backend = _byte_level([pre_tokenizers.ByteLevel(add_prefix_space=True)], ("<|endoftext|>",))
+    return backend, {"tokenizer_class": "GPT2Tokenizer"}
+
+
 PIECES: dict[str, Callable[[Path], tuple[Tokenizer, dict[str, Any]]]] = {
     "llama2": _llama2,
     "tinyllama": _tinyllama,
@@ -168,6 +174,7 @@ BYTE_LEVEL: dict[str, Callable[[Path | None], tuple[Tokenizer, dict[str, Any]]]]
     "llama3": _llama3,
     "smollm2": _smollm2,
     "qwen": _qwen,
+    "gpt2": _gpt2,
 }
 
 

@@ -1,5 +1,6 @@
 """Hugging Face model folders: config.json, safetensors, generation_config.json."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -91,6 +92,8 @@ def write_configs(
 
     `terminators`: see `write_generation`.
     """
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config = dataclasses.replace(config, pad_token_id=None)  # transformers cannot make an embedding with such a row
     raw = to_hf(config)
     extras: dict[str, Any] = {}
     if source is not None and (source / "config.json").is_file():

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from dpo_jax.headers import read_json
 from dpo_jax.weights.huggingface import write_json
@@ -50,8 +50,9 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> 
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         saved["chat_template"] = template
-    # Version 4 sets the switch of a ByteLevel pre-tokenizer to what is written here, or to false.
-    saved["add_prefix_space"] = bool(getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", False))
+    cut = tokenizer.backend_tokenizer.pre_tokenizer
+    if isinstance(cut, pre_tokenizers.ByteLevel):
+        saved["add_prefix_space"] = cut.add_prefix_space  # version 4 sets the switch to what stands here, or to false
     write_json(folder / CONFIG, readable(saved))
     original = Path(tokenizer.name_or_path or "") / JSON
     if original.is_file() and _deciding(tokenizer.backend_tokenizer) == _deciding(Tokenizer.from_file(str(original))):
