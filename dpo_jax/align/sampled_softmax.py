@@ -22,6 +22,7 @@ from flax import struct
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Proposal
 from dpo_jax.model.logprobs import by_chunks, chunk_length, logits_of
+from dpo_jax.model.products import read, rounded, take
 
 
 @struct.dataclass
@@ -60,7 +61,7 @@ def sampled_logps(
 
     Args:
       hidden: [N, R, D], the states that predict the targets.
-      unembedding: [D, V], in the dtype of `hidden`.
+      unembedding: [D, V]; read in the dtype of `hidden`.
       targets: int32 [N, R].
       negatives: the same for all positions.
       budget_bytes: memory a device may spend on one chunk of logits.
@@ -69,8 +70,9 @@ def sampled_logps(
       float32 [N, R], in nats.
     """
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
-    sample = meshes.constrain(jnp.take(unembedding, negatives.ids, axis=1), (None, None))
-    own = jnp.take(unembedding.T, targets, axis=0)
+    head = rounded(unembedding, hidden.dtype)
+    sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
+    own = read(take(jax.tree.map(jnp.transpose, head), targets, axis=0))
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
     def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:

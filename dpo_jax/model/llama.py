@@ -25,7 +25,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import attention, narrow
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.model.cache import Cache, Caches, count_slots
-from dpo_jax.model.products import SAVED, matmul, precision
+from dpo_jax.model.products import SAVED, matmul, precision, scaled, shifted
 
 _REMAT_POLICIES: dict[Remat, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        return scaled(x.astype(self.dtype), scale)
 
 
 class Linear(nn.Module):
@@ -92,7 +92,7 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
             y = matmul(x.astype(self.dtype), kernel)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = shifted(y, self.param("bias", nn.initializers.zeros, (self.features,)))
         adapted = self.lora.rank > 0 and self.name in self.lora.targets
         if adapted and (self.is_initializing() or self.has_variable("adapters", "lora_a")):
             rank, bound = self.lora.rank, 1 / math.sqrt(width)
@@ -310,20 +310,20 @@ class Llama(nn.Module):
         return x, None if cache is None else tuple(after)
 
     def unembedding(self) -> jax.Array:
-        """The output matrix [D, V] in `dtype`: the transposed embedding where they are tied.
+        """The output matrix [D, V], as it is kept: the transposed embedding where they are tied.
 
+        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`).
         Raises `InputError` for a reward model, which has none.
         """
         if self.config.num_labels:
             raise InputError("this model is a reward model: it scores texts, and has no output matrix to write them")
-        kernel = self.embed_tokens.value.T if self.config.tie_embeddings else self.lm_head.value
-        return kernel.astype(self.dtype)
+        return self.embed_tokens.value.T if self.config.tie_embeddings else self.lm_head.value
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
         if "lm_head" in self.variables.get("narrow", {}):
             return narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
-        matrix, spec = self.unembedding(), "...d,dv->...v"
+        matrix, spec = self.unembedding().astype(self.dtype), "...d,dv->...v"
         if self.config.tie_embeddings:
             # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
             matrix, spec = matrix.T, "...d,vd->...v"

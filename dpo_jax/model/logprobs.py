@@ -2,7 +2,8 @@
 
     log p(y_t | y_<t) = z_t[y_t] - logsumexp(z_t),   z_t = h_t W / temperature
 
-The logits z are made for one chunk of positions at a time, forwards, and made again for that chunk backwards.
+The logits z are made for one chunk of positions at a time, forwards, and made again for that chunk backwards. The
+gradient of W is summed over the chunks in float32, whatever the hidden states are in.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import mesh as meshes
-from dpo_jax.model.products import matmul
+from dpo_jax.model.products import Rounded, Weight, matmul, rounded
 
 
 @struct.dataclass
@@ -64,7 +65,23 @@ def by_chunks(f: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, chunks * size)[:, :length], pieces)
 
 
-def logits_of(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+def head_of(unembedding: jax.Array, dtype: Any) -> Weight:
+    """The output matrix [D, V] for products with hidden states of `dtype`, chunk by chunk.
+
+    Its values are gathered over the devices here, once, not once a chunk. A float32 gradient beside bfloat16 values
+    stays split as the matrix is: it is twice as large.
+    """
+    head = rounded(unembedding, dtype)
+    if isinstance(head, Rounded):
+        values, master = (
+            meshes.constrain(head.values, (None, "vocab")),
+            meshes.constrain(head.master, ("embed", "vocab")),
+        )
+        return Rounded(values, master)
+    return meshes.constrain(head, (None, "vocab"))
+
+
+def logits_of(hidden: jax.Array, unembedding: Weight) -> jax.Array:
     """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
     return matmul(hidden, unembedding, jnp.float32)
 
@@ -92,7 +109,7 @@ def token_logps(
 
     Args:
       hidden: [N, R, D], the states that predict the targets.
-      unembedding: [D, V], in the dtype of `hidden`.
+      unembedding: [D, V]; read in the dtype of `hidden`.
       targets: int32 [N, R].
       temperature: divides the logits; positive.
       vocabulary: ids from here on have no part in the distribution; None: all have.
@@ -107,8 +124,8 @@ def token_logps(
         z = _of_text(meshes.constrain(z, ("batch", "length", "vocab")), vocabulary)
         return _at(z, y) - jax.nn.logsumexp(z, axis=-1)
 
-    kernel = meshes.constrain(unembedding, (None, "vocab"))  # gathered once here, not once a chunk
-    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    kernel = head_of(unembedding, hidden.dtype)
+    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
     return by_chunks(chunk, size, hidden, targets)
 
 
@@ -132,8 +149,8 @@ def token_scores(
             entropy=jnp.sum(jnp.exp(-surprise) * surprise, axis=-1),
         )
 
-    kernel = meshes.constrain(unembedding, (None, "vocab"))
-    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    kernel = head_of(unembedding, hidden.dtype)
+    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
     return by_chunks(chunk, size, hidden, targets)
 
 
@@ -158,6 +175,6 @@ def token_logps_and_entropy(
         probabilities = jnp.exp(z - log_sum[..., None])
         return _at(z, y) - log_sum, log_sum - jnp.sum(probabilities * z, axis=-1)
 
-    kernel = meshes.constrain(unembedding, (None, "vocab"))
-    size = chunk_length(targets.shape[0], targets.shape[1], kernel.shape[1], budget_bytes)
+    kernel = head_of(unembedding, hidden.dtype)
+    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
     return by_chunks(chunk, size, hidden, targets)

@@ -1,8 +1,11 @@
-"""Matrix products, summed in float32: a Linear's, and the output matrix's.
+"""Matrix products, summed in float32, and their gradients: a Linear's, the output matrix's, and what goes with them.
 
-TPUs and GPUs sum products of bfloat16 in float32 and round what comes out. XLA's CPU backend multiplies in float32
-where bfloat16 is to come out, and has its fast kernels (AMX, AVX-512 BF16) only where float32 is asked for, forward and
-backward: x 3 on such a machine. So on CPUs that is asked for, and rounded afterwards.
+Whatever is summed over tokens is summed in float32, on every device: products forward and backward, and the gradients
+of kernels, of scales and biases, and of rows that are looked up. A weight in float32 gets its gradient as it was
+summed, not rounded to the bfloat16 of the activations in between.
+
+XLA's CPU backend multiplies in float32 where bfloat16 is to come out, and has its fast kernels (AMX, AVX-512 BF16) only
+where float32 is asked for: x 3 on such a machine. So on CPUs that is asked for everywhere, and rounded afterwards.
 """
 
 from functools import partial
@@ -10,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import mesh as meshes
@@ -23,19 +27,67 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+@struct.dataclass
+class Rounded:
+    """A weight in the dtype of activations, with the weight that its gradient belongs to.
+
+    Rounded (and, over several devices, gathered) once, it can be read many times, chunk by chunk: what each reading
+    adds to the gradient is added up in the float32 of `master`, of which nothing but that is read.
+
+    Attributes:
+      values: the weight as products read it; no gradient flows into it.
+      master: float32, of the same shape.
+    """
+
+    values: jax.Array
+    master: jax.Array
+
+
+Weight = jax.Array | Rounded
+
+
+def rounded(weight: jax.Array, dtype: Any) -> Weight:
+    """`weight`, to be read in `dtype` by `matmul`, `take` and `read`; in float32 there is nothing to keep apart."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return weight.astype(jnp.float32)
+    return Rounded(jax.lax.stop_gradient(weight).astype(dtype), weight.astype(jnp.float32))
+
+
+def take(weight: Weight, ids: jax.Array, axis: int) -> Weight:
+    """`jnp.take` of a weight. What the places of an id add to its gradient is summed in float32."""
+    return jax.tree.map(lambda x: jnp.take(x, ids, axis=axis), weight)
+
+
+def read(weight: Weight) -> jax.Array:
+    """The values of a weight, as something whose gradient goes where it belongs."""
+    return _values_for(weight.master, weight.values) if isinstance(weight, Rounded) else weight
+
+
+def matmul(x: jax.Array, kernel: Weight, dtype: Any = None) -> jax.Array:
     """x [..., D] times kernel [D, F], [..., F] in `dtype` (default: that of x).
 
-    The kernel is rounded to the dtype of x. On CPUs the gradient that comes back is so, too, before it is multiplied,
-    and the gradient of the kernel never was narrower than the kernel.
+    The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
+    of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master).
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    if x.dtype == jnp.bfloat16 and meshes.platform() == "cpu":
-        y: Any = _product(x, kernel, dtype)
+    if x.dtype == jnp.float32:
+        exact = read(kernel).astype(x.dtype)
+        y: Any = jnp.matmul(x, exact, precision=precision(x.dtype), preferred_element_type=dtype)
+    elif isinstance(kernel, Rounded):
+        y = _product(x, kernel.values, kernel.master, dtype)
     else:
-        exact = precision(x.dtype)
-        y = jnp.matmul(x, kernel.astype(x.dtype), precision=exact, preferred_element_type=dtype)
+        y = _product(x, kernel, None, dtype)
     return saved(y)
+
+
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., D] times scale [D], rounded to the dtype of x; the gradient of the scale is summed in float32."""
+    return x * scale if x.dtype == jnp.float32 else _scaled(x, scale)
+
+
+def shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., D] plus bias [D], rounded to the dtype of x; the gradient of the bias is summed in float32."""
+    return x + bias if x.dtype == jnp.float32 else _shifted(x, bias)
 
 
 def saved(y: jax.Array) -> jax.Array:
@@ -57,24 +109,58 @@ _saved_as_bits = jax.custom_vjp(_through_bits)
 _saved_as_bits.defvjp(lambda y: (_through_bits(y), None), lambda _, g: (g,))
 
 
-def _dot(x: jax.Array, y: jax.Array, axes: tuple[Any, Any]) -> jax.Array:
-    return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=jnp.float32)
+@jax.custom_vjp
+def _values_for(master: jax.Array, values: jax.Array) -> jax.Array:
+    return values
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _dot(x, kernel.astype(x.dtype), ((x.ndim - 1,), (0,))).astype(dtype)
+@jax.custom_vjp
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * scale.astype(x.dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, kernel, dtype), (x, kernel)
+@jax.custom_vjp
+def _shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.astype(x.dtype)
 
 
-def _backward(_: jnp.dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
+def _over_rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """[D], the float32 sum over all axes but the last."""
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32).astype(like.dtype)
+
+
+def _scaled_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale = saved
+    return g * scale.astype(g.dtype), _over_rows(g.astype(jnp.float32) * x.astype(jnp.float32), scale)
+
+
+_values_for.defvjp(lambda _, values: (values, None), lambda _, g: (g.astype(jnp.float32), None))
+_scaled.defvjp(lambda x, scale: (_scaled(x, scale), (x, scale)), _scaled_backward)
+_shifted.defvjp(lambda x, bias: (_shifted(x, bias), bias), lambda bias, g: (g, _over_rows(g, bias)))
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[Any, Any], dtype: Any = jnp.float32) -> jax.Array:
+    """In `dtype`, by way of float32 on a CPU; other devices sum in float32 whatever comes out."""
+    out = jnp.float32 if meshes.platform() == "cpu" else dtype
+    return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=out).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x times kernel; the gradient of the kernel goes to `master` where there is one."""
+    return _dot(x, kernel.astype(x.dtype), ((x.ndim - 1,), (0,)), dtype)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return _product(x, kernel, master, dtype), (x, kernel, None if master is None else ())
+
+
+def _backward(_: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    x, kernel, apart = saved
     g, rows = g.astype(x.dtype), tuple(range(x.ndim - 1))
-    by_x = _dot(g, kernel.astype(x.dtype), ((g.ndim - 1,), (1,))).astype(x.dtype)
-    return by_x, _dot(x, g, (rows, rows)).astype(kernel.dtype)
+    by_x = _dot(g, kernel.astype(x.dtype), ((g.ndim - 1,), (1,)), x.dtype)
+    by_kernel = _dot(x, g, (rows, rows))
+    return (by_x, by_kernel.astype(kernel.dtype), None) if apart is None else (by_x, None, by_kernel)
 
 
 _product.defvjp(_forward, _backward)
