@@ -204,6 +204,6 @@ class ConvertRun:
     format: Literal["huggingface", "orbax"] = "huggingface"
     """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype to write. Not given: the source's."""
+    """Dtype to write. Not given: the source's; float32 where adapters are merged, of which less would lose most."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""

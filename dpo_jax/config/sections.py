@@ -166,6 +166,9 @@ class TrainConfig:
     """Dtype of the computation. Trained weights and optimizer state are always float32."""
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept. Not given: `dtype`."""
+    export_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the finished `model/`. Not given: float32. bfloat16 rounds away much of what was learnt; the run says
+    how much. `adapter/` is always float32."""
     remat: Remat = "dots"
     """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
     attention: AttentionKernel = "auto"

@@ -10,5 +10,7 @@ from dpo_jax.weights import convert as formats
 def convert(run: ConvertRun) -> None:
     """Write `run.source` to the folder `run.target`. Raises `InputError`."""
     show_log()
-    formats.convert(run.source, run.target, to=run.format, dtype=run.dtype)
+    lost = formats.convert(run.source, run.target, to=run.format, dtype=run.dtype)
+    if lost is not None:
+        say(f"{run.target}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
     say(f"{run.target}: {run.format} checkpoint of {run.source}")

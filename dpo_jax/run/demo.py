@@ -160,7 +160,7 @@ def _demo(run: DemoRun, size: Size) -> Path:
         return out  # it was told to stop, and has said how to go on
 
     clock.stage(f"[5/5] {size.unseen} unseen openings after training")
-    _, aligned = load_pretrained(folder)
+    _, aligned = load_pretrained(folder / "model")
     after = writer.write(out / "after.jsonl", "after", aligned, **later)
 
     seconds = clock.stop()

@@ -27,6 +27,7 @@ from dpo_jax.run.reference import add_reference
 from dpo_jax.run.training import Training, check_context, preference_loader, read_architecture, read_preferences
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.source import to_train
 
 
 @with_config_keys
@@ -172,15 +173,15 @@ def _load_data(
 
 def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
     assert config.reference is not None
+    live = config.dpo.reference == "live"
     model, variables = load_pretrained(
-        config.reference,
+        to_train(config.reference) if live else config.reference,
         mesh=mesh,
         dtype=jnp.dtype(config.train.frozen_dtype or config.train.dtype),
         compute_dtype=jnp.dtype(config.train.dtype),
         remat="none",
         attention=config.train.attention,
     )
-    live = config.dpo.reference == "live"
     if live and ("adapters" in variables or model.config != read_architecture(config.model)):
         raise InputError(
             f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters"

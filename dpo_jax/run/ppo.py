@@ -31,6 +31,7 @@ from dpo_jax.run.training import Training, read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import text_ids
+from dpo_jax.weights.source import to_train
 
 
 @with_config_keys
@@ -83,7 +84,9 @@ def train(config: PPORun) -> Path:
     reference = _reference(config, variables)
     value = None
     if config.value_model is not None:
-        _, value = load_pretrained(config.value_model, mesh=mesh, dtype=jnp.float32)
+        # Beneath adapters it shares the policy's weights; without, it is a model of its own.
+        start = config.value_model if "adapters" in variables else to_train(config.value_model)
+        _, value = load_pretrained(start, mesh=mesh, dtype=jnp.float32)
         identity["the value model"] = fingerprint(value)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
     training.say(flops.describe())

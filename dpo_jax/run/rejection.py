@@ -41,7 +41,7 @@ from dpo_jax.run.rows import Row, read_lines, write_lines
 from dpo_jax.run.training import Training, read_architecture
 from dpo_jax.weights.folder import new_folder
 from dpo_jax.weights.pretrained import has_adapters
-from dpo_jax.weights.source import resolve
+from dpo_jax.weights.source import resolve, to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 _SAMPLES, _HELDOUT = 1, 2
@@ -98,7 +98,7 @@ class _Run:
         architectures = [_language_model(config.model, architecture)]
         if config.rejection.student is not None:
             architectures.append(_read_student(config, training))
-        if config.lora.rank and has_adapters(resolve(config.trained)):
+        if config.lora.rank and has_adapters(resolve(to_train(config.trained))):
             raise InputError(
                 f"{config.trained}: has adapters already; leave --lora.rank out, or merge them with dpo-jax convert"
             )
@@ -303,9 +303,12 @@ class _Run:
         summary += f" {config.reward} on {config.source}."
         told = rejection_report.verdict(self.rows, 0 if self.heldout is None else len(self.heldout))
         if self.training.main:
-            with new_folder(self.out / "model") as folder:
-                for file in (self.folder(iterations[-1]) / "sft" / "model").iterdir():
-                    shutil.copy2(file, folder / file.name)
+            last = self.folder(iterations[-1]) / "sft"
+            for name in ("adapter", "model"):
+                if (last / name).is_dir():
+                    with new_folder(self.out / name) as folder:
+                        for file in (last / name).iterdir():
+                            shutil.copy2(file, folder / file.name)
             write_lines(self.out / "pool.jsonl", pool)
             found = [json.loads((self.folder(t) / "curves.json").read_text()) for t in iterations]
             ends = [] if self.heldout is None else [0, iterations[-1]]

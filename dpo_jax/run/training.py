@@ -43,10 +43,10 @@ from dpo_jax.run.folder import RunFolder, as_json
 from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
 from dpo_jax.state import TrainState
-from dpo_jax.weights import pretrained
+from dpo_jax.weights import base, pretrained
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
-from dpo_jax.weights.source import resolve
+from dpo_jax.weights.source import resolve, to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 Config = TypeVar("Config", bound=TrainingRun)
@@ -98,6 +98,11 @@ class Training(Generic[Config]):
         return self.folder.path
 
     @property
+    def start(self) -> str:
+        """The model that is trained: `--model`, or the merged weights of a run with LoRA."""
+        return to_train(self.config.model)
+
+    @property
     def devices(self) -> list[Any]:
         """All devices of the mesh, of every process."""
         return list(self.mesh.devices.flat)
@@ -114,9 +119,9 @@ class Training(Generic[Config]):
 
         From here on `config` has the day that the chat template writes.
         """
-        architecture = read_architecture(self.config.model)
+        architecture = read_architecture(self.start)
         shardings(Llama(architecture, lora=self.config.lora), self.mesh)
-        tokenizer = load_tokenizer(self.config.model)
+        tokenizer = load_tokenizer(self.start)
         check_vocabulary(tokenizer, architecture)
         self.config = with_day(self.config, self.folder, tokenizer)
         return architecture, tokenizer
@@ -135,7 +140,9 @@ class Training(Generic[Config]):
             train=dataclasses.replace(config.train, steps=total, epochs=None),
             optimizer=dataclasses.replace(config.optimizer, total_steps=config.optimizer.total_steps or total),
         )
-        self.folder.claim(as_json(self.config))
+        # The name of the model as given means another one from another folder.
+        named = dataclasses.replace(self.config, model=base.lasting(self.start).model)
+        self.folder.claim(as_json(named))
         return self.config
 
     # ---------------------------------------------------------------- weights and steps
@@ -145,8 +152,14 @@ class Training(Generic[Config]):
         config = self.config
         lora = config.lora if lora is None else lora
         frozen = config.train.frozen_dtype or config.train.dtype
+        if lora.rank and self.start != config.model and config.train.frozen_dtype is None and frozen != "float32":
+            self.say(
+                f"{self.start}: kept in float32, since {frozen} would round away most of what that run's adapters"
+                " learnt (--train.frozen_dtype decides)"
+            )
+            frozen = "float32"
         return load_pretrained(
-            config.model,
+            self.start,
             mesh=self.mesh,
             dtype=jnp.dtype(frozen if lora.rank else "float32"),
             lora=lora,
@@ -208,6 +221,10 @@ class Training(Generic[Config]):
         else:
             self.say(loader.summary())
         del restored
+        if "adapters" in state.trainable:
+            beneath = base.weights_hash(state.frozen["params"])
+            if self.main:
+                base.write(self.out, dataclasses.replace(base.lasting(self.start), fingerprint=beneath))
         plan = Plan(
             steps=total,
             steps_per_epoch=loader.steps_per_epoch,
@@ -273,15 +290,19 @@ class Training(Generic[Config]):
         """
         config = self.config
         tokenizer = self.exported(tokenizer)
-        told: dict[str, Any] = {"source": config.model, "classes": classes, "terminators": terminators}
-        save_pretrained(self.out / "model", model, variables, tokenizer, **told)
+        told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
+        dtype = config.train.export_dtype or "float32"
+        lost = save_pretrained(self.out / "model", model, variables, tokenizer, dtype=jnp.dtype(dtype), **told)
+        notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
         if "adapters" in variables:
             save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
         if self.main:
             rows = read_metrics(self.out / "metrics.jsonl")
             cost = cost_lines(rows, self.devices, config.energy)
-            self.say("; ".join(cost))
+            for line in ("; ".join(cost), *notes):
+                self.say(line)
             section = cost_section(self.devices, *cost)
+            sections = [*sections, *(report.Section("Rounding", note) for note in notes)]
             parts = [report.final_section(rows), report.training_section(rows), *sections, section]
             parts.append(report.options_section(as_json(config)))
             report.write_report(self.out / "report.html", title, summary, parts)

@@ -1,16 +1,17 @@
 """Checkpoints from one format into another: what `dpo-jax convert` does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, orbax_params, tokenizer_files
+from dpo_jax.weights import huggingface, layout, merging, orbax_params, tokenizer_files
 from dpo_jax.weights.folder import check_free
 from dpo_jax.weights.pretrained import (
     base_place,
@@ -19,6 +20,7 @@ from dpo_jax.weights.pretrained import (
     merged_params,
     open_tensors,
     origin_folder,
+    read_all,
     read_architecture,
     read_classes,
     save_pretrained,
@@ -37,7 +39,7 @@ def convert(
     dtype: Any = None,
     mesh: Mesh | None = None,
     shard_bytes: int = huggingface.SHARD_BYTES,
-) -> None:
+) -> float | None:
     """Write the checkpoint `source` as a new folder `target`, with its configuration and tokenizer.
 
     Hugging Face and GGUF weights go to a Hugging Face folder tensor by tensor, through no device. To orbax, from it,
@@ -47,9 +49,13 @@ def convert(
       source: as for `load_pretrained`.
       target: a folder that does not exist yet, or is empty.
       to: "huggingface" (safetensors), or "orbax": `params/`, with config.json and the tokenizer beside it.
-      dtype: of the stored weights; not given: as in `source`, or float32 where it has several or they are quantised.
+      dtype: of the stored weights; not given: as in `source`, or float32 where it has several, or they are quantised,
+        or have adapters added to them.
       mesh: where parameters that pass through devices are placed; None uses the first device.
       shard_bytes: largest safetensors file.
+
+    Returns:
+      What storing merged adapters in less than float32 lost of them, relative to their size; None: nothing.
 
     Raises `InputError` for anything wrong with the source, or a target that cannot be written.
     """
@@ -57,47 +63,68 @@ def convert(
     check_free(target, replace=False)
     place = resolve(source)
     stored = np.dtype(_stored_dtype(place) if dtype is None else dtype)
-    if read_architecture(place).num_labels:
-        if to == "orbax":
-            raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
-        model, variables = load_pretrained(source, mesh=mesh, dtype=stored)
+    scores, adapted = bool(read_architecture(place).num_labels), has_adapters(place)
+    if scores and to == "orbax":
+        raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
+    if to == "huggingface" and (scores or adapted):
+        # Adapters are added in float32, so that the weights beneath them are read as they are stored.
+        beneath = _beneath_dtype(place) if adapted else stored
+        model, variables = load_pretrained(source, mesh=mesh, dtype=beneath)
+        carried: dict[str, Any] = {
+            "source": source,
+            "classes": read_classes(source),
+            "terminators": _terminators(place),
+        }
         tokenizer = tokenizer_of(place)
-        carried: dict[str, Any] = {"source": source, "classes": read_classes(source)}
-        save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
-        return
+        return save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
     if to == "huggingface" and place.kind in ("huggingface", "gguf"):
         config, reader = open_tensors(place)
         shapes = layout.tensor_shapes(layout.parameter_slots(config))
-        tensors = _read_all(reader, shapes, stored)
+        tensors = read_all(reader, shapes, stored)
     else:
-        model, variables = load_pretrained(source, mesh=mesh, dtype=stored)
+        model, variables = load_pretrained(source, mesh=mesh, dtype=np.float32 if adapted else stored)
         config, params = model.config, merged_params(model, variables)
         if to == "orbax":
+            lost = _lost(variables["params"], params, stored) if adapted and stored != np.float32 else None
+            params = jax.tree.map(lambda x: x.astype(stored), params)
             orbax_params.write_folder(target, params, _finisher(place, config, stored, to))
-            return
+            return lost
         slots = layout.parameter_slots(config)
         shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, stored)
     finish = _finisher(place, config, stored, to)
     huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
+    return None
 
 
-def _read_all(reader: layout.TensorReader, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[np.ndarray]:
-    for key, shape in shapes.items():
-        yield reader.read(key, tuple(slice(0, n, 1) for n in shape)).astype(dtype, copy=False)
+def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:
+    rounding = merging.Rounding(dtype)
+    for pair in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        rounding.store(*(np.asarray(x, np.float32) for x in pair))
+    return rounding.lost
 
 
 def _stored_dtype(place: Source) -> np.dtype:
-    if place.kind == "checkpoint" and not has_adapters(place):
-        return np.dtype(np.float32)  # trained weights
+    """What a checkpoint is stored in; float32 where it was trained, or is the sum of weights and adapters."""
+    if place.kind == "checkpoint" or has_adapters(place):
+        return np.dtype(np.float32)
+    return _beneath_dtype(place)
+
+
+def _beneath_dtype(place: Source) -> np.dtype:
     base = base_place(place)
     return orbax_params.stored_dtype(base.path) if base.kind == "orbax" else open_tensors(base)[1].dtype
+
+
+def _terminators(place: Source) -> tuple[int, ...]:
+    """What ends an answer, as an adapter folder keeps it."""
+    kept = place.path / huggingface.GENERATION
+    return huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
 
 
 def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype, to: Format) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
     origin = origin_folder(place)
-    tokenizer, kept = None, place.path / huggingface.GENERATION
-    terminators = huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
+    tokenizer, terminators = None, _terminators(place)
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
         tokenizer = tokenizer_of(place)
         check_published(tokenizer, config, place)

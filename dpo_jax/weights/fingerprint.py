@@ -1,6 +1,7 @@
 """A content hash of arrays that does not depend on how they are sharded, computed where they lie."""
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-@jax.jit
-def _sums(leaf: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=1)
+def _sums(leaf: jax.Array, dtype: Any) -> jax.Array:
     """Two uint32 sums, modulo 2^32 and so in any order, of each element's bits mixed with its position."""
-    leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    leaf = leaf.astype(jnp.uint8 if dtype == jnp.bool_ else dtype)
     bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
 
     def one(seed: int) -> jax.Array:
@@ -35,17 +36,18 @@ def _sums(leaf: jax.Array) -> jax.Array:
     return jnp.stack([one(seed) for seed in _SEEDS])
 
 
-def fingerprint(tree: Any) -> str:
+def fingerprint(tree: Any, dtype: Any = None) -> str:
     """SHA-256, in hex, over the path, dtype, shape and contents of every leaf of a tree of arrays.
 
-    The same on any mesh; only 8 bytes a leaf leave the device. It tells different weights apart; it is no defence
-    against someone who makes two that agree on purpose.
+    With `dtype` of the leaves as they are once rounded to it. The same on any mesh; only 8 bytes a leaf leave the
+    device. It tells different weights apart; it is no defence against someone who makes two that agree on purpose.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)} ".encode())
-        sums = _sums(leaf)
+        kind = jnp.dtype(leaf.dtype if dtype is None else dtype)
+        digest.update(f"{name} {kind.name} {tuple(leaf.shape)} ".encode())
+        sums = _sums(leaf, kind)
         sums = np.asarray(sums) if sums.is_fully_addressable else multihost_utils.process_allgather(sums, tiled=True)
         digest.update(sums.tobytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from dpo_jax.errors import InputError
 # What a model folder of ours consists of; a folder that holds nothing else may be replaced by a newer one.
 _OURS = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|heads\.safetensors|adapter_config\.json|adapter_model\.safetensors|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|heads\.safetensors|base\.json|adapter_config\.json|adapter_model\.safetensors|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
 )
 

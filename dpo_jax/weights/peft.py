@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def base_of(folder: Path) -> str:
-    """The base model that an adapter folder names."""
-    base = _config(folder).get("base_model_name_or_path")
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base model that an adapter folder's configuration names, and its revision."""
+    raw = _config(folder)
+    base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     if not isinstance(base, str) or not base:
         raise InputError(
             f"{folder / CONFIG}: base_model_name_or_path is missing; write the base model's folder or id there"
         )
-    return base
+    return base, revision if isinstance(revision, str) else None
 
 
 def read_lora(folder: Path) -> LoraConfig:
@@ -92,13 +93,15 @@ def save_adapters(
     variables: Mapping[str, Any],
     tokenizer: Any,
     *,
-    base: str,
+    base: tuple[str, str | None],
     dtype: Any,
+    also: Callable[[Path], None],
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
 
+    `base`: name and revision of the base model; `also` writes what else belongs into the folder.
     With a head "score" among the variables it is PEFT's form for a sequence classifier, score included. `terminators`
     are kept in a generation_config.json, for the model that `convert` makes of it.
     """
@@ -111,7 +114,8 @@ def save_adapters(
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
@@ -130,6 +134,7 @@ def save_adapters(
     def finish(folder: Path) -> None:
         head_files.write_others(folder, collection, others, classes)
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
+        also(folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if terminators:
             huggingface.write_generation(folder, config_of_model, None, terminators)

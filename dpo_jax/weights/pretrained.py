@@ -1,13 +1,14 @@
 """Load a checkpoint of any kind, save one in Hugging Face's format."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from dpo_jax.model.config_keys import ignoring
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, init_adapters, merge_adapters, shardings
-from dpo_jax.weights import gguf, heads, huggingface, layout, orbax_params, peft, tokenizer_files
+from dpo_jax.weights import base as bases
+from dpo_jax.weights import gguf, heads, huggingface, layout, merging, orbax_params, peft, tokenizer_files
 from dpo_jax.weights.source import Source, config_file, resolve
 from dpo_jax.weights.tokenizer import check_published
 
@@ -30,39 +32,30 @@ def open_tensors(place: Source) -> tuple[LlamaConfig, layout.TensorReader]:
 
 def base_place(place: Source) -> Source:
     """The whole model that a checkpoint stands on: the base of an adapter folder, the start of a run, or itself."""
-    if place.kind == "peft":
-        return base_place(resolve(peft.base_of(place.path)))
-    if place.kind == "checkpoint":
-        return base_place(resolve(orbax_params.origin(place.path)[0]))
-    return place
+    return base_place(bases.beneath(place)) if place.kind in ("peft", "checkpoint") else place
 
 
 def has_adapters(place: Source) -> bool:
     """True for an adapter folder, and for a checkpoint of a run that trains adapters."""
     if place.kind != "checkpoint":
         return place.kind == "peft"
-    model, lora = orbax_params.origin(place.path)
-    return lora.rank > 0 or has_adapters(resolve(model))
+    return orbax_params.origin(place.path)[1].rank > 0 or has_adapters(bases.beneath(place))
 
 
 def _below_adapters(place: Source) -> tuple[Source, LoraConfig]:
     """The model that the adapters of `place` were put on, and their kind (rank 0 where that model brings it)."""
+    base = bases.beneath(place)
     if place.kind == "peft":
-        base, lora = resolve(peft.base_of(place.path)), peft.read_lora(place.path)
         if has_adapters(base):
             raise InputError(f"{place.path}: its base model {base.path} has adapters too; merge those with convert")
-        return base, lora
-    model, lora = orbax_params.origin(place.path)
-    return resolve(model), lora
+        return base, peft.read_lora(place.path)
+    return base, orbax_params.origin(place.path)[1]
 
 
-def _base_name(source: str | Path) -> str:
-    """What an adapter folder should call its base model: a hub id, "smollm2", or an absolute path."""
+def _base_of(source: str | Path) -> bases.Base:
+    """What an adapter folder made from `source` should call its base model."""
     place = resolve(source)
-    if has_adapters(place):
-        return _base_name(peft.base_of(place.path) if place.kind == "peft" else orbax_params.origin(place.path)[0])
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else str(source)
+    return bases.base_of(place) if has_adapters(place) else bases.lasting(source)
 
 
 def origin_folder(place: Source) -> Path | None:
@@ -166,6 +159,7 @@ def _load(
         model, variables = _load(beneath, chosen, own, mesh, dtype)
         if _adds_score(place):
             model, variables = heads.as_reward_model(model, variables)
+        bases.check(place, variables["params"])
         target = _target(model, "adapters", mesh, jnp.float32)
         if place.kind == "peft":
             return model, {**variables, **peft.load_adapters(place.path, model, target, mesh)}
@@ -205,7 +199,7 @@ def save_pretrained(
     shard_bytes: int = huggingface.SHARD_BYTES,
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
-) -> None:
+) -> float | None:
     """Write a folder that `transformers` loads (or, with `merge=False`, a PEFT adapter folder).
 
     Every process calls this, and process 0 writes. The folder appears whole or not at all; an earlier model folder
@@ -218,13 +212,19 @@ def save_pretrained(
         (`LlamaForSequenceClassification`); other heads go to `heads.safetensors` (see `weights/heads.py`).
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
-        carried along, and an adapter folder names it (or its own base) as the base model.
-      dtype: of the stored weights; not given: that of the parameters (adapters: float32).
+        carried along, and an adapter folder names it (or its own base) as the base model. Adapters are merged with the
+        weights as they are stored there, where `variables` hold them in less than float32.
+      dtype: of the stored weights; not given: that of the parameters, and float32 where there are adapters, since less
+        would round away most of what they have learnt.
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
       shard_bytes: largest weight file.
       classes: names for the outputs of auxiliary heads (`RewardConfig.heads`), which `read_classes` reads again.
       terminators: ids that end an answer under the chat template (`ChatTokenizer.terminators`): generation_config.json
         lists them beside those of `source`.
+
+    Returns:
+      What storing merged weights in less than float32 lost of the adapters' update, relative to it
+      (`merging.Rounding`); None where nothing was lost.
 
     Raises `InputError` for an unwritable or full disk, or a tokenizer that does not fit the embedding.
     """
@@ -236,14 +236,15 @@ def save_pretrained(
             raise InputError(f"{path}: there are no adapters to save apart from the weights (merge=False)")
         if source is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
-        base = _base_name(source)
-        stored = dtype or jnp.float32
-        peft.save_adapters(
-            path, model, variables, tokenizer, base=base, dtype=stored, classes=classes, terminators=terminators
-        )
-        return
-    params = merged_params(model, variables)
-    dtype = jax.tree.leaves(params)[0].dtype if dtype is None else dtype
+        base = replace(_base_of(source), fingerprint=bases.weights_hash(variables["params"]))
+        named: dict[str, Any] = {"base": (base.model, base.revision), "also": lambda folder: bases.write(folder, base)}
+        told = named | {"dtype": dtype or jnp.float32, "classes": classes, "terminators": terminators}
+        peft.save_adapters(path, model, variables, tokenizer, **told)
+        return None
+    params, adapters = variables["params"], variables.get("adapters")
+    if dtype is None:
+        dtype = jnp.float32 if adapters is not None else jax.tree.leaves(params)[0].dtype
+    rounding = merging.Rounding(dtype)
     origin = None if source is None else origin_folder(resolve(source))
     collection = variables.get("heads", {})
     config = replace(model.config, num_labels=1 if SCORE in collection else 0)
@@ -258,9 +259,41 @@ def save_pretrained(
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
 
     slots = layout.parameter_slots(config)
-    shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, dtype)
+    shapes = layout.tensor_shapes(slots)
+    if adapters is None:
+        tensors = layout.tensors(slots, params, dtype)
+    else:
+        beneath = _beneath(source, params, slots)
+        tensors = merging.merged(shapes, beneath, merging.factors(model, adapters), rounding)
     if config.num_labels:
         score = [layout.score_slot(config)]
         shapes |= layout.tensor_shapes(score)
         tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
     huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)
+    return rounding.lost
+
+
+def _beneath(source: str | Path | None, params: Any, slots: list[layout.Slot]) -> Iterator[np.ndarray]:
+    """The weights beneath adapters in float32: `params`, or where these are narrower, those that `source` stores."""
+    leaf = jax.tree.leaves(params)[0]
+    if source is None or leaf.dtype == jnp.float32:
+        return layout.tensors(slots, params, jnp.float32)
+    place = resolve(source)
+    place = _below_adapters(place)[0] if has_adapters(place) else place
+    if place.kind in ("huggingface", "gguf"):
+        return read_all(open_tensors(place)[1], layout.tensor_shapes(slots), np.dtype(np.float32))
+    mesh = getattr(leaf.sharding, "mesh", None)
+    chosen = {"dtype": jnp.dtype(jnp.float32), "remat": "none", "attention": "auto"}
+    exact = _load(place, chosen, LoraConfig(), mesh if isinstance(mesh, Mesh) else None, jnp.float32)[1]
+    return layout.tensors(slots, exact["params"], jnp.float32)
+
+
+def read_all(
+    reader: layout.TensorReader, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Every tensor of `shapes`, whole, one at a time. In processes that write nothing only their shapes."""
+    for key, shape in shapes.items():
+        if jax.process_index() == 0:
+            yield reader.read(key, tuple(slice(0, n, 1) for n in shape)).astype(dtype, copy=False)
+        else:
+            yield np.broadcast_to(np.zeros((), dtype), shape)

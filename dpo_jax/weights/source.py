@@ -30,13 +30,15 @@ class Source:
     path: Path
 
 
-def resolve(source: str | Path) -> Source:
+def resolve(source: str | Path, revision: str | None = None) -> Source:
     """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
 
     A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
-    (its `model`, or the newest of its checkpoints while it is unfinished), one of a run's checkpoints, `owner/name` on
-    the Hugging Face hub, a GGUF file there (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that
-    file alone is fetched), or `smollm2`. Raises `InputError` for anything else.
+    (its `model`; under LoRA its `adapter`, which no dtype of the weights beneath rounds; the newest of its checkpoints
+    while it is unfinished), one of a run's checkpoints, `owner/name` on the Hugging Face hub, a GGUF file there
+    (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that file alone is fetched), or `smollm2`.
+
+    Raises `InputError` for anything else. `revision`: of a hub repository; not given: the newest.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -48,9 +50,9 @@ def resolve(source: str | Path) -> Source:
     if str(source) == "smollm2":
         return Source("gguf", smollm2.fetch())
     if named := _HUB_GGUF.fullmatch(str(source)):
-        return Source("gguf", _download_gguf(*named.groups()))
+        return Source("gguf", _download_gguf(*named.groups(), revision))
     if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
-        return _folder(_download(str(source)))
+        return _folder(_download(str(source), revision=revision))
     raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
 
 
@@ -64,7 +66,8 @@ def _folder(path: Path) -> Source:
             raise InputError(f"{path}: config.json is missing; copy it from the original model")
         return Source("huggingface", path)
     if (path / "model").is_dir():
-        return _folder(path / "model")
+        adapter = path / "adapter"
+        return _folder(adapter if (adapter / "adapter_config.json").is_file() else path / "model")
     if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
         raise InputError(
             f"{path}: only pickled weights ({pickles[0]}), which are not read; save the model as safetensors, "
@@ -82,11 +85,22 @@ def _folder(path: Path) -> Source:
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
 
 
+def to_train(source: str) -> str:
+    """What training starts from where `source` is named: of a finished run with LoRA its merged `model`, in float32.
+
+    So that a run can follow another with adapters of its own, or with none.
+    """
+    path = Path(source).expanduser()
+    merged = (path / "adapter" / "adapter_config.json").is_file() and (path / "model").is_dir()
+    return str(path / "model") if merged else source
+
+
 def config_file(source: str | Path) -> Path | None:
     """The config.json of a Hugging Face folder or hub id, without its weights; None for anything else."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path / "config.json" if (path / "config.json").is_file() else None
+    if path.is_dir():  # that of a run holds its options
+        found = (path / "config.json").is_file() and not (path / "run.json").is_file()
+        return path / "config.json" if found else None
     if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.suffix == ".gguf":
         return None
     return _download(str(source), ["config.json"]) / "config.json"
@@ -108,11 +122,12 @@ def _hub(name: str) -> Iterator[None]:
         ) from error
 
 
-def _download(name: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+def _download(name: str, patterns: Sequence[str] = _HUB_PATTERNS, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub(name):
-        folder = Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
+        chosen = {"allow_patterns": list(patterns), "ignore_patterns": _HUB_IGNORED, "revision": revision}
+        folder = Path(snapshot_download(name, **chosen))
     if patterns is _HUB_PATTERNS and not any(folder.glob("*.safetensors")) and (there := _ggufs(name)):
         raise InputError(f"{name}: holds GGUF files; name one, e.g. {name}/{there[0]} (there are {', '.join(there)})")
     return folder
@@ -126,7 +141,7 @@ def _ggufs(name: str) -> list[str]:
         return sorted(file for file in HfApi().list_repo_files(name) if file.endswith(".gguf"))
 
 
-def _download_gguf(name: str, file: str | None, kind: str | None) -> Path:
+def _download_gguf(name: str, file: str | None, kind: str | None, revision: str | None = None) -> Path:
     """The one GGUF file of a hub repository that is called `file`, or is quantised as `kind` says."""
     from huggingface_hub import hf_hub_download
 
@@ -138,4 +153,4 @@ def _download_gguf(name: str, file: str | None, kind: str | None) -> Path:
         listed = ", ".join(found or there) or "none at all"
         raise InputError(f"{name}: holds {which} ({listed}); name one as {name}/FILE.gguf")
     with _hub(name):
-        return Path(hf_hub_download(name, found[0]))
+        return Path(hf_hub_download(name, found[0], revision=revision))

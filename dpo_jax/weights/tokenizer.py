@@ -18,10 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.weights.base import beneath
 from dpo_jax.weights.gguf_tokenizer import read_tokenizer
 from dpo_jax.weights.merges import merges_by_score
-from dpo_jax.weights.orbax_params import origin
-from dpo_jax.weights.peft import base_of
 from dpo_jax.weights.source import Source, resolve
 
 _log = logging.getLogger(__name__)
@@ -48,10 +47,10 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
     if place.kind == "gguf":
         return read_tokenizer(place.path)
     if place.kind == "checkpoint":
-        return load_tokenizer(origin(place.path)[0])
+        return tokenizer_of(beneath(place))
     if not any((place.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         if place.kind == "peft":
-            return load_tokenizer(base_of(place.path))
+            return tokenizer_of(beneath(place))
         raise InputError(
             f"{place.path}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
         )
