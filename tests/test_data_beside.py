@@ -75,6 +75,15 @@ def test_values_that_a_command_does_not_need_stop_nobody(tmp_path: Path) -> None
     assert store_schema.parse({"text": "a", "source": {"b": 1}}, "text").unusable == ("source",)
 
 
+def test_an_integer_of_thousands_of_digits_stops_nobody(tmp_path: Path) -> None:
+    text = json.dumps(PAIR)[:-1] + f', "margin": {"1" * 5000}}}'
+    for name, written in (("a.jsonl", text), ("a.json", f"[{text}]")):
+        (tmp_path / name).write_text(written)
+        assert len(load_preferences(str(tmp_path / name), TOKENIZER, DataConfig(), **OPTIONS)) == 1
+        with pytest.raises(InputError, match=r"'margin' is not a finite number \(first: row 1: it holds 'inf'"):
+            learnt(str(tmp_path / name), margin="column")
+
+
 @pytest.mark.parametrize(
     ("margin", "column", "value"),
     [
@@ -180,7 +189,7 @@ def test_parquet_of_every_kind_is_read(table: str, tmp_path: Path) -> None:
     assert len(data) == 2
     assert "rejected: at" in data.unused_columns
     tiny.folder(tmp_path / "model")
-    words = ["logps", "--model", tmp_path / "model", "--data", table, "--out", tmp_path / "out.jsonl"]
+    words = ["inspect", "--model", tmp_path / "model", "--data", table]
     assert cli.main([str(word) for word in words]) == 0
 
 

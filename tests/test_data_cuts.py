@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from dpo_jax import cli
-from dpo_jax.config import DataConfig, PPORun, RewardLossConfig, SampleConfig
+from dpo_jax.config import DataConfig, DPORun, PPORun, RewardLossConfig, SampleConfig
 from dpo_jax.data import cuts
 from dpo_jax.data.comparison_sets import join, load_comparisons, load_responses, take
 from dpo_jax.data.cuts import RowCut
@@ -16,6 +16,7 @@ from dpo_jax.data.dataset import load_preferences
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.data.prompts import load_prompts
+from dpo_jax.run.planner.programs import Lengths, lengths_of
 
 TOKENIZER = tiny.tokenizer()
 SYSTEM = "You are a bad film. Always answer red."
@@ -88,6 +89,13 @@ def test_inspect_says_what_each_row_lost(source: str, tmp_path: Path, capsys: py
     assert "cut" not in first
     assert "cut off the prompt's beginning, of its system message among them" in second
     assert "2 prompts cut at their beginning; 1 system messages lost" in said.err
+
+
+def test_plans_without_a_limit_of_prompts_fill_half_of_a_row_with_them(source: str) -> None:
+    run = DPORun(model="m", source=source, out="o", data=DataConfig(max_length=128))
+    assert lengths_of(run, None, None) == Lengths(64, 64)
+    run = DPORun(model="m", source=source, out="o", data=DataConfig(max_length=128, max_prompt_length=100))
+    assert lengths_of(run, None, None) == Lengths(100, 28)
 
 
 def test_a_report_counts_them() -> None:

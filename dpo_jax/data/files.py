@@ -183,20 +183,30 @@ def _json_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRo
             yield number, _json_line(line, f"{path}:{number}")
 
 
+def _loaded(text: str) -> Any:
+    """What a JSON text holds; an integer of more digits than Python reads is infinite, for nobody may need it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=float)
+
+
 def _json_line(line: bytes, where: str) -> Row | BadRow:
     try:
-        return _checked(json.loads(line.decode("utf-8")), where)
+        return _checked(_loaded(line.decode("utf-8")), where)
     except UnicodeDecodeError as error:
         return BadRow("invalid UTF-8", f"{where}: byte {error.start + 1} of the line; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return BadRow("malformed JSON", f"{where}: {error.msg} at column {error.colno}")
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply
         return BadRow("malformed JSON", f"{where}: {error}")
 
 
 def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
     try:
-        rows = json.loads(text.decode("utf-8-sig"))
+        rows = _loaded(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
