@@ -102,7 +102,7 @@ BROKEN: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"messages": [U, {**A, "content": " \n"}]}, "noise", ["empty turn", "message 2, of the assistant"]),
     ({"messages": [{**U, "content": ""}, A]}, "bad", ["empty turn", "message 1, of the user"]),
     ({"messages": [U, {"role": "system", "content": "S"}, A]}, "bad", ["system message inside the dialogue"]),
-    ({"messages": [U, {**A, "role": "tool"}]}, "bad", ["unknown role in 'messages'", "'tool'"]),
+    ({"messages": [U, {**A, "role": "critic"}]}, "bad", ["unknown role in 'messages'", "'critic'"]),
     ({"messages": []}, "bad", ["'messages' is an empty list"]),
     ({"messages": "Hi"}, "bad", ["'messages' is not a list"]),
     (

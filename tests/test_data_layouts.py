@@ -15,6 +15,7 @@ from dpo_jax.data.dataset import load_preferences
 from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.documents import load_documents
 from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.encode_dialogue import DialogueEncoder
 from dpo_jax.data.layouts import LAYOUTS, readable, sources, together
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import parse_prompt
@@ -37,7 +38,8 @@ def examples() -> list[tuple[str, str, list[dict[str, Any]]]]:
 
 
 EXAMPLES = examples()
-COMPARED = [(title, row) for section, title, rows in EXAMPLES if section != "Dialogues" for row in rows]
+DIALOGUES = ("Dialogues", "Messages")
+COMPARED = [(title, row) for section, title, rows in EXAMPLES if section not in DIALOGUES for row in rows]
 HELPSTEER2 = next(rows for _, title, rows in EXAMPLES if title.startswith("HelpSteer2:"))
 
 
@@ -54,9 +56,9 @@ def test_preferences(title: str, row: dict[str, Any]) -> None:
     assert dialogue.messages == (*pair.messages, Message("assistant", "good"))
 
 
-@pytest.mark.parametrize(("title", "row"), [(t, r) for s, t, rows in EXAMPLES if s == "Dialogues" for r in rows])
+@pytest.mark.parametrize(("title", "row"), [(t, r) for s, t, rows in EXAMPLES if s in DIALOGUES for r in rows])
 def test_dialogues(title: str, row: dict[str, Any]) -> None:
-    assert [m.content for m in parse_dialogue(row).messages] == ["Q?", "good"]
+    assert [m.content for m in parse_dialogue(row).messages][-2:] == ["Q?", "good"]
 
 
 def test_neighbouring_rows_with_one_scored_answer() -> None:
@@ -195,7 +197,7 @@ def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("title", "rows"), [(title, rows) for _, title, rows in EXAMPLES])
 def test_every_example_is_told_column_by_column(tmp_path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     """Each column of each example is named once: as used, or as not used."""
-    pairs = (title, rows) in [(t, r) for section, t, r in EXAMPLES if section != "Dialogues"]
+    pairs = (title, rows) in [(t, r) for section, t, r in EXAMPLES if section not in DIALOGUES]
     for part in [rows] if title.startswith("HelpSteer2:") else [[row] for row in rows]:
         data = load(tmp_path, part, load_preferences if pairs else load_dialogues)
         told = [column.partition(" as ")[0] for column in data.used_columns]
@@ -214,3 +216,65 @@ def test_named_columns_of_documents_and_prompts(tmp_path: Path) -> None:
     encoder = ConversationEncoder(TOKENIZER, None)
     prompts = load_prompts(str(path), encoder, DataConfig(columns="prompt=ask"), longest=32, vocab_size=320)
     assert prompts.prompts[0].text == "Q?"
+
+
+# ---------------------------------------------------------------- messages
+
+
+def turns(*said: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in said]
+
+
+USED = (("user", "weather?"), ("assistant", "look"), ("tool", "rain"), ("tool", "wind"), ("gpt", "it rains"))
+
+
+def test_what_a_tool_says_is_context(tmp_path: Path) -> None:
+    data = load(tmp_path, [{"messages": turns(*USED)}], load_dialogues)
+    learnt = TOKENIZER.decode(data.tokens[0][data.targets[0]])
+    assert learnt == "look<|im_end|>it rains<|im_end|>"
+    assert "<|im_start|>tool\nrain" in TOKENIZER.decode(data.tokens[0])
+    pair = parse_preference({"prompt": turns(*USED[:4]), "chosen": "good", "rejected": "bad"})
+    assert [m.role for m in pair.messages] == ["user", "assistant", "tool", "tool"]
+    whole = {"messages": turns(*USED)}
+    with pytest.raises(InputError, match="tool"):
+        load(tmp_path, [whole], load_dialogues, template="llama2")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (turns(("user", [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": {}}]), ("assistant", "A")),
+         "a part of 'messages: content' is no text .it is of the type image_url"),
+        (turns(("user", [{"type": "text"}]), ("assistant", "A")), "'messages: content: text' is not text"),
+        (turns(("user", ["Q"]), ("assistant", "A")), "a part of 'messages: content' is no text .it is of the type str"),
+        (turns(("user", "Q"), ("tool", "T"), ("assistant", "A")), "a tool's message out of place"),
+        (turns(("user", "Q"), ("assistant", "A"), ("tool", "T"), ("user", "Q"), ("assistant", "A")), "out of place"),
+        (turns(("user", "Q"), ("assistant", "A"), ("tool", "T")), "no answer at the end"),
+        (turns(("critic", "Q"), ("assistant", "A")), "unknown role"),
+    ],
+)  # fmt: skip
+def test_messages_refused(messages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(BadRow, match=message):
+        parse_dialogue({"messages": messages})
+
+
+def test_a_template_that_leaves_tools_out(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    start = "{% for message in messages %}"
+    tokenizer.chat_template = tiny.TEMPLATE.replace(start, start + "{% if message['role'] != 'tool' %}").replace(
+        "{% endfor %}", "{% endif %}{% endfor %}"
+    )
+    encoder = DialogueEncoder(tokenizer, None, "answers")
+    with pytest.raises(BadRow, match="the chat template does not write what a tool says"):
+        encoder.render(parse_dialogue({"messages": turns(*USED)}))
+
+
+def test_csv_of_scores_and_labels(tmp_path: Path) -> None:
+    (tmp_path / "scores.csv").write_text('prompt,response_a,response_b,score_a,score_b\n"Q,\n?",bad,good,1,2.5\n')
+    data = load_comparisons(
+        str(tmp_path / "scores.csv"), TOKENIZER, DataConfig(), RewardLossConfig(margin="score_gap"), vocab_size=320
+    )
+    assert data.margins == [1.5]
+    (tmp_path / "kto.csv").write_text("prompt,completion,label\nQ?,good,True\nR?,bad,false\n")
+    data = load_preferences(str(tmp_path / "kto.csv"), TOKENIZER, DataConfig(), vocab_size=320, needs_pairs=False)
+    assert (data.response_lengths > 0).tolist() == [[True, False], [False, True]]

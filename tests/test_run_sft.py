@@ -262,7 +262,7 @@ def test_rows_that_are_no_dialogues_are_refused_with_their_numbers(inputs: Path,
 def test_options_without_effect() -> None:
     with pytest.raises(InputError, match=r"--data\.buckets has no effect with --data\.packing"):
         SFTDataConfig(packing=True, buckets=2)
-    with pytest.raises(InputError, match="--holdout has no effect with --data.kind text"):
+    with pytest.raises(InputError, match=r"--holdout has no effect with --data.kind text"):
         SFTRun(model="M", source="D", out="O", holdout=0.1, data=SFTDataConfig(kind="text"))
     with pytest.raises(InputError, match="negatives has no effect"):
         SFTLossConfig(negatives=5)

@@ -11,6 +11,7 @@
   `raw` prompts and rows are taken as they stand.)
 """
 
+import json
 from collections.abc import Sequence
 from typing import cast
 
@@ -115,7 +116,12 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         assert self._template is not None, "raw texts are not rendered"
-        return self._template.render(messages, generation=generation)
+        text = self._template.render(messages, generation=generation)
+        for message in messages:
+            spellings = (message.content.strip(), json.dumps(message.content)[1:-1].strip())
+            if message.role == "tool" and not any(spelled in text for spelled in spellings):
+                raise BadRow("the chat template does not write what a tool says", "name another with --data.template")
+        return text
 
     def writes(self, name: str) -> bool:
         """Whether the template writes `name`, a key of messages beside role and content, or the column `tools`."""

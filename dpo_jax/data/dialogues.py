@@ -30,6 +30,7 @@ from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
     answer_of,
+    check_tools,
     columns_of,
     history_of,
     messages_of,
@@ -140,7 +141,7 @@ def _as_spelled(value: object) -> tuple[str, str]:
 
 def _answered(row: dict[str, Any]) -> Dialogue:
     """A row with a prompt and its answer in columns of their own."""
-    if row.get("label") is False:
+    if str(row.get("label")).lower() == "false":
         raise BadRow("'label' is false: no answer to learn from", severity="lost")
     answers = [name for name in ANSWER_COLUMNS if name in row]
     if len(answers) > 1:
@@ -188,11 +189,14 @@ def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:
         raise BadRow("the dialogue starts with the assistant", f"{where}; give the user's turn before it", severity)
     if roles[-1] == "user":
         raise BadRow("no answer at the end", f"{where}; remove the last turn, or give its answer", severity)
+    check_tools(turns)
+    if roles[-1] == "tool":
+        raise BadRow("no answer at the end", f"{where}; a tool has the last word", severity)
     for i, (role, following) in enumerate(itertools.pairwise(roles), start + 1):
-        if role == following:
+        if role == following != "tool":
             detail = f"messages {i} and {i + 1} are both of the role {role}; join them"
             raise BadRow("two turns in a row of one role", detail, severity)
     for i, message in enumerate(turns, start + 1):
-        if not message.content.strip():
+        if not message.content.strip() and message.role != "tool":
             detail = f"message {i}, of the {message.role}, is blank; remove the row"
             raise BadRow("empty turn", detail, "noise" if message.role == "assistant" else severity)

@@ -1,7 +1,7 @@
 """Messages and texts as rows of any layout hold them, checked one value at a time.
 
-A message is {"role", "content"} or {"from", "value"}; roles are system, user (human), assistant (gpt). A key that is
-null is absent. Of its other keys:
+A message is {"role", "content"} or {"from", "value"}; roles are system (developer), user (human), assistant (gpt, ...),
+tool. Content is a text, or a list of typed parts that are texts. A key that is null is absent. Of its other keys:
 
 * `weight` (OpenAI: 0 or 1), `train` and `loss` (true or false) say whether a dialogue's turn is learnt, or context.
 * `tool_calls` and the like say what no text here would: such rows are refused.
@@ -10,7 +10,7 @@ null is absent. Of its other keys:
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.data.problems import BadRow
@@ -20,7 +20,7 @@ class Message(NamedTuple):
     """One turn.
 
     Attributes:
-      role: system, user or assistant.
+      role: system, user, assistant or tool.
       content: what is said.
       learn: whether the row wants the turn learnt; None where it says nothing.
       extra: (key, value) of what else the message has, for the chat template.
@@ -38,13 +38,19 @@ class Message(NamedTuple):
         return {"role": self.role, "content": self.content}
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "chatbot", "bot", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+}
 """Every spelling of a role that is understood, and the role it means."""
 
 MARKS = ("weight", "train", "loss")
 """Keys that say whether a turn is learnt."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns that hold a system prompt."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _SPELLINGS = (("role", "content"), ("from", "value"))
 _NO_TEXT = ("tool_calls", "function_call", "image", "images", "audio", "audios", "video", "videos")
 
@@ -78,12 +84,25 @@ def message_of(value: object, name: str) -> Message:
                 raise BadRow(f"unknown role in '{name}'", f"{str(role)[:40]!r}; understood are {', '.join(ROLES)}")
             if wordless := [key for key in _NO_TEXT if value.get(key)]:
                 raise BadRow(f"{wordless[0]} in '{name}'", "only plain text messages are understood")
-            content = text_of(value[content_key], f"{name}: {content_key}")
+            content = _content(value[content_key], f"{name}: {content_key}")
             read = (role_key, content_key, *MARKS, *_NO_TEXT)
             extra = tuple((key, held) for key, held in value.items() if key not in read)
             return Message(ROLES[role], content, _learnt(value, name), extra)
     keys = ", ".join(sorted(map(str, value)))
     raise BadRow(f"a message in '{name}' lacks role/content", f"it has {keys or 'no fields'}; from/value will do too")
+
+
+def _content(value: object, name: str) -> str:
+    """What a message says: a text, or typed parts that are all texts, which stand end to end. Raises `BadRow`."""
+    if not isinstance(value, list):
+        return text_of(value, name)
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
+            raise BadRow(f"a part of '{name}' is no text", f"it is of the type {str(kind)[:40]}")
+        texts.append(text_of(part.get("text"), f"{name}: text"))
+    return "".join(texts)
 
 
 def _learnt(message: Mapping[str, Any], name: str) -> bool | None:
@@ -116,7 +135,25 @@ def messages_of(value: list[object], name: str) -> tuple[Message, ...]:
     """The messages of the field `name`, at least one. Raises `BadRow`."""
     if not value:
         raise BadRow(f"'{name}' is an empty list", "give it a message, or remove the row")
-    return tuple(message_of(m, name) for m in value)
+    messages: list[Message] = []
+    for m in value:
+        if isinstance(m, dict) and {*m} == {"input", "output"}:  # a user's turn with its answer, as Capybara has them
+            said = (("user", m["input"]), ("assistant", m["output"]))
+            messages += [Message(role, text_of(text, name)) for role, text in said]
+        else:
+            messages.append(message_of(m, name))
+    return tuple(messages)
+
+
+def check_tools(messages: Sequence[Message]) -> None:
+    """Raise `BadRow` where a tool speaks other than behind an assistant's turn, or its turn would follow a user's."""
+    for before, message, after in zip((None, *messages), messages, (*messages[1:], None), strict=False):
+        if message.role == "tool":
+            behind = before is not None and before.role in ("assistant", "tool")
+            if not behind or (after is not None and after.role not in ("assistant", "tool")):
+                roles = " ".join(m.role for m in messages[:12])
+                detail = f"the roles are {roles}; it stands behind an assistant's turn, and the assistant goes on"
+                raise BadRow("a tool's message out of place", detail)
 
 
 def answer_of(value: object, name: str) -> tuple[Message, ...]:

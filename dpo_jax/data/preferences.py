@@ -25,6 +25,7 @@ from dpo_jax.data.layouts import Readable, readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
+    check_tools,
     columns_of,
     messages_of,
     response_of,
@@ -59,6 +60,8 @@ class Pair:
     extras: dict[str, Evidence] = field(default_factory=dict)
 
 
+_TRUTH = {"true": True, "false": False}
+"""A label as it stands, or as CSV spells it."""
 NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
 EXTRA_COLUMNS = (*NUMBER_COLUMNS, "rating", "source")
 PROMPT_COLUMNS = ("prompt", "conversations", "instruction", "question")
@@ -71,6 +74,8 @@ UNDERSTOOD = (
     "(+ input) or question + chosen + rejected, and prompt + completion + label"
 )
 _HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# user, assistant in turn, a user's turn or a tool's last; the assistant may call tools and go on: u(a(ta)*u)*
+_PROMPT_ORDER = re.compile(r"u(?:a(?:t+a)*u)*(?:a(?:t+a)*t+)?")
 _MARKS = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -140,7 +145,8 @@ def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> N
     """System first if at all, then user and assistant in turn, ending with a user message."""
     turns = messages[1:] if messages[0].role == "system" else messages
     roles = [m.role for m in turns]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    check_tools(turns)
+    if not _PROMPT_ORDER.fullmatch("".join(role[0] for role in roles)):
         order = " ".join(m.role for m in messages[:12])
         detail = f"the prompt's roles are {order}; it takes at most one system message, then user and assistant in turn"
         raise BadRow("bad role order: the prompt must alternate and end with a user message", detail, severity)
@@ -298,7 +304,8 @@ def _unpaired(row: dict[str, Any], extras: dict[str, Evidence], needs_pairs: boo
         raise BadRow("unpaired row", detail)
     if "label" not in row:
         raise _missing(row, "label")
-    if not isinstance(row["label"], bool):
+    label = _TRUTH.get(str(row["label"]).lower()) if isinstance(row["label"], bool | str) else None
+    if label is None:
         raise BadRow("'label' is not true or false", f"it holds {str(row['label'])[:40]!r}")
     prompt = _prompt(row)
     if prompt is None:
@@ -309,5 +316,5 @@ def _unpaired(row: dict[str, Any], extras: dict[str, Evidence], needs_pairs: boo
         raise BadRow("'completion' is a conversation that does not continue the prompt", "give the answer alone")
     if not text.strip():
         raise blank_response("'completion'")
-    chosen, rejected = (text, None) if row["label"] else (None, text)
+    chosen, rejected = (text, None) if label else (None, text)
     return Pair(messages, chosen, rejected, raw=None if raw is None else (raw, chosen, rejected), extras=extras)

@@ -43,10 +43,14 @@ def rating_number(rating: object) -> int:
     raise BadRow("a 'rating' outside the margin table", f"it is {str(rating)[:40]!r}; known are {known}, and unsure")
 
 
+_NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?")
+
+
 def number_of(value: object, name: str) -> float:
     """A finite number of the field `name`. Raises `BadRow`."""
     number = math.nan
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+    spelled = isinstance(value, str) and _NUMBER.fullmatch(value.strip())  # as CSV has it
+    if spelled or (isinstance(value, int | float | Decimal) and not isinstance(value, bool)):
         with contextlib.suppress(OverflowError):  # an integer past all floats
             number = float(value)
     if not math.isfinite(number):
