@@ -181,3 +181,17 @@ def test_bad_options_are_one_line(model, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_more_than_the_context_is_refused_before_the_weights(model, tmp_path, capsys, monkeypatch):
+    """The row is named, and how much room there is; a prompt that fills the context by itself has none."""
+    monkeypatch.setattr(command, "load_pretrained", None)
+    path = tmp_path / "prompts.jsonl"
+    texts = ["we like", "the film " * 60, "red " * 400]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:2]))
+    assert run(model, "--prompts", path, "--sample.max_new_tokens", "240") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dpo-jax: error: {path}: row 2: a prompt of ")
+    assert "context of 256 tokens; lower --sample.max_new_tokens to at most " in said
+    assert run(model, "--prompt", texts[2]) == 2
+    assert capsys.readouterr().err.strip().endswith("context of 256 tokens; shorten the prompt")

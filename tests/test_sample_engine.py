@@ -19,7 +19,7 @@ from dpo_jax.model import llama
 from dpo_jax.model import variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.cache import init_cache
-from dpo_jax.sample import engine, generate
+from dpo_jax.sample import beam_search, engine, generate, generate_with_plain_logps, serve
 
 CONFIG = LlamaConfig(
     vocab_size=101,
@@ -326,3 +326,25 @@ def test_greedy_with_every_adjustment_equals_transformers(tmp_path):
     got = texts(generate(model, variables, prompts, jax.random.key(0), config=config))
     assert got == want
     assert got != free
+
+
+def test_no_way_to_generate_goes_beyond_the_context(small):
+    """A prompt of 30 tokens and 40 new ones, or 33 alone, where the model was made for 32."""
+    model, variables = small
+    model = model.clone(config=dataclasses.replace(CONFIG, max_position=32))
+    key, fits = jax.random.key(0), SampleConfig(2, temperature=0)
+    prompts = [[3] * 5, [4] * 30]
+    assert texts(generate(model, variables, prompts, key, config=fits))
+    for given, config in ((prompts, SampleConfig(40)), ([[5] * 33], fits)):
+        beams = SampleConfig(config.max_new_tokens, beams=2)
+        ways = [
+            lambda given=given, config=config: generate(model, variables, given, key, config=config),
+            lambda given=given, config=config: generate_with_plain_logps(model, variables, given, key, config=config),
+            lambda given=given, config=config: next(
+                serve(model, variables, given, key, config=config, requests=[(i, 0) for i in range(len(given))], rows=2)
+            ),
+            lambda given=given, beams=beams: beam_search(model, variables, given, config=beams),
+        ]
+        for way in ways:
+            with pytest.raises(InputError, match=r"exceed the model's context of 32 tokens; (lower|shorten)"):
+                way()

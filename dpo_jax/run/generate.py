@@ -26,9 +26,10 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.rows import RowsFile
-from dpo_jax.sample import Finished, Request, beam_search, serve
+from dpo_jax.sample import Finished, Request, beam_search, check_context, serve
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.source import resolve
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer, text_ids
 
 
@@ -258,6 +259,13 @@ def generate(run: GenerateRun) -> None:
     check_date(tokenizer, run.template, run.date)
     encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template, run.date)
     heads, prompts = _encode(run, encoder)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=0)
+    try:
+        if prompts:
+            check_context(read_architecture(resolve(run.model)), len(prompts[longest]), run.sample)
+    except InputError as problem:
+        where = "--prompt" if run.prompts is None else f"{run.prompts}: row {heads[longest]['row']}"
+        raise InputError(f"{where}: {str(problem).replace('max_new', '--sample.max_new')}") from problem
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     model, variables = load_pretrained(run.model, mesh=mesh, dtype=run.dtype)
     check_vocabulary(tokenizer, model.config)

@@ -5,6 +5,7 @@
 
 from dpo_jax.sample.beams import beam_search
 from dpo_jax.sample.continuous import Finished, Request, serve
+from dpo_jax.sample.decode import check_context
 from dpo_jax.sample.engine import Generation, generate, generate_with_plain_logps
 from dpo_jax.sample.program import prepare
 
@@ -13,6 +14,7 @@ __all__ = [
     "Generation",
     "Request",
     "beam_search",
+    "check_context",
     "generate",
     "generate_with_plain_logps",
     "prepare",

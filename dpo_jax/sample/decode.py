@@ -21,6 +21,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
+from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.sample import filters
 from dpo_jax.sample.program import Program, Weights
 
@@ -147,14 +148,26 @@ def pad_prompts(
     return padded, sizes
 
 
+def check_context(architecture: LlamaConfig, prompt: int, config: SampleConfig) -> None:
+    """Raise `InputError` where a prompt of `prompt` tokens and all new ones exceed what the model was made for."""
+    limits = {"context": architecture.max_position, "sliding window": architecture.sliding_window}
+    for name, limit in limits.items():
+        if limit is not None and prompt + config.max_new_tokens > limit:
+            room = limit - prompt
+            mend = f"lower max_new_tokens to at most {room} or shorten the prompt" if room > 0 else "shorten the prompt"
+            raise InputError(
+                f"a prompt of {prompt} tokens and {config.max_new_tokens} new ones exceed the model's {name} of {limit}"
+                f" tokens; {mend}"
+            )
+
+
 def count_slots(model: llama.Llama, longest: int, config: SampleConfig) -> int:
-    """Cache slots a row for prompts of at most `longest` tokens. Raises `InputError` where a sliding window is less."""
-    window, asked = model.config.sliding_window, longest + config.max_new_tokens
-    if window is not None and asked > window:
-        raise InputError(
-            f"a prompt of {longest} tokens and {config.max_new_tokens} new ones exceed the model's sliding window of "
-            f"{window}; shorten the prompt or lower max_new_tokens"
-        )
+    """Cache slots a row for prompts of at most `longest` tokens. Raises `InputError` where they do not fit the model.
+
+    Every way to generate asks here, so none goes beyond the context.
+    """
+    check_context(model.config, longest, config)
+    window = model.config.sliding_window
     slots = bucket(longest) + bucket(config.max_new_tokens)
     return slots if window is None else min(slots, window)
 

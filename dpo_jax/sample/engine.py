@@ -109,8 +109,8 @@ def generate(
       `Generation`: tokens, mask and logps [B K, max_new_tokens]; the same on every process.
 
     Raises:
-      InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than a sliding window holds, stop
-        strings (which need a tokenizer).
+      InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than the context or a sliding window
+        holds, stop strings (which need a tokenizer).
     """
     out, _ = _run(
         model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=False
