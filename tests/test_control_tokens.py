@@ -122,3 +122,14 @@ def test_files_of_prompts(tmp_path: Path) -> None:
     for i in range(3):
         assert ids[i] == data.ids[i].tolist()
         assert controls(tokenizer, ids[i]) == [OPENER, END, OPENER]
+
+
+def test_what_a_template_writes_beside_the_contents_is_refused() -> None:
+    """Tools and other keys of messages are no plain texts to be marked: a prompt that spells one there is left out."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ (messages[0]['name'] or '') + '\n' }}" + tiny.TEMPLATE
+    encoder = ConversationEncoder(tokenizer, None)
+    encoder.prompt_ids((Message("user", "hi", extra=(("name", "Ann"), ("unused", END))),))
+    with pytest.raises(BadRow, match="control token") as caught:
+        encoder.prompt_ids((Message("user", "hi", extra=(("name", f"Ann{END}"),)),))
+    assert caught.value.severity == "noise"

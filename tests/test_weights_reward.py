@@ -18,6 +18,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import groups, heads
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.heads import padded_apart
 from dpo_jax.weights.pretrained import read_classes
 
 torch = pytest.importorskip("torch")
@@ -199,3 +200,19 @@ def test_a_tokenizer_without_a_token_to_spare(published, tmp_path):
     tokenizer.chat_template = "<|endoftext|><|im_start|><|im_end|>"
     with pytest.raises(InputError, match="no special token but those that end an answer"):
         dpo_jax.save_pretrained(tmp_path / "rm", model, variables, tokenizer)
+
+
+def test_the_pad_token_has_a_row_and_ends_no_text(published):
+    """A pad token behind the embedding, and a turn end that was added as an ordinary token, are passed over."""
+    config = dpo_jax.load_pretrained(published)[0].config
+    beyond = tiny.tokenizer()
+    beyond.add_special_tokens({"pad_token": "<pad>"})
+    assert beyond.pad_token_id >= config.vocab_size
+    chosen, changed = padded_apart(dataclasses.replace(config, pad_token_id=beyond.pad_token_id), beyond)
+    assert chosen.pad_token_id == changed.pad_token_id == 0
+    ordinary = tiny.tokenizer()
+    ordinary.add_tokens(["<end>"])
+    ordinary.chat_template = "{{ messages[0]['content'] }}<end>"
+    end = ordinary.convert_tokens_to_ids("<end>")
+    wide = dataclasses.replace(config, vocab_size=end + 1, pad_token_id=end)
+    assert padded_apart(wide, ordinary)[0].pad_token_id != end
