@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from dpo_jax.config import DataConfig, RewardLossConfig
+from dpo_jax.data import store_schema
 from dpo_jax.data.comparison_sets import load_comparisons, parse_responses
 from dpo_jax.data.comparisons import parse_comparison, parse_preference
 from dpo_jax.data.dataset import load_preferences
@@ -59,6 +60,19 @@ def test_preferences(title: str, row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("title", "row"), [(t, r) for s, t, rows in EXAMPLES if s in DIALOGUES for r in rows])
 def test_dialogues(title: str, row: dict[str, Any]) -> None:
     assert [m.content for m in parse_dialogue(row).messages][-2:] == ["Q?", "good"]
+
+
+def test_what_prepare_makes_of_them() -> None:
+    """Answers that are compared are stored as pairs, and are not taken for dialogues."""
+    for section, title, rows in EXAMPLES:
+        kind = "dialogues" if section in DIALOGUES or title.startswith("HelpSteer2:") else "preferences"
+        kind = "preferences" if "KTO" in title else kind
+        for row in rows:
+            assert store_schema.kind_of(row) == kind, title
+            stored = store_schema.parse(row, kind).columns
+            if section not in DIALOGUES and kind == "preferences":
+                assert (stored["chosen"], stored["rejected"]) == ("good", "bad"), title
+    assert store_schema.kind_of({"text": "a document"}) == "text"
 
 
 def test_neighbouring_rows_with_one_scored_answer() -> None:

@@ -83,7 +83,7 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
     if not COLUMNS.intersection(row):
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     severity: Severity = "bad"
-    if "chosen" in row or "rejected" in row or (compares_replies(row) and not _is_answer(row)):
+    if "chosen" in row or "rejected" in row or (compares_replies(row) and not is_answer(row)):
         pair = parse_preference(row, compared=False)
         assert pair.chosen is not None, "a pair has both"
         raw = None if pair.raw is None else (pair.raw[0], pair.chosen if pair.raw[1] is None else pair.raw[1])
@@ -99,7 +99,7 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
     return replace(dialogue, messages=messages, cut=row.get("finish_reason") == CUT)
 
 
-def _is_answer(row: dict[str, Any]) -> bool:
+def is_answer(row: dict[str, Any]) -> bool:
     """Whether `output` is one answer, spelled as messages, and no list of several."""
     value = row.get("output")
     return isinstance(value, list) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value)

@@ -2,8 +2,9 @@
 
 A store is a TFDS data set (features.json says its columns) whose rows are in one form, whatever file they came from:
 
-* preferences: `prompt` (messages), `chosen`, `rejected` and the extra columns of `preferences.py`; of an unpaired row,
-  one response is absent. `as_spelled` is there where the texts for `--data.template raw` are not these.
+* preferences: `prompt` (messages), `chosen`, `rejected` (of more answers: the best and the worst) and the extra columns
+  of `preferences.py`; of an unpaired row, one response is absent. `as_spelled` is there where the texts for
+  `--data.template raw` are not these.
 * dialogues: `messages`. `as_spelled` as above.
 * text: `text` and, where the source has one, `source`.
 
@@ -20,8 +21,10 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import dialogues
+from dpo_jax.data.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
+from dpo_jax.data.layouts import readable
 from dpo_jax.data.messages import Message, columns_of, keys_beside, text_of, turns_of
-from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair, parse_pair
+from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import evidence_of
 
@@ -91,11 +94,12 @@ class Parsed:
 
 
 def kind_of(row: Row) -> Kind:
-    """The kind of rows a source holds, by the columns of its first row."""
-    there = {name for name, value in row.items() if value is not None}
-    if there & {"chosen", "rejected"} or {"completion", "label"} <= there:
+    """The kind of rows a source holds, by the columns of its first row. Raises `BadRow`."""
+    there = readable(row)
+    compared = there.keys() & {"chosen", "rejected"} or (compares_replies(there) and not dialogues.is_answer(there))
+    if compared or {"completion", "label"} <= there.keys():
         return "preferences"
-    if "text" in there and not there & {*dialogues.DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *dialogues.ANSWER_COLUMNS}:
+    if "text" in there and not there.keys() & {*dialogues.DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *dialogues.ANSWER_COLUMNS}:
         return "text"
     return "dialogues"
 
@@ -103,7 +107,7 @@ def kind_of(row: Row) -> Kind:
 def parse(row: Row, kind: Kind) -> Parsed:
     """Read one row of a source. Raises `BadRow`."""
     if kind == "preferences":
-        return _parsed_pair(parse_pair(row, needs_pairs=False))
+        return _parsed_pair(parse_preference(row, needs_pairs=False))
     if kind == "dialogues":
         return _parsed_dialogue(dialogues.parse_dialogue(row))
     if row.get("text") is None:
@@ -175,7 +179,7 @@ def columns_read(kind: Kind) -> frozenset[str]:
     """Columns of a source that its rows are made of, or that are kept as they stand."""
     if kind == "text":
         return frozenset(("text", "source"))
-    return (COLUMNS if kind == "preferences" else dialogues.COLUMNS) | {"tools"}
+    return (COLUMNS | REPLIES_COLUMNS if kind == "preferences" else dialogues.COLUMNS) | {"tools"}
 
 
 def as_row(columns: Row, kind: Kind) -> Row:

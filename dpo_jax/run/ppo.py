@@ -30,8 +30,8 @@ from dpo_jax.run.samples import SampleLog, progress, samples_section
 from dpo_jax.run.training import Training, read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import text_ids
 from dpo_jax.weights.source import to_train
+from dpo_jax.weights.tokenizer import text_ids
 
 
 @with_config_keys

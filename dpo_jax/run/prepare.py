@@ -19,6 +19,7 @@ from dpo_jax.config.prepare import split_shares
 from dpo_jax.data import duplicates, store_schema
 from dpo_jax.data.documents import is_text, text_documents
 from dpo_jax.data.files import read_rows_or_problems
+from dpo_jax.data.layouts import sources
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.staging import is_remote, upload
 from dpo_jax.data.store_schema import Kind, Parsed
@@ -133,7 +134,7 @@ class _Pass:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self.columns.update(row)
+                self.columns.update(row.keys() - sources(row).keys())
                 self.columns.update(store_schema.keys_lost(row))
                 if self.kind is None:
                     self.kind = store_schema.kind_of(row)
