@@ -261,8 +261,16 @@ def test_what_is_not_learnt_may_be_blank(tmp_path: Path) -> None:
     assert len(load_dialogues(source, TOKENIZER, DataConfig(), **OPTIONS)) == 2
 
 
-def test_bad_rows_that_are_all_there_is(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b", "chosen": "c"}])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "a"}, {"prompt": "b", "chosen": "c"}],
+        [{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 2,
+        [PAIR | {"rejected": " "}, PAIR | {"rejected": "film"}],
+    ],
+)
+def test_bad_rows_that_are_all_there_is(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match="none of 2 rows can be used: ") as caught:
         load_preferences(source, TOKENIZER, DataConfig(), **OPTIONS)
     assert "skip" not in str(caught.value)

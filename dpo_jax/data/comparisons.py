@@ -103,7 +103,7 @@ def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True, compared:
         raise found.unplaced or BadRow("nothing says which response is better")
     best, worst = places.index(0), len(places) - 1 - places[::-1].index(max(places))
     if places[best] == places[worst]:
-        raise BadRow("a tie: no response is better", "leave such rows out with --on-bad-rows skip")
+        raise BadRow("a tie: no response is better", "such a row prefers nothing: remove it")
     chosen, rejected = found.responses[best], found.responses[worst]
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are the same", "such a row prefers nothing: remove it")
