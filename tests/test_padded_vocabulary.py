@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.model.groups import response_logps, response_predictions
 from dpo_jax.run.generate import answers
+from dpo_jax.run.reward_model import RewardModel
 from dpo_jax.sample import beam_search, generate, serve
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.heads import padded_apart
@@ -119,3 +121,9 @@ def test_another_pad_token_is_taken_where_it_has_no_row(narrow: Path) -> None:
     tokenizer: Any = tokenizer_of(Source("huggingface", narrow))
     changed, text = padded_apart(config, tokenizer)
     assert changed.pad_token_id == text.pad_token_id == 0
+
+
+def test_a_reward_model_refuses_ids_that_it_has_no_row_for(model: tuple[Any, Any]) -> None:
+    judge: Any = SimpleNamespace(model=model[0])
+    with pytest.raises(InputError, match="id 320, and the reward model's embedding has 320 rows"):
+        RewardModel._scored(judge, [np.asarray([5])], [np.asarray([7, 320])])
