@@ -1,7 +1,9 @@
 """Comparisons: layouts, margins, ties, labels, and what is refused."""
 
+import dataclasses
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -293,6 +295,8 @@ def test_split_by_prompt_keeps_prompts_together(load):
     assert {tuple(held.row_numbers)} != {tuple(split_by_prompt(data, 0.2, seed=1)[1].row_numbers)}
     with pytest.raises(InputError, match="leaves one side empty"):
         split_by_prompt(data, 0.01, seed=0)
+    told = dataclasses.replace(data, dropped=Counter({"no answer": 3}))
+    assert [part.dropped.total() for part in split_by_prompt(told, 0.2, seed=0)] == [3, 0], "told once"
 
 
 def test_mixtures(load):

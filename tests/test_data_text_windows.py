@@ -253,6 +253,8 @@ def test_without_weights_sources_count_by_their_tokens() -> None:
 
 def test_the_sources_of_one_word(tmp_path: Path) -> None:
     assert parse_sources("a.jsonl") == [("a.jsonl", None)]
+    with pytest.raises(InputError, match="several sources in one word, as quotes"):
+        parse_sources("a.jsonl:0.5 b.jsonl:0.5")
     assert parse_sources("a.jsonl:0.7,b.txt:3e-1") == [("a.jsonl", 0.7), ("b.txt", 0.3)]
     assert parse_sources("a.jsonl, owner/name:train") == [("a.jsonl", None), ("owner/name:train", None)]
     assert parse_sources("owner/name:train:2,tfds:folder:1") == [("owner/name:train", 2.0), ("tfds:folder", 1.0)]

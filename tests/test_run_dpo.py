@@ -377,6 +377,10 @@ def test_an_interrupted_reference_goes_on(
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
         ({"eval_source": None}, r"eval_every has no effect"),
         ({"checkpoint": CheckpointConfig(best="loss")}, r"checkpoint.best loss"),
+        (
+            {"optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=6)},
+            "warm-up of 6 steps does not fit into 6 steps",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(inputs: Path, tmp_path: Path, changes: dict, message: str) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -147,6 +149,38 @@ def test_a_signal_saves_and_the_rerun_is_exact(tmp_path: Path, whole, at: int, n
     assert outcome.finished
     np.testing.assert_array_equal(kernel(outcome), whole[1])
     assert metrics(tmp_path) == metrics(whole[0])
+
+
+_COMPILING = """
+import ctypes, signal, sys, threading, time
+from dpo_jax.run.loop import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    # A foreign call that runs no handler of Python's, as a compilation is.
+    left = 20
+    while left:
+        left = ctypes.CDLL(None).sleep(left)
+    print("never", flush=True)
+"""
+
+
+def test_ctrl_c_during_a_compilation_is_heard_at_once() -> None:
+    """The first is acknowledged while the main thread is still inside; the second ends the process, with 130."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", _COMPILING]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        first = next(line for line in process.stderr if line.startswith("SIGINT"))  # others are of libraries
+        assert first == "SIGINT: stopping after this step, which is saved; Ctrl-C again stops at once, unsaved\n"
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        assert process.stderr.read() == "dpo-jax: interrupted\n"
+        assert process.stdout.read() == ""
 
 
 class Killed(Exception):

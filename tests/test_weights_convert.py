@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,14 @@ def test_damaged_orbax_folders_are_refused(source: Path, tmp_path: Path) -> None
     refused("damaged")
 
 
+@pytest.mark.parametrize("name", ["x.gguf", "x.GGUF", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("to", ["huggingface", "orbax"])
+def test_names_of_files_are_no_folders(source: Path, tmp_path: Path, name: str, to: Any) -> None:
+    with pytest.raises(InputError, match="names a file, and a folder is written"):
+        convert(source, tmp_path / name, to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_targets_that_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
@@ -191,7 +200,10 @@ def test_targets_that_are_refused(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2, targets=("q_proj", "down_proj"))])
-def test_a_run_that_is_not_finished_is_a_source(source: Path, tmp_path: Path, lora: LoraConfig) -> None:
+def test_a_run_that_is_not_finished_is_a_source(
+    source: Path, tmp_path: Path, lora: LoraConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dpo_jax"), "propagate", True)  # runs of other tests keep it to themselves
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="no model and no checkpoint yet"):
@@ -208,7 +220,10 @@ def test_a_run_that_is_not_finished_is_a_source(source: Path, tmp_path: Path, lo
     (run / "config.json").write_text(json.dumps({"model": str(source), "lora": dataclasses.asdict(lora)}))
 
     assert resolve(run).path.name == "12"
+    caplog.clear()
     again, loaded = dpo_jax.load_pretrained(run)
+    said = f"{run}: this run is not finished; its newest checkpoint is used: {run / 'checkpoints' / '12'}"
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("dpo_jax")][:1] == [said]
     assert again.lora == lora
     assert_same(loaded, state.variables)
     assert_same(dpo_jax.load_pretrained(run / "checkpoints" / "7", mesh=mesh)[1], state.variables)

@@ -1,5 +1,6 @@
 """Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,10 +232,10 @@ def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
 def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
     """(the rest, about `share` of the prompts): rows of one prompt stay together. Which prompts depends on the seed.
 
-    Raises `InputError` where one side would be empty.
+    What was left out of the file is told of the rest, once. Raises `InputError` where one side would be empty.
     """
     inside = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
-    return take(data, np.flatnonzero(~inside)), take(data, np.flatnonzero(inside))
+    return take(data, np.flatnonzero(~inside)), replace(take(data, np.flatnonzero(inside)), dropped=Counter())
 
 
 def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed: int) -> PreferenceDataset:

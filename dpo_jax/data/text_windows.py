@@ -14,6 +14,7 @@ All of it is a pure function of the documents, the weights, T, the seed and i: a
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ PERIOD = 100_000
 
 
 # ---------------------------------------------------------------- sources and weights
+
+_SEVERAL = re.compile(r":[0-9.]+\s+\S")
+"""A weight and then another word: `a.jsonl:0.5 b.jsonl:0.5` that was quoted as one."""
 
 
 def parse_sources(text: str, option: str = "--data") -> list[tuple[str, float | None]]:
@@ -62,6 +66,11 @@ def _source(part: str, option: str) -> tuple[str, float | None]:
     name, colon, tail = part.rpartition(":")
     if not colon or Path(part).expanduser().exists():
         return part, None
+    if _SEVERAL.search(part):
+        raise InputError(
+            f"{option} {part}: several sources in one word, as quotes around them all make it; write them as words of"
+            " their own, or with commas between them"
+        )
     try:
         weight = float(tail)
     except ValueError:  # `owner/name:split`, `tfds:folder`

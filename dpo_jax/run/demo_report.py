@@ -138,7 +138,8 @@ def write(
     low, high = summary["interval"]
     table = [*_cells(summary), ("difference in mean sentiment", "", f"{summary['difference']:+.3f}")]
     table += [("its 95 % interval (bootstrap over openings)", "", f"{low:+.3f} to {high:+.3f}")]
-    table += [("openings that went down, up", f"{summary['prompts_down']:.0%}", f"{summary['prompts_up']:.0%}")]
+    table += [("openings that went up", "", f"{summary['prompts_up']:.0%}")]
+    table += [("openings that went down", "", f"{summary['prompts_down']:.0%}")]
     side_by_side = [
         (a["prompt"], a["response"], f"{a['sentiment']:+.2f}", b["response"], f"{b['sentiment']:+.2f}")
         for a, b in firsts

@@ -59,6 +59,12 @@ def show_log() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def show_cursor() -> None:
+    """A bar hides the terminal's cursor; give it back, for a process that ends without ending its bar."""
+    if _console().is_terminal:
+        _console().show_cursor(True)
+
+
 class ProgressBar:
     """A bar on a terminal; elsewhere (a file, a job's log) one plain line every ten seconds and one at the end.
 

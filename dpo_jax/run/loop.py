@@ -10,7 +10,9 @@ steps after it come out bit for bit as they would have without the interruption.
 
 import itertools
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,10 +29,13 @@ from jax.sharding import Mesh
 from dpo_jax.align.figures import defined
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import put_batch
-from dpo_jax.run.log import MetricLog, Row
+from dpo_jax.run.distributed import leave
+from dpo_jax.run.log import MetricLog, Row, say, show_cursor
 from dpo_jax.state import TrainState
 from dpo_jax.weights.checkpoint import Checkpoints
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 PER_ROW = "rows/"
 """Metrics under this prefix are int32 [B] or [B, S]: numbers of rows that are to blame, -1 elsewhere, for the guard."""
 
@@ -226,7 +231,11 @@ def _refuse_nonfinite(state: TrainState, pending: _Pending) -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT interrupts at once.
+    """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT ends the process at once.
+
+    A thread hears of the signals too, at once: while the main thread compiles or waits for devices, Python's handlers
+    do not run. It says that the first was heard, and ends the process at the second, which an exception raised
+    somewhere inside the compiler would do with a crash.
 
     With several processes the signal may reach them at different steps, or only one of them, and they must stop at the
     same step. There jax listens for SIGTERM itself, from the moment the processes have found each other, and lets them
@@ -237,6 +246,8 @@ class StopRequest:
         self._asked = False
         self._before: dict[int, Any] = {}
         self._together = jax.process_count() > 1
+        self._pipe: tuple[int, int] | None = None
+        self._ears: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
@@ -244,6 +255,12 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:
                 break  # not in the main thread, where alone handlers can be set: whoever runs the thread handles them
+        if self._before:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._ears = threading.Thread(target=self._listen, daemon=True)
+            self._ears.start()
         return self
 
     def __exit__(
@@ -251,10 +268,27 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None and self._ears is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe[1])  # the thread reads the end of it
+            self._ears.join()
+            os.close(self._pipe[0])
+
+    def _listen(self) -> None:
+        """What the thread does: read the number of every signal that has a handler in Python."""
+        assert self._pipe is not None
+        interrupts = 0
+        while number := os.read(self._pipe[0], 1):
+            if number[0] not in self._before:
+                continue
+            interrupts += number[0] == signal.SIGINT
+            if interrupts < 2:
+                again = "; Ctrl-C again stops at once, unsaved" if interrupts else ""
+                say(f"{signal.Signals(number[0]).name}: stopping after this step, which is saved{again}")
+            else:
+                end_now(INTERRUPTED, "interrupted")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self._asked = True
         if self._together:
             signal.raise_signal(signal.SIGTERM)
@@ -262,6 +296,14 @@ class StopRequest:
     def here(self) -> bool:
         """Whether to stop after this step. With several processes all of them call this once a step."""
         return multihost_utils.reached_preemption_sync_point(next(_steps)) if self._together else self._asked
+
+
+def end_now(code: int, line: str) -> None:
+    """End this process from any thread, and with it the others of the run."""
+    show_cursor()
+    say(f"dpo-jax: {line}")
+    leave(code, line)
+    os._exit(code)
 
 
 _steps = itertools.count(1)

@@ -42,7 +42,7 @@ from dpo_jax.run.day import with_day
 from dpo_jax.run.folder import RunFolder, as_json
 from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
-from dpo_jax.state import TrainState
+from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.weights import base, pretrained
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
@@ -140,6 +140,7 @@ class Training(Generic[Config]):
             train=dataclasses.replace(config.train, steps=total, epochs=None),
             optimizer=dataclasses.replace(config.optimizer, total_steps=config.optimizer.total_steps or total),
         )
+        learning_rate_schedule(self.config.optimizer)  # refuses a warm-up longer than the run
         # The name of the model as given means another one from another folder.
         named = dataclasses.replace(self.config, model=base.lasting(self.start).model)
         self.folder.claim(as_json(named))

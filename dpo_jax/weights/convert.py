@@ -30,6 +30,8 @@ from dpo_jax.weights.tokenizer import check_published, tokenizer_of
 
 Format = Literal["huggingface", "orbax"]
 
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+
 
 def convert(
     source: str | Path,
@@ -60,6 +62,10 @@ def convert(
     Raises `InputError` for anything wrong with the source, or a target that cannot be written.
     """
     target = Path(target)
+    if target.suffix.lower() in _FILES:
+        raise InputError(
+            f"{target}: names a file, and a folder is written, as safetensors or orbax (--format); GGUF is only read"
+        )
     check_free(target, replace=False)
     place = resolve(source)
     stored = np.dtype(_stored_dtype(place) if dtype is None else dtype)

@@ -1,6 +1,7 @@
 """Load a checkpoint of any kind, save one in Hugging Face's format."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from dpo_jax.weights import base as bases
 from dpo_jax.weights import gguf, heads, huggingface, layout, merging, orbax_params, peft, tokenizer_files
 from dpo_jax.weights.source import Source, config_file, resolve
 from dpo_jax.weights.tokenizer import check_published
+
+_log = logging.getLogger(__name__)
 
 
 def open_tensors(place: Source) -> tuple[LlamaConfig, layout.TensorReader]:
@@ -131,6 +134,8 @@ def load_pretrained(
     Raises `InputError` for anything wrong with the checkpoint, with file and tensor.
     """
     place = resolve(source)
+    if place.kind == "checkpoint" and Path(source).expanduser().resolve() != place.path.resolve():
+        _log.warning("%s: this run is not finished; its newest checkpoint is used: %s", source, place.path)
     chosen: dict[str, Any] = {
         "dtype": jnp.dtype(dtype if compute_dtype is None else compute_dtype),
         "remat": remat,
