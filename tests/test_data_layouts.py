@@ -201,6 +201,13 @@ def test_what_is_used_and_what_is_not(tmp_path: Path) -> None:
     data = load(tmp_path, [SAFE], columns="better=safer_response_id,prompt=prompt")
     assert "safer_response_id as better" in data.used_columns
     assert data.unused_columns == ("better_response_id",)
+    for title, unread in (("Nectar", "source"), ("argilla: ", "rating")):
+        row = next(rows[0] for _, name, rows in EXAMPLES if name.startswith(title))
+        data = load(tmp_path, [row])
+        assert unread in data.unused_columns
+        assert unread not in data.used_columns
+    ratings = load(tmp_path, [{"prompt": "Q?", "responses": ["bad", "good"], "rating": [1, 2]}])
+    assert ratings.used_columns == ("prompt", "rating", "responses")
     dialogues = load(tmp_path, [{"conversation": [
         {"role": "user", "content": "Q?", "toxic": False}, {"role": "assistant", "content": "good"}], "turn": 1,
     }], load_dialogues)  # fmt: skip

@@ -213,8 +213,10 @@ def _prompt(
 
 def _told_evidence(row: Readable) -> dict[str, Evidence]:
     names = ("rating", "margin", "agreement", "source")
-    # A list has one value a reply.
-    return {name: evidence_of(row[name], name) for name in names if name in row and not isinstance(row[name], list)}
+    told = {name: row[name] for name in names if name in row}
+    if isinstance(told.get("rating"), list):  # it rates each reply
+        del told["rating"]
+    return {name: evidence_of(value, name) for name, value in told.items()}
 
 
 def labels_of(found: Comparison, head: str) -> list[Any]:
