@@ -244,7 +244,7 @@ def _row_documents(source: str, columns: set[str], place: str) -> Iterator[tuple
             row = renamed(row, {"text": place})
             if "text" not in row:
                 raise BadRow(f"no column '{place}'", columns_of(row))
-            yield number, text_of(row["text"], place)
+            yield number, text_of(row["text"], place, None)
         except BadRow as problem:
             yield number, problem
 

@@ -195,13 +195,32 @@ def _loaded(text: str) -> Any:
 
 def _json_line(line: bytes, where: str) -> Row | BadRow:
     try:
-        return _checked(_loaded(line.decode("utf-8")), where)
+        row = _checked(_loaded(line.decode("utf-8")), where)
+        if b"\\ud" in line.lower() and (key := _broken_key(row)):
+            return BadRow("a name holds broken Unicode", f"{where}: {key!r} is half a character; mend it")
+        return row
     except UnicodeDecodeError as error:
         return BadRow("invalid UTF-8", f"{where}: byte {error.start + 1} of the line; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return BadRow("malformed JSON", f"{where}: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError) as error:  # nested too deeply
         return BadRow("malformed JSON", f"{where}: {error}")
+
+
+def _broken_key(row: object) -> str | None:
+    """A name somewhere in a row that holds half of a surrogate pair, which nothing can print; None where all are whole.
+
+    Texts are looked at where they are used.
+    """
+    level: list[Any] = [row] if isinstance(row, dict) else []
+    while level:
+        objects = [item for item in level if isinstance(item, dict)]
+        for key in (key for item in objects for key in item):
+            if any("\ud800" <= letter <= "\udfff" for letter in key):
+                return key
+        inside = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [value for value in inside if isinstance(value, dict | list)]
+    return None
 
 
 def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.problems import BadRow
 
+MAX_TEXT = 2**20
+"""Longest text of a row, in characters: some 250,000 tokens. What is longer takes long, and no context holds it."""
+
 
 class Message(NamedTuple):
     """One turn.
@@ -60,10 +63,13 @@ def columns_of(row: dict[str, Any]) -> str:
     return f"the columns are {', '.join(sorted(map(str, row)))}" if row else "the row has no columns"
 
 
-def text_of(value: object, name: str) -> str:
-    """`value` of the field `name`, where it is text that can be encoded. Raises `BadRow`."""
+def text_of(value: object, name: str, longest: int | None = MAX_TEXT) -> str:
+    """`value` of the field `name`, where it is text that can be encoded, not too long. Raises `BadRow`."""
     if not isinstance(value, str):
         raise BadRow(f"'{name}' is not text", f"it holds {type(value).__name__} {str(value)[:40]!r}; write a string")
+    if longest is not None and len(value) > longest:
+        detail = f"it has {len(value):,} characters, and at most {longest:,} are tokenised; shorten it"
+        raise BadRow(f"'{name}' is too long", detail)
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -112,7 +112,7 @@ def parse(row: Row, kind: Kind) -> Parsed:
         return _parsed_dialogue(dialogues.parse_dialogue(row))
     if row.get("text") is None:
         raise BadRow("missing field 'text'", columns_of(row))
-    text = text_of(row["text"], "text")
+    text = text_of(row["text"], "text", None)
     if not text.strip():
         raise BadRow("empty document: 'text' is blank", severity="lost")
     source = None if row.get("source") is None else evidence_of(row["source"], "source")

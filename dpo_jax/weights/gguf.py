@@ -139,7 +139,8 @@ def read_config(header: GGUFHeader) -> LlamaConfig:
 
     layers = own.whole("block_count", high=_MAX_LAYERS)
     heads, hidden = own.whole("attention.head_count"), own.whole("embedding_length")
-    head_dim = own.maybe_whole("attention.key_length", low=0) or hidden // heads
+    named = own.maybe_whole("attention.key_length", low=0) or None
+    head_dim = named or hidden // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if (own.maybe_whole(key, low=0) or head_dim) != head_dim:
             raise InputError(f"{path}: metadata llama.{key} = {own.get(key)} differs from the head size {head_dim}")
@@ -158,7 +159,7 @@ def read_config(header: GGUFHeader) -> LlamaConfig:
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": own.maybe_whole("attention.head_count_kv", low=0) or heads,
-            "head_dim": head_dim,
+            "head_dim": named,
             "rms_norm_eps": _short(own.number("attention.layer_norm_rms_epsilon")),
             "rope_theta": _short(theta),
             "rope_scaling": _scaling(header, own, head_dim, theta),

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import jax
@@ -93,7 +93,15 @@ def _slots(tree: Tree, prefix: str, names: Mapping[str, str]) -> list[Slot]:
 
 def parameter_slots(config: LlamaConfig) -> list[Slot]:
     """Every parameter of a model, with the tensors of a Hugging Face checkpoint that hold it."""
-    return _slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES)
+    c = config  # without what changes no shape
+    sizes = (c.vocab_size, c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim)
+    switches = {n: getattr(c, n) for n in ("tie_embeddings", "attention_bias", "mlp_bias", "model_type", "num_labels")}
+    return list(_parameter_slots(LlamaConfig(*sizes, **switches)))
+
+
+@lru_cache(maxsize=16)  # the model is traced for its shapes, which a command asks for several times
+def _parameter_slots(config: LlamaConfig) -> tuple[Slot, ...]:
+    return tuple(_slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES))
 
 
 def score_slot(config: LlamaConfig, prefix: str = "") -> Slot:

@@ -8,6 +8,11 @@ EOS are put around a text is the post-processor's word, too; a tokenizer_config.
 """
 
 import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,27 @@ _OF_CLASS = {
 }
 
 
+_TRIED = ("a", "é 🙂 你\n\t12")
+"""Texts that a tokenizer must be able to encode: some of what is wrong in its file shows only then."""
+
+
+@contextmanager
+def _panics_unsaid() -> Iterator[None]:
+    """Keep from the terminal what the Rust library writes to descriptor 2 when it panics; all else is passed on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            if b"panicked at" not in (text := said.read()):
+                os.write(2, text)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a checkpoint (`source` as for `load_pretrained`), in the form of `transformers`.
 
@@ -56,12 +82,15 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
         )
     try:
         if (place.path / "tokenizer.json").is_file():
-            return _as_in_file(place.path)
+            with _panics_unsaid():
+                return _as_in_file(place.path)
         # Without the argument transformers asks on the terminal, and runs what the folder's auto_map names on "y".
         tokenizer = AutoTokenizer.from_pretrained(str(place.path), trust_remote_code=False)
     except InputError:
         raise
-    except Exception as error:  # transformers and the Rust library beneath raise bare Exceptions for a damaged file
+    except BaseException as error:  # transformers and the Rust library beneath raise bare Exceptions, or panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -79,6 +108,13 @@ def tokenizer_of(place: Source) -> PreTrainedTokenizerBase:
 def _as_in_file(folder: Path) -> PreTrainedTokenizerFast:
     """What tokenizer.json says, with what stands beside it; see the module."""
     file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.no_padding()  # a false length here ends the process, and neither has a part in what a text's ids are
+    file.no_truncation()
+    ids = file.get_vocab(with_added_tokens=False).values()
+    if len(set(ids)) != len(ids):
+        raise InputError(f"{folder / 'tokenizer.json'}: two tokens have the same id; fetch the file again")
+    for text in _TRIED:
+        file.encode(text)
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
     settings = folder / "tokenizer_config.json"
     config = read_json(settings) if settings.is_file() else {}
