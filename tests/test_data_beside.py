@@ -91,7 +91,7 @@ def test_an_integer_of_thousands_of_digits_stops_nobody(tmp_path: Path) -> None:
         ("column", "margin", math.nan),
         ("column", "margin", 10**400),
         ("small", "rating", [1, 2]),
-        ("score_gap", "score_rejected", "7"),
+        ("score_gap", "score_rejected", "seven"),
         ("agreement", "agreement", None),
     ],
 )
@@ -132,7 +132,7 @@ def test_the_tag_of_a_safety_reward_is_read_where_there_is_one(tmp_path: Path) -
 
 def test_numbers() -> None:
     assert number_of(decimal.Decimal("1.50"), "x") == 1.5
-    for value in (10**400, math.inf, "1", None, True, [1]):
+    for value in (10**400, math.inf, "one", None, True, [1]):
         with pytest.raises(ValueError, match="'x' is not a finite number"):
             number_of(value, "x")
 
