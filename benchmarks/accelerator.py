@@ -191,15 +191,15 @@ def error(x: Any, reference: Any) -> float:
     return float(jnp.linalg.norm((x - reference).ravel()) / jnp.linalg.norm(reference.ravel()))
 
 
-def attention_gradients(kernel: str, *, mask: Any, weight: Any) -> Callable[..., Any]:
-    """q, k, v -> gradients of a weighted sum of the attention's output, and that output."""
+def attention_gradients(kernel: str) -> Callable[..., Any]:
+    """q, k, v, mask, weight -> gradients of the weighted sum of the attention's output, and that output."""
     import jax
     import jax.numpy as jnp
 
     from dpo_jax.model.attention import attend
 
-    def total(*tensors: Any) -> Any:
-        out = attend(*tensors, mask=mask, kernel=kernel)
+    def total(q: Any, k: Any, v: Any, mask: Any, weight: Any) -> Any:
+        out = attend(q, k, v, mask=mask, kernel=kernel)
         return jnp.sum(weight * out.astype(jnp.float32)), out
 
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
@@ -224,20 +224,17 @@ def attention(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         weight = jax.random.normal(keys[3], (B, T, H, C), jnp.float32) * real[..., None, None]
         mask = AttentionMask(segments=real.astype(jnp.int32), packed=False)
 
-        both = partial(attention_gradients, mask=mask, weight=weight)
         # On the host: a GPU takes a minute to try float32 kernels of these sizes.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            whole = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v, weight)]
-            exact, out = partial(attention_gradients, mask=jax.tree.map(np.asarray, mask), weight=whole[3])("xla")(
-                *whole[:3]
-            )
-        exact, out = jax.tree.map(np.asarray, (exact, out))
+        host = jax.local_devices(backend="cpu")[0]
+        whole = [x.astype(jnp.float32) for x in (q, k, v)]
+        reference = attention_gradients("xla")(*jax.device_put((*whole, mask, weight), host))
+        exact, out = jax.tree.map(np.asarray, reference)
         for kernel in {"gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}.get(meshes.platform(), ("xla",)):
-            run = both(kernel)
-            gradients, got = run(q, k, v)
+            run = partial(attention_gradients(kernel), q, k, v, mask, weight)
+            gradients, got = run()
             figures: dict[str, Any] = {"error": error(got * real[..., None, None], out * real[..., None, None])}
             figures |= {f"error d{name}": error(a, b) for name, a, b in zip("qkv", gradients, exact, strict=True)}
-            timed = seconds_of(lambda run=run, q=q, k=k, v=v: run(q, k, v), budget=1.0)
+            timed = seconds_of(run, budget=1.0)
             flops = 3.5 * 2 * B * T * T * H * C  # causal counted half; the backward pass is 2.5 forward passes
             yield (
                 f"{kernel}, {B} x {T}, {H}/{G} heads of {C}",
