@@ -1,6 +1,9 @@
 """The log: what is written and shown, the warning about falling chosen log-probabilities, full disks, the report."""
 
+import io
 import json
+import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 
 from dpo_jax.errors import InputError
 from dpo_jax.run import report
-from dpo_jax.run.log import DriftWarning, MetricLog, ProgressBar, read_metrics, summary_text
+from dpo_jax.run.log import DriftWarning, MetricLog, ProgressBar, read_metrics, show_log, summary_text
 
 
 def rows(n: int, *, chosen: float, accuracy: float, noise: float = 1.0) -> list[dict[str, float]]:
@@ -49,6 +52,24 @@ def test_change_of_chosen_is_logged_from_the_first_step(tmp_path: Path) -> None:
         log.write({"step": 1, "logps/chosen": -10.0})
         log.write({"step": 2, "logps/chosen": -12.5})
     assert [row["logps/chosen_change"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, -2.5]
+
+
+def test_notes_go_where_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running bar puts itself in the place of stderr, so that lines do not tear it; so may a test."""
+    show_log()
+    for _ in range(2):
+        now = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", now)
+        logging.getLogger("dpo_jax.model").info("a note")
+        assert now.getvalue() == "a note\n"
+
+
+def test_the_report_calls_options_as_the_command_line_does() -> None:
+    given = {"source": "a.jsonl", "eval_source": None, "mix_source": "b.jsonl", "data": {"max_length": 8}}
+    table = report.options_section(given | {"sft": {"source": "c"}}).table
+    assert table is not None
+    names = [row[0] for row in table.rows]
+    assert names == ["--data", "--eval_data", "--mix_data", "--data.max_length", "--sft.data"]
 
 
 def test_only_the_writing_process_touches_the_disk(tmp_path: Path) -> None:

@@ -198,5 +198,7 @@ def _read_marker(path: Path) -> tuple[str, dict[str, Any], bool]:
 
 
 def option(name: str) -> str:
-    """The command-line spelling of a field of the configuration."""
-    return {"source": "--data", "eval_source": "--eval_data"}.get(name, f"--{name}")
+    """The command-line spelling of a field of the configuration, such as --sft.data of `sft.source`."""
+    section, dot, own = name.rpartition(".")
+    spelled = {"source": "data", "eval_source": "eval_data", "mix_source": "mix_data"}.get(own, own)
+    return f"--{section}{dot}{spelled}"

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dpo_jax.run.folder import flatten, write_atomically
+from dpo_jax.run.folder import flatten, option, write_atomically
 from dpo_jax.run.log import Row
 
 _STYLE = """
@@ -132,8 +132,8 @@ def final_section(rows: Sequence[Row]) -> Section:
 
 
 def options_section(config: Mapping[str, Any]) -> Section:
-    """All options, as they were in force."""
-    rows = [(f"--{name}", "" if value is None else value) for name, value in flatten(config).items()]
+    """All options, as they were in force, under their names on the command line."""
+    rows = [(option(name), "" if value is None else value) for name, value in flatten(config).items()]
     return Section("Options", table=Table(("option", "value"), rows))
 
 
