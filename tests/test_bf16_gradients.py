@@ -68,6 +68,7 @@ def test_scales_and_biases_sum_in_float32(which):
     assert "bf16[1] = reduce_sum" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "losses"),
     [({}, ("sft", "reward", "ppo")), ({"tied": True, "accumulate": 1}, ("sft sampled", "dpo with nll"))],
