@@ -152,8 +152,9 @@ def _pair(row: Readable, compared: bool) -> Comparison:
 
 
 def _gap(better: Evidence, worse: Evidence) -> Evidence:
-    problem = next((score for score in (better, worse) if isinstance(score, BadRow)), None)
-    return problem or evidence_of(float(better) - float(worse), "score_gap")
+    if isinstance(better, BadRow):
+        return better
+    return worse if isinstance(worse, BadRow) else evidence_of(float(better) - float(worse), "score_gap")
 
 
 def _listed(row: Readable, column: str) -> Comparison:

@@ -118,7 +118,7 @@ class Readable(Row):
     def called(self, name: str, index: int | None = None) -> str:
         """What the row itself calls `name`, or (with `index`) one entry of its list."""
         places = self.sources.get(name, (name,))
-        return places[index or 0] if index is None or len(places) > 1 else places[0]
+        return places[index] if index is not None and len(places) > 1 else next(iter(places))
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
