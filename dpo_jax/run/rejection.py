@@ -288,7 +288,8 @@ class _Run:
         """`dpo-jax sft` on what is learnt; False where a signal stopped it."""
         config, out = self.config, self.folder(iteration) / "sft"
         if not _finished(out):
-            shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun)}
+            own = {f.name for f in dataclasses.fields(config)}
+            shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun) if f.name in own}
             # Our own rows: one whose text happens to spell a control token is left out, not refused.
             shared |= {"source": str(self.folder(iteration) / "sft.jsonl"), "eval_source": None, "on_bad_rows": "skip"}
             date = config.data.date if writes_date(load_tokenizer(config.trained), config.data.template) else None
