@@ -4,7 +4,7 @@ import glob
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dpo_jax.data.splits import choose, data_files, default_config, whole
 from dpo_jax.errors import InputError
@@ -32,7 +32,7 @@ def fetch(source: str) -> list[Path]:
     repository, place = found["id"], source.partition(":")[0]
     where: dict[str, Any] = {"repo_type": "dataset", "revision": found["revision"]}
     # Every error of the hub and of the network derives from one of these (httpx's do not from OSError).
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    failures = cast(tuple[type[Exception], ...], (OSError, ValueError, *HfHubHTTPError.__bases__))
     try:
         paths = huggingface_hub.HfApi().list_repo_files(repository, **where)
         card = "README.md" in paths and huggingface_hub.hf_hub_download(repository, "README.md", **where)
