@@ -272,7 +272,7 @@ def save_pretrained(
         tensors = merging.merged(shapes, beneath, merging.factors(model, adapters), rounding)
     if config.num_labels:
         score = [layout.score_slot(config)]
-        shapes |= layout.tensor_shapes(score)
+        shapes = shapes | layout.tensor_shapes(score)  # a new one: the tensors are made later, by the keys of the old
         tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
     huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)
     return rounding.lost
