@@ -42,6 +42,8 @@ from dpo_jax.weights.gguf_header import open_gguf
 
 LIMIT = 30.0
 """Seconds that one case may take, on a machine that does other things too."""
+RESUMED = 150.0
+"""Seconds that a run may take which goes on: it loads, compiles, trains a step, exports and draws its report."""
 MEMORY = 2 << 30
 """Bytes that the process may grow by over all cases."""
 
@@ -311,6 +313,7 @@ class Kind:
     arguments: Callable[[Path], list[str]]
     mutate: Callable[[bytes, random.Random], bytes]
     weight: int = 20
+    limit: float = LIMIT
 
 
 @dataclass
@@ -411,16 +414,16 @@ def kinds_of_a_run(work: Path) -> dict[str, Kind]:
     found = {
         "adapter": Kind(run / "adapter", adapter, converted(), trees, 6),
         "adapter weights": Kind(run / "adapter", weights, converted(), header, 6),
-        "run.json finished": Kind(run, "run.json", resumed, trees, 2),
-        "run.json": Kind(unfinished, "run.json", resumed, trees, 1),
+        "run.json finished": Kind(run, "run.json", resumed, trees, 2, RESUMED),
+        "run.json": Kind(unfinished, "run.json", resumed, trees, 1, RESUMED),
         "run's config": Kind(unfinished, "config.json", converted(str(step)), trees, 4),
-        "metrics": Kind(unfinished, "metrics.jsonl", resumed, text_or_bytes(lines_mutated), 1),
+        "metrics": Kind(unfinished, "metrics.jsonl", resumed, text_or_bytes(lines_mutated), 1, RESUMED),
         "orbax arrays": Kind(unfinished, str(step / "state" / "_METADATA"), converted(str(step)), trees, 4),
     }
     for path in sorted((newest / "meta").rglob("*")) + sorted(newest.glob("*.json")) + sorted(newest.glob("_CHECK*")):
         if path.is_file():
             name = str(path.relative_to(unfinished))
-            found[f"checkpoint {path.name}"] = Kind(unfinished, name, resumed, trees, 1)
+            found[f"checkpoint {path.name}"] = Kind(unfinished, name, resumed, trees, 1, RESUMED)
     return found
 
 
@@ -464,14 +467,14 @@ def verdict(code: Any, said: str) -> str | None:
     return None if len(lines) == 1 and len(lines[0]) < 4000 else f"{len(lines)} lines of error"
 
 
-def in_process(arguments: list[str]) -> tuple[str | None, int, str]:
+def in_process(arguments: list[str], limit: float = LIMIT) -> tuple[str | None, int, str]:
     """The fault of a command, its exit code, and what it said."""
     out, fault, code = io.StringIO(), None, -1
     try:
-        with deadline(LIMIT), contextlib.redirect_stderr(out), contextlib.redirect_stdout(io.StringIO()):
+        with deadline(limit), contextlib.redirect_stderr(out), contextlib.redirect_stdout(io.StringIO()):
             code = main(arguments)
     except Hang:
-        fault = f"took more than {LIMIT:.0f} s: {''.join(traceback.format_exc()[-1500:])}"
+        fault = f"took more than {limit:.0f} s: {''.join(traceback.format_exc()[-1500:])}"
     except BaseException as error:  # what comes out is what is looked for, panics of Rust libraries among it
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -509,7 +512,7 @@ def fuzz(work: Path, *, seed: int, seconds: float, most: int, only: str | None =
         case = work / "case"
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(kind.base, case)
-        fault, code, said = in_process(kind.arguments(case))
+        fault, code, said = in_process(kind.arguments(case), kind.limit)
         assert code == 0, (name, fault, said)
     start, before = time.monotonic(), resident()
     while outcome.cases < most and time.monotonic() - start < seconds:
@@ -517,7 +520,7 @@ def fuzz(work: Path, *, seed: int, seconds: float, most: int, only: str | None =
         case_seed = rng.getrandbits(48)
         arguments, content = prepared(found[name], work, random.Random(case_seed))
         began = time.monotonic()
-        fault, code, said = in_process(arguments)
+        fault, code, said = in_process(arguments, found[name].limit)
         took = time.monotonic() - began
         outcome.cases += 1
         outcome.refused += code == 2

@@ -50,7 +50,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     if str(source) == "smollm2":
         return Source("gguf", smollm2.fetch())
     if named := _HUB_GGUF.fullmatch(str(source)):
-        return Source("gguf", _download_gguf(*named.groups(), revision))
+        return Source("gguf", _download_gguf(named[1], named[2], named[3], revision))
     if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
         return _folder(_download(str(source), revision=revision))
     raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
