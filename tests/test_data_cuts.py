@@ -45,7 +45,7 @@ def test_preferences_comparisons_and_responses_tell_what_they_lost(source: str) 
     data = load_preferences(source, TOKENIZER, config, **options)
     fits, long, plain, short = data.cuts
     assert fits == RowCut()
-    assert TOKENIZER.decode(data.prompts[0]).startswith(f"<|im_start|>system\n{SYSTEM}")
+    assert str(TOKENIZER.decode(data.prompts[0])).startswith(f"<|im_start|>system\n{SYSTEM}")
     assert long.prompt > 0
     assert (long.responses, long.system) == (1, True)
     assert data.prompt_lengths[1] == 64

@@ -144,7 +144,7 @@ def test_reasoning_is_written_by_the_template_or_named(name: str, tmp_path: Path
     # As transformers renders it.
     theirs = THINKS.apply_chat_template(row["messages"], tokenize=False)
     if name == "reasoning_content":  # the other names only newer versions know
-        assert THINKS.decode(encode(row, tokenizer=THINKS).tokens.tolist()) == theirs.rstrip()
+        assert THINKS.decode(encode(row, tokenizer=THINKS).tokens.tolist()) == str(theirs).rstrip()
     source = write(tmp_path / "rows.jsonl", row)
     plain = load_dialogues(source, TOKENIZER, DataConfig(), vocab_size=320)
     assert plain.unused_columns == ("messages: id", f"messages: {name}")
@@ -158,7 +158,7 @@ def test_reasoning_is_written_by_the_template_or_named(name: str, tmp_path: Path
 
 def test_an_answer_begins_with_its_reasoning_where_the_template_opens_it_for_generation() -> None:
     opened = tiny.tokenizer()
-    opened.chat_template = THINKS.chat_template.replace(
+    opened.chat_template = str(THINKS.chat_template).replace(
         "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif"
     )
     row = {"messages": [turn("user", "what"), turn("assistant", "film", thinking="a film is red")]}

@@ -46,7 +46,7 @@ def rating_number(rating: object) -> int:
 _NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?")
 
 
-def number_of(value: object, name: str) -> float:
+def number_of(value: Any, name: str) -> float:
     """A finite number of the field `name`. Raises `BadRow`."""
     number = math.nan
     spelled = isinstance(value, str) and _NUMBER.fullmatch(value.strip())  # as CSV has it
