@@ -163,6 +163,7 @@ def test_an_index_names_files(
             }
         },
         {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 0}, "unk_token": "a"}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}},
         {
             "post_processor": {
                 "type": "TemplateProcessing",

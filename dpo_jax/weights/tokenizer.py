@@ -39,6 +39,8 @@ _OF_CLASS = {
 }
 
 
+_GAP = 100_000
+"""How many ids a tokenizer may leave out beside as many as it has tokens."""
 _TRIED = ("a", "é 🙂 你\n\t12")
 """Texts that a tokenizer must be able to encode: some of what is wrong in its file shows only then."""
 
@@ -113,6 +115,8 @@ def _as_in_file(folder: Path) -> PreTrainedTokenizerFast:
     ids = file.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) != len(ids):
         raise InputError(f"{folder / 'tokenizer.json'}: two tokens have the same id; fetch the file again")
+    if max(ids, default=0) > 2 * len(ids) + _GAP:  # the library goes through all ids up to the largest, in memory
+        raise InputError(f"{folder / 'tokenizer.json'}: a token has the id {max(ids)}, far beyond all others; mend it")
     for text in _TRIED:
         file.encode(text)
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
