@@ -14,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 import dpo_jax
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import heads
 from dpo_jax.weights import base, source
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.heads import as_reward_model
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,17 @@ def test_a_hub_model_is_kept_with_its_revision(
     asked.clear()
     dpo_jax.load_pretrained(tmp_path / "a")
     assert set(asked) == {("owner/name", commit)}
+
+
+def test_a_reward_model_scores_the_same_merged(model_folder: Path, tmp_path: Path) -> None:
+    lora = dpo_jax.load_pretrained(model_folder, dtype=jnp.bfloat16, lora=LoraConfig(rank=2))
+    model, variables = as_reward_model(*lora)
+    variables["heads"] = heads.init_heads(model, jax.random.key(1), {heads.SCORE: 1})
+    variables["adapters"] = jax.tree.map(lambda x: x + 0.003, variables["adapters"])
+    tokenizer, scores = dpo_jax.load_tokenizer(model_folder), []
+    for name in ("model", "adapter"):
+        merge = name == "model"
+        dpo_jax.save_pretrained(tmp_path / name, model, variables, tokenizer, source=model_folder, merge=merge)
+        again, loaded = dpo_jax.load_pretrained(tmp_path / name)
+        scores.append(heads.apply(loaded, heads.SCORE, again.apply(loaded, jnp.arange(20)[None])))
+    np.testing.assert_allclose(*scores, atol=1e-5)
