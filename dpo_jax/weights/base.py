@@ -65,12 +65,12 @@ def base_of(place: Source) -> Base:
     folder = place.path if place.kind == "peft" else place.path.parent.parent
     if (folder / FILE).is_file():
         raw = read_json(folder / FILE)
-        fields = [raw.get(name) for name in ("model", "revision", "fingerprint")]
+        model, revision, fingerprint = (raw.get(name) for name in ("model", "revision", "fingerprint"))
         if place.kind == "peft":  # where people, and PEFT, write a new place
-            fields[:2] = peft.base_of(folder)
-        if not isinstance(fields[0], str) or not all(x is None or isinstance(x, str) for x in fields):
+            model, revision = peft.base_of(folder)
+        if not isinstance(model, str) or not all(x is None or isinstance(x, str) for x in (revision, fingerprint)):
             raise InputError(f"{folder / FILE}: does not say which model lies beneath; write its place there as model")
-        return Base(*fields)
+        return Base(model, revision, fingerprint)
     if place.kind == "peft":
         return Base(*peft.base_of(place.path))
     return Base(orbax_params.origin(place.path)[0])

@@ -70,10 +70,23 @@ class Program:
     arguments: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, step: Any, mesh: Mesh, arguments: tuple[Any, ...], *counts: float, **more: Any) -> "Program":
-        """The program of a jitted step. `counts`: flops, computed, tokens."""
+    def of(
+        cls,
+        step: Any,
+        mesh: Mesh,
+        arguments: tuple[Any, ...],
+        flops: float,
+        computed: float,
+        tokens: float,
+        **more: Any,
+    ) -> "Program":
+        """The program of a jitted step."""
         *trees, batch = arguments
-        return cls(lambda: step.lower(*trees, placed(mesh, batch)), *counts, step=step, arguments=arguments, **more)
+
+        def lower() -> Any:
+            return step.lower(*trees, placed(mesh, batch))
+
+        return cls(lower, flops, computed, tokens, step=step, arguments=arguments, **more)
 
 
 def names(run: TrainingRun) -> tuple[str, ...]:
