@@ -95,7 +95,7 @@ class CheckedRows:
             if isinstance(value, list | dict) and (keys := keys_beside(value)):
                 self.keys.setdefault(str(name), set()).update(keys)
 
-    def usable(self, evidence: Mapping[str, Evidence]) -> Mapping[str, float | str]:
+    def usable(self, evidence: Mapping[str, Evidence]) -> dict[str, Any]:
         """What of it can be used; the rest is counted, to be named by `unused`."""
         found = {name: value for name, value in evidence.items() if not isinstance(value, BadRow)}
         self._unusable.update(evidence.keys() - found.keys())
