@@ -113,6 +113,14 @@ def test_every_layout_of_the_table_has_an_example() -> None:
           "conversation_b": [{"role": "user", "content": "R"}, {"role": "assistant", "content": "y"}],
           "winner": "model_a"}, "no shared prompt"),
         ({"generations": ["x", "y"], "winner": "tie"}, "'winner' may say which entry"),
+        ({"generations": ["x", "y"]}, "nothing says which response is better"),
+        ({"generations": ["x", "y"], "correctness_math_verify": [False, True]}, "'correctness_math_verify' may say"),
+        ({"responses": ["x", "y"], "quality": [0.1, 0.9]}, "'quality' may say which entry"),
+        ({"responses": ["x", "y"], "labels": [0, 1]}, "'labels' may say which entry"),
+        ({"responses": [{"text": "x", "helpfulness": 1}, {"text": "y", "helpfulness": 4}]}, "'helpfulness' may say"),
+        ({"answers": [{"text": "x", "selected": False}, {"text": "y", "selected": True}]}, "'selected' may say"),
+        ({"response_1": "x", "response_2": "y", "better": 0}, "'better' does not name one .*write 1 or 2"),
+        ({"response_1": "x", "response_2": "y", "preference": 1}, "'preference' may be a number of a response, or how"),
         ({"input": {"messages": 3}, "preferred_output": "x", "non_preferred_output": "y"}, "'prompt' is not text"),
         ({"input": "Q?", "preferred_output": "x", "non_preferred_output": "y"}, "'input' is no object"),
         ({"messages": "Q?", "rejected_response": "y"}, "'messages' is not a list of messages"),
@@ -122,6 +130,59 @@ def test_refused(row: dict[str, Any], message: str) -> None:
     prompt = {} if {"history", "conversation_a", "input", "messages"} & row.keys() else {"prompt": "Q?"}
     with pytest.raises(BadRow, match=message):
         parse_preference({**prompt, **row})
+
+
+def test_two_that_are_numbered_from_one_are_named_by_those_numbers() -> None:
+    row = {"instruction": "Q?", "input": "I", "output_1": "x", "output_2": "y", "preference": 1, "raw_preference": 2}
+    assert parse_preference(row).chosen == "x"
+    assert parse_preference({**row, "preference": 2}).chosen == "y"
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "token_counts", "seed", "answer_id", "lengths", "created_at"])
+def test_measures_of_responses_do_not_judge_them(name: str) -> None:
+    assert parse_preference({"prompt": "Q?", "responses": ["good", "bad"], name: [3, 5]}).chosen == "good"
+    entries = [{"text": "good", name: 3}, {"text": "bad", name: 5}]
+    assert parse_preference({"prompt": "Q?", "responses": entries}).chosen == "good"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": "good", "rejected": "bad"},
+        {"responses": ["good", "bad"]},
+        {"response_a": "good", "response_b": "bad", "score_a": 2, "score_b": 1},
+        {"output": "good"},
+    ],
+)
+def test_what_was_said_before_is_read_whatever_is_asked_of_the_row(answers: dict[str, Any]) -> None:
+    """`history`, and `context` below an instruction or a question, of dialogues, pairs, lists and prompts alike."""
+    row = {"question": "Q?", "context": "C", "history": [["q", "a"]], "system": "S", **answers}
+    turns = ["S", "q", "a", "Q?\nC"]
+    assert [m.content for m in parse_prompt(row)[0]] == turns
+    assert [m.content for m in parse_dialogue(row).messages] == [*turns, "good"]
+    if "output" not in answers:
+        assert [m.content for m in parse_preference(row).messages] == turns
+    assert sources(row)["context"] == "input"
+    assert "context" not in sources({"prompt": "Q?", "context": "C", **answers})
+    with pytest.raises(BadRow, match="'context' and 'input' beside one prompt"):
+        parse_prompt({"instruction": "Q?", "context": "C", "input": "I"})
+
+
+def test_copies_of_the_turns_and_answers_that_are_marked_as_bad() -> None:
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "good"}]
+    magpie = {"instruction": "Q?", "response": "good", "conversations": turns}
+    assert [m.content for m in parse_dialogue(magpie).messages] == ["Q?", "good"]
+    with pytest.raises(BadRow, match="several fields give the dialogue"):
+        parse_dialogue({**magpie, "response": "other"})
+    with pytest.raises(BadRow, match="'label' is false") as caught:
+        parse_dialogue({"messages": turns, "label": False})
+    assert caught.value.severity == "lost"
+
+
+def test_tools_beside_the_messages_of_an_input() -> None:
+    said = {"messages": [{"role": "user", "content": "Q?"}], "tools": [{"type": "function"}]}
+    row = {"input": said, "preferred_output": "good", "non_preferred_output": "bad"}
+    assert parse_preference(row).messages[0].tools == [{"type": "function"}]
 
 
 def test_what_has_the_readers_names_stays() -> None:
@@ -161,6 +222,9 @@ SAFE = {"prompt": "Q?", "response_0": "bad", "response_1": "good", "better_respo
         ("prompt=ask,chosen=yes,rejected=no", {"ask": "Q?", "yes": "good", "no": "bad", "prompt": "other"}),
         ("prompt=ask.text,chosen=both.a,rejected=both.b", {"ask": {"text": "Q?"}, "both": {"a": "good", "b": "bad"}}),
         ("prompt=ask,responses=tries,scores=marks", {"ask": "Q?", "tries": ["bad", "good"], "marks": [1, 2]}),
+        ("better=preferred", {"prompt": "Q?", "response_1": "bad", "response_2": "good", "preferred": 2}),
+        ("preference=preference", {"prompt": "Q?", "response_1": "bad", "response_2": "good", "preference": 2}),
+        ("better=preference", {"prompt": "Q?", "response_1": "good", "response_2": "bad", "preference": 1}),
         ("better=safer_response_id", {**SAFE, "better_response_id": 0, "safer_response_id": 1}),
     ],
 )

@@ -25,7 +25,7 @@ from dpo_jax.config import ClassHead, RewardLossConfig
 from dpo_jax.data import judgements
 from dpo_jax.data.judgements import judged
 from dpo_jax.data.layouts import Readable, readable
-from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, history_of, response_of, text_of, turns_of
+from dpo_jax.data.messages import SYSTEM_COLUMNS, Message, columns_of, response_of, text_of, turns_of
 from dpo_jax.data.preferences import (
     ASSISTANT,
     COLUMNS,
@@ -44,7 +44,7 @@ REPLY_KEYS = ("response", "text", "completion", "answer")
 """Keys of an entry of such a list that hold its text."""
 REPLIES_COLUMNS = frozenset((*LIST_COLUMNS, *judgements.COLUMNS))
 """Columns of several answers, and what judges them."""
-OWN_COLUMNS = REPLIES_COLUMNS | {"messages", "history", "labels", "agreement"}
+OWN_COLUMNS = REPLIES_COLUMNS | {"messages", "labels", "agreement"}
 """Columns that are read here, beside those of `preferences.COLUMNS` and votes."""
 
 EXTRAS = ("rating", "source", "score_gap", "agreement")
@@ -196,7 +196,7 @@ def _reply(value: object, column: str) -> tuple[tuple[Message, ...], str]:
 def _prompt(
     row: Readable, contexts: Sequence[tuple[Message, ...]], column: str
 ) -> tuple[tuple[Message, ...], str | None]:
-    columns = (*PROMPT_COLUMNS, "messages", "input", *SYSTEM_COLUMNS, "tools")
+    columns = (*PROMPT_COLUMNS, "messages", "input", "context", "history", *SYSTEM_COLUMNS, "tools")
     told = {name: row[name] for name in columns if name in row}
     if any(contexts):
         if told.keys() - {*SYSTEM_COLUMNS, "tools"}:
@@ -204,12 +204,7 @@ def _prompt(
         if any(turns_of(context) != turns_of(contexts[0]) for context in contexts):
             raise BadRow("no shared prompt", f"the messages before the last differ in '{column}'; remove the row")
         told["messages"] = [message.as_dict() for message in contexts[0]]
-    messages, raw = parse_prompt(Readable(told, row.sources))
-    if "history" in row and (history := history_of(row["history"])):
-        if raw is None and messages[0].role != "system":
-            raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
-        messages, raw = (*messages[:-1], *history, messages[-1]), None
-    return messages, raw
+    return parse_prompt(Readable(told, row.sources))
 
 
 def _told_evidence(row: Readable) -> dict[str, Evidence]:

@@ -2,10 +2,11 @@
 
 Understood layouts (a column that is null counts as absent):
 
-* `messages`, or `conversations` (ShareGPT): the whole dialogue as a list of messages. A copy of its first user message
-  in `prompt` (UltraChat) may stand beside it.
-* `prompt`, `instruction` with an optional `input` or `context` (Alpaca, Dolly), `question`, or a list of messages that
-  a user ends; and the answer to it in `completion`, `response`, `answer` or `output`: a text, or a list of messages.
+* `messages`, or `conversations` (ShareGPT): the whole dialogue as a list of messages. Copies of its turns, as a prompt
+  (UltraChat) and an answer (Magpie), may stand beside it.
+* `prompt`, `instruction` or `question` with an optional `input` or `context` (Alpaca, Dolly), or a list of messages
+  that a user ends; and the answer to it in `completion`, `response`, `answer` or `output`: a text, or a list of
+  messages.
 * `history` (LLaMA-Factory): a list of [user, assistant], what was said before the instruction.
 * preference rows (see `preferences.py`): the dialogue that ends with `chosen`, as Zephyr and the DPO paper train on. Of
   unpaired rows (`label`) those with a good completion.
@@ -21,18 +22,18 @@ and assistant in turn, the user first, the assistant last; no turn is blank (a s
 
 import difflib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_jax.data.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
-from dpo_jax.data.layouts import readable
+from dpo_jax.data.layouts import Readable, readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
     answer_of,
     check_tools,
     columns_of,
-    history_of,
     messages_of,
     text_of,
     turns_of,
@@ -46,7 +47,7 @@ DIALOGUE_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 CUT = "length"
 """The `finish_reason` of an answer that was cut."""
-_BESIDE = ("chosen", "rejected", "label", "input", "context", *SYSTEM_COLUMNS, "history", "as_spelled", "finish_reason")
+_BESIDE = ("chosen", "rejected", "label", "input", *SYSTEM_COLUMNS, "history", "as_spelled", "finish_reason")
 COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE)) | REPLIES_COLUMNS
 """Every column that is read. Others are ignored, and named."""
 RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
@@ -82,6 +83,8 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
     row = readable(row)
     if not COLUMNS.intersection(row):
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
+    if str(row.get("label")).lower() == "false":
+        raise BadRow("'label' is false: no answer to learn from", severity="lost")
     severity: Severity = "bad"
     if "chosen" in row or "rejected" in row or (compares_replies(row) and not is_answer(row)):
         pair = parse_preference(row, compared=False)
@@ -125,12 +128,20 @@ def _whole(row: dict[str, Any], name: str, messages: tuple[Message, ...]) -> Dia
     if others == ["prompt"] and isinstance(row["prompt"], str) and first is not None:
         if row["prompt"].strip() != first.strip():
             raise BadRow(f"'prompt' is not the first user message of '{name}'", "keep one of the two columns")
-    elif others:
+    elif others and not (
+        {*PROMPT_COLUMNS}.intersection(others) and all(_copied(row[other], other, messages) for other in others)
+    ):
         raise BadRow("several fields give the dialogue", f"{', '.join((name, *others))}; keep one of them")
     whole = with_system(messages, row, f"in '{name}'")
     if "as_spelled" in row:
         return Dialogue(whole, _as_spelled(row["as_spelled"]))
     return Dialogue(whole, (whole[0].content, whole[1].content) if len(whole) == 2 else None)
+
+
+def _copied(value: object, name: str, messages: Sequence[Message]) -> bool:
+    """Whether the column `name` repeats a turn of the dialogue."""
+    role = "user" if name in PROMPT_COLUMNS else "assistant"
+    return isinstance(value, str) and any(value.strip() == m.content.strip() for m in messages if m.role == role)
 
 
 def _as_spelled(value: object) -> tuple[str, str]:
@@ -139,26 +150,15 @@ def _as_spelled(value: object) -> tuple[str, str]:
     return text_of(value["prompt"], "as_spelled: prompt"), text_of(value["answer"], "as_spelled: answer")
 
 
-def _answered(row: dict[str, Any]) -> Dialogue:
+def _answered(row: Readable) -> Dialogue:
     """A row with a prompt and its answer in columns of their own."""
-    if str(row.get("label")).lower() == "false":
-        raise BadRow("'label' is false: no answer to learn from", severity="lost")
     answers = [name for name in ANSWER_COLUMNS if name in row]
     if len(answers) > 1:
         raise BadRow("several fields give an answer", f"{', '.join(answers)}; keep one of them")
-    asked = {name: row[name] for name in (*PROMPT_COLUMNS, "messages", "input", *SYSTEM_COLUMNS) if name in row}
-    if "context" in row and "instruction" in row:
-        if "input" in row:
-            raise BadRow("'context' and 'input' beside one 'instruction'", "keep one of them")
-        asked["input"] = row["context"]
     if not answers:
         raise _no_answer(row)
-    prompt, raw = parse_prompt(asked)
-    if "history" in row and (history := history_of(row["history"])):
-        if raw is None and prompt[0].role != "system":
-            raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
-        head = prompt[:-1]
-        prompt, raw = (*head, *history, prompt[-1]), None
+    asked = (*PROMPT_COLUMNS, "messages", "input", "context", "history", *SYSTEM_COLUMNS)
+    prompt, raw = parse_prompt(Readable({name: row[name] for name in asked if name in row}, row.sources))
     *said, answer = answer_of(row[answers[0]], answers[0])
     if said and said[0].role != "assistant":  # it repeats the prompt
         if turns_of(said[: len(prompt)]) != turns_of(prompt):

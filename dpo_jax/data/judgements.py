@@ -3,8 +3,8 @@
 A judgement stands in the entries of the list of responses (`{"response": ..., "overall_score": 7.5}`) or beside it.
 Larger `overall_score`, `score`, `rating` and `pm_score` are better; the smallest `rank` is the best (Nectar counts from
 1, OpenAssistant from 0). `layouts.py` says what else there is. Without any, the best response of a list stands first;
-but not where something that looks like a judgement is there and cannot be read, for then the order of the list may mean
-nothing.
+but not where something that looks like a judgement (by its name, or as a number or yes or no for each response) is
+there and cannot be read, nor in a column that holds samples, for then the order of the list may mean nothing.
 """
 
 import re
@@ -25,6 +25,11 @@ _LISTS_ALWAYS = ("scores", "ranks")
 _LOOKS_LIKE_ONE = re.compile(
     r"(?:^|[^a-z])(?:(?:rank|rat|grad)(?:e|ed|es|ing|ings|s)?|scor(?:e|es|ed|ing)|annotations?|preferences?|prefer|"
     r"preferred|rewards?|votes?|winner|wins?|better|best|judge?ments?|judged?|choice|elo)(?:[^a-z]|$)",
+    re.IGNORECASE,
+)
+_NO_JUDGEMENT = re.compile(
+    r"(?:^|[^a-z])(?:ids?|ind(?:ex|ices)|idx|position|order|seeds?|temperatures?|top_[kp]|len(?:gths?)?|(?:num|n)_.*|"
+    r"tokens?|chars|words|counts?|turns?|times?|timestamps?|dates?|created.*)$",
     re.IGNORECASE,
 )
 _FIRST, _SECOND, _TIE = (0, 1), (1, 0), (0, 0)
@@ -56,7 +61,7 @@ def judged(row: Readable, column: str, known: frozenset[str]) -> Judged | BadRow
     contradict each other.
     """
     responses = row[column]
-    k, named = len(responses), len(row.sources.get(column, ())) > 1
+    k = len(responses)
     scores, evidence = (), {}
     found: dict[str, tuple[int, ...]] = {}
     for name, keys in _numbers(row, column, k).items():
@@ -70,7 +75,7 @@ def judged(row: Readable, column: str, known: frozenset[str]) -> Judged | BadRow
     if not found:
         entries = [entry if isinstance(entry, dict) else {} for entry in responses]
         unread = _unread(row, entries, known | {column})
-        if named and unread is None:
+        if column in row.sources and unread is None:
             detail = "give scores (score_a, score_b), votes (annotator1 ...), or the better one's number in 'better'"
             return BadRow("nothing says which response is better", detail)
         return Judged(tuple(range(k)), (), {}) if unread is None else _not_read(row.called(column), unread)
@@ -120,35 +125,50 @@ def _of_two(row: Readable, evidence: dict[str, float]) -> dict[str, tuple[int, .
         found["votes"] = (_TIE, _FIRST, _SECOND)[winner]
     for name, places in (("better", (_FIRST, _SECOND, _TIE)), ("worse", (_SECOND, _FIRST, _TIE))):
         if name in row:
-            found[name] = places[_choice(row[name], row.called(name))]
+            found[name] = places[_choice(row[name], row.called(name), row.counts_from_one)]
     if "preference" in row:
         degree = number_of(row["preference"], row.called("preference"))
+        told = "preference" in row.sources or "preference" in row.named
+        if row.counts_from_one and degree in (1, 2) and not told:
+            detail = "say which it is: --data.columns better=preference, or preference=preference (below 0: the first)"
+            raise BadRow("'preference' may be a number of a response, or how much the second is better", detail)
         found["preference"] = _FIRST if degree < 0 else _SECOND if degree > 0 else _TIE
         if abs(degree) in (1, 2, 3):  # slightly better, better, much better: the scale of Llama 2's ratings
             evidence["rating"] = abs(degree)
     return found
 
 
-def _choice(value: object, name: str) -> int:
-    """0 the first, 1 the second, 2 a tie. Raises `BadRow`."""
+def _choice(value: object, name: str, from_one: bool) -> int:
+    """0 the first, 1 the second, 2 a tie; `from_one`: numbers are 1 and 2. Raises `BadRow`."""
     text = str(value).strip().lower()
-    if not isinstance(value, bool) and re.fullmatch(r"[01](\.0)?", text):
-        return int(text[0])
+    if not isinstance(value, bool) and re.fullmatch(r"[12](\.0)?" if from_one else r"[01](\.0)?", text):
+        return int(text[0]) - from_one
     if isinstance(value, str) and re.fullmatch(r"(.*[ _-])?[ab]", text):
         return "ab".index(text[-1])
     if isinstance(value, str) and text.startswith("tie"):
         return 2
-    detail = f"it holds {str(value)[:40]!r}; write 0 or 1 (or model_a, model_b), or tie"
+    numbers = "1 or 2" if from_one else "0 or 1"
+    detail = f"it holds {str(value)[:40]!r}; write {numbers} (or model_a, model_b), or tie"
     raise BadRow(f"'{name}' does not name one of the two responses", detail)
 
 
 def _unread(row: Readable, entries: Sequence[dict[str, Any]], known: frozenset[str]) -> str | None:
     """What looks like a judgement, in the entries or beside the list."""
-    keys = {str(key): None for entry in entries for key, value in entry.items() if value is not None}
-    inside = [key for key in keys if key not in IN_ENTRIES and looks_like_one(key)]
+    keys = {str(key): [] for entry in entries for key, value in entry.items() if value is not None}
+    for entry in entries:
+        for key, value in entry.items():
+            keys.get(str(key), []).append(value)
+    inside = [key for key, held in keys.items() if key not in IN_ENTRIES and (looks_like_one(key) or _judge(key, held))]
     beside = [name for name in row if looks_like_one(name) and not (name in known or is_vote(name))]
+    beside += [name for name, value in row.items() if _judge(name, value) and len(value) == len(entries)]
     lists = [name for name in BESIDE if isinstance(row.get(name), list)]  # of another length
     return next(iter([*inside, *beside, *lists]), None)
+
+
+def _judge(name: str, values: Any) -> bool:
+    """Whether `values` may judge the responses: a number, or yes or no, for each; and not a measure of something."""
+    numbers = isinstance(values, list) and bool(values) and all(isinstance(v, int | float) for v in values)
+    return numbers and _NO_JUDGEMENT.search(name) is None
 
 
 def _not_read(column: str, name: str) -> BadRow:

@@ -7,7 +7,8 @@ The readers (`preferences.py`, `dialogues.py`, `comparisons.py`) know one name f
     chosen, rejected                     two answers, the better one first
     responses                            a list of answers, and one of these that judges them:
       scores, ranks                        a number for each (larger is better; 1 is the best)
-      better, worse                        which of two is better or worse: 0 or 1, `model_a` or `model_b`, or a tie
+      better, worse                        which of two is better or worse: 0 or 1 (1 or 2 where their columns are
+                                             numbered so), `model_a` or `model_b`, or a tie
       preference                           a number from -n (the first is much better) to n (the second); 0 a tie
       annotator1, annotator2, ...          votes: 1 the first, 2 the second, 0 a tie
     score                                the score of one answer; neighbouring rows with one prompt are compared by it
@@ -69,6 +70,7 @@ LAYOUTS = (
     Layout("PKU-SafeRLHF", {"responses": "response_0 response_1", "better": "better_response_id"}),
     Layout("HelpSteer3", {"prompt": "context", "responses": "response1 response2", "preference": "overall_preference"}),
     Layout("HelpSteer2", {"score": "helpfulness"}),
+    Layout("AlpacaFarm", {"responses": "output_1 output_2", "better": "preference"}),
     Layout("HelpSteer2 preference", {"responses": "response_1 response_2", "preference": "preference_strength"}),
     Layout(
         "SHP",
@@ -84,9 +86,14 @@ LAYOUTS = (
     Layout("summarize_from_feedback", {"prompt": "info.post", "responses": "summaries", "better": "choice"}),
     Layout("distilabel", {"responses": "generations"}),
     # Pairs
-    Layout("OpenAI", {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}),
+    Layout(
+        "OpenAI",
+        {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        {"tools": "input.tools"},
+    ),
     Layout("ms-swift", {"prompt": "messages[:-1]", "chosen": "messages[-1]", "rejected": "rejected_response"}),
     Layout("ms-swift", {"prompt": "messages[:-1]", "chosen": "messages[-1]", "rejected": "rejected_messages"}),
+    Layout("ms-swift", {"prompt": "query", "chosen": "response", "rejected": "rejected_response"}),
     Layout(
         "argilla",
         {"chosen": "chosen_response", "rejected": "rejected_response"},
@@ -104,21 +111,35 @@ _TWO = re.compile(r"(?P<kind>response|answer|completion|output)(?P<mark>_?(?:[ab
 _VOTE = re.compile(r"annotator_?\d+")
 
 
+class Renamed(Row):
+    """A row of which `--data.columns` says what some columns hold: `named`, by the readers' names."""
+
+    def __init__(self, row: Row, named: Iterable[str]):
+        super().__init__(row)
+        self.named = frozenset(named)
+
+
 class Readable(Row):
     """A row under the readers' names, without nulls.
 
     Attributes:
       sources: for each name that stands elsewhere in the row as it was, the places, in words.
+      named: see `Renamed`.
     """
 
-    def __init__(self, row: Row, sources: Mapping[str, tuple[str, ...]]):
+    def __init__(self, row: Row, sources: Mapping[str, tuple[str, ...]], named: frozenset[str] = frozenset()):
         super().__init__(row)
-        self.sources = dict(sources)
+        self.sources, self.named = dict(sources), named
 
     def called(self, name: str, index: int | None = None) -> str:
         """What the row itself calls `name`, or (with `index`) one entry of its list."""
         places = self.sources.get(name, (name,))
         return places[index] if index is not None and len(places) > 1 else next(iter(places))
+
+    @property
+    def counts_from_one(self) -> bool:
+        """Whether the columns of two responses are numbered 1 and 2."""
+        return [place[-1:] for place in self.sources.get("responses", ())] == ["1", "2"]
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -138,7 +159,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return found
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def renamed(row: Row, columns: Mapping[str, str]) -> Renamed:
     """`row` with what stands at the places `columns` under the readers' names, and no longer under its own.
 
     Raises `BadRow` where a place lies inside a column that is no object.
@@ -146,7 +167,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     moved = {name: _at(row, place) for name, place in columns.items()}
     taken = {column_of(place) for place in columns.values()}
     rest = {name: value for name, value in row.items() if name not in taken and name not in moved}
-    return rest | {name: value for name, value in moved.items() if value is not None}
+    return Renamed(rest | {name: value for name, value in moved.items() if value is not None}, columns)
 
 
 def readable(row: Row) -> Readable:
@@ -161,7 +182,8 @@ def readable(row: Row) -> Readable:
         moved[target] = values[0] if len(where) == 1 else values
     taken = {column_of(place) for where in places.values() for place in where}
     rest = {name: value for name, value in there.items() if name not in taken}
-    return Readable(rest | {name: value for name, value in moved.items() if value is not None}, places)
+    named = row.named if isinstance(row, Renamed) else frozenset[str]()
+    return Readable(rest | {name: value for name, value in moved.items() if value is not None}, places, named)
 
 
 def sources(row: Row) -> dict[str, str]:
@@ -226,6 +248,9 @@ def _places(row: Row) -> dict[str, tuple[str, ...]]:
         other = next((name for name in _PROMPT_COLUMNS if name not in taken and isinstance(row.get(name), str)), None)
         if other is not None:
             found["prompt"] = (other,)
+    asked = any(name in row and name not in taken for name in ("instruction", "question"))
+    if asked and isinstance(row.get("context"), str) and "context" not in taken and not row.get("input"):
+        found["input"] = ("context",)  # as Dolly has it
     return found
 
 

@@ -7,7 +7,9 @@ Understood layouts (a column that is null counts as absent):
   "\\n\\nAssistant:" (Anthropic's HH). The last message, or what follows the last "\\n\\nAssistant:", is the response;
   all before it must be the same in both.
 * `conversations` (ShareGPT: a list of from/value) with `chosen`, `rejected`.
-* `instruction` and, optionally, `input` (Alpaca), or `question` (Orca), in place of `prompt`.
+* `instruction` with an optional `input` or `context` (Alpaca, Dolly), or `question`, with `context`, in place of
+  `prompt`.
+* `history` (LLaMA-Factory): a list of [user, assistant], what was said before such a prompt.
 * `prompt`, `completion`, `label` (true or false): unpaired rows, for the KTO loss only.
 * With any of them, `as_spelled`: {"prompt", "chosen", "rejected"}, the texts that `--data.template raw` is to see. A
   store (see `store_schema.py`) holds it where they cannot be told from the messages.
@@ -27,6 +29,7 @@ from dpo_jax.data.messages import (
     Message,
     check_tools,
     columns_of,
+    history_of,
     messages_of,
     response_of,
     text_of,
@@ -66,7 +69,9 @@ NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
 EXTRA_COLUMNS = (*NUMBER_COLUMNS, "rating", "source")
 PROMPT_COLUMNS = ("prompt", "conversations", "instruction", "question")
 RESPONSE_COLUMNS = ("chosen", "rejected", "completion", "label")
-COLUMNS = frozenset((*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", *SYSTEM_COLUMNS, "as_spelled"))
+COLUMNS = frozenset(
+    (*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", "history", *SYSTEM_COLUMNS, "as_spelled")
+)
 """Every column that is read. Others are carried in many published files (ids, copies); they are ignored, and named."""
 
 UNDERSTOOD = (
@@ -97,7 +102,7 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True, compared: bool 
     return pair if spelled is None else replace(pair, raw=_as_spelled(spelled))
 
 
-def _parse(row: dict[str, Any], needs_pairs: bool, compared: bool) -> Pair:
+def _parse(row: Readable, needs_pairs: bool, compared: bool) -> Pair:
     extras = {name: evidence_of(row[name], name) for name in EXTRA_COLUMNS if name in row}
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
@@ -154,12 +159,12 @@ def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> N
         raise BadRow("empty prompt: a user message is blank", "give it a text, or remove the row", severity)
 
 
-def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None] | None:
+def _prompt(row: Readable) -> tuple[tuple[Message, ...], str | None] | None:
     """(messages, the text as it stands or None) of an explicit prompt; None where the prompt is implicit."""
     given = [name for name in PROMPT_COLUMNS if name in row]
     if len(given) > 1:
         raise BadRow("several fields give a prompt", f"{', '.join(given)}; keep one of them")
-    if "input" in row and given != ["instruction"]:
+    if "input" in row and given != ["instruction"] and not (given == ["question"] and "input" in row.sources):
         raise BadRow("'input' without 'instruction'", f"{columns_of(row)}; name the prompt's column 'prompt'")
     if not given:
         return None
@@ -169,12 +174,18 @@ def _prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None] | Non
         messages = messages_of(row[name], name)
     else:
         raw = text_of(row[name], name)
-        if name == "instruction" and (extra := text_of(row.get("input", ""), "input")):
+        if "input" in row and isinstance(row.get("context"), str):
+            raise BadRow("'context' and 'input' beside one prompt", "keep one of them")
+        if extra := text_of(row.get("input", ""), "input"):
             raw = f"{raw}\n{extra}"
         if raw.startswith(_HUMAN) and raw.rstrip().endswith(ASSISTANT):
             messages = _turns(raw.rstrip().removesuffix(ASSISTANT))
         else:
             messages = (Message("user", raw),)
+    if "history" in row and (history := history_of(row["history"])):
+        if raw is None:
+            raise BadRow("'history' beside a list of messages", "put all of the dialogue into one of them")
+        messages, raw = (*history, *messages), None
     whole = with_system(messages, row, f"in '{name}'")
     if whole != messages:
         messages, raw = whole, None
@@ -188,7 +199,8 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     """Read one row of a file of prompts, to generate from.
 
     Args:
-      row: `messages`, or one of `PROMPT_COLUMNS`; a system prompt and `tools`, if any. Other columns are not read.
+      row: `messages`, or one of `PROMPT_COLUMNS`, with what may stand beside it; a system prompt and `tools`, if any.
+        Other columns are not read.
 
     Returns:
       The messages, a user message last, and the prompt as plain text (None where only a template can join them).
@@ -298,7 +310,7 @@ def _turns(text: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _unpaired(row: dict[str, Any], extras: dict[str, Evidence], needs_pairs: bool) -> Pair:
+def _unpaired(row: Readable, extras: dict[str, Evidence], needs_pairs: bool) -> Pair:
     if needs_pairs:
         detail = "'completion' and 'label' are for --dpo.loss kto; other losses need 'chosen' and 'rejected'"
         raise BadRow("unpaired row", detail)
