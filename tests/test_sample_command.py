@@ -195,3 +195,11 @@ def test_more_than_the_context_is_refused_before_the_weights(model, tmp_path, ca
     assert "context of 256 tokens; lower --sample.max_new_tokens to at most " in said
     assert run(model, "--prompt", texts[2]) == 2
     assert capsys.readouterr().err.strip().endswith("context of 256 tokens; shorten the prompt")
+
+
+def test_a_fault_of_the_model_is_not_told_of_a_prompt(tmp_path, capsys):
+    model = tiny.folder(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_scale": 2}))
+    assert run(str(model), "--prompt", "we like") == 2
+    assert capsys.readouterr().err.startswith(f"dpo-jax: error: {model / 'config.json'}: unknown key attn_scale")

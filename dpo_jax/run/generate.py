@@ -260,12 +260,13 @@ def generate(run: GenerateRun) -> None:
     encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template, run.date)
     heads, prompts = _encode(run, encoder)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=0)
-    try:
-        if prompts:
-            check_context(read_architecture(resolve(run.model)), len(prompts[longest]), run.sample)
-    except InputError as problem:
-        where = "--prompt" if run.prompts is None else f"{run.prompts}: row {heads[longest]['row']}"
-        raise InputError(f"{where}: {str(problem).replace('max_new', '--sample.max_new')}") from problem
+    if prompts:
+        architecture = read_architecture(resolve(run.model))
+        try:
+            check_context(architecture, len(prompts[longest]), run.sample)
+        except InputError as problem:
+            where = "--prompt" if run.prompts is None else f"{run.prompts}: row {heads[longest]['row']}"
+            raise InputError(f"{where}: {str(problem).replace('max_new', '--sample.max_new')}") from problem
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     model, variables = load_pretrained(run.model, mesh=mesh, dtype=run.dtype)
     check_vocabulary(tokenizer, model.config)
