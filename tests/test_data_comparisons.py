@@ -12,6 +12,7 @@ import tiny
 from dpo_jax.config import DataConfig, RewardLossConfig
 from dpo_jax.data.batches import collate
 from dpo_jax.data.comparison_sets import load_comparisons, load_responses, mix, split_by_prompt
+from dpo_jax.data.dataset import load_preferences
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import margin_of, rating_number
@@ -30,7 +31,7 @@ def load(tmp_path):
         arguments = {"vocab_size": 320, "on_bad_rows": on_bad_rows}
         if reader is load_comparisons:
             return reader(str(path), TOKENIZER, data, RewardLossConfig(**rules), **arguments)
-        return reader(str(path), TOKENIZER, data, **arguments)
+        return reader(str(path), TOKENIZER, data, **arguments, **rules)
 
     return read
 
@@ -269,6 +270,18 @@ def test_ties_left_out_are_counted(load):
     assert data.dropped == {"a tie: no response is better": 2}
     with pytest.raises(InputError, match=r"2 of 3 rows cannot be used: 2 x a tie.*first: row 2"):
         load([PAIR, tied, tied])
+
+
+def test_ties_of_preferences(load):
+    """Where pairs are made of scored answers, ties are left out by an option of their own, and nothing else is."""
+    tied, broken = {**TWO, "score_a": 3, "score_b": 3}, {**TWO, "score_a": "?", "score_b": 1}
+    scored = {**TWO, "score_a": 3, "score_b": 4}
+    data = load([scored, tied, tied], load_preferences, ties="drop")
+    assert (len(data), dict(data.dropped)) == (1, {"a tie: no response is better": 2})
+    with pytest.raises(InputError, match=r"2 of 3 rows .*2 x a tie.*row 2: leave ties out with --dpo\.ties drop"):
+        load([scored, tied, tied], load_preferences, ties="error")
+    with pytest.raises(InputError, match=r"1 of 3 rows cannot be used: 1 x 'score_a' is not a finite number"):
+        load([scored, tied, broken], load_preferences, ties="drop")
 
 
 def test_identical_after_truncation(load):

@@ -91,6 +91,12 @@ def test_neighbouring_rows_with_one_scored_answer() -> None:
     assert parse_preference(row).chosen == "bad"
 
 
+def test_neighbouring_rows_say_what_of_them_is_read(tmp_path: Path) -> None:
+    data = load(tmp_path, HELPSTEER2)
+    assert data.used_columns == ("helpfulness as score", "prompt", "response as responses")
+    assert "response" not in data.unused_columns
+
+
 def test_every_layout_of_the_table_has_an_example() -> None:
     rows = [readable(row) for _, _, rows in EXAMPLES for row in rows]
     for layout in LAYOUTS:

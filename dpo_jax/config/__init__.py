@@ -6,7 +6,7 @@ An option that would have no effect is an error: options that belong to one choi
 
 from dpo_jax.config.checks import ON_COMMAND_LINE
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
-from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss
+from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
@@ -89,6 +89,7 @@ __all__ = [
     "SFTRun",
     "SampleConfig",
     "ScoreRun",
+    "Ties",
     "TrainConfig",
     "TrainingRun",
     "is_url",

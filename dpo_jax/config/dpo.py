@@ -7,6 +7,7 @@ from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import Layout, OptimizerConfig
 from dpo_jax.config.training import HoldoutRun
 
+Ties = Literal["error", "drop"]
 Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop"]
 
 
@@ -37,6 +38,8 @@ class DPOLossConfig:
     sequence."""
     mask_format_tokens: bool = False
     """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
+    ties: Ties = "error"
+    """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probabilities: computed once before training, or in every step."""
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.dpo import Ties
 from dpo_jax.config.sections import AttentionKernel, DataConfig, Layout, MeshConfig, OptimizerConfig
 from dpo_jax.config.sft import Proposal
 from dpo_jax.config.training import HoldoutRun
 
 Margin = Literal["none", "small", "large", "column", "score_gap", "agreement"]
-Ties = Literal["error", "drop"]
 _HEAD = re.compile(r"(?P<name>\w+)(:(?P<weight>[0-9.]+))?=(?P<classes>[^=]+)")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.layouts import column_of, is_vote, parse_columns, renamed, sources, together
+from dpo_jax.data.layouts import Readable, column_of, is_vote, parse_columns, renamed, sources, together
 from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.ratings import Evidence
@@ -71,8 +71,13 @@ class CheckedRows:
 
     def together(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """(row number, row) with columns renamed and rows put together, or what is wrong with it."""
-        rows = self._noted()
-        return together(rows) if self._compared else rows
+        if not self._compared:
+            yield from self._noted()
+            return
+        for number, row in together(self._noted()):
+            if isinstance(row, Readable):  # put together: what were single answers is a list now
+                self.sources.update({column_of(place): name for name, where in row.sources.items() for place in where})
+            yield number, row
 
     def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows as they stand, counted, and what they hold."""

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_jax.config import ClassHead, RewardLossConfig
+from dpo_jax.config import ClassHead, RewardLossConfig, Ties
 from dpo_jax.data import judgements
 from dpo_jax.data.judgements import judged
 from dpo_jax.data.layouts import Readable, readable
@@ -36,7 +36,7 @@ from dpo_jax.data.preferences import (
     parse_pair,
     parse_prompt,
 )
-from dpo_jax.data.problems import BadRow
+from dpo_jax.data.problems import BadRow, Severity
 from dpo_jax.data.ratings import Evidence, evidence_of, margin_of
 
 LIST_COLUMNS = ("responses", "output", "outputs", "completions")
@@ -92,8 +92,13 @@ def parse_comparison(row: dict[str, Any]) -> Comparison:
     return found
 
 
-def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True, compared: bool = True) -> Pair:
-    """Read one row as a pair: of more than two responses the best and the worst. Raises `BadRow`, for a tie too."""
+def parse_preference(
+    row: dict[str, Any], *, needs_pairs: bool = True, compared: bool = True, ties: Ties | None = None
+) -> Pair:
+    """Read one row as a pair: of more than two responses the best and the worst. Raises `BadRow`, for a tie too.
+
+    `ties`: of `--dpo.ties`, if there is that option.
+    """
     row = readable(row)
     if not compares_replies(row):
         return parse_pair(row, needs_pairs=needs_pairs, compared=compared)
@@ -103,7 +108,8 @@ def parse_preference(row: dict[str, Any], *, needs_pairs: bool = True, compared:
         raise found.unplaced or BadRow("nothing says which response is better")
     best, worst = places.index(0), len(places) - 1 - places[::-1].index(max(places))
     if places[best] == places[worst]:
-        raise BadRow("a tie: no response is better", "such a row prefers nothing: remove it")
+        detail = "remove such rows" if ties is None else "leave ties out with --dpo.ties drop"
+        raise BadRow("a tie: no response is better", detail, _tie(ties))
     chosen, rejected = found.responses[best], found.responses[worst]
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are the same", "such a row prefers nothing: remove it")
@@ -162,7 +168,8 @@ def _listed(row: Readable, column: str) -> Comparison:
     if k == 1 and "responses" in row.sources:
         raise BadRow("a scored answer without another to the same prompt", "neighbouring rows are compared", "lost")
     if k < 2:
-        raise BadRow(f"a list of {k} in '{column}' compares nothing", "it takes two replies at least: remove the row")
+        detail = "it takes two replies at least: remove the row"
+        raise BadRow(f"a list of {k} in '{column}' compares nothing", detail, "noise")
     separate = len(row.sources.get(column, ())) > 1
     names = tuple(f"'{row.called(column, i)}'" if separate else f"reply {i + 1}" for i in range(k))
     replies = [_reply(value, row.called(column, i)) for i, value in enumerate(row[column])]
@@ -242,12 +249,12 @@ def ordered(found: Comparison, rules: RewardLossConfig) -> list[int]:
         steps = rules.max_replies - 1
         order = [order[round(i * (len(order) - 1) / steps)] for i in range(rules.max_replies)]
     if len({places[i] for i in order}) == 1:
-        raise BadRow("a tie: no response is better", "leave ties out with --reward.ties drop", _tie(rules))
+        raise BadRow("a tie: no response is better", "leave ties out with --reward.ties drop", _tie(rules.ties))
     return order
 
 
-def _tie(rules: RewardLossConfig) -> Any:
-    return "lost" if rules.ties == "drop" else "bad"
+def _tie(ties: Ties | None) -> Severity:
+    return "lost" if ties == "drop" else "bad"
 
 
 def marks(found: Comparison, order: Sequence[int], rules: RewardLossConfig) -> list[float]:

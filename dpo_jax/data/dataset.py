@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import DataConfig
+from dpo_jax.config import DataConfig, Ties
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.comparisons import REPLIES_COLUMNS, parse_preference
 from dpo_jax.data.cuts import RowCut
@@ -185,6 +185,7 @@ def load_preferences(
     with_mismatched: bool = False,
     with_format_masks: bool = False,
     needs_pairs: bool = True,
+    ties: Ties | None = None,
 ) -> PreferenceDataset:
     """Read, check and tokenise a preference file.
 
@@ -201,6 +202,7 @@ def load_preferences(
       with_mismatched: add, from K index 2 on, the responses of another prompt (for KTO's KL point).
       with_format_masks: keep the masks of header and turn-end tokens.
       needs_pairs: refuse unpaired rows (prompt, completion, label).
+      ties: whether rows that prefer nothing are bad ("error") or left out ("drop"), by an option of this name.
 
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
@@ -215,7 +217,7 @@ def load_preferences(
     extras: list[dict[str, Extra]] = []
 
     def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
-        pair = parse_preference(row, needs_pairs=needs_pairs)
+        pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)
         return encoder.render(pair), rows.usable(pair.extras)
 
     for chunk in rows.chunks(parse):

@@ -162,6 +162,7 @@ def _load_data(
             vocab_size=vocabulary,
             with_format_masks=config.dpo.mask_format_tokens,
             needs_pairs=not unpaired,
+            ties=config.dpo.ties,
         )
 
     data, heldout = read_preferences(config, read)
