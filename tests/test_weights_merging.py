@@ -1,6 +1,7 @@
 """What adapters learnt is kept where they are merged; and the model that they stand on is known again."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,23 @@ def test_a_base_is_found_from_everywhere_and_known_again(
     with pytest.raises(InputError, match=r"or use .*run/model, which holds both"):
         dpo_jax.load_pretrained(run)
     save_file(tensors, tmp_path / "there" / "m" / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_relative_base_of_another_tool_is_told(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT writes the name that it is given, and resolves it from where it runs; so it is here, but not in silence."""
+    shutil.copytree(model_folder, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    model, variables = dpo_jax.load_pretrained("m", lora=LoraConfig(rank=2))
+    dpo_jax.save_pretrained("a", model, variables, None, source="m", merge=False)
+    Path("a/base.json").unlink()
+    named = json.loads(Path("a/adapter_config.json").read_text())
+    Path("a/adapter_config.json").write_text(json.dumps(named | {"base_model_name_or_path": "m"}))
+    monkeypatch.setattr(logging.getLogger("dpo_jax"), "propagate", True)
+    with caplog.at_level("INFO", logger="dpo_jax"):
+        dpo_jax.load_pretrained("a")
+    assert f"its base model m is taken to be {tmp_path / 'm'}" in caplog.text
 
 
 def test_a_hub_model_is_kept_with_its_revision(

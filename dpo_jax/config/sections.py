@@ -167,8 +167,8 @@ class TrainConfig:
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept. Not given: `dtype`."""
     export_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the finished `model/`. Not given: float32. bfloat16 rounds away much of what was learnt; the run says
-    how much. `adapter/` is always float32."""
+    """Dtype of the finished `model/`. Not given: float32. bfloat16 rounds away much of what was learnt, under
+    LoRA most of it, and then the run says how much. `adapter/` is always float32."""
     remat: Remat = "dots"
     """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
     attention: AttentionKernel = "auto"

@@ -10,6 +10,7 @@ Adapters on other weights than their own give numbers that look sound, so a diff
 """
 
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ FILE = "base.json"
 PLACE = "DPO_JAX_BASE"
 """Environment variable: where the base model lies now."""
 
+_log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -84,6 +86,10 @@ def beneath(place: Source) -> Source:
     base = base_of(place)
     if moved := os.environ.get(PLACE):
         return resolve(moved)
+    found = Path(base.model).expanduser()
+    if base.fingerprint is None and found.exists() and not found.is_absolute():
+        # As PEFT resolves it; what other tools wrote says nothing by which the weights could be known again.
+        _log.info("%s: its base model %s is taken to be %s", place.path, base.model, found.absolute())
     try:
         return resolve(to_train(base.model), base.revision)
     except InputError as problem:
