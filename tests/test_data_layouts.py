@@ -93,7 +93,7 @@ def test_neighbouring_rows_with_one_scored_answer() -> None:
 
 def test_neighbouring_rows_say_what_of_them_is_read(tmp_path: Path) -> None:
     data = load(tmp_path, HELPSTEER2)
-    assert data.used_columns == ("helpfulness as score", "prompt", "response as responses")
+    assert data.used_columns == ("helpfulness as scores", "prompt", "response as responses")
     assert "response" not in data.unused_columns
 
 

@@ -13,7 +13,7 @@ import tiny
 from test_data_store import Bucket, bucket  # noqa: F401 - a fixture
 
 from dpo_jax import cli
-from dpo_jax.config import PrepareRun
+from dpo_jax.config import DataConfig, PrepareRun
 from dpo_jax.data import duplicates, store_writer
 from dpo_jax.data.files import read_rows
 from dpo_jax.errors import InputError
@@ -44,6 +44,32 @@ def prepare(source: str, to: Path | str, **options: Any) -> dict[str, Any]:
 
 def prompts(source: str) -> set[str]:
     return {row["prompt"][0]["content"] for _, row in read_rows(source)}
+
+
+def test_columns_are_named_and_scored_answers_put_together(tmp_path: Path) -> None:
+    """What `dpo` makes of such rows, `prepare` stores: `--data.columns`, and neighbours that score one answer each."""
+    scored = [
+        {"prompt": f"Q{i // 2}", "response": f"{i}", "helpfulness": i % 2, "correctness": -i, "verbosity": 1}
+        for i in range(6)
+    ]
+    source = jsonl(tmp_path / "scored.jsonl", scored)
+    for name, columns, better in (("a", None, [1, 3, 5]), ("b", "score=correctness", [0, 2, 4])):
+        report = prepare(source, tmp_path / name, data=DataConfig(columns=columns))
+        assert (report["kind"], report["rows_read"], report["rows_written"]) == ("preferences", 6, 3)
+        assert [int(row["chosen"]) for _, row in read_rows(f"tfds:{tmp_path / name}")] == better
+        other = "correctness" if columns is None else "helpfulness"
+        assert report["columns_not_kept"] == [other, "verbosity"]
+    report = prepare(source, tmp_path / "c", kind="dialogues", limit=3)
+    assert (report["kind"], report["rows_read"], report["rows_written"]) == ("dialogues", 3, 3)
+    asked = jsonl(tmp_path / "asked.jsonl", [{"ask": {"text": "Q?"}, "yes": "good", "no": "bad", "id": 1}])
+    named = DataConfig(columns="prompt=ask.text,chosen=yes,rejected=no")
+    report = prepare(asked, tmp_path / "d", data=named)
+    assert (report["kind"], report["columns_not_kept"]) == ("preferences", ["id"])
+    with pytest.raises(InputError, match=r"no row has a column 'answer' \(--data\.columns chosen=answer\)"):
+        prepare(asked, tmp_path / "e", data=DataConfig(columns="chosen=answer"))
+    (tmp_path / "t.txt").write_text("a text")
+    with pytest.raises(InputError, match=r"--data\.columns has no effect"):
+        prepare(str(tmp_path / "t.txt"), tmp_path / "f", data=named)
 
 
 def test_rows_are_split_written_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,11 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import require
+from dpo_jax.config.sections import DataConfig
 
 
 def split_shares(text: str) -> dict[str, float]:
@@ -39,7 +40,7 @@ class PrepareRun:
     to: str
     """Folder to write, new or empty; or one in a bucket (gs://...). The data set stands in 1.0.0/ in it."""
     kind: Literal["auto", "preferences", "dialogues", "text"] = "auto"
-    """What the rows are. auto: as the columns of the first row say."""
+    """What the rows are. auto: as the columns of the first rows say."""
     splits: str = "train=1"
     """NAME=SHARE, separated by commas, such as train=0.98,test=0.02. A hash of the prompt decides a row's split."""
     tokenizer: str | None = None
@@ -50,6 +51,8 @@ class PrepareRun:
     """Use only the first rows of the source."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the command, and nothing is written. skip: they are left out, counted by reason."""
+
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         split_shares(self.splits)

@@ -194,6 +194,10 @@ COMMANDS = {
         "dpo_jax.run.prepare:prepare",
         "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
         renamed=(("source", "data"),),
+        unused=(
+            *(f"data.{name}" for name in ("template", "date", "max_length", "max_prompt_length", "buckets", "limit")),
+            *_NO_LOADER,
+        ),
     ),
     PLAN: Command(
         "PlanRun",

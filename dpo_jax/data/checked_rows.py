@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.layouts import Readable, column_of, is_vote, parse_columns, renamed, sources, together
+from dpo_jax.data.layouts import Readable, check_named, column_of, is_vote, parse_columns, renamed, sources, together
 from dpo_jax.data.messages import keys_beside
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.ratings import Evidence
@@ -152,13 +152,7 @@ class CheckedRows:
 
         Args: how many rows are used; see `OnBadRows`. Raises `InputError` where rows are refused, or none is used.
         """
-        for name, place in self._renamed.items():
-            if self.rows_read and column_of(place) not in self.columns:
-                there = ", ".join(sorted(self.columns))
-                raise InputError(
-                    f"{self.source}: no row has a column {column_of(place)!r} (--data.columns {name}={place}); there"
-                    f" are {there}"
-                )
+        check_named(self.source, self._renamed, self.columns, self.rows_read)
         if on_bad_rows == "refuse":
             self.tally.refuse(self.source, self.rows_read)
         problems = self.tally.describe(self.tally.dropped)

@@ -22,7 +22,7 @@ import contextlib
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -159,6 +159,16 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return found
 
 
+def check_named(source: str, columns: Mapping[str, str], there: Collection[str], rows: int) -> None:
+    """Raise `InputError` where none of the `rows` read has a column of those that `columns` names."""
+    for name, place in columns.items():
+        if rows and column_of(place) not in there:
+            raise InputError(
+                f"{source}: no row has a column {column_of(place)!r} (--data.columns {name}={place}); there are "
+                f"{', '.join(sorted(there))}"
+            )
+
+
 def renamed(row: Row, columns: Mapping[str, str]) -> Renamed:
     """`row` with what stands at the places `columns` under the readers' names, and no longer under its own.
 
@@ -211,7 +221,8 @@ def together(rows: Iterable[tuple[int, Row | BadRow]]) -> Iterator[tuple[int, Ro
         name = next(name for name in ANSWERS if name in found[0])
         shared = {column: value for column, value in found[0].items() if column in (*_ASKED, "source")}
         lists = {"responses": [row.get(name) for row in found], "scores": [row["score"] for row in found]}
-        yield number, Readable(shared | lists, {**found[0].sources, "responses": (name,)})
+        places = {"responses": (name,), "scores": (found[0].called("score"),)}
+        yield number, Readable(shared | lists, {**found[0].sources, **places})
 
 
 _ASKED = (*PROMPTS, "input", "system", "system_prompt", "history")

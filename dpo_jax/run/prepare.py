@@ -19,7 +19,7 @@ from dpo_jax.config.prepare import split_shares
 from dpo_jax.data import duplicates, store_schema
 from dpo_jax.data.documents import is_text, text_documents
 from dpo_jax.data.files import read_rows_or_problems
-from dpo_jax.data.layouts import sources
+from dpo_jax.data.layouts import Readable, check_named, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.staging import is_remote, upload
 from dpo_jax.data.store_schema import Kind, Parsed
@@ -38,6 +38,8 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 def prepare(run: PrepareRun) -> None:
     """Write the data set `run.to` and its report. Raises `InputError`; then nothing is left behind."""
+    if run.data.columns is not None and is_text(run.source):
+        raise InputError(f"--data.columns has no effect: {run.source} is text, and has no columns")
     if run.separator is not None and not is_text(run.source):
         raise InputError(f"--separator has no effect: {run.source} holds rows, and each is one document")
     lengths = Lengths(run.tokenizer)
@@ -118,7 +120,10 @@ class _Pass:
         self.splits = Splits(self.shares)
         self.kind: Kind | None = None if run.kind == "auto" else run.kind
         self.tally = Tally()
+        self.renamed = parse_columns(run.data.columns)
+        self.seen: set[str] = set()
         self.columns: set[str] = set()
+        self.kept: set[str] = set()
         self.unusable: Counter[str] = Counter()
         self.read = self.written = 0
         self.writer: StoreWriter | None = None
@@ -129,12 +134,10 @@ class _Pass:
         """Do it all; returns what report.json holds."""
         run = self.run
         chunk: list[tuple[int, Parsed]] = []
-        for number, row in itertools.islice(_rows(run), run.limit):
-            self.read += 1
+        for number, row in self._rows():
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self.columns.update(row.keys() - sources(row).keys())
                 self.columns.update(store_schema.keys_lost(row))
                 if self.kind is None:
                     self.kind = store_schema.kind_of(row)
@@ -148,6 +151,7 @@ class _Pass:
                 chunk = []
         if chunk:
             self._write(chunk)
+        check_named(run.source, self.renamed, self.seen, self.read)
         if run.on_bad_rows == "refuse":
             self.tally.refuse(run.source, self.read)
         if self.writer is None or self.kind is None:
@@ -164,7 +168,7 @@ class _Pass:
             "dropped": dict(self.tally.dropped.most_common()),
             "problems": self.tally.describe(self.tally.dropped),
             "columns_not_kept": [
-                *sorted(self.columns - store_schema.columns_read(self.kind)),
+                *sorted(self.columns - self.kept - store_schema.columns_read(self.kind)),
                 *(f"{name} of {count} rows" for name, count in sorted(self.unusable.items())),
             ],
             "splits": self._splits(counts, written),
@@ -177,6 +181,35 @@ class _Pass:
                 "not counted again",
             },
         }
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows; where answers are compared, neighbours that score one answer each to a prompt as one."""
+        rows = self._noted()
+        head = list(itertools.islice(rows, 2))
+        compared = self.kind is None and len(head) == 2 and len(list(together(head))) == 1
+        rows = itertools.chain(head, rows)
+        if not (compared or self.kind == "preferences"):
+            yield from rows
+            return
+        for number, row in together(rows):
+            if isinstance(row, Readable):
+                self.kept.update(column_of(place) for places in row.sources.values() for place in places)
+            yield number, row
+
+    def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows under the names that `--data.columns` gives, counted, and what columns they have."""
+        for number, row in itertools.islice(_read(self.run), self.run.limit):
+            self.read += 1
+            if isinstance(row, BadRow):
+                yield number, row
+                continue
+            try:
+                self.seen.update(name for name, value in row.items() if value is not None)
+                named = renamed(row, self.renamed) if self.renamed else row
+                self.columns.update(named.keys() - self.renamed.keys() - sources(named).keys())
+                yield number, named
+            except BadRow as problem:
+                yield number, problem
 
     def _write(self, chunk: list[tuple[int, Parsed]]) -> None:
         assert self.kind is not None
@@ -230,7 +263,7 @@ class _Pass:
         ]
 
 
-def _rows(run: PrepareRun) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+def _read(run: PrepareRun) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
     if not is_text(run.source):
         yield from read_rows_or_problems(run.source)
         return
