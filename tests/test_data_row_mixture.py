@@ -116,6 +116,31 @@ def test_dialogues_by_weight(tmp_path: Path, window: int | None) -> None:
     assert "75.00% of the rows drawn, 6.00 epochs of its own" in loader.summary()
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_packed_windows_hold_what_each_epoch_draws(tmp_path: Path, shuffle: bool) -> None:
+    """No row is left out for good, the shares hold, batches keep their shape, and a run goes on exactly."""
+    data, _ = read_mixture(f"{pairs(tmp_path, 'a', 8)}:3,{pairs(tmp_path, 'b', 24)}:1", read_dialogues, join_sequences)
+
+    def loader(**changes: Any) -> TokenLoader:
+        options: dict[str, Any] = {"batch_size": 3, "seed": 1, "window": 64, "epochs": 4, "workers": 0, **changes}
+        return TokenLoader(data, shuffle=shuffle, **options)
+
+    whole = loader()
+    batches = list(whole)
+    assert len(batches) == whole.total_steps
+    drawn = Counter(row for batch in batches for row in batch.rows.ravel().tolist() if row >= 0)
+    assert drawn.total() == 4 * 32
+    b = Counter({row: count for row, count in drawn.items() if row > 8})
+    assert set(b) == set(range(9, 33)), "32 rows are drawn of 24: none is left out"
+    assert {batch.rows.shape for batch in batches} == {batches[0].rows.shape}
+    assert "a: 8 rows, 75.00% of the rows drawn, 12.00 epochs of its own" in whole.summary()
+    for at in range(whole.total_steps):
+        begun = loader(start_step=at, workers=2)
+        np.testing.assert_array_equal(next(begun).tokens, batches[at].tokens)
+        begun.close()
+    assert [batch.rows.tolist() for batch in loader(epochs=None, steps=5)] == [b.rows.tolist() for b in batches[:5]]
+
+
 # ---------------------------------------------------------------- held out
 
 

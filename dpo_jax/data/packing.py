@@ -3,7 +3,7 @@
 Packed: windows of one size T that hold several whole sequences each. Best fit decreasing: the longest sequence first,
 each into the fullest window that still has room. Lengths are rounded up to a grid, so that many sequences are of equal
 length, and which of them meet in a window is drawn anew in every epoch. How many of which length meet, and with it the
-number of windows, is the same in all epochs.
+number of windows, is the same in all epochs (unless a mixture draws other sequences: see `token_loader.py`).
 
 Padded: one sequence a window, in few window sizes (see `batches.py`).
 

@@ -1,6 +1,9 @@
 """Batches of token windows in a deterministic order (of several processes: see `loader.py`)."""
 
+import bisect
 import functools
+import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,7 +66,7 @@ class TokenLoader(StepsLoader[TokenBatch]):
         batch_size: windows a batch, over all devices and processes.
         seed: of the shuffle, at least 0.
         window: tokens of a window to pack sequences into; None: one sequence a window, in `buckets` sizes. Of sources
-          with weights every epoch packs what was drawn for the first one, so that all have the same windows.
+          with weights every epoch packs what is drawn for it, so that epochs may differ by a few windows.
         shuffle: a new order every epoch, and new company in the windows; else the same in all.
         buckets, multiple: see `packing.plan_windows`.
         epochs, steps: length of the run; exactly one of them (default: one epoch).
@@ -74,22 +77,36 @@ class TokenLoader(StepsLoader[TokenBatch]):
         """
         check_seed(seed)
         self._dataset, self._batch_size, self._mixture = dataset, batch_size, dataset.mixture
-        drawn = self._drawn(0, seed, shuffle) if window is not None else None
-        lengths = dataset.lengths if drawn is None else dataset.lengths[drawn]
-        self.plan = plan = plan_windows(
-            lengths, window=window, batch_size=batch_size, buckets=buckets, multiple=multiple
-        )
+        redrawn = window is not None and self._mixture is not None and self._mixture.weights is not None
+
+        def drawn(epoch: int) -> np.ndarray | None:
+            return None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
+
+        def plan_of(epoch: int) -> WindowPlan:
+            if epoch and not redrawn:
+                return plan
+            lengths = dataset.lengths[drawn(epoch)] if redrawn else dataset.lengths
+            return plan_windows(lengths, window=window, batch_size=batch_size, buckets=buckets, multiple=multiple)
 
         def windows_of(epoch: int) -> list[WindowBatch]:
-            order = self._drawn(epoch, seed, shuffle) if window is None else drawn
-            return plan.epoch(seed, epoch, shuffle=shuffle, order=order)
+            return self._plan(epoch).epoch(seed, epoch, shuffle=shuffle, order=drawn(epoch))
 
+        self.plan = plan = plan_of(0)
+        # Plans of other draws may hold more sequences a window, and a run has batches of one shape.
+        self._sequences = plan.sizes[0] // int(dataset.lengths.min()) if redrawn else plan.sequences
+        self._plan = functools.lru_cache(maxsize=2)(plan_of)
         self._epoch = functools.lru_cache(maxsize=2)(windows_of)
+        self._ends, self._lock = [plan.steps], threading.Lock()
+        total_steps = run_length(plan.steps, epochs=epochs, steps=steps)
+        if redrawn and steps is None:
+            whole, part = divmod(1 if epochs is None else epochs, 1)
+            before = self._until(int(whole))
+            total_steps = before + (math.ceil(part * self._plan(int(whole)).steps) if part else 0)
         super().__init__(
             self._batch_of,
             holds=self._holds,
             steps_per_epoch=plan.steps,
-            total_steps=run_length(plan.steps, epochs=epochs, steps=steps),
+            total_steps=total_steps,
             identity={
                 "data": dataset.fingerprint,
                 "batch_size": batch_size,
@@ -103,17 +120,26 @@ class TokenLoader(StepsLoader[TokenBatch]):
             workers=workers,
         )
 
-    def _drawn(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray | None:
-        return None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
+    def _until(self, epoch: int) -> int:
+        """The steps of all epochs before this one."""
+        with self._lock:
+            while len(self._ends) < epoch:
+                self._ends.append(self._ends[-1] + self._plan(len(self._ends)).steps)
+        return self._ends[epoch - 1] if epoch else 0
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """(epoch, steps of it before this one)."""
+        while self._ends[-1] < step:
+            self._until(len(self._ends) + 1)
+        epoch = bisect.bisect_right(self._ends, step)
+        return epoch, step - self._until(epoch)
 
     def _windows_of(self, step: int) -> WindowBatch:
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = self._place(step)
         return self._epoch(epoch)[index]
 
     def _batch_of(self, step: int) -> TokenBatch:
-        return collate(
-            self._dataset, self._windows_of(step), batch_size=self._batch_size, sequences=self.plan.sequences
-        )
+        return collate(self._dataset, self._windows_of(step), batch_size=self._batch_size, sequences=self._sequences)
 
     def _holds(self, step: int) -> str:
         return f"rows {self._dataset.row_numbers[np.concatenate(self._windows_of(step).windows)].tolist()}"
@@ -130,8 +156,11 @@ class TokenLoader(StepsLoader[TokenBatch]):
 
     def told(self) -> list[tuple[str, str]]:
         """(source, what the run takes of it), where there are several."""
-        rows = round(self.total_steps * len(self._dataset) / self.steps_per_epoch)
-        return [] if self._mixture is None else self._mixture.told(rows)
+        if self._mixture is None:
+            return []
+        epoch, rest = self._place(self.total_steps)
+        epochs = epoch + (rest / self._plan(epoch).steps if rest else 0)
+        return self._mixture.told(round(epochs * len(self._dataset)))
 
 
 def eval_windows(
