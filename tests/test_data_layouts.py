@@ -174,6 +174,24 @@ def test_what_was_said_before_is_read_whatever_is_asked_of_the_row(answers: dict
         parse_prompt({"instruction": "Q?", "context": "C", "input": "I"})
 
 
+def test_messages_that_a_table_spells() -> None:
+    """They are never taken for the text of an answer, which a model would learn to write."""
+    asked = {"role": "user", "content": "Q?"}
+    chosen, rejected = ([asked, {"content": text, "role": "assistant"}] for text in ("good", "bad"))
+    row = {"prompt": "Q?", "chosen": json.dumps(chosen, indent=1), "rejected": json.dumps(rejected)}
+    pair = parse_preference(row)
+    assert (pair.messages[-1].content, pair.chosen, pair.rejected) == ("Q?", "good", "bad")
+    spelled = {"messages": json.dumps(chosen)}
+    assert [m.content for m in parse_dialogue(spelled).messages] == ["Q?", "good"]
+    assert [m.content for m in parse_prompt({"prompt": json.dumps([asked])})[0]] == ["Q?"]
+    assert parse_preference({**spelled, "rejected_response": "bad"}).chosen == "good"
+    for printed in (str(chosen), str(chosen).replace("}, {", "}\n {")):
+        with pytest.raises(BadRow, match=r"'chosen' spells messages, and not as JSON .*json\.dumps"):
+            parse_preference({**row, "chosen": printed})
+    code = '[{"name": "role", "content": 1}]'
+    assert parse_preference({"prompt": "Q?", "chosen": code, "rejected": "bad"}).chosen == code
+
+
 def test_copies_of_the_turns_and_answers_that_are_marked_as_bad() -> None:
     turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "good"}]
     magpie = {"instruction": "Q?", "response": "good", "conversations": turns}

@@ -21,6 +21,7 @@ renamed first (`--data.columns better=safer_response_id`).
 import contextlib
 import difflib
 import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -108,6 +109,7 @@ LAYOUTS = (
 _PROMPT_COLUMNS = ("problem", "query", "input")
 """Columns that hold the prompt where no other does."""
 _TWO = re.compile(r"(?P<kind>response|answer|completion|output)(?P<mark>_?(?:[abAB]|[0-2]))")
+_SPELLED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 _VOTE = re.compile(r"annotator_?\d+")
 
 
@@ -184,7 +186,7 @@ def readable(row: Row) -> Readable:
     """`row` as the readers know it. Raises `BadRow` where a place in the table holds something else in this row."""
     if isinstance(row, Readable):
         return row
-    there = {name: value for name, value in row.items() if value is not None}
+    there = {name: _unspelled(value, name) for name, value in row.items() if value is not None}
     places = _places(there)
     moved: Row = {}
     for target, where in places.items():
@@ -310,6 +312,20 @@ def _two_responses(names: frozenset[str]) -> dict[str, tuple[str, ...]]:
 
 
 # ---------------------------------------------------------------- places
+
+
+def _unspelled(value: Any, name: str) -> Any:
+    """`value`; the messages, where it is a text that spells a list of them, as tables write what they cannot hold.
+
+    Raises `BadRow` where they are spelled otherwise than as JSON: as Python or NumPy print them.
+    """
+    if not isinstance(value, str) or not _SPELLED_MESSAGES.match(value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        detail = "save the rows as JSONL or Parquet, or spell the list as JSON (json.dumps)"
+        raise BadRow(f"'{name}' spells messages, and not as JSON", detail) from error
 
 
 def column_of(place: str) -> str:
