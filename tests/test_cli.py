@@ -110,6 +110,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
         ([*GIVEN, "--data.max_length", "8", "--data.max_prompt_length", "8"], "--data.max_length 8 must exceed"),
         ([*GIVEN, "--dpo.simpo_gamma", "1"], "--dpo.simpo_gamma has no effect with --dpo.loss sigmoid; it"),
         ([*GIVEN, "--lora.alpha", "4"], "--lora.alpha has no effect without --lora.rank"),
+        ([*GIVEN, "--lora.rank", "4", "--lora.alpha", "0"], "--lora.alpha 0.0 must be positive"),
         ([*GIVEN, "--train.batch_size", "8", "--train.accumulate", "3"], "--train.batch_size 8 does not divide by"),
         ([*GIVEN, "--train.steps", "1", "--train.epochs", "1"], "give --train.steps or --train.epochs, not both"),
     ],

@@ -147,6 +147,19 @@ def _check_peft(base, adapter, rows, expected):
     np.testing.assert_allclose(theirs(model, rows, 0), expected, atol=1e-4)
 
 
+def test_the_reward_model_that_peft_saves(base, tmp_path):
+    """It lists classifier and score as saved, and all-linear as every layer by its whole name."""
+    peft = pytest.importorskip("peft")
+    start = transformers.LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    config = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(start, config)
+    model.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == ["classifier", "score"]
+    batch, rows = batch_of(dpo_jax.load_tokenizer(base))
+    np.testing.assert_allclose(ours(tmp_path / "adapter", batch), theirs(model, rows, 0), atol=1e-4)
+
+
 def test_heads_on_a_mesh(published):
     mesh = dpo_jax.make_mesh(2, 2, 2)
     model, variables = dpo_jax.load_pretrained(published, mesh=mesh)

@@ -31,6 +31,7 @@ class LoraConfig:
         if self.rank == 0:
             require(self.alpha is None, "--lora.alpha has no effect without --lora.rank")
             require(self.targets == LINEAR_LAYERS, "--lora.targets has no effect without --lora.rank")
+        require(self.alpha is None or 0 < self.alpha < math.inf, f"--lora.alpha {self.alpha} must be positive")
         unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
         require(not unknown, f"--lora.targets {' '.join(unknown)}: choose from {' '.join(LINEAR_LAYERS)}")
         require(bool(self.targets), f"--lora.targets is empty: choose from {' '.join(LINEAR_LAYERS)}")

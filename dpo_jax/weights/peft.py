@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.config import LINEAR_LAYERS, ClassHead, LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.headers import read_json
+from dpo_jax.headers import read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights import heads as head_files
@@ -18,6 +18,9 @@ from dpo_jax.weights import huggingface, layout, shards, tokenizer_files
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# PEFT's own sequence classifiers list both names that such a head may have; a Llama's is called score.
+_SCORE_SAVED = ([heads.SCORE], ["classifier", heads.SCORE], [heads.SCORE, "classifier"])
 
 # Entries that say how the adapter was trained or found, and change none of its numbers.
 _WITHOUT_EFFECT = frozenset(
@@ -47,7 +50,7 @@ def read_lora(folder: Path) -> LoraConfig:
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported; only LORA is")
     for key, value in raw.items():
-        if key == "modules_to_save" and value == [heads.SCORE]:
+        if key == "modules_to_save" and value in _SCORE_SAVED:
             continue
         # false, 0, "none", {} and null are how PEFT spells "not used"
         if key not in _WITHOUT_EFFECT and value not in (None, False, 0, "none", {}, []):
@@ -55,22 +58,32 @@ def read_lora(folder: Path) -> LoraConfig:
     if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian"):
         # PiSSA and its like also changed the base weights
         raise InputError(f"{where}: init_lora_weights = {start!r} is not supported; convert it to plain LoRA with peft")
-    targets = raw.get("target_modules")
-    if targets == "all-linear":
-        targets = list(LINEAR_LAYERS)
-    if not isinstance(targets, list) or not set(targets) <= set(LINEAR_LAYERS):
-        raise InputError(
-            f"{where}: target_modules {targets!r} is not supported; list some of {', '.join(LINEAR_LAYERS)}"
-        )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise InputError(f"{where}: r {rank!r} or lora_alpha {alpha!r} is not a positive number")
-    return LoraConfig(rank=rank, alpha=float(alpha), targets=tuple(t for t in LINEAR_LAYERS if t in targets))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
+        raise InputError(f"{where}: r {told(rank)} or lora_alpha {told(alpha)} is not a positive number")
+    return LoraConfig(rank=rank, alpha=float(alpha), targets=_targets(raw.get("target_modules"), where))
+
+
+def _targets(named: Any, where: Path) -> tuple[str, ...]:
+    """The kinds of linear layers that `target_modules` names.
+
+    By kind (q_proj), "all-linear", or layer by layer (model.layers.0.self_attn.q_proj), as newer versions of PEFT write
+    what all-linear stood for. That each kind has adapters in every layer shows when the tensors are read.
+    """
+    if named == "all-linear":
+        return LINEAR_LAYERS
+    several = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    kinds = {name.rsplit(".", 1)[-1] for name in named} if several else set()
+    if not kinds or not kinds <= set(LINEAR_LAYERS):
+        raise InputError(
+            f"{where}: target_modules {told(named)} is not supported; list some of {', '.join(LINEAR_LAYERS)}"
+        )
+    return tuple(kind for kind in LINEAR_LAYERS if kind in kinds)
 
 
 def has_score(folder: Path) -> bool:
     """True for the adapters of a reward model: the score is saved among them."""
-    return _config(folder).get("modules_to_save") == [heads.SCORE]
+    return _config(folder).get("modules_to_save") in _SCORE_SAVED
 
 
 def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) -> dict[str, Any]:
