@@ -130,6 +130,13 @@ def test_a_function_of_the_user_is_given_the_columns_that_it_names(tmp_path) -> 
         reward_functions.try_out(named, other, np.asarray([1]), "mine")
 
 
+def test_one_number_for_a_whole_batch_is_refused_before_anything_is_sampled(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text("def mean(prompts, responses): return [sum(map(len, responses)) / 9]\n")
+    function = reward_functions.PythonFunction(f"{path}:mean")
+    with pytest.raises(InputError, match=r"gave scores of shape \[1\] for 2 responses; one number each"):
+        reward_functions.try_out(function, rows_with("a", "b", "c"), np.arange(1, 4), "mine")
+
+
 def test_an_exception_of_the_user_names_file_and_line_before_anything_is_sampled(tmp_path) -> None:
     (path := tmp_path / "mine.py").write_text(CODE)
     for name, message in (

@@ -248,14 +248,16 @@ def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | 
 
 
 def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
-    """Call a function of the user once, with the first prompt and a made-up response, before time is spent on sampling.
+    """Call a function of the user once, before time is spent on sampling: with two prompts and a made-up response to
+    each, since one number for a whole batch looks right where the batch has one row.
 
     Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
     Raises `InputError` for what would stop the run later.
     """
     if isinstance(function, PythonFunction):
         function.check_columns(prompts)
-        scores_of(function, prompts[:1], [TRIAL], rows[:1], name, finite=False)
+        first = prompts[:2]
+        scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)
 
 
 def scores_of(
