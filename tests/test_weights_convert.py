@@ -139,7 +139,7 @@ def test_an_adapter_folder_is_merged(source: Path, tmp_path: Path) -> None:
         ({"target_modules": ["embed_tokens"]}, "target_modules"),
         ({"target_modules": [["q_proj"]]}, "target_modules"),
         ({"target_modules": []}, r"target_modules \[\] is not supported"),
-        ({"lora_alpha": 0}, "lora_alpha 0 is not a positive number"),
+        ({"lora_alpha": 0}, "lora_alpha = 0 is not a number above 0"),
         ({"r": 3}, r"lora_A.weight has shape \(2, \d+\), and config.json asks for \(3"),
         ({"target_modules": ["q_proj"]}, "unknown tensor"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is missing"),

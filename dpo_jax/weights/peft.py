@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.config import LINEAR_LAYERS, ClassHead, LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.headers import read_json, told
+from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights import heads as head_files
@@ -58,10 +58,9 @@ def read_lora(folder: Path) -> LoraConfig:
     if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian"):
         # PiSSA and its like also changed the base weights
         raise InputError(f"{where}: init_lora_weights = {start!r} is not supported; convert it to plain LoRA with peft")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
-        raise InputError(f"{where}: r {told(rank)} or lora_alpha {told(alpha)} is not a positive number")
-    return LoraConfig(rank=rank, alpha=float(alpha), targets=_targets(raw.get("target_modules"), where))
+    fields = Fields(raw, str(where))
+    rank, alpha = fields.whole("r"), fields.number("lora_alpha")
+    return LoraConfig(rank=rank, alpha=alpha, targets=_targets(raw.get("target_modules"), where))
 
 
 def _targets(named: Any, where: Path) -> tuple[str, ...]:
