@@ -55,7 +55,8 @@ RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
 
 UNDERSTOOD = (
     "understood are messages, conversations, prompt or instruction (+ input, history) or question with completion, "
-    "response, answer or output, and chosen + rejected with their prompt"
+    "response, answer or output, chosen + rejected with their prompt, and the others of docs/data.md; --data.columns "
+    "response=NAME names columns that are called otherwise"
 )
 
 

@@ -76,7 +76,9 @@ COLUMNS = frozenset(
 
 UNDERSTOOD = (
     "understood are prompt + chosen + rejected, chosen + rejected with the prompt inside, conversations or instruction "
-    "(+ input) or question + chosen + rejected, and prompt + completion + label"
+    "(+ input) or question + chosen + rejected, prompt + completion + label, and the others of docs/data.md; "
+    "--data.columns chosen=NAME names columns that are called otherwise, and dialogues are for sft (inspect --kind "
+    "dialogues)"
 )
 _HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # user, assistant in turn, a user's turn or a tool's last; the assistant may call tools and go on: u(a(ta)*u)*
