@@ -260,6 +260,7 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
         "llama2_7b": 6_738_415_616,
         "llama2_13b": 13_015_864_320,
         "llama2_70b": 68_976_648_192,
+        "llama3_1b": 1_235_814_400,
         "llama3_8b": 8_030_261_248,
         "llama3_70b": 70_553_706_496,
         "mistral_7b": 7_241_732_096,

@@ -102,7 +102,7 @@ def test_a_gguf_file_of_a_hub_repository(source: Path, tmp_path: Path, monkeypat
     listed += ["big/m-f16-00001-of-00002.gguf", "big/m-f16-00002-of-00002.gguf", "m-imatrix.gguf"]
     fetched: list[tuple[str, str]] = []
 
-    def fetch(name: str, file: str) -> str:
+    def fetch(name: str, file: str, revision: str | None = None) -> str:
         fetched.append((name, file))
         return str(tmp_path / file)
 
