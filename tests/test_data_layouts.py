@@ -203,6 +203,13 @@ def test_copies_of_the_turns_and_answers_that_are_marked_as_bad() -> None:
     assert caught.value.severity == "lost"
 
 
+def test_calls_of_tools_are_named_whether_or_not_a_text_stands_beside_them() -> None:
+    for content in (None, "", "look"):
+        call = {"role": "assistant", "content": content, "tool_calls": [{"id": "1"}]}
+        with pytest.raises(BadRow, match="tool_calls in 'messages'"):
+            parse_dialogue({"messages": [{"role": "user", "content": "Q?"}, call]})
+
+
 def test_tools_beside_the_messages_of_an_input() -> None:
     said = {"messages": [{"role": "user", "content": "Q?"}], "tools": [{"type": "function"}]}
     row = {"input": said, "preferred_output": "good", "non_preferred_output": "bad"}

@@ -83,13 +83,13 @@ def message_of(value: object, name: str) -> Message:
     if not isinstance(value, dict):
         raise BadRow(f"'{name}' holds something that is no message", 'write {"role": ..., "content": ...}')
     value = {key: held for key, held in value.items() if held is not None}
+    if wordless := [key for key in _NO_TEXT if value.get(key)]:  # such a message may have no content
+        raise BadRow(f"{wordless[0]} in '{name}'", "only plain text messages are understood")
     for role_key, content_key in _SPELLINGS:
         if role_key in value and content_key in value:
             role = value[role_key]
             if not isinstance(role, str) or role not in ROLES:
                 raise BadRow(f"unknown role in '{name}'", f"{str(role)[:40]!r}; understood are {', '.join(ROLES)}")
-            if wordless := [key for key in _NO_TEXT if value.get(key)]:
-                raise BadRow(f"{wordless[0]} in '{name}'", "only plain text messages are understood")
             content = _content(value[content_key], f"{name}: {content_key}")
             read = (role_key, content_key, *MARKS, *_NO_TEXT)
             extra = tuple((key, held) for key, held in value.items() if key not in read)
