@@ -207,7 +207,8 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys, monkeypatch) ->
         str(out / "reward-2" / k) for k in ("helpful", "safety")
     )
     config = json.loads((out / "ppo" / "config.json").read_text())
-    assert (config["model"], config["reward"]) == (str(out / "rejection-2"), str(out / "reward-3" / "helpful"))
+    assert config["model"] == str(out / "rejection-2" / "model")
+    assert config["reward"] == str(out / "reward-3" / "helpful")
     # Reward model 3 has learnt from all that came before, and from nothing that is held out.
     rows = read_lines(out / "reward-3" / "helpful.jsonl")
     assert rows == [row for name in sets for row in read_lines(out / name / "helpful.jsonl")]

@@ -89,7 +89,7 @@ def training_run(run: DemoRun, size: Size) -> DPORun:
 
 def _claim(run: DemoRun, out: Path) -> None:
     """Make the folder this demo's, or refuse one that holds something else."""
-    marker, settings = out / "demo.json", asdict(run)
+    marker, settings = out / "demo.json", json.loads(json.dumps(asdict(run)))  # as the file has them: no tuples
     settings.pop("out")
     if marker.exists():
         try:
