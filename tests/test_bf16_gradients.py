@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pairs import quick_jit
 
 from dpo_jax.align.sampled_softmax import draw, sampled_logps
 from dpo_jax.model import logprobs, products
-from tests.pairs import quick_jit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bf16_gradients

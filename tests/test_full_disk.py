@@ -11,9 +11,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import runs
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
 
@@ -33,6 +35,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = "".join(json.dumps({"prompt": f"{i} what is the film"}) + "\n" for i in range(24))
     (folder / "prompts.jsonl").write_text(prompts)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compilation_cache():
+    """The cache that the tests share would keep what this file's full disks cut off."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
