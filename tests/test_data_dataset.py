@@ -64,7 +64,7 @@ def test_a_file_with_bad_rows_is_refused_in_one_line_after_the_last(tmp_path: Pa
     for words in (
         "malformed JSON (first: row 2",
         "not an object (first: row 3",
-        "missing field 'rejected' (first: row 4",
+        "'rejected' is null (first: row 4",
     ):
         assert words in message
     for words in (
@@ -84,6 +84,24 @@ def test_bad_rows_are_skipped_on_request(tmp_path: Path) -> None:
     assert "malformed JSON" in data.problems
     with pytest.raises(InputError, match="none of 7 rows can be used"):
         load(tmp_path, list(BAD_ROWS), on_bad_rows="skip")
+
+
+def test_the_log_has_one_short_line_for_each_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    many = {f"column_{i}_of_a_wide_table": "x" for i in range(60)}
+    bad = [
+        {"prompt": "Q?", **many},
+        many,
+        {"messages": "x" * 500, "chosen": "a"},
+        {"prompt": ["x" * 500], "chosen": "a", "rejected": "b"},
+    ]
+    bad += [{"prompt": "Q?", "responses": ["x", "y"], f"score_{'s' * 300}": 1}, {"conversation": [], "x": 1}, many]
+    with caplog.at_level("WARNING", "dpo_jax"):
+        load(tmp_path, [row(0), *bad], on_bad_rows="skip")
+    lines = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert len(lines) > 5
+    assert all(len(line) <= 200 + len("left out ") for line in lines), lines
+    assert sum("3 x unknown column names (first: row 3: the columns are column_0" in line for line in lines) == 1
+    assert lines[-1] == "left out 7 of 8 rows (87.5%)"
 
 
 def implicit(i: int, other: str = "") -> dict[str, str]:

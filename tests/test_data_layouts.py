@@ -394,3 +394,74 @@ def test_csv_of_scores_and_labels(tmp_path: Path) -> None:
     (tmp_path / "kto.csv").write_text("prompt,completion,label\nQ?,good,True\nR?,bad,false\n")
     data = load_preferences(str(tmp_path / "kto.csv"), TOKENIZER, DataConfig(), vocab_size=320, needs_pairs=False)
     assert (data.response_lengths > 0).tolist() == [[True, False], [False, True]]
+
+
+# ---------------------------------------------------------------- rows that are made anew
+
+
+def arena(prompt: Any, a: Any, b: Any, won: str = "winner_model_a") -> dict[str, Any]:
+    votes = {name: int(name == won) for name in ("winner_model_a", "winner_model_b", "winner_tie")}
+    return {"prompt": prompt, "response_a": a, "response_b": b, **votes}
+
+
+def test_turns_and_votes_of_the_arena() -> None:
+    asked, good, bad = (json.dumps([text]) for text in ("Q?", "good", "bad"))
+    for row in (
+        arena(asked, good, bad),
+        arena(asked, bad, good, "winner_model_b"),
+        arena("Q?", "good", "bad"),
+        {name: str(value) for name, value in arena(asked, good, bad).items()},  # as CSV has it
+        {"prompt": asked, "response_a": good, "response_b": bad, "score_a": 2, "better": 0, "score_b": 1},
+    ):
+        pair = parse_preference(row)
+        assert (pair.messages[-1].content, pair.chosen, pair.rejected) == ("Q?", "good", "bad"), row
+    several = arena('["q", "Q?"]', '["a", "good"]', '["a", "bad"]')
+    assert [m.content for m in parse_preference(several).messages] == ["q", "a", "Q?"]
+    assert parse_prompt({"prompt": asked, "response_a": good, "response_b": bad})[1] == "Q?"
+    for row, message in (
+        (arena('["q", "Q?"]', '["a", "good"]', '["b", "bad"]'), "no shared prompt"),
+        (arena('["q", "Q?"]', '["a"]', '["b", "bad"]'), "do not have the same turns .*'response_a' 1"),
+        (arena(asked, good, bad, "nobody"), "no vote: exactly one"),
+        (arena(asked, good, bad, "winner_tie"), "a tie"),
+        (arena(asked, "[null]", bad), "is not text"),
+    ):
+        with pytest.raises(BadRow, match=message):
+            parse_preference(row)
+
+
+def test_lists_of_chosen_and_of_rejected_texts(tmp_path: Path) -> None:
+    row = {"prompt": "Q?", "chosen": ["good", "fine"], "rejected": ["bad", "worse", "worst"], "num_correct": 2}
+    found = parse_comparison(row)
+    assert (found.responses, found.places) == (("good", "fine", "bad", "worse", "worst"), (0, 0, 1, 1, 1))
+    data = load(tmp_path, [row], load_comparisons)
+    assert data.ranks.tolist() == [[0, 0, 1, 1, 1]]
+    with pytest.raises(BadRow, match="empty completion: 'rejected' is blank"):
+        parse_comparison({**row, "rejected": [" "]})
+
+
+def test_a_pair_about_an_image_is_refused() -> None:
+    text = json.dumps({"question": "Q?", "chosen": "good", "rejected": "bad"})
+    with pytest.raises(BadRow, match=r"about an image, which no model here sees .leave the column 'image' out"):
+        parse_preference({"text": text, "image": {"bytes": "x"}, "idx": 1})
+    assert parse_preference({"text": text, "image": None}).chosen == "good"
+    assert store_schema.kind_of({"text": '{"question": "Q?"}'}) == "text"
+
+
+def test_turns_as_plain_texts() -> None:
+    said = parse_dialogue({"conversations": ["a", "b", "c", "d"]}).messages
+    assert [m.role for m in said] == ["user", "assistant"] * 2
+    assert parse_prompt({"conversations": ["Q?"], "source": "multi"})[1] == "Q?"
+    with pytest.raises(BadRow, match="no answer at the end"):
+        parse_dialogue({"conversations": ["a", "b", "c"]})
+    with pytest.raises(BadRow, match="'prompt' holds something that is no message"):
+        parse_prompt({"prompt": ["a", "b"]})
+
+
+def test_a_label_judges_the_last_turn_of_a_dialogue() -> None:
+    said = turns(("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "Q?"), ("assistant", "bad"))
+    pair = parse_preference({"messages": said, "label": False}, needs_pairs=False)
+    assert ([m.content for m in pair.messages], pair.chosen, pair.rejected) == (["S", "q", "a", "Q?"], None, "bad")
+    with pytest.raises(BadRow, match=r"unpaired row .*--dpo\.loss kto"):
+        parse_preference({"messages": said, "label": True})
+    for prompt in ({"messages": said[:-1], "label": True}, {"messages": said[:-1], "label": "toxic"}):
+        assert [m.content for m in parse_prompt(prompt)[0]] == ["S", "q", "a", "Q?"]

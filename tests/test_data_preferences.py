@@ -113,7 +113,8 @@ def test_unpaired_rows() -> None:
 BROKEN: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "Q?", "chosen": "good"}, "bad", ["missing field 'rejected'", "chosen, prompt"]),
     ({"prompt": "Q?", "chosen": "good", "rejcted": "bad"}, "bad", ["missing field 'rejected'", "'rejcted' meant"]),
-    ({"prompt": "Q?", "chosen": "good", "rejected": None}, "bad", ["missing field 'rejected'"]),
+    ({"prompt": "Q?", "chosen": "good", "rejected": None}, "bad", ["'rejected' is null"]),
+    ({"prompt": None, "chosen": "good", "rejected": "bad"}, "bad", ["'prompt' is null"]),
     ({"chosen": "good", "rejected": "bad"}, "bad", ["missing field 'prompt'"]),
     ({"chosen": [GOOD], "rejected": [BAD]}, "bad", ["missing field 'prompt'"]),
     ({"text": "x", "winner": "y"}, "bad", ["unknown column names", "text, winner", "prompt + chosen + rejected"]),
@@ -162,8 +163,8 @@ def test_bad_unpaired_rows() -> None:
     row = {"prompt": "Q?", "completion": "a", "label": True}
     for change, word in (
         ({"label": 1}, "'label' is not true or false"),
-        ({"label": None}, "missing field 'label'"),
-        ({"prompt": None}, "missing field 'prompt'"),
+        ({"label": None}, "'label' is null"),
+        ({"prompt": None}, "'prompt' is null"),
         ({"completion": ""}, "empty completion"),
         ({"completion": [{**USER, "content": "other"}, GOOD]}, "does not continue the prompt"),
     ):

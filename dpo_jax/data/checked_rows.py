@@ -158,8 +158,8 @@ class CheckedRows:
         problems = self.tally.describe(self.tally.dropped)
         if not used:
             raise self.tally.nothing_left(self.source, self.rows_read)
-        if problems:
-            log.warning("%s: left out %s", self.source, self.tally.left_out(self.rows_read))
+        for line in self.tally.left_out(self.rows_read):
+            log.warning("%s: left out %s", self.source, line)
         return problems
 
 

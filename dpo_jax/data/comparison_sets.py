@@ -123,9 +123,10 @@ def load_responses(
 
     def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, str]:
         del usable
+        row = readable(row)
         found = parse_responses(row)
         count = len(found.responses)
-        layout = "pair" if row.get("chosen") is not None else "single" if count == 1 else "list"
+        layout = "pair" if "chosen" in row else "single" if count == 1 else "list"
         return _render(encoder, found, range(count)), layout
 
     data, layouts = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)

@@ -50,10 +50,7 @@ OWN_COLUMNS = REPLIES_COLUMNS | {"messages", "labels", "agreement"}
 EXTRAS = ("rating", "source", "score_gap", "agreement")
 """What a row tells that evaluation groups by."""
 
-_UNDERSTOOD = (
-    "understood are chosen + rejected, a list in responses or output, and response_a + response_b with score_a + "
-    "score_b or annotator1, annotator2, ..."
-)
+_UNDERSTOOD = "understood are chosen + rejected, a list in responses, and the layouts of docs/data.md"
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _prompt(
         if any(turns_of(context) != turns_of(contexts[0]) for context in contexts):
             raise BadRow("no shared prompt", f"the messages before the last differ in '{column}'; remove the row")
         told["messages"] = [message.as_dict() for message in contexts[0]]
-    return parse_prompt(Readable(told, row.sources))
+    return parse_prompt(Readable(told, row.sources, nulls=row.nulls))
 
 
 def _told_evidence(row: Readable) -> dict[str, Evidence]:

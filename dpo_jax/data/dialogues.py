@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_jax.data.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
-from dpo_jax.data.layouts import Readable, readable
+from dpo_jax.data.layouts import Readable, missing, readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -54,9 +54,8 @@ RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
 """Columns whose messages the template sees whole."""
 
 UNDERSTOOD = (
-    "understood are messages, conversations, prompt or instruction (+ input, history) or question with completion, "
-    "response, answer or output, chosen + rejected with their prompt, and the others of docs/data.md; --data.columns "
-    "response=NAME names columns that are called otherwise"
+    "--data.columns response=NAME reads another column; understood are messages, prompt + response and the layouts of "
+    "docs/data.md"
 )
 
 
@@ -159,7 +158,9 @@ def _answered(row: Readable) -> Dialogue:
     if not answers:
         raise _no_answer(row)
     asked = (*PROMPT_COLUMNS, "messages", "input", "context", "history", *SYSTEM_COLUMNS)
-    prompt, raw = parse_prompt(Readable({name: row[name] for name in asked if name in row}, row.sources))
+    prompt, raw = parse_prompt(
+        Readable({name: row[name] for name in asked if name in row}, row.sources, nulls=row.nulls)
+    )
     *said, answer = answer_of(row[answers[0]], answers[0])
     if said and said[0].role != "assistant":  # it repeats the prompt
         if turns_of(said[: len(prompt)]) != turns_of(prompt):
@@ -170,7 +171,9 @@ def _answered(row: Readable) -> Dialogue:
     return Dialogue(messages, None if raw is None or said else (raw, answer.content))
 
 
-def _no_answer(row: dict[str, Any]) -> BadRow:
+def _no_answer(row: Readable) -> BadRow:
+    if name := next((name for name in ANSWER_COLUMNS if name in row.nulls), None):
+        return missing(row, name, "")
     near = (c for c in row if c not in COLUMNS and difflib.get_close_matches(c, ANSWER_COLUMNS, n=1))
     hint = next((f"; is {c!r} meant?" for c in near), "")
     return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")

@@ -163,8 +163,8 @@ def load_documents(
         tally.refuse(source, rows_read)
     if not lengths:
         raise tally.nothing_left(source, rows_read)
-    if tally.dropped:
-        log.warning("%s: left out %s", source, tally.left_out(rows_read))
+    for line in tally.left_out(rows_read):
+        log.warning("%s: left out %s", source, line)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return DocumentDataset(
         tokens=Ragged(np.concatenate(parts), starts),
@@ -242,6 +242,8 @@ def _row_documents(source: str, columns: set[str], place: str) -> Iterator[tuple
         columns.update(map(str, row))
         try:
             row = renamed(row, {"text": place})
+            if row.get("text", "") is None:
+                raise BadRow(f"'{place}' is null", "give it a text, or remove the row")
             if "text" not in row:
                 raise BadRow(f"no column '{place}'", columns_of(row))
             yield number, text_of(row["text"], place, None)

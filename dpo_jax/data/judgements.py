@@ -174,6 +174,5 @@ def _judge(name: str, values: Any) -> bool:
 def _not_read(column: str, name: str) -> BadRow:
     return BadRow(
         f"'{name}' may say which entry of '{column}' is better, and is not read",
-        "so their order is not known: name it (--data.columns scores=COLUMN, larger is better, ranks=COLUMN, 1 is the "
-        f"best, or better=COLUMN), or remove '{name}' if the best stands first",
+        "name it (--data.columns scores=, ranks= or better=COLUMN), or remove it if the best stands first",
     )

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from dpo_jax.data import rebuilt_rows as rebuilt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.errors import InputError
 
@@ -59,6 +60,8 @@ class Layout(NamedTuple):
     """Likewise; read where they are there."""
     where: Callable[[Row], bool] | None = None
     """What else must hold of a row."""
+    make: Callable[[Row], rebuilt.Rebuilt] | None = None
+    """What the row is made into, where its columns do not hold it as they stand."""
 
 
 def _entries(row: Row) -> bool:
@@ -86,7 +89,26 @@ LAYOUTS = (
     Layout("Chatbot Arena", {"responses": "conversation_a conversation_b", "better": "winner"}),
     Layout("summarize_from_feedback", {"prompt": "info.post", "responses": "summaries", "better": "choice"}),
     Layout("distilabel", {"responses": "generations"}),
+    Layout(
+        "Chatbot Arena 55k",
+        {"prompt": "prompt", "responses": "response_a response_b"},
+        {"better": "winner_model_a winner_model_b winner_tie"},
+        where=rebuilt.is_arena,
+        make=rebuilt.arena_votes,
+    ),
+    Layout(
+        "RewardBench 2",
+        {"responses": "chosen rejected"},
+        where=rebuilt.is_lists_of_texts,
+        make=rebuilt.ranked_lists,
+    ),
     # Pairs
+    Layout(
+        "RLHF-V",
+        {"prompt": "text", "chosen": "text", "rejected": "text"},
+        where=rebuilt.is_spelled_pair,
+        make=rebuilt.spelled_pair,
+    ),
     Layout(
         "OpenAI",
         {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},
@@ -102,6 +124,11 @@ LAYOUTS = (
     ),
     Layout("StackExchange paired", {"chosen": "response_j", "rejected": "response_k"}),
     # Dialogues
+    Layout(
+        "ms-swift KTO",
+        {"prompt": "messages[:-1]", "completion": "messages[-1]"},
+        where=rebuilt.is_labelled_dialogue,
+    ),
     Layout("WildChat, LMSYS-Chat-1M, Capybara", {"messages": "conversation"}),
     Layout("MATH, NuminaMath", {"completion": "solution"}),
 )
@@ -127,11 +154,18 @@ class Readable(Row):
     Attributes:
       sources: for each name that stands elsewhere in the row as it was, the places, in words.
       named: see `Renamed`.
+      nulls: the columns that were null.
     """
 
-    def __init__(self, row: Row, sources: Mapping[str, tuple[str, ...]], named: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        row: Row,
+        sources: Mapping[str, tuple[str, ...]],
+        named: frozenset[str] = frozenset(),
+        nulls: frozenset[str] = frozenset(),
+    ):
         super().__init__(row)
-        self.sources, self.named = dict(sources), named
+        self.sources, self.named, self.nulls = dict(sources), named, nulls
 
     def called(self, name: str, index: int | None = None) -> str:
         """What the row itself calls `name`, or (with `index`) one entry of its list."""
@@ -179,7 +213,8 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Renamed:
     moved = {name: _at(row, place) for name, place in columns.items()}
     taken = {column_of(place) for place in columns.values()}
     rest = {name: value for name, value in row.items() if name not in taken and name not in moved}
-    return Renamed(rest | {name: value for name, value in moved.items() if value is not None}, columns)
+    there = {name: value for name, value in moved.items() if value is not None or column_of(columns[name]) in row}
+    return Renamed(rest | there, columns)
 
 
 def readable(row: Row) -> Readable:
@@ -187,21 +222,33 @@ def readable(row: Row) -> Readable:
     if isinstance(row, Readable):
         return row
     there = {name: _unspelled(value, name) for name, value in row.items() if value is not None}
-    places = _places(there)
+    places, make = _places(there)
     moved: Row = {}
+    told: rebuilt.Places = {}
     for target, where in places.items():
-        values = [_at(there, place) for place in where]
-        moved[target] = values[0] if len(where) == 1 else values
+        values = [] if make else [_at(there, place) for place in where]
+        moved[target] = values[0] if len(values) == 1 else values
+    if make:
+        moved, told = make(there)
     taken = {column_of(place) for where in places.values() for place in where}
     rest = {name: value for name, value in there.items() if name not in taken}
     named = row.named if isinstance(row, Renamed) else frozenset[str]()
-    return Readable(rest | {name: value for name, value in moved.items() if value is not None}, places, named)
+    nulls = frozenset(str(name) for name, value in row.items() if value is None)
+    values = {name: value for name, value in moved.items() if value is not None}
+    return Readable(rest | values, places | told, named, nulls)
+
+
+def missing(row: Row, name: str, detail: str) -> BadRow:
+    """What to raise where a row has no `name`, told apart from one that has it and is null."""
+    if isinstance(row, Readable) and name in row.nulls:
+        return BadRow(f"'{name}' is null", "give it a value, or remove the row")
+    return BadRow(f"missing field '{name}'", detail)
 
 
 def sources(row: Row) -> dict[str, str]:
     """The columns of `row` that stand for readers' names -> those names."""
     there = {name: value for name, value in row.items() if value is not None}
-    return {column_of(place): target for target, where in _places(there).items() for place in where}
+    return {column_of(place): target for target, where in _places(there)[0].items() for place in where}
 
 
 def is_vote(column: str) -> bool:
@@ -246,12 +293,14 @@ def _keyed(rows: Iterable[tuple[int, Row | BadRow]]) -> Iterator[tuple[str | int
 # ---------------------------------------------------------------- which layout a row has
 
 
-def _places(row: Row) -> dict[str, tuple[str, ...]]:
-    """Reader's name -> its places in `row`, of those that do not stand under their own names."""
+def _places(row: Row) -> tuple[rebuilt.Places, Callable[[Row], rebuilt.Rebuilt] | None]:
+    """Reader's name -> its places in `row`, of those that do not stand under their own names; what makes the values."""
     candidates, two = _candidates(frozenset(row))
-    found: dict[str, tuple[str, ...]] = {}
+    found: rebuilt.Places = {}
     for layout, places in candidates:
         if layout.where is None or layout.where(row):
+            if layout.make is not None:
+                return places, layout.make
             found = dict(places)
             break
     else:
@@ -264,7 +313,7 @@ def _places(row: Row) -> dict[str, tuple[str, ...]]:
     asked = any(name in row and name not in taken for name in ("instruction", "question"))
     if asked and isinstance(row.get("context"), str) and "context" not in taken and not row.get("input"):
         found["input"] = ("context",)  # as Dolly has it
-    return found
+    return found, None
 
 
 def _holds_prompt(chosen: object) -> bool:
@@ -279,7 +328,8 @@ def _candidates(
     """The layouts that rows with these columns may have, and the places of two numbered responses."""
     fitting = []
     for layout in LAYOUTS:
-        wanted = {name: tuple(places.split()) for name, places in layout.columns.items() if not _given(name, names)}
+        own = {column_of(place) for places in layout.columns.values() for place in places.split()}
+        wanted = {name: tuple(p.split()) for name, p in layout.columns.items() if not _given(name, names - own)}
         fits = bool(wanted) and all(column_of(place) in names for where in wanted.values() for place in where)
         if fits and not (layout.columns.keys() & set(_JUDGED) and not wanted.keys() & set(_JUDGED)):
             extra = {name: tuple(places.split()) for name, places in layout.optional.items() if name not in names}

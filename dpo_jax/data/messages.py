@@ -9,6 +9,7 @@ tool. Content is a text, or a list of typed parts that are texts. A key that is 
   write are named.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,14 +54,19 @@ MARKS = ("weight", "train", "loss")
 """Keys that say whether a turn is learnt."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Columns that hold a system prompt."""
+_SHOWN = 80
+"""How many characters of names of columns a message shows."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPELLINGS = (("role", "content"), ("from", "value"))
 _NO_TEXT = ("tool_calls", "function_call", "image", "images", "audio", "audios", "video", "videos")
 
 
 def columns_of(row: dict[str, Any]) -> str:
-    """The columns of a row, in words."""
-    return f"the columns are {', '.join(sorted(map(str, row)))}" if row else "the row has no columns"
+    """The columns of a row, in words; of many the first."""
+    names = sorted(map(str, row))
+    shown = [name for i, name in enumerate(names) if sum(map(len, names[: i + 1])) <= _SHOWN]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return f"the columns are {', '.join(shown)}{more}" if row else "the row has no columns"
 
 
 def text_of(value: object, name: str, longest: int | None = MAX_TEXT) -> str:
@@ -141,6 +147,9 @@ def messages_of(value: list[object], name: str) -> tuple[Message, ...]:
     """The messages of the field `name`, at least one. Raises `BadRow`."""
     if not value:
         raise BadRow(f"'{name}' is an empty list", "give it a message, or remove the row")
+    if name in ("conversations", "messages") and all(isinstance(m, str) for m in value):  # LIMA: the user speaks first
+        said = zip(itertools.cycle(("user", "assistant")), value)
+        return tuple(Message(role, text_of(text, name)) for role, text in said)
     messages: list[Message] = []
     for m in value:
         if isinstance(m, dict) and {*m} == {"input", "output"}:  # a user's turn with its answer, as Capybara has them

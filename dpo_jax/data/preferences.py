@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_jax.data.layouts import Readable, readable
+from dpo_jax.data.layouts import Readable, missing, readable
 from dpo_jax.data.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -75,10 +75,8 @@ COLUMNS = frozenset(
 """Every column that is read. Others are carried in many published files (ids, copies); they are ignored, and named."""
 
 UNDERSTOOD = (
-    "understood are prompt + chosen + rejected, chosen + rejected with the prompt inside, conversations or instruction "
-    "(+ input) or question + chosen + rejected, prompt + completion + label, and the others of docs/data.md; "
-    "--data.columns chosen=NAME names columns that are called otherwise, and dialogues are for sft (inspect --kind "
-    "dialogues)"
+    "--data.columns chosen=NAME reads another column; understood are prompt + chosen + rejected and the layouts of "
+    "docs/data.md"
 )
 _HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # user, assistant in turn, a user's turn or a tool's last; the assistant may call tools and go on: u(a(ta)*u)*
@@ -142,10 +140,12 @@ def blank_response(name: str) -> BadRow:
     return BadRow(f"empty completion: {name} is blank", "give it a text, or remove the row", "noise")
 
 
-def _missing(row: dict[str, Any], name: str) -> BadRow:
+def _missing(row: Readable, name: str) -> BadRow:
     close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
     hint = f"; is {close[0]!r} meant?" if close else ""
-    return BadRow(f"missing field '{name}'", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
+    dialogue = {"messages", "conversations"} & row.keys()
+    understood = "a dialogue is for sft (inspect --kind dialogues)" if dialogue else UNDERSTOOD
+    return missing(row, name, f"{columns_of(row)}{hint}; {understood}")
 
 
 def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> None:
@@ -214,10 +214,10 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     if "messages" in row:
         if not isinstance(row["messages"], list):
             raise BadRow("'messages' is not a list", 'write [{"role": "user", "content": ...}]')
-        row = Readable({**row, "conversations": row["messages"]}, row.sources)
+        row = Readable({**row, "conversations": row["messages"]}, row.sources, nulls=row.nulls)
     prompt = _prompt(row)
     if prompt is None:
-        raise BadRow("missing field 'prompt'", f"{columns_of(row)}; understood are prompt (a text) and messages")
+        raise missing(row, "prompt", f"{columns_of(row)}; understood are prompt (a text) and messages")
     return with_tools(prompt[0], row), prompt[1]
 
 
@@ -249,13 +249,11 @@ def _implicit(row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
         return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"), row, extras)
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         detail = f"{columns_of(row)}; without a prompt column both must be text or both lists of messages"
-        raise BadRow("missing field 'prompt'", detail)
+        raise missing(row, "prompt", detail)
     prompt, chosen = response_of(chosen, "chosen")
     other, rejected = response_of(rejected, "rejected")
     if not prompt or not other:
-        raise BadRow(
-            "missing field 'prompt'", f"{columns_of(row)}, and 'chosen' or 'rejected' is one message without a prompt"
-        )
+        raise missing(row, "prompt", f"{columns_of(row)}, and 'chosen' or 'rejected' is one message without a prompt")
     if turns_of(prompt) != turns_of(other):
         raise BadRow(
             "no shared prompt",
@@ -275,7 +273,7 @@ def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict
         cut = text.rfind(ASSISTANT)
         if cut < 0:
             detail = f"{columns_of(row)}, and '{name}' has no \"\\n\\nAssistant:\" to find a prompt by"
-            raise BadRow("missing field 'prompt'", detail)
+            raise missing(row, "prompt", detail)
         cuts.append(cut)
     if chosen[: cuts[0]] != rejected[: cuts[1]]:
         detail = "the texts before the last \"\\n\\nAssistant:\" differ between 'chosen' and 'rejected'; remove the row"

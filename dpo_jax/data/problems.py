@@ -20,6 +20,9 @@ Severity = Literal["bad", "noise", "lost"]
 NOISE_LIMIT = 0.02
 """Largest share of `noise` rows that is left out without asking."""
 
+LONGEST_LINE = 200
+"""Longest line of the log about a reason, in characters, beside the name of the file."""
+
 
 class BadRow(InputError):
     """One row that cannot be used.
@@ -56,12 +59,14 @@ class Tally:
 
     def describe(self, counts: Counter[str]) -> str:
         """`N x reason (first: row R: detail); ...`, the most frequent first."""
-        parts = []
-        for reason, count in counts.most_common():
-            number, problem = self._first[reason]
-            detail = f": {problem.detail}" if problem.detail else ""
-            parts.append(f"{count} x {reason} (first: row {number}{detail})")
-        return "; ".join(parts)
+        return "; ".join(self._told(reason, count, None) for reason, count in counts.most_common())
+
+    def _told(self, reason: str, count: int, longest: int | None) -> str:
+        """One reason, cut at `longest` characters."""
+        number, problem = self._first[reason]
+        detail = f": {problem.detail}" if problem.detail else ""
+        told = f"{count} x {reason} (first: row {number}{detail})"
+        return told if longest is None or len(told) <= longest else f"{told[: longest - 3]}..."
 
     def refuse(self, source: str, rows: int) -> None:
         """Raise one `InputError` for all bad rows, if there are any among the `rows` read, or if no row is left."""
@@ -81,7 +86,8 @@ class Tally:
         """What to raise where none of `rows` rows can be used, and to leave them out would leave nothing."""
         return InputError(f"{source}: none of {rows} rows can be used: {self.describe(self.dropped)}")
 
-    def left_out(self, rows: int) -> str:
-        """What was left out of `rows` rows, for the log; empty where nothing was."""
+    def left_out(self, rows: int) -> list[str]:
+        """What was left out of `rows` rows, for the log: a line for each reason, and how many they are in all."""
         count = self.dropped.total()
-        return f"{self.describe(self.dropped)}; {count} of {rows} rows ({count / rows:.1%})" if count else ""
+        lines = [self._told(reason, n, LONGEST_LINE) for reason, n in self.dropped.most_common()]
+        return [*lines, f"{count} of {rows} rows ({count / rows:.1%})"] if count else []

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data import dialogues
 from dpo_jax.data.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
-from dpo_jax.data.layouts import readable
+from dpo_jax.data.layouts import missing, readable
 from dpo_jax.data.messages import Message, columns_of, keys_beside, text_of, turns_of
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Pair
 from dpo_jax.data.problems import BadRow
@@ -111,7 +111,7 @@ def parse(row: Row, kind: Kind) -> Parsed:
     if kind == "dialogues":
         return _parsed_dialogue(dialogues.parse_dialogue(row))
     if row.get("text") is None:
-        raise BadRow("missing field 'text'", columns_of(row))
+        raise missing(readable(row), "text", columns_of(row))
     text = text_of(row["text"], "text", None)
     if not text.strip():
         raise BadRow("empty document: 'text' is blank", severity="lost")
