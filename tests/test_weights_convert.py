@@ -202,6 +202,35 @@ def test_targets_that_are_refused(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
 
 
+def damage_and_exchange(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the checkpoints 7 and 12 turn bytes of an array of 12 round, and put a copy of 7 behind it: 7 is left."""
+
+    def found() -> tuple[str, list[str]]:
+        caplog.clear()
+        place = resolve(checkpoints.parent)
+        said = list(dict.fromkeys(record.getMessage() for record in caplog.records))
+        caplog.clear()
+        assert resolve(checkpoints.parent) == place
+        assert not caplog.records  # the same is not said, and not read, again
+        return place.path.name, said
+
+    arrays = max((checkpoints / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = arrays.read_bytes()
+    arrays.write_bytes(whole[:-64] + whole[:-65:-1])
+    name, (said,) = found()
+    assert name == "7"
+    assert said.startswith(f"checkpoint {checkpoints / '12'} is damaged (state/")
+    shutil.copytree(checkpoints / "7", checkpoints / "20")
+    name, (said,) = found()
+    assert name == "7"
+    assert said.startswith(f"checkpoint {checkpoints / '20'} is damaged (its metadata are of step 7)")
+    metadata = checkpoints / "20" / "meta" / "metadata"
+    metadata.write_text(metadata.read_text().replace('"step": 7', '"step": 20').replace('"step":7', '"step":20'))
+    name, (said,) = found()
+    assert name == "7"
+    assert "meta/metadata" in said
+
+
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2, targets=("q_proj", "down_proj"))])
 def test_a_run_that_is_not_finished_is_a_source(
     source: Path, tmp_path: Path, lora: LoraConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -225,7 +254,7 @@ def test_a_run_that_is_not_finished_is_a_source(
     assert resolve(run).path.name == "12"
     caplog.clear()
     again, loaded = dpo_jax.load_pretrained(run)
-    said = f"{run}: this run is not finished; its newest checkpoint is used: {run / 'checkpoints' / '12'}"
+    said = f"{run}: this run is not finished; its newest intact checkpoint is used: {run / 'checkpoints' / '12'}"
     assert [record.getMessage() for record in caplog.records if record.name.startswith("dpo_jax")][:1] == [said]
     assert again.lora == lora
     assert_same(loaded, state.variables)
@@ -236,11 +265,10 @@ def test_a_run_that_is_not_finished_is_a_source(
     dpo_jax.save_pretrained(tmp_path / "direct", model, state.variables, None)
     assert weights(tmp_path / "hf") == weights(tmp_path / "direct")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
-    arrays = max((run / "checkpoints" / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
-    whole = arrays.read_bytes()
-    arrays.write_bytes(whole[:-64] + whole[:-65:-1])
+    damage_and_exchange(run / "checkpoints", caplog)
+    assert_same(dpo_jax.load_pretrained(run)[1], state.variables)
     with pytest.raises(InputError, match=r"12.*damaged"):
-        dpo_jax.load_pretrained(run)
+        dpo_jax.load_pretrained(run / "checkpoints" / "12")
     (run / "config.json").write_text("{}")
     with pytest.raises(InputError, match="does not say which model the run began with"):
         dpo_jax.load_pretrained(run)

@@ -15,6 +15,7 @@ A template may write today's date (`strftime_now`, as Llama 3.1's "Today Date").
 run learns must not depend on when it is gone on with.
 """
 
+import copy
 import datetime
 import re
 from collections.abc import Sequence
@@ -220,6 +221,15 @@ class ChatTemplate:
             raise InputError(
                 f"the tokenizer's chat template cannot be used ({reason}); name one with --data.template"
             ) from error
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that carries the template of a run, for who loads its model; itself for None and raw."""
+    if template in (None, RAW):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ChatTemplate(tokenizer, template).jinja
+    return tokenizer
 
 
 def _turn_space(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,7 +32,7 @@ class LlamaConfig:
     """Architecture of a Llama or Mistral checkpoint: a language model, or with `num_labels` 1 a reward model.
 
     A reward model is a `...ForSequenceClassification` with one label: it has a score (`model/heads.py`) in place of the
-    output matrix.
+    output matrix. `further_stop_ids` are those of generation_config.json beside `eos_token_ids`; config.json has none.
     """
 
     vocab_size: int
@@ -55,6 +55,12 @@ class LlamaConfig:
     pad_token_id: int | None = None
     model_type: str = "llama"
     num_labels: int = 0
+    further_stop_ids: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which generation ends, by all that stands beside the weights."""
+        return (*self.eos_token_ids, *self.further_stop_ids)
 
 
 _ARCHITECTURES = {

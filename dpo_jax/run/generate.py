@@ -203,7 +203,7 @@ def responses(
 
 def terminators(model: Llama, encoder: ConversationEncoder, config: SampleConfig) -> SampleConfig:
     """`config` with the stop tokens of the template, the tokenizer and the model added to its own."""
-    every = (*config.stop_tokens, *encoder.terminators, *model.config.eos_token_ids)
+    every = (*config.stop_tokens, *encoder.terminators, *model.config.stop_ids)
     return replace(config, stop_tokens=tuple(dict.fromkeys(every)))
 
 

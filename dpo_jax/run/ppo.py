@@ -182,7 +182,7 @@ def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
     other = read_architecture(config.value_model)
     check_score(config.value_model, other)
     free = ("vocab_size", "max_position", "tie_embeddings", "eos_token_ids", "bos_token_id", "pad_token_id")
-    same = {name: getattr(architecture, name) for name in (*free, "num_labels", "model_type")}
+    same = {name: getattr(architecture, name) for name in (*free, "further_stop_ids", "num_labels", "model_type")}
     if dataclasses.replace(other, **same) != architecture or other.vocab_size < architecture.vocab_size:
         raise InputError(f"--value_model {config.value_model}: has another architecture than --model {config.model}")
 

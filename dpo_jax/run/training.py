@@ -11,7 +11,6 @@ A command asks for these in the order of a run:
     training.finish(model, state, tokenizer, report=...)
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from dpo_jax.data.comparison_sets import join, split_by_prompt
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.data.row_mixture import read_mixture
-from dpo_jax.data.templates import RAW, ChatTemplate
+from dpo_jax.data.templates import with_template
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
@@ -265,12 +264,7 @@ class Training(Generic[Config]):
 
     def exported(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy with the template of the run: whoever loads the model is to speak to it as it was spoken to here."""
-        template = self.config.data.template
-        if template in (None, RAW):
-            return tokenizer
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = ChatTemplate(tokenizer, template).jinja
-        return tokenizer
+        return with_template(tokenizer, self.config.data.template)
 
     def finish(
         self,

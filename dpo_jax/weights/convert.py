@@ -1,12 +1,13 @@
 """Checkpoints from one format into another: what `dpo-jax convert` does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
@@ -40,6 +41,8 @@ def convert(
     to: Format = "huggingface",
     dtype: Any = None,
     mesh: Mesh | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    terminators: Sequence[int] = (),
     shard_bytes: int = huggingface.SHARD_BYTES,
 ) -> float | None:
     """Write the checkpoint `source` as a new folder `target`, with its configuration and tokenizer.
@@ -54,6 +57,8 @@ def convert(
       dtype: of the stored weights; not given: as in `source`, or float32 where it has several, or they are quantised,
         or have adapters added to them.
       mesh: where parameters that pass through devices are placed; None uses the first device.
+      tokenizer: written in place of the source's own.
+      terminators: ids that end an answer, beside those that the source names (see `save_pretrained`).
       shard_bytes: largest safetensors file.
 
     Returns:
@@ -69,6 +74,7 @@ def convert(
     check_free(target, replace=False)
     place = resolve(source)
     stored = np.dtype(_stored_dtype(place) if dtype is None else dtype)
+    spoken = tokenizer, tuple(dict.fromkeys((*_terminators(place), *terminators)))
     scores, adapted = bool(read_architecture(place).num_labels), has_adapters(place)
     if scores and to == "orbax":
         raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
@@ -76,12 +82,8 @@ def convert(
         # Adapters are added in float32, so that the weights beneath them are read as they are stored.
         beneath = _beneath_dtype(place) if adapted else stored
         model, variables = load_pretrained(source, mesh=mesh, dtype=beneath)
-        carried: dict[str, Any] = {
-            "source": source,
-            "classes": read_classes(source),
-            "terminators": _terminators(place),
-        }
-        tokenizer = tokenizer_of(place)
+        carried: dict[str, Any] = {"source": source, "classes": read_classes(source), "terminators": spoken[1]}
+        tokenizer = tokenizer or tokenizer_of(place)
         return save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
     if to == "huggingface" and place.kind in ("huggingface", "gguf"):
         config, reader = open_tensors(place)
@@ -93,11 +95,11 @@ def convert(
         if to == "orbax":
             lost = _lost(variables["params"], params, stored) if adapted and stored != np.float32 else None
             params = jax.tree.map(lambda x: x.astype(stored), params)
-            orbax_params.write_folder(target, params, _finisher(place, config, stored, to))
+            orbax_params.write_folder(target, params, _finisher(place, config, stored, to, *spoken))
             return lost
         slots = layout.parameter_slots(config)
         shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, stored)
-    finish = _finisher(place, config, stored, to)
+    finish = _finisher(place, config, stored, to, *spoken)
     huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
     return None
 
@@ -127,12 +129,18 @@ def _terminators(place: Source) -> tuple[int, ...]:
     return huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
 
 
-def _finisher(place: Source, config: LlamaConfig, dtype: np.dtype, to: Format) -> Callable[[Path], None]:
+def _finisher(
+    place: Source,
+    config: LlamaConfig,
+    dtype: np.dtype,
+    to: Format,
+    tokenizer: PreTrainedTokenizerBase | None,
+    terminators: Sequence[int],
+) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
     origin = origin_folder(place)
-    tokenizer, terminators = None, _terminators(place)
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
-        tokenizer = tokenizer_of(place)
+        tokenizer = tokenizer or tokenizer_of(place)
         check_published(tokenizer, config, place)
 
     def finish(folder: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 FILES = "files.json"
+_UNKNOWN = f"{FILES} is missing or unreadable"
 _CHUNK = 1 << 22
 _THREADS = 4
 
@@ -42,12 +43,9 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
       folder: it holds `files.json`. One of an earlier version holds sizes without sums, and those are compared.
       wanted: whether the contents of a file, by its name in `files.json`, are read; of the others only the size counts.
     """
-    try:
-        known = {name: _record(entry) for name, entry in json.loads((folder / FILES).read_bytes()).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        known = None
+    known = _known(folder)
     if _everywhere(known is None) >= 0:
-        return f"{FILES} is missing or unreadable"
+        return _UNKNOWN
     assert known is not None
     names = sorted(known)
     mine = names[jax.process_index() :: jax.process_count()]
@@ -59,6 +57,24 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
         return None
     own = dict(zip(mine, reasons, strict=True)).get(names[found])
     return f"{names[found]} {own or 'is not what was written'}"
+
+
+def damage_seen_here(folder: Path) -> str | None:
+    """As `damage`, by one process that reads everything, asks no other, and starts no backend of JAX."""
+    known = _known(folder)
+    if known is None:
+        return _UNKNOWN
+    with ThreadPoolExecutor(_THREADS) as pool:
+        reasons = pool.map(lambda name: (name, _changed(folder / name, *known[name], read=True)), sorted(known))
+        return next((f"{name} {reason}" for name, reason in reasons if reason), None)
+
+
+def _known(folder: Path) -> dict[str, tuple[int, int | None]] | None:
+    """Size and sum of each file, as they were written; None where that cannot be read."""
+    try:
+        return {name: _record(entry) for name, entry in json.loads((folder / FILES).read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _record(entry: object) -> tuple[int, int | None]:

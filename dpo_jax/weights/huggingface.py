@@ -32,12 +32,21 @@ _NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path",
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """The architecture that a folder's config.json describes."""
+    """The architecture that a folder's config.json describes, and where generation ends by generation_config.json."""
     where = str(folder / "config.json")
     config, unread = read_hf(read_json(folder / "config.json"), where)
     if unread:
         _name_unread(where, ", ".join(unread))
-    return config
+    return with_stops(config, folder)
+
+
+def with_stops(config: LlamaConfig, folder: Path) -> LlamaConfig:
+    """The architecture with the ids at which a generation_config.json in `folder` ends generation, if one is there."""
+    if not (folder / GENERATION).is_file():
+        return config
+    found = (i for i in stops(read_json(folder / GENERATION)) if 0 <= i < config.vocab_size)
+    further = tuple(dict.fromkeys(i for i in found if i not in config.stop_ids))
+    return dataclasses.replace(config, further_stop_ids=(*config.further_stop_ids, *further))
 
 
 @lru_cache  # a command reads a configuration several times, and says this once
@@ -129,7 +138,7 @@ def write_generation(folder: Path, config: LlamaConfig, source: Path | None, ter
 def stops(generation: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids at which generation ends, by a generation_config.json."""
     found = generation.get("eos_token_id")
-    return tuple(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int))
+    return tuple(i for i in (found if isinstance(found, list) else [found]) if type(i) is int)
 
 
 def write_weights(

@@ -71,6 +71,8 @@ def read_architecture(place: Source) -> LlamaConfig:
     """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
     base = base_place(place)
     config = huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
+    if place.kind == "peft":
+        config = huggingface.with_stops(config, place.path)
     return replace(config, num_labels=1) if _adds_score(place) else config
 
 
@@ -121,8 +123,8 @@ def load_pretrained(
 
     Args:
       source: a Hugging Face folder, a `.gguf` file, a folder written by `convert`, a PEFT adapter folder (its base
-        model is loaded too), a run folder (its final model, or its newest checkpoint), a run's `checkpoints/<step>`,
-        a hub id, or "smollm2".
+        model is loaded too), a run folder (its final model, or its newest intact checkpoint), a run's
+        `checkpoints/<step>`, a hub id, or "smollm2".
       mesh: where to place the weights; None puts them on the first device.
       dtype: of the parameters (adapters are always float32).
       lora: adds fresh adapters (A random by `seed`, B zero). Not for a source that has adapters of its own.
@@ -135,7 +137,7 @@ def load_pretrained(
     """
     place = resolve(source)
     if place.kind == "checkpoint" and Path(source).expanduser().resolve() != place.path.resolve():
-        _log.warning("%s: this run is not finished; its newest checkpoint is used: %s", source, place.path)
+        _log.warning("%s: this run is not finished; its newest intact checkpoint is used: %s", source, place.path)
     chosen: dict[str, Any] = {
         "dtype": jnp.dtype(dtype if compute_dtype is None else compute_dtype),
         "remat": remat,
@@ -167,6 +169,7 @@ def _load(
         bases.check(place, variables["params"])
         target = _target(model, "adapters", mesh, jnp.float32)
         if place.kind == "peft":
+            model = model.clone(config=huggingface.with_stops(model.config, place.path))
             return model, {**variables, **peft.load_adapters(place.path, model, target, mesh)}
         return model, variables | orbax_params.load_trained(
             place.path, {"adapters": target, **_trained_heads(place, model, mesh)}

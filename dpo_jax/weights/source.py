@@ -1,5 +1,7 @@
 """What `--model M` names: a folder, a file, a hub id, or `smollm2`."""
 
+import functools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,8 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from dpo_jax.errors import InputError
+from dpo_jax.headers import read_json
 from dpo_jax.weights import smollm2
+from dpo_jax.weights.digests import damage_seen_here
 from dpo_jax.weights.folder import is_step, steps_in
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 
@@ -34,9 +40,10 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
 
     A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
-    (its `model`; under LoRA its `adapter`, which no dtype of the weights beneath rounds; the newest of its checkpoints
-    while it is unfinished), one of a run's checkpoints, `owner/name` on the Hugging Face hub, a GGUF file there
-    (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that file alone is fetched), or `smollm2`.
+    (its `model`; under LoRA its `adapter`, which no dtype of the weights beneath rounds; the newest of its intact
+    checkpoints while it is unfinished), one of a run's checkpoints, `owner/name` on the Hugging Face hub, a GGUF file
+    there (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that file alone is fetched), or
+    `smollm2`.
 
     Raises `InputError` for anything else. `revision`: of a hub repository; not given: the newest.
     """
@@ -74,15 +81,44 @@ def _folder(path: Path) -> Source:
             "e.g. with transformers' save_pretrained"
         )
     if (path / "checkpoints").is_dir():
-        steps = steps_in(path / "checkpoints")
-        if not steps:
-            raise InputError(f"{path}: this run has no model and no checkpoint yet; start it again with its command")
-        return _folder(path / "checkpoints" / str(steps[-1]))
+        return Source("checkpoint", _newest_intact(path))
     if is_step(path) and (path / "state").is_dir():
         return Source("checkpoint", path)
     if ggufs := sorted(path.glob("*.gguf")):
         raise InputError(f"{path}: give the GGUF file itself, e.g. {ggufs[0]}")
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
+
+
+def _newest_intact(run: Path) -> Path:
+    """The newest checkpoint of an unfinished run that is what was saved; those passed over are named, and left."""
+    steps = steps_in(run / "checkpoints")
+    if not steps:
+        raise InputError(f"{run}: this run has no model and no checkpoint yet; start it again with its command")
+    for step in reversed(steps):
+        path = run / "checkpoints" / str(step)
+        files = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+        if _said_damaged(path, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in files)) is None:
+            return path
+    raise InputError(f"{run}: every checkpoint is damaged; start the run again with its command")
+
+
+@functools.lru_cache(maxsize=64)
+def _said_damaged(checkpoint: Path, files: tuple[tuple[Path, int, int], ...]) -> str | None:
+    """What is wrong with a checkpoint, which is logged too; None where nothing is.
+
+    Reading it all takes a while, and a command resolves its model several times: once is enough while its `files` (size
+    and time of each) stay the same.
+    """
+    reason = damage_seen_here(checkpoint)
+    if reason is None:
+        try:
+            step = read_json(checkpoint / "meta" / "metadata").get("step")
+            reason = None if step == int(checkpoint.name) else f"its metadata are of step {step}"
+        except InputError as problem:
+            reason = str(problem)
+    if reason is not None:
+        _log.warning("checkpoint %s is damaged (%s); the one before it is looked at", checkpoint, reason)
+    return reason
 
 
 def to_train(source: str) -> str:
