@@ -168,3 +168,40 @@ def test_gzip_bomb_and_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(files, "MAX_LINE", 2**14)
     refused(write(tmp_path / "bomb.gz", gzip.compress(b'{"a": 1}\n' * 2**19)), "unpacks to more than")
     refused(write(tmp_path / "line.gz", gzip.compress(b" " * 2**20)), "line is longer")
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, zstd])
+def test_objects_of_several_lines(tmp_path: Path, packed: Callable[[bytes], bytes]) -> None:
+    """One object, or several one after another, as `json.dumps(row, indent=2)` and jq print them."""
+    rows = [{**row, "inside": {"list": [{"a": 1}]}} for row in ROWS]
+    printed = [json.dumps(row, indent=2, ensure_ascii=False) for row in rows]
+    one = write(tmp_path / "one.json", packed(b"\xef\xbb\xbf" + printed[0].encode()))
+    assert list(read_rows(one)) == [(1, rows[0])]
+    several = write(tmp_path / "several.json", packed("\r\n\n".join(printed).encode()))
+    assert list(read_rows(several)) == list(enumerate(rows, 1))
+
+
+def test_broken_objects_of_several_lines(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.json", b'{\n "a": 1\n}\n\n{\n "a": \n}\n{\n "a": 3\n}\n{\n "a"')
+    found = list(read_rows_or_problems(source))
+    assert [number for number, _ in found] == [1, 2, 3, 4]
+    assert [row if isinstance(row, dict) else row.reason for _, row in found] == [
+        {"a": 1}, "malformed JSON", {"a": 3}, "malformed JSON",
+    ]  # fmt: skip
+    assert "a.json:5:" in str(found[1][1])
+    assert "a.json:11: no line that is a closing brace alone" in str(found[3][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "told"),
+    [("a.csv", ";", "semicolons"), ("a.csv.gz", "\t", "tabs"), ("a.tsv", ",", "commas"), ("a.csv", ",", ""),
+     ("a.tsv", "\t", "")],
+)  # fmt: skip
+def test_what_stands_between_cells_the_first_line_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, mark: str, told: str
+) -> None:
+    text = f'"prompt, or; question"{mark}chosen\n"a{mark}b"{mark}"x, y; z"\n'.encode()
+    with caplog.at_level("WARNING", "dpo_jax"):
+        found = list(read_rows(write(tmp_path / name, gzip.compress(text) if name.endswith("gz") else text)))
+    assert found == [(1, {"prompt, or; question": f"a{mark}b", "chosen": "x, y; z"})]
+    assert (f"{told} stand between its cells" in caplog.text) is bool(told)

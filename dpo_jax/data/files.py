@@ -1,7 +1,8 @@
-"""Files of rows: JSONL, JSON (a list of objects), Parquet and CSV, plain, gzip or zstd; folders; the hub; stores.
+"""Files of rows: JSONL, JSON, Parquet and CSV, plain, gzip or zstd; folders; the hub; stores.
 
-What a file is, its first bytes say (gzip, zstd, Parquet, a JSON list, else JSON lines), not its name; but that a text
-is CSV or TSV its name says. Rows stream: only a JSON list and a compressed Parquet file are held in memory whole.
+What a file is, its first bytes say (gzip, zstd, Parquet, a JSON list, JSON objects of several lines each, else JSON
+lines), not its name; but that a text is CSV or TSV its name says. Rows stream: only a JSON list and a compressed
+Parquet file are held in memory whole.
 """
 
 import csv
@@ -9,8 +10,11 @@ import glob
 import gzip
 import io
 import json
+import logging
+import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,6 +36,9 @@ _FORMATS = "JSONL, JSON, Parquet or CSV, plain, .gz or .zst"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_MARKS = {";": "semicolons", "\t": "tabs", ",": "commas"}
+
+log = logging.getLogger(__name__)
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row]]:
@@ -152,12 +159,15 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     with open_bytes(path) as reader:
         packed = isinstance(reader.raw, _Unpacked)
         head = reader.peek(2**12)
+        start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         stream = cast(BinaryIO, reader)
         if head.startswith(b"PAR1"):
             yield from read_parquet(path, io.BytesIO(stream.read()) if packed else stream)
-        elif head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        elif start.startswith(b"["):
             yield from _json_list(path, stream.read())
-        elif (separator := _separator(path)) and not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        elif re.match(rb"\{[ \t]*\r?\n", start):
+            yield from _json_objects(path, stream)
+        elif (separator := _separator(path, start)) and not start.startswith(b"{"):
             yield from _table(path, stream, separator)
         else:
             yield from _json_lines(path, stream)
@@ -236,10 +246,43 @@ def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
         yield number, _checked(row, f"{path}, element {number},")
 
 
-def _separator(path: Path) -> str | None:
-    """What stands between the cells of a CSV or TSV file; None where the name is of another."""
+def _json_objects(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
+    """Objects of several lines each, one after another, as `json.dumps(row, indent=2)` and jq print them.
+
+    An object ends with a line that is a closing brace alone.
+    """
+    number, begun, piece = 0, 1, b""
+    for line, read in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), 1):
+        if not piece.strip():
+            begun, piece = line, b""
+        piece += read.removeprefix(b"\xef\xbb\xbf") if line == 1 else read
+        if len(piece) > MAX_LINE:
+            raise InputError(f"{path}:{begun}: one object is longer than {MAX_LINE >> 20} MiB; write a row a line")
+        if read.rstrip() == b"}" and not read.startswith((b" ", b"\t")):
+            number += 1
+            yield number, _json_line(piece, f"{path}:{begun}")
+            piece = b""
+    if piece.strip():
+        detail = f"{path}:{begun}: no line that is a closing brace alone ends what begins here"
+        yield number + 1, BadRow("malformed JSON", detail)
+
+
+def _separator(path: Path, start: bytes) -> str | None:
+    """What stands between the cells of a CSV or TSV file; None where the name is of another.
+
+    That is what its name says, or where that is not in its first line, outside of quotes, a semicolon, tab or comma
+    that is.
+    """
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    return next((mark for suffix, mark in _SEPARATORS.items() if name.endswith(suffix)), None)
+    usual = next((mark for suffix, mark in _SEPARATORS.items() if name.endswith(suffix)), None)
+    if usual is None:
+        return None
+    first = b"".join(start.partition(b"\n")[0].split(b'"')[::2])
+    other = max(_MARKS, key=lambda mark: first.count(mark.encode()))
+    if usual.encode() in first or other.encode() not in first:
+        return usual
+    log.warning("%s: %s stand between its cells, as in its first line", path, _MARKS[other])
+    return other
 
 
 def _table(path: Path, stream: BinaryIO, separator: str) -> Iterator[tuple[int, Row | BadRow]]:
