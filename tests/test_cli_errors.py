@@ -285,3 +285,26 @@ def test_full_disk_training(model: Path, tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "checkpoint cannot be written" in errors[0]
     assert not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["sft"], ["sft", "--data.packing", "false"], ["dpo"], ["reward"], ["eval"], ["logps", "--out", "{out}"],
+     ["inspect"], ["inspect", "--kind", "dialogues"],
+     ["ppo", "--reward", "vader", "--sample.max_new_tokens", "8", "--data.max_prompt_length", "900"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_row_longer_than_the_context(
+    words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rule for all commands: it is refused, and both numbers are named; shorter rows go on under any limit."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({**GOOD, "prompt": "why " * 120 + "?"}) + "\n")
+    given = ["--model", str(model), "--data", str(tmp_path / "long.jsonl")]
+    if words[0] in ("sft", "dpo", "reward", "ppo"):
+        given += ["--out", str(tmp_path / "out"), "--train.steps", "1"]
+    assert cli.main([word.format(out=tmp_path / "out.jsonl") for word in words] + given) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--data.max_length 1024" in line
+    assert "model's context" in line
+    assert "set --data.max_length to at most 256" in line
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ from dpo_jax.model.architecture import RopeScaling
 from dpo_jax.model.llama import rotary_frequencies
 
 LAYERS, WIDTH, HEADS, KV, HEAD, FORWARD, VOCAB = 2, 64, 2, 1, 32, 96, 64
+BIASES = {"q": HEADS * HEAD, "k": KV * HEAD, "v": KV * HEAD}
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -184,7 +185,14 @@ def test_linear_rope_scaling(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "qwen2"}, "architecture 'qwen2' is not supported"),
+        (
+            {"arch": "qwen2"},
+            "architecture 'qwen2' is not supported; read are models of Llama's architecture, Mistral's",
+        ),
+        (
+            {"tensors": {f"blk.{i}.attn_{x}.bias": np.ones(n, np.float32) for i in (0, 1) for x, n in BIASES.items()}},
+            r"biases of attn_q, attn_k, attn_v alone, as Qwen2 has them, are not .*general\.architecture llama",
+        ),
         ({"drop": ("blk.1.ffn_up.weight",)}, r"tensor missing: model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"drop": ("token_embd.weight",)}, r"token_embd\.weight is missing"),
         ({"tensors": {"blk.0.attn_sinks.weight": np.ones(2, np.float32)}}, r"unknown tensor: blk\.0\.attn_sinks"),

@@ -58,7 +58,7 @@ class Dialogues:
                 vocab_size=architecture.vocab_size,
                 on_bad_rows=config.on_bad_rows,
             )
-            check_context(data.source, data.row_numbers, data.lengths, architecture)
+            check_context(data.source, data.row_numbers, data.lengths, architecture, config.data.max_length)
             return data
 
         def split(data: SequenceDataset) -> tuple[SequenceDataset, SequenceDataset]:

@@ -51,7 +51,7 @@ def train(config: DPORun) -> Path:
     data, heldout = _load_data(config, tokenizer, vocabulary)
     for dataset in (data, heldout):
         if dataset is not None:
-            check_lengths(dataset, architecture)
+            check_lengths(dataset, architecture, config.data.max_length)
             training.say(dataset.summary())
 
     # -------------------------------------------------------------- options that follow from the data
@@ -138,10 +138,10 @@ def step_options(config: DPORun) -> DPOConfig:
     )
 
 
-def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig) -> None:
-    """Raise `InputError` where a row, as truncated, is longer than the model's context."""
+def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig, max_length: int) -> None:
+    """Raise `InputError` where a row, cut to `max_length`, is longer than the model's context."""
     totals = dataset.prompt_lengths + dataset.response_lengths.max(axis=1)
-    check_context(dataset.source, dataset.row_numbers, totals, architecture)
+    check_context(dataset.source, dataset.row_numbers, totals, architecture, max_length)
 
 
 # ---------------------------------------------------------------- loading

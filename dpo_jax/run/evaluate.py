@@ -109,7 +109,8 @@ def _answer(
     encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)
     wanted = set(dataset.row_numbers[: run.samples].tolist())
     prompts: list[list[int]] = []
-    longest = run.data.prompt_room(run.sample.max_new_tokens)
+    new = run.sample.max_new_tokens
+    longest = min(run.data.prompt_room(new), max(model.config.max_position - new, 1))
     cut = 0
     rows = CheckedRows(run.source, run.data.limit, columns=run.data.columns, compared=True)
     for number, row in rows.together():

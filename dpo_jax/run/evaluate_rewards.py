@@ -75,7 +75,7 @@ def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceData
     data = load_comparisons(
         run.source, tokenizer, run.data, rules, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
     )
-    check_lengths(data, architecture)
+    check_lengths(data, architecture, run.data.max_length)
     say(data.summary())
     model, variables = setting.load(source, tokenizer)
     rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size)

@@ -58,7 +58,7 @@ def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
         vocab_size=architecture.vocab_size,
         on_bad_rows=run.on_bad_rows,
     )
-    check_context(run.source, dataset.row_numbers, dataset.lengths, architecture)
+    check_context(run.source, dataset.row_numbers, dataset.lengths, architecture, run.data.max_length)
     say(dataset.summary())
     for i in _shown(run, dataset.row_numbers):
         found = sequence_pieces(dataset, tokenizer, i)

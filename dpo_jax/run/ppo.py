@@ -170,8 +170,8 @@ def _check_context(config: PPORun, data: PromptDataset, architecture: LlamaConfi
     if needed > room:
         raise InputError(
             f"{data.source}, row {data.row_numbers[longest]}: {data.ids.lengths[longest]} tokens and"
-            f" --sample.max_new_tokens {config.sample.max_new_tokens} exceed the model's context of {room}; set"
-            f" --data.max_length to at most {room}"
+            f" --sample.max_new_tokens {config.sample.max_new_tokens} (--data.max_length {config.data.max_length})"
+            f" exceed the model's context of {room}; set --data.max_length to at most {room}"
         )
 
 

@@ -43,7 +43,7 @@ def train(config: RewardRun) -> Path:
     data, heldout = _data(config, tokenizer, architecture.vocab_size)
     for dataset in (data, heldout):
         if dataset is not None:
-            check_lengths(dataset, architecture)
+            check_lengths(dataset, architecture, config.data.max_length)
             training.say(dataset.summary())
 
     # -------------------------------------------------------------- options that follow from the data

@@ -43,7 +43,7 @@ def score(run: ScoreRun) -> Path:
     data = load_responses(
         run.source, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
     )
-    check_lengths(data, architecture)
+    check_lengths(data, architecture, run.data.max_length)
     say(data.summary())
     model, variables = setting.load(run.model, tokenizer)
 

@@ -99,7 +99,7 @@ def load_data(
         on_bad_rows=on_bad_rows,
         with_format_masks=with_format_masks,
     )
-    check_lengths(dataset, architecture)
+    check_lengths(dataset, architecture, config.max_length)
     say(dataset.summary())
     return tokenizer, dataset
 

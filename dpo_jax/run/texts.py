@@ -37,7 +37,7 @@ class Texts:
         if data.max_length > architecture.max_position:
             raise InputError(
                 f"--data.max_length {data.max_length}: the model's context is {architecture.max_position}; windows can"
-                " be no longer"
+                f" be no longer, set --data.max_length to at most {architecture.max_position}"
             )
         given = [config.source] if config.eval_source is None else [config.source, config.eval_source]
         if data.separator is not None and not any(is_text(name) for each in given for name, _ in parse_sources(each)):

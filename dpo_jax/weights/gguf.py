@@ -122,6 +122,8 @@ _READ = frozenset(
     rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.finetuned rope.scale_linear""".split()
 )  # fmt: skip
+_ATTENTION = ("q", "k", "v", "output")
+_UNDERSTOOD = "read are models of Llama's architecture, Mistral's among them (general.architecture llama)"
 
 
 def read_config(header: GGUFHeader) -> LlamaConfig:
@@ -129,7 +131,7 @@ def read_config(header: GGUFHeader) -> LlamaConfig:
     path, tensors = header.path, header.tensors
     everything = Fields(header.metadata, f"{path}: metadata")
     if (architecture := everything.get("general.architecture")) != "llama":
-        raise InputError(f"{path}: architecture {told(architecture)} is not supported; only llama is")
+        raise InputError(f"{path}: architecture {told(architecture)} is not supported; {_UNDERSTOOD}")
     if everything.maybe_whole("split.count", low=0) not in (None, 0, 1):
         raise InputError(f"{path}: is one of several parts; join them with llama-gguf-split --merge")
     raw = {key.removeprefix("llama."): v for key, v in header.metadata.items() if key.startswith("llama.")}
@@ -137,6 +139,12 @@ def read_config(header: GGUFHeader) -> LlamaConfig:
     if unknown := sorted(key for key, value in raw.items() if key not in _READ and value):
         raise InputError(f"{path}: metadata llama.{unknown[0]} = {told(raw[unknown[0]])} is not supported")
 
+    biased = [part for part in _ATTENTION if f"blk.0.attn_{part}.bias" in tensors]
+    if len(biased) not in (0, len(_ATTENTION)):
+        raise InputError(
+            f"{path}: biases of {', '.join(f'attn_{part}' for part in biased)} alone, as Qwen2 has them, are not"
+            f" supported (all of the attention's or none are); {_UNDERSTOOD}"
+        )
     layers = own.whole("block_count", high=_MAX_LAYERS)
     heads, hidden = own.whole("attention.head_count"), own.whole("embedding_length")
     named = own.maybe_whole("attention.key_length", low=0) or None
@@ -166,7 +174,7 @@ def read_config(header: GGUFHeader) -> LlamaConfig:
             "max_position_embeddings": own.whole("context_length"),
             "sliding_window": window or None,
             "tie_word_embeddings": "output.weight" not in tensors,
-            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "attention_bias": bool(biased),
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
             "bos_token_id": everything.maybe_whole("tokenizer.ggml.bos_token_id", low=0),
             "eos_token_id": list(dict.fromkeys(i for i in ends if i is not None)) or None,

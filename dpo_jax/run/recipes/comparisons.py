@@ -85,7 +85,7 @@ def accuracies(model: Path, sources: Sequence[Path], options: RewardRun) -> list
         data = load_comparisons(
             str(source), tokenizer, options.data, rules, vocab_size=vocabulary, on_bad_rows=options.on_bad_rows
         )
-        check_lengths(data, architecture)
+        check_lengths(data, architecture, options.data.max_length)
         scores = rewards.rewards(eval_batches(data, options.train.batch_size, options.data.buckets))
         judged = figures(scores, data.response_lengths, data.ranks)
         found.append({"pairs": len(data), "accuracy": judged["eval_accuracy"], "error": judged["eval_accuracy_error"]})
