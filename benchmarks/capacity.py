@@ -89,7 +89,7 @@ def training(kind: str, model: str, devices: int) -> TrainingRun:
     """The options of one cell on so many devices."""
     tensor = min(8, devices) if model == "llama2_70b" else 1
     parts = devices // tensor
-    open_ended: dict[str, Any] = {"model": ON_COMMAND_LINE, "source": ON_COMMAND_LINE, "out": ON_COMMAND_LINE}
+    open_ended: dict[str, Any] = {"model": ON_COMMAND_LINE, "out": ON_COMMAND_LINE}
     shared: dict[str, Any] = {
         **open_ended,
         "train": TrainConfig(batch_size=ROWS, accumulate=ROWS // parts, dtype="bfloat16", remat="full"),
@@ -164,7 +164,6 @@ def plan_written(name: str, budget: Budget) -> dict[str, Any] | None:
     one = WRITTEN[name]
     run = DPORun(
         model=ON_COMMAND_LINE,
-        source=ON_COMMAND_LINE,
         out=ON_COMMAND_LINE,
         dpo=DPOLossConfig(reference="live"),
         data=DataConfig(max_length=one.tokens, max_prompt_length=one.tokens // 2),

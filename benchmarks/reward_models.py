@@ -206,18 +206,17 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     files = options.out / "data" / f"{name}-{seed}"
     sources = write(files / "train.jsonl", training), write(files / "held.jsonl", held)
     folder = options.out / f"{name}-{margin}-{seed}"
-    data = DataConfig(max_length=options.max_length, max_prompt_length=options.max_length // 2)
+    limits = {"max_length": options.max_length, "max_prompt_length": options.max_length // 2}
     train(
         RewardRun(
             model=options.model,
-            source=str(sources[0]),
             out=str(folder),
             reward=RewardLossConfig(margin=margin),
             lora=LoraConfig(rank=options.lora),
             optimizer=OptimizerConfig(
                 learning_rate=options.learning_rate, schedule="cosine", warmup_ratio=0.05, floor=0.1
             ),
-            data=data,
+            data=DataConfig(str(sources[0]), **limits),
             train=TrainConfig(batch_size=options.batch_size, steps=options.steps, seed=seed, dtype=options.dtype),
             checkpoint=CheckpointConfig(every=20, keep=1),
         )
@@ -225,12 +224,11 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     result = evaluate(
         EvalRun(
             model=str(folder),
-            source=str(sources[1]),
             out=str(folder / "held_out.json"),
             report=str(folder / "held_out.html"),
             batch_size=options.batch_size,
             dtype=options.dtype,
-            data=data,
+            data=DataConfig(str(sources[1]), **limits),
             mesh=MeshConfig(),
         )
     )
@@ -242,7 +240,7 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     figures |= refusing([row for rows in kept for row in rows])
     figures["baseline: longer answer"] = result["eval_lengths/accuracies"]
     figures["baseline: VADER"] = vader(held)
-    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, data, seed)
+    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, DataConfig(**limits), seed)
     return figures
 
 

@@ -17,7 +17,7 @@ from dpo_jax.config import ON_COMMAND_LINE, ExtendVocabRun
 
 config = ExtendVocabRun(
     model=ON_COMMAND_LINE,
-    target=ON_COMMAND_LINE,
+    to=ON_COMMAND_LINE,
     data=(ON_COMMAND_LINE,),
     pieces=23_296,
 )

@@ -20,7 +20,6 @@ from dpo_jax.config import (
 
 config = SFTRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     optimizer=OptimizerConfig(
         learning_rate=3e-5,

@@ -21,7 +21,6 @@ from dpo_jax.config import (
 
 config = SFTRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     lora=LoraConfig(rank=64, alpha=128.0),
     optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_ratio=0.03),

@@ -20,7 +20,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1, reference="live"),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0),

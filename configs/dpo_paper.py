@@ -18,7 +18,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1),
     optimizer=OptimizerConfig(

@@ -23,7 +23,8 @@ def stage(name: str) -> Any:
     """The options of another recipe; what it leaves to the command line is filled in by this one."""
     options = runpy.run_path(str(Path(__file__).with_name(name)))["config"]
     given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) == ON_COMMAND_LINE]
-    return dataclasses.replace(options, **dict.fromkeys(given, SET_BY_RECIPE))
+    data = dataclasses.replace(options.data, files=SET_BY_RECIPE)
+    return dataclasses.replace(options, data=data, **dict.fromkeys(given, SET_BY_RECIPE))
 
 
 config = Llama2ChatRun(

@@ -22,7 +22,6 @@ from dpo_jax.config import (
 
 config = GattRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     gatt=GattConfig(
         synthesised=1000,

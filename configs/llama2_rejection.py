@@ -25,7 +25,6 @@ from dpo_jax.config import (
 
 config = RejectionRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward=ON_COMMAND_LINE,
     rejection=RejectionConfig(samples=10, temperatures=(1.2, 1.3), pool="all"),

@@ -19,9 +19,8 @@ from dpo_jax.config import (
 
 config = RewardRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
-    mix_source=ON_COMMAND_LINE,
+    mix_data=ON_COMMAND_LINE,
     mix=0.1,
     reward=RewardLossConfig(margin="small", multi_class=("safety=safe,unsafe",)),
     optimizer=OptimizerConfig(

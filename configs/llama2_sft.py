@@ -11,7 +11,6 @@ from dpo_jax.config import ON_COMMAND_LINE, OptimizerConfig, SFTDataConfig, SFTR
 
 config = SFTRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", weight_decay=0.1),
     data=SFTDataConfig(template="llama2", max_length=4096, packing=True, train_on="answers"),

@@ -18,7 +18,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_ratio=0.1),

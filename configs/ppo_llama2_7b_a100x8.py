@@ -24,7 +24,6 @@ from dpo_jax.config import (
 
 config = PPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward=ON_COMMAND_LINE,
     safety_reward=ON_COMMAND_LINE,

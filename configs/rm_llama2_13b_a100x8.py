@@ -20,7 +20,6 @@ from dpo_jax.config import (
 
 config = RewardRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward=RewardLossConfig(margin="small"),
     optimizer=OptimizerConfig(

@@ -17,7 +17,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(loss="dpop", beta=0.3, dpop_lambda=50.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup_ratio=0.1),

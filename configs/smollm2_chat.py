@@ -32,7 +32,7 @@ from dpo_jax.config import (
     TrainConfig,
 )
 
-SET: dict[str, Any] = {"model": SET_BY_RECIPE, "source": SET_BY_RECIPE, "out": SET_BY_RECIPE}
+SET: dict[str, Any] = {"model": SET_BY_RECIPE, "out": SET_BY_RECIPE}
 LORA: dict[str, Any] = {"lora": LoraConfig(rank=16), "checkpoint": CheckpointConfig(every=10)}
 ANSWER, LENGTH = 24, 128
 
@@ -48,7 +48,7 @@ config = Llama2ChatRun(
         **SET,
         **LORA,
         optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_ratio=0.1, floor=0.1),
-        data=SFTDataConfig(max_length=LENGTH, buckets=1, limit=80),
+        data=SFTDataConfig(SET_BY_RECIPE, max_length=LENGTH, buckets=1, limit=80),
         train=TrainConfig(batch_size=8, steps=10),
     ),
     helpful=RewardRun(
@@ -56,7 +56,7 @@ config = Llama2ChatRun(
         **LORA,
         reward=RewardLossConfig(ties="drop", centering=0.01, max_replies=2),
         optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_ratio=0.1, floor=0.1),
-        data=DataConfig(max_length=LENGTH, max_prompt_length=LENGTH - ANSWER - 8, buckets=1),
+        data=DataConfig(SET_BY_RECIPE, max_length=LENGTH, max_prompt_length=LENGTH - ANSWER - 8, buckets=1),
         train=TrainConfig(batch_size=8, steps=30),
         on_bad_rows="skip",
     ),
@@ -67,7 +67,7 @@ config = Llama2ChatRun(
         rejection=RejectionConfig(samples=6),
         sample=SampleConfig(max_new_tokens=ANSWER),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear", warmup_ratio=0.1),
-        data=SFTDataConfig(max_length=LENGTH, buckets=1, train_on="last"),
+        data=SFTDataConfig(SET_BY_RECIPE, max_length=LENGTH, buckets=1, train_on="last"),
         train=TrainConfig(batch_size=8, epochs=2),
     ),
     ppo=PPORun(
@@ -77,7 +77,7 @@ config = Llama2ChatRun(
         ppo=PPOLossConfig(epochs=2, minibatches=2, kl_coefficient=0.05, value="stopped"),
         sample=SampleConfig(max_new_tokens=ANSWER),
         optimizer=OptimizerConfig(learning_rate=3e-4),
-        data=DataConfig(max_length=LENGTH, max_prompt_length=LENGTH - ANSWER - 8),
+        data=DataConfig(SET_BY_RECIPE, max_length=LENGTH, max_prompt_length=LENGTH - ANSWER - 8),
         train=TrainConfig(batch_size=16, steps=10),
     ),
 )

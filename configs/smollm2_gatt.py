@@ -27,7 +27,6 @@ from dpo_jax.config import (
 
 config = GattRun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     gatt=GattConfig(
         synthesised=3,

@@ -19,7 +19,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(beta=0.1),
     lora=LoraConfig(rank=16),

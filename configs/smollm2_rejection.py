@@ -23,8 +23,7 @@ from dpo_jax.config import (
 
 config = RejectionRun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
-    eval_source=ON_COMMAND_LINE,
+    eval_data=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward="vader",
     rejection=RejectionConfig(samples=5, temperatures=(0.8, 1.0), iterations=2, eval_samples=2),

@@ -20,7 +20,6 @@ from dpo_jax.config import (
 
 config = RewardRun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     holdout=0.1,
     reward=RewardLossConfig(ties="drop", centering=0.01, max_replies=4),

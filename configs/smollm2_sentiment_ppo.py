@@ -21,7 +21,6 @@ from dpo_jax.config import (
 
 config = PPORun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     reward="vader",
     ppo=PPOLossConfig(epochs=2, minibatches=2, kl_coefficient=0.02, value="stopped"),

@@ -19,7 +19,6 @@ from dpo_jax.config import (
 
 config = SFTRun(
     model="smollm2",
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     lora=LoraConfig(rank=16),
     optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=4, floor=0.1),

@@ -16,7 +16,6 @@ from dpo_jax.config import (
 
 config = DPORun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     dpo=DPOLossConfig(loss="sigmoid_norm", beta=5.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1),

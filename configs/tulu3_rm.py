@@ -10,7 +10,6 @@ from dpo_jax.config import ON_COMMAND_LINE, DataConfig, OptimizerConfig, RewardR
 
 config = RewardRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     optimizer=OptimizerConfig(learning_rate=3e-6, schedule="linear"),
     data=DataConfig(max_length=2048),

@@ -11,7 +11,6 @@ from dpo_jax.config import ON_COMMAND_LINE, OptimizerConfig, SFTDataConfig, SFTR
 
 config = SFTRun(
     model=ON_COMMAND_LINE,
-    source=ON_COMMAND_LINE,
     out=ON_COMMAND_LINE,
     optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", warmup_ratio=0.1),
     data=SFTDataConfig(template="zephyr", max_length=2048, packing=True, train_on="all"),

@@ -13,10 +13,11 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Annotated, Any, NoReturn
 
 from dpo_jax import __version__, config
+from dpo_jax.config.names import option
 from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
 from dpo_jax.errors import DoesNotFit, InputError, full_disk
 
@@ -162,11 +163,11 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     else:
         default = _give_way(default, given)
     options = _tyro(word, args, default)
-    for field in dataclasses.fields(options):
-        if not open_ended and getattr(options, field.name) in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)):
-            raise InputError(
-                f"missing --{dict(command.renamed).get(field.name, field.name)}: the CONFIG.py leaves it open"
-            )
+    for prefix, field in () if open_ended else _walk(type(options)):
+        value = getattr(reduce(getattr, prefix.split(".")[:-1], options), field.name)
+        open_here = value in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,))
+        if open_here and option(prefix + field.name).removeprefix("--") in names:
+            raise InputError(f"missing {option(prefix + field.name)}: the CONFIG.py leaves it open")
     return options
 
 
@@ -283,9 +284,10 @@ def option_names(word: str) -> dict[str, bool]:
     """Every option of a command, with underscores and without dashes -> whether it must be given."""
     command, names = COMMANDS[word], {}
     for prefix, field in _walk(getattr(config, command.options)):
-        name = prefix + (dict(command.renamed).get(field.name, field.name) if not prefix else field.name)
-        if name not in command.unused:
+        if prefix + field.name not in command.unused:
+            name = option(prefix + field.name).removeprefix("--")
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            required |= field.default == config.ON_COMMAND_LINE
             names[name] = required
             if field.type is bool:
                 names[f"{prefix}no_{field.name}"] = False
@@ -388,35 +390,41 @@ def _section(cls: Any, default: Callable[[], Any]) -> Any:
 
 @cache
 def _command_line_class(word: str) -> Any:
-    """The command's dataclass, with fields renamed and hidden as the command line wants them."""
+    """The command's dataclass, with fields named and hidden as the command line wants them."""
+    command = COMMANDS[word]
+    return _shown(getattr(config, command.options), command.unused)
+
+
+def _shown(cls: Any, unused: Sequence[str], section: str = "") -> Any:
+    """`cls` with the fields that `unused` names left out of the help, and others under their names there.
+
+    It has the same defaults, and so have the sections in it. `section`: what stands before the names of its fields.
+    """
     import tyro
 
-    command, cls = COMMANDS[word], getattr(config, COMMANDS[word].options)
-    renamed, changed = dict(command.renamed), []
+    changed: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cls):
-        if field.name in renamed and field.name not in command.unused:
-            kind = Annotated[field.type, tyro.conf.arg(name=renamed[field.name])]
-            changed.append((field.name, kind, dataclasses.field(default=field.default)))
-    changed += _hidden(cls, command.unused)
-    return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True)
+        kind, name = field.type, section + field.name
+        if name in unused:
+            kind = tyro.conf.Suppress[kind]
+        elif dataclasses.is_dataclass(kind):
+            part, make = _shown(kind, unused, f"{name}."), field.default_factory
+            if part is not kind:
+                assert make is not dataclasses.MISSING, "a section has a default"
+                # Tyro takes the defaults of a class field by field; those of an instance have been filled in already.
+                fresh = part if make is kind else partial(_section, part, make)
+                changed.append((field.name, part, dataclasses.field(default_factory=fresh)))
+            continue
+        elif (spelled := option(name)) != f"--{name}":
+            name = spelled.removeprefix("--")
+            kind = Annotated[kind, tyro.conf.arg(name=name, prefix_name=False, help_behavior_hint=_hint)]
+        else:
+            continue
+        changed.append((field.name, kind, copy.copy(field)))  # a copy: the type is written in
+    if not changed:
+        return cls
+    return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True)
 
 
-def _hidden(cls: Any, unused: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """The fields of `cls` that `unused` names, or parts of, anew: left out of the help, with the same defaults."""
-    import tyro
-
-    changed = []
-    for field in dataclasses.fields(cls):
-        kind: Any = field.type
-        inner = [name.removeprefix(f"{field.name}.") for name in unused if name.startswith(f"{field.name}.")]
-        if field.name in unused:
-            changed.append((field.name, tyro.conf.Suppress[kind], copy.copy(field)))  # a copy: the type is written in
-        elif dataclasses.is_dataclass(kind) and inner:
-            section: Any = kind
-            part = dataclasses.make_dataclass(section.__name__, _hidden(kind, inner), bases=(section,), frozen=True)
-            make = field.default_factory
-            assert make is not dataclasses.MISSING, "a section has a default"
-            # Tyro takes the defaults of a class field by field; those of an instance have been filled in already.
-            fresh = part if make is kind else partial(_section, part, make)
-            changed.append((field.name, part, dataclasses.field(default_factory=fresh)))
-    return changed
+def _hint(default: str) -> str:
+    return "(required)" if config.ON_COMMAND_LINE in default or default == "None" else f"(default: {default})"

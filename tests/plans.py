@@ -22,7 +22,7 @@ def dpo_run(*, pairs: int, mesh: MeshConfig | None = None, reference: Any = "liv
     options: dict[str, Any] = {"batch_size": pairs, "dtype": "bfloat16", "remat": "full"} | train
     return DPORun(
         model="m",
-        source="d",
+        data="d",
         out="o",
         dpo=DPOLossConfig(reference=reference),
         train=TrainConfig(**options),

@@ -1,5 +1,6 @@
 """What tests of whole training runs share."""
 
+import dataclasses
 import math
 import os
 import socket
@@ -19,6 +20,13 @@ def small_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     """As many of the eight devices as the sizes ask for: most runs of tests need one, which compiles faster."""
     sizes = (data, fsdp, tensor)
     return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """The options with others; `files` is what --data names, and the section `data` keeps it where it is another."""
+    data = changes.pop("data", config.data)
+    files = changes.pop("files", config.data.files)
+    return dataclasses.replace(config, data=dataclasses.replace(data, files=files), **changes)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

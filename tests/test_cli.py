@@ -29,14 +29,14 @@ def test_sections_and_renamed_options() -> None:
     words = [*GIVEN, "--eval_data", "e.jsonl", "--data.max_length", "64", "--dpo.loss", "ipo", "--lora.rank=8"]
     run = cli.parse("dpo", [*words, "--lora.targets", "q_proj", "v_proj", "--optimizer.clip_norm", "None"])
     assert type(run) is DPORun
-    assert (run.model, run.source, run.out, run.eval_source) == ("m", "d.jsonl", "o", "e.jsonl")
+    assert (run.model, run.data.files, run.out, run.eval_data) == ("m", "d.jsonl", "o", "e.jsonl")
     assert (run.data.max_length, run.data.max_prompt_length) == (64, None)
     assert (run.dpo.loss, run.lora.rank, run.lora.targets) == ("ipo", 8, ("q_proj", "v_proj"))
     assert run.optimizer.clip_norm is None
 
 
 def test_defaults_are_those_of_config() -> None:
-    assert cli.parse("dpo", GIVEN) == DPORun(model="m", source="d.jsonl", out="o")
+    assert cli.parse("dpo", GIVEN) == DPORun(model="m", data="d.jsonl", out="o")
 
 
 @pytest.mark.parametrize("spelled", ["--on-bad-rows", "--on_bad_rows"])
@@ -148,7 +148,7 @@ def test_recipes(path: Path) -> None:
         }
         more = open_too.get(path.stem, [])
         run = cli.parse(word, [str(path), *GIVEN, *more, "--optimizer.learning_rate", "0.7"])
-        assert (run.source, run.optimizer.learning_rate) == ("d.jsonl", 0.7)
+        assert (run.data.files, run.optimizer.learning_rate) == ("d.jsonl", 0.7)
     assert (type(run).__name__, run.model) == (cli.COMMANDS[word].options, "m")
     assert any(year in text for year in ("2022", "2023", "2024")), "a recipe says where its numbers come from"
 
@@ -188,10 +188,10 @@ def test_recipes_hold_the_published_numbers() -> None:
 
 def test_several_sources_are_one_word_or_many() -> None:
     many = ["--model", "m", "--data", "a.jsonl:0.7", "b.txt:0.3", "--out", "o", "--data.kind", "text"]
-    assert cli.parse("sft", many).source == "a.jsonl:0.7,b.txt:0.3"
+    assert cli.parse("sft", many).data.files == "a.jsonl:0.7,b.txt:0.3"
     for words in (["--data", "a:1,b:2"], ["--data=a:1", "b:2"], ["--data", "a:1", "b:2"]):
         run = cli.parse("sft", ["--model", "m", *words, "--eval_data", "e", "f", "--out", "o"])
-        assert (run.source, run.eval_source) == ("a:1,b:2", "e,f")
+        assert (run.data.files, run.eval_data) == ("a:1,b:2", "e,f")
 
 
 def test_a_recipe_leaves_open_what_the_command_line_must_give(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_preferences_comparisons_and_responses_tell_what_they_lost(source: str) 
 
 def test_prompts_of_ppo(source: str) -> None:
     sample = SampleConfig(max_new_tokens=8)
-    run = PPORun(model="m", source=source, out="o", reward="length", data=DataConfig(max_length=128), sample=sample)
+    run = PPORun(model="m", out="o", reward="length", data=DataConfig(source, max_length=128), sample=sample)
     assert run.longest_prompt == 120  # what the answer leaves, and not half
     encoder = ConversationEncoder(TOKENIZER, None)
     data = load_prompts(source, encoder, run.data, longest=run.longest_prompt, vocab_size=320)
@@ -92,9 +92,9 @@ def test_inspect_says_what_each_row_lost(source: str, tmp_path: Path, capsys: py
 
 
 def test_plans_without_a_limit_of_prompts_fill_half_of_a_row_with_them(source: str) -> None:
-    run = DPORun(model="m", source=source, out="o", data=DataConfig(max_length=128))
+    run = DPORun(model="m", out="o", data=DataConfig(source, max_length=128))
     assert lengths_of(run, None, None) == Lengths(64, 64)
-    run = DPORun(model="m", source=source, out="o", data=DataConfig(max_length=128, max_prompt_length=100))
+    run = DPORun(model="m", out="o", data=DataConfig(source, max_length=128, max_prompt_length=100))
     assert lengths_of(run, None, None) == Lengths(100, 28)
 
 

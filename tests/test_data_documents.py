@@ -192,7 +192,7 @@ def test_classical_chinese_is_the_ids_of_sentencepiece(shared_data: Path, tmp_pa
 def test_a_store_gives_the_same_documents(tmp_path: Path) -> None:
     rows = [{"text": f"Document {i}, the quick\nbrown fox {'jumps ' * i}"} for i in range(7)]
     source = jsonl(tmp_path / "a.jsonl", rows)
-    prepare(PrepareRun(source=str(source), to=str(tmp_path / "store"), kind="text"))
+    prepare(PrepareRun(data=str(source), to=str(tmp_path / "store"), kind="text"))
     from_file, from_store = load(source), load_documents(f"tfds:{tmp_path / 'store'}", TOKENIZER, vocab_size=600)
     assert from_store.fingerprint == from_file.fingerprint
     assert from_store.row_numbers.tolist() == from_file.row_numbers.tolist()

@@ -277,15 +277,15 @@ def test_options_without_effect(options: dict, message: str) -> None:
     [
         ({"sample": SampleConfig(beams=2)}, "--sample.beams has no effect"),
         ({"data": SFTDataConfig(template="raw")}, "--data.template raw has no turns"),
-        ({"eval_source": "e", "gatt": GattConfig(holdout=0.1)}, "--gatt.holdout has no effect"),
-        ({"eval_source": "e", "gatt": GattConfig(evaluate_only=True)}, "takes its prompts from --data"),
-        ({"eval_source": "e", "gatt": GattConfig(train=False)}, "--eval_data has no effect with --gatt.no_train"),
+        ({"eval_data": "e", "gatt": GattConfig(holdout=0.1)}, "--gatt.holdout has no effect"),
+        ({"eval_data": "e", "gatt": GattConfig(evaluate_only=True)}, "takes its prompts from --data"),
+        ({"eval_data": "e", "gatt": GattConfig(train=False)}, "--eval_data has no effect with --gatt.no_train"),
         ({"gatt": GattConfig(train=False, holdout=0.2)}, "--gatt.holdout has no effect with --gatt.no_train"),
     ],
 )
 def test_options_that_contradict_each_other(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        dataclasses.replace(GattRun(model="m", source="d", out="o"), **changes)
+        dataclasses.replace(GattRun(model="m", data="d", out="o"), **changes)
 
 
 def test_wilson_interval() -> None:

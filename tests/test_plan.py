@@ -285,7 +285,7 @@ def test_runs_go_through_json_and_through_text(path: Path, tmp_path: Path) -> No
     run = loaded(path)
     job = plans.job(run, "v5e:4x4", prompt=8, response=8)
     assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
-    elsewhere = dataclasses.replace(run, out="another", source="another")
+    elsewhere = dataclasses.replace(run, out="another", data=dataclasses.replace(run.data, files="another"))
     assert dataclasses.replace(job, run=elsewhere).key == job.key
     smaller = dataclasses.replace(run, train=dataclasses.replace(run.train, remat="none", dtype="float32"))
     assert dataclasses.replace(job, run=smaller).key != job.key

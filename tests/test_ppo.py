@@ -189,10 +189,10 @@ def test_what_is_not_given_follows_from_the_advantage() -> None:
 )
 def test_sampling_that_the_update_does_not_know_of_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"--sample\.{next(iter(option))} does not go with PPO"):
-        PPORun(model="m", source="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
-    RejectionRun(model="m", source="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
+        PPORun(model="m", data="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
+    RejectionRun(model="m", data="d", out="o", reward="vader", sample=SampleConfig(max_new_tokens=8, **option))
 
 
 def test_narrow_weights_and_caches_of_the_sampler_are_not_refused() -> None:
     sample = SampleConfig(max_new_tokens=8, weights="int8", cache="bfloat16")
-    PPORun(model="m", source="d", out="o", reward="vader", sample=sample)
+    PPORun(model="m", data="d", out="o", reward="vader", sample=sample)

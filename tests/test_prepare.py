@@ -38,7 +38,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def prepare(source: str, to: Path | str, **options: Any) -> dict[str, Any]:
     """Run the command; returns its report."""
-    command.prepare(PrepareRun(source=source, to=str(to), **options))
+    command.prepare(PrepareRun(data=source, to=str(to), **options))
     return {} if "://" in str(to) else json.loads((Path(to) / "1.0.0" / "report.json").read_text())
 
 

@@ -81,7 +81,7 @@ def test_the_recipes_parse(name: str) -> None:
         words += ["--model", "m", "--safety_data", "s", "--safety_judge", "j"]
     run = cli.parse("recipe llama2_chat", words)
     assert run.recipe.rounds == (4 if name == "llama2_chat" else 2)
-    assert {run.sft.model, run.helpful.source, run.rejection.reward, run.ppo.out} == {SET_BY_RECIPE}
+    assert {run.sft.model, run.helpful.data.files, run.rejection.reward, run.ppo.out} == {SET_BY_RECIPE}
     if name == "llama2_chat":
         assert (run.sft.train.epochs, run.sft.optimizer.learning_rate) == (2, 2e-5)
         assert (run.safety.mix, run.helpful.reward.margin, run.helpful.train.batch_size) == (0.1, "small", 512)
@@ -137,10 +137,10 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
         "def letters(prompts, responses):\n    return [sum(c.islower() for c in text) / 6 for text in responses]\n"
         "def short(prompts, responses):\n    return [-len(text) / 6 for text in responses]\n"
     )
-    shared: dict[str, Any] = {"model": SET_BY_RECIPE, "source": SET_BY_RECIPE, "out": SET_BY_RECIPE, "mesh": ONE}
+    shared: dict[str, Any] = {"model": SET_BY_RECIPE, "out": SET_BY_RECIPE, "mesh": ONE}
     shared |= {"optimizer": OptimizerConfig(learning_rate=1e-2), "lora": LoraConfig(rank=4)}
     train = TrainConfig(steps=2, batch_size=8)
-    lengths: dict[str, Any] = {"max_length": 56, "buckets": 1}
+    lengths: dict[str, Any] = {"files": SET_BY_RECIPE, "max_length": 56, "buckets": 1}
     comparing = RewardLossConfig(margin="small")
     judged: dict[str, Any] = shared | {
         "reward": comparing,
@@ -159,7 +159,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
         recipe=ChatRecipeConfig(rounds=2, pair_samples=3, pair_batch_size=16, heldout=0.25),
         sft=SFTRun(**shared, train=train, data=SFTDataConfig(**lengths)),
         helpful=RewardRun(**judged),
-        safety=RewardRun(**judged, mix_source=SET_BY_RECIPE, mix=0.2),
+        safety=RewardRun(**judged, mix_data=SET_BY_RECIPE, mix=0.2),
         rejection=RejectionRun(
             **shared,
             reward=SET_BY_RECIPE,
@@ -174,7 +174,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
             reward=SET_BY_RECIPE,
             ppo=PPOLossConfig(epochs=1, value="stopped"),
             sample=SampleConfig(max_new_tokens=6),
-            data=DataConfig(max_length=56, max_prompt_length=40),
+            data=DataConfig(SET_BY_RECIPE, max_length=56, max_prompt_length=40),
             train=train,
         ),
     )

@@ -32,7 +32,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def scores(judge: str, responses: list[str]) -> list[float]:
-    config = PPORun(model="m", source="d", out="o", reward=judge, data=DataConfig(template="raw"))
+    config = PPORun(model="m", out="o", reward=judge, data=DataConfig("d", template="raw"))
     function = open_reward(judge, config, mesh=one_device(), batch_size=2)
     return scores_of(function, [ASK] * len(responses), responses, np.arange(1, len(responses) + 1), judge).tolist()
 

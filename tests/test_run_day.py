@@ -103,7 +103,7 @@ def test_where_a_run_has_a_day(clock: Clock, model: Path, tmp_path: Path) -> Non
         return with_day(run, RunFolder(tmp_path / "out", "sft", as_json(run)), tokenizer).data.date
 
     def sft(**data: str) -> SFTRun:
-        return SFTRun("m", "d", "o", data=SFTDataConfig(**data))
+        return SFTRun(model="m", out="o", data=SFTDataConfig("d", **data))
 
     assert resolved(sft()) == "2026-07-26"
     assert resolved(sft(date="2020-02-29")) == "2020-02-29"
@@ -111,8 +111,8 @@ def test_where_a_run_has_a_day(clock: Clock, model: Path, tmp_path: Path) -> Non
     assert resolved(sft(template="chatml")) is None
     assert resolved(sft(kind="text")) is None
     # A reward model may have a template of its own.
-    assert resolved(PPORun("m", "d", "o", reward="length"), plain) == "2026-07-26"
-    assert resolved(PPORun("m", "d", "o", reward="length", data=DataConfig(template="raw")), plain) is None
+    assert resolved(PPORun(model="m", data="d", out="o", reward="length"), plain) == "2026-07-26"
+    assert resolved(PPORun(model="m", out="o", reward="length", data=DataConfig("d", template="raw")), plain) is None
     with pytest.raises(InputError, match="the date 2020-02-29 has no effect"):
         resolved(sft(date="2020-02-29"), plain)
     for wrong in ("yesterday", "2026-7-1", "2026-02-30"):

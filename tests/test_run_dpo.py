@@ -61,16 +61,15 @@ def options(inputs: Path, out: Path, **changes) -> DPORun:
     """Six steps on four rows each, with evaluation and checkpoints on the way."""
     config = DPORun(
         model=str(inputs / "model"),
-        source=str(inputs / "train.jsonl"),
-        eval_source=str(inputs / "eval.jsonl"),
+        eval_data=str(inputs / "eval.jsonl"),
         out=str(out),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
-        data=DataConfig(max_length=96, buckets=1),
+        data=DataConfig(str(inputs / "train.jsonl"), max_length=96, buckets=1),
         train=TrainConfig(steps=6, batch_size=4, eval_every=4),
         checkpoint=CheckpointConfig(every=2, keep=2),
         mesh=ONE_DEVICE,
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 def weights(out: Path, name: str = "model/model.safetensors") -> dict[str, np.ndarray]:
@@ -179,10 +178,10 @@ def test_other_data_under_the_same_name_is_refused(
     data = tiny.preferences(tmp_path / "data.jsonl", rows=20)
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        run_dpo.train(options(inputs, tmp_path / "run", source=str(data)))
+        run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
     tiny.preferences(data, rows=20, seed=9)
     with pytest.raises(InputError, match="belongs to another run: the data is"):
-        run_dpo.train(options(inputs, tmp_path / "run", source=str(data)))
+        run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
 
 
 def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path
         inputs,
         tmp_path / "run",
         lora=LoraConfig(rank=2),
-        eval_source=None,
+        eval_data=None,
         train=TrainConfig(steps=2, batch_size=4),
     )
     out = run_dpo.train(config)
@@ -216,7 +215,7 @@ def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -
             tmp_path / reference,
             dpo=DPOLossConfig(reference=reference),
             lora=LoraConfig(rank=lora),
-            eval_source=None,
+            eval_data=None,
             train=TrainConfig(steps=3, batch_size=4),
         )
         found[reference] = runs.metrics(run_dpo.train(config))
@@ -229,7 +228,7 @@ def test_live_reference_equals_cached(inputs: Path, tmp_path: Path, lora: int) -
 def test_another_reference_model(inputs: Path, tmp_path: Path) -> None:
     other = tiny.folder(tmp_path / "other", hidden=32, seed=4)
     config = options(
-        inputs, tmp_path / "run", reference=str(other), eval_source=None, train=TrainConfig(steps=1, batch_size=4)
+        inputs, tmp_path / "run", reference=str(other), eval_data=None, train=TrainConfig(steps=1, batch_size=4)
     )
     first = runs.metrics(run_dpo.train(config))[0]
     assert first["rewards/chosen"] != 0
@@ -253,8 +252,8 @@ def test_unpaired_rows_train_at_any_batch_size(inputs: Path, tmp_path: Path) -> 
     config = options(
         inputs,
         tmp_path / "run",
-        source=str(tmp_path / "train.jsonl"),
-        eval_source=str(tmp_path / "eval.jsonl"),
+        files=str(tmp_path / "train.jsonl"),
+        eval_data=str(tmp_path / "eval.jsonl"),
         dpo=DPOLossConfig(loss="kto", nll_coefficient=0.1),
         train=TrainConfig(epochs=1, batch_size=1),
     )
@@ -275,7 +274,7 @@ def test_unpaired_rows_train_at_any_batch_size(inputs: Path, tmp_path: Path) -> 
 def test_the_reference_is_computed_once(
     inputs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
+    config = options(inputs, tmp_path / "a", eval_data=None, train=TrainConfig(steps=1, batch_size=4))
     first = runs.metrics(run_dpo.train(config))
     (entry,) = (cache / "reference").iterdir()
     written = entry.stat().st_mtime_ns
@@ -319,7 +318,7 @@ def test_the_cache_key_covers_all_that_decides_the_numbers(inputs: Path) -> None
 def test_a_damaged_cache_is_computed_again(
     inputs: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(steps=1, batch_size=4))
+    config = options(inputs, tmp_path / "a", eval_data=None, train=TrainConfig(steps=1, batch_size=4))
     first = runs.metrics(run_dpo.train(config))
     (entry,) = (cache / "reference").iterdir()
     content = entry.read_bytes()
@@ -342,7 +341,7 @@ def test_an_interrupted_reference_goes_on(
 ) -> None:
     from dpo_jax.run import reference
 
-    config = options(inputs, tmp_path / "a", eval_source=None, train=TrainConfig(epochs=1, batch_size=4))
+    config = options(inputs, tmp_path / "a", eval_data=None, train=TrainConfig(epochs=1, batch_size=4))
     put = reference.put_batch
     started = itertools.count()
 
@@ -372,10 +371,10 @@ def test_an_interrupted_reference_goes_on(
         ({"mesh": MeshConfig(data=1, fsdp=1, tensor=8)}, r"(?s)heads.*does not divide by 8"),
         ({"mesh": MeshConfig(data=3, fsdp=-1, tensor=1)}, r"8 devices do not divide by 3"),
         ({"model": "nowhere"}, r"nowhere: no such folder"),
-        ({"source": "nowhere.jsonl"}, r"nowhere.jsonl"),
+        ({"files": "nowhere.jsonl"}, r"nowhere.jsonl"),
         ({"dpo": DPOLossConfig(loss="simpo"), "reference": "x"}, r"--reference has no effect"),
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
-        ({"eval_source": None}, r"eval_every has no effect"),
+        ({"eval_data": None}, r"eval_every has no effect"),
         ({"checkpoint": CheckpointConfig(best="loss")}, r"checkpoint.best loss"),
         (
             {"optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=6)},
@@ -408,7 +407,7 @@ def test_the_guard_stops_the_run(inputs: Path, tmp_path: Path) -> None:
     config = options(
         inputs,
         tmp_path / "run",
-        eval_source=None,
+        eval_data=None,
         optimizer=OptimizerConfig(learning_rate=1e30),
         train=TrainConfig(steps=6, batch_size=4),
     )
@@ -423,7 +422,7 @@ def test_several_files_with_weights_and_a_share_held_out(
     """Stopped and resumed it is the same run; shares are logged and reported; other weights are another run."""
     words = f"{inputs / 'train.jsonl'}:0.75,{inputs / 'eval.jsonl'}:0.25"
     train = TrainConfig(steps=12, batch_size=4, eval_every=6)
-    changes = {"source": words, "eval_source": None, "holdout": 0.3, "train": train}
+    changes = {"files": words, "eval_data": None, "holdout": 0.3, "train": train}
     whole, resumed = (options(inputs, tmp_path / name, **changes) for name in ("whole", "resumed"))
     run_dpo.train(whole)
     told = "14 rows, 75.00% of the rows drawn, 2."

@@ -8,7 +8,7 @@ import pytest
 from dpo_jax.errors import InputError
 from dpo_jax.run.folder import RunFolder, flatten, write_atomically
 
-GIVEN = {"model": "m", "source": "d.jsonl", "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
+GIVEN = {"model": "m", "data": {"files": "d.jsonl"}, "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
 
 
 def claimed(path: Path) -> RunFolder:
@@ -45,7 +45,7 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
         RunFolder(tmp_path, "dpo", {**GIVEN, "dpo": {"beta": 0.5}}).open()
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"has --data d\.jsonl"):
-        RunFolder(tmp_path, "dpo", {**GIVEN, "source": "e.jsonl"}).open()
+        RunFolder(tmp_path, "dpo", {**GIVEN, "data": {"files": "e.jsonl"}}).open()
 
 
 def test_another_mesh_or_name_may_go_on(tmp_path: Path) -> None:

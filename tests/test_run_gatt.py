@@ -71,19 +71,18 @@ def options(inputs: Path, out: Path, **changes) -> GattRun:
     )
     config = GattRun(
         model=str(inputs / "model"),
-        source=str(inputs / "prompts.jsonl"),
         out=str(out),
         sample_batch_size=2,
         gatt=dataclasses.replace(own, **changes.pop("gatt", {})),
         sample=SampleConfig(max_new_tokens=3),
         lora=LoraConfig(rank=2),
         optimizer=OptimizerConfig(learning_rate=3e-2),
-        data=SFTDataConfig(max_length=512, buckets=1),
+        data=SFTDataConfig(str(inputs / "prompts.jsonl"), max_length=512, buckets=1),
         train=TrainConfig(batch_size=4, steps=3),
         checkpoint=CheckpointConfig(every=1),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +232,7 @@ def test_data_only_and_evaluation_only(inputs: Path, tmp_path: Path, whole: Path
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from dpo_jax.config import *\n"
-        "config = GattRun(model=ON_COMMAND_LINE, source=ON_COMMAND_LINE, out=ON_COMMAND_LINE,"
+        "config = GattRun(model=ON_COMMAND_LINE, out=ON_COMMAND_LINE,"
         " sample=SampleConfig(max_new_tokens=3), mesh=MeshConfig(fsdp=1))\n"
     )
     words = ["gatt", str(recipe), "--model", str(inputs / "model"), "--data", str(inputs / "prompts.jsonl")]
@@ -282,7 +281,7 @@ def write(path: Path, *rows: dict) -> str:
             "frozen_dtype has no effect",
         ),
         ({"model": "nowhere"}, "nowhere: no such folder"),
-        ({"source": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"files": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(inputs: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -307,7 +306,7 @@ def test_bad_rows_are_one_line(
 ) -> None:
     changes: dict = {}
     if prompts is not None:
-        changes["source"] = write(tmp_path / "p.jsonl", *prompts)
+        changes["files"] = write(tmp_path / "p.jsonl", *prompts)
     if said is not None:
         changes["gatt"] = {"instructions": write(tmp_path / "i.jsonl", *said)}
     with pytest.raises(InputError, match=message) as caught:

@@ -65,11 +65,11 @@ def test_notes_go_where_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_calls_options_as_the_command_line_does() -> None:
-    given = {"source": "a.jsonl", "eval_source": None, "mix_source": "b.jsonl", "data": {"max_length": 8}}
-    table = report.options_section(given | {"sft": {"source": "c"}}).table
+    given = {"eval_data": None, "mix_data": "b.jsonl", "data": {"files": "a.jsonl", "max_length": 8}}
+    table = report.options_section(given | {"sft": {"data": {"files": "c"}}}).table
     assert table is not None
     names = [row[0] for row in table.rows]
-    assert names == ["--data", "--eval_data", "--mix_data", "--data.max_length", "--sft.data"]
+    assert names == ["--eval_data", "--mix_data", "--data", "--data.max_length", "--sft.data"]
 
 
 def test_only_the_writing_process_touches_the_disk(tmp_path: Path) -> None:

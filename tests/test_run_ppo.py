@@ -1,6 +1,5 @@
 """`dpo-jax ppo` from end to end on a tiny random model."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -80,19 +79,18 @@ def options(inputs: Path, out: Path, **changes) -> PPORun:
     """
     config = PPORun(
         model=str(inputs / "model"),
-        source=str(inputs / "prompts.jsonl"),
         out=str(out),
         reward=f"{inputs / 'mine.py'}:letters",
         lora=LoraConfig(rank=4),
         ppo=PPOLossConfig(epochs=2, kl_target=4.0, kl_horizon=256, kl_coefficient=0.02),
         sample=SampleConfig(max_new_tokens=6, temperature=0.7),
         optimizer=OptimizerConfig(learning_rate=2e-2),
-        data=DataConfig(template="raw", max_length=22, max_prompt_length=16),
+        data=DataConfig(str(inputs / "prompts.jsonl"), template="raw", max_length=22, max_prompt_length=16),
         train=TrainConfig(steps=STEPS, batch_size=BATCH, seed=1),
         checkpoint=CheckpointConfig(every=2, keep=5),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -342,5 +340,5 @@ def test_bad_prompts(inputs: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     with pytest.raises(InputError, match=r"row 2: .*missing field 'prompt'|missing field 'prompt'.*row 2"):
-        run_ppo.train(options(inputs, tmp_path / "run", source=str(bad)))
+        run_ppo.train(options(inputs, tmp_path / "run", files=str(bad)))
     assert not (tmp_path / "run").exists()

@@ -85,20 +85,19 @@ def options(inputs: Path, out: Path, **changes: Any) -> RejectionRun:
     """Two iterations of four samples at two temperatures."""
     config = RejectionRun(
         model=str(inputs / "model"),
-        source=str(inputs / "train.jsonl"),
-        eval_source=str(inputs / "eval.jsonl"),
+        eval_data=str(inputs / "eval.jsonl"),
         out=str(out),
         reward=f"{inputs / 'mine.py'}:letters",
         rejection=RejectionConfig(samples=SAMPLES, temperatures=TEMPERATURES, iterations=2, eval_samples=SAMPLES),
         sample=SampleConfig(max_new_tokens=6),
         sample_batch_size=16,
         optimizer=OptimizerConfig(learning_rate=1e-2),
-        data=SFTDataConfig(template="raw", max_length=32, packing=True, train_on="last"),
+        data=SFTDataConfig(str(inputs / "train.jsonl"), template="raw", max_length=32, packing=True, train_on="last"),
         train=TrainConfig(steps=12, batch_size=4),
         checkpoint=CheckpointConfig(every=3),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -490,10 +489,10 @@ def test_files_that_changed(inputs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(responses, "answers", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            rejection.train(options(inputs, out, source=str(path)))
+            rejection.train(options(inputs, out, files=str(path)))
         prompts(path, 5, first=50)
         with pytest.raises(InputError, match="what --data names has changed since this run began"):
-            rejection.train(options(inputs, out, source=str(path)))
+            rejection.train(options(inputs, out, files=str(path)))
 
 
 # ---------------------------------------------------------------- whole runs of other kinds
@@ -515,8 +514,8 @@ def test_a_student_learns_from_the_teachers_bests_and_an_earlier_pool(
     config = options(
         inputs,
         tmp_path / "run",
-        source=str(source),
-        eval_source=None,
+        files=str(source),
+        eval_data=None,
         lora=LoraConfig(rank=2),
         data=SFTDataConfig(max_length=96, train_on="last", buckets=1),
         train=TrainConfig(steps=2, batch_size=2),

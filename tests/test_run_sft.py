@@ -66,16 +66,15 @@ def options(inputs: Path, out: Path, **changes) -> SFTRun:
     """Eight steps of four packed windows each, with evaluation and checkpoints on the way."""
     config = SFTRun(
         model=str(inputs / "model"),
-        source=str(inputs / "train.jsonl"),
-        eval_source=str(inputs / "eval.jsonl"),
+        eval_data=str(inputs / "eval.jsonl"),
         out=str(out),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
-        data=SFTDataConfig(max_length=128, packing=True),
+        data=SFTDataConfig(str(inputs / "train.jsonl"), max_length=128, packing=True),
         train=TrainConfig(steps=8, batch_size=4, eval_every=4),
         checkpoint=CheckpointConfig(every=2, keep=2),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +190,7 @@ def test_adapters_windows_of_one_and_a_named_template(inputs: Path, tmp_path: Pa
         lora=LoraConfig(rank=2),
         data=SFTDataConfig(max_length=160, template="zephyr", train_on="last", buckets=1),
         train=TrainConfig(epochs=0.3, batch_size=8, accumulate=2),
-        eval_source=None,
+        eval_data=None,
     )
     out = run_sft.train(config)
     rows = runs.metrics(out)
@@ -207,7 +206,7 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from dpo_jax.config import *\n"
-        "config = SFTRun(model=ON_COMMAND_LINE, source=ON_COMMAND_LINE, out=ON_COMMAND_LINE,"
+        "config = SFTRun(model=ON_COMMAND_LINE, out=ON_COMMAND_LINE,"
         " data=SFTDataConfig(max_length=2048, packing=True, train_on='all'), train=TrainConfig(epochs=2))\n"
     )
     words = [str(recipe), "--model", "M", "--data", "D", "--out", "O", "--data.max_length", "64"]
@@ -217,7 +216,7 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
     assert (parsed.train.steps, parsed.train.epochs) == (3, None)
     assert cli.parse("sft", words[1:7]).optimizer.learning_rate == 2e-5
     mixed = cli.parse("sft", [*words[1:3], "--data", "a:0.7", "b:0.3", "--holdout", "0.1", "--out", "O"])
-    assert (mixed.source, mixed.holdout, mixed.evaluates) == ("a:0.7,b:0.3", 0.1, True)
+    assert (mixed.data.files, mixed.holdout, mixed.evaluates) == ("a:0.7,b:0.3", 0.1, True)
     for word in ("--train.layout", "--data.max_prompt_length"):
         assert cli.main(["sft", *words, word, "1"]) == 2
         assert "has no effect in dpo-jax sft" in capsys.readouterr().err
@@ -231,11 +230,11 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
     [
         ({"train": TrainConfig(batch_size=6, steps=1), "mesh": MeshConfig(4, 1, 2)}, r"batch_size 6 does not divide"),
         ({"model": "nowhere"}, r"nowhere: no such folder"),
-        ({"source": "nowhere.jsonl"}, r"nowhere.jsonl"),
-        ({"source": "a.jsonl:0.5,b.jsonl"}, r"b.jsonl has no weight and others have"),
-        ({"eval_source": None, "holdout": 0.001}, r"leaves one side empty"),
+        ({"files": "nowhere.jsonl"}, r"nowhere.jsonl"),
+        ({"files": "a.jsonl:0.5,b.jsonl"}, r"b.jsonl has no weight and others have"),
+        ({"eval_data": None, "holdout": 0.001}, r"leaves one side empty"),
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
-        ({"eval_source": None}, r"eval_every has no effect"),
+        ({"eval_data": None}, r"eval_every has no effect"),
         ({"data": SFTDataConfig(max_length=4)}, r"raise --data.max_length"),
         ({"data": SFTDataConfig(max_length=1024, template="nothing")}, r"template nothing"),
     ],
@@ -254,7 +253,7 @@ def test_rows_that_are_no_dialogues_are_refused_with_their_numbers(inputs: Path,
     lines[4] = json.dumps(row)
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     with pytest.raises(InputError, match=r"starts with the assistant \(first: row 5") as caught:
-        run_sft.train(options(inputs, tmp_path / "run", source=str(tmp_path / "bad.jsonl")))
+        run_sft.train(options(inputs, tmp_path / "run", files=str(tmp_path / "bad.jsonl")))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -263,13 +262,13 @@ def test_options_without_effect() -> None:
     with pytest.raises(InputError, match=r"--data\.buckets has no effect with --data\.packing"):
         SFTDataConfig(packing=True, buckets=2)
     with pytest.raises(InputError, match=r"--holdout has no effect with --data.kind text"):
-        SFTRun(model="M", source="D", out="O", holdout=0.1, data=SFTDataConfig(kind="text"))
+        SFTRun(model="M", out="O", holdout=0.1, data=SFTDataConfig("D", kind="text"))
     with pytest.raises(InputError, match="negatives has no effect"):
         SFTLossConfig(negatives=5)
 
 
 def test_the_guard_stops_the_run(inputs: Path, tmp_path: Path) -> None:
-    config = options(inputs, tmp_path / "run", optimizer=OptimizerConfig(learning_rate=1e30), eval_source=None)
+    config = options(inputs, tmp_path / "run", optimizer=OptimizerConfig(learning_rate=1e30), eval_data=None)
     config = dataclasses.replace(config, train=TrainConfig(steps=8, batch_size=4))
     with pytest.raises(InputError, match=r"step [12]: .*of the data; the last checkpoint is intact"):
         run_sft.train(config)

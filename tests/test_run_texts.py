@@ -1,6 +1,5 @@
 """`dpo-jax sft --data.kind text` from end to end on a tiny random model: pre-training on documents and mixtures."""
 
-import dataclasses
 import json
 import os
 import random
@@ -69,15 +68,14 @@ def options(inputs: Path, out: Path, **changes) -> SFTRun:
     """Eight steps of four windows each, more than an epoch."""
     config = SFTRun(
         model=str(inputs / "model"),
-        source=str(inputs / "a.jsonl"),
         out=str(out),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="cosine"),
-        data=SFTDataConfig(kind="text", max_length=LENGTH),
+        data=SFTDataConfig(str(inputs / "a.jsonl"), kind="text", max_length=LENGTH),
         train=TrainConfig(steps=STEPS, batch_size=BATCH),
         checkpoint=CheckpointConfig(every=2, keep=2),
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
-    return dataclasses.replace(config, **changes)
+    return runs.changed(config, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +88,8 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(inputs: Path, out: Path, **changes) -> SFTRun:
     changes = {
-        "source": f"{inputs / 'a.jsonl'}:0.75,{inputs / 'b.txt'}:0.25",
-        "eval_source": str(inputs / "eval.jsonl"),
+        "files": f"{inputs / 'a.jsonl'}:0.75,{inputs / 'b.txt'}:0.25",
+        "eval_data": str(inputs / "eval.jsonl"),
         "data": SFTDataConfig(kind="text", max_length=LENGTH, separator="blank_line"),
         "train": TrainConfig(steps=STEPS, batch_size=BATCH, peak_flops=1e12),
         "energy": EnergyConfig(device_watts=65.0),
@@ -188,11 +186,11 @@ def test_words(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "{}/a.jsonl:0.5,{}/b.txt:0"}, r"b\.txt:0: the weight 0 must be a positive number"),
-        ({"source": "{}/a.jsonl:-1"}, r"the weight -1 must be a positive number"),
-        ({"source": "{}/a.jsonl:1,{}/b.txt"}, r"b\.txt has no weight and others have"),
-        ({"source": "{}/gone.jsonl:1,{}/b.txt:1"}, r"gone\.jsonl"),
-        ({"eval_source": "{}/eval.jsonl:1,{}/b.txt:2"}, r"weights in --eval_data have no effect"),
+        ({"files": "{}/a.jsonl:0.5,{}/b.txt:0"}, r"b\.txt:0: the weight 0 must be a positive number"),
+        ({"files": "{}/a.jsonl:-1"}, r"the weight -1 must be a positive number"),
+        ({"files": "{}/a.jsonl:1,{}/b.txt"}, r"b\.txt has no weight and others have"),
+        ({"files": "{}/gone.jsonl:1,{}/b.txt:1"}, r"gone\.jsonl"),
+        ({"eval_data": "{}/eval.jsonl:1,{}/b.txt:2"}, r"weights in --eval_data have no effect"),
         ({"data": {"max_length": 512}}, r"--data\.max_length 512: the model's context is 256"),
         ({"data": {"separator": "blank_line"}}, r"--data\.separator has no effect: .*a\.jsonl holds rows"),
         ({"energy": EnergyConfig(pue=1.2)}, r"--energy\.pue has no effect: the power of cpu"),

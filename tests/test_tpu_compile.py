@@ -84,11 +84,10 @@ SMALL = LlamaConfig(
 )
 GIVEN: dict[str, Any] = {
     "model": "m",
-    "source": "d",
     "out": "o",
     "train": TrainConfig(batch_size=16, accumulate=2, dtype="bfloat16", remat="full"),
 }
-DATA = DataConfig(max_length=256, max_prompt_length=128)
+DATA = DataConfig("d", max_length=256, max_prompt_length=128)
 PPO = PPORun(
     **GIVEN,
     data=DATA,
@@ -97,7 +96,7 @@ PPO = PPORun(
     sample=SampleConfig(max_new_tokens=128),
 )
 PROGRAMS = {
-    "sft": (SFTRun(**GIVEN, data=SFTDataConfig(max_length=256, packing=True)), "train step"),
+    "sft": (SFTRun(**GIVEN, data=SFTDataConfig("d", max_length=256, packing=True)), "train step"),
     "reward": (
         RewardRun(**GIVEN, data=DATA, reward=RewardLossConfig(margin="column", multi_class=("safety=safe,unsafe",))),
         "train step",

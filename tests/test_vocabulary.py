@@ -476,7 +476,7 @@ def test_damaged_and_foreign_tokenizer_files(tmp_path: Path, llama2: Path) -> No
 
 def test_models_that_cannot_be_extended(llama2: Path, published: Path, tmp_path: Path) -> None:
     def complaint(folder: Path, **options: Any) -> str:
-        run = ExtendVocabRun(model=str(folder), target=str(tmp_path / "out"), tokenizer=str(published), **options)
+        run = ExtendVocabRun(model=str(folder), to=str(tmp_path / "out"), tokenizer=str(published), **options)
         with pytest.raises(InputError) as caught:
             extend_vocab(run)
         assert not (tmp_path / "out").exists()
@@ -503,7 +503,7 @@ def test_models_that_cannot_be_extended(llama2: Path, published: Path, tmp_path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(InputError, match="is not empty"):
-        extend_vocab(ExtendVocabRun(model=str(added), target=str(tmp_path / "out"), tokenizer=str(published)))
+        extend_vocab(ExtendVocabRun(model=str(added), to=str(tmp_path / "out"), tokenizer=str(published)))
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_texts_that_cannot_be_read(name: str, content: str | bytes | None, line:
 def test_texts_with_nothing_to_learn(model: Path, tmp_path: Path) -> None:
     for content, line in (("\n \n", "no text is left to learn from"), ("english\nonly\n", "hold no Chinese")):
         (tmp_path / "a.txt").write_text(content)
-        run = ExtendVocabRun(model=str(model), target=str(tmp_path / "out"), data=(str(tmp_path / "a.txt"),), pieces=2)
+        run = ExtendVocabRun(model=str(model), to=str(tmp_path / "out"), data=(str(tmp_path / "a.txt"),), pieces=2)
         with pytest.raises(InputError, match=line):
             extend_vocab(run)
         assert not (tmp_path / "out").exists()
@@ -564,7 +564,7 @@ def test_the_tenth_that_is_kept(tmp_path: Path) -> None:
 
 def test_fewer_pieces_than_asked_are_told(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("鑫淼\r\n鑫淼焱\n垚犇\n骉\n")
-    run = ExtendVocabRun(model=str(model), target=str(tmp_path / "out"), data=(str(tmp_path / "a.txt"),), pieces=50)
+    run = ExtendVocabRun(model=str(model), to=str(tmp_path / "out"), data=(str(tmp_path / "a.txt"),), pieces=50)
     made = extend_vocab(run)
     assert isinstance(made.longer, Pieces)
     found = len(made.longer) - OLD

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import require, require_day
+from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     AttentionKernel,
     DataConfig,
@@ -88,14 +89,12 @@ class GenerateRun:
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
-@dataclass(frozen=True)
-class EvalRun:
+@dataclass(frozen=True, kw_only=True)
+class EvalRun(metaclass=RunOptions):
     """Judge a model on preference pairs: `dpo-jax eval`."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
-    source: str
-    """Preference file (JSONL, JSON, Parquet, CSV) or hub data set id."""
     reference: str | None = None
     """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
     judge: str | None = None
@@ -134,14 +133,12 @@ class EvalRun:
         require(self.batch_size >= 1, "--batch_size must be at least 1")
 
 
-@dataclass(frozen=True)
-class LogpsRun:
+@dataclass(frozen=True, kw_only=True)
+class LogpsRun(metaclass=RunOptions):
     """Log-probabilities of both responses of every row, as JSON lines in input order: `dpo-jax logps`."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
-    source: str
-    """Preference file (JSONL, JSON, Parquet, CSV) or hub data set id."""
     out: str
     """JSONL file: chosen_logps, rejected_logps (sums), chosen_tokens, rejected_tokens, and the row number."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -161,14 +158,12 @@ class LogpsRun:
         require(self.batch_size >= 1, "--batch_size must be at least 1")
 
 
-@dataclass(frozen=True)
-class InspectRun:
+@dataclass(frozen=True, kw_only=True)
+class InspectRun(metaclass=RunOptions):
     """Show the tokens of some rows, coloured by whether the loss counts them: `dpo-jax inspect`."""
 
     model: str
     """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
-    source: str
-    """File of rows (JSONL, JSON, Parquet, CSV) or hub data set id."""
     kind: Literal["preferences", "dialogues"] = "preferences"
     """How the rows are read: as pairs, or as dialogues, as `dpo-jax sft` reads them."""
     train_on: Literal["answers", "last", "all"] | None = None
@@ -197,9 +192,9 @@ class InspectRun:
 class ConvertRun:
     """Rewrite a checkpoint in another format: `dpo-jax convert`."""
 
-    source: str
+    from_: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
-    target: str
+    to: str
     """Folder to write; it must be new or empty."""
     format: Literal["huggingface", "orbax"] = "huggingface"
     """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""

@@ -91,14 +91,15 @@ class DPOConfig(DPOLossConfig):
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DPORun(HoldoutRun):
-    """One `dpo-jax dpo` run: everything that decides its numbers, saved as `config.json` in the run folder."""
+    """Align a model with preferences: `dpo-jax dpo`.
 
-    source: str
-    """(--data) Preference file (JSONL, JSON, Parquet, CSV), hub data set id, or tfds: folder."""
-    eval_source: str | None = None
-    """(--eval_data) Held-out preference file."""
+    --data holds preferences. These are all the options that decide the numbers of the run, saved as `config.json`.
+    """
+
+    eval_data: str | None = None
+    """Held-out preference file."""
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)

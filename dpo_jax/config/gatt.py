@@ -90,20 +90,18 @@ class GattConfig:
         return self.turns if self.eval_turns is None else self.eval_turns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GattRun(TrainingRun):
     """Make instructions hold for whole dialogues, by Ghost Attention (Llama 2, section 3.3): `dpo-jax gatt`.
 
-    The model answers the prompts of --data turn by turn with an instruction in every turn; it is fine-tuned on these
+    --data holds what users say: rows with `prompt`, `turns` (a list of texts), or `messages`, of which the user's turns
+    are read. The model answers these prompts turn by turn with an instruction in every turn; it is fine-tuned on these
     dialogues with the instruction in the first turn only and no loss but on the last answer. How many answers keep to
     the instruction of the first turn is measured turn by turn, before and after, on prompts that were not trained on.
     """
 
-    source: str
-    """(--data) What users say (JSONL, JSON, Parquet, CSV): rows with `prompt`, `turns` (a list of texts), or
-    `messages`, of which the user's turns are read."""
-    eval_source: str | None = None
-    """(--eval_data) The same for the evaluation; rows that share a text with --data are left out. Not given: a share
+    eval_data: str | None = None
+    """What users say in the evaluation; rows that share a text with --data are left out. Not given: a share
     of --data is kept for it (--gatt.holdout)."""
     sample_batch_size: int = 32
     """Answers written at once, over all devices; changes no text."""
@@ -118,14 +116,14 @@ class GattRun(TrainingRun):
         require(self.sample.beams is None, "--sample.beams has no effect: dialogues are sampled")
         require(self.data.template != "raw", "--data.template raw has no turns; name a chat template")
         require(
-            self.eval_source is None or self.gatt.holdout is None,
+            self.eval_data is None or self.gatt.holdout is None,
             "--gatt.holdout has no effect with --eval_data",
         )
         if not self.gatt.train:
-            require(self.eval_source is None, "--eval_data has no effect with --gatt.no_train: nothing is evaluated")
+            require(self.eval_data is None, "--eval_data has no effect with --gatt.no_train: nothing is evaluated")
             require(self.gatt.holdout is None, "--gatt.holdout has no effect with --gatt.no_train")
         if self.gatt.evaluate_only:
             require(
-                self.eval_source is None and self.gatt.holdout is None,
+                self.eval_data is None and self.gatt.holdout is None,
                 "--gatt.evaluate_only takes its prompts from --data: leave --eval_data and --gatt.holdout out",
             )

@@ -37,7 +37,7 @@ class ChatRecipeConfig:
         require(0 < self.heldout < 1, f"--recipe.heldout {self.heldout} is a share of the prompts: in (0, 1)")
 
 
-_SET: dict[str, Any] = {"model": SET_BY_RECIPE, "source": SET_BY_RECIPE, "out": SET_BY_RECIPE}
+_SET: dict[str, Any] = {"model": SET_BY_RECIPE, "data": SET_BY_RECIPE, "out": SET_BY_RECIPE}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Llama2ChatRun:
     """Of the run that gives V0."""
     helpful: RewardRun = field(default_factory=partial(RewardRun, **_SET))
     """Of the helpfulness reward models."""
-    safety: RewardRun = field(default_factory=partial(RewardRun, **_SET, mix_source=SET_BY_RECIPE))
+    safety: RewardRun = field(default_factory=partial(RewardRun, **_SET, mix_data=SET_BY_RECIPE))
     """Of the safety reward models; the share --safety.mix of helpfulness data is mixed in."""
     rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
     """Of the rounds of rejection sampling."""
@@ -91,5 +91,5 @@ class Llama2ChatRun:
             "give --safety_data and --safety_judge together, or neither",
         )
         # As plain values: on the command line the options are of a class of its own.
-        given = asdict(self.safety) != asdict(RewardRun(**_SET, mix_source=SET_BY_RECIPE))
+        given = asdict(self.safety) != asdict(RewardRun(**_SET, mix_data=SET_BY_RECIPE))
         require(self.safety_data is not None or not given, "--safety.* has no effect without --safety_data")

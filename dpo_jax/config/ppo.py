@@ -164,17 +164,16 @@ class PPOConfig(PPOLossConfig):
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PPORun(TrainingRun):
     """Let a model learn from rewards of what it writes: `dpo-jax ppo`.
 
-    One step is one iteration: sample responses to a batch of prompts, score them, and make --ppo.epochs x
-    --ppo.minibatches updates. --train.batch_size counts the responses of an iteration.
+    --data holds prompts: rows with `prompt` (a text) or `messages`. One step is one iteration: sample responses to a
+    batch of prompts, score them, and make --ppo.epochs x --ppo.minibatches updates. --train.batch_size counts the
+    responses of an iteration.
     """
 
-    source: str
-    """(--data) Prompts (JSONL, JSON, Parquet, CSV): rows with `prompt` (a text) or `messages`."""
-    reward: str = field(kw_only=True)
+    reward: str
     """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
     found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
     code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward

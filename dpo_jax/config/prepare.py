@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import require
+from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import DataConfig
 
 
@@ -27,16 +28,14 @@ def split_shares(text: str) -> dict[str, float]:
     return shares
 
 
-@dataclass(frozen=True)
-class PrepareRun:
+@dataclass(frozen=True, kw_only=True)
+class PrepareRun(metaclass=RunOptions):
     """Write rows as a TFDS data set (array_record), split, validated and counted: `dpo-jax prepare`.
 
-    What it writes is read as `--data tfds:DIR` (the split train) or `--data tfds:DIR:test`.
+    --data holds preferences, dialogues or documents. What is written is read as `--data tfds:DIR` (the split train) or
+    `--data tfds:DIR:test`.
     """
 
-    source: str
-    """(--data) Preferences, dialogues or documents: JSONL, JSON, Parquet, CSV, hub data set id, text files
-    or tfds: folder."""
     to: str
     """Folder to write, new or empty; or one in a bucket (gs://...). The data set stands in 1.0.0/ in it."""
     kind: Literal["auto", "preferences", "dialogues", "text"] = "auto"

@@ -69,19 +69,18 @@ class RejectionConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RejectionRun(TrainingRun):
     """Let a model learn from the best of K of its own responses: `dpo-jax rejection` (Llama 2, section 3.2.3).
 
-    An iteration samples --rejection.samples responses to every prompt, scores them, and fine-tunes the model on the
-    best response to each, as `dpo-jax sft` does: --train, --optimizer, --lora, --data and --sft are those of that run.
+    --data holds prompts: rows with `prompt` (a text) or `messages`. An iteration samples --rejection.samples responses
+    to every prompt, scores them, and fine-tunes the model on the best response to each, as `dpo-jax sft` does: --train,
+    --optimizer, --lora, --sft and the section --data are those of that run.
     """
 
-    source: str
-    """(--data) Prompts (JSONL, JSON, Parquet, CSV): rows with `prompt` (a text) or `messages`."""
-    eval_source: str | None = None
-    """(--eval_data) Held-out prompts, answered before the first and after each iteration: how the mean reward moves."""
-    reward: str = field(kw_only=True)
+    eval_data: str | None = None
+    """Held-out prompts, answered before the first and after each iteration: how the mean reward moves."""
+    reward: str
     """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
     found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
     code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward
@@ -119,7 +118,7 @@ class RejectionRun(TrainingRun):
         require(self.reward_timeout is None or bool(urls), "--reward_timeout has no effect: no reward is a URL")
         require(self.reward_timeout is None or self.reward_timeout > 0, "--reward_timeout must be positive")
         require(0 <= self.train.seed < 2**32, "--train.seed must lie in [0, 2^32)")
-        if self.eval_source is None:
+        if self.eval_data is None:
             given = rejection.eval_samples is not None or rejection.eval_temperature is not None
             require(
                 not given,

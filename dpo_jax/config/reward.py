@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.dpo import Ties
+from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import AttentionKernel, DataConfig, Layout, MeshConfig, OptimizerConfig
 from dpo_jax.config.sft import Proposal
 from dpo_jax.config.training import HoldoutRun
@@ -128,7 +129,7 @@ class RewardConfig(RewardLossConfig):
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardRun(HoldoutRun):
     """Train a reward model on comparisons: `dpo-jax reward`.
 
@@ -136,29 +137,27 @@ class RewardRun(HoldoutRun):
     (see `dpo_jax/data/comparisons.py`).
     """
 
-    mix_source: str | None = None
-    """(--mix_data) A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
+    mix_data: str | None = None
+    """A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
     mix: float | None = None
     """Share of the mixture that comes from --mix_data. Not given: 0.1."""
     reward: RewardLossConfig = field(default_factory=RewardLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.mix is None or self.mix_source is not None, "--mix has no effect without --mix_data")
+        require(self.mix is None or self.mix_data is not None, "--mix has no effect without --mix_data")
         require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
 
 
-@dataclass(frozen=True)
-class ScoreRun:
+@dataclass(frozen=True, kw_only=True)
+class ScoreRun(metaclass=RunOptions):
     """The reward of every response, as JSON lines in input order: `dpo-jax score`.
 
-    An interrupted file is gone on with.
+    --data holds pairs, lists of replies, or single responses. An interrupted file is gone on with.
     """
 
     model: str
     """The reward model: a Hugging Face folder (one label), a hub id, or a run folder of ours."""
-    source: str
-    """(--data) Pairs, lists of replies, or single responses (JSONL, JSON, Parquet, CSV)."""
     out: str
     """JSONL file: the row number, and the rewards of its responses."""
     copy: bool = False

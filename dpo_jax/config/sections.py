@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpo_jax.config.checks import only_with, require, require_day
+from dpo_jax.config.checks import ON_COMMAND_LINE, only_with, require, require_day
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -94,8 +94,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """From rows to token batches."""
+    """From files of rows to token batches."""
 
+    files: str = ON_COMMAND_LINE
+    """What is learnt from, or judged: JSONL, JSON, Parquet, CSV or text files, folders, patterns, hub data sets
+    or tfds: folders; several are separated by commas. docs/data.md has a row of each kind."""
     template: str | None = None
     """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
     date: str | None = None

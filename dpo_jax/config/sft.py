@@ -81,7 +81,7 @@ class SFTDataConfig(DataConfig):
         only_with(self, "kind", {"separator": ("text",), "documents": ("text",)}, "data")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SFTRun(HoldoutRun):
     """Fine-tune a model on dialogues or instructions, or go on with its pre-training: `dpo-jax sft`.
 

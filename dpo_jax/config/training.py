@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dpo_jax.config.checks import require
+from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -16,23 +17,21 @@ from dpo_jax.config.sections import (
 )
 
 
-@dataclass(frozen=True)
-class TrainingRun:
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(metaclass=RunOptions):
     """One run of a training command: everything that decides its numbers, saved as `config.json` in the run folder."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
-    source: str
-    """(--data) Data file (JSONL, JSON, Parquet, CSV), hub data set id, or tfds: folder."""
+    data: DataConfig = field(default_factory=DataConfig)
     out: str
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
-    eval_source: str | None = None
-    """(--eval_data) Held-out data file."""
+    eval_data: str | None = None
+    """Held-out data file."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -44,10 +43,10 @@ class TrainingRun:
     @property
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
-        return self.eval_source is not None
+        return self.eval_data is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HoldoutRun(TrainingRun):
     """A run on rows, of which some may be held out."""
 
@@ -59,10 +58,10 @@ class HoldoutRun(TrainingRun):
             self.holdout is None or 0 < self.holdout < 1, f"--holdout {self.holdout} is a share of the data: in (0, 1)"
         )
         require(
-            self.holdout is None or self.eval_source is None, "give --holdout or --eval_data, not both: one is enough"
+            self.holdout is None or self.eval_data is None, "give --holdout or --eval_data, not both: one is enough"
         )
 
     @property
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
-        return self.eval_source is not None or self.holdout is not None
+        return self.eval_data is not None or self.holdout is not None

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from dpo_jax.config.checks import require
+from dpo_jax.config.names import RunOptions
 
 
 @dataclass(frozen=True)
-class ExtendVocabRun:
+class ExtendVocabRun(metaclass=RunOptions):
     """More pieces for a Llama 2 tokenizer, and a model with rows for them: `dpo-jax extend-vocab`.
 
     The first step to a Chinese Llama 2. Give --data and --pieces to learn Chinese pieces from text, or --tokenizer to
@@ -15,7 +16,7 @@ class ExtendVocabRun:
 
     model: str
     """A Hugging Face folder, a hub id, or a .gguf file, with a SentencePiece tokenizer (Llama 2, Mistral)."""
-    target: str
+    to: str
     """Folder to write; it must be new or empty."""
     data: tuple[str, ...] = ()
     """Text: .txt files, a text a line, or files of rows with a column `text` (JSONL, JSON, Parquet), plain or .gz. Nine

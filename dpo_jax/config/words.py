@@ -13,8 +13,6 @@ class Command:
     """`module:function` that takes an instance of it."""
     help: str
     """One line for `dpo-jax --help`."""
-    renamed: tuple[tuple[str, str], ...] = ()
-    """(field, its name on the command line), where the two differ."""
     unused: tuple[str, ...] = ()
     """Options of shared sections that this command has no use for: refused, and left out of its help."""
     lists: tuple[str, ...] = ()
@@ -32,7 +30,7 @@ _DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within"
 _NO_LOADER = ("data.shuffle", "data.workers")
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
-    "eval_source",
+    "eval_data",
     "train.eval_every",
     "train.layout",
     "checkpoint.best",
@@ -61,9 +59,9 @@ def _inside(section: str, *names: str) -> tuple[str, ...]:
     several = ["data.columns", *(f"distributed.{name}" for name in _DISTRIBUTED)]
     every = (
         "model",
-        "source",
+        "data.files",
         "out",
-        "eval_source",
+        "eval_data",
         "checkpoint.best",
         "train.eval_every",
         "ignore_config_keys",
@@ -79,7 +77,6 @@ COMMANDS = {
         "DPORun",
         "dpo_jax.run.dpo:train",
         "align a model with preference pairs",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
         lists=("data", "eval_data"),
         recipe=True,
     ),
@@ -87,7 +84,6 @@ COMMANDS = {
         "SFTRun",
         "dpo_jax.run.sft:train",
         "fine-tune a model on dialogues or instructions",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
         unused=_NOT_SFT,
         lists=("data", "eval_data"),
         recipe=True,
@@ -96,7 +92,6 @@ COMMANDS = {
         "RewardRun",
         "dpo_jax.run.reward:train",
         "train a reward model on comparisons",
-        renamed=(("source", "data"), ("eval_source", "eval_data"), ("mix_source", "mix_data")),
         lists=("data", "eval_data"),
         recipe=True,
     ),
@@ -104,7 +99,6 @@ COMMANDS = {
         "PPORun",
         "dpo_jax.run.ppo:train",
         "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
-        renamed=(("source", "data"),),
         unused=_NOT_PPO,
         recipe=True,
     ),
@@ -112,7 +106,6 @@ COMMANDS = {
         "RejectionRun",
         "dpo_jax.run.rejection:train",
         "let a model learn from the best of K of its own responses",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
         unused=_NOT_REJECTION,
         recipe=True,
     ),
@@ -125,7 +118,6 @@ COMMANDS = {
         "GattRun",
         "dpo_jax.run.gatt:gatt",
         "make instructions hold for whole dialogues: Ghost Attention",
-        renamed=(("source", "data"), ("eval_source", "eval_data")),
         unused=(
             "train.eval_every",
             "train.layout",
@@ -147,8 +139,8 @@ COMMANDS = {
         "Llama 2-Chat: SFT, reward models, rounds of rejection sampling, PPO",
         unused=(
             *_inside("sft", *_NOT_SFT, "holdout"),
-            *_inside("helpful", "mix_source", "mix", "holdout"),
-            *_inside("safety", "mix_source", "holdout"),
+            *_inside("helpful", "mix_data", "mix", "holdout"),
+            *_inside("safety", "mix_data", "holdout"),
             *_inside("rejection", "reward", "safety_reward", "reward_timeout", "rejection.pool_from", *_NOT_REJECTION),
             *_inside("ppo", "reward", "safety_reward", "reward_timeout", *_NOT_PPO),
         ),
@@ -159,41 +151,35 @@ COMMANDS = {
         "EvalRun",
         "dpo_jax.run.evaluate:evaluate",
         "reward accuracy, margins, perplexity, KL, repetition, tables per rating and source",
-        renamed=(("source", "data"),),
         unused=_NO_LOADER,
     ),
     "logps": Command(
         "LogpsRun",
         "dpo_jax.run.logps:logps",
         "log-probabilities of chosen and rejected, one JSON object a row",
-        renamed=(("source", "data"),),
         unused=_NO_LOADER,
     ),
     "score": Command(
         "ScoreRun",
         "dpo_jax.run.score:score",
         "the reward of every response, one JSON object a row",
-        renamed=(("source", "data"),),
         unused=_NO_LOADER,
     ),
     "convert": Command(
         "ConvertRun",
         "dpo_jax.run.convert:convert",
         "Hugging Face safetensors <-> orbax, GGUF -> either",
-        renamed=(("source", "from"), ("target", "to")),
     ),
     "extend-vocab": Command(
         "ExtendVocabRun",
         "dpo_jax.run.extend_vocab:extend_vocab",
         "Chinese pieces for a Llama 2 tokenizer, and rows for them in the model",
-        renamed=(("target", "to"),),
         recipe=True,
     ),
     "prepare": Command(
         "PrepareRun",
         "dpo_jax.run.prepare:prepare",
         "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
-        renamed=(("source", "data"),),
         unused=(
             *(f"data.{name}" for name in ("template", "date", "max_length", "max_prompt_length", "buckets", "limit")),
             *_NO_LOADER,
@@ -209,7 +195,6 @@ COMMANDS = {
         "InspectRun",
         "dpo_jax.run.inspect:inspect",
         "tokens of some rows with the loss mask coloured",
-        renamed=(("source", "data"),),
         unused=(*_NO_LOADER, "data.buckets"),
     ),
 }

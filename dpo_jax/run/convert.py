@@ -16,12 +16,12 @@ from dpo_jax.weights.tokenizer import tokenizer_of
 
 @with_config_keys
 def convert(run: ConvertRun) -> None:
-    """Write `run.source` to the folder `run.target`. Raises `InputError`."""
+    """Write `run.from_` to the folder `run.to`. Raises `InputError`."""
     show_log()
-    lost = formats.convert(run.source, run.target, to=run.format, dtype=run.dtype, **_spoken(run.source))
+    lost = formats.convert(run.from_, run.to, to=run.format, dtype=run.dtype, **_spoken(run.from_))
     if lost is not None:
-        say(f"{run.target}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
-    say(f"{run.target}: {run.format} checkpoint of {run.source}")
+        say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
+    say(f"{run.to}: {run.format} checkpoint of {run.from_}")
 
 
 def _spoken(source: str) -> dict[str, Any]:

@@ -76,12 +76,11 @@ def training_run(run: DemoRun, size: Size) -> DPORun:
     out = Path(run.out)
     return DPORun(
         model=run.model,
-        source=str(out / "pairs.jsonl"),
         out=str(out / "dpo"),
         dpo=DPOLossConfig(beta=0.1, mask_format_tokens=True),
         lora=LoraConfig(rank=16),
         optimizer=OptimizerConfig(learning_rate=5e-4, schedule="linear", warmup_steps=2),
-        data=DataConfig(template=RAW, max_length=256, max_prompt_length=128, buckets=1),
+        data=DataConfig(str(out / "pairs.jsonl"), template=RAW, max_length=256, max_prompt_length=128, buckets=1),
         train=TrainConfig(epochs=size.epochs, batch_size=8, seed=run.seed),
         checkpoint=CheckpointConfig(every=1000, keep=1),
     )

@@ -40,9 +40,9 @@ class Dialogues:
         cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
     ) -> "tuple[Dialogues, Dialogues | None]":
         """Those of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`."""
-        data, held = cls._read(config, config.source, tokenizer, architecture, holdout=config.holdout)
-        if config.eval_source is not None:
-            return cls(config, data), cls.load(config, config.eval_source, tokenizer, architecture)
+        data, held = cls._read(config, config.data.files, tokenizer, architecture, holdout=config.holdout)
+        if config.eval_data is not None:
+            return cls(config, data), cls.load(config, config.eval_data, tokenizer, architecture)
         return cls(config, data), None if held is None else cls(config, held)
 
     @staticmethod

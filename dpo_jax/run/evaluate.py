@@ -55,7 +55,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )
     out = None if run.out is None else check_output(run.out)
-    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows)
+    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
     beta = BETA if run.beta is None else run.beta
 
     model, variables = setting.load(run.model, tokenizer)
@@ -81,7 +81,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     result = {
         "model": run.model,
         "reference": run.reference,
-        "data": run.source,
+        "data": run.data.files,
         "pairs": len(dataset),
         "dropped": dict(dataset.dropped),
         "cut": dict(cuts.counts(dataset.cuts)),
@@ -112,7 +112,7 @@ def _answer(
     new = run.sample.max_new_tokens
     longest = min(run.data.prompt_room(new), max(model.config.max_position - new, 1))
     cut = 0
-    rows = CheckedRows(run.source, run.data.limit, columns=run.data.columns, compared=True)
+    rows = CheckedRows(run.data.files, run.data.limit, columns=run.data.columns, compared=True)
     for number, row in rows.together():
         if number in wanted and not isinstance(row, BadRow):
             pair = parse_preference(row)
@@ -122,7 +122,7 @@ def _answer(
         if len(prompts) == len(wanted):
             break
     if cut:
-        say(f"{run.source}: {cut} prompts to answer cut at their beginning, to {longest} tokens")
+        say(f"{run.data.files}: {cut} prompts to answer cut at their beginning, to {longest} tokens")
     config = terminators(model, encoder, run.sample)
     written = responses(
         model,

@@ -40,7 +40,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     result: dict[str, Any] = {
         "model": run.model,
         "judge": run.judge,
-        "data": run.source,
+        "data": run.data.files,
         "pairs": len(data),
         "dropped": dict(data.dropped),
         "cut": dict(cuts.counts(data.cuts)),
@@ -73,7 +73,7 @@ def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceData
     check_score(source, architecture)
     rules = RewardLossConfig(ties="drop")
     data = load_comparisons(
-        run.source, tokenizer, run.data, rules, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
+        run.data.files, tokenizer, run.data, rules, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
     )
     check_lengths(data, architecture, run.data.max_length)
     say(data.summary())

@@ -77,8 +77,8 @@ class Extension:
 
 @with_config_keys
 def extend_vocab(run: ExtendVocabRun) -> Extension:
-    """Write `run.target`, print what changed, and return it. Raises `InputError`."""
-    target = Path(run.target)
+    """Write `run.to`, print what changed, and return it. Raises `InputError`."""
+    target = Path(run.to)
     check_free(target, replace=False)
     place = resolve(run.model)
     if place.kind not in ("huggingface", "gguf"):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_jax.config.names import option, with_new_names
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.weights.folder import steps_in
@@ -153,7 +154,7 @@ class RunFolder:
         """The resolved options of the run in the folder, flat. Raises `InputError` where they cannot be read."""
         path = self.path / "config.json"
         try:
-            return flatten(json.loads(path.read_text()))
+            return with_new_names(flatten(json.loads(path.read_text())), path)
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: not readable as the options of a run; choose another --out") from error
 
@@ -194,11 +195,4 @@ def _read_marker(path: Path) -> tuple[str, dict[str, Any], bool]:
     except (InputError, KeyError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: not readable as the marker of a run ({why}); choose another --out") from error
-    return command, flatten(given), finished
-
-
-def option(name: str) -> str:
-    """The command-line spelling of a field of the configuration, such as --sft.data of `sft.source`."""
-    section, dot, own = name.rpartition(".")
-    spelled = {"source": "data", "eval_source": "eval_data", "mix_source": "mix_data"}.get(own, own)
-    return f"--{section}{dot}{spelled}"
+    return command, with_new_names(flatten(given), path), finished

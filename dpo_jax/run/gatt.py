@@ -224,11 +224,12 @@ def training_run(run: GattRun) -> SFTRun:
     out = Path(run.out)
     return SFTRun(
         model=run.model,
-        source=str(out / "sft.jsonl"),
         out=str(out / "sft"),
         lora=run.lora,
         optimizer=run.optimizer,
-        data=dataclasses.replace(run.data, train_on=ghost.TRAIN_ON, limit=None, columns=None),
+        data=dataclasses.replace(
+            run.data, files=str(out / "sft.jsonl"), train_on=ghost.TRAIN_ON, limit=None, columns=None
+        ),
         train=run.train,
         checkpoint=run.checkpoint,
         mesh=run.mesh,

@@ -68,16 +68,16 @@ def make_plan(run: GattRun) -> Plan:
     learnt = checked if options.keep == "consistent" else pool
     if not learnt:
         raise InputError(f"{options.instructions}: --gatt.keep consistent needs instructions with a column 'check'")
-    rows = read_user_turns(run.source, limit=run.data.limit, columns=run.data.columns, on_bad_rows=run.on_bad_rows)
-    source = run.eval_source or run.source
+    rows = read_user_turns(run.data.files, limit=run.data.limit, columns=run.data.columns, on_bad_rows=run.on_bad_rows)
+    source = run.eval_data or run.data.files
     if options.evaluate_only:
         training, held = (), rows
     elif not options.train:
         training, held = rows, ()
-    elif run.eval_source is not None:
+    elif run.eval_data is not None:
         training = rows
         held = apart_from(
-            read_user_turns(run.eval_source, columns=run.data.columns, on_bad_rows=run.on_bad_rows), training
+            read_user_turns(run.eval_data, columns=run.data.columns, on_bad_rows=run.on_bad_rows), training
         )
     else:
         training, held = split(rows, options.holdout or 0.3, seed)
@@ -93,7 +93,7 @@ def make_plan(run: GattRun) -> Plan:
         training=()
         if options.evaluate_only
         else outlines(
-            "training", f"{run.source}, the part for training", training, learnt, options.turns, options.dialogues
+            "training", f"{run.data.files}, the part for training", training, learnt, options.turns, options.dialogues
         ),
         evaluation=()
         if not options.train

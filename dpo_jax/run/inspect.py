@@ -39,7 +39,7 @@ def inspect(run: InspectRun) -> None:
 
 
 def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
-    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows, with_format_masks=True)
+    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows, with_format_masks=True)
     for i in _shown(run, dataset.row_numbers):
         for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
             found = pieces(dataset, tokenizer, i, side)
@@ -51,14 +51,14 @@ def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
 def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
     architecture, tokenizer = load_vocabulary(run.model, run.data)
     dataset = load_dialogues(
-        run.source,
+        run.data.files,
         tokenizer,
         run.data,
         train_on=run.train_on or "answers",
         vocab_size=architecture.vocab_size,
         on_bad_rows=run.on_bad_rows,
     )
-    check_context(run.source, dataset.row_numbers, dataset.lengths, architecture, run.data.max_length)
+    check_context(run.data.files, dataset.row_numbers, dataset.lengths, architecture, run.data.max_length)
     say(dataset.summary())
     for i in _shown(run, dataset.row_numbers):
         found = sequence_pieces(dataset, tokenizer, i)
@@ -70,7 +70,7 @@ def _shown(run: InspectRun, row_numbers: np.ndarray) -> Sequence[int]:
     """Positions in the data set of the rows to show."""
     shown = np.flatnonzero(row_numbers >= run.first)[: run.rows].tolist()
     if not shown:
-        raise InputError(f"{run.source}: no usable row from row {run.first} on; the last one is {row_numbers[-1]}")
+        raise InputError(f"{run.data.files}: no usable row from row {run.first} on; the last one is {row_numbers[-1]}")
     return shown
 
 

@@ -22,7 +22,7 @@ def logps(run: LogpsRun) -> Path:
         run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
     )
     out = check_output(run.out)
-    tokenizer, dataset = load_data(run.model, run.source, run.data, run.on_bad_rows)
+    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
     model, variables = setting.load(run.model, tokenizer)
     sums = setting.logps(model, variables, dataset, "log-probabilities")
     lines = [

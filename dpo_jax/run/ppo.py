@@ -54,7 +54,7 @@ def train(config: PPORun) -> Path:
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data = load_prompts(
-        config.source,
+        config.data.files,
         encoder,
         config.data,
         longest=config.longest_prompt,
@@ -127,8 +127,8 @@ def train(config: PPORun) -> Path:
         policy_of(final.variables),
         tokenizer,
         title="PPO run",
-        summary=f"{config.model}, rewarded by {config.reward} on {config.source} in {planned.total_steps} iterations"
-        f" ({config.ppo.advantage}). {told}",
+        summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"
+        f" iterations ({config.ppo.advantage}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), _prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,
     )

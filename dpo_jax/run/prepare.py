@@ -38,10 +38,10 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 def prepare(run: PrepareRun) -> None:
     """Write the data set `run.to` and its report. Raises `InputError`; then nothing is left behind."""
-    if run.data.columns is not None and is_text(run.source):
-        raise InputError(f"--data.columns has no effect: {run.source} is text, and has no columns")
-    if run.separator is not None and not is_text(run.source):
-        raise InputError(f"--separator has no effect: {run.source} holds rows, and each is one document")
+    if run.data.columns is not None and is_text(run.data.files):
+        raise InputError(f"--data.columns has no effect: {run.data.files} is text, and has no columns")
+    if run.separator is not None and not is_text(run.data.files):
+        raise InputError(f"--separator has no effect: {run.data.files} holds rows, and each is one document")
     lengths = Lengths(run.tokenizer)
     with _target(run.to) as folder:
         started = time.monotonic()
@@ -151,16 +151,16 @@ class _Pass:
                 chunk = []
         if chunk:
             self._write(chunk)
-        check_named(run.source, self.renamed, self.seen, self.read)
+        check_named(run.data.files, self.renamed, self.seen, self.read)
         if run.on_bad_rows == "refuse":
-            self.tally.refuse(run.source, self.read)
+            self.tally.refuse(run.data.files, self.read)
         if self.writer is None or self.kind is None:
-            raise self.tally.nothing_left(run.source, self.read)
+            raise self.tally.nothing_left(run.data.files, self.read)
         say(f"{run.to}: {self.written} rows written; counting equal and nearly equal prompts")
         counts = self.index.count(len(self.splits.names))
-        written = self.writer.finish(f"{self.kind} from {run.source}, written by dpo-jax prepare")
+        written = self.writer.finish(f"{self.kind} from {run.data.files}, written by dpo-jax prepare")
         return {
-            "source": run.source,
+            "data": run.data.files,
             "kind": self.kind,
             "format": store_schema.FORMAT,
             "rows_read": self.read,
@@ -264,10 +264,10 @@ class _Pass:
 
 
 def _read(run: PrepareRun) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    if not is_text(run.source):
-        yield from read_rows_or_problems(run.source)
+    if not is_text(run.data.files):
+        yield from read_rows_or_problems(run.data.files)
         return
-    for number, text in text_documents(run.source, run.separator):
+    for number, text in text_documents(run.data.files, run.separator):
         yield number, text if isinstance(text, BadRow) else {"text": text}
 
 
@@ -313,7 +313,7 @@ def _shown(cells: Cells) -> Table:
 
 
 def _markdown(report: dict[str, Any], tables: list[Cells]) -> str:
-    lines = [f"# {report['source']}", ""]
+    lines = [f"# {report['data']}", ""]
     for title, rows in tables:
         head, *body = (["\\|".join(cell.split("|")) for cell in row] for row in rows)
         lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

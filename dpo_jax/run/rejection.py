@@ -104,12 +104,12 @@ class _Run:
             )
         encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
         self.tokens = encoder.text_ids
-        self.data = self._load(config.source, encoder, architectures)
+        self.data = self._load(config.data.files, encoder, architectures)
         self.heldout = None
-        if config.eval_source is not None:
-            self.heldout = self._load(config.eval_source, encoder, architectures)
+        if config.eval_data is not None:
+            self.heldout = self._load(config.eval_data, encoder, architectures)
             own = [prompt.plain for prompt in self.data.prompts]
-            _check_apart(self.heldout, config.source, own, self.data.row_numbers.tolist())
+            _check_apart(self.heldout, config.data.files, own, self.data.row_numbers.tolist())
         self.judges = Judges(config, mesh=training.mesh, batch_size=training.eval_batch_size)
         for prompts in (self.data, self.heldout):
             if prompts is not None:
@@ -291,9 +291,10 @@ class _Run:
             own = {f.name for f in dataclasses.fields(config)}
             shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun) if f.name in own}
             # Our own rows: one whose text happens to spell a control token is left out, not refused.
-            shared |= {"source": str(self.folder(iteration) / "sft.jsonl"), "eval_source": None, "on_bad_rows": "skip"}
+            shared |= {"eval_data": None, "on_bad_rows": "skip"}
             date = config.data.date if writes_date(load_tokenizer(config.trained), config.data.template) else None
-            data = dataclasses.replace(config.data, limit=None, columns=None, date=date)
+            files = str(self.folder(iteration) / "sft.jsonl")
+            data = dataclasses.replace(config.data, files=files, limit=None, columns=None, date=date)
             sft.train(SFTRun(**(shared | {"model": model, "out": str(out), "data": data})))
         return _finished(out)
 
@@ -301,7 +302,7 @@ class _Run:
         """The last model, the pool, the report; and the run is finished."""
         config, iterations = self.config, range(1, self.config.rejection.iterations + 1)
         summary = f"{config.model}, {config.rejection.samples} samples a prompt at each temperature, judged by"
-        summary += f" {config.reward} on {config.source}."
+        summary += f" {config.reward} on {config.data.files}."
         told = rejection_report.verdict(self.rows, 0 if self.heldout is None else len(self.heldout))
         if self.training.main:
             last = self.folder(iterations[-1]) / "sft"

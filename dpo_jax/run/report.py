@@ -16,7 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dpo_jax.run.folder import flatten, option, write_atomically
+from dpo_jax.config.names import option
+from dpo_jax.run.folder import flatten, write_atomically
 from dpo_jax.run.log import Row
 
 _STYLE = """

@@ -113,12 +113,12 @@ def _data(
         )
 
     data, heldout = read_preferences(config, load)
-    if config.mix_source is None:
+    if config.mix_data is None:
         return data, heldout
     if data.mixture is not None:
-        raise InputError(f"--mix_data beside several files in --data {config.source}: give it a weight among them")
+        raise InputError(f"--mix_data beside several files in --data {config.data.files}: give it a weight among them")
     seed, share = config.train.seed, MIX if config.mix is None else config.mix
-    second = load(config.mix_source)
+    second = load(config.mix_data)
     if config.holdout is not None and heldout is not None:
         second, held = split_by_prompt(second, config.holdout, seed)
         heldout = join(heldout, held)

@@ -41,7 +41,7 @@ def score(run: ScoreRun) -> Path:
     architecture, tokenizer = load_vocabulary(run.model, run.data)
     check_score(run.model, architecture)
     data = load_responses(
-        run.source, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
+        run.data.files, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
     )
     check_lengths(data, architecture, run.data.max_length)
     say(data.summary())
@@ -51,7 +51,7 @@ def score(run: ScoreRun) -> Path:
     classes = read_classes(run.model)
     rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size, classes=classes)
     settings = {"options": as_json(run), "model": fingerprint(variables), "data": data.fingerprint}
-    originals = _rows(run.source, set(data.row_numbers.tolist())) if run.copy else {}
+    originals = _rows(run.data.files, set(data.row_numbers.tolist())) if run.copy else {}
     with RowsFile(out, settings) as file, ProgressBar("rows", len(data)) as bar:
         bar.update(len(file.rows))
         step = _AT_ONCE * run.batch_size

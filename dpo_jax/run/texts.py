@@ -39,7 +39,7 @@ class Texts:
                 f"--data.max_length {data.max_length}: the model's context is {architecture.max_position}; windows can"
                 f" be no longer, set --data.max_length to at most {architecture.max_position}"
             )
-        given = [config.source] if config.eval_source is None else [config.source, config.eval_source]
+        given = [config.data.files] if config.eval_data is None else [config.data.files, config.eval_data]
         if data.separator is not None and not any(is_text(name) for each in given for name, _ in parse_sources(each)):
             raise InputError(f"--data.separator has no effect: {words} holds rows, and each is one document")
         named = parse_sources(words)
@@ -62,8 +62,8 @@ class Texts:
         cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
     ) -> "tuple[Texts, Texts | None]":
         """The documents of `--data`, and those of `--eval_data`."""
-        data = cls.load(config, config.source, tokenizer, architecture)
-        held = None if config.eval_source is None else cls.load(config, config.eval_source, tokenizer, architecture)
+        data = cls.load(config, config.data.files, tokenizer, architecture)
+        held = None if config.eval_data is None else cls.load(config, config.eval_data, tokenizer, architecture)
         return data, held
 
     @property

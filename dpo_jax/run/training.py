@@ -339,10 +339,10 @@ def read_preferences(
     """
     seed, share = config.train.seed, config.holdout
     data, heldout = read_mixture(
-        config.source, read, join, holdout=share, split=lambda rows: split_by_prompt(rows, share or 0.0, seed)
+        config.data.files, read, join, holdout=share, split=lambda rows: split_by_prompt(rows, share or 0.0, seed)
     )
-    if config.eval_source is not None:
-        heldout, _ = read_mixture(config.eval_source, read, join, option="--eval_data", weighted=False)
+    if config.eval_data is not None:
+        heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)
     return data, heldout
 
 

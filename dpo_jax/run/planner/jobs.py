@@ -54,8 +54,9 @@ class Job:
     def key(self) -> str:
         """The same for jobs that compile to the same program, with this code and these compilers."""
         raw = self.to_json()
-        for name in ("model", "source", "out", "eval_source", "on_bad_rows", "checkpoint", "distributed", "energy"):
+        for name in ("model", "out", "eval_data", "on_bad_rows", "checkpoint", "distributed", "energy"):
             raw["run"].pop(name)
+        raw["run"]["data"].pop("files")
         text = json.dumps([raw, _versions(), _source()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -164,11 +164,10 @@ class Frontier:
             found.append(Method("PPO", f"KL price {price:g}", key, ppo.train, config, "openings.jsonl"))
         return found
 
-    def _shared(self, key: str, reads: str, steps: int | None, batch_size: int) -> dict[str, Any]:
+    def _shared(self, key: str, steps: int | None, batch_size: int) -> dict[str, Any]:
         assert steps is not None, "sizes are whole"
         return {
             "model": self._run.model,
-            "source": str(self._out / reads),
             "out": str(self._out / key),
             "lora": self._run.lora,
             "train": TrainConfig(steps=steps, batch_size=batch_size, seed=self._run.seed),
@@ -177,9 +176,12 @@ class Frontier:
             "mesh": self._run.mesh,
         }
 
+    def _rows(self, name: str) -> str:
+        return str(self._out / f"{name}.jsonl")
+
     @property
-    def _length(self) -> int:
-        return _PROMPT + self._sizes.new_tokens + 1
+    def _data(self) -> dict[str, Any]:
+        return {"template": RAW, "max_length": _PROMPT + self._sizes.new_tokens + 1}
 
     def _optimizer(self, **fields: Any) -> OptimizerConfig:
         return OptimizerConfig(learning_rate=self._sizes.learning_rate, **fields)
@@ -188,16 +190,16 @@ class Frontier:
         """The end token counts for nothing, as in `dpo-jax demo`: nearly all samples were cut at `new_tokens`."""
         return DPORun(
             dpo=DPOLossConfig(beta=beta, mask_format_tokens=True),
-            data=DataConfig(template=RAW, max_length=self._length, max_prompt_length=_PROMPT, buckets=1),
+            data=DataConfig(self._rows("pairs"), max_prompt_length=_PROMPT, buckets=1, **self._data),
             optimizer=self._optimizer(schedule="linear", warmup_ratio=0.1),
-            **self._shared(f"dpo-beta-{beta:g}", "pairs.jsonl", self._sizes.dpo_steps, _PAIRS),
+            **self._shared(f"dpo-beta-{beta:g}", self._sizes.dpo_steps, _PAIRS),
         )
 
     def _sft(self) -> SFTRun:
         return SFTRun(
-            data=SFTDataConfig(template=RAW, max_length=self._length, buckets=1),
+            data=SFTDataConfig(self._rows("chosen"), buckets=1, **self._data),
             optimizer=self._optimizer(schedule="linear", warmup_ratio=0.1),
-            **self._shared("sft", "chosen.jsonl", self._sizes.sft_steps, _PAIRS),
+            **self._shared("sft", self._sizes.sft_steps, _PAIRS),
         )
 
     def _ppo(self, price: float, key: str, steps: int | None) -> PPORun:
@@ -205,9 +207,9 @@ class Frontier:
             reward=self._run.reward,
             ppo=PPOLossConfig(epochs=2, minibatches=2, kl_coefficient=price, value="stopped"),
             sample=SampleConfig(max_new_tokens=self._sizes.new_tokens, temperature=self._sizes.temperature),
-            data=DataConfig(template=RAW, max_length=self._length, max_prompt_length=_PROMPT),
+            data=DataConfig(self._rows("openings"), max_prompt_length=_PROMPT, **self._data),
             optimizer=self._optimizer(),
-            **self._shared(key, "openings.jsonl", steps, self._sizes.ppo_batch_size),
+            **self._shared(key, steps, self._sizes.ppo_batch_size),
         )
 
     def _train(self, method: Method) -> Figures:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import GenerateRun, Llama2ChatRun, RewardRun, SampleConfig
+from dpo_jax.config import DataConfig, GenerateRun, Llama2ChatRun, RewardRun, SampleConfig
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
@@ -160,7 +160,8 @@ class Llama2Chat:
 
     def _sft(self) -> Figures:
         run = self._run
-        sft.train(dataclasses.replace(run.sft, model=run.model, source=run.sft_data, out=str(self._out / "sft")))
+        data = dataclasses.replace(run.sft.data, files=run.sft_data)
+        sft.train(dataclasses.replace(run.sft, model=run.model, data=data, out=str(self._out / "sft")))
         return last_figures(self._out / "sft", {"loss": "loss"})
 
     # ---------------------------------------------------------------- what the newest model writes
@@ -266,7 +267,7 @@ class Llama2Chat:
     # ---------------------------------------------------------------- reward models
 
     def _reward_stage(self, number: int, kind: Kind) -> Stage:
-        read = self._kinds if kind.options.mix_source is not None else [kind]
+        read = self._kinds if kind.options.mix_data is not None else [kind]
         names = self._distributions(number - 1)
         inputs = [self._out / "sft", *(self._learnt(name, each) for each in read for name in names)]
         work = self._bound(self._train_reward, number, kind)
@@ -278,14 +279,14 @@ class Llama2Chat:
             names = self._distributions(number - 1)
             rows = [row for name in names for row in read_lines(self._learnt(name, each))]
             write_lines(self._material(number, each), rows)
-        mixes = kind.name == SAFE and kind.options.mix_source is not None
+        mixes = kind.name == SAFE and kind.options.mix_data is not None
         reward.train(
             dataclasses.replace(
                 kind.options,
                 model=str(self._out / "sft"),
-                source=str(self._material(number, kind)),
-                mix_source=str(self._material(number, self._kinds[0])) if mixes else None,
-                eval_source=str(self._heldout(f"v{number - 1}", kind)),
+                data=dataclasses.replace(kind.options.data, files=str(self._material(number, kind))),
+                mix_data=str(self._material(number, self._kinds[0])) if mixes else None,
+                eval_data=str(self._heldout(f"v{number - 1}", kind)),
                 holdout=None,
                 out=str(self._reward(number, kind)),
             )
@@ -324,12 +325,12 @@ class Llama2Chat:
         work = self._bound(self._reject, number)
         return Stage(f"V{number}: rejection sampling", tuple(inputs), self._model(number), work)
 
-    def _setting(self, number: int) -> dict[str, Any]:
+    def _setting(self, number: int, data: DataConfig) -> dict[str, Any]:
         """What a version's run is told beside its own options: the version before, and the newest reward models."""
         safety = str(self._reward(number, self._kinds[1])) if len(self._kinds) > 1 else None
         return {
             "model": str(self._model(number - 1)),
-            "source": self._run.prompts,
+            "data": dataclasses.replace(data, files=self._run.prompts),
             "out": str(self._model(number)),
             "reward": str(self._reward(number, self._kinds[0])),
             "safety_reward": safety,
@@ -339,12 +340,12 @@ class Llama2Chat:
         options = self._run.rejection
         before = str(self._model(number - 1) / "pool.jsonl") if number > 1 else None
         inner = dataclasses.replace(options.rejection, pool_from=before if options.rejection.pool == "all" else None)
-        rejection.train(dataclasses.replace(options, rejection=inner, **self._setting(number)))
+        rejection.train(dataclasses.replace(options, rejection=inner, **self._setting(number, options.data)))
         names = {"reward of all": "rewards/mean", "of the best": "rewards/best", "in the pool": "pool/size"}
         return last_figures(self._model(number), names)
 
     def _ppo(self, number: int) -> Figures:
-        ppo.train(dataclasses.replace(self._run.ppo, **self._setting(number)))
+        ppo.train(dataclasses.replace(self._run.ppo, **self._setting(number, self._run.ppo.data)))
         # Two rewards as one are whitened: their mean is 0, and those that it was made of tell more.
         parts = {"helpfulness": "rewards/helpfulness", "safety": "rewards/safety"}
         names = {"reward": "objective/scores", "KL": "objective/kl"}

@@ -1,0 +1,59 @@
+"""What options are called: the same in a CONFIG.py, in the files of a run, in messages and on the command line."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+_OLD = {"source": "data.files", "eval_source": "eval_data", "mix_source": "mix_data", "target": "to"}
+"""Names of the version before -> those of today. They are still read, in this version only."""
+
+log = logging.getLogger(__name__)
+
+
+def option(name: str) -> str:
+    """The command-line spelling of a field, such as --data.max_length, or --data of `data.files`.
+
+    What a section is called stands for its files, and `from_` for a word that Python keeps for itself.
+    """
+    return f"--{name.removesuffix('.files').removesuffix('_')}"
+
+
+def with_new_names(flat: Mapping[str, Any], path: object) -> dict[str, Any]:
+    """Options of a run ("sft.source": ...) that an older version may have written in `path`, under today's names."""
+    renamed = {}
+    for name, value in flat.items():
+        section, dot, own = name.rpartition(".")
+        if own in _OLD:
+            _tell_once(f"{path}: written by an older version, which said {own} for {_OLD[own]}; it is read as that")
+        renamed[f"{section}{dot}{_OLD.get(own, own)}"] = value
+    return renamed
+
+
+@cache
+def _tell_once(line: str) -> None:
+    log.warning("%s", line)
+
+
+class RunOptions(type):
+    """Of the options of a command: where they have a section `data`, `data="a.jsonl"` is one with nothing but files.
+
+    The names of the version before are taken too, with one line that says so.
+    """
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        for old in [name for name in options if name in _OLD]:
+            new, value = _OLD[old].removesuffix(".files"), options.pop(old)
+            given = options.get(new)
+            if dataclasses.is_dataclass(given) and not isinstance(given, type):
+                value = dataclasses.replace(given, files=value)
+            elif given is not None:
+                raise TypeError(f"{cls.__name__}() got {old} and {new}, which are one option: leave {old} out")
+            options[new] = value
+            written = f'{new}={type(given).__name__}("...", ...)' if given is not None else f'{new}="..."'
+            _tell_once(f"{old}= is called {new} now: write {written}; the old name is read in this version only")
+        fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+        if isinstance(options.get("data"), str) and callable(section := fields["data"].default_factory):
+            options["data"] = dataclasses.replace(section(), files=options["data"])
+        return super().__call__(*args, **options)
