@@ -154,6 +154,7 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     default, args = _split_recipe(word, args)
     args = _joined(args, command.lists)
     names = option_names(word)
+    _check_single(word, args, {"data", "eval_data", "mix_data"} - {*command.lists})
     args = _as_flags(args, {name for name in names if _negated(name) in names})
     given = {_check_name(word, token, names) for token in args if _is_option(token)}
     if default is None:
@@ -186,6 +187,20 @@ def _joined(args: list[str], lists: Sequence[str]) -> list[str]:
         else:
             joined.append(token)
     return joined
+
+
+def _check_single(word: str, args: list[str], single: set[str]) -> None:
+    """Raise `InputError` where one of the options `single`, which take one file, is given several."""
+    name, within = "", 0
+    for token in args:
+        if _is_option(token):
+            name, given, _ = token.partition("=")
+            within = 1 if given else 0
+        elif (within := within + 1) == 2 and name.lstrip("-").replace("-", "_") in single:
+            raise InputError(
+                f"{name} takes one source in {PROGRAM} {word}, and {token} is a second: run it for each, or give a"
+                " folder or a quoted pattern ('part-*.jsonl') of files that are laid out alike"
+            )
 
 
 def _negated(name: str) -> str:

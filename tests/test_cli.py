@@ -119,6 +119,13 @@ def test_one_line_for_what_does_not_parse(words: list[str], expected: str, capsy
     assert error(capsys, "dpo", *words).startswith(expected)
 
 
+@pytest.mark.parametrize("word", ["eval", "logps", "score", "prepare", "rejection", "ppo"])
+def test_a_second_file_where_one_is_taken(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = error(capsys, word, "--model", "m", "--data", "a.jsonl", "b.jsonl")
+    assert said.startswith(f"--data takes one source in dpo-jax {word}, and b.jsonl is a second: run it for each, or")
+    assert "--data takes one source" in error(capsys, word, "--data=a.jsonl", "b.jsonl")
+
+
 def test_an_option_without_effect_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data.shuffle has no effect in dpo-jax eval" in error(capsys, "eval", *GIVEN[:4], "--data.shuffle")
     assert "--beta has no effect without --reference" in error(capsys, "eval", *GIVEN[:4], "--beta", "1")

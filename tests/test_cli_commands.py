@@ -157,6 +157,15 @@ def test_inspect_dialogues(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert line in capsys.readouterr().err
 
 
+def test_inspect_takes_the_files_of_a_mixture(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the training commands take them, weights and all; each shows its rows, under its name."""
+    other = tiny.preferences(tmp_path / "other.jsonl", rows=3, seed=5)
+    run("inspect", "--model", place / "policy", "--data", f"{place / 'pairs.jsonl'}:0.7", f"{other}:0.3", "--rows", 1)
+    out, err = capsys.readouterr()
+    assert out.count("row 1, chosen:") == 2
+    assert f"{other}: 3 of 3 rows" in out + err
+
+
 def test_inspect_past_the_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["inspect", "--model", place / "policy", "--data", place / "pairs.jsonl", "--first", 99]
     assert cli.main([str(word) for word in words]) == 2

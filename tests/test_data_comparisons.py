@@ -320,6 +320,8 @@ def test_mixtures(load):
     )
     whole = mix(first, second, 0.1, seed=0)
     assert len(whole) == 20
+    told = f"18 of {first.source} + 2 drawn from the 5 of {second.source} (--mix 0.1): 20 of 23 rows; "
+    assert whole.summary().startswith(told)
     assert whole.extras["source"].count("books") == 2
     assert whole.extras["source"][0] == "rows0"
     np.testing.assert_allclose(whole.margins, [1] * 18 + [0] * 2)

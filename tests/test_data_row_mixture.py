@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpo_jax.data.row_mixture import RowMixture, read_mixture
 from dpo_jax.data.sequences import join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.token_loader import TokenLoader
 from dpo_jax.errors import InputError
+from dpo_jax.run.training import summaries
 
 TOKENIZER = tiny.tokenizer()
 DATA = DataConfig(max_length=64)
@@ -65,6 +67,35 @@ def test_every_epoch_keeps_the_shares_and_every_source_goes_through_epochs_of_it
     in_order = mixture.epoch(0, seed=3, shuffle=False)
     assert in_order is not None
     np.testing.assert_array_equal(in_order[in_order >= 10], np.arange(10, 10 + (in_order >= 10).sum()))
+
+
+def test_what_is_learnt_from_and_what_is_held_out_are_told_apart(tmp_path: Path) -> None:
+    source = pairs(tmp_path, "a", 8)
+    data, held = read_mixture(source, read, join, holdout=0.25, split=lambda rows: split_by_prompt(rows, 0.25, 0))
+    assert [line.partition(" rows;")[0] for line in summaries(data, held)] == [
+        f"training rows: {source}: 6 of 8",
+        f"held-out rows: {source}: 2 of 8",
+    ]
+    assert [line.partition(":")[0] for line in summaries(data, None)] == ["training rows"]
+
+
+def test_columns_that_one_file_of_several_lacks(tmp_path: Path) -> None:
+    """They are named for all files; what to do where these differ is said where there are several."""
+    named = tmp_path / "named"
+    named.write_text(json.dumps({"ask": "Q?", "chosen": "good", "rejected": "bad"}) + "\n")
+
+    def read_named(source: str) -> Any:
+        return load_preferences(source, TOKENIZER, replace(DATA, columns="prompt=ask"), vocab_size=320)
+
+    other = pairs(tmp_path, "b", 3)
+    assert len(read_mixture(str(named), read_named, join)[0]) == 1
+    told = r"/b: no row has a column 'ask' .*every file of --data: .*dpo-jax prepare --data FILE --data\.columns"
+    with pytest.raises(InputError, match=told) as caught:
+        read_mixture(f"{named},{other}", read_named, join)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        read_mixture(other, read_named, join)
+    assert "prepare" not in str(caught.value)
 
 
 def test_without_weights_every_row_comes_once_an_epoch(tmp_path: Path) -> None:

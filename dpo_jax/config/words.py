@@ -195,6 +195,7 @@ COMMANDS = {
         "InspectRun",
         "dpo_jax.run.inspect:inspect",
         "tokens of some rows with the loss mask coloured",
+        lists=("data",),
         unused=(*_NO_LOADER, "data.buckets"),
     ),
 }

@@ -251,7 +251,9 @@ def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed:
             f"{second.source}: a share of {share:g} beside the {len(first)} rows of {first.source} takes {wanted} rows,"
             f" and it has {len(second)}; change --mix"
         )
-    return join(first, take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted])))
+    drawn = take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
+    told = f"{len(first)} of {first.source} + {wanted} drawn from the {len(second)} of {second.source}"
+    return replace(join(first, drawn), source=f"{told} (--mix {share:g})")
 
 
 def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDataset:

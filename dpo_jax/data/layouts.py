@@ -148,6 +148,10 @@ class Renamed(Row):
         self.named = frozenset(named)
 
 
+class NoSuchColumn(InputError):
+    """`--data.columns` names a column that a source does not have."""
+
+
 class Readable(Row):
     """A row under the readers' names, without nulls.
 
@@ -196,10 +200,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def check_named(source: str, columns: Mapping[str, str], there: Collection[str], rows: int) -> None:
-    """Raise `InputError` where none of the `rows` read has a column of those that `columns` names."""
+    """Raise `NoSuchColumn` where none of the `rows` read has a column of those that `columns` names."""
     for name, place in columns.items():
         if rows and column_of(place) not in there:
-            raise InputError(
+            raise NoSuchColumn(
                 f"{source}: no row has a column {column_of(place)!r} (--data.columns {name}={place}); there are "
                 f"{', '.join(sorted(there))}"
             )

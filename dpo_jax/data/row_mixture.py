@@ -18,6 +18,7 @@ import numpy as np
 
 from dpo_jax.data.batches import permutation
 from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.layouts import NoSuchColumn
 from dpo_jax.data.sequences import SequenceDataset
 from dpo_jax.data.text_windows import PERIOD, Mixture, parse_sources, shares
 from dpo_jax.errors import InputError
@@ -110,7 +111,15 @@ def read_mixture(
     given = tuple(weight for weight in weights if weight is not None)
     if given:
         shares([(name, weight) for (name, _), weight in zip(named, given, strict=True)])
-    parts = [read(name) for name, _ in named]
+    try:
+        parts = [read(name) for name, _ in named]
+    except NoSuchColumn as error:
+        if len(named) == 1:
+            raise
+        raise InputError(
+            f"{error}; it holds for every file of {option}: where they differ, write one with its own names (dpo-jax"
+            " prepare --data FILE --data.columns ... --to DIR) and give tfds:DIR in its place"
+        ) from error
     held: Rows | None = None
     if holdout is not None and split is not None:
         both = [split(part) for part in parts]

@@ -24,7 +24,14 @@ from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import Training, check_context, preference_loader, read_architecture, read_preferences
+from dpo_jax.run.training import (
+    Training,
+    check_context,
+    preference_loader,
+    read_architecture,
+    read_preferences,
+    summaries,
+)
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train
@@ -52,7 +59,8 @@ def train(config: DPORun) -> Path:
     for dataset in (data, heldout):
         if dataset is not None:
             check_lengths(dataset, architecture, config.data.max_length)
-            training.say(dataset.summary())
+    for line in summaries(data, heldout):
+        training.say(line)
 
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)

@@ -1,6 +1,7 @@
 """`dpo-jax inspect`: what the model sees of some rows, token by token, coloured by whether the loss counts it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.text import Text
 from dpo_jax.config import InspectRun
 from dpo_jax.data.inspect import Piece, pieces, sequence_pieces
 from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.data.text_windows import parse_sources
 from dpo_jax.errors import InputError
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import say
@@ -27,12 +29,17 @@ MEANINGS = {
 
 @with_config_keys
 def inspect(run: InspectRun) -> None:
-    """Print `run.rows` usable rows from row number `run.first` on. Raises `InputError`."""
+    """Print `run.rows` usable rows from row number `run.first` on, of each file (weights mean nothing here).
+
+    Raises `InputError`.
+    """
     console = Console(highlight=False)
-    for heading, found in _pairs(run) if run.kind == "preferences" else _dialogues(run):
-        console.print(Text(heading, style="bold"), soft_wrap=True)
-        console.print(_coloured(found), soft_wrap=True)
-        console.print()
+    for name, _ in parse_sources(run.data.files):
+        each = replace(run, data=replace(run.data, files=name))
+        for heading, found in _pairs(each) if run.kind == "preferences" else _dialogues(each):
+            console.print(Text(heading, style="bold"), soft_wrap=True)
+            console.print(_coloured(found), soft_wrap=True)
+            console.print()
     for part, meaning in MEANINGS.items():
         if part != "format" or run.kind == "preferences":
             console.print(Text.assemble((f" {part} ", STYLES[part]), f" {meaning}"))

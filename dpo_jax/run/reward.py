@@ -16,7 +16,7 @@ from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.flops import ModelFlops, reward_flops
 from dpo_jax.run.heldout_rewards import evaluator
 from dpo_jax.run.log import Row, read_metrics
-from dpo_jax.run.training import Training, preference_loader, read_preferences
+from dpo_jax.run.training import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 
@@ -44,7 +44,8 @@ def train(config: RewardRun) -> Path:
     for dataset in (data, heldout):
         if dataset is not None:
             check_lengths(dataset, architecture, config.data.max_length)
-            training.say(dataset.summary())
+    for line in summaries(data, heldout):
+        training.say(line)
 
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)

@@ -12,7 +12,7 @@ from dpo_jax.run.flops import ModelFlops, sft_flops
 from dpo_jax.run.heldout_tokens import evaluator
 from dpo_jax.run.log import Row, read_metrics
 from dpo_jax.run.texts import Texts
-from dpo_jax.run.training import Training
+from dpo_jax.run.training import Training, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 
 
@@ -32,9 +32,8 @@ def train(config: SFTRun) -> Path:
     config = training.config
     material = Texts if config.data.kind == "text" else Dialogues
     data, heldout = material.load_both(config, tokenizer, architecture)
-    training.say(data.summary())
-    if heldout is not None:
-        training.say(heldout.summary())
+    for line in summaries(data, heldout):
+        training.say(line)
     windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
 
     # -------------------------------------------------------------- options that follow from the data

@@ -13,7 +13,7 @@ A command asks for these in the order of a run:
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -328,6 +328,13 @@ def preference_loader(
         epochs=epochs,
         workers=config.data.workers,
     )
+
+
+def summaries(data: Any, heldout: Any) -> Iterator[str]:
+    """What was read, for the log: of what is learnt from and of what is held out, each under its own name."""
+    for name, part in (("training rows", data), ("held-out rows", heldout)):
+        if part is not None:
+            yield f"{name}: {part.summary()}"
 
 
 def read_preferences(
