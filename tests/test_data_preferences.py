@@ -116,6 +116,8 @@ BROKEN: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"prompt": "Q?", "chosen": "good", "rejected": None}, "bad", ["'rejected' is null"]),
     ({"prompt": None, "chosen": "good", "rejected": "bad"}, "bad", ["'prompt' is null"]),
     ({"chosen": "good", "rejected": "bad"}, "bad", ["missing field 'prompt'"]),
+    ({"promt": "Q?", "chosen": "good", "rejected": "bad"}, "bad", ["missing field 'prompt'", "is 'promt' meant?"]),
+    ({"messages": [USER, GOOD]}, "bad", ["missing field 'chosen'", "a dialogue is for sft (inspect --kind dialogues)"]),
     ({"chosen": [GOOD], "rejected": [BAD]}, "bad", ["missing field 'prompt'"]),
     ({"text": "x", "winner": "y"}, "bad", ["unknown column names", "text, winner", "prompt + chosen + rejected"]),
     ({}, "bad", ["unknown column names", "no columns"]),

@@ -245,7 +245,7 @@ def readable(row: Row) -> Readable:
 def missing(row: Row, name: str, detail: str) -> BadRow:
     """What to raise where a row has no `name`, told apart from one that has it and is null."""
     if isinstance(row, Readable) and name in row.nulls:
-        return BadRow(f"'{name}' is null", "give it a value, or remove the row")
+        return BadRow(f"'{name}' is null", "or its cell of a table is empty; give it a value, or remove the row")
     return BadRow(f"missing field '{name}'", detail)
 
 

@@ -106,7 +106,7 @@ def _parse(row: Readable, needs_pairs: bool, compared: bool) -> Pair:
     extras = {name: evidence_of(row[name], name) for name in EXTRA_COLUMNS if name in row}
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
-    if not COLUMNS.intersection(row):
+    if not COLUMNS.intersection(row) and "messages" not in row:
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     for name in ("chosen", "rejected"):
         if name not in row:
@@ -141,11 +141,16 @@ def blank_response(name: str) -> BadRow:
 
 
 def _missing(row: Readable, name: str) -> BadRow:
-    close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
-    hint = f"; is {close[0]!r} meant?" if close else ""
+    hint = _hint(row, name)
     dialogue = {"messages", "conversations"} & row.keys()
     understood = "a dialogue is for sft (inspect --kind dialogues)" if dialogue else UNDERSTOOD
     return missing(row, name, f"{columns_of(row)}{hint}; {understood}")
+
+
+def _hint(row: Readable, name: str) -> str:
+    """A column that may be `name` with a slip of the pen."""
+    close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
+    return f"; is {close[0]!r} meant?" if close else ""
 
 
 def _check_roles(messages: tuple[Message, ...], severity: Severity = "bad") -> None:
@@ -243,7 +248,7 @@ def _explicit(prompt: tuple[tuple[Message, ...], str | None], row: dict[str, Any
     return Pair(messages, *answers, raw=None if raw is None else (raw, texts[0], texts[1]), extras=extras)
 
 
-def _implicit(row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
+def _implicit(row: Readable, extras: dict[str, Evidence]) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _implicit_text(text_of(chosen, "chosen"), text_of(rejected, "rejected"), row, extras)
@@ -267,12 +272,12 @@ def _implicit(row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
     return Pair(prompt, chosen, rejected, raw=raw, extras=extras)
 
 
-def _implicit_text(chosen: str, rejected: str, row: dict[str, Any], extras: dict[str, Evidence]) -> Pair:
+def _implicit_text(chosen: str, rejected: str, row: Readable, extras: dict[str, Evidence]) -> Pair:
     cuts = []
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         cut = text.rfind(ASSISTANT)
         if cut < 0:
-            detail = f"{columns_of(row)}, and '{name}' has no \"\\n\\nAssistant:\" to find a prompt by"
+            detail = f"{columns_of(row)}{_hint(row, 'prompt')}; '{name}' has no \"\\n\\nAssistant:\" to find one by"
             raise missing(row, "prompt", detail)
         cuts.append(cut)
     if chosen[: cuts[0]] != rejected[: cuts[1]]:
