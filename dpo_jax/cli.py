@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 from dpo_jax import __version__, config
 from dpo_jax.config.names import option
 from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
-from dpo_jax.errors import DoesNotFit, InputError, full_disk
+from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
@@ -35,7 +35,7 @@ _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmu
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for bad input (one line on stderr), 3 for a plan that does not fit,
-    130 for Ctrl-C."""
+    130 for Ctrl-C and 143 for SIGTERM, a training run's too, which has saved all and said so."""
     args = list(sys.argv[1:] if argv is None else argv)
     # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DoesNotFit as answer:
         print(f"{PROGRAM}: {answer}", file=sys.stderr)
         return DOES_NOT_FIT
+    except Stopped as stopped:  # and it has said so
+        return stopped.code
     except KeyboardInterrupt:
         return _failed(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # the reader of our output went away (`dpo-jax inspect ... | head`)

@@ -2,11 +2,13 @@
 
 Everything that a user can mend (a file, a row, a field, an option, a shape that does not divide) is raised as
 `InputError`. The command line prints its message as one line and exits with code 2; any other exception is a bug, but
-for `DoesNotFit`, which is the answer of `dpo-jax plan` where it is no, and for a full disk (`full_disk`).
+for `DoesNotFit`, which is the answer of `dpo-jax plan` where it is no, for `Stopped`, which is no error, and for a full
+disk (`full_disk`).
 """
 
 import errno
 import os
+import signal
 
 _FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
@@ -17,6 +19,19 @@ class InputError(ValueError):
 
 class DoesNotFit(Exception):
     """A plan that needs more memory than its devices have. The command line prints the one line and exits with 3."""
+
+
+class Stopped(Exception):
+    """A signal stopped a run of which all is saved, and which has said how to go on: so end the stages around it.
+
+    Attributes:
+      code: what the command line exits with, as shells have it of a process that a signal ended: 130 after Ctrl-C, 143
+        after SIGTERM.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}, all saved")
+        self.code = 128 + number
 
 
 def full_disk(error: BaseException) -> str | None:

@@ -1,6 +1,7 @@
 """The command line as words: parsing, names, recipes, one-line errors. No command does its work here."""
 
 import ast
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from dpo_jax import __version__, cli, config
 from dpo_jax.config import DPORun
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -236,6 +237,18 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(cli, "_run", stop)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "dpo-jax: interrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_a_signal_stopped_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    def stop(args: list[str]) -> int:
+        raise Stopped(number)
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert cli.main(["recipe", "frontier"]) == code
+    assert capsys.readouterr().err == "", "the run has said how to go on"
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

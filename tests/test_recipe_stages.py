@@ -1,12 +1,13 @@
 """The stage runner of all recipes: each stage once, stopped and gone on with, refused where something changed."""
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run.folder import RunFolder
 from dpo_jax.run.recipes.stages import RECORD, Recipe, Stage, content, last_figures
 
@@ -32,11 +33,12 @@ class Chain:
         self.done.append("run")
         folder = RunFolder(self.out / "run", "dpo", {})
         folder.claim({})
-        if not self.stops:
-            folder.finish()
+        if self.stops:
+            raise Stopped(signal.SIGTERM)
+        folder.finish()
         return {}
 
-    def perform(self, source: Path, size: int = 1) -> bool:
+    def perform(self, source: Path, size: int = 1) -> None:
         first, second = self.out / "first.txt", self.out / "second.txt"
         recipe = Recipe("chain", Options(str(self.out), size), Options(str(self.out), size))
         stages = [
@@ -44,10 +46,8 @@ class Chain:
             Stage("a run", (first,), self.out / "run", self.train),
             Stage("second", (first, self.out / "run"), second, lambda: self.copy(first, second)),
         ]
-        whole = recipe.perform(stages)
-        if whole:
-            recipe.finish()
-        return whole
+        recipe.perform(stages)
+        recipe.finish()
 
 
 @pytest.fixture
@@ -59,17 +59,19 @@ def source(tmp_path: Path) -> Path:
 def test_each_stage_is_done_once(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture) -> None:
     chain = Chain(tmp_path / "out")
     chain.stops = True
-    assert not chain.perform(source)
+    with pytest.raises(Stopped) as stopped:
+        chain.perform(source)
+    assert stopped.value.code == 143
     assert chain.done == ["first.txt", "run"]
     assert "stopped; the same command goes on with it (1 stages after it)" in capsys.readouterr().err
     chain.stops = False
-    assert chain.perform(source)
+    chain.perform(source)
     assert chain.done == ["first.txt", "run", "run", "second.txt"]
     said = capsys.readouterr().err
     assert "3 stages, 1 done" in said
     assert "[1/3] first: done (letters 2, half 0.5)" in said
     assert (tmp_path / "out" / "second.txt").read_text() == "a++"
-    assert chain.perform(source)
+    chain.perform(source)
     assert len(chain.done) == 4
     assert capsys.readouterr().err == ""
 
@@ -84,14 +86,15 @@ def test_what_was_lost_is_made_again(tmp_path: Path, source: Path) -> None:
     chain = Chain(tmp_path / "out")
     chain.perform(source)
     (tmp_path / "out" / "second.txt").unlink()
-    assert chain.perform(source)
+    chain.perform(source)
     assert chain.done[3:] == ["second.txt"]
 
 
 def test_other_options_and_other_inputs_are_refused(tmp_path: Path, source: Path) -> None:
     chain = Chain(tmp_path / "out")
     chain.stops = True
-    chain.perform(source)
+    with pytest.raises(Stopped):
+        chain.perform(source)
     with pytest.raises(InputError, match=r"has --size 1, this command has 2"):
         chain.perform(source, size=2)
     source.write_text("b")

@@ -27,7 +27,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.data.dataset import load_preferences
 from dpo_jax.data.loader import PreferenceLoader
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import dpo as run_dpo
 from dpo_jax.run import training
 from dpo_jax.run.log import read_metrics
@@ -153,7 +153,9 @@ def test_stopped_and_resumed_is_exact(
 ) -> None:
     with monkeypatch.context() as patch:
         stop_after(3, patch)
-        run_dpo.train(options(inputs, tmp_path / "run"))
+        with pytest.raises(Stopped) as stopped:
+            run_dpo.train(options(inputs, tmp_path / "run"))
+    assert stopped.value.code == 143
     assert "stopped after step 3 of 6" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
     run_dpo.train(options(inputs, tmp_path / "run"))
@@ -165,7 +167,8 @@ def test_stopped_and_resumed_is_exact(
 def test_resumed_on_another_mesh(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_after(3, patch)
-        run_dpo.train(options(inputs, tmp_path / "run"))
+        with pytest.raises(Stopped):
+            run_dpo.train(options(inputs, tmp_path / "run"))
     run_dpo.train(options(inputs, tmp_path / "run", mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     for row, expected in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
@@ -178,7 +181,8 @@ def test_other_data_under_the_same_name_is_refused(
     data = tiny.preferences(tmp_path / "data.jsonl", rows=20)
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
+        with pytest.raises(Stopped):
+            run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
     tiny.preferences(data, rows=20, seed=9)
     with pytest.raises(InputError, match="belongs to another run: the data is"):
         run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
@@ -431,7 +435,8 @@ def test_several_files_with_weights_and_a_share_held_out(
     assert [row["step"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "eval_loss" in row] == [6, 12]
     with monkeypatch.context() as patch:
         stop_after(5, patch)
-        run_dpo.train(resumed)
+        with pytest.raises(Stopped):
+            run_dpo.train(resumed)
     assert not (tmp_path / "resumed" / "model").exists()
     run_dpo.train(resumed)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")

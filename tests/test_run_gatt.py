@@ -26,7 +26,7 @@ from dpo_jax.config import (
     TrainConfig,
 )
 from dpo_jax.data.token_loader import TokenLoader
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import gatt, gatt_dialogues, training
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.rows import read_lines
@@ -208,7 +208,8 @@ def test_stopped_in_every_stage_and_resumed_is_exact(
             file.write(b'{"dialogue": 3, "tu')  # a line cut by a kill
     with monkeypatch.context() as patch:
         stop_training(patch)
-        gatt.gatt(run)
+        with pytest.raises(Stopped):
+            gatt.gatt(run)
     assert "stopped after step 2 of 3" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
     with monkeypatch.context() as patch:

@@ -58,10 +58,10 @@ def spawn(inputs: Path, *words: str, devices: int = 1) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """Wait; what the process said. It must have ended well."""
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Wait; what the process said. It must have ended with this code."""
     said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     return said
 
 
@@ -115,12 +115,13 @@ def test_killed_at_random_steps_and_rerun(inputs: Path, tmp_path: Path, rank: in
 
 
 @pytest.mark.slow
-def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"
     process = start(inputs, out)
     wait_for_rows(process, out, 5)
-    process.send_signal(signal.SIGTERM)
-    said = finish(process)
+    process.send_signal(number)
+    said = finish(process, 128 + number)
     assert "all saved; the same command goes on from there" in said
     done = len(metrics(out))
     assert 5 <= done < STEPS
@@ -172,7 +173,7 @@ def test_preempted_and_killed_then_restarted_with_other_counts(inputs: Path, tmp
     told = start_together(inputs, out, 2)
     wait_for_rows(told[0], out, 5)
     told[1].send_signal(signal.SIGTERM)
-    said = [finish(process) for process in told]
+    said = [finish(process, 143) for process in told]
     done = len(metrics(out))
     assert 5 <= done < TOGETHER
     assert (out / "checkpoints" / str(done)).is_dir()

@@ -29,7 +29,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptLoader, load_prompts
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import ppo as run_ppo
 from dpo_jax.run import training
 from dpo_jax.run.log import read_metrics
@@ -179,7 +179,8 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(PromptLoader, "__next__", stopping)
-        run_ppo.train(config)
+        with pytest.raises(Stopped):
+            run_ppo.train(config)
     assert len(runs.metrics(out)) == 5
     assert not (out / "model").exists()
     assert (out / "checkpoints" / "5").is_dir()

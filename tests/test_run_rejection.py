@@ -36,7 +36,7 @@ from dpo_jax.config import (
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptDataset, load_prompts
 from dpo_jax.data.token_loader import TokenLoader
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import best_responses, rejection, rejection_report, responses, training
 from dpo_jax.run.rows import RowsFile, read_lines
 from dpo_jax.weights.pretrained import load_pretrained
@@ -228,7 +228,8 @@ def test_killed_in_each_stage(inputs: Path, whole: Path, tmp_path: Path, capsys:
     killed(lambda patch: stop_in_training(patch, kill=True))
     with pytest.MonkeyPatch.context() as patch:
         stop_in_training(patch, kill=False)
-        rejection.train(config)
+        with pytest.raises(Stopped):
+            rejection.train(config)
     assert "stopped after step 5 of 12" in capsys.readouterr().err
     assert not (out / "iteration-1" / "sft" / "model").exists()
     killed(lambda patch: die_in("iteration-1/heldout.jsonl", 1, patch))

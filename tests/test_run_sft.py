@@ -26,7 +26,7 @@ from dpo_jax.config import (
     TrainConfig,
 )
 from dpo_jax.data.token_loader import TokenLoader
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
 from dpo_jax.run.log import read_metrics
@@ -155,7 +155,8 @@ def test_stopped_and_resumed_is_exact(
 ) -> None:
     with monkeypatch.context() as patch:
         stop_after(5, patch)
-        run_sft.train(options(inputs, tmp_path / "run"))
+        with pytest.raises(Stopped):
+            run_sft.train(options(inputs, tmp_path / "run"))
     assert "stopped after step 5 of 8" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
     run_sft.train(options(inputs, tmp_path / "run"))
@@ -175,7 +176,8 @@ def test_a_sampled_run_resumes_exactly(inputs: Path, tmp_path: Path, monkeypatch
     run_sft.train(options(inputs, tmp_path / "whole", **changes))
     with monkeypatch.context() as patch:
         stop_after(2, patch)
-        run_sft.train(options(inputs, tmp_path / "run", **changes))
+        with pytest.raises(Stopped):
+            run_sft.train(options(inputs, tmp_path / "run", **changes))
     run_sft.train(options(inputs, tmp_path / "run", **changes))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     rows = runs.metrics(tmp_path / "run")

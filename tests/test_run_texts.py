@@ -30,7 +30,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.data.documents import load_documents
 from dpo_jax.data.text_windows import TextLoader
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run import sft as run_sft
 from dpo_jax.run import training
 from dpo_jax.run.log import read_metrics
@@ -138,7 +138,8 @@ def test_a_run_that_was_stopped_goes_on_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_sft.sft, "jit_train_step", stopping)
-        run_sft.train(config)
+        with pytest.raises(Stopped):
+            run_sft.train(config)
     assert len(asked) < STEPS
     assert "stopped after step" in capsys.readouterr().err
     out = run_sft.train(config)

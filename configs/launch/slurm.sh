@@ -80,8 +80,9 @@ fi
 code=0
 "${start[@]}" || code=$?
 if [ -f "$out/run.json" ] && grep -q '"finished": true' "$out/run.json"; then exit "$code"; fi
-# 0: stopped by a signal, all saved; 75: a process was lost; beyond 128: killed. Anything else is an error to mend.
-if [ "$code" -eq 0 ] || [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
+# 143 (130): stopped by a signal, all saved; 75: a process was lost; others beyond 128: killed. Anything else is an error
+# to mend.
+if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -34,7 +34,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.run import demo_report, dpo
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.continuations import Writer, make_pairs
-from dpo_jax.run.folder import RunFolder, as_json, write_atomically
+from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import say
 from dpo_jax.run.openings import review_openings
@@ -155,8 +155,6 @@ def _demo(run: DemoRun, size: Size) -> Path:
     clock.stage("[4/5] DPO on the pairs")
     training = training_run(run, size)
     folder = dpo.train(training)
-    if RunFolder(folder, "dpo", as_json(training)).open() != "finished":
-        return out  # it was told to stop, and has said how to go on
 
     clock.stage(f"[5/5] {size.unseen} unseen openings after training")
     _, aligned = load_pretrained(folder / "model")

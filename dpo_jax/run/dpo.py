@@ -105,8 +105,6 @@ def train(config: DPORun) -> Path:
         evaluate=None if heldout is None else evaluator(heldout, config=step_config, mesh=mesh, **evaluation),
         flops_of=dpo_flops(flops, step_config),
     )
-    if final is None:
-        return training.out
 
     # -------------------------------------------------------------- the aligned model, and the report
     return training.finish(

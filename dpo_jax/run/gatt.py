@@ -96,8 +96,7 @@ def gatt(run: GattRun) -> Path:
     writers.release()
     if not options.evaluate_only:
         say("[4/5] fine-tuning on the dialogues")
-        if not _fine_tune(run, out):
-            return out  # it was told to stop, and has said how to go on
+        _fine_tune(run, out)
         say("[5/5] the unseen dialogues after training")
         writers.write(str(out), out / "after.jsonl", "after", plan.evaluation, "evaluation", "first")
         writers.release()
@@ -238,16 +237,13 @@ def training_run(run: GattRun) -> SFTRun:
     )
 
 
-def _fine_tune(run: GattRun, out: Path) -> bool:
-    """Train, and bring the model to OUT/model. False where training was told to stop before its end."""
+def _fine_tune(run: GattRun, out: Path) -> None:
+    """Train, and bring the model to OUT/model."""
     if (out / "model").is_dir():
         say(f"fine-tuning: done, the model is in {out / 'model'}")
-        return True
+        return
     training = training_run(run)
     folder = sft.train(training)
-    if RunFolder(folder, "sft", as_json(training)).open() != "finished":
-        return False
     for name in ("adapter", "model"):  # the model last: where it is, all is done
         if (folder / name).is_dir():
             (folder / name).rename(out / name)
-    return True

@@ -76,11 +76,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the loop hands back: the last state, and whether all steps were done or a signal stopped it."""
+    """What the loop hands back: the last state, its step, and the signal that asked to stop, if one did."""
 
     state: TrainState
     step: int
-    finished: bool
+    stopped_by: int | None = None
 
 
 def fit(
@@ -160,7 +160,7 @@ def fit(
         checkpoints.wait()
     if not stopping and done != plan.steps:
         raise RuntimeError(f"the loader ended at step {done} of {plan.steps}")
-    return Outcome(state, done, finished=done == plan.steps)
+    return Outcome(state, done, stop.number if stopping else None)
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
+        self.number: int = signal.SIGTERM  # that of which other processes have heard
         self._before: dict[int, Any] = {}
         self._together = jax.process_count() > 1
         self._pipe: tuple[int, int] | None = None
@@ -289,7 +290,7 @@ class StopRequest:
                 end_now(INTERRUPTED, "interrupted")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._asked, self.number = True, number
         if self._together:
             signal.raise_signal(signal.SIGTERM)
 

@@ -116,8 +116,6 @@ def train(config: PPORun) -> Path:
         flops_of=ppo_flops(flops, step_config),
         prepare=rollouts.prepare,
     )
-    if final is None:
-        return training.out
 
     # -------------------------------------------------------------- the model, and the report
     told = progress(read_metrics(training.out / "metrics.jsonl"))

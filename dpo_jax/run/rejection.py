@@ -70,8 +70,7 @@ def train(config: RejectionRun) -> Path:
         writer.close()  # the judge and the optimizer need the room
         run.judge_heldout(t - 1)
         pool = run.choose(samples, pool, t)
-        if not run.fine_tune(model, t):
-            return run.out  # it was told to stop, and has said how to go on
+        run.fine_tune(model, t)
         model = str(run.folder(t) / "sft")
     writer = run.sampler(model)
     run.answer_heldout(writer, iterations)
@@ -284,8 +283,8 @@ class _Run:
         distributed.barrier(f"chosen {iteration}")
         return pool
 
-    def fine_tune(self, model: str, iteration: int) -> bool:
-        """`dpo-jax sft` on what is learnt; False where a signal stopped it."""
+    def fine_tune(self, model: str, iteration: int) -> None:
+        """`dpo-jax sft` on what is learnt."""
         config, out = self.config, self.folder(iteration) / "sft"
         if not _finished(out):
             own = {f.name for f in dataclasses.fields(config)}
@@ -296,7 +295,6 @@ class _Run:
             files = str(self.folder(iteration) / "sft.jsonl")
             data = dataclasses.replace(config.data, files=files, limit=None, columns=None, date=date)
             sft.train(SFTRun(**(shared | {"model": model, "out": str(out), "data": data})))
-        return _finished(out)
 
     def finish(self, pool: Sequence[Row]) -> Path:
         """The last model, the pool, the report; and the run is finished."""

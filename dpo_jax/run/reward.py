@@ -71,8 +71,6 @@ def train(config: RewardRun) -> Path:
         evaluate=evaluate,
         flops_of=reward_flops(ModelFlops.of(model.config, config.lora, outputs=1)),
     )
-    if final is None:
-        return training.out
 
     # -------------------------------------------------------------- the reward model, and the report
     rows = read_metrics(training.out / "metrics.jsonl")

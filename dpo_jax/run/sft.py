@@ -60,8 +60,6 @@ def train(config: SFTRun) -> Path:
         evaluate_first=True,
         flops_of=sft_flops(flops),
     )
-    if final is None:
-        return training.out
 
     # -------------------------------------------------------------- the model, and the report
     done = "trained on the text of" if config.data.kind == "text" else "fine-tuned on"

@@ -7,7 +7,7 @@ A command asks for these in the order of a run:
     ...                                            # data, loaders
     resolved = training.resolve(loader.total_steps)
     ...                                            # weights, state
-    state = training.fit(state, step, loader, ...) # None: stopped by a signal, all saved
+    state = training.fit(state, step, loader, ...) # raises Stopped at a signal, all saved
     training.finish(model, state, tokenizer, report=...)
 """
 
@@ -30,7 +30,7 @@ from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import PreferenceLoader
 from dpo_jax.data.row_mixture import read_mixture
 from dpo_jax.data.templates import with_template
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -186,7 +186,7 @@ class Training(Generic[Config]):
         evaluate_first: bool = False,
         flops_of: Callable[[Any], float] | None = None,
         prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
-    ) -> TrainState | None:
+    ) -> TrainState:
         """Go on from the newest checkpoint, or begin, and train to the end.
 
         Args:
@@ -200,7 +200,10 @@ class Training(Generic[Config]):
           prepare: see `loop.fit`.
 
         Returns:
-          The last state; None where a signal stopped the run before its end (all is saved, and said).
+          The last state.
+
+        Raises:
+          Stopped: a signal asked to stop; all is saved, and said.
         """
         config = self.config
         total = config.train.steps
@@ -253,12 +256,12 @@ class Training(Generic[Config]):
             )
         checkpoints.close()
         loader.close()
-        if outcome.finished:
+        if outcome.stopped_by is None:
             return outcome.state
         self.say(
             f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
         )
-        return None
+        raise Stopped(outcome.stopped_by)
 
     # ---------------------------------------------------------------- results
 

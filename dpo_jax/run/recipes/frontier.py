@@ -99,8 +99,7 @@ def recipe(run: FrontierRun) -> Path:
     show_log()
     folder = Recipe("frontier", run, dataclasses.replace(run, recipe=run.sizes))
     work = Frontier(run, folder.out)
-    if not folder.perform(work.stages()):
-        return folder.out
+    folder.perform(work.stages())
     folder.finish()
     frontier_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
     return folder.out

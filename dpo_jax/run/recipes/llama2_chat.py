@@ -55,8 +55,7 @@ def recipe(run: Llama2ChatRun) -> Path:
     show_log()
     folder = Recipe("llama2_chat", run, run)
     chat = Llama2Chat(run, folder.out)
-    if not folder.perform(chat.stages()):
-        return folder.out
+    folder.perform(chat.stages())
     folder.finish()
     llama2_chat_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
     return folder.out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.run.folder import RunFolder, as_json, is_finished, write_atomically
 from dpo_jax.run.log import read_metrics, say
 
@@ -29,8 +29,7 @@ class Stage:
       name: what it is called, on the screen and in the record.
       inputs: files, folders and names that it reads.
       output: file or run folder that it makes; whole once it is there, a run folder once its run has finished.
-      work: does it, or goes on with it, and returns its figures. It may stop early (at a signal): then the output is
-        not whole.
+      work: does it, or goes on with it, and returns its figures. `Stopped` where a signal ended it early.
     """
 
     name: str
@@ -68,11 +67,11 @@ class Recipe:
             except (OSError, ValueError, TypeError) as error:
                 raise InputError(f"{self.out / RECORD}: not readable; choose another --out") from error
 
-    def perform(self, stages: Sequence[Stage]) -> bool:
-        """Do the stages that are not done. False where one of them stopped early: the same command goes on there."""
+    def perform(self, stages: Sequence[Stage]) -> None:
+        """Do the stages that are not done. `Stopped` where a signal stopped one: the same command goes on there."""
         remaining = [stage.name for stage in stages if not self._is_done(stage)]
         if self.status == "finished" and not remaining:
-            return True
+            return
         self._folder.claim(self._resolved)
         say(f"recipe {self._name}: {len(stages)} stages, {len(stages) - len(remaining)} done; results in {self.out}")
         for number, stage in enumerate(stages, 1):
@@ -83,11 +82,12 @@ class Recipe:
             say(head)
             start = time.monotonic()
             read = {str(source): content(source) for source in stage.inputs}
-            figures = dict(stage.work())
-            if not stage.whole:
+            try:
+                figures = dict(stage.work())
+            except Stopped:
                 left = len(stages) - number
                 say(f"{head}: stopped; the same command goes on with it ({left} stages after it)")
-                return False
+                raise
             seconds = round(time.monotonic() - start, 1)
             self._done[stage.name] = {
                 "inputs": read,
@@ -97,7 +97,6 @@ class Recipe:
             }
             write_atomically(self.out / RECORD, json.dumps(self._done, indent=2) + "\n")
             say(f"{head}: {_told(figures)}; {seconds:.0f} s")
-        return True
 
     def _is_done(self, stage: Stage) -> bool:
         """Raises `InputError` where its inputs have changed since."""
