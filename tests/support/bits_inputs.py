@@ -201,11 +201,9 @@ def build(folder: Path) -> None:
     grades = ("significantly better", "better", "slightly better", "negligibly better")
     rows(folder / "pairs.jsonl", pairs(16))
     rows(folder / "eval.jsonl", pairs(6, rating=lambda i: grades[i % 4], source=lambda i: f"s{i % 2}"))
-    rows(
-        folder / "rated.jsonl",
-        pairs(16, rating=lambda i: grades[i % 4], labels=lambda i: {"safety": ["safe", "unsafe"]}),
-    )
-    rows(folder / "safety.jsonl", pairs(16, rating=lambda i: grades[i % 4]))
+    for name in ("rated", "safety"):
+        labelled = pairs(16, rating=lambda i: grades[i % 4], labels=lambda _: {"safety": ["safe", "unsafe"]})
+        rows(folder / f"{name}.jsonl", labelled)
     for name, count in (("prompts", 8), ("heldout", 6)):
         asked = [{"prompt": f"{name[0]}{i} {sentence(rng, 2)}", "safety": i % 2 == 1} for i in range(count)]
         rows(folder / f"{name}.jsonl", asked)

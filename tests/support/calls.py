@@ -57,7 +57,7 @@ class Watcher:
     """Notes the calls of package functions that are given the value, from the first that has the command's options."""
 
     def __init__(self, package: Path, model: str, kind: str):
-        self.folder, self.model, self.kind = f"{package}{os.sep}", model, kind
+        self.name, self.folder, self.model, self.kind = package.name, f"{package}{os.sep}", model, kind
         self.journey, self.sections = Journey(), ()
         self.first, self.entry = f"{package}{os.sep}__main__.py", ""
         self._ours: dict[Any, bool] = {}
@@ -100,7 +100,8 @@ class Watcher:
         if back is not None and back.f_code.co_name == "<module>" and back.f_code.co_filename == self.first:
             self.entry = file
         for value in values:
-            if self.entry and dataclasses.is_dataclass(value) and getattr(value, "model", None) == self.model:
+            own = type(value).__module__.startswith(f"{self.name}.")  # else a class that the command line made
+            if self.entry and own and dataclasses.is_dataclass(value) and getattr(value, "model", None) == self.model:
                 home = sys.modules[type(value).__module__].__file__ or ""
                 if file != self.entry and os.path.dirname(file) != os.path.dirname(home):
                     self.sections = tuple(dict.fromkeys(classes(value)))
