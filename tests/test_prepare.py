@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def prepare(source: str, to: Path | str, **options: Any) -> dict[str, Any]:
     """Run the command; returns its report."""
-    command.prepare(PrepareRun(data=source, to=str(to), **options))
+    data = replace(options.pop("data", DataConfig()), files=source)
+    command.prepare(PrepareRun(data=data, to=str(to), **options))
     return {} if "://" in str(to) else json.loads((Path(to) / "1.0.0" / "report.json").read_text())
 
 
