@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from pairs import quick_jit
 
 from dpo_jax.align.sampled_softmax import draw, sampled_logps
+from dpo_jax.config.dpo import Loss
 from dpo_jax.model import logprobs, products
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -19,7 +21,7 @@ import bf16_gradients
 @pytest.mark.parametrize("chunks", [2, 256])
 def test_gradient_of_the_head_in_one_or_many_chunks(chunks):
     """4,096 tokens; a sum over the chunks in bfloat16 was off by 2 % with 256 of them, and sampled by 1.6 %."""
-    for way, found in bf16_gradients.head_errors(8, 512, 32, 256, chunks=chunks).items():
+    for way, found in bf16_gradients.head_errors(8, 512, 32, 256, chunks=chunks):
         assert found["head"] < 0.005, way
         assert found["hidden"] < 0.005, way
 
@@ -69,13 +71,28 @@ def test_scales_and_biases_sum_in_float32(which):
 
 
 @pytest.mark.slow
+def test_the_head_of_every_loss():
+    """4,096 tokens, the same bfloat16 hidden states in both; the output matrix, or the head that a loss reads."""
+    found = dict(bf16_gradients.loss_head_errors(16, 256, 32, 64, jit=quick_jit))
+    assert set(found) == set(bf16_gradients.LOSSES)
+    assert set(bf16_gradients.PREFERENCES) == set(get_args(Loss))
+    for loss, errors in found.items():
+        for name, error in errors.items():
+            assert error < 0.005, f"{loss}: {name}"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "losses"),
-    [({}, ("sft", "reward", "ppo")), ({"tied": True, "accumulate": 1}, ("sft sampled", "dpo with nll"))],
+    [
+        ({}, ("sft", "reward", "ppo", "grpo", *bf16_gradients.PREFERENCES)),
+        ({"tied": True, "accumulate": 1}, ("sft sampled", "dpo with nll")),
+        ({"lora": 4, "accumulate": 1}, ("sft", *bf16_gradients.PREFERENCES)),
+    ],
 )
 def test_every_parameter_of_a_model(kind, losses):
     """Two layers, 4,096 tokens, the head in pieces of one position a row, two micro-batches or one."""
-    found = bf16_gradients.step_errors(16, 256, 32, 64, chunks=128, losses=losses, jit=quick_jit, **kind)
+    found = dict(bf16_gradients.step_errors(16, 256, 32, 64, chunks=128, losses=losses, jit=quick_jit, **kind))
     assert set(found) == set(losses)
     for loss, errors in found.items():
         for name, error in errors.items():
