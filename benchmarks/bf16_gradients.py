@@ -111,11 +111,14 @@ def token_batch(rng: np.random.Generator, rows: int, length: int, vocab: int) ->
 def triples(rng: np.random.Generator, rows: int, length: int, vocab: int) -> PreferenceBatch:
     """Half a prompt and half a response, `length` tokens together; with a third response, mismatched, for KTO."""
     half = length // 2
-    lengths = rng.integers(half // 2, half + 1, (rows, 3)).astype(np.int32)
+    lengths, third = rng.integers(half // 2, half + 1, (rows, 2)), np.random.default_rng(2)
+    lengths = np.concatenate([lengths, third.integers(half // 2, half + 1, (rows, 1))], axis=1).astype(np.int32)
     return PreferenceBatch(
         prompts=draw_ids(rng, vocab, (rows, half)),
         prompt_lengths=np.full(rows, half, np.int32),
-        responses=draw_ids(rng, vocab, (rows, 3, half)),
+        responses=np.concatenate(
+            [draw_ids(rng, vocab, (rows, 2, half)), draw_ids(third, vocab, (rows, 1, half))], axis=1
+        ),
         response_lengths=lengths,
         weights=np.ones(rows, np.float32),
         rows=np.arange(rows, dtype=np.int32),
