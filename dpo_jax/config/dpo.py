@@ -103,3 +103,12 @@ class DPORun(HoldoutRun):
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
     dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+
+    def step_config(self) -> DPOConfig:
+        """What the step needs to know of these options."""
+        return DPOConfig(
+            **vars(self.dpo),
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            layout=self.train.layout,
+        )

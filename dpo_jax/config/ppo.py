@@ -237,6 +237,29 @@ class PPORun(TrainingRun):
         room = self.data.max_length - self.sample.max_new_tokens
         return min(self.data.prompt_room(self.sample.max_new_tokens), room)
 
+    def check_sizes(self, devices: int) -> None:
+        """Refuse sizes that do not divide over mini-batches, micro-batches and devices. Raises `InputError`."""
+        parts, pieces = self.ppo.minibatches * self.train.accumulate * devices, self.rollout_batch_size
+        require(
+            self.train.batch_size % parts == 0,
+            f"--train.batch_size {self.train.batch_size} does not divide by {parts} (--ppo.minibatches x"
+            f" --train.accumulate x devices that split the batch); choose a multiple of {parts}",
+        )
+        require(
+            pieces is None or pieces % devices == 0,
+            f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
+        )
+
+    def step_config(self) -> PPOConfig:
+        """What the step needs to know of these options."""
+        return PPOConfig(
+            **vars(self.ppo),
+            temperature=self.sample.temperature,
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            seed=self.train.seed,
+        )
+
 
 def is_url(judge: str | None) -> bool:
     """Whether a reward is asked for over HTTP."""

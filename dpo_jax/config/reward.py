@@ -148,6 +148,16 @@ class RewardRun(HoldoutRun):
         require(self.mix is None or self.mix_data is not None, "--mix has no effect without --mix_data")
         require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
 
+    def step_config(self) -> RewardConfig:
+        """What the step needs to know of these options."""
+        return RewardConfig(
+            **vars(self.reward),
+            seed=self.train.seed,
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            layout=self.train.layout,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRun(metaclass=RunOptions):

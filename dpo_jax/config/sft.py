@@ -97,3 +97,13 @@ class SFTRun(HoldoutRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.holdout is None or self.data.kind != "text", "--holdout has no effect with --data.kind text")
+
+    def step_config(self, *, packed: bool) -> SFTConfig:
+        """What the step needs to know of these options; `packed`: whether a window holds several sequences."""
+        return SFTConfig(
+            **vars(self.sft),
+            packed=packed,
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            seed=self.train.seed,
+        )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import dpo
-from dpo_jax.config import DPOConfig, DPOLossConfig, DPORun
+from dpo_jax.config import DPORun
 from dpo_jax.data import cuts
 from dpo_jax.data.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
 from dpo_jax.data.loader import eval_batches
@@ -65,7 +65,7 @@ def train(config: DPORun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = step_options(resolved)
+    step_config = resolved.step_config()
 
     # -------------------------------------------------------------- weights and the reference policy
     model, variables = training.load_model()
@@ -132,16 +132,6 @@ def _check_options(config: DPORun) -> None:
         raise InputError(
             "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference"
         )
-
-
-def step_options(config: DPORun) -> DPOConfig:
-    """What the step needs to know of a run's options."""
-    return DPOConfig(
-        **{f.name: getattr(config.dpo, f.name) for f in dataclasses.fields(DPOLossConfig)},
-        optimizer=config.optimizer,
-        accumulate=config.train.accumulate,
-        layout=config.train.layout,
-    )
 
 
 def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig, max_length: int) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.align import ppo
-from dpo_jax.config import PPOConfig, PPOLossConfig, PPORun
+from dpo_jax.config import PPORun
 from dpo_jax.data import cuts
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptDataset, PromptLoader, load_prompts
@@ -44,7 +44,7 @@ def train(config: PPORun) -> Path:
     if training is None:
         return Path(config.out)
     mesh = training.mesh
-    check_sizes(config, batch_parts(mesh))
+    config.check_sizes(batch_parts(mesh))
 
     # -------------------------------------------------------------- the model's shape, the prompts, the reward
     architecture, tokenizer = training.read_model_shape()
@@ -70,7 +70,7 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = _loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = dataclasses.replace(step_options(resolved), vocabulary=text_ids(tokenizer, architecture))
+    step_config = dataclasses.replace(resolved.step_config(), vocabulary=text_ids(tokenizer, architecture))
 
     # -------------------------------------------------------------- weights: policy, reference, value model
     model, variables = training.load_model()
@@ -132,33 +132,7 @@ def train(config: PPORun) -> Path:
     )
 
 
-def step_options(config: PPORun) -> PPOConfig:
-    """What the step needs to know of a run's options."""
-    return PPOConfig(
-        **{f.name: getattr(config.ppo, f.name) for f in dataclasses.fields(PPOLossConfig)},
-        optimizer=config.optimizer,
-        temperature=config.sample.temperature,
-        seed=config.train.seed,
-        accumulate=config.train.accumulate,
-    )
-
-
 # ---------------------------------------------------------------- checks
-
-
-def check_sizes(config: PPORun, devices: int) -> None:
-    """Refuse sizes that do not divide over mini-batches, micro-batches and devices."""
-    parts = config.ppo.minibatches * config.train.accumulate * devices
-    if config.train.batch_size % parts:
-        raise InputError(
-            f"--train.batch_size {config.train.batch_size} does not divide by {parts} (--ppo.minibatches x"
-            f" --train.accumulate x devices that split the batch); choose a multiple of {parts}"
-        )
-    if config.rollout_batch_size is not None and config.rollout_batch_size % devices:
-        raise InputError(
-            f"--rollout_batch_size {config.rollout_batch_size} does not divide over {devices} devices that split the"
-            " batch"
-        )
 
 
 def _check_context(config: PPORun, data: PromptDataset, architecture: LlamaConfig) -> None:

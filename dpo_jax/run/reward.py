@@ -1,12 +1,11 @@
 """`dpo-jax reward`: from a model and comparisons to a reward model, in the order in which it happens."""
 
-import dataclasses
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import reward
-from dpo_jax.config import RewardConfig, RewardLossConfig, RewardRun
+from dpo_jax.config import RewardRun
 from dpo_jax.data.comparison_sets import join, load_comparisons, mix, split_by_prompt
 from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.errors import InputError
@@ -50,7 +49,7 @@ def train(config: RewardRun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = preference_loader(config, data, **training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = step_options(resolved)
+    step_config = resolved.step_config()
 
     # -------------------------------------------------------------- weights, training
     model, variables = as_reward_model(*training.load_model())
@@ -87,17 +86,6 @@ def train(config: RewardRun) -> Path:
             *_groups(rows),
         ],
         classes=step_config.heads,
-    )
-
-
-def step_options(config: RewardRun) -> RewardConfig:
-    """What the step needs to know of a run's options."""
-    return RewardConfig(
-        **{f.name: getattr(config.reward, f.name) for f in dataclasses.fields(RewardLossConfig)},
-        optimizer=config.optimizer,
-        accumulate=config.train.accumulate,
-        layout=config.train.layout,
-        seed=config.train.seed,
     )
 
 

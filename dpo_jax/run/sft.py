@@ -1,10 +1,9 @@
 """`dpo-jax sft`: from a model and dialogues, or plain text, to a better model, in the order in which it happens."""
 
-import dataclasses
 from pathlib import Path
 
 from dpo_jax.align import sft
-from dpo_jax.config import SFTConfig, SFTLossConfig, SFTRun
+from dpo_jax.config import SFTRun
 from dpo_jax.errors import InputError
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.dialogues import Dialogues
@@ -39,7 +38,7 @@ def train(config: SFTRun) -> Path:
     # -------------------------------------------------------------- options that follow from the data
     planned = data.loader(**training.length)
     resolved = training.resolve(planned.total_steps)
-    step_config = step_options(resolved, packed=data.packed)
+    step_config = resolved.step_config(packed=data.packed)
 
     # -------------------------------------------------------------- weights, training
     model, variables = training.load_model()
@@ -78,17 +77,6 @@ def train(config: SFTRun) -> Path:
             *([] if heldout is None else heldout.sections("Evaluation data")),
         ],
         terminators=data.terminators,
-    )
-
-
-def step_options(config: SFTRun, *, packed: bool) -> SFTConfig:
-    """What the step needs to know of a run's options; `packed`: whether a window holds several sequences."""
-    return SFTConfig(
-        **{f.name: getattr(config.sft, f.name) for f in dataclasses.fields(SFTLossConfig)},
-        optimizer=config.optimizer,
-        accumulate=config.train.accumulate,
-        packed=packed,
-        seed=config.train.seed,
     )
 
 

@@ -23,9 +23,6 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
-from dpo_jax.run import dpo as run_dpo
-from dpo_jax.run import reward as run_reward
-from dpo_jax.run import sft as run_sft
 from dpo_jax.run.flops import ModelFlops, Work, dpo_flops, preference_work, reward_flops, sft_flops, token_work
 from dpo_jax.types import PreferenceBatch, TokenBatch
 from dpo_jax.weights.heads import as_reward_model
@@ -227,7 +224,7 @@ def apart(batch: PreferenceBatch) -> Work:
 
 def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
     """The step of preference training."""
-    config, rows = run_dpo.step_options(run), run.train.batch_size
+    config, rows = run.step_config(), run.train.batch_size
     k = 4 if config.loss == "kto" else 2  # of pairs, kto sees both mismatched
     more: Mapping[str, Any] = {}
     if config.mask_format_tokens:
@@ -252,7 +249,7 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
 
 def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
     """The step of a reward model."""
-    config, rows = run_reward.step_options(run), run.train.batch_size
+    config, rows = run.step_config(), run.train.batch_size
     more: dict[str, Any] = {}
     if config.margin != "none":
         more["margins"] = np.zeros(rows, np.float32)
@@ -281,7 +278,7 @@ def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Length
 def build_sft(run: SFTRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
     """The step of next-token training."""
     packed = run.data.documents != "joined" if run.data.kind == "text" else run.data.packing
-    config = run_sft.step_options(run, packed=packed)
+    config = run.step_config(packed=packed)
     batch = full_windows(run.train.batch_size, lengths.response, packed=packed)
     model = make_model(run, shape)
     state = sft.init_state(model, trained(run, model, mesh), config)

@@ -18,7 +18,6 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.run import ppo as run_ppo
 from dpo_jax.run.flops import ModelFlops, Work, preference_work
 from dpo_jax.run.planner import programs
 from dpo_jax.run.planner.programs import Lengths, Program
@@ -38,8 +37,8 @@ def reward_models(run: PPORun) -> int:
 
 def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str) -> Program:
     """The program `name` of a run."""
-    config = run_ppo.step_options(run)
-    run_ppo.check_sizes(run, batch_parts(mesh))
+    config = run.step_config()
+    run.check_sizes(batch_parts(mesh))
     model = programs.make_model(run, shape)
     variables = programs.trained(run, model, mesh)
     state = ppo.init_state(model, variables, config)
