@@ -24,16 +24,9 @@ from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import (
-    Training,
-    check_context,
-    preference_loader,
-    read_architecture,
-    read_preferences,
-    summaries,
-)
+from dpo_jax.run.training import Training, check_context, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.source import to_train
 
 

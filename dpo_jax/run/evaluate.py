@@ -28,8 +28,8 @@ from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.setting import Setting, check_output, load_data
-from dpo_jax.run.training import read_architecture
 from dpo_jax.types import PreferenceBatch
+from dpo_jax.weights.pretrained import read_architecture
 
 BETA = 0.1
 Answers = list[tuple[list[int], Response]]

@@ -38,9 +38,8 @@ from dpo_jax.run.gatt_dialogues import Outline, Plan, Writer, check_room, check_
 from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import say, show_log
 from dpo_jax.run.rows import Row, read_lines, write_lines
-from dpo_jax.run.training import read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 INPUTS = "inputs.json"

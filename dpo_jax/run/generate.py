@@ -29,7 +29,6 @@ from dpo_jax.run.rows import RowsFile
 from dpo_jax.sample import Finished, Request, beam_search, check_context, serve
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
-from dpo_jax.weights.source import resolve
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer, text_ids
 
 
@@ -261,7 +260,7 @@ def generate(run: GenerateRun) -> None:
     heads, prompts = _encode(run, encoder)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=0)
     if prompts:
-        architecture = read_architecture(resolve(run.model))
+        architecture = read_architecture(run.model)
         try:
             check_context(architecture, len(prompts[longest]), run.sample)
         except InputError as problem:

@@ -27,9 +27,9 @@ from dpo_jax.run.reward_functions import open_reward
 from dpo_jax.run.reward_model import check_score
 from dpo_jax.run.rollouts import Rollouts, Scorer, policy_of
 from dpo_jax.run.samples import SampleLog, progress, samples_section
-from dpo_jax.run.training import Training, read_architecture
+from dpo_jax.run.training import Training
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import text_ids
 

@@ -38,9 +38,9 @@ from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import as_json, write_atomically
 from dpo_jax.run.responses import Judges, Sampler, key_of, select, write_once, write_scores
 from dpo_jax.run.rows import Row, read_lines, write_lines
-from dpo_jax.run.training import Training, read_architecture
+from dpo_jax.run.training import Training
 from dpo_jax.weights.folder import new_folder
-from dpo_jax.weights.pretrained import has_adapters
+from dpo_jax.weights.pretrained import has_adapters, read_architecture
 from dpo_jax.weights.source import resolve, to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 

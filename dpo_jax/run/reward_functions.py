@@ -31,8 +31,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.run import distributed
 from dpo_jax.run.reward_code import PythonFunction
 from dpo_jax.run.reward_model import RewardModel, check_score
-from dpo_jax.run.training import read_architecture
 from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import read_architecture
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.log import say, show_log
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import read_architecture
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 

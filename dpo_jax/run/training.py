@@ -42,10 +42,10 @@ from dpo_jax.run.folder import RunFolder, as_json
 from dpo_jax.run.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.run.loop import Plan, fit
 from dpo_jax.state import TrainState, learning_rate_schedule
-from dpo_jax.weights import base, pretrained
+from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
-from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
-from dpo_jax.weights.source import resolve, to_train
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture, save_pretrained
+from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 Config = TypeVar("Config", bound=TrainingRun)
@@ -310,11 +310,6 @@ class Training(Generic[Config]):
             f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
         )
         return self.out
-
-
-def read_architecture(source: str | Path) -> LlamaConfig:
-    """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
-    return pretrained.read_architecture(resolve(source))
 
 
 def preference_loader(

@@ -67,8 +67,9 @@ def origin_folder(place: Source) -> Path | None:
     return None if base.kind == "gguf" else base.path
 
 
-def read_architecture(place: Source) -> LlamaConfig:
+def read_architecture(source: str | Path | Source) -> LlamaConfig:
     """The architecture of a checkpoint; names and shapes of its tensors are checked too, without reading them."""
+    place = source if isinstance(source, Source) else resolve(source)
     base = base_place(place)
     config = huggingface.read_config(base.path) if base.kind == "orbax" else open_tensors(base)[0]
     if place.kind == "peft":
@@ -79,7 +80,7 @@ def read_architecture(place: Source) -> LlamaConfig:
 def read_shape(source: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint, of which a config.json alone is read where there is one."""
     found = config_file(source)
-    return read_architecture(resolve(source)) if found is None else huggingface.read_config(found.parent)
+    return read_architecture(source) if found is None else huggingface.read_config(found.parent)
 
 
 def _adds_score(place: Source) -> bool:
