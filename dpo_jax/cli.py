@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_origin
 
 from dpo_jax import __version__, config
 from dpo_jax.config.names import option
@@ -156,7 +156,9 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     default, args = _split_recipe(word, args)
     args = _joined(args, command.lists)
     names = option_names(word)
-    _check_single(word, args, {"data", "eval_data", "mix_data"} - {*command.lists})
+    fields = dataclasses.fields(getattr(config, command.options))
+    several = {field.name for field in fields if get_origin(field.type) is tuple}
+    _check_single(word, args, {"data", "eval_data", "mix_data"} - {*command.lists} - several)
     args = _as_flags(args, {name for name in names if _negated(name) in names})
     given = {_check_name(word, token, names) for token in args if _is_option(token)}
     if default is None:
