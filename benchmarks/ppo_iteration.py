@@ -111,8 +111,8 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax import mesh as meshes
     from dpo_jax.align import ppo
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
-    from dpo_jax.data.dataset import Ragged
     from dpo_jax.data.prompts import Prompt, PromptDataset, PromptLoader
+    from dpo_jax.data.tokens.ragged import Ragged
     from dpo_jax.run.reward_functions import OfText
     from dpo_jax.run.rollouts import Rollouts, Scorer
     from dpo_jax.run.samples import SampleLog

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.sequences import SequenceDataset
+from dpo_jax.data.tokens.ragged import Ragged
 
 
 def lengths(n: int, longest: int, seed: int = 0) -> np.ndarray:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import collate, epoch_batches, plan_buckets
-from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.loader import PreferenceLoader, eval_batches
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 from dpo_jax.types import PreferenceBatch
 

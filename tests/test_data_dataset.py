@@ -9,8 +9,9 @@ import pytest
 from tokenizers_for_tests import byte_level, llama2
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.dataset import PreferenceDataset, Ragged, load_preferences, partners
+from dpo_jax.data.dataset import PreferenceDataset, load_preferences, partners
 from dpo_jax.data.inspect import pieces
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 CHATML = DataConfig(template="chatml", max_length=64, max_prompt_length=32)

@@ -8,7 +8,6 @@ import chex
 import numpy as np
 import pytest
 
-from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.documents import DocumentDataset
 from dpo_jax.data.text_windows import (
     PERIOD,
@@ -20,6 +19,7 @@ from dpo_jax.data.text_windows import (
     parse_sources,
     shares,
 )
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 BOS, EOS = 1, 2

@@ -8,8 +8,9 @@ import tiny
 
 from dpo_jax.config import DemoRun
 from dpo_jax.errors import InputError
+from dpo_jax.report.statistics import interval
 from dpo_jax.run import demo, demo_report
-from dpo_jax.run.continuations import interval, make_pairs
+from dpo_jax.run.continuations import make_pairs
 from dpo_jax.run.openings import review_openings
 from dpo_jax.run.rows import read_lines
 

@@ -30,12 +30,13 @@ from dpo_jax.config import (
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptLoader, load_prompts
 from dpo_jax.errors import InputError, Stopped
+from dpo_jax.report.samples import read_rows
 from dpo_jax.run import ppo as run_ppo
 from dpo_jax.run import training
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.reward_functions import OfText
 from dpo_jax.run.rollouts import Scorer
-from dpo_jax.run.samples import SampleLog, read_rows
+from dpo_jax.run.samples import SampleLog
 from dpo_jax.sample import generate
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer

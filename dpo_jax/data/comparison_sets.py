@@ -25,13 +25,14 @@ from dpo_jax.data.comparisons import (
     parse_replies,
 )
 from dpo_jax.data.cuts import RowCut
-from dpo_jax.data.dataset import PreferenceDataset, Ragged, held_out, joined_ragged
+from dpo_jax.data.dataset import PreferenceDataset, held_out, joined_ragged
 from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
 from dpo_jax.data.layouts import readable
 from dpo_jax.data.preferences import COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import Evidence
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]

@@ -17,36 +17,14 @@ from dpo_jax.data.cuts import summary as cuts_summary
 from dpo_jax.data.encode import ConversationEncoder, Rendered, cut_of, truncate
 from dpo_jax.data.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
 
 if TYPE_CHECKING:
     from dpo_jax.data.row_mixture import RowMixture
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """Sequences of unequal length in one flat array; item i is `values[starts[i] : starts[i + 1]]`."""
-
-    values: np.ndarray
-    starts: np.ndarray
-
-    @classmethod
-    def of(cls, items: Sequence[np.ndarray], dtype: Any) -> "Ragged":
-        """Join `items`, 1-D arrays."""
-        starts = np.zeros(len(items) + 1, np.int64)
-        np.cumsum([len(item) for item in items], out=starts[1:])
-        return cls(np.concatenate([np.zeros(0, dtype), *items]).astype(dtype, copy=False), starts)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.starts[i] : self.starts[i + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [len]."""
-        return np.diff(self.starts)
 
 
 def joined_ragged(a: Ragged, b: Ragged) -> Ragged:
@@ -306,3 +284,22 @@ def with_mismatched_responses(dataset: PreferenceDataset, max_length: int) -> Pr
         responses=Ragged.of(responses, np.int32),
         formats=None if dataset.formats is None else Ragged.of(formats, bool),
     )
+
+
+def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig, max_length: int) -> None:
+    """Raise `InputError` where a row, cut to `max_length`, is longer than the model's context."""
+    totals = dataset.prompt_lengths + dataset.response_lengths.max(axis=1)
+    check_context(dataset.source, dataset.row_numbers, totals, architecture, max_length)
+
+
+def check_context(
+    source: str, row_numbers: np.ndarray, lengths: np.ndarray, architecture: LlamaConfig, max_length: int
+) -> None:
+    """Raise `InputError` where a row of `lengths` tokens [N], cut to `max_length`, exceeds the model's context."""
+    longest = int(lengths.argmax())
+    if lengths[longest] > architecture.max_position:
+        raise InputError(
+            f"{source}, row {row_numbers[longest]}: {lengths[longest]} tokens under --data.max_length {max_length}, and"
+            f" the model's context is {architecture.max_position}; set --data.max_length to at most"
+            f" {architecture.max_position}"
+        )

@@ -24,12 +24,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.files import MAX_LINE, open_bytes, read_rows_or_problems
 from dpo_jax.data.layouts import column_of, parse_columns, renamed
 from dpo_jax.data.messages import columns_of, text_of
 from dpo_jax.data.problems import BadRow, Tally
 from dpo_jax.data.store import names_store
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 BLANK_LINE = "blank_line"

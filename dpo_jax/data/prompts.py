@@ -17,13 +17,13 @@ from dpo_jax.data.chat_tokenizer import end_of
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
 from dpo_jax.data.cuts import RowCut
 from dpo_jax.data.cuts import summary as cuts_summary
-from dpo_jax.data.dataset import Ragged
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.messages import Message
 from dpo_jax.data.preferences import PROMPT_COLUMNS, parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.steps_loader import StepsLoader, check_seed, run_length
 from dpo_jax.data.templates import RAW
+from dpo_jax.data.tokens.ragged import Ragged
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
 from dpo_jax.data.checked_rows import CheckedRows, OnBadRows, check_ids
-from dpo_jax.data.dataset import Ragged, held_out, joined_ragged
+from dpo_jax.data.dataset import held_out, joined_ragged
 from dpo_jax.data.dialogues import COLUMNS, RENDERED, parse_dialogue
 from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
 from dpo_jax.data.problems import BadRow
+from dpo_jax.data.tokens.ragged import Ragged
 
 if TYPE_CHECKING:
     from dpo_jax.data.row_mixture import RowMixture

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.align import rejection
+from dpo_jax.complete.k_responses import key_of
 from dpo_jax.config import RejectionConfig
 from dpo_jax.data.checked_rows import CheckedRows
 from dpo_jax.data.messages import text_of
@@ -20,7 +21,8 @@ from dpo_jax.data.preferences import parse_prompt
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.prompts import Prompt, PromptDataset
 from dpo_jax.errors import InputError
-from dpo_jax.run.responses import SCORED, Judges, as_matrix, key_of
+from dpo_jax.report.statistics import as_matrix
+from dpo_jax.run.responses import SCORED, Judges
 from dpo_jax.run.rows import Row
 
 

@@ -1,8 +1,7 @@
 """Texts that go on with openings: written, judged, and measured under a second model. For `demo` and the recipes."""
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,21 +11,19 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.complete.responses import Response, answers
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.messages import Message
 from dpo_jax.data.prompts import Prompt
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.run.generate import Response, answers
-from dpo_jax.run.judgement import kl_estimates
+from dpo_jax.report.statistics import by_prompt
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.reward_functions import RewardFunction, scores_of
 from dpo_jax.run.rows import Row, RowsFile, read_lines
 from dpo_jax.sample import Request
 from dpo_jax.types import PreferenceBatch
-
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -165,13 +162,6 @@ def opening_prompt(opening: str) -> Prompt:
     return Prompt((Message("user", opening),), opening)
 
 
-def by_prompt(rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
-    """The rows of each prompt, a text or a list of messages, in the order of the prompts."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
-    for group in groups.values():
-        yield group[0]["prompt"], group
 
 
 def make_pairs(rows: Sequence[Row], column: str = "score") -> list[Row]:
@@ -203,30 +193,9 @@ def make_pairs(rows: Sequence[Row], column: str = "score") -> list[Row]:
 # ---------------------------------------------------------------- figures
 
 
-def per_prompt(rows: Sequence[Row], column: str = "score") -> np.ndarray:
-    """Mean score of each prompt's samples [prompts], in order."""
-    return np.asarray([np.mean([row[column] for row in group]) for _, group in by_prompt(rows)])
 
 
-def log_ratios(rows: Sequence[Row]) -> np.ndarray:
-    """log policy - log reference of each text [rows], in nats: its mean over what the policy wrote estimates the KL."""
-    return np.asarray([np.sum(row["logps"]) - np.sum(row["reference_logps"]) for row in rows])
 
 
-def kl_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """KL(writer, reference) from what the writer wrote: see `judgement.kl_estimates`."""
-    width = max(len(row["ids"]) for row in rows)
-
-    def table(name: str) -> np.ndarray:
-        return np.asarray([[*row[name], *[0.0] * (width - len(row[name]))] for row in rows])
-
-    mask = np.arange(width) < np.asarray([len(row["ids"]) for row in rows])[:, None]
-    return kl_estimates(table("logps"), table("reference_logps"), mask)
 
 
-def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of independent `values` (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.complete.responses import terminators
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -35,7 +36,6 @@ from dpo_jax.run import demo_report, dpo
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.continuations import Writer, make_pairs
 from dpo_jax.run.folder import write_atomically
-from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import say
 from dpo_jax.run.openings import review_openings
 from dpo_jax.run.reward_functions import Judge, OfText

@@ -9,8 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dpo_jax.report.statistics import interval, kl_figures, per_prompt
 from dpo_jax.run import report
-from dpo_jax.run.continuations import interval, kl_figures, per_prompt
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.rows import Row
 from dpo_jax.run.text import health

@@ -7,12 +7,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
+from dpo_jax.data.dataset import check_context
 from dpo_jax.data.row_mixture import read_mixture
 from dpo_jax.data.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.run import report
-from dpo_jax.run.training import check_context
 from dpo_jax.types import TokenBatch
 
 

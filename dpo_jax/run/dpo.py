@@ -1,30 +1,32 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import dpo
 from dpo_jax.config import DPORun
-from dpo_jax.data import cuts
-from dpo_jax.data.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
+from dpo_jax.data.dataset import (
+    PreferenceDataset,
+    check_lengths,
+    load_preferences,
+    with_mismatched_responses,
+)
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
-from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.run import report
+from dpo_jax.report.datasets import data_section
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, dpo_flops
 from dpo_jax.run.heldout import evaluator
 from dpo_jax.run.reference import add_reference
-from dpo_jax.run.training import Training, check_context, preference_loader, read_preferences, summaries
+from dpo_jax.run.training import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.source import to_train
@@ -127,10 +129,6 @@ def _check_options(config: DPORun) -> None:
         )
 
 
-def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig, max_length: int) -> None:
-    """Raise `InputError` where a row, cut to `max_length`, is longer than the model's context."""
-    totals = dataset.prompt_lengths + dataset.response_lengths.max(axis=1)
-    check_context(dataset.source, dataset.row_numbers, totals, architecture, max_length)
 
 
 # ---------------------------------------------------------------- loading
@@ -195,22 +193,3 @@ def _fixed_part(config: DPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- report
 
 
-def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str, str]] = ()) -> report.Section:
-    """What was read, what was left out and why, and how long the texts are.
-
-    `taken`: (source, what the run takes of it), where there are several.
-    """
-    responses = data.response_lengths
-    lengths: dict[str, np.ndarray] = {"prompt": data.prompt_lengths}
-    lengths |= {
-        name: column[column > 0] for name, column in (("chosen", responses[:, 0]), ("rejected", responses[:, 1]))
-    }
-    counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
-    counts += [*taken, *cuts.counts(data.cuts)]
-    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-    return report.Section(
-        title,
-        note=data.source,
-        plots=(report.lengths_plot("Lengths", lengths),),
-        table=report.Table(("what", "rows"), counts),
-    )

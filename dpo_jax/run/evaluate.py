@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.complete.responses import Response, responses, terminators
 from dpo_jax.config import EvalRun
 from dpo_jax.data import cuts
 from dpo_jax.data.checked_rows import CheckedRows
@@ -25,7 +26,6 @@ from dpo_jax.run import evaluate_rewards, judgement
 from dpo_jax.run import text as texts
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import write_atomically
-from dpo_jax.run.generate import Response, responses, terminators
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.setting import Setting, check_output, load_data
 from dpo_jax.types import PreferenceBatch

@@ -11,11 +11,11 @@ from rich.table import Table
 from dpo_jax.config import EvalRun, RewardLossConfig
 from dpo_jax.data import cuts
 from dpo_jax.data.comparison_sets import load_comparisons
-from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.dataset import PreferenceDataset, check_lengths
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.errors import InputError
+from dpo_jax.report.datasets import data_section
 from dpo_jax.run import report, reward_judgement
-from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.folder import write_atomically
 from dpo_jax.run.log import say
 from dpo_jax.run.reward_model import RewardModel, check_score

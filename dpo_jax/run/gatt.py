@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import gatt as ghost
+from dpo_jax.complete.responses import terminators
 from dpo_jax.config import GattRun, SFTRun
 from dpo_jax.data.dialogues import parse_dialogue
 from dpo_jax.data.encode import ConversationEncoder
@@ -35,7 +36,6 @@ from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.day import with_day
 from dpo_jax.run.folder import RunFolder, as_json, write_atomically
 from dpo_jax.run.gatt_dialogues import Outline, Plan, Writer, check_room, check_template, make_plan, seed_of
-from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import say, show_log
 from dpo_jax.run.rows import Row, read_lines, write_lines
 from dpo_jax.weights.fingerprint import fingerprint

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import gatt
+from dpo_jax.complete.responses import answers
 from dpo_jax.config import GattRun, SampleConfig
 from dpo_jax.data.attributes import languages
 from dpo_jax.data.encode import ConversationEncoder
@@ -19,7 +20,6 @@ from dpo_jax.data.instructions import LANGUAGES, Instruction, read_instructions,
 from dpo_jax.data.user_turns import Turns, apart_from, chain, read_user_turns, split
 from dpo_jax.errors import InputError
 from dpo_jax.model.llama import Llama
-from dpo_jax.run.generate import answers
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.rows import Row, RowsFile, read_lines
 

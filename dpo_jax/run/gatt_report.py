@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.config import GattRun
+from dpo_jax.report.statistics import interval
 from dpo_jax.run import report
-from dpo_jax.run.continuations import interval
 from dpo_jax.run.folder import as_json
 from dpo_jax.run.log import read_metrics, say
 from dpo_jax.run.rows import Row, read_lines, write_lines

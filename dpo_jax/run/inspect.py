@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_jax.config import InspectRun
+from dpo_jax.data.dataset import check_context
 from dpo_jax.data.inspect import Piece, pieces, sequence_pieces
 from dpo_jax.data.sequences import load_dialogues
 from dpo_jax.data.text_windows import parse_sources
@@ -15,7 +16,6 @@ from dpo_jax.errors import InputError
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.log import say
 from dpo_jax.run.setting import load_data, load_vocabulary
-from dpo_jax.run.training import check_context
 from dpo_jax.types import CHOSEN, REJECTED
 
 STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}

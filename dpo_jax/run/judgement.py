@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.report.statistics import Figures
 from dpo_jax.types import CHOSEN, REJECTED
 
 COLUMNS = ("rating", "source")
@@ -17,7 +18,6 @@ COLUMNS = ("rating", "source")
 MOST_GROUPS = 50
 """A column with more values than this is no grouping (an id, a score with decimals) and gets no table."""
 
-Figures = dict[str, float]
 
 
 def _accuracy(scores: np.ndarray) -> float:
@@ -116,21 +116,3 @@ def _label(value: Any) -> str | int | float | bool | None:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def kl_estimates(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> Figures:
-    """Estimates of KL(policy, reference) from texts that the policy wrote (Schulman 2020).
-
-    Args:
-      policy, reference: [N, T] log-probability of each written token, at the temperature it was drawn at.
-      mask: bool [N, T], the tokens that are there.
-
-    Returns:
-      eval_kl (nats a response: mean of the summed log-ratio, k1), eval_kl_token (the same per token), and
-      eval_kl_token_k3 (mean of e^-d - 1 + d for the log-ratio d: never negative, less noisy for nearby policies).
-    """
-    ratio = np.where(mask, policy - reference, 0.0)
-    tokens = mask.sum()
-    return {
-        "eval_kl": float(ratio.sum(axis=1).mean()),
-        "eval_kl_token": float(ratio.sum() / tokens),
-        "eval_kl_token_k3": float(np.where(mask, np.expm1(-ratio) + ratio, 0.0).sum() / tokens),
-    }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.align import ppo
+from dpo_jax.complete.responses import terminators
 from dpo_jax.config import PPORun
 from dpo_jax.data import cuts
 from dpo_jax.data.encode import ConversationEncoder
@@ -18,15 +19,15 @@ from dpo_jax.data.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.run import report
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.flops import ModelFlops, ppo_flops
-from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import read_metrics
 from dpo_jax.run.reward_functions import open_reward
 from dpo_jax.run.reward_model import check_score
 from dpo_jax.run.rollouts import Rollouts, Scorer, policy_of
-from dpo_jax.run.samples import SampleLog, progress, samples_section
+from dpo_jax.run.samples import SampleLog
 from dpo_jax.run.training import Training
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture

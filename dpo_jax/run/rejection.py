@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.complete.k_responses import Sampler, key_of, select, write_once
 from dpo_jax.config import RejectionRun, SFTRun
 from dpo_jax.data.encode import ConversationEncoder
 from dpo_jax.data.prompts import PromptDataset, load_prompts
@@ -36,7 +37,7 @@ from dpo_jax.model.variables import shardings
 from dpo_jax.run import best_responses, distributed, rejection_report, sft
 from dpo_jax.run.config_keys import with_config_keys
 from dpo_jax.run.folder import as_json, write_atomically
-from dpo_jax.run.responses import Judges, Sampler, key_of, select, write_once, write_scores
+from dpo_jax.run.responses import Judges, write_scores
 from dpo_jax.run.rows import Row, read_lines, write_lines
 from dpo_jax.run.training import Training
 from dpo_jax.weights.folder import new_folder

@@ -14,12 +14,12 @@ import numpy as np
 
 from dpo_jax.align import rejection
 from dpo_jax.errors import InputError
+from dpo_jax.report.samples import prompt_text
+from dpo_jax.report.statistics import as_matrix
 from dpo_jax.run import report
 from dpo_jax.run.demo_report import interval
 from dpo_jax.run.folder import cannot_write
-from dpo_jax.run.responses import as_matrix
 from dpo_jax.run.rows import Row
-from dpo_jax.run.samples import prompt_text
 from dpo_jax.run.text import health
 
 MANY = 24

@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.align import reward
 from dpo_jax.config import RewardRun
 from dpo_jax.data.comparison_sets import join, load_comparisons, mix, split_by_prompt
-from dpo_jax.data.dataset import PreferenceDataset
+from dpo_jax.data.dataset import PreferenceDataset, check_lengths
 from dpo_jax.errors import InputError
+from dpo_jax.report.datasets import data_section
 from dpo_jax.run import report
 from dpo_jax.run.config_keys import with_config_keys
-from dpo_jax.run.dpo import check_lengths, data_section
 from dpo_jax.run.flops import ModelFlops, reward_flops
 from dpo_jax.run.heldout_rewards import evaluator
 from dpo_jax.run.log import Row, read_metrics

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, ClassHead, DataConfig
 from dpo_jax.data import cuts
-from dpo_jax.data.dataset import PreferenceDataset, Ragged
+from dpo_jax.data.dataset import PreferenceDataset
 from dpo_jax.data.encode import ScoredEncoder, cut_of, truncate
 from dpo_jax.data.loader import IndexedBatches, eval_batches
 from dpo_jax.data.messages import Message
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.templates import RAW
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig

@@ -21,11 +21,11 @@ from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import next_kl_coefficient
 from dpo_jax.align.rewards import whitened
+from dpo_jax.complete.responses import decode
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.run.generate import decode
 from dpo_jax.run.log import Row
 from dpo_jax.run.reward_functions import RewardFunction, scores_of, try_out
 from dpo_jax.run.samples import SampleLog

@@ -7,11 +7,11 @@ import numpy as np
 
 from dpo_jax.config import ClassHead, ScoreRun
 from dpo_jax.data.comparison_sets import load_responses
+from dpo_jax.data.dataset import check_lengths
 from dpo_jax.data.files import read_rows_or_problems
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.problems import BadRow
 from dpo_jax.run.config_keys import with_config_keys
-from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.folder import as_json
 from dpo_jax.run.log import ProgressBar, say
 from dpo_jax.run.reward_model import RewardModel, check_score

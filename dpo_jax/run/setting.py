@@ -12,13 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
-from dpo_jax.data.dataset import PreferenceDataset, load_preferences
+from dpo_jax.data.dataset import PreferenceDataset, check_lengths, load_preferences
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.templates import check_date
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.log import say, show_log
 from dpo_jax.run.reference import add_reference
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture

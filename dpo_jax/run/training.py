@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -351,17 +350,6 @@ def read_preferences(
     return data, heldout
 
 
-def check_context(
-    source: str, row_numbers: np.ndarray, lengths: np.ndarray, architecture: LlamaConfig, max_length: int
-) -> None:
-    """Raise `InputError` where a row of `lengths` tokens [N], cut to `max_length`, exceeds the model's context."""
-    longest = int(lengths.argmax())
-    if lengths[longest] > architecture.max_position:
-        raise InputError(
-            f"{source}, row {row_numbers[longest]}: {lengths[longest]} tokens under --data.max_length {max_length}, and"
-            f" the model's context is {architecture.max_position}; set --data.max_length to at most"
-            f" {architecture.max_position}"
-        )
 
 
 def _check_options(config: TrainingRun) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 from dpo_jax.config import RewardLossConfig, RewardRun
 from dpo_jax.data.comparison_sets import load_comparisons
 from dpo_jax.data.comparisons import parse_comparison
+from dpo_jax.data.dataset import check_lengths
 from dpo_jax.data.files import read_rows
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.problems import BadRow
 from dpo_jax.data.ratings import RATINGS
-from dpo_jax.run.dpo import check_lengths
 from dpo_jax.run.reward_judgement import figures
 from dpo_jax.run.reward_model import RewardModel
 from dpo_jax.run.rows import Row

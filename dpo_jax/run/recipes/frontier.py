@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dpo_jax.align.rejection import order_statistic
+from dpo_jax.complete.responses import terminators
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -47,11 +48,11 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
+from dpo_jax.report.statistics import by_prompt, interval, kl_figures, log_ratios, per_prompt
 from dpo_jax.run import dpo, ppo, sft
 from dpo_jax.run.config_keys import with_config_keys
-from dpo_jax.run.continuations import Writer, by_prompt, interval, kl_figures, log_ratios, make_pairs, per_prompt
+from dpo_jax.run.continuations import Writer, make_pairs
 from dpo_jax.run.folder import write_atomically
-from dpo_jax.run.generate import terminators
 from dpo_jax.run.log import show_log
 from dpo_jax.run.openings import review_openings
 from dpo_jax.run.recipes import frontier_report

@@ -1,0 +1,44 @@
+"""What a report shows of responses and their scores."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.run import report
+from dpo_jax.run.log import Row, read_metrics
+
+_SHOWN = 4
+
+
+def samples_section(path: Path) -> report.Section:
+    """Some responses of the first and of the last iteration, with their scores."""
+    rows = read_rows(path)
+    steps = sorted({row["step"] for row in rows})
+    shown = [row for step in dict.fromkeys((*steps[:1], *steps[-1:])) for row in _of_step(rows, step)]
+    cells = [(row["step"], prompt_text(row["prompt"]), row["response"], f"{row['score']:.4g}") for row in shown]
+    head = ("step", "prompt", "response", "score")
+    note = "The first responses of the first and of the last iteration; all of them are in samples.jsonl."
+    return report.Section("Samples", note, table=report.Table(head, cells, texts=("prompt", "response")))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a samples.jsonl."""
+    rows: list[Any] = read_metrics(path)
+    return rows
+
+
+def _of_step(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    return [row for row in rows if row["step"] == step][:_SHOWN]
+
+
+def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+    """A prompt as one text, for people."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def progress(rows: list[Row]) -> str:
+    """Score and KL divergence at the beginning and at the end, in one sentence."""
+    first, last = rows[0], rows[-1]
+    return (
+        f"Mean score {first['objective/scores']:.3f} in the first iteration and {last['objective/scores']:.3f} in the"
+        f" last, at a KL divergence of {last['objective/kl']:.2f} nats a response."
+    )

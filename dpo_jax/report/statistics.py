@@ -1,0 +1,78 @@
+"""Statistics of rows that reports share: means by prompt, log-ratios, KL divergences, intervals."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.run.rows import Row
+
+RESAMPLES = 10_000
+
+
+def by_prompt(rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
+    """The rows of each prompt, a text or a list of messages, in the order of the prompts."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
+    for group in groups.values():
+        yield group[0]["prompt"], group
+
+
+def per_prompt(rows: Sequence[Row], column: str = "score") -> np.ndarray:
+    """Mean score of each prompt's samples [prompts], in order."""
+    return np.asarray([np.mean([row[column] for row in group]) for _, group in by_prompt(rows)])
+
+
+def log_ratios(rows: Sequence[Row]) -> np.ndarray:
+    """log policy - log reference of each text [rows], in nats: its mean over what the policy wrote estimates the KL."""
+    return np.asarray([np.sum(row["logps"]) - np.sum(row["reference_logps"]) for row in rows])
+
+
+def kl_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """KL(writer, reference) from what the writer wrote: see `judgement.kl_estimates`."""
+    width = max(len(row["ids"]) for row in rows)
+
+    def table(name: str) -> np.ndarray:
+        return np.asarray([[*row[name], *[0.0] * (width - len(row[name]))] for row in rows])
+
+    mask = np.arange(width) < np.asarray([len(row["ids"]) for row in rows])[:, None]
+    return kl_estimates(table("logps"), table("reference_logps"), mask)
+
+
+def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent `values` (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def as_matrix(rows: Sequence[Row], prompts: int) -> np.ndarray:
+    """float32 [prompts, samples of all temperatures]: the scores, NaN where there is none."""
+    scores = [np.nan if row["score"] is None else row["score"] for row in rows]
+    return np.asarray(scores, np.float32).reshape(prompts, -1)
+
+
+Figures = dict[str, float]
+
+
+def kl_estimates(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> Figures:
+    """Estimates of KL(policy, reference) from texts that the policy wrote (Schulman 2020).
+
+    Args:
+      policy, reference: [N, T] log-probability of each written token, at the temperature it was drawn at.
+      mask: bool [N, T], the tokens that are there.
+
+    Returns:
+      eval_kl (nats a response: mean of the summed log-ratio, k1), eval_kl_token (the same per token), and
+      eval_kl_token_k3 (mean of e^-d - 1 + d for the log-ratio d: never negative, less noisy for nearby policies).
+    """
+    ratio = np.where(mask, policy - reference, 0.0)
+    tokens = mask.sum()
+    return {
+        "eval_kl": float(ratio.sum(axis=1).mean()),
+        "eval_kl_token": float(ratio.sum() / tokens),
+        "eval_kl_token_k3": float(np.where(mask, np.expm1(-ratio) + ratio, 0.0).sum() / tokens),
+    }
