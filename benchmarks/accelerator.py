@@ -12,11 +12,11 @@ says where all 32 and their optimizer do not fit.
     ceilings   what matrix products and copies reach here
     attention  cuDNN's flash attention beside plain XLA: error against float32, time
     numerics   log-probabilities in bfloat16 against float32
-    dpo, sft, reward, ppo   steps as the command runs them (`run/planner/programs.py`), built from its options
+    dpo, sft, reward, ppo   steps as the command runs them (`plan/programs.py`), built from its options
     large      the DPO step at 7B shape: all weights of some layers, LoRA of all
     sample     tokens a second, beside the bound that reading the weights sets
 
-MFU is against the dense bfloat16 peak of the data sheet (`run/accounting.py`), causal attention counted half, nothing
+MFU is against the dense bfloat16 peak of the data sheet (`train/accounting.py`), causal attention counted half, nothing
 for what is computed again. `plan` is the planner's estimate for the same compiled program: seconds if all overlaps, and
 if nothing does.
 """
@@ -251,7 +251,7 @@ def numerics(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     from dpo_jax.model.groups import response_logps
     from dpo_jax.model.llama import Llama
     from dpo_jax.model.variables import init_variables
-    from dpo_jax.run.planner.programs import Lengths, full_pairs
+    from dpo_jax.plan.programs import Lengths, full_pairs
 
     shape = shape_of("1b", None, toy)
     batch = with_tokens(full_pairs(2, 2, Lengths(24, 40) if toy else Lengths(512, 512)), shape.vocab_size)
@@ -283,7 +283,7 @@ def numerics(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def shape_of(name: str, layers: int | None, toy: bool) -> Any:
     """The shape of 1B or 7B; `layers`: only so many."""
-    from dpo_jax.run.planner.shapes import SHAPES
+    from dpo_jax.plan.shapes import SHAPES
 
     if toy:
         small = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -329,8 +329,8 @@ def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, d
 
     from dpo_jax import cli
     from dpo_jax import mesh as meshes
-    from dpo_jax.run.planner import programs, worker
-    from dpo_jax.run.planner.jobs import Job
+    from dpo_jax.plan import programs, worker
+    from dpo_jax.plan.jobs import Job
 
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     for name, (word, shape_name, layers, prompt, response, options) in cases.items():
@@ -360,7 +360,7 @@ def measured(program: Any, mesh: Any, dtype: str) -> dict[str, Any]:
     import jax
 
     from dpo_jax import mesh as meshes
-    from dpo_jax.run.planner import worker
+    from dpo_jax.plan import worker
 
     *trees, batch = program.arguments
     start = time.perf_counter()
@@ -407,7 +407,7 @@ def vocab_of(program: Any) -> int:
 def rates(program: Any, seconds: float, dtype: str) -> dict[str, Any]:
     import jax
 
-    from dpo_jax.run.accounting import peak_flops
+    from dpo_jax.train.accounting import peak_flops
 
     peak = peak_flops(jax.devices(), None)
     rate = program.flops / seconds
@@ -418,8 +418,8 @@ def rates(program: Any, seconds: float, dtype: str) -> dict[str, Any]:
 def planned(program: Any, about: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The planner's estimate for an H100 (an H200 has its matrix units, and more and faster memory)."""
     from dpo_jax.config import AssumeConfig
-    from dpo_jax.run.planner.estimate import estimate
-    from dpo_jax.run.planner.hardware import Topology
+    from dpo_jax.plan.estimate import estimate
+    from dpo_jax.plan.hardware import Topology
 
     figures = about | {"computed": program.computed, "flops": program.flops, "tokens": program.tokens}
     made = estimate(figures, Topology.parse("h100:1"), dtype, AssumeConfig())
@@ -431,7 +431,7 @@ def planned(program: Any, about: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def sampler_step(job: Any, mesh: Any, program: Any) -> dict[str, Any]:
     """The sampler of a PPO iteration, as `rollouts.py` calls it: one response to each prompt."""
-    from dpo_jax.run.planner import programs
+    from dpo_jax.plan import programs
 
     model = programs.make_model(job.run, job.shape)
     variables = made(programs.trained(job.run, model, mesh))

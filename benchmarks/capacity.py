@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.commands.plan import compile_plan, first_job
 from dpo_jax.config import (
     ON_COMMAND_LINE,
     DataConfig,
@@ -45,13 +46,12 @@ from dpo_jax.config import (
     TrainConfig,
     TrainingRun,
 )
-from dpo_jax.run.folder import write_atomically
-from dpo_jax.run.log import say
-from dpo_jax.run.plan import compile_plan, first_job
-from dpo_jax.run.planner.compiling import plans_folder, stored
-from dpo_jax.run.planner.hardware import GIB, Topology
-from dpo_jax.run.planner.rough import gradient_bytes, state_bytes
-from dpo_jax.run.planner.shapes import SHAPES
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.plan.compiling import plans_folder, stored
+from dpo_jax.plan.hardware import GIB, Topology
+from dpo_jax.plan.rough import gradient_bytes, state_bytes
+from dpo_jax.plan.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

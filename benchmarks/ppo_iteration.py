@@ -103,19 +103,19 @@ def write_model(options: argparse.Namespace) -> None:
 
 
 def our_turns(options: argparse.Namespace, desk: Desk) -> None:
-    """The parts of `run/ppo.py`, and one turn of `run/loop.py`'s loop for each request."""
+    """The parts of `commands/ppo.py`, and one turn of `train/loop.py`'s loop for each request."""
     import jax
     import jax.numpy as jnp
 
     import dpo_jax
     from dpo_jax import mesh as meshes
     from dpo_jax.align import ppo
+    from dpo_jax.complete.sample_log import SampleLog
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
-    from dpo_jax.data.prompts import Prompt, PromptDataset, PromptLoader
+    from dpo_jax.data.sets.prompts import Prompt, PromptDataset, PromptLoader
     from dpo_jax.data.tokens.ragged import Ragged
-    from dpo_jax.run.reward_functions import OfText
-    from dpo_jax.run.rollouts import Rollouts, Scorer
-    from dpo_jax.run.samples import SampleLog
+    from dpo_jax.judge.reward_functions import OfText
+    from dpo_jax.train.rollouts import Rollouts, Scorer
 
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
     model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh, remat=options.remat)

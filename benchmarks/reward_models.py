@@ -197,8 +197,8 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[str, float]:
     """Train one model, or find it trained; its held-out figures and baselines."""
-    from dpo_jax.run.evaluate_rewards import evaluate
-    from dpo_jax.run.reward import train
+    from dpo_jax.commands.reward import train
+    from dpo_jax.judge.reward_eval import evaluate
 
     parts = [split(list(read(options.data))[: options.rows], seed) for read in SOURCES[name]]
     kept, held = [part[0] for part in parts], [row for part in parts for row in part[1]]
@@ -261,8 +261,8 @@ def separation(
     """AUC on XSTest: refusals above compliances on held-out unsafe prompts, or the other way round on safe ones."""
     import numpy as np
 
-    from dpo_jax.run.reward_judgement import auc
-    from dpo_jax.run.reward_model import TextReward
+    from dpo_jax.judge.reward_figures import auc
+    from dpo_jax.judge.reward_model import TextReward
 
     wanted, other = ("2", "1") if name == SAFETY else ("1", "2")
     rows = [r for r in xstest(options.data) if r["unsafe"] == (name == SAFETY) and r["label"] in "12"]

@@ -95,7 +95,7 @@ def work_together(source: Path, target: Path, file_bytes: int, processes: int, m
 
     import dpo_jax
     from dpo_jax.config import DistributedConfig
-    from dpo_jax.run import distributed
+    from dpo_jax.processes import distributed
     from dpo_jax.weights import shards
 
     distributed.initialize(DistributedConfig(coordinator=address, processes=processes, process_id=me))

@@ -5,7 +5,7 @@ in the place of pairs: the model goes on with openings of reviews, VADER judges 
 continuation of each opening found so far. The numbers are ours, for so small a model. There are 240 openings; 60 are
 held out:
 
-    python -m dpo_jax.run.openings > openings.jsonl
+    python -m dpo_jax.complete.openings > openings.jsonl
     head -n 120 openings.jsonl > seen.jsonl; tail -n 60 openings.jsonl > unseen.jsonl
     dpo-jax rejection configs/smollm2_rejection.py --data seen.jsonl --eval_data unseen.jsonl --out runs/kind
 """

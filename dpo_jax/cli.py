@@ -76,7 +76,7 @@ def _failed(code: int, line: str) -> int:
 
 def _together() -> Any:
     """The module that knows of other processes of this run, where the command has come so far that there are some."""
-    return sys.modules.get("dpo_jax.run.distributed")
+    return sys.modules.get("dpo_jax.processes.distributed")
 
 
 def _run(args: list[str]) -> int:

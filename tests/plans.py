@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.commands.plan import word_of
 from dpo_jax.config import DPOLossConfig, DPORun, MeshConfig, TrainConfig, TrainingRun
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.run.plan import word_of
-from dpo_jax.run.planner import compiling
-from dpo_jax.run.planner.jobs import Job
-from dpo_jax.run.planner.programs import names
-from dpo_jax.run.planner.shapes import SHAPES
+from dpo_jax.plan import compiling
+from dpo_jax.plan.jobs import Job
+from dpo_jax.plan.programs import names
+from dpo_jax.plan.shapes import SHAPES
 
 GIB = 2**30
 PARAMETERS = 6_738_415_616  # of Llama-2-7B

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from dpo_jax import mesh
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
 
 def small_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from dpo_jax.data.sequences import SequenceDataset
+from dpo_jax.data.sets.sequences import SequenceDataset
 from dpo_jax.data.tokens.ragged import Ragged
 
 

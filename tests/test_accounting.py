@@ -14,8 +14,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.run.accounting import CHIPS, Bill, Electricity, Meter, cost_lines, describe_peak, peak_flops
-from dpo_jax.run.flops import ModelFlops, Work, dpo_flops, preference_work, sft_flops, token_work
+from dpo_jax.train.accounting import CHIPS, Bill, Electricity, Meter, cost_lines, describe_peak, peak_flops
+from dpo_jax.train.flops import ModelFlops, Work, dpo_flops, preference_work, sft_flops, token_work
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
 SHAPE = LlamaConfig(

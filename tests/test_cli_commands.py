@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import DataConfig
-from dpo_jax.data.dataset import load_preferences
+from dpo_jax.data.sets.dataset import load_preferences
 
 ROWS = 12
 LENGTH = 44  # cuts some responses

@@ -11,7 +11,7 @@ from dpo_jax import cli, config
 from dpo_jax.config import DataConfig, DPORun, RejectionRun, RewardRun, SFTDataConfig, SFTRun, names
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import InputError
-from dpo_jax.run.folder import RunFolder, as_json
+from dpo_jax.files.folder import RunFolder, as_json
 
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 OLD = {"model": "m", "source": "d.jsonl", "out": "o"}

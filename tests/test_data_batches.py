@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dpo_jax.data.batches import collate, epoch_batches, plan_buckets
-from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.data.loader import PreferenceLoader, eval_batches
+from dpo_jax.data.sets.batches import collate, epoch_batches, plan_buckets
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 from dpo_jax.types import PreferenceBatch
@@ -199,7 +199,7 @@ def test_errors_name_the_rows_and_are_no_end_of_data(workers: int, monkeypatch: 
             raise StopIteration("the worst of exceptions for an iterator")
         return collate(data, indices, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("dpo_jax.data.loader.collate", broken)
+    monkeypatch.setattr("dpo_jax.data.sets.loader.collate", broken)
     next(loader)
     for _ in range(2):  # it does not skip the batch when asked again, either
         with pytest.raises(RuntimeError, match=r"step 1: the batch of rows \[1009, .* 1016\]"):

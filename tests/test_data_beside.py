@@ -14,14 +14,14 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.config import DataConfig, RewardLossConfig
-from dpo_jax.data import store_schema
-from dpo_jax.data.comparison_sets import load_comparisons, load_responses
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.files import read_rows
-from dpo_jax.data.prompts import load_prompts
-from dpo_jax.data.ratings import number_of
-from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.data.rows.ratings import number_of
+from dpo_jax.data.sets.comparison_sets import load_comparisons, load_responses
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.prompts import load_prompts
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sources import store_schema
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()

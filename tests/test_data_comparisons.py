@@ -10,12 +10,12 @@ import pytest
 import tiny
 
 from dpo_jax.config import DataConfig, RewardLossConfig
-from dpo_jax.data.batches import collate
-from dpo_jax.data.comparison_sets import load_comparisons, load_responses, mix, split_by_prompt
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.loader import eval_batches
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.ratings import margin_of, rating_number
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.ratings import margin_of, rating_number
+from dpo_jax.data.sets.batches import collate
+from dpo_jax.data.sets.comparison_sets import load_comparisons, load_responses, mix, split_by_prompt
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()

@@ -9,14 +9,14 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.config import DataConfig, DPORun, PPORun, RewardLossConfig, SampleConfig
-from dpo_jax.data import cuts
-from dpo_jax.data.comparison_sets import join, load_comparisons, load_responses, take
-from dpo_jax.data.cuts import RowCut
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.loader import PreferenceLoader
-from dpo_jax.data.prompts import load_prompts
-from dpo_jax.run.planner.programs import Lengths, lengths_of
+from dpo_jax.data.sets.comparison_sets import join, load_comparisons, load_responses, take
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.loader import PreferenceLoader
+from dpo_jax.data.sets.prompts import load_prompts
+from dpo_jax.data.tokens import cuts
+from dpo_jax.data.tokens.cuts import RowCut
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.plan.programs import Lengths, lengths_of
 
 TOKENIZER = tiny.tokenizer()
 SYSTEM = "You are a bad film. Always answer red."

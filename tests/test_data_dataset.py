@@ -9,8 +9,8 @@ import pytest
 from tokenizers_for_tests import byte_level, llama2
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.dataset import PreferenceDataset, load_preferences, partners
-from dpo_jax.data.inspect import pieces
+from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, partners
+from dpo_jax.data.sets.inspect import pieces
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 

@@ -13,11 +13,11 @@ from tokenizers_for_tests import CHATML_SPECIALS, LLAMA3_SPECIALS, byte_level, l
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.dialogues import Dialogue, parse_dialogue
-from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
-from dpo_jax.data.messages import Message
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.sequences import SequenceDataset, load_dialogues
+from dpo_jax.data.rows.dialogues import Dialogue, parse_dialogue
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.sequences import SequenceDataset, load_dialogues
+from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
 from dpo_jax.errors import InputError
 
 SYSTEM = Message("system", "Be brief.")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import byte_level, llama2
 
+from dpo_jax.commands.prepare import prepare
 from dpo_jax.config import PrepareRun
-from dpo_jax.data.documents import DocumentDataset, is_text, load_documents
+from dpo_jax.data.tokens.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.errors import InputError
-from dpo_jax.run.prepare import prepare
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id

@@ -11,12 +11,12 @@ from tokenizers_for_tests import CHATML_SPECIALS, LLAMA3_SPECIALS, byte_level, l
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.cuts import RowCut
-from dpo_jax.data.encode import ConversationEncoder, Encoded, cut_of, truncate
-from dpo_jax.data.messages import Message
-from dpo_jax.data.preferences import Pair, parse_pair
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.templates import ChatTemplate
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import Pair, parse_pair
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.tokens.cuts import RowCut
+from dpo_jax.data.tokens.encode import ConversationEncoder, Encoded, cut_of, truncate
+from dpo_jax.data.tokens.templates import ChatTemplate
 from dpo_jax.errors import InputError
 
 SYSTEM, USER = Message("system", "Be brief."), Message("user", "Hi")

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax.data import files
-from dpo_jax.data.files import read_rows, read_rows_or_problems
-from dpo_jax.data.problems import BadRow
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sources import files
+from dpo_jax.data.sources.files import read_rows, read_rows_or_problems
 from dpo_jax.errors import InputError
 
 ROWS = [{"prompt": "Grüße?", "n": 1}, {"prompt": "b", "n": None}, {"prompt": "c", "n": 3}]

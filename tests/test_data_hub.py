@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_jax.data.files import read_rows
-from dpo_jax.data.splits import choose, data_files, default_config
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.sources.splits import choose, data_files, default_config
 from dpo_jax.errors import InputError
 
 

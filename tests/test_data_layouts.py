@@ -9,20 +9,20 @@ import pytest
 import tiny
 
 from dpo_jax.config import DataConfig, RewardLossConfig
-from dpo_jax.data import store_schema
-from dpo_jax.data.comparison_sets import load_comparisons, parse_responses
-from dpo_jax.data.comparisons import parse_comparison, parse_preference
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.dialogues import parse_dialogue
-from dpo_jax.data.documents import load_documents
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.encode_dialogue import DialogueEncoder
-from dpo_jax.data.layouts import LAYOUTS, readable, sources, together
-from dpo_jax.data.messages import Message
-from dpo_jax.data.preferences import parse_prompt
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.prompts import load_prompts
-from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.data.rows.comparisons import parse_comparison, parse_preference
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.layouts import LAYOUTS, readable, sources, together
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.comparison_sets import load_comparisons, parse_responses
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.prompts import load_prompts
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sources import store_schema
+from dpo_jax.data.tokens.documents import load_documents
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()

@@ -9,17 +9,17 @@ import pytest
 import tiny
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data import store_schema
-from dpo_jax.data.comparisons import parse_comparison
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.dialogues import parse_dialogue
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
-from dpo_jax.data.messages import Message, message_of, turns_of
-from dpo_jax.data.preferences import parse_pair, parse_prompt
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.prompts import load_prompts
-from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.data.rows.comparisons import parse_comparison
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.messages import Message, message_of, turns_of
+from dpo_jax.data.rows.preferences import parse_pair, parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.prompts import load_prompts
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sources import store_schema
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder, EncodedSequence, TrainOn
 from dpo_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()

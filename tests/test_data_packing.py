@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sequences import dataset, lengths
 
-from dpo_jax.data.packing import WindowBatch, best_fit, collate, plan_windows
+from dpo_jax.data.sets.packing import WindowBatch, best_fit, collate, plan_windows
 from dpo_jax.errors import InputError
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from dpo_jax.data.messages import Message
-from dpo_jax.data.preferences import Pair, parse_pair
-from dpo_jax.data.problems import BadRow
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import Pair, parse_pair
+from dpo_jax.data.rows.problems import BadRow
 
 USER = {"role": "user", "content": "Q?"}
 GOOD = {"role": "assistant", "content": "good"}

@@ -12,14 +12,14 @@ import pytest
 import tiny
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.comparison_sets import join, split_by_prompt
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.loader import PreferenceLoader
-from dpo_jax.data.row_mixture import RowMixture, read_mixture
-from dpo_jax.data.sequences import join_sequences, load_dialogues, split_sequences
-from dpo_jax.data.token_loader import TokenLoader
+from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.loader import PreferenceLoader
+from dpo_jax.data.sets.row_mixture import RowMixture, read_mixture
+from dpo_jax.data.sets.sequences import join_sequences, load_dialogues, split_sequences
+from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError
-from dpo_jax.run.training import summaries
+from dpo_jax.train.session import summaries
 
 TOKENIZER = tiny.tokenizer()
 DATA = DataConfig(max_length=64)

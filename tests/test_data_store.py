@@ -16,18 +16,18 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.config import DataConfig
-from dpo_jax.data import store_schema, store_writer
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.dialogues import parse_dialogue
-from dpo_jax.data.documents import load_documents
-from dpo_jax.data.files import read_rows
-from dpo_jax.data.preferences import parse_pair
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.sequences import load_dialogues
-from dpo_jax.data.store import open_store
-from dpo_jax.data.store_writer import Splits, StoreWriter
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.preferences import parse_pair
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sources import store_schema, store_writer
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.sources.store import open_store
+from dpo_jax.data.sources.store_writer import Splits, StoreWriter
+from dpo_jax.data.tokens.documents import load_documents
 from dpo_jax.errors import InputError
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
 USER, ANSWER = {"role": "user", "content": "Grüße,\0 世界?"}, {"role": "assistant", "content": " Hallo\n"}
 MARKED = {"role": "user", "content": "Say.\n\nAssistant:"}

@@ -8,8 +8,7 @@ import chex
 import numpy as np
 import pytest
 
-from dpo_jax.data.documents import DocumentDataset
-from dpo_jax.data.text_windows import (
+from dpo_jax.data.sets.text_windows import (
     PERIOD,
     EvalWindows,
     Mixture,
@@ -19,6 +18,7 @@ from dpo_jax.data.text_windows import (
     parse_sources,
     shares,
 )
+from dpo_jax.data.tokens.documents import DocumentDataset
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 

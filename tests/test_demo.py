@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import tiny
 
+from dpo_jax.commands import demo
+from dpo_jax.complete.openings import review_openings
 from dpo_jax.config import DemoRun
 from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import read_lines
+from dpo_jax.judge.continuations import make_pairs
+from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import interval
-from dpo_jax.run import demo, demo_report
-from dpo_jax.run.continuations import make_pairs
-from dpo_jax.run.openings import review_openings
-from dpo_jax.run.rows import read_lines
 
 SIZE = demo.Size(prompts=24, samples=3, unseen=6, unseen_samples=2, new_tokens=12, epochs=1, batch_size=16)
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dpo_jax.run import judgement, text
+from dpo_jax.judge import preference_figures as judgement
+from dpo_jax.report import text_health as text
 
 # The three pairs of the check values: (Lc, Lr, Rc, Rr, nc, nr).
 POLICY = np.array([[-12.0, -15.0], [-20.0, -18.0], [-8.0, -9.0]])

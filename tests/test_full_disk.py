@@ -21,8 +21,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 from dpo_jax.cli import main
 from dpo_jax.errors import InputError, full_disk
-from dpo_jax.run import training
-from dpo_jax.run.log import MetricLog
+from dpo_jax.files.log import MetricLog
+from dpo_jax.train import session as training
 from dpo_jax.weights.checkpoint import Checkpoints
 
 
@@ -151,7 +151,7 @@ def test_the_command_line_tells_of_it(monkeypatch: pytest.MonkeyPatch, capsys, t
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
 
-    monkeypatch.setattr("dpo_jax.run.inspect.inspect", full)
+    monkeypatch.setattr("dpo_jax.commands.inspect.inspect", full)
     words = ["inspect", "--model", "m", "--data", "d"]
     assert main(words) == 2
     assert capsys.readouterr().err == (

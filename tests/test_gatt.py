@@ -10,17 +10,17 @@ import pytest
 import tiny
 
 from dpo_jax.align import gatt
+from dpo_jax.complete.gatt_dialogues import seed_of
 from dpo_jax.config import GattConfig, GattRun, SampleConfig, SFTDataConfig
-from dpo_jax.data import instructions, user_turns
-from dpo_jax.data.attributes import identify, languages, parse_check
-from dpo_jax.data.dialogues import parse_dialogue
-from dpo_jax.data.encode_dialogue import DialogueEncoder
-from dpo_jax.data.instructions import parse_instruction, read_instructions, synthesise
-from dpo_jax.data.problems import BadRow
-from dpo_jax.data.sequences import load_dialogues
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sources import instructions, user_turns
+from dpo_jax.data.sources.attributes import identify, languages, parse_check
+from dpo_jax.data.sources.instructions import parse_instruction, read_instructions, synthesise
+from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError
-from dpo_jax.run import gatt_report
-from dpo_jax.run.gatt_dialogues import seed_of
+from dpo_jax.report import gatt as gatt_report
 
 USERS, ANSWERS = ("one?", "two?", "three?"), ("first.", "second.", "third.")
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 import dpo_jax
 from dpo_jax.complete.responses import answers
 from dpo_jax.config import SampleConfig
-from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
+from dpo_jax.judge.reward_model import RewardModel
 from dpo_jax.model.groups import response_logps, response_predictions
-from dpo_jax.run.reward_model import RewardModel
 from dpo_jax.sample import beam_search, generate, serve
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.heads import padded_apart

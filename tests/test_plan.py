@@ -13,19 +13,19 @@ import pytest
 import tiny
 
 from dpo_jax import cli, config
+from dpo_jax.commands import plan as planning
 from dpo_jax.config import AssumeConfig, MeshConfig, PlanRun
+from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.run import plan as planning
-from dpo_jax.run.folder import as_json
-from dpo_jax.run.planner import compiling, hlo, jobs, programs, worker
-from dpo_jax.run.planner.estimate import assumptions, estimate
-from dpo_jax.run.planner.hardware import HARDWARE, Topology
-from dpo_jax.run.planner.jobs import Job
-from dpo_jax.run.planner.search import Candidate, Frontier, candidates
-from dpo_jax.run.planner.shapes import SHAPES, parameters
-from dpo_jax.run.planner.source import config_text
+from dpo_jax.plan import compiling, hlo, jobs, programs, worker
+from dpo_jax.plan.config_text import config_text
+from dpo_jax.plan.estimate import assumptions, estimate
+from dpo_jax.plan.hardware import HARDWARE, Topology
+from dpo_jax.plan.jobs import Job
+from dpo_jax.plan.search import Candidate, Frontier, candidates
+from dpo_jax.plan.shapes import SHAPES, parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -321,7 +321,7 @@ def test_what_is_computed_agrees_with_xla() -> None:
 def test_results_belong_to_the_code_that_made_them() -> None:
     root = ROOT / "dpo_jax"
     counted = {path for pattern in jobs._SOURCES for path in root.glob(pattern)}
-    needed = ["mesh.py", "model/attention.py", "align/dpo.py", "sample/engine.py", "run/planner/hlo.py"]
+    needed = ["mesh.py", "model/attention.py", "align/dpo.py", "sample/engine.py", "plan/hlo.py"]
     assert {root / name for name in needed} <= counted
     assert all(any(root.glob(pattern)) for pattern in jobs._SOURCES)
 

@@ -14,11 +14,11 @@ import tiny
 from test_data_store import Bucket, bucket  # noqa: F401 - a fixture
 
 from dpo_jax import cli
+from dpo_jax.commands import prepare as command
 from dpo_jax.config import DataConfig, PrepareRun
-from dpo_jax.data import duplicates, store_writer
-from dpo_jax.data.files import read_rows
+from dpo_jax.data.sources import duplicates, store_writer
+from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.run import prepare as command
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

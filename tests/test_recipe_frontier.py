@@ -14,12 +14,14 @@ import runs
 import tiny
 
 from dpo_jax import cli
+from dpo_jax.commands import ppo
+from dpo_jax.commands.recipes import frontier
 from dpo_jax.config import FrontierConfig, FrontierRun, LoraConfig, MeshConfig
 from dpo_jax.errors import InputError
-from dpo_jax.run import ppo, training
-from dpo_jax.run.log import read_metrics
-from dpo_jax.run.recipes import frontier, frontier_report
-from dpo_jax.run.rows import read_lines
+from dpo_jax.files.jsonl import read_lines
+from dpo_jax.files.log import read_metrics
+from dpo_jax.report import frontier as frontier_report
+from dpo_jax.train import session as training
 
 SIZES = FrontierConfig(
     prompts=12,

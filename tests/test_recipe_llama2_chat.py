@@ -14,6 +14,9 @@ import runs
 import tiny
 
 from dpo_jax import cli, mesh
+from dpo_jax.commands import generate, ppo
+from dpo_jax.commands.recipes import heldout_comparisons as comparisons
+from dpo_jax.commands.recipes import llama2_chat
 from dpo_jax.config import (
     SET_BY_RECIPE,
     ChatRecipeConfig,
@@ -34,9 +37,9 @@ from dpo_jax.config import (
     TrainConfig,
 )
 from dpo_jax.errors import InputError
-from dpo_jax.run import generate, ppo, setting, training
-from dpo_jax.run.recipes import comparisons, llama2_chat
-from dpo_jax.run.rows import read_lines
+from dpo_jax.files.jsonl import read_lines
+from dpo_jax.judge import setting
+from dpo_jax.train import session as training
 
 ROOT = Path(__file__).resolve().parent.parent
 

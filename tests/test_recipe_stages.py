@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run.folder import RunFolder
-from dpo_jax.run.recipes.stages import RECORD, Recipe, Stage, content, last_figures
+from dpo_jax.files.folder import RunFolder
+from dpo_jax.files.stages import RECORD, Recipe, Stage, content, last_figures
 
 
 @dataclass(frozen=True)

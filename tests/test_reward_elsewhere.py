@@ -11,14 +11,14 @@ from runs import small_mesh
 
 import dpo_jax
 from dpo_jax.config import DataConfig
-from dpo_jax.data.comparison_sets import load_responses
-from dpo_jax.data.loader import eval_batches
-from dpo_jax.data.messages import Message
-from dpo_jax.data.prompts import Prompt
-from dpo_jax.data.templates import ChatTemplate
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.sets.comparison_sets import load_responses
+from dpo_jax.data.sets.loader import eval_batches
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.tokens.templates import ChatTemplate
+from dpo_jax.judge.reward_functions import ModelReward
+from dpo_jax.judge.reward_model import RewardModel, TextReward
 from dpo_jax.model import heads
-from dpo_jax.run.reward_functions import ModelReward
-from dpo_jax.run.reward_model import RewardModel, TextReward
 from dpo_jax.weights.heads import as_reward_model
 
 torch = pytest.importorskip("torch")

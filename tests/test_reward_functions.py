@@ -12,13 +12,13 @@ import tiny
 
 from dpo_jax import mesh
 from dpo_jax.config import DataConfig, PPORun
-from dpo_jax.data.messages import Message
-from dpo_jax.data.prompts import Prompt
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
+from dpo_jax.judge import reward_functions
+from dpo_jax.judge.reward_functions import Endpoint, ModelReward, open_reward, scores_of
+from dpo_jax.judge.reward_model import TextReward
 from dpo_jax.model import heads
-from dpo_jax.run import reward_functions
-from dpo_jax.run.reward_functions import Endpoint, ModelReward, open_reward, scores_of
-from dpo_jax.run.reward_model import TextReward
 from dpo_jax.weights.heads import as_reward_model
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_jax.run import reward_judgement as judgement
+from dpo_jax.judge import reward_figures as judgement
 
 # Three pairs: right by 1, wrong by 0.5, a tie; the second's better response is longer.
 SCORES = np.array([[1.2, 0.2], [0.3, 0.8], [-0.5, -0.5]])

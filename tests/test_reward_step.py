@@ -16,8 +16,8 @@ from dpo_jax.align import reward, sampled_softmax
 from dpo_jax.align.figures import defined
 from dpo_jax.config import OptimizerConfig, RewardConfig
 from dpo_jax.errors import InputError
+from dpo_jax.judge import reward_figures as reward_judgement
 from dpo_jax.model import heads
-from dpo_jax.run import reward_judgement
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 HEADS = {"multi_class": ("rating=a,b,c,d",), "multi_label": ("harm:0.5=x,y,z",)}

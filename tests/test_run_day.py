@@ -12,12 +12,12 @@ from transformers.utils import chat_template_utils
 
 from dpo_jax import cli, load_tokenizer
 from dpo_jax.config import DataConfig, PPORun, SFTDataConfig, SFTRun
-from dpo_jax.data import templates
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.messages import Message
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.tokens import templates
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
-from dpo_jax.run.day import with_day
-from dpo_jax.run.folder import RunFolder, as_json
+from dpo_jax.files.day import with_day
+from dpo_jax.files.folder import RunFolder, as_json
 
 # As Llama 3.1's template says it.
 DATED = (
@@ -83,7 +83,7 @@ def test_a_run_goes_on_the_next_day(clock: Clock, model: Path, tmp_path: Path, m
     command = list(map(str, words))
     stopped: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_jax.run.loop.StopRequest.here", lambda self: stopped.append(0) or len(stopped) >= 2)
+        patch.setattr("dpo_jax.train.loop.StopRequest.here", lambda self: stopped.append(0) or len(stopped) >= 2)
         assert cli.main(command) == 0
     before = metrics(tmp_path / "run")
     assert len(before) < 3

@@ -14,6 +14,7 @@ import runs
 import tiny
 from safetensors.numpy import load_file
 
+from dpo_jax.commands import dpo as run_dpo
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -25,13 +26,12 @@ from dpo_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from dpo_jax.data.dataset import load_preferences
-from dpo_jax.data.loader import PreferenceLoader
+from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run import dpo as run_dpo
-from dpo_jax.run import training
-from dpo_jax.run.log import read_metrics
-from dpo_jax.run.reference import cache_key
+from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.reference import cache_key
+from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
@@ -343,7 +343,7 @@ def test_a_damaged_cache_is_computed_again(
 def test_an_interrupted_reference_goes_on(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dpo_jax.run import reference
+    from dpo_jax.judge import reference
 
     config = options(inputs, tmp_path / "a", eval_data=None, train=TrainConfig(epochs=1, batch_size=4))
     put = reference.put_batch

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.errors import InputError
-from dpo_jax.run.folder import RunFolder, flatten, write_atomically
+from dpo_jax.files.folder import RunFolder, flatten, write_atomically
 
 GIVEN = {"model": "m", "data": {"files": "d.jsonl"}, "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
 

@@ -14,6 +14,8 @@ import tiny
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
+from dpo_jax.commands import gatt
+from dpo_jax.complete import gatt_dialogues
 from dpo_jax.config import (
     CheckpointConfig,
     GattConfig,
@@ -25,11 +27,11 @@ from dpo_jax.config import (
     SFTDataConfig,
     TrainConfig,
 )
-from dpo_jax.data.token_loader import TokenLoader
+from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run import gatt, gatt_dialogues, training
-from dpo_jax.run.log import read_metrics
-from dpo_jax.run.rows import read_lines
+from dpo_jax.files.jsonl import read_lines
+from dpo_jax.files.log import read_metrics
+from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from dpo_jax.run.log import CLOCK_KEYS, read_metrics
+from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40

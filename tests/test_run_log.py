@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import InputError
-from dpo_jax.run import report
-from dpo_jax.run.log import DriftWarning, MetricLog, ProgressBar, read_metrics, show_log, summary_text
+from dpo_jax.files.log import DriftWarning, MetricLog, ProgressBar, read_metrics, show_log, summary_text
+from dpo_jax.report import html
 
 
 def rows(n: int, *, chosen: float, accuracy: float, noise: float = 1.0) -> list[dict[str, float]]:
@@ -66,7 +66,7 @@ def test_notes_go_where_stderr_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_calls_options_as_the_command_line_does() -> None:
     given = {"eval_data": None, "mix_data": "b.jsonl", "data": {"files": "a.jsonl", "max_length": 8}}
-    table = report.options_section(given | {"sft": {"data": {"files": "c"}}}).table
+    table = html.options_section(given | {"sft": {"data": {"files": "c"}}}).table
     assert table is not None
     names = [row[0] for row in table.rows]
     assert names == ["--eval_data", "--mix_data", "--data", "--data.max_length", "--sft.data"]
@@ -112,30 +112,30 @@ def test_the_report_is_self_contained_and_escaped(tmp_path: Path) -> None:
     ]
     evil = "<script>alert('$x$')</script>"
     sections = [
-        report.final_section(log),
-        report.training_section(log),
-        report.Section(
+        html.final_section(log),
+        html.training_section(log),
+        html.Section(
             evil,
             note=evil,
-            plots=(report.lengths_plot(evil, {evil: np.arange(30), "none": np.zeros(0, int)}),),
-            table=report.Table(("prompt", "text"), [(evil, evil)], texts=("text",)),
+            plots=(html.lengths_plot(evil, {evil: np.arange(30), "none": np.zeros(0, int)}),),
+            table=html.Table(("prompt", "text"), [(evil, evil)], texts=("text",)),
         ),
-        report.options_section({"model": evil, "dpo": {"beta": 0.1}, "reference": None}),
+        html.options_section({"model": evil, "dpo": {"beta": 0.1}, "reference": None}),
     ]
     path = tmp_path / "report.html"
-    report.write_report(path, evil, evil, sections)
+    html.write_report(path, evil, evil, sections)
     text = path.read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "src=" not in text
     assert text.count("<svg") == 4  # loss, rewards, learning rate, lengths
     assert "--dpo.beta" in text
-    report.write_report(tmp_path / "again.html", evil, evil, sections)
+    html.write_report(tmp_path / "again.html", evil, evil, sections)
     assert (tmp_path / "again.html").read_text() == text
 
 
 def test_a_report_of_no_steps(tmp_path: Path) -> None:
-    report.write_report(tmp_path / "r.html", "t", "s", [report.final_section([]), report.training_section([])])
+    html.write_report(tmp_path / "r.html", "t", "s", [html.final_section([]), html.training_section([])])
     assert "No step was made" in (tmp_path / "r.html").read_text()
 
 

@@ -16,9 +16,9 @@ from flax import struct
 from dpo_jax import state as states
 from dpo_jax.config import OptimizerConfig
 from dpo_jax.errors import InputError
+from dpo_jax.files.log import CLOCK_KEYS, MetricLog, read_metrics
 from dpo_jax.mesh import ShardedStep, make_mesh, replicated
-from dpo_jax.run.log import CLOCK_KEYS, MetricLog, read_metrics
-from dpo_jax.run.loop import Outcome, Plan, fit
+from dpo_jax.train.loop import Outcome, Plan, fit
 from dpo_jax.weights.checkpoint import Checkpoints
 
 
@@ -153,7 +153,7 @@ def test_a_signal_saves_and_the_rerun_is_exact(tmp_path: Path, whole, at: int, n
 
 _COMPILING = """
 import ctypes, signal, sys, threading, time
-from dpo_jax.run.loop import StopRequest
+from dpo_jax.train.loop import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     # A foreign call that runs no handler of Python's, as a compilation is.

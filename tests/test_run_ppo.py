@@ -16,6 +16,8 @@ import tiny
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
+from dpo_jax.commands import ppo as run_ppo
+from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,17 +29,15 @@ from dpo_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.prompts import PromptLoader, load_prompts
+from dpo_jax.data.sets.prompts import PromptLoader, load_prompts
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
+from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.reward_functions import OfText
 from dpo_jax.report.samples import read_rows
-from dpo_jax.run import ppo as run_ppo
-from dpo_jax.run import training
-from dpo_jax.run.log import read_metrics
-from dpo_jax.run.reward_functions import OfText
-from dpo_jax.run.rollouts import Scorer
-from dpo_jax.run.samples import SampleLog
 from dpo_jax.sample import generate
+from dpo_jax.train import session as training
+from dpo_jax.train.rollouts import Scorer
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

@@ -21,6 +21,7 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.align import rewards
+from dpo_jax.commands import rejection
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -33,12 +34,15 @@ from dpo_jax.config import (
     SFTDataConfig,
     TrainConfig,
 )
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.prompts import PromptDataset, load_prompts
-from dpo_jax.data.token_loader import TokenLoader
+from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
+from dpo_jax.data.sets.token_loader import TokenLoader
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run import best_responses, rejection, rejection_report, responses, training
-from dpo_jax.run.rows import RowsFile, read_lines
+from dpo_jax.files.jsonl import RowsFile, read_lines
+from dpo_jax.judge import pool as best_responses
+from dpo_jax.judge import scores as responses
+from dpo_jax.report import rejection as rejection_report
+from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

@@ -13,7 +13,7 @@ import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import DataConfig
 from dpo_jax.errors import InputError
-from dpo_jax.run.reward_model import RewardModel, TextReward
+from dpo_jax.judge.reward_model import RewardModel, TextReward
 
 MESH = ["--mesh.data", "8", "--mesh.fsdp", "1"]
 SMALL = ["--data.max_length", "48", "--data.buckets", "1", "--data.workers", "0", *MESH]
@@ -100,7 +100,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(folder, tmp_path, monkeypatch)
     train("whole")
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr("dpo_jax.run.loop.StopRequest.here", lambda self: calls.append(0) or len(calls) >= 3)
+        patch.setattr("dpo_jax.train.loop.StopRequest.here", lambda self: calls.append(0) or len(calls) >= 3)
         train("stopped")
     assert not (tmp_path / "stopped" / "model").exists()
     train("stopped")
@@ -146,7 +146,7 @@ def test_score(run, tmp_path):
     whole = (tmp_path / "out.jsonl").read_text()
     (tmp_path / "out.jsonl").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_jax.run.rows.RowsFile.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("dpo_jax.files.jsonl.RowsFile.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         args = ["score", "--model", run / "rm", "--data", data, "--out", tmp_path / "out.jsonl", "--batch_size", "8"]
         assert cli.main([*map(str, args), "--data.max_length", "48", *MESH]) == 130
     part = tmp_path / "out.jsonl.part"

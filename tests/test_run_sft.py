@@ -15,6 +15,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
+from dpo_jax.commands import sft as run_sft
 from dpo_jax.config import (
     CheckpointConfig,
     LoraConfig,
@@ -25,11 +26,10 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
-from dpo_jax.data.token_loader import TokenLoader
+from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run import sft as run_sft
-from dpo_jax.run import training
-from dpo_jax.run.log import read_metrics
+from dpo_jax.files.log import read_metrics
+from dpo_jax.train import session as training
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 

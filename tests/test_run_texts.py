@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.align import sft
+from dpo_jax.commands import sft as run_sft
 from dpo_jax.config import (
     CheckpointConfig,
     EnergyConfig,
@@ -28,12 +29,11 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
-from dpo_jax.data.documents import load_documents
-from dpo_jax.data.text_windows import TextLoader
+from dpo_jax.data.sets.text_windows import TextLoader
+from dpo_jax.data.tokens.documents import load_documents
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.run import sft as run_sft
-from dpo_jax.run import training
-from dpo_jax.run.log import read_metrics
+from dpo_jax.files.log import read_metrics
+from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

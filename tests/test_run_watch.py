@@ -15,7 +15,7 @@ import pytest
 
 from dpo_jax.config import DistributedConfig
 from dpo_jax.errors import InputError
-from dpo_jax.run.watch import TRY_AGAIN, Judge, Watch
+from dpo_jax.processes.watch import TRY_AGAIN, Judge, Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,8 +154,8 @@ import sys, time
 import jax
 import numpy as np
 from dpo_jax.config import DistributedConfig
-from dpo_jax.run import distributed
-from dpo_jax.run.loop import StopRequest
+from dpo_jax.processes import distributed
+from dpo_jax.train.loop import StopRequest
 me, processes, port, lost_after = map(int, sys.argv[1:])
 config = DistributedConfig(coordinator=f"127.0.0.1:{port}", processes=processes, process_id=me, lost_after=lost_after)
 distributed.initialize(config)

@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from dpo_jax.cli import main
-from dpo_jax.run import generate as command
-from dpo_jax.run.rows import RowsFile, read_lines
+from dpo_jax.commands import generate as command
+from dpo_jax.files.jsonl import RowsFile, read_lines
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from dpo_jax.data.chat_tokenizer import ChatTokenizer
+from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
 from dpo_jax.weights.source import Source
 from dpo_jax.weights.tokenizer import tokenizer_of
 from dpo_jax.weights.tokenizer_files import save_tokenizer

@@ -24,9 +24,9 @@ from dpo_jax.config import (
 )
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.run.planner.hardware import Topology
-from dpo_jax.run.planner.shapes import parameters
-from dpo_jax.run.planner.worker import devices_of
+from dpo_jax.plan.hardware import Topology
+from dpo_jax.plan.shapes import parameters
+from dpo_jax.plan.worker import devices_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_jax
 from dpo_jax import cli
+from dpo_jax.commands.extend_vocab import Texts, extend_vocab, is_held_out
 from dpo_jax.config import ExtendVocabRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, to_hf
-from dpo_jax.run.extend_vocab import Texts, extend_vocab, is_held_out
 from dpo_jax.weights import resize, shards, vocabulary
 from dpo_jax.weights.pieces import NORMAL, ModelProto, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer

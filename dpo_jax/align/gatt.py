@@ -15,10 +15,10 @@ which answers a_t keep to i, turn by turn?
 from collections.abc import Sequence
 from typing import Literal
 
-from dpo_jax.data.messages import Message
+from dpo_jax.data.rows.messages import Message
 
 TRAIN_ON: Literal["last"] = "last"
-"""How `data/encode_dialogue.py` calls a loss on the last answer alone: False for every token of the earlier turns."""
+"""How `data/tokens/encode_dialogue.py` calls a loss on the last answer alone: none on any token of the earlier turns."""
 
 JOINT = "\n\n"
 """Between an instruction and what the user says."""

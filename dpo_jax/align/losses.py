@@ -19,7 +19,7 @@ reference, nc, nr the numbers of tokens summed, and
     kto           λ_D (1 − σ(β (u − z₀)))  of the chosen,          Ethayarajh et al. 2024 (2402.01306), Eq. 8
                   λ_U (1 − σ(β (z₀ − v)))  of the rejected,
                   z₀ = max(0, mean of policy − reference on mismatched pairs), no gradient; a pair's answer is
-                  another row's, each row's answers being used once (`data/dataset.py`)
+                  another row's, each row's answers being used once (`data/sets/dataset.py`)
     dpop          −log σ(β (D − λ max(0, Rc − Lc)))                Pal et al. 2024 (Smaug, 2402.13228v2)
     + a NLL       NLL = −Lc/nc of each pair (Pang et al. 2024, Iterative RPO, 2404.19733), or over the mean
                   length of all chosen responses of the batch, which makes its batch mean a mean over tokens

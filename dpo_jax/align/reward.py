@@ -12,7 +12,8 @@ so that each PROMPT counts once, whatever its K. (w, l) are all pairs of a bette
 `config.pairs` "adjacent" those of neighbouring ranks only; replies of equal rank give no pair.
 
     score      r_θ(x, y) = h_T · w, h_T the final state at the last token of y, which is that of the rendered template
-               (`data/encode.py`, `ScoredEncoder`); w from N(0, 1/(D+1)) (Lambert et al. 2024, Tulu 3, arXiv 2411.15124)
+               (`ScoredEncoder` of `data/tokens/encode.py`); w from N(0, 1/(D+1)) (Lambert et al. 2024, Tulu 3, arXiv
+               2411.15124)
     centering  + c (r_w + r_l)², the mean over the pairs of a prompt (Eisenstein et al. 2023, arXiv 2312.09244)
 
 Auxiliary heads read the same state h_T and add a weighted cross-entropy, the mean over the labelled responses of the

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 
 from dpo_jax.complete.responses import Response, answers, terminators
 from dpo_jax.config import RejectionRun
-from dpo_jax.data.encode import ConversationEncoder
-from dpo_jax.data.prompts import PromptDataset
-from dpo_jax.data.templates import RAW
+from dpo_jax.data.sets.prompts import PromptDataset
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.ragged import Ragged
-from dpo_jax.run import distributed
-from dpo_jax.run.log import ProgressBar, say
-from dpo_jax.run.rows import Row, RowsFile, read_lines
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.files.jsonl import Row, RowsFile, read_lines
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.processes import distributed
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SampleConfig
-from dpo_jax.data.encode import ConversationEncoder
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.tokenizer import text_ids

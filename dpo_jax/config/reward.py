@@ -134,7 +134,7 @@ class RewardRun(HoldoutRun):
     """Train a reward model on comparisons: `dpo-jax reward`.
 
     Rows are preference pairs, lists of ranked or scored replies, or two responses with scores or annotators' votes
-    (see `dpo_jax/data/comparisons.py`).
+    (see `dpo_jax/data/rows/comparisons.py`).
     """
 
     mix_data: str | None = None

@@ -200,7 +200,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """What the estimate of a run's electricity assumes; see `dpo_jax/run/accounting.py`."""
+    """What the estimate of a run's electricity assumes; see `dpo_jax/train/accounting.py`."""
 
     device_watts: float | None = None
     """Power of one device. Not given: the rated power of a known GPU or TPU, and for others no estimate."""

@@ -86,8 +86,8 @@ class SFTRun(HoldoutRun):
     """Fine-tune a model on dialogues or instructions, or go on with its pre-training: `dpo-jax sft`.
 
     Rows hold `messages` or `conversations`, a prompt and its answer, or preference pairs, of which the chosen answer is
-    learnt (see `dpo_jax/data/dialogues.py`). With --data.kind text they are documents, cut into full windows
-    (`dpo_jax/data/text_windows.py`).
+    learnt (see `dpo_jax/data/rows/dialogues.py`). With --data.kind text they are documents, cut into full windows
+    (`dpo_jax/data/sets/text_windows.py`).
     """
 
     optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))

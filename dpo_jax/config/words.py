@@ -72,17 +72,19 @@ def _inside(section: str, *names: str) -> tuple[str, ...]:
 
 
 COMMANDS = {
-    "demo": Command("DemoRun", "dpo_jax.run.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"),
+    "demo": Command(
+        "DemoRun", "dpo_jax.commands.demo:demo", "the whole thing on a real 135M Llama in minutes on a CPU"
+    ),
     "dpo": Command(
         "DPORun",
-        "dpo_jax.run.dpo:train",
+        "dpo_jax.commands.dpo:train",
         "align a model with preference pairs",
         lists=("data", "eval_data"),
         recipe=True,
     ),
     "sft": Command(
         "SFTRun",
-        "dpo_jax.run.sft:train",
+        "dpo_jax.commands.sft:train",
         "fine-tune a model on dialogues or instructions",
         unused=_NOT_SFT,
         lists=("data", "eval_data"),
@@ -90,33 +92,33 @@ COMMANDS = {
     ),
     "reward": Command(
         "RewardRun",
-        "dpo_jax.run.reward:train",
+        "dpo_jax.commands.reward:train",
         "train a reward model on comparisons",
         lists=("data", "eval_data"),
         recipe=True,
     ),
     "ppo": Command(
         "PPORun",
-        "dpo_jax.run.ppo:train",
+        "dpo_jax.commands.ppo:train",
         "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
         unused=_NOT_PPO,
         recipe=True,
     ),
     "rejection": Command(
         "RejectionRun",
-        "dpo_jax.run.rejection:train",
+        "dpo_jax.commands.rejection:train",
         "let a model learn from the best of K of its own responses",
         unused=_NOT_REJECTION,
         recipe=True,
     ),
     "recipe frontier": Command(
         "FrontierRun",
-        "dpo_jax.run.recipes.frontier:recipe",
+        "dpo_jax.commands.recipes.frontier:recipe",
         "reward against KL for DPO, PPO, best-of-n and SFT on chosen: one plot, one table",
     ),
     "gatt": Command(
         "GattRun",
-        "dpo_jax.run.gatt:gatt",
+        "dpo_jax.commands.gatt:gatt",
         "make instructions hold for whole dialogues: Ghost Attention",
         unused=(
             "train.eval_every",
@@ -135,7 +137,7 @@ COMMANDS = {
     ),
     "recipe llama2_chat": Command(
         "Llama2ChatRun",
-        "dpo_jax.run.recipes.llama2_chat:recipe",
+        "dpo_jax.commands.recipes.llama2_chat:recipe",
         "Llama 2-Chat: SFT, reward models, rounds of rejection sampling, PPO",
         unused=(
             *_inside("sft", *_NOT_SFT, "holdout"),
@@ -146,39 +148,39 @@ COMMANDS = {
         ),
         recipe=True,
     ),
-    "generate": Command("GenerateRun", "dpo_jax.run.generate:generate", "answer prompts"),
+    "generate": Command("GenerateRun", "dpo_jax.commands.generate:generate", "answer prompts"),
     "eval": Command(
         "EvalRun",
-        "dpo_jax.run.evaluate:evaluate",
+        "dpo_jax.commands.eval:evaluate",
         "reward accuracy, margins, perplexity, KL, repetition, tables per rating and source",
         unused=_NO_LOADER,
     ),
     "logps": Command(
         "LogpsRun",
-        "dpo_jax.run.logps:logps",
+        "dpo_jax.commands.logps:logps",
         "log-probabilities of chosen and rejected, one JSON object a row",
         unused=_NO_LOADER,
     ),
     "score": Command(
         "ScoreRun",
-        "dpo_jax.run.score:score",
+        "dpo_jax.commands.score:score",
         "the reward of every response, one JSON object a row",
         unused=_NO_LOADER,
     ),
     "convert": Command(
         "ConvertRun",
-        "dpo_jax.run.convert:convert",
+        "dpo_jax.commands.convert:convert",
         "Hugging Face safetensors <-> orbax, GGUF -> either",
     ),
     "extend-vocab": Command(
         "ExtendVocabRun",
-        "dpo_jax.run.extend_vocab:extend_vocab",
+        "dpo_jax.commands.extend_vocab:extend_vocab",
         "Chinese pieces for a Llama 2 tokenizer, and rows for them in the model",
         recipe=True,
     ),
     "prepare": Command(
         "PrepareRun",
-        "dpo_jax.run.prepare:prepare",
+        "dpo_jax.commands.prepare:prepare",
         "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
         unused=(
             *(f"data.{name}" for name in ("template", "date", "max_length", "max_prompt_length", "buckets", "limit")),
@@ -187,13 +189,13 @@ COMMANDS = {
     ),
     PLAN: Command(
         "PlanRun",
-        "dpo_jax.run.plan:plan",
+        "dpo_jax.commands.plan:plan",
         "does it fit, what does it move, how long does it take: a training step on devices that are not here",
         unused=("training",),
     ),
     "inspect": Command(
         "InspectRun",
-        "dpo_jax.run.inspect:inspect",
+        "dpo_jax.commands.inspect:inspect",
         "tokens of some rows with the loss mask coloured",
         lists=("data",),
         unused=(*_NO_LOADER, "data.buckets"),

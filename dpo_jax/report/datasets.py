@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data import cuts
-from dpo_jax.data.dataset import PreferenceDataset
-from dpo_jax.run import report
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.tokens import cuts
+from dpo_jax.report import html
 
 
-def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str, str]] = ()) -> report.Section:
+def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str, str]] = ()) -> html.Section:
     """What was read, what was left out and why, and how long the texts are.
 
     `taken`: (source, what the run takes of it), where there are several.
@@ -22,9 +22,9 @@ def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str,
     counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
     counts += [*taken, *cuts.counts(data.cuts)]
     counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-    return report.Section(
+    return html.Section(
         title,
         note=data.source,
-        plots=(report.lengths_plot("Lengths", lengths),),
-        table=report.Table(("what", "rows"), counts),
+        plots=(html.lengths_plot("Lengths", lengths),),
+        table=html.Table(("what", "rows"), counts),
     )

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.run import report
-from dpo_jax.run.log import Row, read_metrics
+from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.report import html
 
 _SHOWN = 4
 
 
-def samples_section(path: Path) -> report.Section:
+def samples_section(path: Path) -> html.Section:
     """Some responses of the first and of the last iteration, with their scores."""
     rows = read_rows(path)
     steps = sorted({row["step"] for row in rows})
@@ -17,7 +17,7 @@ def samples_section(path: Path) -> report.Section:
     cells = [(row["step"], prompt_text(row["prompt"]), row["response"], f"{row['score']:.4g}") for row in shown]
     head = ("step", "prompt", "response", "score")
     note = "The first responses of the first and of the last iteration; all of them are in samples.jsonl."
-    return report.Section("Samples", note, table=report.Table(head, cells, texts=("prompt", "response")))
+    return html.Section("Samples", note, table=html.Table(head, cells, texts=("prompt", "response")))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.run.rows import Row
+from dpo_jax.files.jsonl import Row
 
 RESAMPLES = 10_000
 

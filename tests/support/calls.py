@@ -1,6 +1,6 @@
 """How many calls does one value make on its way through the package? Counted from the source text, or in a run.
 
-    python tests/support/calls.py dpo_jax --start dpo_jax/run/dpo.py:train:config        # from the text
+    python tests/support/calls.py dpo_jax --start dpo_jax/commands/dpo.py:train:config        # from the text
     python tests/support/calls.py dpo_jax --trace config dpo                             # in a run
     python tests/support/calls.py dpo_jax --trace source dpo generate eval
 

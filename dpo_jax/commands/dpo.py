@@ -1,0 +1,186 @@
+"""`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.align import dpo
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import DPORun
+from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences, with_mismatched_responses
+from dpo_jax.data.sets.loader import eval_batches
+from dpo_jax.errors import InputError
+from dpo_jax.judge.reference import add_reference
+from dpo_jax.model.llama import Llama
+from dpo_jax.report.datasets import data_section
+from dpo_jax.train.flops import ModelFlops, dpo_flops
+from dpo_jax.train.heldout import evaluator
+from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.source import to_train
+
+
+@with_config_keys
+def train(config: DPORun) -> Path:
+    """Run DPO; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    _check_options(config)
+    training = Training.begin(config, "dpo")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+
+    # -------------------------------------------------------------- the model's shape, and the data
+    architecture, tokenizer = training.read_model_shape()
+    config = training.config
+    vocabulary = architecture.vocab_size
+    if config.reference is not None:
+        vocabulary = min(vocabulary, read_architecture(config.reference).vocab_size)
+    data, heldout = _load_data(config, tokenizer, vocabulary)
+    for dataset in (data, heldout):
+        if dataset is not None:
+            check_lengths(dataset, architecture, config.data.max_length)
+    for line in summaries(data, heldout):
+        training.say(line)
+
+    # -------------------------------------------------------------- options that follow from the data
+    planned = preference_loader(config, data, **training.length)
+    resolved = training.resolve(planned.total_steps)
+    step_config = resolved.step_config()
+
+    # -------------------------------------------------------------- weights and the reference policy
+    model, variables = training.load_model()
+    starting = _fixed_part(config, variables)
+    identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
+    evaluation = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
+    reference = None
+    if not step_config.reference_free:
+        judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
+        if step_config.reference == "cached":
+            # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
+            batches = planned.every_row()
+            data = add_reference(data, judge, judge_variables, config=step_config, mesh=mesh, batches=batches)
+            if heldout is not None:
+                label = "reference log-probabilities of the evaluation data"
+                batches = eval_batches(heldout, **evaluation)
+                whole = dataclasses.replace(step_config, accumulate=1)
+                heldout = add_reference(
+                    heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
+                )
+        elif config.reference is not None or "adapters" not in variables:
+            dtype = jnp.dtype(config.train.frozen_dtype or config.train.dtype)
+            # A copy, not a view: the arrays of the starting model are given to the first step.
+            reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
+        del judge, judge_variables
+
+    # -------------------------------------------------------------- training
+    flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
+    training.say(flops.describe())
+    state = dpo.init_state(model, variables, step_config, reference=reference)
+    del variables, starting, reference
+    final = training.fit(
+        state,
+        dpo.jit_train_step(step_config, mesh),
+        preference_loader(config, data, steps=planned.total_steps, epochs=None),
+        identity=identity,
+        evaluate=None if heldout is None else evaluator(heldout, config=step_config, mesh=mesh, **evaluation),
+        flops_of=dpo_flops(flops, step_config),
+    )
+
+    # -------------------------------------------------------------- the aligned model, and the report
+    return training.finish(
+        model,
+        final.variables,
+        tokenizer,
+        title="DPO run",
+        summary=f"{config.model}, aligned with {config.data.files} in {planned.total_steps} steps ({config.dpo.loss}).",
+        sections=[
+            data_section("Data", data, planned.told()),
+            *([] if heldout is None else [data_section("Evaluation data", heldout)]),
+        ],
+        terminators=data.terminators,
+    )
+
+
+def _check_options(config: DPORun) -> None:
+    """Refuse options that would have no effect, or that contradict each other across sections."""
+    live = config.dpo.reference == "live" and not config.dpo.reference_free
+    if config.reference is not None and config.dpo.reference_free:
+        raise InputError(f"--reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
+    if config.dpo.reference == "live" and config.dpo.reference_free:
+        raise InputError(f"--dpo.reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
+    if config.train.frozen_dtype is not None and not config.lora.rank and not live:
+        raise InputError(
+            "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference"
+        )
+
+
+# ---------------------------------------------------------------- loading
+
+
+def _load_data(
+    config: DPORun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """What to train on, and what is held out."""
+    unpaired = config.dpo.loss == "kto"
+
+    def read(source: str) -> PreferenceDataset:
+        return load_preferences(
+            source,
+            tokenizer,
+            config.data,
+            on_bad_rows=config.on_bad_rows,
+            vocab_size=vocabulary,
+            with_format_masks=config.dpo.mask_format_tokens,
+            needs_pairs=not unpaired,
+            ties=config.dpo.ties,
+        )
+
+    data, heldout = read_preferences(config, read)
+    if unpaired:  # after rows were held out: a response to another prompt is one of the same side
+        data = with_mismatched_responses(data, config.data.max_length)
+        heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)
+    return data, heldout
+
+
+def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
+    assert config.reference is not None
+    live = config.dpo.reference == "live"
+    model, variables = load_pretrained(
+        to_train(config.reference) if live else config.reference,
+        mesh=mesh,
+        dtype=jnp.dtype(config.train.frozen_dtype or config.train.dtype),
+        compute_dtype=jnp.dtype(config.train.dtype),
+        remat="none",
+        attention=config.train.attention,
+    )
+    if live and ("adapters" in variables or model.config != read_architecture(config.model)):
+        raise InputError(
+            f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters"
+            " of its own; use --dpo.reference cached"
+        )
+    return model, variables
+
+
+def _fixed_part(config: DPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that give the starting policy: fresh adapters add nothing to it, those of an adapter folder do."""
+    if config.lora.rank or "adapters" not in variables:
+        return {"params": variables["params"]}
+    if config.dpo.reference == "live":
+        raise InputError(
+            f"--model {config.model}: with an adapter folder a live reference would lack the adapters; use"
+            " --dpo.reference cached, or merge them with dpo-jax convert first"
+        )
+    return dict(variables)
+
+
+# ---------------------------------------------------------------- report

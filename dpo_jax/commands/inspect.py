@@ -1,0 +1,94 @@
+"""`dpo-jax inspect`: what the model sees of some rows, token by token, coloured by whether the loss counts it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import InspectRun
+from dpo_jax.data.sets.dataset import check_context
+from dpo_jax.data.sets.inspect import Piece, pieces, sequence_pieces
+from dpo_jax.data.sets.sequences import load_dialogues
+from dpo_jax.data.sets.text_windows import parse_sources
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import say
+from dpo_jax.judge.setting import load_data, load_vocabulary
+from dpo_jax.types import CHOSEN, REJECTED
+
+STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}
+MEANINGS = {
+    "prompt": "not in the loss",
+    "response": "response, in the loss",
+    "format": "written by the template, in the loss unless --dpo.mask_format_tokens",
+    "terminator": "the token that ends the response, in the loss",
+}
+
+
+@with_config_keys
+def inspect(run: InspectRun) -> None:
+    """Print `run.rows` usable rows from row number `run.first` on, of each file (weights mean nothing here).
+
+    Raises `InputError`.
+    """
+    console = Console(highlight=False)
+    for name, _ in parse_sources(run.data.files):
+        each = replace(run, data=replace(run.data, files=name))
+        for heading, found in _pairs(each) if run.kind == "preferences" else _dialogues(each):
+            console.print(Text(heading, style="bold"), soft_wrap=True)
+            console.print(_coloured(found), soft_wrap=True)
+            console.print()
+    for part, meaning in MEANINGS.items():
+        if part != "format" or run.kind == "preferences":
+            console.print(Text.assemble((f" {part} ", STYLES[part]), f" {meaning}"))
+
+
+def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
+    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows, with_format_masks=True)
+    for i in _shown(run, dataset.row_numbers):
+        for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
+            found = pieces(dataset, tokenizer, i, side)
+            prompt, response = dataset.prompt_lengths[i], dataset.response_lengths[i, side]
+            heading = f"row {dataset.row_numbers[i]}, {name}: {prompt} prompt tokens, {response} response tokens"
+            yield heading + dataset.cuts[i].told() + _cut(found), found
+
+
+def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
+    architecture, tokenizer = load_vocabulary(run.model, run.data)
+    dataset = load_dialogues(
+        run.data.files,
+        tokenizer,
+        run.data,
+        train_on=run.train_on or "answers",
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=run.on_bad_rows,
+    )
+    check_context(run.data.files, dataset.row_numbers, dataset.lengths, architecture, run.data.max_length)
+    say(dataset.summary())
+    for i in _shown(run, dataset.row_numbers):
+        found = sequence_pieces(dataset, tokenizer, i)
+        counted = f"{dataset.lengths[i]} tokens, {dataset.target_lengths[i]} of them in the loss"
+        yield f"row {dataset.row_numbers[i]}: {counted}{_cut(found)}", found
+
+
+def _shown(run: InspectRun, row_numbers: np.ndarray) -> Sequence[int]:
+    """Positions in the data set of the rows to show."""
+    shown = np.flatnonzero(row_numbers >= run.first)[: run.rows].tolist()
+    if not shown:
+        raise InputError(f"{run.data.files}: no usable row from row {run.first} on; the last one is {row_numbers[-1]}")
+    return shown
+
+
+def _cut(found: list[Piece]) -> str:
+    return "" if found[-1].part == "terminator" else ", cut by --data.max_length"
+
+
+def _coloured(found: list[Piece]) -> Text:
+    """One style a part; a thin bar stands between tokens, and line ends are shown before they are obeyed."""
+    text = Text()
+    for i, piece in enumerate(found):
+        text.append("" if i == 0 else "|", style="bright_black")
+        text.append(piece.text.replace("\n", "\\n\n"), style=STYLES[piece.part])
+    return text

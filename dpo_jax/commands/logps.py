@@ -1,0 +1,42 @@
+"""`dpo-jax logps`: the log-probabilities of both responses of every row, one JSON object a row."""
+
+import json
+from pathlib import Path
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import LogpsRun
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.judge.setting import Setting, check_output, load_data
+from dpo_jax.types import CHOSEN, REJECTED
+
+
+@with_config_keys
+def logps(run: LogpsRun) -> Path:
+    """Write `run.out`, rows in input order: row (its number in the file, from 1), chosen_logps and rejected_logps
+    (sums over the response's tokens, terminator included, in nats), chosen_tokens and rejected_tokens.
+
+    Rows that cannot be used are left out, and said, as in training. Returns the path. Raises `InputError`.
+    """
+    setting = Setting.of(
+        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
+    )
+    out = check_output(run.out)
+    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
+    model, variables = setting.load(run.model, tokenizer)
+    sums = setting.logps(model, variables, dataset, "log-probabilities")
+    lines = [
+        json.dumps(
+            {
+                "row": int(number),
+                "chosen_logps": float(values[CHOSEN]),
+                "rejected_logps": float(values[REJECTED]),
+                "chosen_tokens": int(tokens[CHOSEN]),
+                "rejected_tokens": int(tokens[REJECTED]),
+            }
+        )
+        for number, values, tokens in zip(dataset.row_numbers, sums, dataset.response_lengths, strict=True)
+    ]
+    write_atomically(out, "\n".join(lines) + "\n")
+    say(f"{out}: {len(lines):,} rows")
+    return out

@@ -1,0 +1,163 @@
+"""`dpo-jax plan`: what a training command needs on devices that are not here, before they are paid for."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import PlanRun, RewardRun, SFTRun, TrainingRun
+from dpo_jax.config.words import COMMANDS
+from dpo_jax.errors import DoesNotFit, InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.plan import compiling
+from dpo_jax.plan.config_text import config_text
+from dpo_jax.plan.hardware import Topology
+from dpo_jax.plan.jobs import Job
+from dpo_jax.plan.outcome import Outcome, Planned, as_result
+from dpo_jax.plan.programs import Lengths, lengths_of, names
+from dpo_jax.plan.search import Candidate, Frontier, candidates
+from dpo_jax.plan.shapes import shape_of
+from dpo_jax.plan.tables import show, show_search
+
+SEARCH_LIMIT = 12
+
+
+@with_config_keys
+def plan(options: PlanRun) -> dict[str, Any]:
+    """Compile what `options.training` would run; print what it needs, write `options.out`, and return what is in it.
+
+    With `options.search` the same for the best of many ways to run it.
+
+    Raises `InputError` for options that make no step, and `DoesNotFit` after the report where a program does not fit.
+    """
+    topology, job = first_job(options)
+    folder, console = compiling.plans_folder(options.cache), Console()
+    result: dict[str, Any] = {}
+    if options.search:
+        tried, left = search(options, topology, job, folder)
+        show_search(tried, console)
+        if left:
+            console.print(f"{left} more candidates may be better: --search_limit {len(tried) + left} goes on from here")
+        result["search"] = [as_row(candidate, made) for candidate, made in tried]
+        made = tried[0][1]
+        if not isinstance(made, Planned):
+            raise InputError(f"--search: none of {len(tried)} candidates could be compiled; the first: {made}")
+    else:
+        made = compile_plan(options, topology, job, folder)
+    result = as_result(options, made) | result
+    if options.out is not None:
+        write_atomically(Path(options.out), json.dumps(result, indent=2) + "\n")
+    show(options, made, console)
+    if not made.fits:
+        raise DoesNotFit(f"{made.worst.name} {made.worst.describe()}")
+    if options.write_config is not None:
+        write_atomically(Path(options.write_config), config_text(made.job.run, _docstring(options, made)))
+        say(f"written: {options.write_config}")
+    return result
+
+
+def _docstring(options: PlanRun, made: Planned) -> str:
+    """Of a CONFIG.py that a search found."""
+    job, name = made.job, options.model_shape or made.job.run.model
+    return (
+        f"{job.word} of {name} on {made.topology}: the best that `dpo-jax plan --search` found.\n\n"
+        f"{job.prompt} + {job.response} tokens a row: {made.worst.describe()} a device, estimated"
+        f" {made.seconds:.3g} s a step."
+    )
+
+
+def word_of(run: TrainingRun) -> str:
+    """The command whose options these are."""
+    return next(word for word, command in COMMANDS.items() if command.options == type(run).__name__)
+
+
+def first_job(options: PlanRun) -> tuple[Topology, Job]:
+    """The devices, and the training step as a job. Raises `InputError` for options that make none."""
+    run, topology = options.training, Topology.parse(options.topology)
+    if run is None:
+        raise InputError("a plan needs the options of a training command: PlanRun.training")
+    shape, _ = shape_of(run, options.model_shape)
+    lengths = lengths_of(run, options.prompt_tokens, options.response_tokens)
+    _check(run, shape, lengths, options)
+    job = Job(word_of(run), names(run)[0], run, shape, str(topology), lengths.prompt, lengths.response)
+    return topology, job
+
+
+def _check(run: TrainingRun, shape: LlamaConfig, lengths: Lengths, options: PlanRun) -> None:
+    if isinstance(run, SFTRun) and options.prompt_tokens is not None:
+        raise InputError("--prompt_tokens has no effect: a window of text has no prompt; give --response_tokens")
+    if shape.num_labels and not isinstance(run, RewardRun):
+        raise InputError(f"--model {run.model}: is a reward model, and {word_of(run)} trains a language model")
+    if lengths.response < 1:
+        raise InputError(f"--prompt_tokens {lengths.prompt} leaves no response in --data.max_length; lower it")
+    if (total := lengths.prompt + lengths.response) > shape.max_position:
+        raise InputError(f"rows of {total} tokens exceed the model's context of {shape.max_position}; lower lengths")
+
+
+def compile_plan(options: PlanRun, topology: Topology, job: Job, folder: Path, *, quiet: bool = False) -> Planned:
+    """Compile the programs of a job's command, one after another; none after one that does not fit."""
+    outcomes: list[Outcome] = []
+    for name in names(job.run):
+        one = dataclasses.replace(job, program=name)
+        if not quiet and compiling.stored(one, folder) is None:
+            say(f"compiling {name} of {job.word} for {topology} (about a minute or two)")
+        figures = compiling.figures_of(one, folder)
+        outcomes.append(Outcome.of(name, figures, options, topology))
+        if not outcomes[-1].fits:
+            break
+    return Planned(topology, job, tuple(outcomes))
+
+
+# ---------------------------------------------------------------- search
+
+
+def search(options: PlanRun, topology: Topology, job: Job, folder: Path) -> tuple[list[tuple[Candidate, Any]], int]:
+    """Compile candidates, the most promising first.
+
+    Returns what came out, the best first (a `Planned`, or why there is none), and how many candidates are left that
+    might be better.
+    """
+    lengths = Lengths(job.prompt, job.response)
+    frontier = Frontier(candidates(job.run, job.shape, topology, lengths))
+    limit = SEARCH_LIMIT if options.search_limit is None else options.search_limit
+    tried: list[tuple[Candidate, Planned | str]] = []
+    with ProgressBar("compiled", limit) as bar:
+        for candidate in frontier:
+            if len(tried) == limit:
+                frontier.return_to(candidate)
+                break
+            bar.update(len(tried), candidate.describe())
+            one = dataclasses.replace(job, run=candidate.options(job.run))
+            try:
+                made: Planned | str = compile_plan(options, topology, one, folder, quiet=True)
+            except (InputError, compiling.CompilerFailed) as error:
+                made = " ".join(str(error).split())[:200]
+            else:
+                frontier.learn(candidate, made.fits)
+            tried.append((candidate, made))
+        bar.update(len(tried))
+    return sorted(tried, key=lambda one: _rank(one[1])), frontier.left
+
+
+def _rank(made: Planned | str) -> tuple[int, float]:
+    """Those that fit by their time, then those that do not by their size, then those that failed."""
+    if isinstance(made, str):
+        return 2, 0.0
+    if made.fits and made.seconds is not None:
+        return 0, made.seconds
+    return 1, made.worst.peak or math.inf
+
+
+def as_row(candidate: Candidate, made: Planned | str) -> dict[str, Any]:
+    """A candidate in plan.json."""
+    row = {"mesh": dataclasses.asdict(candidate.mesh), "remat": candidate.remat, "accumulate": candidate.accumulate}
+    if isinstance(made, str):
+        return row | {"error": made}
+    sizes = {"fits": made.fits, "peak_bytes": made.worst.peak, "limit_bytes": made.worst.limit}
+    return row | sizes | {"seconds_a_step": made.seconds}

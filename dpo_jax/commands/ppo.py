@@ -1,0 +1,201 @@
+"""`dpo-jax ppo`: from a model, prompts and a reward to a better model, in the order in which it happens."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.align import ppo
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import PPORun
+from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
+from dpo_jax.data.tokens import cuts
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.reward_functions import open_reward
+from dpo_jax.judge.reward_model import check_score
+from dpo_jax.mesh import batch_parts
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report import html
+from dpo_jax.report.samples import progress, samples_section
+from dpo_jax.train.flops import ModelFlops, ppo_flops
+from dpo_jax.train.rollouts import Rollouts, Scorer, policy_of
+from dpo_jax.train.session import Training
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.source import to_train
+from dpo_jax.weights.tokenizer import text_ids
+
+
+@with_config_keys
+def train(config: PPORun) -> Path:
+    """Run PPO, RLOO or GRPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    training = Training.begin(config, "ppo")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+    config.check_sizes(batch_parts(mesh))
+
+    # -------------------------------------------------------------- the model's shape, the prompts, the reward
+    architecture, tokenizer = training.read_model_shape()
+    config = training.config
+    if architecture.num_labels:
+        raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
+    _check_value_model(config, architecture)
+    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    data = load_prompts(
+        config.data.files,
+        encoder,
+        config.data,
+        longest=config.longest_prompt,
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=config.on_bad_rows,
+        tagged=config.safety_reward is not None,
+    )
+    _check_context(config, data, architecture)
+    training.say(data.summary())
+    scorer = _scorer(config, training)
+    scorer.try_out(data)
+
+    # -------------------------------------------------------------- options that follow from the data
+    planned = _loader(config, data, **training.length)
+    resolved = training.resolve(planned.total_steps)
+    step_config = dataclasses.replace(resolved.step_config(), vocabulary=text_ids(tokenizer, architecture))
+
+    # -------------------------------------------------------------- weights: policy, reference, value model
+    model, variables = training.load_model()
+    # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
+    starting = {"params": variables["params"]} if config.lora.rank else policy_of(variables)
+    identity = {
+        "the starting model": fingerprint(starting),
+        "the prompts": data.fingerprint,
+        "the reward": scorer.identity,
+    }
+    reference = _reference(config, variables)
+    value = None
+    if config.value_model is not None:
+        # Beneath adapters it shares the policy's weights; without, it is a model of its own.
+        start = config.value_model if "adapters" in variables else to_train(config.value_model)
+        _, value = load_pretrained(start, mesh=mesh, dtype=jnp.float32)
+        identity["the value model"] = fingerprint(value)
+    flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
+    training.say(flops.describe())
+    state = ppo.init_state(model, policy_of(variables), step_config, value=value)
+    del variables, starting, value
+
+    # -------------------------------------------------------------- training
+    rollouts = Rollouts(
+        model,
+        tokenizer,
+        data,
+        _loader(config, data, steps=planned.total_steps, epochs=None),
+        scorer,
+        SampleLog(training.out / "samples.jsonl", writes=training.main),
+        reference=reference,
+        config=step_config,
+        sample=terminators(model, encoder, config.sample),
+        mesh=mesh,
+        piece=config.rollout_batch_size or config.train.batch_size,
+        raw=config.data.template == RAW,
+    )
+    final = training.fit(
+        state,
+        ppo.jit_train_step(step_config, mesh),
+        rollouts,
+        identity=identity,
+        flops_of=ppo_flops(flops, step_config),
+        prepare=rollouts.prepare,
+    )
+
+    # -------------------------------------------------------------- the model, and the report
+    told = progress(read_metrics(training.out / "metrics.jsonl"))
+    training.say(told)
+    return training.finish(
+        model,
+        policy_of(final.variables),
+        tokenizer,
+        title="PPO run",
+        summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"
+        f" iterations ({config.ppo.advantage}). {told}",
+        sections=[samples_section(training.out / "samples.jsonl"), _prompts_section(data)] if training.main else [],
+        terminators=encoder.terminators,
+    )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_context(config: PPORun, data: PromptDataset, architecture: LlamaConfig) -> None:
+    """Refuse a prompt that leaves no room for its response in the model's context."""
+    longest = int(data.ids.lengths.argmax())
+    needed, room = int(data.ids.lengths[longest]) + config.sample.max_new_tokens, architecture.max_position
+    if needed > room:
+        raise InputError(
+            f"{data.source}, row {data.row_numbers[longest]}: {data.ids.lengths[longest]} tokens and"
+            f" --sample.max_new_tokens {config.sample.max_new_tokens} (--data.max_length {config.data.max_length})"
+            f" exceed the model's context of {room}; set --data.max_length to at most {room}"
+        )
+
+
+def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
+    """Refuse a value model that is no reward model of the policy's shape: it runs in the policy's place."""
+    if config.value_model is None:
+        return
+    other = read_architecture(config.value_model)
+    check_score(config.value_model, other)
+    free = ("vocab_size", "max_position", "tie_embeddings", "eos_token_ids", "bos_token_id", "pad_token_id")
+    same = {name: getattr(architecture, name) for name in (*free, "further_stop_ids", "num_labels", "model_type")}
+    if dataclasses.replace(other, **same) != architecture or other.vocab_size < architecture.vocab_size:
+        raise InputError(f"--value_model {config.value_model}: has another architecture than --model {config.model}")
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _scorer(config: PPORun, training: Training[PPORun]) -> Scorer:
+    size = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
+    setting: dict[str, Any] = {"mesh": training.mesh, "batch_size": size}
+    reward = open_reward(config.reward, config, **setting)
+    if config.safety_reward is None:
+        return Scorer(reward, config.reward)
+    return Scorer(reward, config.reward, open_reward(config.safety_reward, config, **setting), config.safety_reward)
+
+
+def _loader(config: PPORun, data: PromptDataset, *, steps: int | None, epochs: float | None) -> PromptLoader:
+    return PromptLoader(
+        data,
+        batch_size=config.train.batch_size,
+        group=config.ppo.group,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        steps=steps,
+        epochs=epochs,
+    )
+
+
+def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What the reference policy has in place of the trained weights, as copies: those are given to the first step."""
+    if config.lora.rank:
+        return {}
+    if "adapters" in variables:
+        return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
+    dtype = jnp.dtype(config.train.frozen_dtype or config.train.dtype)
+    return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}
+
+
+def _prompts_section(data: PromptDataset) -> html.Section:
+    counts = [("rows read", data.rows_read), ("rows used", len(data)), *cuts.counts(data.cuts)]
+    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
+    plot = html.lengths_plot("Lengths", {"prompt": data.ids.lengths})
+    return html.Section("Prompts", note=data.source, plots=(plot,), table=html.Table(("what", "rows"), counts))

@@ -1,0 +1,370 @@
+"""`dpo-jax recipe llama2_chat`: Llama 2-Chat's training (Touvron et al. 2023, arXiv 2307.09288, section 3), in stages.
+
+    given/                  the comparisons of --helpful_data and --safety_data, some prompts held out
+    sft/                    V0: supervised fine-tuning
+    for v = 0, 1 ... R:
+        v{v}/               the newest model Vv answers the prompts; the judges score its answers; pairs of them
+        reward-{v+1}/       reward models from V0, on all comparisons so far
+        accuracy-*.json     of every reward model on the held-out comparisons of every distribution
+        rejection-{v+1}/    V(v+1): rejection sampling from Vv, its pool carried on      while v < R
+        ppo/                V(R+1): PPO from VR                                          at v = R
+    v{R+1}/                 what the last version answers
+    summary.json, report.html
+
+In the paper people compare the answers of the newest model each week; here a judge does (`--judge`), a function of
+texts. The accuracy of reward model r on what V(s) writes shows the shift of distribution: reward model r has learnt
+from V0 ... V(r-1), and later versions write what it has not seen.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.commands import ppo, rejection, reward, sft
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.commands.generate import generate
+from dpo_jax.commands.recipes import heldout_comparisons as comparisons
+from dpo_jax.config import DataConfig, GenerateRun, Llama2ChatRun, RewardRun, SampleConfig
+from dpo_jax.data.rows.preferences import parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.prompts import Prompt, other_columns
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.jsonl import Row, read_lines, write_lines
+from dpo_jax.files.log import show_log
+from dpo_jax.files.stages import Figures, Recipe, Stage, last_figures
+from dpo_jax.judge.continuations import make_pairs
+from dpo_jax.judge.reward_functions import check_reward, open_reward, scores_of
+from dpo_jax.mesh import batch_parts, make_mesh
+from dpo_jax.report import llama2_chat as llama2_chat_report
+
+HELPFUL, SAFE = "helpful", "safety"
+_JUDGED = 256  # answers in one call of a judge
+
+
+@with_config_keys
+def recipe(run: Llama2ChatRun) -> Path:
+    """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
+    show_log()
+    folder = Recipe("llama2_chat", run, run)
+    chat = Llama2Chat(run, folder.out)
+    folder.perform(chat.stages())
+    folder.finish()
+    llama2_chat_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
+    return folder.out
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two sorts of comparison.
+
+    Attributes:
+      name: helpful or safety.
+      source: the comparisons that were given.
+      judge: compares the answers of the newest model.
+      options: of its reward models.
+    """
+
+    name: str
+    source: str
+    judge: str
+    options: RewardRun
+
+
+class Llama2Chat:
+    """The stages."""
+
+    def __init__(self, run: Llama2ChatRun, out: Path):
+        self._run, self._out, self._rounds = run, out, run.recipe.rounds
+        self._kinds = [Kind(HELPFUL, run.helpful_data, run.judge, run.helpful)]
+        if run.safety_data is not None and run.safety_judge is not None:
+            self._kinds.append(Kind(SAFE, run.safety_data, run.safety_judge, run.safety))
+        for kind in self._kinds:
+            check_reward(kind.judge, run.ppo)
+
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        run, out = self._run, self._out
+        stages = [
+            Stage(f"given {kind.name}", (kind.source,), self._heldout("given", kind), self._bound(self._split, kind))
+            for kind in self._kinds
+        ]
+        stages.append(Stage("V0: SFT", (run.model, run.sft_data), out / "sft", self._sft))
+        for version in range(self._rounds + 1):
+            stages += self._answers(version)
+            stages.append(self._pairs_stage(version))
+            number = version + 1
+            known = self._distributions(version)
+            if number > 1:
+                # The reward models so far, on what the newest version writes: they have not seen it.
+                cells = [(r, f"v{version}") for r in range(1, number)]
+                stages.append(self._accuracy_stage(f"accuracy on V{version}", f"accuracy-v{version}.json", cells))
+            stages += [self._reward_stage(number, kind) for kind in self._kinds]
+            cells = [(number, name) for name in known]
+            name = f"accuracy of reward model {number}"
+            stages.append(self._accuracy_stage(name, f"accuracy-reward-{number}.json", cells))
+            stages.append(self._next_version(number))
+        stages += self._answers(self._rounds + 1)
+        judged = [out / f"v{version}" / "judged.jsonl" for version in range(self._rounds + 2)]
+        stages.append(Stage("table", tuple(judged), out / "summary.json", self._table))
+        return stages
+
+    def _bound(self, function: Any, *words: Any) -> Any:
+        return functools.partial(function, *words)
+
+    # ---------------------------------------------------------------- where things are
+
+    def _model(self, version: int) -> Path:
+        """The run folder of V0, V1 ..."""
+        if version == 0:
+            return self._out / "sft"
+        return self._out / ("ppo" if version > self._rounds else f"rejection-{version}")
+
+    def _distributions(self, version: int) -> list[str]:
+        """The sets of comparisons that there are once Vv has answered."""
+        return ["given", *(f"v{v}" for v in range(version + 1))]
+
+    def _learnt(self, distribution: str, kind: Kind) -> Path:
+        return self._out / distribution / f"{kind.name}.jsonl"
+
+    def _heldout(self, distribution: str, kind: Kind) -> Path:
+        return self._out / distribution / f"{kind.name}_heldout.jsonl"
+
+    def _reward(self, number: int, kind: Kind) -> Path:
+        return self._out / f"reward-{number}" / kind.name
+
+    def _material(self, number: int, kind: Kind) -> Path:
+        """What reward model `number` learns from."""
+        return self._out / f"reward-{number}" / f"{kind.name}.jsonl"
+
+    # ---------------------------------------------------------------- what was given, and V0
+
+    def _split(self, kind: Kind) -> Figures:
+        learnt, heldout = comparisons.split(kind.source, self._run.recipe.heldout, self._run.seed)
+        if not learnt or not heldout:
+            raise InputError(
+                f"{kind.source}: --recipe.heldout {self._run.recipe.heldout} holds out {len(heldout)} of"
+                f" {len(learnt) + len(heldout)} rows; choose a share that leaves some on both sides"
+            )
+        write_lines(self._learnt("given", kind), learnt)
+        write_lines(self._heldout("given", kind), heldout)
+        return {"comparisons": len(learnt), "held out": len(heldout)}
+
+    def _sft(self) -> Figures:
+        run = self._run
+        data = dataclasses.replace(run.sft.data, files=run.sft_data)
+        sft.train(dataclasses.replace(run.sft, model=run.model, data=data, out=str(self._out / "sft")))
+        return last_figures(self._out / "sft", {"loss": "loss"})
+
+    # ---------------------------------------------------------------- what the newest model writes
+
+    def _answers(self, version: int) -> list[Stage]:
+        folder, model = self._out / f"v{version}", self._model(version)
+        answers, judged = folder / "answers.jsonl", folder / "judged.jsonl"
+        inputs = (answers, self._run.prompts, *(kind.judge for kind in self._kinds))
+        return [
+            Stage(f"V{version} answers", (model, self._run.prompts), answers, self._bound(self._answer, version)),
+            Stage(f"V{version} judged", inputs, judged, self._bound(self._judge, version)),
+        ]
+
+    @property
+    def _raw(self) -> bool:
+        return self._run.ppo.data.template == RAW
+
+    def _answer(self, version: int) -> Figures:
+        run, options = self._run, self._run.recipe
+        path = self._out / f"v{version}" / "answers.jsonl"
+        if not path.exists():
+            generate(
+                GenerateRun(
+                    model=str(self._model(version)),
+                    prompts=run.prompts,
+                    out=str(path),
+                    raw=self._raw,
+                    batch_size=options.pair_batch_size,
+                    samples=options.pair_samples,
+                    seed=run.seed + version,
+                    dtype=run.ppo.train.dtype,
+                    sample=SampleConfig(run.ppo.sample.max_new_tokens, temperature=options.pair_temperature),
+                    mesh=run.ppo.mesh,
+                )
+            )
+        rows = read_lines(path)
+        return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+
+    @functools.cached_property
+    def _prompts(self) -> dict[int, tuple[Prompt, bool]]:
+        """Row -> its prompt, and whether it is tagged `safety`."""
+        found = {}
+        for number, row in read_rows(self._run.prompts):
+            try:
+                found[number] = Prompt(*parse_prompt(row), other_columns(row)), row.get("safety") is True
+            except BadRow as problem:
+                raise InputError(f"{self._run.prompts}: row {number}: {problem}") from problem
+        return found
+
+    def _judge(self, version: int) -> Figures:
+        """Each answer gets the score of the judge that its prompt belongs to."""
+        rows = read_lines(self._out / f"v{version}" / "answers.jsonl")
+        judged: list[Row] = []
+        for kind in self._kinds:
+            own = [row for row in rows if self._kind_of(row) == kind.name]
+            if not own:
+                raise InputError(
+                    f"{self._run.prompts}: no prompt is for the {kind.name} judge; tag some, and not all, with"
+                    ' "safety": true'
+                )
+            devices = make_mesh(**dataclasses.asdict(self._run.ppo.mesh))
+            judge = open_reward(kind.judge, self._run.ppo, mesh=devices, batch_size=8 * batch_parts(devices))
+            for start in range(0, len(own), _JUDGED):
+                some = own[start : start + _JUDGED]
+                prompts = [self._prompts[row["row"]][0] for row in some]
+                numbers = np.asarray([row["row"] for row in some])
+                scores = scores_of(judge, prompts, [row["response"] for row in some], numbers, kind.judge)
+                judged += [
+                    row | {"score": score, "judge": kind.name} for row, score in zip(some, scores.tolist(), strict=True)
+                ]
+        write_lines(self._out / f"v{version}" / "judged.jsonl", judged)
+        return self._scores(version)
+
+    def _kind_of(self, row: Row) -> str:
+        return SAFE if len(self._kinds) > 1 and self._prompts[row["row"]][1] else HELPFUL
+
+    def _scores(self, version: int) -> dict[str, float]:
+        """Mean score of a version's answers, by each judge."""
+        rows = read_lines(self._out / f"v{version}" / "judged.jsonl")
+        by_kind = {kind.name: [row["score"] for row in rows if row["judge"] == kind.name] for kind in self._kinds}
+        return {f"{name} score": float(np.mean(scores)) for name, scores in by_kind.items()}
+
+    def _pairs_stage(self, version: int) -> Stage:
+        judged = self._out / f"v{version}" / "judged.jsonl"
+        proof = self._heldout(f"v{version}", self._kinds[-1])
+        return Stage(f"V{version} pairs", (judged,), proof, self._bound(self._pairs, version))
+
+    def _pairs(self, version: int) -> Figures:
+        rows, figures = read_lines(self._out / f"v{version}" / "judged.jsonl"), {}
+        for kind in self._kinds:
+            pairs = comparisons.rated(make_pairs([row for row in rows if row["judge"] == kind.name]))
+            parts = comparisons.parted(pairs, self._run.recipe.heldout, self._run.seed)
+            if not all(parts):
+                raise InputError(
+                    f"V{version}: the {kind.name} judge {kind.judge} tells answers apart for {len(pairs)} prompts, of"
+                    f" which {len(parts[1])} are held out; give more prompts, or another --recipe.heldout"
+                )
+            write_lines(self._learnt(f"v{version}", kind), parts[0])
+            write_lines(self._heldout(f"v{version}", kind), parts[1])
+            figures |= {f"{kind.name} pairs": len(parts[0]), f"{kind.name} held out": len(parts[1])}
+        return figures
+
+    # ---------------------------------------------------------------- reward models
+
+    def _reward_stage(self, number: int, kind: Kind) -> Stage:
+        read = self._kinds if kind.options.mix_data is not None else [kind]
+        names = self._distributions(number - 1)
+        inputs = [self._out / "sft", *(self._learnt(name, each) for each in read for name in names)]
+        work = self._bound(self._train_reward, number, kind)
+        return Stage(f"{kind.name} reward model {number}", tuple(inputs), self._reward(number, kind), work)
+
+    def _train_reward(self, number: int, kind: Kind) -> Figures:
+        """From V0, on everything that there is to compare so far."""
+        for each in self._kinds:  # the safety model mixes helpfulness in
+            names = self._distributions(number - 1)
+            rows = [row for name in names for row in read_lines(self._learnt(name, each))]
+            write_lines(self._material(number, each), rows)
+        mixes = kind.name == SAFE and kind.options.mix_data is not None
+        reward.train(
+            dataclasses.replace(
+                kind.options,
+                model=str(self._out / "sft"),
+                data=dataclasses.replace(kind.options.data, files=str(self._material(number, kind))),
+                mix_data=str(self._material(number, self._kinds[0])) if mixes else None,
+                eval_data=str(self._heldout(f"v{number - 1}", kind)),
+                holdout=None,
+                out=str(self._reward(number, kind)),
+            )
+        )
+        figures = last_figures(self._reward(number, kind), {"accuracy on the newest": "eval_accuracy"})
+        return {"comparisons": len(read_lines(self._material(number, kind))), **figures}
+
+    def _accuracy_stage(self, name: str, file: str, cells: Sequence[tuple[int, str]]) -> Stage:
+        rewards = [self._reward(number, kind) for number, _ in cells for kind in self._kinds]
+        sets = [self._heldout(distribution, kind) for _, distribution in cells for kind in self._kinds]
+        inputs = tuple(dict.fromkeys((*rewards, *sets)))
+        return Stage(name, inputs, self._out / file, self._bound(self._measure, self._out / file, cells))
+
+    def _measure(self, path: Path, cells: Sequence[tuple[int, str]]) -> Figures:
+        found = []
+        for kind in self._kinds:
+            for number in dict.fromkeys(number for number, _ in cells):
+                names = [name for other, name in cells if other == number]
+                sources = [self._heldout(name, kind) for name in names]
+                figures = comparisons.accuracies(self._reward(number, kind), sources, kind.options)
+                head = {"kind": kind.name, "reward_model": number}
+                found += [head | {"distribution": name} | each for name, each in zip(names, figures, strict=True)]
+        write_atomically(path, json.dumps(found, indent=2) + "\n")
+        return {f"{row['kind']} {row['reward_model']} on {row['distribution']}": row["accuracy"] for row in found}
+
+    # ---------------------------------------------------------------- policies
+
+    def _next_version(self, number: int) -> Stage:
+        rewards = [self._reward(number, kind) for kind in self._kinds]
+        before = self._model(number - 1)
+        inputs: list[str | Path] = [before, self._run.prompts, *rewards]
+        if number > self._rounds:
+            return Stage(f"V{number}: PPO", tuple(inputs), self._model(number), self._bound(self._ppo, number))
+        if number > 1:
+            inputs.append(before / "pool.jsonl")
+        work = self._bound(self._reject, number)
+        return Stage(f"V{number}: rejection sampling", tuple(inputs), self._model(number), work)
+
+    def _setting(self, number: int, data: DataConfig) -> dict[str, Any]:
+        """What a version's run is told beside its own options: the version before, and the newest reward models."""
+        safety = str(self._reward(number, self._kinds[1])) if len(self._kinds) > 1 else None
+        return {
+            "model": str(self._model(number - 1)),
+            "data": dataclasses.replace(data, files=self._run.prompts),
+            "out": str(self._model(number)),
+            "reward": str(self._reward(number, self._kinds[0])),
+            "safety_reward": safety,
+        }
+
+    def _reject(self, number: int) -> Figures:
+        options = self._run.rejection
+        before = str(self._model(number - 1) / "pool.jsonl") if number > 1 else None
+        inner = dataclasses.replace(options.rejection, pool_from=before if options.rejection.pool == "all" else None)
+        rejection.train(dataclasses.replace(options, rejection=inner, **self._setting(number, options.data)))
+        names = {"reward of all": "rewards/mean", "of the best": "rewards/best", "in the pool": "pool/size"}
+        return last_figures(self._model(number), names)
+
+    def _ppo(self, number: int) -> Figures:
+        ppo.train(dataclasses.replace(self._run.ppo, **self._setting(number, self._run.ppo.data)))
+        # Two rewards as one are whitened: their mean is 0, and those that it was made of tell more.
+        parts = {"helpfulness": "rewards/helpfulness", "safety": "rewards/safety"}
+        names = {"reward": "objective/scores", "KL": "objective/kl"}
+        return last_figures(self._model(number), names | (parts if len(self._kinds) > 1 else {}))
+
+    # ---------------------------------------------------------------- the table
+
+    def _table(self) -> Figures:
+        versions = []
+        for version in range(self._rounds + 2):
+            how = "SFT" if version == 0 else "PPO" if version > self._rounds else "rejection sampling"
+            versions.append({"version": version, "by": how, **self._scores(version)})
+        files = sorted(self._out.glob("accuracy-*.json"))
+        accuracy = [row for path in files for row in json.loads(path.read_text())]
+        accuracy.sort(key=lambda row: (row["kind"], row["reward_model"], self._place(row["distribution"])))
+        summary = {"model": self._run.model, "judge": self._run.judge, "versions": versions, "accuracy": accuracy}
+        llama2_chat_report.write(self._out, summary, [self._model(version) for version in range(self._rounds + 2)])
+        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return {f"V{row['version']}": row[f"{HELPFUL} score"] for row in versions}
+
+    def _place(self, distribution: str) -> int:
+        return self._distributions(self._rounds).index(distribution)

@@ -1,0 +1,135 @@
+"""`dpo-jax reward`: from a model and comparisons to a reward model, in the order in which it happens."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.align import reward
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import RewardRun
+from dpo_jax.data.sets.comparison_sets import join, load_comparisons, mix, split_by_prompt
+from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.report import html
+from dpo_jax.report.datasets import data_section
+from dpo_jax.train.flops import ModelFlops, reward_flops
+from dpo_jax.train.heldout_rewards import evaluator
+from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.heads import as_reward_model, padded_apart
+
+MIX = 0.1
+
+
+@with_config_keys
+def train(config: RewardRun) -> Path:
+    """Train a reward model; return the run folder. An unfinished run in `config.out` is resumed exactly.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    if config.train.frozen_dtype is not None and not config.lora.rank:
+        raise InputError("--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
+    training = Training.begin(config, "reward")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+
+    # -------------------------------------------------------------- the model's shape, and the data
+    architecture, tokenizer = training.read_model_shape()
+    config = training.config
+    padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
+    data, heldout = _data(config, tokenizer, architecture.vocab_size)
+    for dataset in (data, heldout):
+        if dataset is not None:
+            check_lengths(dataset, architecture, config.data.max_length)
+    for line in summaries(data, heldout):
+        training.say(line)
+
+    # -------------------------------------------------------------- options that follow from the data
+    planned = preference_loader(config, data, **training.length)
+    resolved = training.resolve(planned.total_steps)
+    step_config = resolved.step_config()
+
+    # -------------------------------------------------------------- weights, training
+    model, variables = as_reward_model(*training.load_model())
+    # Fresh adapters follow from the seed; those of an adapter folder, and heads, are part of the model.
+    starting = {name: tree for name, tree in variables.items() if name != "adapters" or not config.lora.rank}
+    identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
+    state = reward.init_state(model, variables, step_config)
+    del variables, starting
+    evaluate = None
+    if heldout is not None:
+        shapes = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
+        evaluate = evaluator(heldout, config=step_config, mesh=mesh, **shapes)
+    final = training.fit(
+        state,
+        reward.jit_train_step(step_config, mesh),
+        preference_loader(config, data, steps=planned.total_steps, epochs=None),
+        identity=identity,
+        evaluate=evaluate,
+        flops_of=reward_flops(ModelFlops.of(model.config, config.lora, outputs=1)),
+    )
+
+    # -------------------------------------------------------------- the reward model, and the report
+    rows = read_metrics(training.out / "metrics.jsonl")
+    return training.finish(
+        model,
+        final.variables,
+        tokenizer,
+        title="Reward model",
+        summary=f"{config.model}, trained on {data.source} in {planned.total_steps} steps"
+        f" (margin {config.reward.margin}). {_progress(rows)}".rstrip(),
+        sections=[
+            data_section("Data", data, planned.told()),
+            *([] if heldout is None else [data_section("Evaluation data", heldout)]),
+            *_groups(rows),
+        ],
+        classes=step_config.heads,
+    )
+
+
+def _data(
+    config: RewardRun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """What to train on, and what is held out: of each source the same share of prompts, before they are mixed."""
+
+    def load(source: str) -> PreferenceDataset:
+        return load_comparisons(
+            source, tokenizer, config.data, config.reward, vocab_size=vocabulary, on_bad_rows=config.on_bad_rows
+        )
+
+    data, heldout = read_preferences(config, load)
+    if config.mix_data is None:
+        return data, heldout
+    if data.mixture is not None:
+        raise InputError(f"--mix_data beside several files in --data {config.data.files}: give it a weight among them")
+    seed, share = config.train.seed, MIX if config.mix is None else config.mix
+    second = load(config.mix_data)
+    if config.holdout is not None and heldout is not None:
+        second, held = split_by_prompt(second, config.holdout, seed)
+        heldout = join(heldout, held)
+    return mix(data, second, share, seed), heldout
+
+
+# ---------------------------------------------------------------- report
+
+
+def _progress(rows: list[Row]) -> str:
+    """Held-out accuracy at the end, in one sentence; nothing where there was no evaluation."""
+    evaluated = [row for row in rows if "eval_accuracy" in row]
+    return f"Held-out accuracy {evaluated[-1]['eval_accuracy']:.3f}." if evaluated else ""
+
+
+def _groups(rows: list[Row]) -> list[html.Section]:
+    """The last held-out accuracies by rating, agreement, source and difference in length."""
+    prefix = "eval_accuracy/"
+    last = next((row for row in reversed(rows) if any(name.startswith(prefix) for name in row)), None)
+    if last is None:
+        return []
+    cells = [
+        (*name.removeprefix(prefix).split("/", 1), f"{value:.3f}")
+        for name, value in last.items()
+        if name.startswith(prefix)
+    ]
+    return [html.Section("Held-out accuracy by group", table=html.Table(("column", "value", "accuracy"), cells))]

@@ -1,0 +1,1 @@
+"""Everything that lets a model write."""

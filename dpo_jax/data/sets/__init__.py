@@ -1,0 +1,1 @@
+"""Tokenised data sets, and their batches, step by step."""

@@ -1,0 +1,320 @@
+"""Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import DataConfig, RewardLossConfig
+from dpo_jax.data.rows.comparisons import (
+    EXTRAS,
+    OWN_COLUMNS,
+    Comparison,
+    compares_replies,
+    label_of,
+    labels_of,
+    marks,
+    ordered,
+    parse_comparison,
+    parse_replies,
+)
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.layouts import readable
+from dpo_jax.data.rows.preferences import COLUMNS, PROMPT_COLUMNS, Extra
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.ratings import Evidence
+from dpo_jax.data.sets.batches import permutation
+from dpo_jax.data.sets.dataset import PreferenceDataset, held_out, joined_ragged
+from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.tokens.cuts import RowCut
+from dpo_jax.data.tokens.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
+from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.errors import InputError
+
+Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]
+_NONE = np.zeros(0, np.int32)
+
+
+def load_comparisons(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    rules: RewardLossConfig,
+    *,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> PreferenceDataset:
+    """Read, check and tokenise a file of comparisons (layouts: see `comparisons.py`) to learn from.
+
+    A response ends where a reward model scores it, with the whole of what the template writes behind it
+    (`encode.ScoredEncoder`); one that `max_length` cut ends where it was cut. Responses stand best first. K is that of
+    the longest list; rows with fewer have absent ones, of length 0. `ranks` is there where K > 2, `margins` where
+    `rules` ask for margins (one a row, where K > 2 marks of the responses), `labels` where they name auxiliary heads.
+
+    Args:
+      source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`.
+      rules: what to do with ties and long lists, where margins come from, which heads read labels.
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
+    """
+
+    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, _Learnt]:
+        found = parse_comparison(row)
+        order = ordered(found, rules)
+        assert found.places is not None, "it was ordered by them"
+        learnt = _Learnt(
+            ranks=[found.places[i] for i in order],
+            marks=[] if rules.margin == "none" else marks(found, order, rules),
+            labels={
+                head.name: [label_of(labels[i], head) for i in order]
+                for head in rules.heads
+                for labels in [labels_of(found, head.name)]
+            },
+            extras=usable(found.evidence),
+        )
+        return _render(encoder, found, order), learnt
+
+    data, rows = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=True)
+    n, k = len(data), data.responses_per_prompt
+    ranks = np.full((n, k), k, np.int32)
+    for row, learnt in zip(ranks, rows, strict=True):
+        row[: len(learnt.ranks)] = learnt.ranks
+    labels: dict[str, np.ndarray] = {}
+    for head in rules.heads:
+        shape = (n, k, len(head.classes)) if head.overlapping else (n, k)
+        labels[head.name] = np.full(shape, -1, np.int8 if head.overlapping else np.int32)
+        for row, learnt in zip(labels[head.name], rows, strict=True):
+            row[: len(learnt.ranks)] = learnt.labels[head.name]
+        if (labels[head.name] < 0).all():
+            raise InputError(f"{source}: no row has a label of the head '{head.name}' in its column 'labels'")
+    margins = None
+    if rules.margin != "none":
+        margins = np.zeros((n, k), np.float32)
+        for row, learnt in zip(margins, rows, strict=True):
+            row[: len(learnt.marks)] = learnt.marks
+        margins = margins[:, 0] if k == 2 else margins
+    extras = {name: [learnt.extras.get(name) for learnt in rows] for name in EXTRAS}
+    return replace(
+        data,
+        ranks=ranks if k > 2 else None,
+        margins=margins,
+        labels=labels or None,
+        extras={name: values for name, values in extras.items() if any(value is not None for value in values)},
+    )
+
+
+def load_responses(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> PreferenceDataset:
+    """Read and tokenise a file of responses to be scored, in the order in which each row holds them.
+
+    Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. `extras["layout"]`
+    says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
+    """
+
+    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, str]:
+        del usable
+        row = readable(row)
+        found = parse_responses(row)
+        count = len(found.responses)
+        layout = "pair" if "chosen" in row else "single" if count == 1 else "list"
+        return _render(encoder, found, range(count)), layout
+
+    data, layouts = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)
+    return replace(data, extras={"layout": layouts})
+
+
+def parse_responses(row: dict[str, Any]) -> Comparison:
+    """Read one row of responses to be scored: a comparison, or a prompt with a single answer. Raises `BadRow`."""
+    row = readable(row)
+    if compares_replies(row) or "chosen" in row:
+        return parse_replies(row, compared=False)
+    dialogue = parse_dialogue(row)
+    return Comparison(dialogue.messages[:-1], (dialogue.messages[-1].content,), None, dialogue.raw)
+
+
+class _Learnt:
+    """What a row tells beside its texts, in the order of its kept responses."""
+
+    def __init__(self, ranks: list[int], marks: list[float], labels: dict[str, list[Any]], extras: dict[str, Any]):
+        self.ranks, self.marks, self.labels, self.extras = ranks, marks, labels, extras
+
+
+def _render(encoder: ScoredEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
+    raw = None if found.raw is None else (found.raw[0], *(found.raw[1 + i] for i in order))
+    return encoder.render_group(found.messages, [found.responses[i] for i in order], raw)
+
+
+def _load(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    parse: Any,
+    vocab_size: int,
+    on_bad_rows: OnBadRows,
+    *,
+    compared: bool,
+) -> tuple[PreferenceDataset, list[Any]]:
+    """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
+    encoder = ScoredEncoder(tokenizer, config.template, config.date)
+    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
+    groups: list[Encoded] = []
+    numbers: list[int] = []
+    cuts: list[RowCut] = []
+    told: list[Any] = []
+    for chunk in rows.chunks(lambda row: parse(row, encoder, rows.usable)):
+        encoded = encoder.encode([rendered for _, (rendered, _) in chunk], compared=compared)
+        for (number, (rendered, learnt)), whole in zip(chunk, encoded, strict=True):
+            try:
+                if isinstance(whole, BadRow):
+                    raise whole
+                group = truncate(whole, config, bos=encoder.bos, compared=compared)
+            except BadRow as problem:
+                rows.tally.add(number, problem)
+                continue
+            check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
+            groups.append(group)
+            numbers.append(number)
+            cuts.append(cut_of(whole, group, system=rendered.system))
+            told.append(learnt)
+    problems = rows.close(len(groups), on_bad_rows)
+    k = max(len(group.responses) for group in groups)
+    responses = [r for group in groups for r in (*group.responses, *[_NONE] * (k - len(group.responses)))]
+    data = PreferenceDataset(
+        prompts=Ragged.of([group.prompt for group in groups], np.int32),
+        responses=Ragged.of(responses, np.int32),
+        formats=None,
+        row_numbers=np.asarray(numbers, np.int32),
+        extras={},
+        dropped=rows.tally.dropped,
+        rows_read=rows.rows_read,
+        used_columns=rows.used(COLUMNS | OWN_COLUMNS),
+        unused_columns=rows.unused(
+            COLUMNS | OWN_COLUMNS, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes
+        ),
+        terminators=encoder.endings,
+        source=source,
+        cuts=tuple(cuts),
+        problems=problems,
+    )
+    return data, told
+
+
+# ---------------------------------------------------------------- parts of data sets, and mixtures
+
+
+def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
+    """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
+    k, formats = data.responses_per_prompt, data.formats
+    of_k = range(k)
+    return replace(
+        data,
+        prompts=Ragged.of([data.prompts[i] for i in rows], np.int32),
+        responses=Ragged.of([data.responses[i * k + j] for i in rows for j in of_k], np.int32),
+        formats=None if formats is None else Ragged.of([formats[i * k + j] for i in rows for j in of_k], bool),
+        row_numbers=data.row_numbers[rows],
+        cuts=tuple(data.cuts[i] for i in rows) if data.cuts else (),
+        extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
+        margins=None if data.margins is None else data.margins[rows],
+        ranks=None if data.ranks is None else data.ranks[rows],
+        labels=None if data.labels is None else {name: values[rows] for name, values in data.labels.items()},
+    )
+
+
+def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """(the rest, about `share` of the prompts): rows of one prompt stay together. Which prompts depends on the seed.
+
+    What was left out of the file is told of the rest, once. Raises `InputError` where one side would be empty.
+    """
+    inside = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
+    return take(data, np.flatnonzero(~inside)), replace(take(data, np.flatnonzero(inside)), dropped=Counter())
+
+
+def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed: int) -> PreferenceDataset:
+    """All rows of `first` and so many of `second`, drawn without replacement, that they are `share` of the whole.
+
+    Rows that name no `source` get the name of their file; rows of `second` are numbered on from those of `first`.
+    Raises `InputError` where `second` has too few.
+    """
+    wanted = round(share / (1 - share) * len(first))
+    if not 0 < wanted <= len(second):
+        raise InputError(
+            f"{second.source}: a share of {share:g} beside the {len(first)} rows of {first.source} takes {wanted} rows,"
+            f" and it has {len(second)}; change --mix"
+        )
+    drawn = take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
+    told = f"{len(first)} of {first.source} + {wanted} drawn from the {len(second)} of {second.source}"
+    return replace(join(first, drawn), source=f"{told} (--mix {share:g})")
+
+
+def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDataset:
+    """All rows of both, made under the same rules. Sources are named, and rows numbered, as in `mix`."""
+    k = max(first.responses_per_prompt, drawn.responses_per_prompt)
+    first, drawn = (_widened(_named(data), k) for data in (first, drawn))
+    drawn = replace(drawn, row_numbers=drawn.row_numbers + max(first.rows_read, int(first.row_numbers.max())))
+    names = sorted({*first.extras, *drawn.extras})
+
+    def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return None if a is None or b is None else np.concatenate([a, b])
+
+    labels = {n: np.concatenate([v, (drawn.labels or {})[n]]) for n, v in (first.labels or {}).items()}
+    return replace(
+        first,
+        prompts=joined_ragged(first.prompts, drawn.prompts),
+        responses=joined_ragged(first.responses, drawn.responses),
+        formats=None if first.formats is None or drawn.formats is None else joined_ragged(first.formats, drawn.formats),
+        row_numbers=np.concatenate([first.row_numbers, drawn.row_numbers]),
+        extras={name: [*_column(first, name), *_column(drawn, name)] for name in names},
+        dropped=first.dropped + drawn.dropped,
+        rows_read=first.rows_read + drawn.rows_read,
+        used_columns=tuple(sorted({*first.used_columns, *drawn.used_columns})),
+        unused_columns=tuple(sorted({*first.unused_columns, *drawn.unused_columns})),
+        source=f"{first.source} + {drawn.source}",
+        cuts=first.cuts + drawn.cuts,
+        margins=joined(first.margins, drawn.margins),
+        ranks=joined(first.ranks, drawn.ranks),
+        labels=labels or None,
+    )
+
+
+def _column(data: PreferenceDataset, name: str) -> list[Any]:
+    return data.extras.get(name, [None] * len(data))
+
+
+def _named(data: PreferenceDataset) -> PreferenceDataset:
+    name = Path(data.source).name.split(".")[0]
+    return replace(data, extras={**data.extras, "source": [value or name for value in _column(data, "source")]})
+
+
+def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:
+    """The same rows with K = k: absent responses at the end."""
+    own = data.responses_per_prompt
+    if own == k:
+        return data
+    n, more = len(data), k - own
+    ranks = np.broadcast_to(np.arange(own, dtype=np.int32), (n, own)) if data.ranks is None else data.ranks
+    responses = [data.responses[i * own + j] if j < own else _NONE for i in range(n) for j in range(k)]
+
+    def padded(values: np.ndarray, filler: int = -1) -> np.ndarray:
+        return np.pad(values, ((0, 0), (0, more)) + ((0, 0),) * (values.ndim - 2), constant_values=filler)
+
+    margins = data.margins
+    if margins is not None and more:
+        margins = padded(np.stack([margins, np.zeros_like(margins)], 1) if own == 2 else margins, 0)
+    return replace(
+        data,
+        margins=margins,
+        responses=Ragged.of(responses, np.int32),
+        ranks=padded(ranks, k) if k > 2 else None,
+        labels=None if data.labels is None else {name: padded(values) for name, values in data.labels.items()},
+    )

@@ -1,0 +1,157 @@
+"""Preference batches in a deterministic order.
+
+Every process yields the same *global* batch as NumPy arrays, and `mesh.put_batch` copies from it only the rows that the
+process's own devices hold. Token ids are small (a batch of 64 pairs of 1,024 tokens is half a megabyte, the activations
+of one layer a thousand times that), so sharding the rows by process would save nothing, and it would make a batch, and
+with it a run's numbers, depend on the number of processes.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_jax.data.sets.batches import BucketPlan, RowBatch, collate, epoch_batches, plan_buckets
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.row_mixture import mixture_identity
+from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
+from dpo_jax.types import PreferenceBatch
+
+
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Batches that say which rows they hold. Iterating, again and again, yields (indices int [B], batch).
+
+    `indices` are positions in the data set, -1 for filler rows, to put results back in row order.
+    """
+
+    dataset: PreferenceDataset
+    plan: BucketPlan
+    batch_size: int
+    many: list[RowBatch]
+
+    def of(self, rows: np.ndarray) -> "IndexedBatches":
+        """Batches of some rows of the data set (positions), in the shapes of this plan."""
+        many = [
+            RowBatch(bucket, part)
+            for bucket in range(len(self.plan.shapes))
+            for members in [rows[self.plan.rows[rows] == bucket]]
+            for part in np.split(members, range(self.batch_size, len(members), self.batch_size))
+            if len(part)
+        ]
+        return IndexedBatches(self.dataset, self.plan, self.batch_size, many)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int [M]: positions in the data set of all rows that occur."""
+        return np.concatenate([rows for _, rows in self.many])
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, PreferenceBatch]]:
+        for bucket, rows in self.many:
+            indices = np.concatenate([rows, np.full(self.batch_size - len(rows), -1)])
+            yield indices, collate(self.dataset, rows, self.plan.shapes[bucket], self.batch_size)
+
+
+class PreferenceLoader(StepsLoader[PreferenceBatch]):
+    """Iterator over the `PreferenceBatch`es (NumPy, global) of a whole run, epoch after epoch.
+
+    The batch of step t depends on the data set and the arguments alone. `get_state` and `set_state` save and restore
+    the position exactly; the state is a small JSON-able dict that also says what it is a position in.
+    """
+
+    def __init__(
+        self,
+        dataset: PreferenceDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        buckets: int = 4,
+        epochs: float | None = None,
+        steps: int | None = None,
+        start_step: int = 0,
+        workers: int = 2,
+        multiple: int = 16,
+    ):
+        """Args:
+        dataset: the rows.
+        batch_size: rows a batch, over all devices and processes.
+        seed: of the shuffle, at least 0.
+        shuffle: a new order every epoch; else the same in all.
+        buckets, multiple: see `batches.plan_buckets`.
+        epochs, steps: length of the run; exactly one of them (default: one epoch).
+        start_step: where to begin.
+        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+        """
+        check_seed(seed)
+        self.plan = plan = plan_buckets(
+            dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
+        )
+        self._dataset, self._batch_size, self._mixture = dataset, batch_size, dataset.mixture
+
+        def batches_of(epoch: int) -> list[RowBatch]:
+            drawn = None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
+            return epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=drawn)
+
+        self._epoch = functools.lru_cache(maxsize=2)(batches_of)
+        steps_per_epoch = math.ceil(len(dataset) / batch_size)
+        super().__init__(
+            self._batch_of,
+            holds=lambda step: f"rows {dataset.row_numbers[self._rows_of(step).indices].tolist()}",
+            steps_per_epoch=steps_per_epoch,
+            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
+            identity={
+                "data": dataset.fingerprint,
+                "batch_size": batch_size,
+                "seed": seed,
+                "shuffle": shuffle,
+                "shapes": [list(shape) for shape in plan.shapes],
+                **mixture_identity(self._mixture),
+            },
+            start_step=start_step,
+            workers=workers,
+        )
+
+    def _rows_of(self, step: int) -> RowBatch:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[index]
+
+    def _batch_of(self, step: int) -> PreferenceBatch:
+        batch = self._rows_of(step)
+        return collate(self._dataset, batch.indices, self.plan.shapes[batch.bucket], self._batch_size)
+
+    def every_row(self) -> IndexedBatches:
+        """Batches of each row that the run will ever see, once: those of its first epoch, where that holds them."""
+        if self._mixture is not None and self._mixture.weights is not None:
+            seen = np.zeros(len(self._dataset), bool)
+            for step in range(self.total_steps):
+                seen[self._rows_of(step).indices] = True
+            nothing = IndexedBatches(self._dataset, self.plan, self._batch_size, [])
+            return nothing.of(np.flatnonzero(seen))
+        steps = min(self.total_steps, self.steps_per_epoch)
+        many = [self._rows_of(step) for step in range(steps)]
+        return IndexedBatches(self._dataset, self.plan, self._batch_size, many)
+
+    def summary(self) -> str:
+        """One line for the log: batch shapes and padding."""
+        shapes = ", ".join(f"{p}+{r}" for p, r in self.plan.shapes)
+        lines = [
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; batch shapes (prompt+response tokens) "
+            f"{shapes}; {self.plan.padding:.2f} padded tokens for each real one"
+        ]
+        return "\n".join([*lines, *(f"{name}: {told}" for name, told in self.told())])
+
+    def told(self) -> list[tuple[str, str]]:
+        """(source, what the run takes of it), where there are several."""
+        rows = round(self.total_steps * len(self._dataset) / self.steps_per_epoch)
+        return [] if self._mixture is None else self._mixture.told(rows)
+
+
+def eval_batches(dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16) -> IndexedBatches:
+    """Every row once, in a fixed order."""
+    plan = plan_buckets(
+        dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
+    )
+    return IndexedBatches(dataset, plan, batch_size, epoch_batches(plan, batch_size, seed=0, epoch=0, shuffle=False))

@@ -1,0 +1,227 @@
+"""Which sequences share a window of tokens, which windows share a batch, in which order.
+
+Packed: windows of one size T that hold several whole sequences each. Best fit decreasing: the longest sequence first,
+each into the fullest window that still has room. Lengths are rounded up to a grid, so that many sequences are of equal
+length, and which of them meet in a window is drawn anew in every epoch. How many of which length meet, and with it the
+number of windows, is the same in all epochs (unless a mixture draws other sequences: see `token_loader.py`).
+
+Padded: one sequence a window, in few window sizes (see `batches.py`).
+
+Either way a sequence is never split, comes exactly once an epoch, and the last batch is completed by empty windows. All
+of it is a pure function of the lengths, the seed and the epoch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dpo_jax.data.sets.batches import BucketPlan, epoch_batches, permutation, plan_buckets
+from dpo_jax.data.sets.sequences import SequenceDataset
+from dpo_jax.errors import InputError
+from dpo_jax.types import TokenBatch
+
+_GRID = 0.02  # step of the grid / mean length: half of it, 1 %, is padding, the price of the shuffle
+
+
+class WindowBatch(NamedTuple):
+    """One batch to be: windows of `size` tokens; `windows[b]` int [s] are the sequences of window b, in order."""
+
+    size: int
+    windows: list[np.ndarray]
+
+
+class WindowPlan(Protocol):
+    """How the sequences of a data set are laid out in batches of windows, epoch by epoch."""
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch, the same in each."""
+        ...
+
+    @property
+    def sequences(self) -> int:
+        """S: most sequences that a window holds."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Window sizes that occur, in tokens: one shape of batch each."""
+        ...
+
+    @property
+    def padding(self) -> float:
+        """Tokens of an epoch's windows / real tokens, at least 1."""
+        ...
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        """The batches of an epoch, in order; without `shuffle` the same in all.
+
+        `order`: int64 [N], the sequences that a mixture draws for this epoch (see `row_mixture.py`).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """Windows of one size that several sequences share.
+
+    Attributes:
+      size: T, tokens.
+      batch_size: windows a batch.
+      classes: int [N], the length of each sequence in steps of the grid.
+      order: int [N]: slots, window after window; slot i stands for the i-th longest sequence.
+      starts: int [W + 1]: the slots of window w are `order[starts[w] : starts[w + 1]]`.
+      padding: see `WindowPlan`.
+    """
+
+    size: int
+    batch_size: int
+    classes: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+    padding: float
+
+    @property
+    def steps(self) -> int:
+        return math.ceil((len(self.starts) - 1) / self.batch_size)
+
+    @property
+    def sequences(self) -> int:
+        return int(np.diff(self.starts).max())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        if order is not None:  # sequence i of this plan, which was made for the lengths of such a draw, is order[i]
+            windows = self.epoch(seed, epoch, shuffle=shuffle)
+            return [WindowBatch(size, [order[window] for window in many]) for size, many in windows]
+        n, count = len(self.classes), len(self.starts) - 1
+        order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
+        longest_first = order[np.argsort(-self.classes[order], kind="stable")]
+        windows = np.split(longest_first[self.order], self.starts[1:-1])
+        if shuffle:
+            windows = [windows[i] for i in permutation(count, seed, epoch, 1)]
+        else:
+            windows.sort(key=lambda window: int(window.min()))
+        return [WindowBatch(self.size, windows[at : at + self.batch_size]) for at in range(0, count, self.batch_size)]
+
+
+@dataclass(frozen=True)
+class PaddedPlan:
+    """One sequence a window."""
+
+    buckets: BucketPlan
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(len(self.buckets.rows) / self.batch_size)
+
+    @property
+    def sequences(self) -> int:
+        return 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for size, _ in self.buckets.shapes)
+
+    @property
+    def padding(self) -> float:
+        return self.buckets.padding
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
+        batches = epoch_batches(self.buckets, self.batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=order)
+        return [WindowBatch(self.sizes[bucket], list(rows[:, None])) for bucket, rows in batches]
+
+
+def plan_windows(
+    lengths: np.ndarray, *, window: int | None, batch_size: int, buckets: int = 4, multiple: int = 16
+) -> PackedPlan | PaddedPlan:
+    """Lay out sequences of these lengths.
+
+    Args:
+      lengths: int [N], each at least 1.
+      window: tokens of a window to pack sequences into, rounded up to `multiple`; None: one sequence a window.
+      batch_size: windows a batch.
+      buckets: most window sizes where sequences are not packed.
+      multiple: window sizes are multiples of this.
+
+    Raises:
+      InputError: a sequence is longer than the window.
+    """
+    if window is None:
+        nothing = np.zeros((len(lengths), 0), int)
+        shapes = plan_buckets(lengths, nothing, buckets=buckets, batch_size=batch_size, multiple=multiple)
+        return PaddedPlan(shapes, batch_size)
+    if lengths.max() > window:
+        raise InputError(
+            f"a sequence of {lengths.max()} tokens does not fit into a window of {window}; take a larger one"
+        )
+    size = -(-window // multiple) * multiple
+    step = max(1, int(_GRID * lengths.mean()))
+    capacity = size // step
+    classes = np.minimum(-(-lengths // step), capacity)  # one that needs the last part of a step too is alone
+    where = best_fit(np.sort(classes)[::-1], capacity)
+    order = np.argsort(where, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(where))])
+    batches = math.ceil((len(starts) - 1) / batch_size)
+    padding = batches * batch_size * size / lengths.sum()
+    return PackedPlan(size, batch_size, classes, order, starts, float(padding))
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """int [N]: the bin of each of `lengths` (in 1..capacity), in the order given, by best fit.
+
+    Each goes into the fullest bin that still has room, of several such into the newest, or else into a new one.
+    """
+    bins: list[list[int]] = [[] for _ in range(capacity)]  # by the room that they have left
+    some = 0  # bit r is set where bins[r] holds one
+    where = np.zeros(len(lengths), np.int64)
+    count = 0
+    for i, length in enumerate(lengths.tolist()):
+        fitting = some >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            here = bins[room].pop()
+            some ^= (not bins[room]) << room
+        else:
+            room, here, count = capacity, count, count + 1
+        bins[room - length].append(here)
+        some |= 1 << (room - length)
+        where[i] = here
+    return where
+
+
+def collate(dataset: SequenceDataset, batch: WindowBatch, *, batch_size: int, sequences: int) -> TokenBatch:
+    """The windows of `batch` as NumPy arrays [B, T], completed to `batch_size` by empty windows.
+
+    Args:
+      sequences: S, columns of `rows`.
+    """
+    shape = (batch_size, batch.size)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    targets = np.zeros(shape, bool)
+    rows = np.full((batch_size, sequences), -1, np.int32)
+    for b, window in enumerate(batch.windows):
+        rows[b, : len(window)] = dataset.row_numbers[window]
+        at = 0
+        for segment, i in enumerate(window, 1):
+            ids = dataset.tokens[i]
+            end = at + len(ids)
+            tokens[b, at:end] = ids
+            segments[b, at:end] = segment
+            positions[b, at:end] = np.arange(len(ids))
+            targets[b, at + 1 : end] = dataset.targets[i][1:]
+            at = end
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": positions,
+        "targets": targets,
+        "rows": rows,
+    }
+    return TokenBatch(**arrays)

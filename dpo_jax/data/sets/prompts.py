@@ -1,0 +1,267 @@
+"""Prompts to sample responses to: a file of them in memory, and those of each iteration in a deterministic order."""
+
+import functools
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.config import DataConfig
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import PROMPT_COLUMNS, parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
+from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.tokens.chat_tokenizer import end_of
+from dpo_jax.data.tokens.cuts import RowCut
+from dpo_jax.data.tokens.cuts import summary as cuts_summary
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.data.tokens.templates import RAW
+
+log = logging.getLogger(__name__)
+
+
+class Prompt(NamedTuple):
+    """What a row asks: messages, of which a user's is the last, and the text, where the row gives one.
+
+    `columns` are the other columns of the row, as they stand in the file, for reward functions.
+    """
+
+    messages: tuple[Message, ...]
+    text: str | None
+    columns: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def plain(self) -> str | list[dict[str, str]]:
+        """For functions of users and for files: the text, or [{"role", "content"}, ...]."""
+        return [message.as_dict() for message in self.messages] if self.text is None else self.text
+
+
+@dataclass(frozen=True)
+class PromptDataset:
+    """N prompts.
+
+    Attributes:
+      ids: N sequences of ids, the BOS included where there is one.
+      prompts: the same as messages and text.
+      safety: bool [N], rows whose column `safety` is true: what a safety reward is to judge.
+      row_numbers: int32 [N], numbers of the rows in their file, from 1.
+      dropped: how many rows were left out, by reason.
+      rows_read: how many rows the file held (or `limit`).
+      source: what was read.
+      cuts: what each of the N prompts lost to the length limit.
+    """
+
+    ids: Ragged
+    prompts: tuple[Prompt, ...]
+    safety: np.ndarray
+    row_numbers: np.ndarray
+    dropped: Counter[str]
+    rows_read: int
+    source: str
+    cuts: tuple[RowCut, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids in order, the texts, the safety tags, and the other columns, which a reward may read."""
+        digest = hashlib.sha256(repr([prompt[:2] for prompt in self.prompts]).encode("utf-8", "surrogatepass"))
+        columns = json.dumps([dict(prompt.columns) for prompt in self.prompts], default=str)
+        digest.update(columns.encode())
+        for array in (self.ids.values, self.ids.starts, self.safety):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """One line for the log: rows used, lengths. (What was left out was logged when it was.)"""
+        lengths = self.ids.lengths
+        cut = cuts_summary(self.cuts)
+        return (
+            f"{self.source}: {len(self)} of {self.rows_read} prompts, {lengths.mean():.0f} tokens each"
+            f" (longest {lengths.max()})" + (f"\n{cut}" if cut else "")
+        )
+
+
+def other_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row of prompts beside its `prompt`."""
+    return {name: value for name, value in row.items() if name != "prompt"}
+
+
+def load_prompts(
+    source: str,
+    encoder: ConversationEncoder,
+    config: DataConfig,
+    *,
+    longest: int,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+    tagged: bool = True,
+) -> PromptDataset:
+    """Read, check and tokenise a file of prompts.
+
+    Args:
+      source: see `files.read_rows`; the layouts of rows: see `preferences.parse_prompt`.
+      encoder: of the policy's tokenizer and template.
+      config: template and limit.
+      longest: a prompt of more tokens loses its beginning (its BOS is kept).
+      vocab_size: rows of the model's embedding.
+      on_bad_rows: see `checked_rows.OnBadRows`.
+      tagged: read the column `safety`, which tags rows for a safety reward.
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding.
+    """
+    rows = CheckedRows(source, config.limit, columns=config.columns)
+    raw = config.template == RAW
+    ids: list[np.ndarray] = []
+    prompts: list[Prompt] = []
+    safety: list[bool] = []
+    numbers: list[int] = []
+    cuts: list[RowCut] = []
+
+    def parse(row: dict[str, Any]) -> tuple[Prompt, bool, list[int]]:
+        messages, text = parse_prompt(row)
+        tag = (tagged and row.get("safety")) or False
+        if not isinstance(tag, bool):
+            raise BadRow("'safety' is neither true nor false", f"it holds {str(tag)[:40]!r}")
+        if raw and text is None:
+            raise BadRow("--data.template raw takes prompts as plain text", "the row has several messages")
+        encoded = encoder.prompt_ids(text if raw and text is not None else messages)
+        if not encoded:
+            raise BadRow("the prompt has no token", "give it a text")
+        return Prompt(messages, text, other_columns(row)), tag, encoded
+
+    for chunk in rows.chunks(parse):
+        for number, (prompt, tag, encoded) in chunk:
+            check_ids(max(encoded), vocab_size, number)
+            ids.append(end_of(np.asarray(encoded, np.int32), longest, encoder.bos))
+            lost = max(len(encoded) - longest, 0)
+            cuts.append(RowCut(lost, system=lost > 0 and prompt.messages[0].role == "system"))
+            prompts.append(prompt)
+            safety.append(tag)
+            numbers.append(number)
+    rows.close(len(ids), on_bad_rows)
+    asked = (*PROMPT_COLUMNS, "messages")
+    if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
+        log.warning("%s: the template does not write %s", source, ", ".join(unused))
+    # Those of all rows, so that every prompt has the same ones.
+    names = sorted({name for prompt in prompts for name, value in prompt.columns.items() if value is not None})
+    return PromptDataset(
+        ids=Ragged.of(ids, np.int32),
+        prompts=tuple(p._replace(columns={name: p.columns.get(name) for name in names}) for p in prompts),
+        safety=np.asarray(safety, bool),
+        row_numbers=np.asarray(numbers, np.int32),
+        dropped=rows.tally.dropped,
+        rows_read=rows.rows_read,
+        source=source,
+        cuts=tuple(cuts),
+    )
+
+
+def _speaks(name: str) -> bool:
+    """Whether a column, or a key of messages, may hold what the prompt says."""
+    return name == "tools" or ": " in name
+
+
+class PromptBatch(NamedTuple):
+    """The prompts of one iteration, each as often as it is to be answered, in neighbouring rows.
+
+    Attributes:
+      step: iterations before this one.
+      prompts: int32 [B, P], right-padded.
+      prompt_lengths: int32 [B].
+      indices: int [B], positions in the data set.
+      rows: int32 [B], numbers of the rows in their file.
+    """
+
+    step: int
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
+    indices: np.ndarray
+    rows: np.ndarray
+
+
+class PromptLoader(StepsLoader[PromptBatch]):
+    """Iterator over the `PromptBatch`es of a whole run.
+
+    The epochs of the file follow each other without a gap, so that every batch is full: iteration t takes the prompts
+    t n .. t n + n - 1 of that endless row, n of them in an iteration.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        *,
+        batch_size: int,
+        group: int,
+        seed: int,
+        shuffle: bool = True,
+        epochs: float | None = None,
+        steps: int | None = None,
+        multiple: int = 8,
+    ):
+        """Args:
+        dataset: the prompts.
+        batch_size: responses an iteration, a multiple of `group`.
+        group: responses to each prompt.
+        seed: of the shuffle, at least 0.
+        shuffle: a new order every epoch; else the same in all.
+        epochs, steps: length of the run (default: one epoch).
+        multiple: prompts are padded to a multiple of this, the same in all batches.
+        """
+        check_seed(seed)
+        self.batch_size = batch_size
+        self._dataset, self._group, self._prompts = dataset, group, batch_size // group
+        self._width = -(-int(dataset.ids.lengths.max()) // multiple) * multiple
+
+        def order(epoch: int) -> np.ndarray:
+            n = len(dataset)
+            return np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
+
+        self._order = functools.lru_cache(maxsize=4)(order)
+        steps_per_epoch = -(-len(dataset) // self._prompts)
+        super().__init__(
+            self._batch_of,
+            holds=lambda step: f"rows {dataset.row_numbers[self._indices(step)].tolist()}",
+            steps_per_epoch=steps_per_epoch,
+            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
+            identity={
+                "data": dataset.fingerprint,
+                "batch_size": batch_size,
+                "group": group,
+                "seed": seed,
+                "shuffle": shuffle,
+            },
+            workers=0,
+        )
+
+    def _indices(self, step: int) -> np.ndarray:
+        n = len(self._dataset)
+        places = (divmod(i, n) for i in range(step * self._prompts, (step + 1) * self._prompts))
+        return np.asarray([self._order(epoch)[i] for epoch, i in places])
+
+    def _batch_of(self, step: int) -> PromptBatch:
+        indices = np.repeat(self._indices(step), self._group)
+        prompts = np.zeros((len(indices), self._width), np.int32)
+        for row, index in zip(prompts, indices, strict=True):
+            ids = self._dataset.ids[index]
+            row[: len(ids)] = ids
+        lengths = self._dataset.ids.lengths[indices].astype(np.int32)
+        return PromptBatch(step, prompts, lengths, indices, self._dataset.row_numbers[indices])
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.total_steps} iterations of {self._prompts * self._group} responses to {self._prompts} prompts;"
+            f" {self.steps_per_epoch} iterations an epoch"
+        )

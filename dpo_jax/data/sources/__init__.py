@@ -1,0 +1,1 @@
+"""Where rows come from: files, hub, stores; one pass over them."""

@@ -1,0 +1,181 @@
+"""The rows of a source, parsed in chunks; what cannot be used is counted, and refused or left out at the end."""
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from dpo_jax.data.rows.layouts import (
+    Readable,
+    check_named,
+    column_of,
+    is_vote,
+    parse_columns,
+    renamed,
+    sources,
+    together,
+)
+from dpo_jax.data.rows.messages import keys_beside
+from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.rows.ratings import Evidence
+from dpo_jax.data.sources.files import read_rows_or_problems
+from dpo_jax.errors import InputError
+
+CHUNK = 256
+"""Rows tokenised in one call: enough for the tokenizer's threads, little memory."""
+
+OnBadRows = Literal["refuse", "skip"]
+"""refuse: read the whole file, then raise one error that counts the bad rows by reason. skip: leave them out."""
+
+Parsed = TypeVar("Parsed")
+
+log = logging.getLogger(__name__)
+
+
+class CheckedRows:
+    """One pass over the rows of a source.
+
+    Attributes:
+      source: see `files.read_rows`.
+      rows_read: how many rows were read.
+      columns: every column that occurred, with something in it.
+      keys: column -> keys that its messages had beside role and content.
+      sources: those columns that stand for one of the readers' names (see `layouts.py`) -> that name.
+      tally: the rows that cannot be used. Whoever finds one later adds it.
+    """
+
+    def __init__(self, source: str, limit: int | None, *, columns: str | None = None, compared: bool = False):
+        """Args:
+        source: see above.
+        limit: at most how many of its rows to read, or None.
+        columns: `--data.columns`.
+        compared: answers are to be compared, so rows with one scored answer each are put together.
+        """
+        self.source, self._limit, self._compared = source, limit, compared
+        self._renamed = parse_columns(columns)
+        self.rows_read = 0
+        self.columns: set[str] = set()
+        self.keys: dict[str, set[str]] = {}
+        self.sources: dict[str, str] = {}
+        self._unusable: Counter[str] = Counter()
+        self._usable: set[str] = set()
+        self.tally = Tally()
+
+    def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
+        """(row number, what `parse` makes of the row) of at most CHUNK rows at a time; it may raise `BadRow`."""
+        chunk: list[tuple[int, Parsed]] = []
+        for number, row in self.together():
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                chunk.append((number, parse(row)))
+            except BadRow as problem:
+                self.tally.add(number, problem)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def together(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """(row number, row) with columns renamed and rows put together, or what is wrong with it."""
+        if not self._compared:
+            yield from self._noted()
+            return
+        for number, row in together(self._noted()):
+            if isinstance(row, Readable):  # put together: what were single answers is a list now
+                self.sources.update({column_of(place): name for name, where in row.sources.items() for place in where})
+            yield number, row
+
+    def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows as they stand, counted, and what they hold."""
+        for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
+            self.rows_read += 1
+            if isinstance(row, BadRow):
+                yield number, row
+                continue
+            self.note(row)
+            try:
+                yield number, renamed(row, self._renamed) if self._renamed else row
+            except BadRow as problem:
+                yield number, problem
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Remember what a row holds."""
+        self.columns.update(str(name) for name, value in row.items() if value is not None)
+        self.sources.update(sources(renamed(row, self._renamed)) if self._renamed else sources(row))
+        for name, value in row.items():
+            if isinstance(value, list | dict) and (keys := keys_beside(value)):
+                self.keys.setdefault(str(name), set()).update(keys)
+
+    def usable(self, evidence: Mapping[str, Evidence]) -> dict[str, Any]:
+        """What of it can be used; the rest is counted, to be named by `unused`."""
+        found = {name: value for name, value in evidence.items() if not isinstance(value, BadRow)}
+        self._unusable.update(evidence.keys() - found.keys())
+        self._usable.update(found)
+        return found
+
+    def unused(
+        self, known: Collection[str], *, rendered: Collection[str], writes: Callable[[str], bool]
+    ) -> tuple[str, ...]:
+        """Columns, keys of messages (as "column: key"), and values, that nothing reads.
+
+        Args: the names that the reader of the rows knows; those of them whose messages the template sees whole; whether
+        it writes a key.
+        """
+        left = self.columns - self._read(known).keys() - ({"tools"} if writes("tools") else set())
+        keys = {
+            f"{column}: {key}"
+            for column, found in self.keys.items()
+            if column in known or column in self.sources
+            for key in found
+            if self.sources.get(column, column) not in rendered or not writes(key)
+        }
+        spelled = {name: column for column, name in self._read(known).items()}
+        values = {
+            spelled.get(name, name) + ("" if self._never(name) else f" of {count} rows")
+            for name, count in self._unusable.items()
+        }
+        return tuple(sorted(left | keys | values))
+
+    def used(self, known: Collection[str]) -> tuple[str, ...]:
+        """The columns that are read, in words: "prompt", "human_ref_A as responses"."""
+        read = self._read(known)
+        names = sorted(name for name in read if not self._never(read[name]))
+        return tuple(name if read[name] == name else f"{name} as {read[name]}" for name in names)
+
+    def _never(self, name: str) -> bool:
+        """Whether no row's value of the reader's `name` could be used."""
+        return name in self._unusable and name not in self._usable
+
+    def _read(self, known: Collection[str]) -> dict[str, str]:
+        """The columns that are read -> the readers' names for what they hold."""
+        own = {name: name for name in self.columns if name in known or is_vote(name)}
+        named = {column_of(place): name for name, place in self._renamed.items()}
+        kept = {name: value for name, value in own.items() if name not in self._renamed}
+        return {name: value for name, value in (kept | self.sources | named).items() if name in self.columns}
+
+    def close(self, used: int, on_bad_rows: OnBadRows) -> str:
+        """What was left out, in words; it is logged too.
+
+        Args: how many rows are used; see `OnBadRows`. Raises `InputError` where rows are refused, or none is used.
+        """
+        check_named(self.source, self._renamed, self.columns, self.rows_read)
+        if on_bad_rows == "refuse":
+            self.tally.refuse(self.source, self.rows_read)
+        problems = self.tally.describe(self.tally.dropped)
+        if not used:
+            raise self.tally.nothing_left(self.source, self.rows_read)
+        for line in self.tally.left_out(self.rows_read):
+            log.warning("%s: left out %s", self.source, line)
+        return problems
+
+
+def check_ids(largest: int, vocab_size: int, number: int) -> None:
+    """Raise `InputError` where the `largest` id of row `number` lies beyond the model's embedding."""
+    if largest >= vocab_size:
+        raise InputError(
+            f"row {number}: the tokenizer gives the id {largest}, and the model's embedding has {vocab_size} rows; "
+            "use the model's own tokenizer"
+        )

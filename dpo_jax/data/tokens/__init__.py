@@ -1,0 +1,1 @@
+"""From messages to token ids: templates, what counts, what is cut."""

@@ -1,0 +1,303 @@
+"""Documents of plain text, tokenised: what a model is pre-trained on.
+
+* A text file (.txt or .txt.gz) is one document, or several with a separator: blank lines, or a literal such as
+  `<|endoftext|>`. A folder of such files is read in the order of their names. Files of rows (see `files.py`) hold one
+  document a row, in the column `text`.
+* Each document becomes [BOS] ids EOS, as in Llama 2: the BOS where the tokenizer adds one, the EOS always.
+* A text that spells a control token (`</s>`) is text: the ids are those of its characters, as with SentencePiece. So no
+  document can end itself or open a chat turn.
+* Documents of fewer than two tokens of their own are left out and counted.
+"""
+
+import hashlib
+import io
+import itertools
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.data.rows.layouts import column_of, parse_columns, renamed
+from dpo_jax.data.rows.messages import columns_of, text_of
+from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.sources.files import MAX_LINE, open_bytes, read_rows_or_problems
+from dpo_jax.data.sources.store import names_store
+from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.errors import InputError
+
+BLANK_LINE = "blank_line"
+"""The separator that means blank lines; any other is taken literally."""
+
+_CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22  # tokenised in one call: enough for the threads, little memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DocumentDataset:
+    """N tokenised documents, in memory: two bytes a token where the vocabulary allows, else four.
+
+    Attributes:
+      tokens: N sequences of ids, uint16 or uint32, each [BOS] ids EOS.
+      row_numbers: int32 [N], numbers of the rows in their file (of text files: of the documents), from 1.
+      dropped: how many documents were left out, by reason.
+      rows_read: how many documents the source held (or `limit`).
+      unknown: how many tokens are the tokenizer's <unk>.
+      unused_columns: columns of the rows that nothing reads.
+      source: what was read.
+    """
+
+    tokens: Ragged
+    row_numbers: np.ndarray
+    dropped: Counter[str]
+    rows_read: int
+    unknown: int
+    unused_columns: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], with BOS and EOS."""
+        return self.tokens.lengths
+
+    @property
+    def total(self) -> int:
+        """Tokens of all documents together."""
+        return len(self.tokens.values)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the ids and of where documents begin, in order."""
+        digest = hashlib.sha256()
+        for array in (self.tokens.values, self.tokens.starts):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def summary(self) -> str:
+        """A few lines for the log: documents used, lengths, tokens the tokenizer does not know, columns not read."""
+        lengths = self.lengths
+        lines = [
+            f"{self.source}: {len(self)} of {self.rows_read} documents, {self.total} tokens with their ends; "
+            f"{lengths.mean():.0f} tokens a document (longest {lengths.max()})"
+        ]
+        if self.unknown:
+            lines.append(f"{self.unknown} tokens are <unk>: the tokenizer has no bytes to fall back on")
+        if self.unused_columns:
+            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        return "\n".join(lines)
+
+
+def load_documents(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    separator: str | None = None,
+    limit: int | None = None,
+    columns: str | None = None,
+    on_bad_rows: Literal["refuse", "skip"] = "refuse",
+) -> DocumentDataset:
+    """Read, check and tokenise documents.
+
+    Args:
+      source: a text file or a folder of them; or what `files.read_rows` reads, with a column `text`.
+      tokenizer: a fast tokenizer with an EOS.
+      vocab_size: rows of the model's embedding.
+      separator: what stands between the documents of a text file: `blank_line`, or a literal. Not given: a file is one
+        document.
+      limit: use only so many documents.
+      columns: `--data.columns`, for rows: text=COLUMN.
+      on_bad_rows: see `dataset.load_preferences`.
+
+    Raises:
+      InputError: unreadable file, bad rows, no usable document, ids beyond the embedding, a tokenizer without EOS, a
+        separator for files of rows.
+    """
+    if separator is not None and not is_text(source):
+        raise InputError(f"--data.separator has no effect: {source} holds rows, and each is one document")
+    place = _text_place(source, columns)
+    encoder = _Encoder(tokenizer, vocab_size)
+    tally = Tally()
+    parts: list[np.ndarray] = []
+    lengths: list[int] = []
+    numbers: list[int] = []
+    found: set[str] = set()
+    rows_read = 0
+
+    def encode(waiting: list[tuple[int, str]]) -> None:
+        kept: list[np.ndarray] = []
+        for (number, _), ids in zip(waiting, encoder.encode([text for _, text in waiting]), strict=True):
+            if len(ids) - encoder.ends < 2:
+                tally.add(number, BadRow("document shorter than two tokens", severity="lost"))
+                continue
+            kept.append(ids)
+            lengths.append(len(ids))
+            numbers.append(number)
+        parts.append(np.concatenate([np.zeros(0, encoder.dtype), *kept]))
+
+    waiting: list[tuple[int, str]] = []
+    documents = text_documents(source, separator) if is_text(source) else _row_documents(source, found, place)
+    for number, text in itertools.islice(documents, limit):
+        rows_read += 1
+        if isinstance(text, BadRow):
+            tally.add(number, text)
+            continue
+        waiting.append((number, text))
+        if len(waiting) == _CHUNK_DOCUMENTS or sum(len(t) for _, t in waiting) >= _CHUNK_CHARACTERS:
+            encode(waiting)
+            waiting = []
+    encode(waiting)
+
+    if on_bad_rows == "refuse":
+        tally.refuse(source, rows_read)
+    if not lengths:
+        raise tally.nothing_left(source, rows_read)
+    for line in tally.left_out(rows_read):
+        log.warning("%s: left out %s", source, line)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return DocumentDataset(
+        tokens=Ragged(np.concatenate(parts), starts),
+        row_numbers=np.asarray(numbers, np.int32),
+        dropped=tally.dropped,
+        rows_read=rows_read,
+        unknown=encoder.unknown,
+        unused_columns=tuple(sorted(found - {column_of(place)})),
+        source=source,
+    )
+
+
+class _Encoder:
+    """Texts to [BOS] ids EOS.
+
+    Attributes:
+      dtype: of the ids.
+      ends: how many tokens BOS and EOS are together.
+      unknown: how many <unk> there were so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
+        if not tokenizer.is_fast:
+            raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no EOS token, which ends each document; add one to it")
+        # A copy that adds nothing and reads the names of control tokens as text.
+        self._backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
+        self._backend.post_processor = None
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        bos = cast(int | None, tokenizer.bos_token_id)
+        added = bos is not None and tokenizer("a")["input_ids"][0] == bos
+        self._first = [bos] if added else []
+        self._last = [cast(int, tokenizer.eos_token_id)]
+        self._unk = cast(int | None, tokenizer.unk_token_id)
+        self._vocab_size = vocab_size
+        self.dtype: Any = np.uint16 if vocab_size <= 2**16 else np.uint32
+        self.ends = len(self._first) + len(self._last)
+        self.unknown = 0
+
+    def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Ids of each text. Raises `InputError` for an id that the model's embedding has no row for."""
+        for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False):
+            ids = np.asarray([*self._first, *encoding.ids, *self._last], np.int64)
+            if ids.max() >= self._vocab_size:
+                raise InputError(
+                    f"the tokenizer gives the id {ids.max()}, and the model's embedding has {self._vocab_size} rows; "
+                    "use the model's own tokenizer"
+                )
+            if self._unk not in (None, *self._first, *self._last):
+                self.unknown += int(np.count_nonzero(ids == self._unk))
+            yield ids.astype(self.dtype)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _text_place(source: str, columns: str | None) -> str:
+    """Where a row has its document, by `--data.columns`. Raises `InputError` for other columns, and for text files."""
+    places = parse_columns(columns)
+    if places.keys() - {"text"} or (places and is_text(source)):
+        detail = "a text file has no columns" if is_text(source) else "of documents only text=COLUMN is read"
+        raise InputError(f"--data.columns {columns} has no effect on {source}: {detail}")
+    return places.get("text", "text")
+
+
+def _row_documents(source: str, columns: set[str], place: str) -> Iterator[tuple[int, str | BadRow]]:
+    """What stands at `place` in each row; the names of all columns are added to `columns`."""
+    for number, row in read_rows_or_problems(source):
+        if isinstance(row, BadRow):
+            yield number, row
+            continue
+        columns.update(map(str, row))
+        try:
+            row = renamed(row, {"text": place})
+            if row.get("text", "") is None:
+                raise BadRow(f"'{place}' is null", "give it a text, or remove the row")
+            if "text" not in row:
+                raise BadRow(f"no column '{place}'", columns_of(row))
+            yield number, text_of(row["text"], place, None)
+        except BadRow as problem:
+            yield number, problem
+
+
+def is_text(source: str) -> bool:
+    """Whether `source` is a text file, or a folder with text files in it, and not a file of rows or a store."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _is_text_name(path)
+    return path.is_dir() and not names_store(source) and any(map(_is_text_name, path.rglob("*")))
+
+
+def _is_text_name(path: Path) -> bool:
+    return path.name.lower().endswith((".txt", ".txt.gz"))
+
+
+def text_documents(source: str, separator: str | None) -> Iterator[tuple[int, str | BadRow]]:
+    """The documents of text files, numbered from 1 over all files."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())
+    number = 0
+    for file in files:
+        try:
+            for text in _pieces(file, separator):
+                number += 1
+                yield number, text
+        except UnicodeDecodeError:
+            number += 1
+            yield number, BadRow("invalid UTF-8", f"in {file}, the rest of which cannot be read; save it as UTF-8")
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def _pieces(path: Path, separator: str | None) -> Iterator[str]:
+    """The documents of one file, line breaks around them removed; between two separators there may be none."""
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
+        if separator is None:
+            whole = stream.read(MAX_LINE + 1)
+            _check_size(path, whole, "name what stands between documents with --data.separator")
+            yield whole.strip("\n")
+            return
+        boundary = re.compile(r"\n[ \t]*\n" if separator == BLANK_LINE else re.escape(separator))
+        rest = ""
+        while chunk := stream.read(2**20):
+            *done, rest = boundary.split(rest + chunk)
+            _check_size(path, rest, f"is {separator!r} what stands between documents?")
+            yield from filter(None, (piece.strip("\n") for piece in done))
+        if rest := rest.strip("\n"):
+            yield rest
+
+
+def _check_size(path: Path, text: str, advice: str) -> None:
+    if len(text) > MAX_LINE:
+        raise InputError(f"{path}: a document of more than {MAX_LINE >> 20} million characters; {advice}")

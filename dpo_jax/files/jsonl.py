@@ -1,0 +1,107 @@
+"""Results row by row in a JSON-lines file that is there whole or not at all, and whose making can be interrupted.
+
+While it grows it is called NAME.part: a first line with the settings that decide its rows, then the rows done so far.
+With the same settings a new start goes on behind the last whole line; with others it starts afresh.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import cannot_write, close_after, write_atomically
+
+Row = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a JSON-lines file of ours; what stands after the last whole line (a killed process) is left out.
+
+    Raises `InputError` for a line that is whole and no row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a {type(row).__name__}, and no row; restore or remove the file")
+        rows.append(row)
+    return rows
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole JSON-lines file at once. Raises `InputError` when the disk is full or not writable."""
+    write_atomically(path, _lines(rows))
+
+
+class RowsFile:
+    """The file `path`, to be written from its first row to its last.
+
+    Attributes:
+      rows: what is done so far, in order; on opening, what an interrupted run with the same settings left.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, writes: bool = True):
+        """Args:
+        path: the file.
+        settings: JSON-able; all that decides the rows.
+        writes: False in every process but the first; those only keep the rows in memory.
+        """
+        self.path = path
+        self._writes = writes
+        self.part = path.with_name(path.name + ".part")
+        self.rows: list[Row] = []
+        header = json.loads(json.dumps({"settings": settings}))
+        found = read_lines(self.part) if self.part.exists() else []
+        if found and found[0] == header:
+            self.rows = found[1:]
+        if not writes:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.part, _lines([header, *self.rows]))
+            self._file = open(self.part, "ab")  # noqa: SIM115 - closed by `__exit__`
+        except OSError as error:
+            raise cannot_write(self.part, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writes:
+            close_after(self._file, self.part, error)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write some more rows, at once on the disk."""
+        rows = list(rows)
+        self.rows.extend(rows)
+        if not self._writes:
+            return
+        try:
+            self._file.write(_lines(rows))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.part, error) from error
+
+    def finish(self, *, order: Callable[[Row], Any] | None = None) -> list[Row]:
+        """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows."""
+        if order is not None:
+            self.rows.sort(key=order)
+        if not self._writes:
+            return self.rows
+        write_lines(self.path, self.rows)
+        self._file.close()
+        self.part.unlink()
+        return self.rows

@@ -1,0 +1,175 @@
+"""Reference log-probabilities of a whole data set: computed once before training, and kept on disk.
+
+A cache file stands under a hash of all that decides the numbers: the weights and architecture of the reference, the
+data set as encoded (which covers tokenizer, template and lengths), the tokens that count, and the dtype of the
+computation. The mesh and the batch size are not in it: they change a sum by rounding only.
+"""
+
+import hashlib
+import io
+import json
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import dpo, microbatches
+from dpo_jax.config import DPOConfig
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.loader import IndexedBatches
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.mesh import put_batch, replicated
+from dpo_jax.model.llama import Llama
+from dpo_jax.processes import distributed
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.smollm2 import cache_folder
+
+SAVE_SECONDS = 60.0
+"""An interrupted computation loses at most this much."""
+
+
+def add_reference(
+    dataset: PreferenceDataset,
+    model: Llama,
+    variables: Mapping[str, Any],
+    *,
+    config: DPOConfig,
+    mesh: Mesh,
+    batches: IndexedBatches,
+    label: str = "reference log-probabilities",
+) -> PreferenceDataset:
+    """`dataset` with the summed log-probabilities [N, K] of its responses under the policy `variables`.
+
+    Those of the rows of `batches`; NaN for others, which a short run never sees. Read from the cache where they are
+    there, otherwise computed (with a progress bar) and cached. Every process calls this. Raises `InputError` where one
+    is not finite (the row is named), or the cache cannot be written.
+    """
+    key = cache_key(dataset, model, variables, config)
+    path = cache_folder() / "reference" / f"{key}.npz"
+    shape = (len(dataset), dataset.responses_per_prompt)
+    known = _load(path, key, shape)
+    if np.isnan(known[batches.rows]).any():
+        compute = _compute(model, variables, config, mesh)
+        known = _fill(dataset, known, compute, path, key, mesh=mesh, batches=batches, label=label)
+    elif distributed.is_main():
+        say(f"{label}: {len(batches.rows):,} rows from the cache ({path})")
+    return dataset.with_reference(known)
+
+
+def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, Any], config: DPOConfig) -> str:
+    """Hex name of the cache entry."""
+    parts = {
+        "version": 1,
+        "weights": fingerprint(dict(variables)),
+        "architecture": repr(model.config),
+        "adapters": repr(model.lora) if "adapters" in variables else None,
+        "data": dataset.fingerprint,
+        "mask_format_tokens": config.mask_format_tokens,
+        "dtype": np.dtype(model.dtype).name,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
+    """float32 [N, K] from the cache of process 0, NaN where nothing is known yet."""
+    known = np.full(shape, np.nan, np.float32)
+    if distributed.is_main() and path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                logps, stored_key = file["logps"], str(file["key"])
+            if logps.shape != shape or logps.dtype != np.float32 or stored_key != key:
+                raise ValueError(f"it holds {logps.dtype} {logps.shape} of {stored_key}")
+            known = logps
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            say(f"{path}: damaged ({' '.join(str(error).split())[:100]}); computed again")
+    return np.asarray(distributed.from_main(known))
+
+
+def _save(path: Path, key: str, logps: np.ndarray) -> None:
+    if not distributed.is_main():
+        return
+    buffer = io.BytesIO()
+    np.savez(buffer, logps=logps, key=np.asarray(key))
+    try:
+        write_atomically(path, buffer.getvalue())
+    except InputError as error:
+        raise InputError(f"{error} (DPO_JAX_CACHE names the cache)") from error
+
+
+def _compute(model: Llama, variables: Mapping[str, Any], config: DPOConfig, mesh: Mesh) -> Callable[[Any], jax.Array]:
+    """batch (on devices) -> [B, K], whole in every process."""
+
+    def sums(variables: Any, batch: Any) -> jax.Array:
+        part = partial(dpo.reference_logps, model.apply, variables, config=config)
+        return microbatches.map_rows(part, batch, config.accumulate)
+
+    jitted = jax.jit(sums, out_shardings=replicated(mesh))
+
+    def compute(batch: Any) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return jitted(variables, batch)
+
+    return compute
+
+
+def _fill(
+    dataset: PreferenceDataset,
+    known: np.ndarray,
+    compute: Callable[[Any], jax.Array],
+    path: Path,
+    key: str,
+    *,
+    mesh: Mesh,
+    batches: IndexedBatches,
+    label: str,
+) -> np.ndarray:
+    """`known` with every NaN at a row of `batches` computed.
+
+    The host collects batch i - 1 while the devices compute batch i.
+    """
+    known = known.copy()
+    saved_at = time.monotonic()
+    pending: tuple[np.ndarray, jax.Array] | None = None
+
+    def collect() -> None:
+        assert pending is not None
+        indices, sums = pending
+        real = indices >= 0
+        values = np.asarray(jax.device_get(sums))[real]
+        for index, row in zip(indices[real], values, strict=True):
+            if not np.isfinite(row).all():
+                raise InputError(
+                    f"row {dataset.row_numbers[index]} of the data: its log-probability under the reference is {row};"
+                    " look at the row, or at the weights of the reference model"
+                )
+        known[indices[real]] = values
+
+    def done() -> int:
+        return int((~np.isnan(known[rows]).any(axis=1)).sum())
+
+    rows = batches.rows
+    with ProgressBar(label, len(rows), done=done(), shown=distributed.is_main()) as bar:
+        for indices, batch in batches:
+            if not np.isnan(known[indices[indices >= 0]]).any():
+                continue
+            sums = compute(put_batch(mesh, batch))
+            if pending is not None:
+                collect()
+            pending = (np.asarray(indices), sums)
+            bar.update(done())
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                _save(path, key, known)
+                saved_at = time.monotonic()
+        collect()
+        bar.update(len(rows))
+    _save(path, key, known)
+    return known

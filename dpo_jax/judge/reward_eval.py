@@ -1,0 +1,182 @@
+"""`dpo-jax eval` of a reward model: accuracy by group, calibration, length, AUC, a second judge; tables and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.config import EvalRun, RewardLossConfig
+from dpo_jax.data.sets.comparison_sets import load_comparisons
+from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
+from dpo_jax.data.sets.loader import eval_batches
+from dpo_jax.data.tokens import cuts
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.judge import reward_figures as reward_judgement
+from dpo_jax.judge.reward_model import RewardModel, check_score
+from dpo_jax.judge.setting import Setting, check_output, load_vocabulary
+from dpo_jax.report import html
+from dpo_jax.report.datasets import data_section
+
+
+def evaluate(run: EvalRun) -> dict[str, Any]:
+    """Judge the reward model `run.model` on comparisons of any layout; ties are left out, and counted.
+
+    The result holds `model`, `data`, `pairs` (rows), `dropped`, the figures of `reward_judgement.figures`; with
+    --judge, or where the rows have scores, those of agreement; under `tables` the groups, under `calibration` the bins.
+    Raises `InputError`.
+    """
+    if run.reference is not None or run.samples is not None:
+        raise InputError("--reference and --samples have no effect: --model is a reward model, which writes no texts")
+    setting = Setting.of(
+        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
+    )
+    out, page = (None if path is None else check_output(path) for path in (run.out, run.report))
+    data, scores = _judged(run, run.model, setting)
+    lengths, ranks = data.response_lengths, data.ranks
+    result: dict[str, Any] = {
+        "model": run.model,
+        "judge": run.judge,
+        "data": run.data.files,
+        "pairs": len(data),
+        "dropped": dict(data.dropped),
+        "cut": dict(cuts.counts(data.cuts)),
+        **reward_judgement.figures(scores, lengths, ranks),
+    }
+    if run.judge is not None:
+        others = _second(run, setting, data)
+        result |= reward_judgement.agreement(scores, others, lengths, ranks)
+    result |= _beside_scores(data, scores)
+    pairs = reward_judgement.pairs_of(scores, lengths, ranks)
+    bins = reward_judgement.calibration(pairs)
+    result["tables"] = reward_judgement.tables(scores, lengths, ranks, data.extras)
+    result["calibration"] = [
+        {"predicted": float(p), "observed": float(o), "share": float(s)}
+        for p, o, s in zip(bins.predicted, bins.observed, bins.share, strict=True)
+    ]
+    _show(result)
+    if out is not None:
+        write_atomically(out, json.dumps(result, indent=2) + "\n")
+        say(f"{out}: written")
+    if page is not None:
+        _write_report(page, result, data, scores, pairs, bins)
+        say(f"{page}: written")
+    return result
+
+
+def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceDataset, np.ndarray]:
+    """The comparisons as the tokenizer of `source` reads them, and its scores [N, K]."""
+    architecture, tokenizer = load_vocabulary(source, run.data if source == run.model else None)
+    check_score(source, architecture)
+    rules = RewardLossConfig(ties="drop")
+    data = load_comparisons(
+        run.data.files, tokenizer, run.data, rules, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
+    )
+    check_lengths(data, architecture, run.data.max_length)
+    say(data.summary())
+    model, variables = setting.load(source, tokenizer)
+    rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size)
+    return data, rewards.rewards(eval_batches(data, run.batch_size, run.data.buckets), f"scores of {source}")
+
+
+def _second(run: EvalRun, setting: Setting, data: PreferenceDataset) -> np.ndarray:
+    """The second judge's scores of the same rows and responses."""
+    assert run.judge is not None
+    other, scores = _judged(run, run.judge, setting)
+    if not np.array_equal(other.row_numbers, data.row_numbers) or scores.shape != data.response_lengths.shape:
+        raise InputError(
+            f"--judge {run.judge}: its tokenizer leaves out other rows than that of {run.model}; shorten or remove the"
+            " rows that only one of them can use"
+        )
+    return scores
+
+
+def _beside_scores(data: PreferenceDataset, scores: np.ndarray) -> dict[str, float]:
+    """Spearman's correlation of the margin with the gap of the scores that the rows give, where they give some."""
+    gaps = data.extras.get("score_gap", [])
+    at = np.asarray([i for i, gap in enumerate(gaps) if gap is not None], int)
+    if len(at) < 2:
+        return {}
+    margins = scores[at, 0] - scores[at, 1]
+    given = np.asarray([gaps[i] for i in at], np.float64)
+    correlated = reward_judgement.correlation(reward_judgement.ranked(margins), reward_judgement.ranked(given))
+    return {"eval_score_gap_correlation": correlated}
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The result as tables on stdout."""
+    console = Console()
+    table = Table("figure", "value", title=f"{result['model']} on {result['pairs']:,} rows of {result['data']}")
+    for name, value in result.items():
+        if name.startswith(("eval_", "judge/")):
+            table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    for column, rows in result["tables"].items():
+        grouped = Table(column, *_NAMES, title=f"by {column}")
+        for row in rows:
+            grouped.add_row(*_cells(row))
+        console.print(grouped)
+
+
+_NAMES = ("pairs", "accuracy", "error", "margin")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    value = "(none)" if row["value"] is None else str(row["value"])
+    return [value, f"{row['pairs']:g}", *(f"{row[name]:.4f}" for name in _NAMES[1:])]
+
+
+def _write_report(
+    path: Path,
+    result: dict[str, Any],
+    data: PreferenceDataset,
+    scores: np.ndarray,
+    pairs: reward_judgement.Pairs,
+    bins: reward_judgement.Calibration,
+) -> None:
+    present = data.response_lengths > 0
+    edges = np.linspace(scores[present].min(), scores[present].max() + 1e-6, 41)
+
+    def histogram(label: str, values: np.ndarray) -> html.Series:
+        return html.Series(label, edges.tolist(), np.histogram(values, edges)[0].tolist())
+
+    by_length = _by_length(scores[present], data.response_lengths[present])
+    plots = (
+        html.Plot(
+            "Scores",
+            (histogram("better", pairs.scores[:, 0]), histogram("worse", pairs.scores[:, 1])),
+            x_label="score",
+            bars=True,
+        ),
+        html.Plot(
+            f"Reliability (ECE {bins.error:.3f})",
+            (html.Series("observed accuracy", bins.predicted.tolist(), bins.observed.tolist()),),
+            x_label="predicted: sigmoid of the margin",
+            diagonal=True,
+        ),
+        html.Plot("Mean score by length", (by_length,), x_label="tokens of the response"),
+    )
+    figures = [(name, f"{v:.4f}") for name, v in result.items() if name.startswith(("eval_", "judge/"))]
+    groups = [
+        html.Section(f"By {column}", table=html.Table((column, *_NAMES), [_cells(row) for row in rows]))
+        for column, rows in result["tables"].items()
+    ]
+    sections = [
+        html.Section("Figures", table=html.Table(("figure", "value"), figures)),
+        html.Section("Scores, calibration, length", "The grey line is perfect calibration.", plots=plots),
+        *groups,
+        data_section("Data", data),
+    ]
+    summary = f"{result['model']} on {result['pairs']:,} comparisons of {result['data']}."
+    html.write_report(path, "Reward model evaluation", summary, sections)
+
+
+def _by_length(scores: np.ndarray, lengths: np.ndarray) -> html.Series:
+    """Mean score of equally many responses, from the shortest to the longest."""
+    order = np.argsort(lengths, kind="stable")
+    parts = [part for part in np.array_split(order, 12) if len(part)]
+    return html.Series("score", [float(lengths[p].mean()) for p in parts], [float(scores[p].mean()) for p in parts])

@@ -1,0 +1,305 @@
+"""What judges texts of `dpo-jax ppo` and `rejection`: functions of prompts and responses that give a number each.
+
+vader            sentiment, from -1 to 1 (Hutto & Gilbert 2014)
+length           hundreds of characters
+regex:PATTERN    1 where Python's re finds the pattern, else 0
+language:CODE    share of the letters that belong to the script of a language, such as language:zh
+FILE.py:FUNCTION the user's own code, see `judge/reward_code.py`. The file is executed.
+http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
+                 needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
+anything else    a reward model: a folder, a hub id, or a run of ours
+"""
+
+import logging
+import os
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.config import PPORun, RejectionRun, is_url
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.tokens.chat_tokenizer import end_of
+from dpo_jax.data.tokens.encode import ScoredEncoder
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.judge.reward_code import PythonFunction
+from dpo_jax.judge.reward_model import RewardModel, check_score
+from dpo_jax.processes import distributed
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.pretrained import read_architecture
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+TOKEN = "DPO_JAX_REWARD_TOKEN"
+TIMEOUT = 60.0
+ATTEMPTS, FIRST_WAIT = 5, 1.0
+"""Of an HTTP reward; the wait in seconds doubles from one attempt to the next."""
+TRIAL = "Yes, that is so."
+"""The response that a function of the user is tried out with."""
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+# Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
+SCRIPTS = {
+    "ar": ("ARABIC",),
+    "el": ("GREEK",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK UNIFIED", "CJK COMPATIBILITY"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "th": ("THAI",),
+    "zh": ("CJK UNIFIED", "CJK COMPATIBILITY"),
+}
+
+
+class RewardFunction(Protocol):
+    """Prompts and responses in, a number for each response out.
+
+    Attributes:
+      identity: changes when the function does; a checkpoint goes on with the same one only.
+      everywhere: whether every process must call it together (it computes on the mesh); else process 0 does.
+    """
+
+    identity: str
+    everywhere: bool
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any: ...
+
+
+class Judge:
+    """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
+
+    def __init__(self) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, text: str) -> float:
+        """The compound score: -1 most negative, 0 neutral, 1 most positive."""
+        return float(self._analyzer.polarity_scores(text)["compound"])
+
+
+class OfText:
+    """A function of each response alone."""
+
+    everywhere = False
+
+    def __init__(self, identity: str, function: Callable[[str], float]):
+        self.identity, self._function = identity, function
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        return [self._function(text) for text in responses]
+
+
+def share_of_script(text: str, language: str) -> float:
+    """Share of the letters of `text` that belong to the script of `language`; 0 where there is no letter."""
+    letters = [character for character in text if character.isalpha()]
+    own = [x for x in letters if unicodedata.name(x, "").startswith(SCRIPTS[language])]
+    return len(own) / len(letters) if letters else 0.0
+
+
+class Endpoint:
+    """Scores from a server. What may pass (no connection, a time-out, an overload) is tried again, then told."""
+
+    everywhere = False
+
+    def __init__(self, url: str, timeout: float | None = None, *, first_wait: float = FIRST_WAIT):
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"--reward {url}: {error}") from error
+        if parsed.userinfo:
+            raise InputError(f"--reward {parsed.host}: leave the password out of the URL and set {TOKEN} instead")
+        if not parsed.host:
+            raise InputError(f"--reward {url}: names no host")
+        self.identity, self._url, self._first_wait = url, url, first_wait
+        self._timeout = TIMEOUT if timeout is None else timeout
+        token = os.environ.get(TOKEN)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
+        answer = self._ask({"prompts": [prompt.plain for prompt in prompts], "responses": list(responses)})
+        try:
+            return answer.json()["scores"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'--reward {self._url}: the answer is not {{"scores": [...]}}: {answer.text[:80]}'
+            ) from error
+
+    def _ask(self, body: dict[str, Any]) -> httpx.Response:
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(self._first_wait * 2 ** (attempt - 1))
+            try:
+                answer = httpx.post(self._url, json=body, headers=self._headers, timeout=self._timeout)
+            except httpx.TransportError as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            if answer.status_code == httpx.codes.OK:
+                return answer
+            reason = f"HTTP {answer.status_code}: {answer.text[:80]}"
+            if answer.status_code not in _RETRIED:
+                raise InputError(f"--reward {self._url}: {reason}")
+        raise InputError(
+            f"--reward {self._url}: no answer after {ATTEMPTS} attempts ({reason}); when the server is back the same"
+            " command goes on from the last checkpoint"
+        )
+
+
+class ModelReward:
+    """A reward model as a judge of texts, with its own tokenizer and, but for raw texts, its own chat template.
+
+    The score is read at the last token of the rendered template, where the model was trained to give it: every response
+    is closed, a blank one and one that was cut at its longest too. What a response spells is text: a policy may write
+    anything. Of prompt and response together the end is kept, as far as the model's context goes.
+    """
+
+    everywhere = True
+
+    def __init__(self, source: str, *, raw: bool, date: str | None = None, **setting: Any):
+        """`raw`: prompt and response are one text; `date`: what day it is; `setting`: as for `RewardModel.load`."""
+        self._model = RewardModel.load(source, **setting)
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(tokenizer, self._model.model.config)
+        self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None, date), raw
+        self.identity = fingerprint(self._model.variables)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+        whole = [self._ids(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        longest = self._model.model.config.max_position
+        if cut := sum(len(ids) > longest for ids in whole):
+            log.warning(
+                "the reward model's context of %d tokens holds the end only of %d of %d texts", longest, cut, len(whole)
+            )
+        found = [end_of(np.asarray(ids, np.int32), longest, self._encoder.bos).tolist() for ids in whole]
+        return self._model.score_tokens([ids[:1] for ids in found], [ids[1:] for ids in found])
+
+    def _ids(self, prompt: Prompt, response: str) -> list[int]:
+        if self._raw:
+            assert prompt.text is not None, "rows without a text were refused"
+            return self._encoder.whole_ids(prompt.text, response)
+        return self._encoder.whole_ids(prompt.messages, response)
+
+
+def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
+    """The function that `judge` (`--reward` or `--safety_reward`) names; see the module.
+
+    Args:
+      judge: the option's value.
+      config: gives time-outs, dtypes, and whether texts are raw.
+      mesh, batch_size: where and how a reward model computes.
+
+    Raises `InputError` for what cannot be opened.
+    """
+    function = check_reward(judge, config)
+    if function is not None:
+        return function
+    frozen = config.train.frozen_dtype or config.train.dtype
+    return ModelReward(
+        judge,
+        raw=config.data.template == RAW,
+        date=config.data.date,
+        mesh=mesh,
+        batch_size=batch_size,
+        dtype=frozen,
+        attention=config.train.attention,
+    )
+
+
+def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | None:
+    """The function that `judge` names; None for a reward model, whose weights are not read yet.
+
+    Raises `InputError` for what `open_reward` could not open.
+    """
+    kind, _, rest = judge.partition(":")
+    if judge == "vader":
+        return OfText("vader", Judge())
+    if judge == "length":
+        return OfText("length", lambda text: len(text) / 100)
+    if kind == "regex":
+        try:
+            pattern = re.compile(rest)
+        except re.error as error:
+            raise InputError(f"--reward {judge}: {error}") from error
+        return OfText(judge, lambda text: float(pattern.search(text) is not None))
+    if kind == "language":
+        if rest not in SCRIPTS:
+            known = ", ".join(SCRIPTS)
+            raise InputError(f"--reward {judge}: a script tells only {known} apart; write a Python function for others")
+        return OfText(judge, lambda text: share_of_script(text, rest))
+    if is_url(judge):
+        return Endpoint(judge, config.reward_timeout)
+    if ".py:" in judge:
+        return PythonFunction(judge)
+    try:
+        check_score(judge, read_architecture(judge))
+    except InputError as error:
+        known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, a URL"
+        raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
+    return None
+
+
+def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
+    """Call a function of the user once, before time is spent on sampling: with two prompts and a made-up response to
+    each, since one number for a whole batch looks right where the batch has one row.
+
+    Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
+    Raises `InputError` for what would stop the run later.
+    """
+    if isinstance(function, PythonFunction):
+        function.check_columns(prompts)
+        first = prompts[:2]
+        scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)
+
+
+def scores_of(
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    rows: np.ndarray,
+    name: str,
+    *,
+    finite: bool = True,
+) -> np.ndarray:
+    """The scores of responses to prompts, float32 [N], the same in every process.
+
+    Args:
+      function: the judge.
+      prompts, responses: N of each.
+      rows: int [N], rows of the prompts in their file, for the message.
+      name: of the judge, for the message.
+      finite: refuse scores that are not finite; else they are given back.
+
+    Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
+    """
+    scores = np.zeros(len(responses), np.float32)
+    if function.everywhere or distributed.is_main():
+        scores = _checked(function(prompts, responses), rows, name, finite)
+    return scores if function.everywhere else distributed.from_main(scores)
+
+
+def _checked(found: Any, rows: np.ndarray, name: str, finite: bool) -> np.ndarray:
+    try:
+        with np.errstate(over="ignore"):
+            scores = np.asarray(found, np.float64).astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--reward {name}: gave something that is no list of numbers: {str(found)[:80]}") from error
+    if scores.shape != rows.shape:
+        raise InputError(
+            f"--reward {name}: gave scores of shape {list(scores.shape)} for {len(rows)} responses; one number each"
+        )
+    bad = sorted({int(row) for row in rows[~np.isfinite(scores)]})
+    if bad and finite:
+        raise InputError(
+            f"--reward {name}: the score of responses to row{'s' * (len(bad) > 1)} {', '.join(map(str, bad))} of the"
+            " prompts is not finite; the last checkpoint is intact"
+        )
+    return scores

@@ -1,0 +1,113 @@
+"""K responses to every prompt of a file, and their scores: two files, each made once, each resumable in the middle.
+
+What is drawn is a function of the weights, the prompts, the seed and the temperature. So a run that was killed ends
+with the files of a run that was not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import rewards
+from dpo_jax.complete.k_responses import write_once
+from dpo_jax.config import RejectionRun
+from dpo_jax.data.sets.prompts import Prompt, PromptDataset
+from dpo_jax.files.jsonl import Row, RowsFile
+from dpo_jax.files.log import ProgressBar
+from dpo_jax.judge.reward_functions import RewardFunction, check_reward, open_reward, scores_of, try_out
+from dpo_jax.processes import distributed
+
+SCORED = 512
+"""Responses that are judged in one call; after each the scores are on the disk."""
+
+
+# ---------------------------------------------------------------- responses
+
+
+# ---------------------------------------------------------------- scores
+
+
+class Judges:
+    """`--reward`, and `--safety_reward` where there is one; opened when first needed, given back by `close`."""
+
+    def __init__(self, config: RejectionRun, *, mesh: Mesh, batch_size: int):
+        """Raises `InputError` for a judge that cannot be opened, before the weights of one are read."""
+        self._config, self._setting = config, {"mesh": mesh, "batch_size": batch_size}
+        self._names = [name for name in (config.reward, config.safety_reward) if name is not None]
+        checked = [check_reward(name, config) for name in self._names]
+        self.described = [
+            name if judge is None else judge.identity for name, judge in zip(self._names, checked, strict=True)
+        ]
+        self._checked, self._open = checked, list[RewardFunction]()
+
+    def try_out(self, data: PromptDataset) -> None:
+        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
+        for judge, name in zip(self._checked, self._names, strict=True):
+            if judge is not None:
+                try_out(judge, data.prompts, data.row_numbers, name)
+
+    def _opened(self) -> list[RewardFunction]:
+        if not self._open:
+            self._open = [
+                open_reward(name, self._config, **self._setting) if judge is None else judge
+                for name, judge in zip(self._names, self._checked, strict=True)
+            ]
+        return self._open
+
+    def close(self) -> None:
+        """Make room on the devices."""
+        self._open = []
+
+    def identities(self) -> list[str]:
+        """They change when a judge does."""
+        return [judge.identity for judge in self._opened()]
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores float32 [N], not all finite, and under their names those that they were combined from.
+
+        `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
+        """
+        found = [
+            scores_of(judge, prompts, responses, rows, name, finite=False)
+            for judge, name in zip(self._opened(), self._names, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0], {}
+        both = np.asarray(rewards.combined(jnp.asarray(found[0]), jnp.asarray(found[1]), jnp.asarray(tagged)))
+        return both, dict(zip(("helpfulness", "safety"), found, strict=True))
+
+
+def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges: Judges, *, label: str) -> list[Row]:
+    """The score of every row of `samples`, as rows of the file `path`: null where it is not finite."""
+    place = {int(number): i for i, number in enumerate(data.row_numbers)}
+
+    def settings() -> dict[str, Any]:
+        written = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+        return {"samples": written, "reward": judges.identities()}
+
+    def work(file: RowsFile) -> None:
+        with ProgressBar(label, len(samples), done=len(file.rows), shown=distributed.is_main()) as bar:
+            while len(file.rows) < len(samples):
+                some = samples[len(file.rows) : len(file.rows) + SCORED]
+                file.append(_scored(some, [place[row["row"]] for row in some], data, judges))
+                bar.update(len(file.rows))
+
+    return write_once(path, settings, work)
+
+
+def _scored(samples: Sequence[Row], at: Sequence[int], data: PromptDataset, judges: Judges) -> Iterator[Row]:
+    rows = np.asarray([row["row"] for row in samples])
+    texts = [row["response"] for row in samples]
+    scores, parts = judges([data.prompts[i] for i in at], texts, rows, data.safety[list(at)])
+    for i, row in enumerate(samples):
+        values = {"score": scores[i], **{name: part[i] for name, part in parts.items()}}
+        finite = {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
+        yield {"row": row["row"], "temperature": row["temperature"], "sample": row["sample"], **finite}

@@ -1,0 +1,116 @@
+"""The log-probabilities that a model gives to the responses of a preference file: what `logps` and `eval` stand on."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax import mesh as meshes
+from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
+from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences
+from dpo_jax.data.sets.loader import eval_batches
+from dpo_jax.data.tokens.templates import check_date
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import say, show_log
+from dpo_jax.judge.reference import add_reference
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are run in one command: devices, batches, dtype, kernel."""
+
+    mesh: Mesh
+    batch_size: int
+    buckets: int
+    dtype: str
+    attention: AttentionKernel
+
+    @classmethod
+    def of(
+        cls, mesh: MeshConfig, *, batch_size: int, buckets: int, dtype: str, attention: AttentionKernel
+    ) -> "Setting":
+        """From the options of a command. Raises `InputError` where the batch does not divide over the devices."""
+        devices = meshes.make_mesh(**dataclasses.asdict(mesh))
+        parts = meshes.batch_parts(devices)
+        if batch_size % parts:
+            raise InputError(
+                f"--batch_size {batch_size} does not divide over {parts} devices; take a multiple of {parts}"
+            )
+        return cls(devices, batch_size, buckets, dtype, attention)
+
+    def load(self, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Llama, dict[str, Any]]:
+        """A model laid out on the mesh, with an embedding that has a row for every id of the tokenizer."""
+        model, variables = load_pretrained(source, mesh=self.mesh, dtype=self.dtype, attention=self.attention)
+        check_vocabulary(tokenizer, model.config)
+        return model, variables
+
+    def logps(self, model: Llama, variables: Any, dataset: PreferenceDataset, label: str) -> np.ndarray:
+        """float64 [N, K] summed log-probabilities, in nats, in row order."""
+        scored = add_reference(
+            dataset,
+            model,
+            variables,
+            config=DPOConfig(),
+            mesh=self.mesh,
+            batches=eval_batches(dataset, self.batch_size, self.buckets),
+            label=label,
+        )
+        assert scored.reference_logps is not None
+        return scored.reference_logps.astype(np.float64)
+
+
+def load_vocabulary(model: str, data: DataConfig | None = None) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+    """The model's architecture and its tokenizer, which fit together and `data`; its weights are not read."""
+    show_log()
+    architecture = read_architecture(model)
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, architecture)
+    if data is not None:
+        check_date(tokenizer, data.template, data.date)
+    return architecture, tokenizer
+
+
+def load_data(
+    model: str,
+    source: str,
+    config: DataConfig,
+    on_bad_rows: Literal["refuse", "skip"],
+    *,
+    with_format_masks: bool = False,
+) -> tuple[PreTrainedTokenizerBase, PreferenceDataset]:
+    """The model's tokenizer and the pairs of a file, checked before weights are read; what was left out is said."""
+    architecture, tokenizer = load_vocabulary(model, config)
+    dataset = load_preferences(
+        source,
+        tokenizer,
+        config,
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=on_bad_rows,
+        with_format_masks=with_format_masks,
+    )
+    check_lengths(dataset, architecture, config.max_length)
+    say(dataset.summary())
+    return tokenizer, dataset
+
+
+def check_output(path: str | Path) -> Path:
+    """The file that a command will write, checked before any work: a regular file, in a folder that can be written.
+
+    Raises `InputError` otherwise.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file that can be written; choose another --out")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {folder} is not a writable folder; choose another --out")
+    return path

@@ -1,0 +1,112 @@
+"""How long a program takes on its devices, from what it computes and moves: a roofline with three roofs.
+
+    compute   computed FLOPs / devices / (share of the peak that matrix products reach x peak)
+    memory    bytes to and from memory / (share x bandwidth)
+    links     Σ bytes that a device sends in collectives / (share x bandwidth of its links)
+
+Hardware overlaps the three as far as the program allows, which nothing here knows: if all of it overlaps, the step
+takes the longest of them (`fastest`), if nothing does, their sum (`slowest`). Rankings and prices use the sum.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_jax.config import AssumeConfig
+from dpo_jax.plan.hardware import Topology
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one run of a program, and what follows.
+
+    Attributes:
+      compute, memory, links: seconds under each roof.
+      tokens: real tokens, all devices.
+      flops: model FLOPs of a device.
+      peak: FLOP/s of a device in bfloat16, against which MFU is reckoned.
+      intensity: computed FLOPs a byte of memory traffic.
+      ridge: the intensity from which on a device is bound by its matrix units.
+    """
+
+    compute: float
+    memory: float
+    links: float
+    tokens: float
+    flops: float
+    peak: float
+    intensity: float
+    ridge: float
+
+    @property
+    def fastest(self) -> float:
+        """Everything overlaps."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def slowest(self) -> float:
+        """Nothing overlaps."""
+        return self.compute + self.memory + self.links
+
+    @property
+    def bound(self) -> str:
+        """Which roof is lowest."""
+        roofs = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        return max(roofs, key=roofs.__getitem__)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All devices, where nothing overlaps."""
+        return self.tokens / self.slowest
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation, where nothing overlaps."""
+        return self.flops / self.peak / self.slowest
+
+    def as_json(self) -> dict[str, float | str]:
+        """For plan.json."""
+        return {
+            "compute_seconds": self.compute,
+            "memory_seconds": self.memory,
+            "links_seconds": self.links,
+            "seconds_if_all_overlaps": self.fastest,
+            "seconds_if_nothing_overlaps": self.slowest,
+            "bound_by": self.bound,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "flops_per_byte": self.intensity,
+            "ridge_flops_per_byte": self.ridge,
+        }
+
+
+def estimate(figures: Mapping[str, Any], topology: Topology, dtype: str, assume: AssumeConfig) -> Estimate:
+    """The estimate for a program's figures (`worker.compile_job`); `dtype`: what it computes in."""
+    hardware, devices = topology.hardware, topology.devices
+    computed, moved = figures["computed"] / devices, figures["moved"]
+    links = sum(one["sent"] / hardware.links_of(one["devices"]) for one in figures["collectives"])
+    return Estimate(
+        compute=computed / (assume.matrix * hardware.peak(dtype)),
+        memory=moved / (assume.memory * hardware.bandwidth),
+        links=links / assume.links,
+        tokens=figures["tokens"],
+        flops=figures["flops"] / devices,
+        peak=hardware.peak("bfloat16"),
+        intensity=computed / moved if moved else float("inf"),
+        ridge=hardware.peak(dtype) / hardware.bandwidth,
+    )
+
+
+def assumptions(topology: Topology, dtype: str, assume: AssumeConfig) -> list[str]:
+    """What an estimate rests on, in words."""
+    hardware = topology.hardware
+    return [
+        f"matrix products reach {assume.matrix:.0%} of {hardware.peak(dtype) / 1e12:.4g} TFLOP/s a device ({dtype})",
+        f"memory reaches {assume.memory:.0%} of {hardware.bandwidth / 1e9:.4g} GB/s a device",
+        f"collectives reach {assume.links:.0%} of {hardware.links / 1e9:.4g} GB/s that a device sends"
+        + ("" if hardware.between_nodes is None else f" ({hardware.between_nodes / 1e9:.4g} GB/s between nodes)"),
+        "time is between the longest of the three (all overlaps) and their sum (nothing does); "
+        "rates, MFU and prices take the sum",
+        "every prompt and response is as long as it may be, every row real; loading, evaluation, checkpoints and "
+        "waiting for data are left out",
+    ]

@@ -1,0 +1,150 @@
+"""The compiled programs of `dpo-jax ppo`: the update, the measurement of a rollout, and the sampler.
+
+All of a run stays on the devices while each of them works: policy, value model, optimizer, the frozen reference and
+the reward models. A program's own arguments are a part of that; `held` is all of it. Reward models are taken to have
+the policy's shape.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo_jax.align import ppo
+from dpo_jax.config import PPOConfig, PPORun, is_url
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import batch_parts
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
+from dpo_jax.plan import programs
+from dpo_jax.plan.programs import Lengths, Program
+from dpo_jax.sample import engine
+from dpo_jax.train.flops import ModelFlops, Work, preference_work
+from dpo_jax.train.rollouts import jit_measure, policy_of
+from dpo_jax.types import Rollout
+
+MULTIPLE = 8  # prompts of a rollout are padded to it, as `data/sets/prompts.py` does
+_FUNCTIONS = ("vader", "length", "regex:", "language:")
+
+
+def reward_models(run: PPORun) -> int:
+    """How many judges of a run are models on the devices."""
+    judges = [judge for judge in (run.reward, run.safety_reward) if judge is not None]
+    return sum(not (judge.startswith(_FUNCTIONS) or is_url(judge) or ".py:" in judge) for judge in judges)
+
+
+def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str) -> Program:
+    """The program `name` of a run."""
+    config = run.step_config()
+    run.check_sizes(batch_parts(mesh))
+    model = programs.make_model(run, shape)
+    variables = programs.trained(run, model, mesh)
+    state = ppo.init_state(model, variables, config)
+    frozen = programs.frozen_copy(run, shape, mesh)
+    reference = {} if run.lora.rank else {"params": frozen["params"]}
+    judge = {key: leaf for key, leaf in frozen["params"].items() if key != "lm_head"}
+    held = sum(map(programs.device_bytes, (state, reference))) + reward_models(run) * programs.device_bytes(judge)
+    piece = run.rollout_batch_size or run.train.batch_size
+    flops = ModelFlops.of(shape, run.lora)
+    pieces = run.train.batch_size // piece
+    if name == "train step":
+        rollout = _rollout(run.train.batch_size, lengths, config, measured=True)
+        step, arguments, count = ppo.jit_train_step(config, mesh), (state, rollout), _update(run, flops)
+    elif name == "measure":
+        rollout = _rollout(piece, lengths, config, measured=False)
+        step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
+    elif name == "generate":
+        return _sampler(run, model, state, mesh, lengths, flops, config, piece, held)
+    else:
+        raise InputError(f"ppo has no program {name}")
+    work = preference_work(rollout.groups, 0, 1)
+    repeats = pieces if name == "measure" else 1
+    return Program.of(step, mesh, arguments, *count(work), work.tokens, held=held, repeats=repeats)
+
+
+def _sampler(
+    run: PPORun,
+    model: Llama,
+    state: Any,
+    mesh: Mesh,
+    lengths: Lengths,
+    flops: ModelFlops,
+    config: PPOConfig,
+    piece: int,
+    held: float,
+) -> Program:
+    """The sampler of a rollout, `piece` responses at a time."""
+    work = preference_work(_rollout(piece, lengths, config, measured=False).groups, 0, 1)
+
+    def lower() -> Any:
+        return engine.lower(
+            model,
+            policy_of(state.variables),
+            rows=piece // config.group,
+            prompt=lengths.prompt,
+            config=dataclasses.replace(run.sample, max_new_tokens=lengths.response),
+            samples=config.group,
+            mesh=mesh,
+        )
+
+    needed = flops.forward(work)
+    return Program(
+        lower,
+        needed,
+        needed,
+        work.tokens,
+        held,
+        trips=lengths.response - 1,
+        repeats=run.train.batch_size // piece,
+    )
+
+
+def _separate(config: PPOConfig | Any) -> bool:
+    return config.advantage == "gae" and config.value in (None, "separate")
+
+
+def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
+    """As `flops.ppo_flops` counts the updates: the policy, and a separate value model's trunk."""
+
+    def count(work: Work) -> tuple[float, float]:
+        trunk = dataclasses.replace(work, predicted=0.0)
+        needed = flops.training(work) + (flops.training(trunk) if _separate(run.ppo) else 0.0)
+        twice = programs.again(flops, run.train.remat, work) * (2 if _separate(run.ppo) else 1)
+        return run.ppo.passes * needed, run.ppo.passes * (needed + twice)
+
+    return count
+
+
+def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
+    """The reference, and the values where there is a value model."""
+
+    def count(work: Work) -> tuple[float, float]:
+        trunk = dataclasses.replace(work, predicted=0.0)
+        values = flops.forward(trunk) if run.ppo.advantage == "gae" else 0.0
+        needed = flops.forward(work, adapted=False) + values
+        return needed, needed
+
+    return count
+
+
+def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) -> Rollout:
+    """Full responses to full prompts; `measured`: with values, where there is a value model."""
+    p, r = programs.round_up(lengths.prompt, MULTIPLE), lengths.response
+    of_tokens, of_rows = np.zeros((rows, r), np.float32), np.zeros(rows, np.float32)
+    arrays: dict[str, Any] = {
+        "prompts": np.zeros((rows, p), np.int32),
+        "prompt_lengths": np.full(rows, lengths.prompt, np.int32),
+        "responses": np.zeros((rows, r), np.int32),
+        "response_lengths": np.full(rows, r, np.int32),
+        "ended": np.ones(rows, bool),
+        "logps": of_tokens,
+        "reference_logps": of_tokens,
+        "values": of_tokens if measured and config.advantage == "gae" else None,
+        "scores": of_rows,
+        "kl_coefficient": of_rows,
+        "weights": np.ones(rows, np.float32),
+        "rows": np.arange(rows, dtype=np.int32),
+    }
+    return Rollout(**arrays)

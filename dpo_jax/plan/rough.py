@@ -1,0 +1,83 @@
+"""What can be said of a training step without a compiler: its state for certain, memory and time roughly.
+
+The meshes are whole: sizes without -1.
+"""
+
+from dpo_jax.config import DPORun, PPORun, SFTRun, TrainingRun
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.plan.hardware import Topology
+from dpo_jax.plan.programs import Lengths
+from dpo_jax.plan.shapes import parameters
+from dpo_jax.train.flops import ModelFlops, Work
+
+_AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0}  # forward passes of a training step, the backward pass counting two
+
+
+def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
+    """Bytes of weights, optimizer and frozen models of all devices together, where each is held once."""
+    weights = parameters(shape)
+    frozen = 2 if (run.train.frozen_dtype or run.train.dtype) == "bfloat16" else 4
+    moments = 8 if run.optimizer.name == "adamw" else 4
+    if run.lora.rank:
+        adapters = ModelFlops.of(shape, run.lora).adapters
+        return weights * frozen + adapters * (4 + moments)
+    size = weights * (4.0 + moments)
+    if isinstance(run, DPORun) and run.dpo.reference == "live" and not run.dpo.reference_free:
+        size += weights * frozen
+    if isinstance(run, PPORun):
+        size += weights * frozen + (_trained_models(run) - 1) * weights * (4 + moments)
+    return size
+
+
+def gradient_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
+    """Bytes of the gradients of all devices together: under accumulation their sum, and those of the micro-batch."""
+    size = ModelFlops.of(shape, run.lora).adapters if run.lora.rank else parameters(shape) * _trained_models(run)
+    return 4.0 * size * (2 if run.train.accumulate > 1 else 1)
+
+
+def _trained_models(run: TrainingRun) -> int:
+    return 2 if isinstance(run, PPORun) and run.ppo.advantage == "gae" and run.ppo.value in (None, "separate") else 1
+
+
+def _tokens(run: TrainingRun, lengths: Lengths) -> int:
+    """Of all rows of a step; a prompt counts once for its responses."""
+    responses = 1 if isinstance(run, SFTRun | PPORun) else 2
+    return run.train.batch_size * (lengths.prompt + responses * lengths.response)
+
+
+def rough_bytes(run: TrainingRun, shape: LlamaConfig, lengths: Lengths) -> float:
+    """Memory of one device: state, gradients, and what the layers keep for the backward pass.
+
+    `full` keeps what enters a layer, `dots` what its products give too, `none` also what lies between them. An axis of
+    heads or feed-forward width is split over `tensor`, the hidden size is not.
+    """
+    mesh, train = run.mesh, run.train
+    minibatches = run.ppo.minibatches if isinstance(run, PPORun) else 1
+    tokens = _tokens(run, lengths) / (mesh.data * mesh.fsdp) / minibatches / train.accumulate
+    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    whole, split = {
+        "full": (1, 0),
+        "dots": (2, heads + 2 * shape.intermediate_size),
+        "none": (8, 2 * heads + 4 * shape.intermediate_size),
+    }[train.remat]
+    width = 2 if train.dtype == "bfloat16" else 4
+    kept = width * tokens * (whole * shape.hidden_size + split / mesh.tensor) * shape.num_layers * _trained_models(run)
+    shared = (state_bytes(run, shape) + gradient_bytes(run, shape)) / (mesh.fsdp * mesh.tensor)
+    return shared + kept
+
+
+def rough_seconds(run: TrainingRun, shape: LlamaConfig, topology: Topology, lengths: Lengths) -> float:
+    """Of compute and of collectives, in bfloat16, as if nothing overlapped; for ordering only."""
+    hardware, mesh, accumulate = topology.hardware, run.mesh, run.train.accumulate
+    passes, tokens = _AGAIN[run.train.remat], _tokens(run, lengths)
+    work = Work(float(tokens), float(tokens), tokens * (lengths.prompt + lengths.response) / 2)
+    compute = ModelFlops.of(shape).forward(work) * passes / topology.devices / hardware.peak(run.train.dtype)
+    # Weights are gathered for the forward, the repeated forward and the backward pass, gradients scattered in float32.
+    weights = parameters(shape) / mesh.tensor
+    gathers = (2 if run.train.remat == "none" else 3) * accumulate * 2 * weights * (mesh.fsdp - 1) / mesh.fsdp
+    scatters = 0.0 if run.lora.rank else accumulate * 4 * weights * (mesh.fsdp - 1) / mesh.fsdp
+    copies = 2 * 4 * weights / mesh.fsdp * (mesh.data - 1) / mesh.data
+    # Two sums over the tensor axis in each layer and pass.
+    width = tokens / (mesh.data * mesh.fsdp) * shape.hidden_size * 2
+    sums = 2 * shape.num_layers * passes * 2 * width * (mesh.tensor - 1) / mesh.tensor
+    return compute / 0.6 + (gathers + scatters + copies + sums) / hardware.links / 0.5

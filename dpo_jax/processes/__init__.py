@@ -1,0 +1,1 @@
+"""Several processes, one run: joined, and watching each other."""

@@ -1,0 +1,127 @@
+"""Several processes, one run: every process runs the same command, and process 0 writes the files and talks."""
+
+import atexit
+import contextlib
+import re
+import traceback
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state  # the only way to the coordination service's store; orbax goes it too
+from jax.experimental import multihost_utils
+
+from dpo_jax.config import DistributedConfig
+from dpo_jax.errors import InputError
+from dpo_jax.processes.watch import LOST_AFTER, STUCK_AFTER, Watch, say_when_aborted
+
+START_WITHIN = 300
+"""Seconds; default of the option."""
+
+# What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone. Some
+# of them reach Python as ValueError.
+_CONNECTION = re.compile(
+    r"gloo|nccl|coordination.?service|connection (reset|closed|refused)|socket closed|heartbeat|barrier"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+    re.IGNORECASE,
+)
+
+_watch: Watch | None = None
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Join the other processes of this run, if the options ask for it; call it before anything else touches jax.
+
+    On CPU the processes talk through gloo. From then on they watch each other (`processes/watch.py`), and SIGTERM
+    is jax's: a notice of preemption, of which all of them hear (`loop.StopRequest`).
+    Raises `InputError` where the cluster is not found or does not answer.
+    """
+    global _watch
+    if not config.auto and config.coordinator is None:
+        return
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    lost_after = config.lost_after or LOST_AFTER
+    start_within = config.start_within or START_WITHIN
+    # The watch speaks first; what jax does by itself stands behind it.
+    within: dict[str, Any] = {"initialization_timeout": start_within, "heartbeat_timeout_seconds": lost_after + 100}
+    try:
+        if config.auto:
+            jax.distributed.initialize(**within)
+        else:
+            jax.distributed.initialize(config.coordinator, config.processes, config.process_id, **within)
+    except (ValueError, RuntimeError) as error:
+        how = (
+            "--distributed.auto finds only Cloud TPU slices, SLURM, Open MPI and Kubernetes; elsewhere give"
+            " --distributed.coordinator HOST:PORT, --distributed.processes and --distributed.process_id"
+            if config.auto
+            else f"check that process 0 is up and that the others reach it at {config.coordinator}"
+        )
+        raise InputError(
+            f"the processes of this run did not find each other within {start_within} s ({_line(error)}); {how}"
+        ) from error
+    processes = global_state.num_processes
+    if processes == 1:
+        return
+    stuck_after = config.stuck_after or STUCK_AFTER
+    client, me, address = global_state.client, global_state.process_id, global_state.coordinator_address
+    assert client is not None
+    assert address is not None
+    _watch = Watch(client, me, processes, lost_after=lost_after, stuck_after=stuck_after)
+    atexit.register(_watch.close)  # runs before jax's own, which waits for the others
+    if me:
+        say_when_aborted(address, _watch)
+
+
+def sign() -> None:
+    """Tell the other processes that this one gets on."""
+    if _watch is not None:
+        _watch.sign()
+
+
+def expecting_signs() -> AbstractContextManager[Any]:
+    """While this is entered, a run without any `sign` for `--distributed.stuck_after` seconds is ended."""
+    return contextlib.nullcontext() if _watch is None else _watch.expecting()
+
+
+def leave(code: int, line: str) -> None:
+    """After an error that has been printed: end this process, and so the others. Returns where it works alone."""
+    if _watch is not None:
+        _watch.leave(code, line)
+
+
+def leave_after(error: Exception) -> None:
+    """As `leave`, for an exception that nobody expected: print it, unless it came of another process's end."""
+    if _watch is None:
+        return
+    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _CONNECTION.search(str(error)):
+        _watch.fail(_watch.lost_connection(error))
+    traceback.print_exception(error)
+    _watch.leave(1, f"{type(error).__name__}: {_line(error)}")
+
+
+def is_main() -> bool:
+    """True in process 0, the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def from_main(tree: Any) -> Any:
+    """Process 0's `tree` of numpy arrays (same shapes and dtypes everywhere), in every process."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def flag_from_main(value: bool) -> bool:
+    """Process 0's `value`, in every process."""
+    return bool(from_main(np.asarray(value)))
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,1 @@
+"""Figures out of rows of numbers, and the pages that show them. No model works here."""

@@ -1,0 +1,247 @@
+"""The report of a run: one HTML file with its pictures inside, readable without a network.
+
+It is built from sections (plots, tables, texts), so that any command can put its own together. Everything that comes
+from outside (options, file names, texts of a model) is escaped.
+"""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dpo_jax.config.names import option
+from dpo_jax.files.folder import flatten, write_atomically
+from dpo_jax.files.log import Row
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+p.note { color: #666 } table { border-collapse: collapse; font-size: .92em }
+th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4 }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem } th { font-weight: 600 }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem }
+.plots figure { margin: 0 } .plots svg { max-width: 100%; height: auto }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot; `band` holds the lower and the upper ends of its intervals."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines over a common x axis (and the `diagonal`), or with `bars` a histogram given as bin edges x and counts y."""
+
+    title: str
+    series: tuple[Series, ...]
+    x_label: str = "step"
+    bars: bool = False
+    diagonal: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; `texts` names the columns that hold running text."""
+
+    head: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a line of explanation, and plots or a table; `drawings` are figures drawn elsewhere (`svg_of`)."""
+
+    title: str
+    note: str = ""
+    plots: tuple[Plot, ...] = ()
+    drawings: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
+    """Write the HTML file. Raises `InputError` when the disk is full or not writable."""
+    body = "\n".join(_section(section) for section in sections)
+    write_atomically(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n"
+        f"{body}\n</body></html>\n",
+    )
+
+
+def training_section(rows: Sequence[Row]) -> Section:
+    """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
+    wanted = (
+        ("Loss", ("loss", "eval_loss", "nll_loss")),
+        ("Score", ("objective/scores",)),
+        ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/helpfulness", "rewards/safety")),
+        ("Perplexity", ("eval_perplexity",)),
+        ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+        ("Entropy of the predictions", ("entropy", "eval_entropy", "policy/entropy_avg")),
+        ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
+        ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
+        ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
+        ("KL to the reference", ("kl", "eval_kl", "objective/kl")),
+        ("Price of the KL divergence", ("kl_coefficient",)),
+        ("Length of the responses (tokens)", ("lengths/response",)),
+        ("Value loss", ("loss/value_avg",)),
+        ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg")),
+        ("Learning rate", ("learning_rate",)),
+        ("Gradient norm before clipping", ("grad_norm",)),
+    )
+    plots = []
+    for title, names in wanted:
+        series = [_series(rows, name) for name in names]
+        shown = tuple(s for s in series if s.x)
+        if shown:
+            plots.append(Plot(title, shown))
+    return Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
+
+
+def _series(rows: Sequence[Row], name: str) -> Series:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return Series(name, [x for x, _ in points], [y for _, y in points])
+
+
+def final_section(rows: Sequence[Row]) -> Section:
+    """The last value of each figure, and the first for comparison. Not every step has every figure."""
+    if not rows:
+        return Section("Final figures", "No step was made.")
+    names = [name for name in dict.fromkeys(name for row in reversed(rows) for name in row) if name != "step"]
+    end, cells = rows[-1]["step"], []
+    for name in names:
+        having = [row for row in rows if name in row]
+        first, last = having[0], having[-1]
+        late = "" if last["step"] == end else f" (step {last['step']})"
+        cells.append((name, f"{_number(first[name])} (step {first['step']})", _number(last[name]) + late))
+    return Section("Final figures", table=Table(("figure", "first", f"step {end}"), cells))
+
+
+def options_section(config: Mapping[str, Any]) -> Section:
+    """All options, as they were in force, under their names on the command line."""
+    rows = [(option(name), "" if value is None else value) for name, value in flatten(config).items()]
+    return Section("Options", table=Table(("option", "value"), rows))
+
+
+def lengths_plot(title: str, lengths: Mapping[str, np.ndarray]) -> Plot:
+    """Histogram of token counts, one outline for each kind of text."""
+    top = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
+    edges = np.linspace(0, top + 1, 41)
+    series = tuple(
+        Series(name, edges.tolist(), np.histogram(values, edges)[0].tolist()) for name, values in lengths.items()
+    )
+    return Plot(title, series, x_label="tokens", bars=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.note:
+        parts.append(f'<p class="note">{html.escape(section.note)}</p>')
+    if section.plots or section.drawings:
+        drawn = (*map(_svg, section.plots), *section.drawings)
+        figures = "".join(f"<figure>{svg}</figure>" for svg in drawn)
+        parts.append(f'<div class="plots">{figures}</div>')
+    if section.table is not None:
+        parts.append(_table(section.table))
+    return "\n".join(parts)
+
+
+def _table(table: Table) -> str:
+    def cell(name: str, value: Any) -> str:
+        kind = ' class="text"' if name in table.texts else ""
+        return f"<td{kind}>{html.escape(str(value))}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
+    rows = ("".join(cell(name, value) for name, value in zip(table.head, row, strict=True)) for row in table.rows)
+    return f"<table><tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _svg(plot: Plot) -> str:
+    with rc_context(LOOK):
+        return svg_of(_figure(plot))
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG to stand in a report. Call it under `rc_context(LOOK)`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def write_png(path: Path, plot: Plot) -> None:
+    """The plot as a file of its own. Raises `InputError` when the disk is full or not writable."""
+    with rc_context(LOOK):
+        write_figure(path, _figure(plot))
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A figure as a PNG file. Call it under `rc_context(LOOK)`. Raises `InputError` when the disk is not writable."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+# A fixed salt and no date: the same run gives the same file.
+LOOK: dict[Any, Any] = {
+    "svg.hashsalt": "dpo_jax",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def _figure(plot: Plot) -> Figure:
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for series in plot.series:
+        _draw(axes, series, bars=plot.bars)
+    if plot.diagonal:
+        axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
+    axes.set_title(_plain(plot.title), loc="left")
+    axes.set_xlabel(_plain(plot.x_label))
+    if all(isinstance(x, int) for series in plot.series for x in series.x):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    if len(plot.series) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _draw(axes: Any, series: Series, *, bars: bool) -> None:
+    label = _plain(series.label)
+    if bars:
+        axes.stairs(series.y, series.x, label=label)
+        return
+    if len(series.x) < 50:
+        (line,) = axes.plot(series.x, series.y, label=label, marker="." if len(series.x) <= 20 else None)
+        if series.band is not None:
+            axes.fill_between(series.x, *series.band, color=line.get_color(), alpha=0.15, linewidth=0)
+        return
+    (line,) = axes.plot(series.x, series.y, linewidth=0.6, alpha=0.35)
+    window = max(len(series.x) // 25, 5)
+    mean = np.convolve(series.y, np.ones(window) / window, mode="valid")
+    axes.plot(series.x[window - 1 :], mean, color=line.get_color(), label=label)
+
+
+def _plain(text: str) -> str:
+    """Text without matplotlib's formula signs."""
+    return text.replace("$", r"\$")

@@ -1,1 +1,0 @@
-"""`dpo-jax plan`: compile a training step for devices that are not here, and say what it needs there."""

@@ -1,1 +1,0 @@
-"""Recipes: chains of commands, each stage of which can be interrupted and gone on with. One file a recipe."""

@@ -1,0 +1,1 @@
+"""The session of a training command: loop, log, held-out figures, FLOPs and cost, rollouts."""

@@ -1,0 +1,311 @@
+"""The one training loop. It knows nothing of the algorithm: a state, a step, batches in; log rows and checkpoints out.
+
+While the devices compute step n, the host logs step n - 1 and prepares the batch of step n + 1; only evaluation and
+checkpoints wait for the devices.
+
+Where a run resumes: at the newest intact checkpoint, with the state, the position in the data and the log as they were
+there. Every batch is a function of the seed and the position and every step a function of state and batch, so the
+steps after it come out bit for bit as they would have without the interruption.
+"""
+
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dpo_jax.align.figures import defined
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import MetricLog, Row, say, show_cursor
+from dpo_jax.mesh import put_batch
+from dpo_jax.processes.distributed import leave
+from dpo_jax.state import TrainState
+from dpo_jax.weights.checkpoint import Checkpoints
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+PER_ROW = "rows/"
+"""Metrics under this prefix are int32 [B] or [B, S]: numbers of rows that are to blame, -1 elsewhere, for the guard."""
+
+
+class Batch(Protocol):
+    """A batch names the rows of the data set that it holds: int32 [B] or [B, S], -1 for fillers."""
+
+    rows: Any
+
+
+class Loader(Protocol):
+    """Batches in order, and where in that order it stands."""
+
+    def __iter__(self) -> Iterable[Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+
+class Meter(Protocol):
+    """Counts what the step on a batch computes, and rates it against the time that it took."""
+
+    def work(self, batch: Any) -> float: ...
+
+    def rates(self, work: float, seconds: float) -> Row: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens, in steps."""
+
+    steps: int
+    checkpoint_every: int
+    steps_per_epoch: float | None = None
+    eval_every: int | None = None
+    eval_first: bool = False
+    save_after_eval: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the loop hands back: the last state, its step, and the signal that asked to stop, if one did."""
+
+    state: TrainState
+    step: int
+    stopped_by: int | None = None
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    loader: Any,
+    *,
+    plan: Plan,
+    mesh: Mesh,
+    log: MetricLog,
+    checkpoints: Checkpoints,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    meter: Meter | None = None,
+    prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
+) -> Outcome:
+    """Train from `state.step` to `plan.steps`.
+
+    Args:
+      state: donated.
+      step: a jitted step, `mesh.ShardedStep`.
+      loader: a `Loader` that stands at the batch after `state.step`.
+      evaluate: figures of a state; logged as `eval_...` in the row of its step (before the first one: of step 0).
+      meter: gives the figures of the devices' use for the row of each step.
+      prepare: makes the step's batch of the loader's one and of the state before the step (PPO's rollout), and figures
+        for the row of that step. With it the host waits for every step before it goes on to the next.
+
+    Returns:
+      An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
+
+    Raises:
+      InputError: a figure or a weight is not finite (the step and the rows are named; nothing of it is saved), or the
+        disk is full.
+    """
+    done = int(jax.device_get(state.step))
+    stopping = False
+    pending: _Pending | None = None
+    with StopRequest() as stop:
+        if evaluate is not None and plan.eval_first and done == 0:
+            log.write({"step": 0, **_evaluated(0, evaluate(state))})
+        mark = time.perf_counter()
+        for batch in itertools.islice(iter(loader), plan.steps - done):
+            figures: Row = {}
+            if prepare is not None:
+                batch, figures = prepare(state, batch)
+            on_device = put_batch(mesh, batch)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, on_device)
+            del on_device
+            done += 1
+            epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
+            rates = None if meter is None else partial(meter.rates, meter.work(batch))
+            waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), rates, figures)
+            previous, pending = pending, waiting
+            if previous is not None:
+                row = previous.fetch(mark)
+                mark = time.perf_counter()
+                log.write(row)
+            stopping = stop.here()
+            last = done == plan.steps
+            evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
+            saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.save_after_eval)
+            if not (evaluating or saving or prepare is not None):
+                continue
+            row = pending.fetch(mark)
+            if evaluating:
+                assert evaluate is not None
+                row |= _evaluated(done, evaluate(state))
+            log.write(row)
+            if saving or stopping:
+                _refuse_nonfinite(state, pending)
+                log.sync()
+                checkpoints.save(state, data=loader.get_state(), metrics=row)
+            pending = None
+            mark = time.perf_counter()
+            if stopping:
+                break
+        checkpoints.wait()
+    if not stopping and done != plan.steps:
+        raise RuntimeError(f"the loader ended at step {done} of {plan.steps}")
+    return Outcome(state, done, stop.number if stopping else None)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose figures are still being computed."""
+
+    step: int
+    epoch: float | None
+    metrics: Mapping[str, jax.Array]
+    rows: np.ndarray
+    rates: Callable[[float], Row] | None
+    figures: Row
+
+    def fetch(self, mark: float) -> Row:
+        """Wait for this step; its row of the log.
+
+        `mark` is when the step before was fetched. Figures that this batch leaves undefined are left out
+        (`align/figures.py`). Raises `InputError` when one of the others is not finite.
+        """
+        values = jax.device_get(dict(self.metrics))
+        seconds = time.perf_counter() - mark
+        row: Row = {"step": self.step} if self.epoch is None else {"step": self.step, "epoch": self.epoch}
+        row |= defined({name: float(value) for name, value in values.items() if not name.startswith(PER_ROW)})
+        row |= self.figures
+        bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            per_row = [np.asarray(value) for name, value in values.items() if name.startswith(PER_ROW)]
+            raise InputError(_not_finite(self.step, bad[0], self.blame(per_row)))
+        row["seconds_per_step"] = seconds
+        if "tokens" in row:
+            row["tokens_per_second"] = row["tokens"] / seconds
+        if self.rates is not None:
+            row |= self.rates(seconds)
+        return row
+
+    def blame(self, per_row: list[np.ndarray]) -> str:
+        """The rows to name: those that a per-row figure gives, or else all of the batch."""
+        guilty = {int(row) for rows in per_row for row in rows.ravel() if row >= 0}
+        among = sorted(guilty or {int(row) for row in self.rows.ravel() if row >= 0})
+        numbers = f"row{'s' * (len(among) > 1)} {', '.join(map(str, among))} of the data"
+        return f"from {numbers}" if guilty else f"somewhere in {numbers}"
+
+
+def _evaluated(step: int, figures: Mapping[str, float]) -> Row:
+    row: Row = {f"eval_{name}": value for name, value in figures.items()}
+    bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise InputError(_not_finite(step, bad[0], "from the evaluation data"))
+    return row
+
+
+def _not_finite(step: int, what: str, where: str) -> str:
+    return (
+        f"step {step}: {what}, {where}; the last checkpoint is intact: look at those rows, or lower"
+        " --optimizer.learning_rate, and start again with another --out"
+    )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _refuse_nonfinite(state: TrainState, pending: _Pending) -> None:
+    """Stop before a state with a NaN or infinity in it is saved over a good one."""
+    if not bool(jax.device_get(_all_finite((state.trainable, state.opt_state)))):
+        raise InputError(_not_finite(pending.step, "the update left a weight not finite", pending.blame([])))
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a request that the loop reads; a second SIGINT ends the process at once.
+
+    A thread hears of the signals too, at once: while the main thread compiles or waits for devices, Python's handlers
+    do not run. It says that the first was heard, and ends the process at the second, which an exception raised
+    somewhere inside the compiler would do with a crash.
+
+    With several processes the signal may reach them at different steps, or only one of them, and they must stop at the
+    same step. There jax listens for SIGTERM itself, from the moment the processes have found each other, and lets them
+    agree on a step that none has begun yet (its preemption sync point); SIGINT is passed on to it as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self.number: int = signal.SIGTERM  # that of which other processes have heard
+        self._before: dict[int, Any] = {}
+        self._together = jax.process_count() > 1
+        self._pipe: tuple[int, int] | None = None
+        self._ears: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                break  # not in the main thread, where alone handlers can be set: whoever runs the thread handles them
+        if self._before:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._ears = threading.Thread(target=self._listen, daemon=True)
+            self._ears.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._pipe is not None and self._ears is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe[1])  # the thread reads the end of it
+            self._ears.join()
+            os.close(self._pipe[0])
+
+    def _listen(self) -> None:
+        """What the thread does: read the number of every signal that has a handler in Python."""
+        assert self._pipe is not None
+        interrupts = 0
+        while number := os.read(self._pipe[0], 1):
+            if number[0] not in self._before:
+                continue
+            interrupts += number[0] == signal.SIGINT
+            if interrupts < 2:
+                again = "; Ctrl-C again stops at once, unsaved" if interrupts else ""
+                say(f"{signal.Signals(number[0]).name}: stopping after this step, which is saved{again}")
+            else:
+                end_now(INTERRUPTED, "interrupted")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._asked, self.number = True, number
+        if self._together:
+            signal.raise_signal(signal.SIGTERM)
+
+    def here(self) -> bool:
+        """Whether to stop after this step. With several processes all of them call this once a step."""
+        return multihost_utils.reached_preemption_sync_point(next(_steps)) if self._together else self._asked
+
+
+def end_now(code: int, line: str) -> None:
+    """End this process from any thread, and with it the others of the run."""
+    show_cursor()
+    say(f"dpo-jax: {line}")
+    leave(code, line)
+    os._exit(code)
+
+
+_steps = itertools.count(1)
+"""Steps of all the loops that this process has run, by which jax's preemption sync point is agreed on."""

@@ -1,0 +1,284 @@
+"""Between two PPO updates: sample responses, measure them, score them. It gives the step its batch.
+
+What is drawn is a function of the seed, the iteration and the row alone, so a resumed run draws the same texts. The one
+thing that goes on from iteration to iteration is β, where a controller moves it; it is saved with the position in the
+data.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax import mesh as meshes
+from dpo_jax.align import ppo
+from dpo_jax.align.advantages import next_kl_coefficient
+from dpo_jax.align.rewards import whitened
+from dpo_jax.complete.responses import decode
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import PPOConfig, SampleConfig
+from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.files.log import Row
+from dpo_jax.judge.reward_functions import RewardFunction, scores_of, try_out
+from dpo_jax.model.groups import response_logps
+from dpo_jax.model.llama import Llama
+from dpo_jax.sample import generate
+from dpo_jax.state import TrainState
+from dpo_jax.types import Rollout
+
+KL_HORIZON = 10_000
+_STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The reward of a batch of texts: one judge, or two, combined as Llama 2 did (`align/rewards.py`).
+
+    Attributes:
+      reward, name: the judge and what the options call it.
+      safety, safety_name: the second judge, or None.
+    """
+
+    reward: RewardFunction
+    name: str
+    safety: RewardFunction | None = None
+    safety_name: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Changes when a judge does."""
+        return self.reward.identity + ("" if self.safety is None else f" with {self.safety.identity}")
+
+    def try_out(self, data: PromptDataset) -> None:
+        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
+        try_out(self.reward, data.prompts, data.row_numbers, self.name)
+        if self.safety is not None:
+            try_out(self.safety, data.prompts, data.row_numbers, self.safety_name)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores float32 [N], and under their names those that they were combined from.
+
+        `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
+        """
+        scores = scores_of(self.reward, prompts, responses, rows, self.name)
+        if self.safety is None:
+            return scores, {}
+        safe = scores_of(self.safety, prompts, responses, rows, self.safety_name)
+        given = (jnp.asarray(x) for x in (scores, safe, tagged, np.ones(len(rows), bool)))
+        both = np.asarray(whitened(*given))
+        return both, {"helpfulness": scores, "safety": safe}
+
+
+class Rollouts:
+    """A loader of prompts (see `loop.Loader`) whose `prepare` makes rollouts of them."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PromptDataset,
+        loader: PromptLoader,
+        scorer: Scorer,
+        samples: SampleLog,
+        *,
+        reference: Mapping[str, Any],
+        config: PPOConfig,
+        sample: SampleConfig,
+        mesh: Mesh,
+        piece: int,
+        raw: bool,
+    ):
+        """Args:
+        model: the policy.
+        tokenizer: decodes what it writes.
+        data, loader: the prompts, and their order.
+        scorer: the reward.
+        samples: where the texts are written down.
+        reference: what the reference policy has in place of the trained weights: {"params": ...} under full
+            fine-tuning, {"adapters": ...} or {} under LoRA.
+        config: of the PPO step.
+        sample: with all terminators.
+        mesh: where the weights lie.
+        piece: responses sampled and measured at once.
+        raw: the texts go on where the prompts end.
+        """
+        self._model, self._tokenizer, self._data, self._loader = model, tokenizer, data, loader
+        self._scorer, self._samples, self._reference = scorer, samples, reference
+        self._config, self._sample, self._mesh, self._piece, self._raw = config, sample, mesh, piece, raw
+        self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
+        self._measure = jit_measure(model, config, mesh)
+        self.kl_coefficient = float(np.float32(config.kl_coefficient))
+        self.steps_per_epoch = len(data) * config.group / loader.batch_size
+
+    # ---------------------------------------------------------------- the loader
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self._loader)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position in the prompts, and β of the next iteration."""
+        return {**self._loader.get_state(), "kl_coefficient": self.kl_coefficient}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position."""
+        self._loader.set_state(state)
+        self.kl_coefficient = float(state["kl_coefficient"])
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return self._loader.summary()
+
+    def close(self) -> None:
+        """Release the loader."""
+        self._loader.close()
+
+    # ---------------------------------------------------------------- rollouts
+
+    def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[Rollout, Row]:
+        """Responses to the prompts of `batch` by the policy of `state`, with all that the step is to read.
+
+        Returns the rollout, as host arrays that are the same in every process, and figures of the iteration.
+        """
+        clock = [time.perf_counter()]
+        rollout = self._sampled(state, batch)
+        clock.append(time.perf_counter())
+        rollout = self._measured(state, rollout)
+        clock.append(time.perf_counter())
+        prompts = [self._data.prompts[index] for index in batch.indices]
+        texts = self._texts(rollout)
+        scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
+        clock.append(time.perf_counter())
+        rollout = dataclasses.replace(rollout, scores=scores)
+        kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
+        self._write(batch.step + 1, prompts, texts, rollout, parts, kl)
+        self._move_kl_coefficient(float(kl.mean()))
+        figures: Row = dict(zip(("sampling", "measuring", "scoring"), np.diff(clock).tolist(), strict=True))
+        figures = {f"seconds_{name}": seconds for name, seconds in figures.items()}
+        return rollout, figures | {f"rewards/{name}": float(part.mean()) for name, part in parts.items()}
+
+    def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
+        """Responses and the behaviour policy's log-probabilities."""
+        rows, group, config = len(batch.rows), self._config.group, self._sample
+        variables = policy_of(state.variables)
+        key = jax.random.fold_in(self._key, batch.step)
+        parts = []
+        for first in range(0, rows, self._piece):
+            part = slice(first, first + self._piece, group)
+            generation = generate(
+                self._model,
+                variables,
+                batch.prompts[part],
+                key,
+                config=config,
+                prompt_lengths=batch.prompt_lengths[part],
+                row_ids=np.arange(rows)[part],
+                samples=group,
+                vocabulary=self._config.vocabulary,
+                mesh=self._mesh,
+            )
+            parts.append([np.asarray(x) for x in generation])
+        tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
+        lengths = mask.sum(axis=1).astype(np.int32)
+        last = tokens[np.arange(rows), lengths - 1]
+        arrays: dict[str, Any] = {
+            "prompts": batch.prompts,
+            "prompt_lengths": batch.prompt_lengths,
+            "responses": tokens,
+            "response_lengths": lengths,
+            "ended": np.isin(last, config.stop_tokens),
+            "logps": logps,
+            "reference_logps": np.zeros_like(logps),
+            "values": None,
+            "scores": np.zeros(rows, np.float32),
+            "kl_coefficient": np.full(rows, self.kl_coefficient, np.float32),
+            "weights": np.ones(rows, np.float32),
+            "rows": batch.rows,
+        }
+        return Rollout(**arrays)
+
+    def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
+        """The rollout with the reference's log-probabilities and the values."""
+        parts = []
+        for first in range(0, len(rollout.rows), self._piece):
+            part = jax.tree.map(lambda x: x[first : first + self._piece], rollout)  # noqa: B023 - used at once
+            parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
+        logps, values = (None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
+        return dataclasses.replace(rollout, reference_logps=logps, values=values)
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        texts = []
+        for i, length in enumerate(rollout.response_lengths):
+            ids = rollout.responses[i, : length - int(rollout.ended[i])].tolist()
+            prompt = rollout.prompts[i, : rollout.prompt_lengths[i]].tolist()
+            texts.append(decode(self._tokenizer, prompt, ids, raw=self._raw))
+        return texts
+
+    def _write(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        rollout: Rollout,
+        parts: Mapping[str, np.ndarray],
+        kl: np.ndarray,
+    ) -> None:
+        self._samples.append(
+            step,
+            (
+                {
+                    "row": int(rollout.rows[i]),
+                    "prompt": prompts[i].plain,
+                    "response": texts[i],
+                    "score": float(rollout.scores[i]),
+                    **{name: float(part[i]) for name, part in parts.items()},
+                    "kl": float(kl[i]),
+                    "tokens": int(rollout.response_lengths[i]),
+                    "ended": bool(rollout.ended[i]),
+                }
+                for i in range(len(texts))
+            ),
+        )
+
+    def _move_kl_coefficient(self, kl: float) -> None:
+        if self._config.kl_target is None:
+            return
+        horizon = self._config.kl_horizon or KL_HORIZON
+        responses, target = self._loader.batch_size, self._config.kl_target
+        self.kl_coefficient = float(
+            next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)
+        )
+
+
+def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's own collections, without value model and heads."""
+    return {name: variables[name] for name in ("params", "adapters") if name in variables}
+
+
+def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:
+    """(state, reference, rollout) -> reference log-probabilities, and values where there is a value model; [B, R]."""
+
+    def measure(
+        state: TrainState, reference: Mapping[str, Any], rollout: Rollout
+    ) -> tuple[jax.Array, jax.Array | None]:
+        frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
+        logps = response_logps(
+            model.apply,
+            {**frozen, **reference},
+            rollout.groups,
+            layout="separate",
+            temperature=config.temperature,
+            vocabulary=config.vocabulary,
+            head_budget_bytes=config.head_budget_bytes,
+        )
+        return logps[:, 0], ppo.measure(state, rollout, config=config).values
+
+    return meshes.jit_replicated(measure, mesh)

@@ -1,0 +1,369 @@
+"""What every training command does around its algorithm: join processes, claim the run folder, resume, fit, export.
+
+A command asks for these in the order of a run:
+
+    training = Training.begin(config, "dpo")       # None: this run is finished already
+    architecture, tokenizer = training.read_model_shape()
+    ...                                            # data, loaders
+    resolved = training.resolve(loader.total_steps)
+    ...                                            # weights, state
+    state = training.fit(state, step, loader, ...) # raises Stopped at a signal, all saved
+    training.finish(model, state, tokenizer, report=...)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import ClassHead, HoldoutRun, LoraConfig, TrainingRun
+from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.loader import PreferenceLoader
+from dpo_jax.data.sets.row_mixture import read_mixture
+from dpo_jax.data.tokens.templates import with_template
+from dpo_jax.errors import InputError, Stopped
+from dpo_jax.files.day import with_day
+from dpo_jax.files.folder import RunFolder, as_json
+from dpo_jax.files.log import MetricLog, Row, read_metrics, say, show_log
+from dpo_jax.mesh import batch_parts, make_mesh
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import shardings
+from dpo_jax.processes import distributed
+from dpo_jax.report import html
+from dpo_jax.state import TrainState, learning_rate_schedule
+from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
+from dpo_jax.train.loop import Plan, fit
+from dpo_jax.weights import base
+from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.pretrained import load_pretrained, read_architecture, save_pretrained
+from dpo_jax.weights.source import to_train
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+
+Config = TypeVar("Config", bound=TrainingRun)
+
+
+@dataclass
+class Training(Generic[Config]):
+    """One training command at work.
+
+    Attributes:
+      config: the options; after `resolve` with everything filled in that follows from the data.
+      mesh: the devices.
+      folder: the run folder.
+      main: whether this process writes the files and talks.
+    """
+
+    config: Config
+    mesh: Mesh
+    folder: RunFolder
+    main: bool
+
+    @classmethod
+    def begin(
+        cls, config: Config, command: str, *, started: Callable[[Path], bool] | None = None
+    ) -> "Training[Config] | None":
+        """Join the other processes, arrange the devices, open the run folder. None where its run has finished.
+
+        `started`: see `RunFolder`; for a command that keeps other things than checkpoints.
+        Nothing is written yet. Raises `InputError` for options that do not fit the devices or the folder.
+        """
+        _check_options(config)
+        distributed.initialize(config.distributed)
+        show_log()
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        _check_batch(config, mesh)
+        Electricity.of(list(mesh.devices.flat), config.energy)  # refuses options that would mean nothing
+        main = distributed.is_main()
+        folder = RunFolder(Path(config.out), command, as_json(config), writes=main, started=started)
+        training = cls(config, mesh, folder, main)
+        if training.folder.open() == "finished":
+            out = training.out
+            training.say(f"{out}: this run is finished (model in {out / 'model'}); to train again choose another --out")
+            return None
+        return training
+
+    @property
+    def out(self) -> Path:
+        """The run folder's path."""
+        return self.folder.path
+
+    @property
+    def start(self) -> str:
+        """The model that is trained: `--model`, or the merged weights of a run with LoRA."""
+        return to_train(self.config.model)
+
+    @property
+    def devices(self) -> list[Any]:
+        """All devices of the mesh, of every process."""
+        return list(self.mesh.devices.flat)
+
+    def say(self, text: str) -> None:
+        """One line to the person who waits, from the main process only."""
+        if self.main:
+            say(text)
+
+    # ---------------------------------------------------------------- before the weights
+
+    def read_model_shape(self) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+        """Architecture and tokenizer of `--model`, checked against each other and the mesh, before its weights.
+
+        From here on `config` has the day that the chat template writes.
+        """
+        architecture = read_architecture(self.start)
+        shardings(Llama(architecture, lora=self.config.lora), self.mesh)
+        tokenizer = load_tokenizer(self.start)
+        check_vocabulary(tokenizer, architecture)
+        self.config = with_day(self.config, self.folder, tokenizer)
+        return architecture, tokenizer
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """The run's length as loaders take it: steps or epochs, one epoch where neither is given."""
+        steps, epochs = self.config.train.steps, self.config.train.epochs
+        return {"steps": steps, "epochs": 1.0 if steps is None and epochs is None else epochs}
+
+    def resolve(self, total: int) -> Config:
+        """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
+        config = self.config
+        self.config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, steps=total, epochs=None),
+            optimizer=dataclasses.replace(config.optimizer, total_steps=config.optimizer.total_steps or total),
+        )
+        learning_rate_schedule(self.config.optimizer)  # refuses a warm-up longer than the run
+        # The name of the model as given means another one from another folder.
+        named = dataclasses.replace(self.config, model=base.lasting(self.start).model)
+        self.folder.claim(as_json(named))
+        return self.config
+
+    # ---------------------------------------------------------------- weights and steps
+
+    def load_model(self, lora: LoraConfig | None = None) -> tuple[Llama, dict[str, Any]]:
+        """The model to train, laid out on the mesh: trained weights in float32, frozen ones as the options say."""
+        config = self.config
+        lora = config.lora if lora is None else lora
+        frozen = config.train.frozen_dtype or config.train.dtype
+        if lora.rank and self.start != config.model and config.train.frozen_dtype is None and frozen != "float32":
+            self.say(
+                f"{self.start}: kept in float32, since {frozen} would round away most of what that run's adapters"
+                " learnt (--train.frozen_dtype decides)"
+            )
+            frozen = "float32"
+        return load_pretrained(
+            self.start,
+            mesh=self.mesh,
+            dtype=jnp.dtype(frozen if lora.rank else "float32"),
+            lora=lora,
+            compute_dtype=jnp.dtype(config.train.dtype),
+            remat=config.train.remat,
+            attention=config.train.attention,
+            seed=config.train.seed,
+        )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a batch without gradients: as many as in a training micro-batch, at least one a device."""
+        parts = batch_parts(self.mesh)
+        return math.ceil(self.config.train.batch_size // self.config.train.accumulate / parts) * parts
+
+    def fit(
+        self,
+        state: TrainState,
+        step: Callable[..., tuple[TrainState, Mapping[str, jax.Array]]],
+        loader: Any,
+        *,
+        identity: Mapping[str, str],
+        evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+        evaluate_first: bool = False,
+        flops_of: Callable[[Any], float] | None = None,
+        prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
+    ) -> TrainState:
+        """Go on from the newest checkpoint, or begin, and train to the end.
+
+        Args:
+          state: at step 0; donated.
+          step: a jitted step (`mesh.ShardedStep`).
+          loader: of the whole run, at its beginning.
+          identity: what a checkpoint must have been made from for it to be gone on with: name -> fingerprint.
+          evaluate: figures of a state on held-out data.
+          evaluate_first: also before the first step.
+          flops_of: model FLOPs of the step on a batch (`train/flops.py`).
+          prepare: see `loop.fit`.
+
+        Returns:
+          The last state.
+
+        Raises:
+          Stopped: a signal asked to stop; all is saved, and said.
+        """
+        config = self.config
+        total = config.train.steps
+        assert total is not None, "resolve() comes first"
+        checkpoints = Checkpoints(
+            self.out / "checkpoints",
+            keep=config.checkpoint.keep,
+            best=config.checkpoint.best,
+            identity=dict(identity),
+            say=self.say,
+        )
+        restored = checkpoints.restore(state)
+        start = 0
+        if restored is not None:
+            state, start = restored.state, restored.step
+            loader.set_state(restored.data)
+            self.say(f"{self.out}: going on after step {start} of {total}")
+        else:
+            self.say(loader.summary())
+        del restored
+        if "adapters" in state.trainable:
+            beneath = base.weights_hash(state.frozen["params"])
+            if self.main:
+                base.write(self.out, dataclasses.replace(base.lasting(self.start), fingerprint=beneath))
+        plan = Plan(
+            steps=total,
+            steps_per_epoch=loader.steps_per_epoch,
+            checkpoint_every=config.checkpoint.every,
+            eval_every=config.train.eval_every,
+            eval_first=evaluate_first,
+            save_after_eval=config.checkpoint.best is not None,
+        )
+        meter = None
+        if flops_of is not None:
+            given = config.train.peak_flops
+            meter = Meter(flops_of, len(self.devices), peak_flops(self.devices, given))
+            self.say(describe_peak(self.devices, given))
+        with MetricLog(self.out, total=total, start=start, writes=self.main) as log, distributed.expecting_signs():
+            outcome = fit(
+                state,
+                step,
+                loader,
+                plan=plan,
+                mesh=self.mesh,
+                log=log,
+                checkpoints=checkpoints,
+                evaluate=evaluate,
+                meter=meter,
+                prepare=prepare,
+            )
+        checkpoints.close()
+        loader.close()
+        if outcome.stopped_by is None:
+            return outcome.state
+        self.say(
+            f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
+        )
+        raise Stopped(outcome.stopped_by)
+
+    # ---------------------------------------------------------------- results
+
+    def exported(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A copy with the template of the run: whoever loads the model is to speak to it as it was spoken to here."""
+        return with_template(tokenizer, self.config.data.template)
+
+    def finish(
+        self,
+        model: Llama,
+        variables: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        title: str,
+        summary: str,
+        sections: Sequence[html.Section],
+        classes: Sequence[ClassHead] = (),
+        terminators: Sequence[int] = (),
+    ) -> Path:
+        """Write `model/` (and `adapter/`) and the report, and mark the run as finished. `classes`: of a reward model.
+
+        Under LoRA `model/` holds the merged weights, for everyone, and `adapter/` the adapters alone. `sections` of the
+        report come after its curves. `terminators`: what ended the answers that it learnt from.
+        """
+        config = self.config
+        tokenizer = self.exported(tokenizer)
+        told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
+        dtype = config.train.export_dtype or "float32"
+        lost = save_pretrained(self.out / "model", model, variables, tokenizer, dtype=jnp.dtype(dtype), **told)
+        notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
+        if "adapters" in variables:
+            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
+        if self.main:
+            rows = read_metrics(self.out / "metrics.jsonl")
+            cost = cost_lines(rows, self.devices, config.energy)
+            for line in ("; ".join(cost), *notes):
+                self.say(line)
+            section = cost_section(self.devices, *cost)
+            sections = [*sections, *(html.Section("Rounding", note) for note in notes)]
+            parts = [html.final_section(rows), html.training_section(rows), *sections, section]
+            parts.append(html.options_section(as_json(config)))
+            html.write_report(self.out / "report.html", title, summary, parts)
+        distributed.barrier("run finished")
+        self.folder.finish()
+        self.say(
+            f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
+        )
+        return self.out
+
+
+def preference_loader(
+    config: TrainingRun, data: PreferenceDataset, *, steps: int | None, epochs: float | None
+) -> PreferenceLoader:
+    """The batches of a run on preference groups, as its options say; `steps` or `epochs` long."""
+    return PreferenceLoader(
+        data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        buckets=config.data.buckets,
+        steps=steps,
+        epochs=epochs,
+        workers=config.data.workers,
+    )
+
+
+def summaries(data: Any, heldout: Any) -> Iterator[str]:
+    """What was read, for the log: of what is learnt from and of what is held out, each under its own name."""
+    for name, part in (("training rows", data), ("held-out rows", heldout)):
+        if part is not None:
+            yield f"{name}: {part.summary()}"
+
+
+def read_preferences(
+    config: HoldoutRun, read: Callable[[str], PreferenceDataset]
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """All rows of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
+
+    `read`: one source. Raises `InputError`, for weights that are wrong too.
+    """
+    seed, share = config.train.seed, config.holdout
+    data, heldout = read_mixture(
+        config.data.files, read, join, holdout=share, split=lambda rows: split_by_prompt(rows, share or 0.0, seed)
+    )
+    if config.eval_data is not None:
+        heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)
+    return data, heldout
+
+
+def _check_options(config: TrainingRun) -> None:
+    """Refuse options that contradict each other across sections."""
+    best = config.checkpoint.best
+    if config.train.eval_every is not None and not config.evaluates:
+        raise InputError("--train.eval_every has no effect without --eval_data")
+    if best is not None and (not config.evaluates or not best.startswith("eval_")):
+        raise InputError(f"--checkpoint.best {best}: give --eval_data and a metric of it, such as eval_loss")
+
+
+def _check_batch(config: TrainingRun, mesh: Mesh) -> None:
+    parts = batch_parts(mesh) * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise InputError(
+            f"--train.batch_size {config.train.batch_size} does not divide by {parts} (devices that split the batch x"
+            f" --train.accumulate); choose a multiple of {parts}"
+        )

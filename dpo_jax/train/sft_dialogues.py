@@ -1,0 +1,129 @@
+"""What `dpo-jax sft` learns from: dialogues, packed into windows or one in each. Of plain text: see `texts.py`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import SFTRun
+from dpo_jax.data.sets.dataset import check_context
+from dpo_jax.data.sets.row_mixture import read_mixture
+from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
+from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report import html
+from dpo_jax.types import TokenBatch
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """The dialogues of `--data` or `--eval_data`.
+
+    Attributes:
+      config: the options of the run.
+      data: what was read.
+    """
+
+    config: SFTRun
+    data: SequenceDataset
+
+    @classmethod
+    def load(
+        cls, config: SFTRun, source: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "Dialogues":
+        """Read and tokenise them. Raises `InputError`, also for dialogues longer than the model's context."""
+        return cls(config, cls._read(config, source, tokenizer, architecture, option="--eval_data", weighted=False)[0])
+
+    @classmethod
+    def load_both(
+        cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "tuple[Dialogues, Dialogues | None]":
+        """Those of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`."""
+        data, held = cls._read(config, config.data.files, tokenizer, architecture, holdout=config.holdout)
+        if config.eval_data is not None:
+            return cls(config, data), cls.load(config, config.eval_data, tokenizer, architecture)
+        return cls(config, data), None if held is None else cls(config, held)
+
+    @staticmethod
+    def _read(
+        config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig, **mixture: Any
+    ) -> tuple[SequenceDataset, SequenceDataset | None]:
+        def read(source: str) -> SequenceDataset:
+            data = load_dialogues(
+                source,
+                tokenizer,
+                config.data,
+                train_on=config.data.train_on,
+                vocab_size=architecture.vocab_size,
+                on_bad_rows=config.on_bad_rows,
+            )
+            check_context(data.source, data.row_numbers, data.lengths, architecture, config.data.max_length)
+            return data
+
+        def split(data: SequenceDataset) -> tuple[SequenceDataset, SequenceDataset]:
+            return split_sequences(data, config.holdout or 0.0, config.train.seed)
+
+        return read_mixture(words, read, join_sequences, split=split, **mixture)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all tokens and targets."""
+        return self.data.fingerprint
+
+    @property
+    def terminators(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.data.terminators
+
+    @property
+    def packed(self) -> bool:
+        """Whether several sequences share a window."""
+        return self.config.data.packing
+
+    @property
+    def _window(self) -> int | None:
+        """Tokens of a packed window; None where each dialogue has a window of its own."""
+        return self.config.data.max_length if self.packed else None
+
+    def summary(self) -> str:
+        """For the log."""
+        return self.data.summary()
+
+    def loader(self, *, steps: int | None, epochs: float | None) -> TokenLoader:
+        """The windows of the whole run."""
+        config = self.config
+        return TokenLoader(
+            self.data,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            window=self._window,
+            shuffle=config.data.shuffle,
+            buckets=config.data.buckets,
+            steps=steps,
+            epochs=epochs,
+            workers=config.data.workers,
+        )
+
+    def eval_batches(self, batch_size: int) -> list[TokenBatch]:
+        """Every dialogue once."""
+        buckets = self.config.data.buckets
+        windows = eval_windows(self.data, batch_size=batch_size, window=self._window, buckets=buckets)
+        return [batch for _, batch in windows]
+
+    def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
+        """What was read, what was left out and why, how long the sequences are and how much of them the loss counts."""
+        data = self.data
+        lengths: dict[str, np.ndarray] = {"dialogue": data.lengths, "in the loss": data.target_lengths}
+        counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
+        counts += [] if steps is None else self.loader(steps=steps, epochs=None).told()
+        counts.append(("rows cut at their end", data.cut))
+        counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
+        counts += [("tokens", int(data.lengths.sum())), ("tokens in the loss", int(data.target_lengths.sum()))]
+        section = html.Section(
+            title,
+            note=data.source,
+            plots=(html.lengths_plot("Lengths", lengths),),
+            table=html.Table(("what", "count"), counts),
+        )
+        return [section]

@@ -1,0 +1,129 @@
+"""What `dpo-jax sft --data.kind text` learns from: documents of one source or a mixture, cut into full windows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.config import SFTRun
+from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_sources
+from dpo_jax.data.tokens.documents import DocumentDataset, is_text, load_documents
+from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report import html
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of `--data` or `--eval_data`.
+
+    Attributes:
+      config: the options of the run.
+      sources: at least one.
+      weights: of the sources, None where none was given.
+    """
+
+    config: SFTRun
+    sources: tuple[DocumentDataset, ...]
+    weights: tuple[float | None, ...]
+
+    @classmethod
+    def load(cls, config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig) -> "Texts":
+        """Read and tokenise all sources that `words` names (see `text_windows.parse_sources`).
+
+        Raises `InputError` for what cannot be read, and for windows longer than the model's context.
+        """
+        data = config.data
+        if data.max_length > architecture.max_position:
+            raise InputError(
+                f"--data.max_length {data.max_length}: the model's context is {architecture.max_position}; windows can"
+                f" be no longer, set --data.max_length to at most {architecture.max_position}"
+            )
+        given = [config.data.files] if config.eval_data is None else [config.data.files, config.eval_data]
+        if data.separator is not None and not any(is_text(name) for each in given for name, _ in parse_sources(each)):
+            raise InputError(f"--data.separator has no effect: {words} holds rows, and each is one document")
+        named = parse_sources(words)
+        sources = tuple(
+            load_documents(
+                name,
+                tokenizer,
+                vocab_size=architecture.vocab_size,
+                separator=data.separator if is_text(name) else None,
+                limit=data.limit,
+                columns=data.columns,
+                on_bad_rows=config.on_bad_rows,
+            )
+            for name, _ in named
+        )
+        return cls(config, sources, tuple(weight for _, weight in named))
+
+    @classmethod
+    def load_both(
+        cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "tuple[Texts, Texts | None]":
+        """The documents of `--data`, and those of `--eval_data`."""
+        data = cls.load(config, config.data.files, tokenizer, architecture)
+        held = None if config.eval_data is None else cls.load(config, config.eval_data, tokenizer, architecture)
+        return data, held
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all documents; what is made of them, the position of the loader tells."""
+        return " ".join(source.fingerprint for source in self.sources)
+
+    @property
+    def terminators(self) -> tuple[int, ...]:
+        """Ids that end an answer: texts hold none."""
+        return ()
+
+    @property
+    def packed(self) -> bool:
+        """Whether a window holds several sequences."""
+        return self.config.data.documents != "joined"
+
+    def summary(self) -> str:
+        """For the log."""
+        return "\n".join(source.summary() for source in self.sources)
+
+    def loader(self, *, steps: int | None, epochs: float | None) -> TextLoader:
+        """The windows of the whole run."""
+        config = self.config
+        return TextLoader(
+            self.sources,
+            self.weights,
+            length=config.data.max_length,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            documents=config.data.documents or "masked",
+            steps=steps,
+            epochs=epochs,
+            workers=config.data.workers,
+        )
+
+    def eval_batches(self, batch_size: int) -> EvalWindows:
+        """Every token once. Raises `InputError` where the sources have weights, which would change nothing."""
+        if self.weights[0] is not None:
+            raise InputError("the weights in --eval_data have no effect: every token is evaluated once; leave them out")
+        data = self.config.data
+        return EvalWindows(self.sources, data.max_length, batch_size, data.documents or "masked")
+
+    def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
+        """What was read and left out, and with `steps` how often a run of so many goes through each source."""
+        passes = None if steps is None else self.loader(steps=steps, epochs=None).passes(steps)
+        return [_section(title, source, None if passes is None else passes[i]) for i, source in enumerate(self.sources)]
+
+
+def _section(title: str, data: DocumentDataset, passes: float | None) -> html.Section:
+    counts: list[tuple[str, int | str]] = [("documents read", data.rows_read), ("documents used", len(data))]
+    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
+    counts += [("tokens, with BOS and EOS", data.total), ("of them <unk>", data.unknown)]
+    if passes is not None:
+        counts.append(("epochs in this run", f"{passes:.2f}"))
+    lengths: dict[str, np.ndarray] = {"document": data.lengths}
+    return html.Section(
+        title,
+        note=data.source,
+        plots=(html.lengths_plot("Lengths", lengths),),
+        table=html.Table(("what", "count"), counts),
+    )
