@@ -18,7 +18,7 @@ from typing import Literal
 from dpo_jax.data.rows.messages import Message
 
 TRAIN_ON: Literal["last"] = "last"
-"""How `data/tokens/encode_dialogue.py` calls a loss on the last answer alone: none on any token of the earlier turns."""
+"""How `data/tokens/encode_dialogue.py` calls a loss on the last answer alone: none on the earlier turns."""
 
 JOINT = "\n\n"
 """Between an instruction and what the user says."""

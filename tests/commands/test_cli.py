@@ -12,7 +12,7 @@ from dpo_jax import __version__, cli, config
 from dpo_jax.config import DPORun
 from dpo_jax.errors import InputError, Stopped
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 
 

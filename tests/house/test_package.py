@@ -13,7 +13,7 @@ import tiny
 
 from dpo_jax import __version__, cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import cli
 
-LAUNCH = Path(__file__).resolve().parent.parent / "configs" / "launch"
+LAUNCH = Path(__file__).resolve().parents[2] / "configs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 COMMAND = ["dpo", "--model", "/mnt/a model", "--data", "/mnt/pairs.jsonl", "--out", "/mnt/run"]
 GCLOUD = ("--name", "n", "--zone", "z")

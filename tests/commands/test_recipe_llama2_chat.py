@@ -41,7 +41,7 @@ from dpo_jax.files.jsonl import read_lines
 from dpo_jax.judge import setting
 from dpo_jax.train import session as training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- what passes between the stages --------------------------------------------------------------------------------

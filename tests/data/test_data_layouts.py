@@ -26,7 +26,7 @@ from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError
 
 TOKENIZER = tiny.tokenizer()
-PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 
 
 def examples() -> list[tuple[str, str, list[dict[str, Any]]]]:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
 
 

@@ -1,6 +1,6 @@
 """Tokenizer folders as the world publishes them, one of each kind, and a corpus on which their ids are compared.
 
-    python tests/tokenizer_kinds.py LLAMA2.tokenizer.model OUT    2,000 texts each
+    python tests/support/tokenizer_kinds.py LLAMA2.tokenizer.model OUT    2,000 texts each
 
 compares `load_tokenizer` with the `tokenizers` library on the file itself, and writes to OUT each tokenizer as it is
 exported (OUT/KIND) with the ids that it must give (OUT/KIND.json), for `exported_ids.py`.

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax import cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"prompt": "why", "chosen": "good answer", "rejected": "bad answer"}
 Fails = Callable[..., str]
 

@@ -1,6 +1,6 @@
 """Whether exported tokenizers give the ids that they must, under whichever `transformers` is installed.
 
-    python tests/exported_ids.py OUT
+    python tests/support/exported_ids.py OUT
 
 OUT is what `tokenizer_kinds.py` wrote. Nothing but `transformers` (4.57 or later) is needed.
 """

@@ -32,7 +32,7 @@ from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_to
 from dpo_jax.weights.source import Source, resolve
 
 OLD, NEW = 32_000, 8_000
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING, HEAD = resize.GROWING
 
 

@@ -435,7 +435,7 @@ def test_from_eight_devices_to_two_to_sixteen(tmp_path: Path) -> None:
 
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=16",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1] / "support"))),
     }
     command = [sys.executable, "-c", _SIXTEEN, str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -482,7 +482,7 @@ def test_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1] / "support"))),
     }
     command = [sys.executable, "-c", _TOGETHER, str(tmp_path), str(port), str(Path(__file__).parent)]
     processes = [

@@ -17,7 +17,7 @@ from dpo_jax.config import DistributedConfig
 from dpo_jax.errors import InputError
 from dpo_jax.processes.watch import TRY_AGAIN, Judge, Watch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def note(beat: int, signs: int = 0, ended: str | None = None, host: str = "h") -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "dpo_jax"
+PACKAGE = Path(__file__).resolve().parents[2] / "dpo_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Floor of each room (a folder) or file of the top level. A room imports from lower floors and from itself.

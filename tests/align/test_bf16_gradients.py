@@ -14,7 +14,7 @@ from dpo_jax.align.sampled_softmax import draw, sampled_logps
 from dpo_jax.config.dpo import Loss
 from dpo_jax.model import logprobs, products
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bf16_gradients
 
 

@@ -2,7 +2,7 @@
 
 `test_fuzz.py` runs a minute of it with a fixed seed. A longer run, here for ten minutes:
 
-    python tests/fuzz.py --minutes 10 --seed 1
+    python tests/support/fuzz.py --minutes 10 --seed 1
 
 A fault is anything but exit code 0, or 2 with exactly one line `dpo-jax: error: ...`: an exception that comes out (a
 panic of a Rust library among them), a traceback on the terminal, a case that takes more than `LIMIT` seconds. What made

@@ -27,7 +27,7 @@ from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.search import Candidate, Frontier, candidates
 from dpo_jax.plan.shapes import SHAPES, parameters
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 ZEPHYR = str(ROOT / "configs" / "zephyr_ddpo.py")
 GB, GIB = 1e9, 2**30

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tiny
-from fsspec.implementations.memory import MemoryFileSystem
+from buckets import Bucket, bucket  # noqa: F401 - a fixture
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
@@ -394,34 +394,7 @@ def test_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- buckets
 
 
-class Bucket(MemoryFileSystem):
-    """A bucket in memory, in place of Google's."""
-
-    protocol = ("gs", "gcs")
-    store: dict[str, Any] = {}  # noqa: RUF012 - the base class keeps its files so
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> str:
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-    def glob(self, path: str, **kwargs: Any) -> list[str]:
-        return [name.removeprefix("/") for name in super().glob(path, **kwargs)]
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
-    """gs:// as a `Bucket`, with an empty cache for local copies."""
-    from etils.epath import backend
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    Bucket.store.clear()
-    filesystem = Bucket(skip_instance_cache=True)
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: filesystem)
-    return filesystem
-
-
-def test_stores_in_a_bucket(store: Path, bucket: Bucket, tmp_path: Path) -> None:
+def test_stores_in_a_bucket(store: Path, bucket: Bucket, tmp_path: Path) -> None:  # noqa: F811
     for path in store.iterdir():
         bucket.pipe_file(f"gs://bucket/s/1.0.0/{path.name}", path.read_bytes())
     want = list(read_rows(f"tfds:{store}:test"))

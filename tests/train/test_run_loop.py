@@ -166,7 +166,7 @@ with StopRequest() as stop:
 
 def test_ctrl_c_during_a_compilation_is_heard_at_once() -> None:
     """The first is acknowledged while the main thread is still inside; the second ends the process, with 130."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", _COMPILING]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from test_data_store import Bucket, bucket  # noqa: F401 - a fixture
+from buckets import Bucket, bucket  # noqa: F401 - a fixture
 
 from dpo_jax import cli
 from dpo_jax.commands import prepare as command
@@ -20,7 +20,7 @@ from dpo_jax.data.sources import duplicates, store_writer
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 

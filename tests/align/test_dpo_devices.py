@@ -100,7 +100,7 @@ def test_two_processes_give_the_losses_of_one_device(on_one_device):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(here.parent),
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent / "support"))),
     }
     command = [sys.executable, "-c", PROCESS, coordinator]
     both = [
