@@ -71,8 +71,9 @@ def build(folder: Path) -> None:
     bits_inputs.language_model(folder / "rm2", seed=2)  # a reference that is another policy
     (folder / "plan.py").write_text(
         "from dpo_jax.config import *\n"
-        f"config = DPORun(model={str(folder / 'model')!r}, source='d', out='o', data=DataConfig(max_length=64),\n"
-        "    train=TrainConfig(batch_size=8))\n"
+        "older = {'source': 'd'} if 'source' in DPORun.__dataclass_fields__ else {}  # now --data\n"
+        f"config = DPORun(model={str(folder / 'model')!r}, out='o', data=DataConfig(max_length=64),\n"
+        "    train=TrainConfig(batch_size=8), **older)\n"
     )
 
 
