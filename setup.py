@@ -53,7 +53,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["dpo_jax", "dpo_jax.*"]),
+    # The recipes of configs/ lie in a wheel as dpo_jax/configs, where `dpo_jax.config.derive` finds them.
+    packages=[*find_packages(include=["dpo_jax", "dpo_jax.*"]), "dpo_jax.configs"],
+    package_dir={"dpo_jax.configs": "configs"},
     package_data={"dpo_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=INSTALL,

@@ -9,15 +9,10 @@ the folder of the one before:
     dpo-jax sft configs/chinese_llama2_3_sft.py --model runs/zh2 --data ZH_DIALOGUES.jsonl --out runs/zh3
     dpo-jax dpo configs/chinese_llama2_4_dpo.py --model runs/zh3 --data ZH_PAIRS.jsonl --out runs/zh4
 
-From little text fewer pieces can be learnt: give `--pieces` then. To take
-the published tokenizer instead: `dpo-jax extend-vocab --model LLAMA2 --tokenizer FILE.model --to runs/zh1`.
+From little text fewer pieces can be learnt: give `--pieces` then. To take the published tokenizer instead:
+`dpo-jax extend-vocab --model LLAMA2 --tokenizer FILE.model --to runs/zh1`.
 """
 
 from dpo_jax.config import ON_COMMAND_LINE, ExtendVocabRun
 
-config = ExtendVocabRun(
-    model=ON_COMMAND_LINE,
-    to=ON_COMMAND_LINE,
-    data=(ON_COMMAND_LINE,),
-    pieces=23_296,
-)
+config = ExtendVocabRun(model=ON_COMMAND_LINE, to=ON_COMMAND_LINE, data=(ON_COMMAND_LINE,), pieces=23_296)

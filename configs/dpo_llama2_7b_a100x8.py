@@ -8,19 +8,10 @@ with 10 % warm-up, batches of 32 pairs, 3 epochs, 2048 tokens.
 What it needs there: `dpo-jax plan` with this file, --topology a100:8 --model_shape llama2_7b.
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, MeshConfig, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(beta=0.1, reference="live"),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0),
     data=DataConfig(max_length=2048, max_prompt_length=1024),

@@ -7,18 +7,10 @@ RMSprop is PyTorch's (decay 0.99, epsilon 1e-8 outside the root).
     dpo-jax dpo configs/dpo_paper.py --model SFT_MODEL --data PAIRS.jsonl --out runs/dpo_paper
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(beta=0.1),
     optimizer=OptimizerConfig(
         name="rmsprop", learning_rate=1e-6, schedule="constant", warmup_steps=150, decay=0.99, clip_norm=10.0

@@ -7,18 +7,10 @@ later 1.3), right answers against wrong ones, up to 10 pairs a problem. Schedule
     dpo-jax dpo configs/iterative_rpo.py --model LAST_ROUND --data PAIRS.jsonl --out runs/rpo
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(beta=0.1, nll_coefficient=1.0, nll_normalization="sequence"),
     optimizer=OptimizerConfig(learning_rate=7e-7),
     data=DataConfig(max_length=2048),

@@ -11,21 +11,9 @@ open is ours: how many answers are compared, at which temperature, and how many 
         --judge http://HOST/helpfulness --safety_judge http://HOST/safety --out runs/llama2_chat
 """
 
-import dataclasses
-import runpy
-from pathlib import Path
-from typing import Any
+from dpo_jax.config import ON_COMMAND_LINE, SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun, derive
 
-from dpo_jax.config import ON_COMMAND_LINE, SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
-
-
-def stage(name: str) -> Any:
-    """The options of another recipe; what it leaves to the command line is filled in by this one."""
-    options = runpy.run_path(str(Path(__file__).with_name(name)))["config"]
-    given = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) == ON_COMMAND_LINE]
-    data = dataclasses.replace(options.data, files=SET_BY_RECIPE)
-    return dataclasses.replace(options, data=data, **dict.fromkeys(given, SET_BY_RECIPE))
-
+SET = dict.fromkeys(("model", "data.files", "out"), SET_BY_RECIPE)
 
 config = Llama2ChatRun(
     model=ON_COMMAND_LINE,
@@ -37,9 +25,9 @@ config = Llama2ChatRun(
     safety_data=ON_COMMAND_LINE,
     safety_judge=ON_COMMAND_LINE,
     recipe=ChatRecipeConfig(rounds=4),
-    sft=stage("llama2_sft.py"),
-    helpful=stage("llama2_rm_helpful.py"),
-    safety=stage("llama2_rm_safe.py"),
-    rejection=stage("llama2_rejection.py"),
-    ppo=stage("llama2_ppo.py"),
+    sft=derive("llama2_sft", SET),
+    helpful=derive("llama2_rm_helpful", SET),
+    safety=derive("llama2_rm_safe", SET | {"mix_data": SET_BY_RECIPE}),
+    rejection=derive("llama2_rejection", SET | {"reward": SET_BY_RECIPE}),
+    ppo=derive("llama2_ppo", SET | {"reward": SET_BY_RECIPE, "safety_reward": SET_BY_RECIPE}),
 )

@@ -10,20 +10,11 @@ many dialogues of how many turns, and temperature 1. 20 turns in 4096 tokens lea
     dpo-jax gatt configs/llama2_gatt.py --model RLHF_MODEL --data DIALOGUES.jsonl --out runs/llama2_gatt
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    GattConfig,
-    GattRun,
-    OptimizerConfig,
-    SampleConfig,
-    SFTDataConfig,
-    TrainConfig,
-)
+from dpo_jax import config as c
 
-config = GattRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
-    gatt=GattConfig(
+config = c.GattRun(
+    **c.OPEN,
+    gatt=c.GattConfig(
         synthesised=1000,
         kinds=("hobby", "language", "figure"),
         combine=3,
@@ -33,9 +24,9 @@ config = GattRun(
         eval_dialogues=200,
         eval_turns=20,
     ),
-    sample=SampleConfig(max_new_tokens=128),
+    sample=c.SampleConfig(max_new_tokens=128),
     sample_batch_size=64,
-    optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", weight_decay=0.1),
-    data=SFTDataConfig(template="llama2", max_length=4096),
-    train=TrainConfig(batch_size=64, epochs=2, dtype="bfloat16", remat="full"),
+    optimizer=c.OptimizerConfig(learning_rate=2e-5, schedule="cosine", weight_decay=0.1),
+    data=c.SFTDataConfig(template="llama2", max_length=4096),
+    train=c.TrainConfig(batch_size=64, epochs=2, dtype="bfloat16", remat="full"),
 )

@@ -11,26 +11,16 @@ gives it another start), GAE with lambda 0.95, temperature 1, lengths.
         --data PROMPTS.jsonl --out runs/llama2_ppo
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    CheckpointConfig,
-    DataConfig,
-    OptimizerConfig,
-    PPOLossConfig,
-    PPORun,
-    SampleConfig,
-    TrainConfig,
-)
+from dpo_jax import config as c
 
-config = PPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
-    reward=ON_COMMAND_LINE,
-    safety_reward=ON_COMMAND_LINE,
-    ppo=PPOLossConfig(epochs=1, minibatches=8, clip=0.2, kl_coefficient=0.01),
-    sample=SampleConfig(max_new_tokens=1024),
-    optimizer=OptimizerConfig(learning_rate=1e-6, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip_norm=1.0),
-    data=DataConfig(template="llama2", max_length=4096, max_prompt_length=2048),
-    train=TrainConfig(batch_size=512, steps=400, dtype="bfloat16", remat="full"),
-    checkpoint=CheckpointConfig(every=20),
+config = c.PPORun(
+    **c.OPEN,
+    reward=c.ON_COMMAND_LINE,
+    safety_reward=c.ON_COMMAND_LINE,
+    ppo=c.PPOLossConfig(epochs=1, minibatches=8, clip=0.2, kl_coefficient=0.01),
+    sample=c.SampleConfig(max_new_tokens=1024),
+    optimizer=c.OptimizerConfig(learning_rate=1e-6, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1, clip_norm=1.0),
+    data=c.DataConfig(template="llama2", max_length=4096, max_prompt_length=2048),
+    train=c.TrainConfig(batch_size=512, steps=400, dtype="bfloat16", remat="full"),
+    checkpoint=c.CheckpointConfig(every=20),
 )

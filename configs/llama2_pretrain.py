@@ -12,27 +12,12 @@ Weights come from `--model`. Set `--train.accumulate` so that a micro-batch fits
     dpo-jax sft configs/llama2_pretrain.py --model M --data WEB.jsonl:0.8 BOOKS.jsonl:0.2 --out runs/pretrain
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    OptimizerConfig,
-    SFTDataConfig,
-    SFTRun,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, OptimizerConfig, SFTDataConfig, SFTRun, TrainConfig
 
 config = SFTRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     optimizer=OptimizerConfig(
-        learning_rate=3e-4,
-        schedule="cosine",
-        warmup_steps=2000,
-        floor=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-5,
-        weight_decay=0.1,
-        clip_norm=1.0,
+        learning_rate=3e-4, schedule="cosine", warmup_steps=2000, floor=0.1, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1
     ),
     data=SFTDataConfig(kind="text", max_length=4096, documents="joined"),
     train=TrainConfig(batch_size=1024, epochs=1, dtype="bfloat16", remat="full"),

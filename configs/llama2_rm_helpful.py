@@ -7,29 +7,13 @@ decay 0.1, clip 1.0; 512 pairs; the small margins of Table 27, which did best on
     dpo-jax reward configs/llama2_rm_helpful.py --model CHAT_MODEL --data HELPFULNESS.jsonl --out runs/helpful
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    OptimizerConfig,
-    RewardLossConfig,
-    RewardRun,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, OptimizerConfig, RewardLossConfig, RewardRun, TrainConfig
 
 config = RewardRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     reward=RewardLossConfig(margin="small"),
     optimizer=OptimizerConfig(
-        learning_rate=1e-5,
-        schedule="cosine",
-        warmup_ratio=0.03,
-        floor=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-5,
-        weight_decay=0.1,
-        clip_norm=1.0,
+        learning_rate=1e-5, schedule="cosine", warmup_ratio=0.03, floor=0.1, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.1
     ),
     data=DataConfig(max_length=4096),
     train=TrainConfig(batch_size=512, epochs=1, dtype="bfloat16"),

@@ -8,32 +8,8 @@ prints neither the auxiliary loss nor its weight. Without labels: `--reward.mult
         --out runs/safe
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    OptimizerConfig,
-    RewardLossConfig,
-    RewardRun,
-    TrainConfig,
-)
+from dpo_jax.config import ON_COMMAND_LINE, derive
 
-config = RewardRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
-    mix_data=ON_COMMAND_LINE,
-    mix=0.1,
-    reward=RewardLossConfig(margin="small", multi_class=("safety=safe,unsafe",)),
-    optimizer=OptimizerConfig(
-        learning_rate=1e-5,
-        schedule="cosine",
-        warmup_ratio=0.03,
-        floor=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-5,
-        weight_decay=0.1,
-        clip_norm=1.0,
-    ),
-    data=DataConfig(max_length=4096),
-    train=TrainConfig(batch_size=512, epochs=1, dtype="bfloat16"),
+config = derive(
+    "llama2_rm_helpful", {"mix_data": ON_COMMAND_LINE, "mix": 0.1, "reward.multi_class": ("safety=safe,unsafe",)}
 )

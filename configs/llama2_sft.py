@@ -7,11 +7,10 @@ another. What the paper leaves open (betas, epsilon, warm-up) is AdamW's default
     dpo-jax sft configs/llama2_sft.py --model LLAMA2_BASE --data DIALOGUES.jsonl --out runs/llama2_sft
 """
 
-from dpo_jax.config import ON_COMMAND_LINE, OptimizerConfig, SFTDataConfig, SFTRun, TrainConfig
+from dpo_jax.config import OPEN, OptimizerConfig, SFTDataConfig, SFTRun, TrainConfig
 
 config = SFTRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", weight_decay=0.1),
     data=SFTDataConfig(template="llama2", max_length=4096, packing=True, train_on="answers"),
     train=TrainConfig(batch_size=64, epochs=2, dtype="bfloat16"),

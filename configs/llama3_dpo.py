@@ -7,18 +7,10 @@ term of weight 0.2 on the chosen response. The report trains on the pairs of its
     dpo-jax dpo configs/llama3_dpo.py --model SFT_MODEL --data PAIRS.jsonl --out runs/llama3
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_ratio=0.1),
     data=DataConfig(template="llama3", max_length=2048),

@@ -6,18 +6,10 @@ reference's is penalised inside the sigmoid. Optimizer, batch and lengths are ou
     dpo-jax dpo configs/smaug_dpop.py --model SFT_MODEL --data PAIRS.jsonl --out runs/smaug
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(loss="dpop", beta=0.3, dpop_lambda=50.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup_ratio=0.1),
     data=DataConfig(max_length=1024),

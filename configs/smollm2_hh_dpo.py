@@ -6,24 +6,15 @@ learning rate is LoRA's usual one, not the 1e-6 of full fine-tuning. 100 steps o
     dpo-jax dpo configs/smollm2_hh_dpo.py --data HH.jsonl.gz --out runs/hh
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    CheckpointConfig,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    LoraConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax import config as c
 
-config = DPORun(
+config = c.DPORun(
     model="smollm2",
-    out=ON_COMMAND_LINE,
-    dpo=DPOLossConfig(beta=0.1),
-    lora=LoraConfig(rank=16),
-    optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=10, floor=0.1),
-    data=DataConfig(max_length=256, max_prompt_length=160),
-    train=TrainConfig(batch_size=8, steps=100),
-    checkpoint=CheckpointConfig(every=25),
+    out=c.ON_COMMAND_LINE,
+    dpo=c.DPOLossConfig(beta=0.1),
+    lora=c.LoraConfig(rank=16),
+    optimizer=c.OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup_steps=10, floor=0.1),
+    data=c.DataConfig(max_length=256, max_prompt_length=160),
+    train=c.TrainConfig(batch_size=8, steps=100),
+    checkpoint=c.CheckpointConfig(every=25),
 )

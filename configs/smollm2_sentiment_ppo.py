@@ -7,27 +7,17 @@ the model goes on with openings of reviews, VADER judges what it wrote. The numb
     dpo-jax ppo configs/smollm2_sentiment_ppo.py --data openings.jsonl --out runs/kind
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    CheckpointConfig,
-    DataConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PPOLossConfig,
-    PPORun,
-    SampleConfig,
-    TrainConfig,
-)
+from dpo_jax import config as c
 
-config = PPORun(
+config = c.PPORun(
     model="smollm2",
-    out=ON_COMMAND_LINE,
+    out=c.ON_COMMAND_LINE,
     reward="vader",
-    ppo=PPOLossConfig(epochs=2, minibatches=2, kl_coefficient=0.02, value="stopped"),
-    sample=SampleConfig(max_new_tokens=24, temperature=0.8),
-    lora=LoraConfig(rank=16),
-    optimizer=OptimizerConfig(learning_rate=3e-4),
-    data=DataConfig(template="raw", max_length=56, max_prompt_length=32),
-    train=TrainConfig(batch_size=32, steps=40),
-    checkpoint=CheckpointConfig(every=10),
+    ppo=c.PPOLossConfig(epochs=2, minibatches=2, kl_coefficient=0.02, value="stopped"),
+    sample=c.SampleConfig(max_new_tokens=24, temperature=0.8),
+    lora=c.LoraConfig(rank=16),
+    optimizer=c.OptimizerConfig(learning_rate=3e-4),
+    data=c.DataConfig(template="raw", max_length=56, max_prompt_length=32),
+    train=c.TrainConfig(batch_size=32, steps=40),
+    checkpoint=c.CheckpointConfig(every=10),
 )

@@ -7,22 +7,14 @@ knows little Chinese, so there is much to learn from the Chinese ones. The learn
     dpo-jax sft configs/smollm2_sft.py --data DIALOGUES.jsonl --eval_data HELD_OUT.jsonl --out runs/sft
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    CheckpointConfig,
-    LoraConfig,
-    OptimizerConfig,
-    SFTDataConfig,
-    SFTRun,
-    TrainConfig,
-)
+from dpo_jax import config as c
 
-config = SFTRun(
+config = c.SFTRun(
     model="smollm2",
-    out=ON_COMMAND_LINE,
-    lora=LoraConfig(rank=16),
-    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=4, floor=0.1),
-    data=SFTDataConfig(max_length=256, packing=True, train_on="answers"),
-    train=TrainConfig(batch_size=4, steps=40),
-    checkpoint=CheckpointConfig(every=20),
+    out=c.ON_COMMAND_LINE,
+    lora=c.LoraConfig(rank=16),
+    optimizer=c.OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=4, floor=0.1),
+    data=c.SFTDataConfig(max_length=256, packing=True, train_on="answers"),
+    train=c.TrainConfig(batch_size=4, steps=40),
+    checkpoint=c.CheckpointConfig(every=20),
 )

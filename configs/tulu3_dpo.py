@@ -5,18 +5,10 @@ sigmoid_norm with beta 5, a linear schedule from 5e-7 with 10 % warm-up, batches
     dpo-jax dpo configs/tulu3_dpo.py --model SFT_MODEL --data PAIRS.jsonl --out runs/tulu3
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(loss="sigmoid_norm", beta=5.0),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1),
     data=DataConfig(max_length=2048),

@@ -6,11 +6,10 @@ with standard deviation 1/sqrt(width + 1), as all heads do here.
     dpo-jax reward configs/tulu3_rm.py --model SFT_MODEL --data PAIRS.jsonl --out runs/tulu3_rm
 """
 
-from dpo_jax.config import ON_COMMAND_LINE, DataConfig, OptimizerConfig, RewardRun, TrainConfig
+from dpo_jax.config import OPEN, DataConfig, OptimizerConfig, RewardRun, TrainConfig
 
 config = RewardRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     optimizer=OptimizerConfig(learning_rate=3e-6, schedule="linear"),
     data=DataConfig(max_length=2048),
     train=TrainConfig(batch_size=256, epochs=1, dtype="bfloat16"),

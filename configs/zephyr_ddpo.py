@@ -8,18 +8,10 @@ on UltraChat first.
     dpo-jax dpo configs/zephyr_ddpo.py --model DSFT_MODEL --data ULTRAFEEDBACK.jsonl --out runs/zephyr
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import OPEN, DataConfig, DPOLossConfig, DPORun, OptimizerConfig, TrainConfig
 
 config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     dpo=DPOLossConfig(beta=0.1),
     optimizer=OptimizerConfig(learning_rate=5e-7, schedule="linear", warmup_ratio=0.1, weight_decay=0.0),
     data=DataConfig(template="zephyr", max_length=1024, max_prompt_length=512),

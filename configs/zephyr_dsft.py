@@ -7,11 +7,10 @@ that configs/zephyr_ddpo.py goes on with.
     dpo-jax sft configs/zephyr_dsft.py --model MISTRAL_7B --data ULTRACHAT.jsonl --out runs/zephyr_sft
 """
 
-from dpo_jax.config import ON_COMMAND_LINE, OptimizerConfig, SFTDataConfig, SFTRun, TrainConfig
+from dpo_jax.config import OPEN, OptimizerConfig, SFTDataConfig, SFTRun, TrainConfig
 
 config = SFTRun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
+    **OPEN,
     optimizer=OptimizerConfig(learning_rate=2e-5, schedule="cosine", warmup_ratio=0.1),
     data=SFTDataConfig(template="zephyr", max_length=2048, packing=True, train_on="all"),
     train=TrainConfig(batch_size=512, epochs=1, dtype="bfloat16"),

@@ -6,20 +6,15 @@ at most 512 are prompt. Source: the alignment-handbook recipes.
     dpo-jax dpo configs/zephyr_handbook.py --model SFT_MODEL --data ULTRAFEEDBACK.jsonl --out runs/zephyr_handbook
 """
 
-from dpo_jax.config import (
-    ON_COMMAND_LINE,
-    DataConfig,
-    DPOLossConfig,
-    DPORun,
-    OptimizerConfig,
-    TrainConfig,
-)
+from dpo_jax.config import derive
 
-config = DPORun(
-    model=ON_COMMAND_LINE,
-    out=ON_COMMAND_LINE,
-    dpo=DPOLossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=5e-7, schedule="cosine", warmup_ratio=0.1),
-    data=DataConfig(template="zephyr", max_length=1024, max_prompt_length=512),
-    train=TrainConfig(batch_size=128, epochs=1, dtype="bfloat16"),
+config = derive(
+    "zephyr_ddpo",
+    {
+        "dpo.beta": 0.01,
+        "optimizer.schedule": "cosine",
+        "optimizer.weight_decay": None,
+        "train.batch_size": 128,
+        "train.epochs": 1,
+    },
 )

@@ -4,7 +4,7 @@ An option that would have no effect is an error: options that belong to one choi
 ("not given"), and `__post_init__` refuses them where they do not apply.
 """
 
-from dpo_jax.config.checks import ON_COMMAND_LINE
+from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
 from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
@@ -32,6 +32,7 @@ from dpo_jax.config.sections import (
     TrainConfig,
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun
+from dpo_jax.config.shipped import derive
 from dpo_jax.config.training import HoldoutRun, TrainingRun
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
@@ -39,6 +40,7 @@ __all__ = [
     "FRONTIER_SIZES",
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
+    "OPEN",
     "SET_BY_RECIPE",
     "AssumeConfig",
     "AttentionKernel",
@@ -92,5 +94,6 @@ __all__ = [
     "Ties",
     "TrainConfig",
     "TrainingRun",
+    "derive",
     "is_url",
 ]

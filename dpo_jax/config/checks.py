@@ -1,11 +1,14 @@
 """How an option is refused: in one line, where the option is read."""
 
 import datetime
+from typing import Any
 
 from dpo_jax.errors import InputError
 
 ON_COMMAND_LINE = "(given on the command line)"
 """Stands in a CONFIG.py for a field that the command line must give: the model, the data, the run folder."""
+OPEN: dict[str, Any] = {"model": ON_COMMAND_LINE, "out": ON_COMMAND_LINE}
+"""What nearly every CONFIG.py leaves open; the data too, which need no word."""
 
 
 def require(condition: bool, message: str) -> None:

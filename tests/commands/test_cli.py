@@ -230,6 +230,23 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "CONFIG must be a Python file" in error(capsys, "dpo", "pairs.jsonl", *GIVEN)
 
 
+def test_derived_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def recipe(text: str) -> list[str]:
+        (tmp_path / "d.py").write_text(f"from dpo_jax.config import derive\nconfig = derive({text})\n")
+        return [str(tmp_path / "d.py"), *GIVEN]
+
+    base = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN])
+    assert cli.parse("dpo", recipe("'zephyr_ddpo'")) == base
+    run = cli.parse("dpo", recipe("'zephyr_ddpo', {'train.steps': 5, 'train.epochs': None, 'holdout': 0.5}"))
+    assert (run.train.steps, run.train.epochs, run.train.batch_size, run.holdout) == (5, None, 32, 0.5)
+    assert "d.py: no CONFIG zephyr_dpo comes with this dpo_jax; did you mean zephyr_" in error(
+        capsys, "dpo", *recipe("'zephyr_dpo'")
+    )
+    assert "d.py: TrainConfig has no option step; it" in error(capsys, "dpo", *recipe("'dpo_paper', {'train.step': 1}"))
+    assert "DPORun has no option model.x" in error(capsys, "dpo", *recipe("'dpo_paper', {'model.x': 1}"))
+    assert "give --train.steps or --train.epochs" in error(capsys, "dpo", *recipe("'dpo_paper', {'train.steps': 1}"))
+
+
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(args: list[str]) -> int:
         raise KeyboardInterrupt

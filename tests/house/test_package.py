@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_lower_bounds_hold_here() -> None:
         lower = re.match(r">=([\d.]+)", bounds)
         assert lower, f"{name}: no lower bound"
         assert numbers(metadata.version(name)) >= numbers(lower[1]), name
+
+
+def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    words = ["setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]  # what a wheel of the package would hold
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+    packed = {path.name: path.read_text() for path in (tmp_path / "dpo_jax" / "configs").glob("*.py")}
+    assert packed == {path.name: path.read_text() for path in (ROOT / "configs").glob("*.py")}
+    script = (
+        "from dpo_jax.config import derive, shipped; run = derive('dpo_llama2_13b_v5e32', {'mesh.fsdp': 8});"
+        "assert (run.optimizer.learning_rate, run.mesh.fsdp) == (5e-7, 8); print(shipped.find('llama2_ppo'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert Path(done.stdout.strip()) == tmp_path / "dpo_jax" / "configs" / "llama2_ppo.py"
 
 
 def test_version_is_in_the_changelog() -> None:

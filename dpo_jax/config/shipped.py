@@ -1,0 +1,54 @@
+"""The CONFIG.py files that come with the package, and others made of them."""
+
+import dataclasses
+import difflib
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> path of every CONFIG.py of `configs/`: in a wheel inside the package, in a clone beside it."""
+    inside = _PACKAGE / "configs"
+    folder = inside if inside.is_dir() else _PACKAGE.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find(name: str) -> Path:
+    """The path of the shipped CONFIG.py of that name. Raises `InputError` where there is none."""
+    paths = shipped()
+    if name not in paths:
+        near = difflib.get_close_matches(name, paths, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"no CONFIG {name} comes with this dpo_jax{guess} (dpo-jax configs lists them)")
+    return paths[name]
+
+
+def derive(name: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """The options of the shipped CONFIG.py `name`, with `changes`: option, as the command line calls it -> value.
+
+    `derive("llama2_ppo", {"train.accumulate": 8, "mesh.fsdp": 8})` works in a file that lies anywhere. Raises
+    `InputError` for a name or an option that does not exist, and for options that do not go together.
+    """
+    return _changed(runpy.run_path(str(find(name)))["config"], changes or {})
+
+
+def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
+    whole: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    known = [field.name for field in dataclasses.fields(options)]
+    for option, value in changes.items():
+        field, dot, rest = option.partition(".")
+        if field not in known or (dot and not dataclasses.is_dataclass(getattr(options, field))):
+            raise InputError(f"{type(options).__name__} has no option {option}; it has {', '.join(known)}")
+        if dot:  # together, since a section checks what goes together
+            parts.setdefault(field, {})[rest] = value
+        else:
+            whole[field] = value
+    whole |= {field: _changed(getattr(options, field), inner) for field, inner in parts.items()}
+    return dataclasses.replace(options, **whole)
