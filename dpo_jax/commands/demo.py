@@ -7,13 +7,13 @@
     5  after.jsonl     the same unseen openings with the same random numbers, continued by the aligned model
     6  report.html, summary.json
 
-A stage whose file is there is not done again; samples and texts go on in the middle of a file. The judge sees only
-what the model wrote, not the opening.
+A stage that is done is not done again (`files/stages.py`); samples and texts go on in the middle of a file. The judge
+sees only what the model wrote, not the opening.
 """
 
+import functools
 import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ from dpo_jax.config import (
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
-from dpo_jax.files.jsonl import write_lines
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
+from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge.continuations import Writer, make_pairs
 from dpo_jax.judge.reward_functions import Judge, OfText
 from dpo_jax.report import demo as demo_report
+from dpo_jax.report.statistics import per_prompt
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
@@ -87,27 +89,6 @@ def training_run(run: DemoRun, size: Size) -> DPORun:
     )
 
 
-def _claim(run: DemoRun, out: Path) -> None:
-    """Make the folder this demo's, or refuse one that holds something else."""
-    marker, settings = out / "demo.json", json.loads(json.dumps(asdict(run)))  # as the file has them: no tuples
-    settings.pop("out")
-    if marker.exists():
-        try:
-            before = json.loads(marker.read_text())
-        except ValueError as error:
-            raise InputError(f"{marker}: not readable; choose another --out") from error
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{out}: the demo in it has --{name} {before.get(name)} and this command has {value}; "
-                    "give the same value to go on with it, or choose another --out"
-                )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists and holds no demo; choose another --out")
-    else:
-        write_atomically(marker, json.dumps(settings, indent=2) + "\n")
-
-
 @with_config_keys
 def demo(run: DemoRun) -> Path:
     """The `demo` command; returns its folder. See the module for the stages."""
@@ -116,78 +97,81 @@ def demo(run: DemoRun) -> Path:
 
 def _demo(run: DemoRun, size: Size) -> Path:
     out = Path(run.out)
-    _claim(run, out)
-    if (out / "summary.json").exists():
+    stages = Stages(RunFolder(out, "demo", as_json(run)))
+    if stages.status == "finished":
         say(f"{out}: this demo is finished; to run it again choose another --out")
-        demo_report.show(json.loads((out / "summary.json").read_text()), out)
-        return out
-    openings = review_openings(run.seed)
-    seen, unseen = openings[: size.prompts], openings[size.prompts : size.prompts + size.unseen]
-    clock = _Clock()
-
-    clock.stage(f"{run.model}: loading the model")
-    tokenizer = load_tokenizer(run.model)
-    model, variables = load_pretrained(run.model)
-    encoder = ConversationEncoder(tokenizer, RAW)
-    config = terminators(model, encoder, SampleConfig(size.new_tokens, temperature=TEMPERATURE))
-    judge = OfText("vader", Judge())
-    writer = Writer(model, tokenizer, encoder, config, size.batch_size, judge, "vader", column=SCORE)
-
-    clock.stage(f"[1/5] {size.prompts} openings of reviews, continued {size.samples} times each")
-    rows = writer.write(out / "samples.jsonl", "samples", variables, seen, size.samples, seed=run.seed)
-
-    pairs = make_pairs(rows, SCORE)
-    clock.stage(f"[2/5] best against worst by VADER: {len(pairs)} pairs ({len(seen) - len(pairs)} ties left out)")
-    if not pairs:
-        raise InputError(
-            f"{run.model}: all its samples are equally positive, so there are no pairs; try another --seed"
-        )
-    write_lines(out / "pairs.jsonl", pairs)
-
-    clock.stage(f"[3/5] {size.unseen} unseen openings before training")
-    later: dict[str, Any] = {
-        "openings": unseen,
-        "samples": size.unseen_samples,
-        "seed": (run.seed + 1) % 2**32,
-        "reference": variables,
-    }
-    before = writer.write(out / "before.jsonl", "before", variables, **later)
-
-    clock.stage("[4/5] DPO on the pairs")
-    training = training_run(run, size)
-    folder = dpo.train(training)
-
-    clock.stage(f"[5/5] {size.unseen} unseen openings after training")
-    _, aligned = load_pretrained(folder / "model")
-    after = writer.write(out / "after.jsonl", "after", aligned, **later)
-
-    seconds = clock.stop()
-    summary = {"model": run.model, "seed": run.seed, "pairs": len(pairs), "prompts": size.prompts}
-    summary |= demo_report.figures(before, after, seed=run.seed)
-    demo_report.write(out, summary, before, after, pairs)
-    write_atomically(out / "summary.json", json.dumps(summary | {"seconds": seconds}, indent=2) + "\n")
-    demo_report.show(summary, out)
-    say(f"{sum(seconds.values()):.0f} seconds in all")
+    else:
+        stages.perform(_Demo(run, size).stages(), run)
+        seconds = {name: stage["seconds"] for name, stage in stages.record.items()}
+        before, after, pairs = (read_lines(out / f"{name}.jsonl") for name in ("before", "after", "pairs"))
+        summary = {"model": run.model, "seed": run.seed, "pairs": len(pairs), "prompts": size.prompts}
+        summary |= demo_report.figures(before, after, seed=run.seed)
+        demo_report.write(out, summary, before, after, pairs)
+        write_atomically(out / "summary.json", json.dumps(summary | {"seconds": seconds}, indent=2) + "\n")
+        stages.finish()
+        say(f"{sum(seconds.values()):.0f} seconds in all")
+    demo_report.show(json.loads((out / "summary.json").read_text()), out)
     return out
 
 
-class _Clock:
-    """Announces stages and measures them."""
+class _Demo:
+    """The stages, and what they share: the model is read once, when the first stage needs it."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._name, self._start = "", time.monotonic()
+    def __init__(self, run: DemoRun, size: Size):
+        self._run, self._size, self._out = run, size, Path(run.out)
 
-    def stage(self, name: str) -> None:
-        """The stage before is over; this one begins."""
-        self.stop()
-        self._name = name
-        say(name)
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        out, size, model = self._out, self._size, self._run.model
+        samples, pairs = out / "samples.jsonl", out / "pairs.jsonl"
+        before, after = (functools.partial(self._unseen, name) for name in ("before", "after"))
+        name, unseen = f"{size.prompts} openings of reviews, continued", f"{size.unseen} unseen openings"
+        return [
+            Stage(f"{name} {size.samples} times each", (model,), samples, self._samples),
+            Stage("best against worst by VADER", (samples,), pairs, self._pairs),
+            Stage(f"{unseen} before training", (model,), out / "before.jsonl", before),
+            Stage("DPO on the pairs", (model, pairs), out / "dpo", self._train),
+            Stage(f"{unseen} after training", (model, out / "dpo"), out / "after.jsonl", after),
+        ]
 
-    def stop(self) -> dict[str, float]:
-        """Seconds of all stages so far."""
-        now = time.monotonic()
-        if self._name:
-            self._seconds[self._name] = round(now - self._start, 1)
-        self._start = now
-        return self._seconds
+    @functools.cached_property
+    def _loaded(self) -> tuple[Writer, Any]:
+        """The model as a writer, and its variables."""
+        source = self._run.model
+        say(f"{source}: loading the model")
+        tokenizer = load_tokenizer(source)
+        model, variables = load_pretrained(source)
+        encoder = ConversationEncoder(tokenizer, RAW)
+        config = terminators(model, encoder, SampleConfig(self._size.new_tokens, temperature=TEMPERATURE))
+        judge = OfText("vader", Judge())
+        return Writer(model, tokenizer, encoder, config, self._size.batch_size, judge, "vader", column=SCORE), variables
+
+    def _samples(self) -> Figures:
+        writer, variables = self._loaded
+        seen, seed = review_openings(self._run.seed)[: self._size.prompts], self._run.seed
+        rows = writer.write(self._out / "samples.jsonl", "samples", variables, seen, self._size.samples, seed=seed)
+        return {"samples": len(rows), "mean sentiment": float(per_prompt(rows, SCORE).mean())}
+
+    def _pairs(self) -> Figures:
+        pairs = make_pairs(read_lines(self._out / "samples.jsonl"), SCORE)
+        if not pairs:
+            raise InputError(
+                f"{self._run.model}: all its samples are equally positive, so there are no pairs; try another --seed"
+            )
+        write_lines(self._out / "pairs.jsonl", pairs)
+        return {"pairs": len(pairs), "ties left out": self._size.prompts - len(pairs)}
+
+    def _train(self) -> Figures:
+        dpo.train(training_run(self._run, self._size))
+        return last_figures(self._out / "dpo", {"loss": "loss", "accuracy": "rewards/accuracies"})
+
+    def _unseen(self, name: str) -> Figures:
+        """What the model writes, or the aligned one."""
+        run, size = self._run, self._size
+        writer, reference = self._loaded
+        variables = reference if name == "before" else load_pretrained(self._out / "dpo" / "model")[1]
+        unseen = review_openings(run.seed)[size.prompts : size.prompts + size.unseen]
+        settings = {"seed": (run.seed + 1) % 2**32, "reference": reference}
+        path = self._out / f"{name}.jsonl"
+        rows = writer.write(path, name, variables, unseen, size.unseen_samples, **settings)
+        return {"texts": len(rows), "mean sentiment": float(per_prompt(rows, SCORE).mean())}

@@ -55,7 +55,7 @@ def gatt(run: GattRun) -> Path:
     """
     show_log()
     out = Path(run.out)
-    folder = RunFolder(out, "gatt", as_json(run), started=lambda path: (path / INPUTS).exists())
+    folder = RunFolder(out, "gatt", as_json(run))
     status = folder.open()
     if status == "finished":
         say(f"{out}: this run is finished; for another choose another --out")

@@ -58,7 +58,7 @@ def train(config: RejectionRun) -> Path:
 
     Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
     """
-    training = Training.begin(config, "rejection", started=lambda path: (path / "inputs.json").exists())
+    training = Training.begin(config, "rejection")
     if training is None:
         return Path(config.out)
     run = _Run(config, training)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,9 @@ FREE = (
     "sample_batch_size",
     "ignore_config_keys",
 )
+
+STAGES, INPUTS = "stages.json", "inputs.json"
+"""Of a run of several stages (`files/stages.py`): those that are done, and fingerprints of what it was begun with."""
 
 Status = Literal["new", "unfinished", "finished"]
 
@@ -97,16 +100,13 @@ class RunFolder:
         config: Mapping[str, Any],
         *,
         writes: bool = True,
-        started: Callable[[Path], bool] | None = None,
     ):
         """Args:
         path, command: the folder, and what runs in it.
         config: the options as given (JSON-able, nested).
         writes: False in every process but the first.
-        started: whether a folder holds anything to go on with; not given: whether it holds a checkpoint.
         """
         self.path = path
-        self._started = started or has_checkpoints
         self.command = command
         self.given = dict(config)
         self.writes = writes
@@ -128,7 +128,7 @@ class RunFolder:
         command, before, finished = _read_marker(self.marker)
         if command != self.command:
             raise InputError(f"{self.path}: holds a run of `dpo-jax {command}`; choose another --out")
-        if not finished and not self._started(self.path):
+        if not finished and not _started(self.path):
             return "new"
         now = flatten(self.given)
         for name in sorted(before.keys() | now.keys()):
@@ -174,9 +174,9 @@ class RunFolder:
         self._mark(finished=True)
 
 
-def has_checkpoints(path: Path) -> bool:
-    """True where at least one checkpoint was completed in this run folder."""
-    return bool(steps_in(path / "checkpoints"))
+def _started(path: Path) -> bool:
+    """True where a run folder holds anything to go on with: a whole checkpoint, or the record of stages."""
+    return bool(steps_in(path / "checkpoints")) or any((path / name).exists() for name in (STAGES, INPUTS))
 
 
 def is_finished(path: Path) -> bool:

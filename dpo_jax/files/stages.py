@@ -1,8 +1,9 @@
-"""What all recipes share: stages in one folder, done one after the other, each once.
+"""A command of several stages: what it was begun with, its stages one after the other, each once, gone on with.
 
-A recipe's folder is a run folder (`files/folder.py`: run.json, config.json) with stages.json in it: of each stage that
-is done what it read (with a hash of the content), what it made, how long it took, and its figures. A stage is done when
-it stands there and its output is whole. What was read by a stage that is done must not change.
+Its folder is a run folder (`files/folder.py`: run.json, config.json) with stages.json in it: of each stage that is done
+what it read (with a hash of the content), what it made, how long it took, and its figures. A stage is done when it
+stands there and its output is whole. What was read by a stage that is done must not change, nor what the command was
+begun with: inputs.json, where the options name files that are read before the first stage.
 """
 
 import hashlib
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.files.folder import RunFolder, as_json, is_finished, write_atomically
+from dpo_jax.files.folder import INPUTS, STAGES, RunFolder, as_json, is_finished, write_atomically
 from dpo_jax.files.log import read_metrics, say
+from dpo_jax.processes import distributed
 
-RECORD = "stages.json"
 Figures = Mapping[str, float | int | str]
 
 
@@ -43,80 +44,94 @@ class Stage:
         return is_finished(self.output) if (self.output / "run.json").exists() else self.output.is_file()
 
 
-class Recipe:
-    """The folder of a recipe, and what is done in it.
+class Stages:
+    """A run folder, and the stages that are done in it. Every process calls this; process 0 writes and talks.
 
     Attributes:
-      out: the folder, as an absolute path, so that runs inside may be gone on with from elsewhere.
+      status: of the run, when its folder was opened.
+      record: of each stage that is done: `inputs`, `output`, `seconds`, `figures`.
     """
 
-    def __init__(self, name: str, config: Any, resolved: Any):
-        """Opens the folder `config.out`; `resolved`: the options with everything filled in, for config.json.
+    def __init__(self, folder: RunFolder):
+        """Opens the folder. Raises `InputError` where it holds something else, or a run with other options."""
+        self._folder, self.out, self.status = folder, folder.path, folder.open()
+        self.record: dict[str, Any] = self._read(STAGES)
 
-        Raises `InputError` where it holds something else, or this recipe with other options (the first that differs is
-        named).
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.out / name
+        try:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not readable; choose another --out") from error
+
+    def perform(self, stages: Sequence[Stage], resolved: Any, inputs: Mapping[str, Any] | None = None) -> None:
+        """Do the stages that are not done. `Stopped` where a signal stopped one: the same command goes on there.
+
+        Args:
+          stages: all of them, in order.
+          resolved: the options with everything filled in, for config.json.
+          inputs: option -> a fingerprint of what it names, JSON-able: as it was when the run began, or `InputError`.
         """
-        self.out, self._name = Path(config.out).absolute(), name
-        self._resolved, command = as_json(resolved), f"recipe {name}"
-        self._folder = RunFolder(self.out, command, as_json(config), started=lambda path: (path / RECORD).exists())
-        self.status = self._folder.open()
-        self._done: dict[str, Any] = {}
-        if (self.out / RECORD).exists():
-            try:
-                self._done = dict(json.loads((self.out / RECORD).read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError(f"{self.out / RECORD}: not readable; choose another --out") from error
-
-    def perform(self, stages: Sequence[Stage]) -> None:
-        """Do the stages that are not done. `Stopped` where a signal stopped one: the same command goes on there."""
-        remaining = [stage.name for stage in stages if not self._is_done(stage)]
+        for name, before in self._read(INPUTS).items():
+            if inputs and name in inputs and inputs[name] != before:
+                raise InputError(
+                    f"{self.out}: what {name} names has changed since this run began; restore it, or choose another"
+                    " --out"
+                )
+        remaining = [stage.name for stage in stages if not distributed.flag_from_main(self._is_done(stage))]
         if self.status == "finished" and not remaining:
             return
-        self._folder.claim(self._resolved)
-        say(f"recipe {self._name}: {len(stages)} stages, {len(stages) - len(remaining)} done; results in {self.out}")
+        self._folder.claim(as_json(resolved))
+        if inputs:
+            self._write(INPUTS, inputs)
+        self._write(STAGES, self.record)
+        done = len(stages) - len(remaining)
+        self._say(f"{self._folder.command}: {len(stages)} stages, {done} done; results in {self.out}")
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage.name}"
             if stage.name not in remaining:
-                say(f"{head}: done ({_told(self._done[stage.name]['figures'])})")
+                self._say(f"{head}: done ({_told(self.record[stage.name]['figures'])})")
                 continue
-            say(head)
+            self._say(head)
             start = time.monotonic()
             read = {str(source): content(source) for source in stage.inputs}
             try:
                 figures = dict(stage.work())
             except Stopped:
                 left = len(stages) - number
-                say(f"{head}: stopped; the same command goes on with it ({left} stages after it)")
+                self._say(f"{head}: stopped; the same command goes on with it ({left} stages after it)")
                 raise
             seconds = round(time.monotonic() - start, 1)
-            self._done[stage.name] = {
-                "inputs": read,
-                "output": str(stage.output),
-                "seconds": seconds,
-                "figures": figures,
-            }
-            write_atomically(self.out / RECORD, json.dumps(self._done, indent=2) + "\n")
-            say(f"{head}: {_told(figures)}; {seconds:.0f} s")
+            made = {"inputs": read, "output": str(stage.output), "seconds": seconds, "figures": figures}
+            self.record[stage.name] = made
+            self._write(STAGES, self.record)
+            distributed.barrier(head)
+            self._say(f"{head}: {_told(figures)}; {seconds:.0f} s")
 
     def _is_done(self, stage: Stage) -> bool:
         """Raises `InputError` where its inputs have changed since."""
-        if stage.name not in self._done or not stage.whole:
+        if stage.name not in self.record or not stage.whole:
             return False
-        for source, before in self._done[stage.name]["inputs"].items():
-            if content(source) != before:
+        before = self.record[stage.name]["inputs"].values()
+        for source in stage.inputs:
+            if content(source) not in before:
                 raise InputError(
                     f"{self.out}: {source} is not what it was when the stage '{stage.name}' read it; restore it, or"
                     " choose another --out"
                 )
         return True
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """Of each stage that is done: `inputs`, `output`, `seconds`, `figures`."""
-        return dict(self._done)
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        if self._folder.writes:
+            write_atomically(self.out / name, json.dumps(values, indent=2) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self._folder.writes:
+            say(text)
 
     def finish(self) -> None:
-        """Mark the recipe as finished."""
+        """Mark the run as finished, once every process is here."""
+        distributed.barrier("run finished")
         self._folder.finish()
 
 

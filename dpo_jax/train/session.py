@@ -68,12 +68,9 @@ class Training(Generic[Config]):
     main: bool
 
     @classmethod
-    def begin(
-        cls, config: Config, command: str, *, started: Callable[[Path], bool] | None = None
-    ) -> "Training[Config] | None":
+    def begin(cls, config: Config, command: str) -> "Training[Config] | None":
         """Join the other processes, arrange the devices, open the run folder. None where its run has finished.
 
-        `started`: see `RunFolder`; for a command that keeps other things than checkpoints.
         Nothing is written yet. Raises `InputError` for options that do not fit the devices or the folder.
         """
         _check_options(config)
@@ -83,7 +80,7 @@ class Training(Generic[Config]):
         _check_batch(config, mesh)
         Electricity.of(list(mesh.devices.flat), config.energy)  # refuses options that would mean nothing
         main = distributed.is_main()
-        folder = RunFolder(Path(config.out), command, as_json(config), writes=main, started=started)
+        folder = RunFolder(Path(config.out), command, as_json(config), writes=main)
         training = cls(config, mesh, folder, main)
         if training.folder.open() == "finished":
             out = training.out

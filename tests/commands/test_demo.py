@@ -102,8 +102,10 @@ def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
     # Interrupted in each stage's file and rerun: the same texts.
     second = tmp_path / "second"
     second.mkdir()
-    for name in ("demo.json", "samples.jsonl", "before.jsonl"):
+    for name in ("samples.jsonl", "before.jsonl"):
         (second / name).write_bytes((out / name).read_bytes())
+    marker = json.loads((out / "run.json").read_text()) | {"finished": False}
+    (second / "run.json").write_text(json.dumps(marker))
     demo._demo(DemoRun(out=str(second), model=folder), SIZE)
     for name in ("pairs.jsonl", "after.jsonl"):
         assert (second / name).read_bytes() == (out / name).read_bytes()
@@ -116,11 +118,11 @@ def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
     again = capsys.readouterr()
     assert "is finished" in again.err
     assert "mean sentiment" in again.out
-    with pytest.raises(InputError, match="--seed 0 and this command has 1"):
+    with pytest.raises(InputError, match="--seed 0, this command has 1"):
         demo.demo(DemoRun(out=str(out), model=folder, seed=1))
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no demo"):
+    with pytest.raises(InputError, match="exists and is not a run of dpo-jax"):
         demo.demo(DemoRun(out=str(tmp_path)))

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.files.folder import RunFolder
-from dpo_jax.files.stages import RECORD, Recipe, Stage, content, last_figures
+from dpo_jax.files.folder import STAGES, RunFolder, as_json
+from dpo_jax.files.stages import Stage, Stages, content, last_figures
 
 
 @dataclass(frozen=True)
 class Options:
     out: str
     size: int = 1
+
+
+def opened(command: str, out: Path, size: int = 1) -> Stages:
+    return Stages(RunFolder(out, command, as_json(Options(str(out), size))))
 
 
 class Chain:
@@ -40,13 +44,13 @@ class Chain:
 
     def perform(self, source: Path, size: int = 1) -> None:
         first, second = self.out / "first.txt", self.out / "second.txt"
-        recipe = Recipe("chain", Options(str(self.out), size), Options(str(self.out), size))
+        recipe = opened("recipe chain", self.out, size)
         stages = [
             Stage("first", (source, "smollm2"), first, lambda: self.copy(source, first)),
             Stage("a run", (first,), self.out / "run", self.train),
             Stage("second", (first, self.out / "run"), second, lambda: self.copy(first, second)),
         ]
-        recipe.perform(stages)
+        recipe.perform(stages, Options(str(self.out), size))
         recipe.finish()
 
 
@@ -75,7 +79,7 @@ def test_each_stage_is_done_once(tmp_path: Path, source: Path, capsys: pytest.Ca
     assert len(chain.done) == 4
     assert capsys.readouterr().err == ""
 
-    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    record = json.loads((tmp_path / "out" / STAGES).read_text())
     assert list(record) == ["first", "a run", "second"]
     assert record["first"]["inputs"] == {str(source): content(source), "smollm2": "smollm2"}
     assert record["first"]["figures"] == {"letters": 2, "half": 0.5}
@@ -100,11 +104,11 @@ def test_other_options_and_other_inputs_are_refused(tmp_path: Path, source: Path
     source.write_text("b")
     with pytest.raises(InputError, match=r"data.txt is not what it was when the stage 'first' read it"):
         chain.perform(source)
-    (tmp_path / "out" / RECORD).write_text("[")
+    (tmp_path / "out" / STAGES).write_text("[")
     with pytest.raises(InputError, match="not readable"):
         chain.perform(source)
     with pytest.raises(InputError, match="holds a run of `dpo-jax recipe chain`"):
-        Recipe("other", Options(str(tmp_path / "out")), Options(str(tmp_path / "out")))
+        opened("recipe other", tmp_path / "out")
 
 
 def test_figures_are_the_newest_of_a_run(tmp_path: Path) -> None:

@@ -87,14 +87,14 @@ def test_an_older_run_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureF
     now = as_json(SFTRun(model="m", data=SFTDataConfig("d.jsonl"), eval_data="e", out="o"))
     before = json.loads(json.dumps(now))
     before["source"], before["eval_source"] = before["data"].pop("files"), before.pop("eval_data")
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "stages.json").write_text("{}")
     marker = {"command": "sft", "finished": False, "given": before}
     (tmp_path / "run.json").write_text(json.dumps(marker))
     (tmp_path / "config.json").write_text(json.dumps(before))
-    folder = RunFolder(tmp_path, "sft", now, started=lambda _: True)
+    folder = RunFolder(tmp_path, "sft", now)
     assert folder.open() == "unfinished"
     assert folder.resolved()["data.files"] == "d.jsonl"
     assert f"{tmp_path / 'run.json'}: written by an older version, which said source for data.files" in caplog.text
     now["data"]["files"] = "other.jsonl"
     with pytest.raises(InputError, match=r"has --data d\.jsonl, this command has other.jsonl"):
-        RunFolder(tmp_path, "sft", now, started=lambda _: True).open()
+        RunFolder(tmp_path, "sft", now).open()

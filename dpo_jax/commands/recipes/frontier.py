@@ -48,10 +48,10 @@ from dpo_jax.config import (
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Recipe, Stage
+from dpo_jax.files.stages import Figures, Stage, Stages
 from dpo_jax.judge.continuations import Writer, make_pairs
 from dpo_jax.judge.reward_functions import open_reward
 from dpo_jax.mesh import make_mesh
@@ -98,9 +98,9 @@ class Method:
 def recipe(run: FrontierRun) -> Path:
     """The `recipe frontier` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()
-    folder = Recipe("frontier", run, dataclasses.replace(run, recipe=run.sizes))
+    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe frontier", as_json(run)))
     work = Frontier(run, folder.out)
-    folder.perform(work.stages())
+    folder.perform(work.stages(), dataclasses.replace(run, recipe=run.sizes))
     folder.finish()
     frontier_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
     return folder.out

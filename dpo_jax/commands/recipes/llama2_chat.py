@@ -37,10 +37,10 @@ from dpo_jax.data.sets.prompts import Prompt, other_columns
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Recipe, Stage, last_figures
+from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge.continuations import make_pairs
 from dpo_jax.judge.reward_functions import check_reward, open_reward, scores_of
 from dpo_jax.mesh import batch_parts, make_mesh
@@ -54,9 +54,9 @@ _JUDGED = 256  # answers in one call of a judge
 def recipe(run: Llama2ChatRun) -> Path:
     """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()
-    folder = Recipe("llama2_chat", run, run)
+    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe llama2_chat", as_json(run)))
     chat = Llama2Chat(run, folder.out)
-    folder.perform(chat.stages())
+    folder.perform(chat.stages(), run)
     folder.finish()
     llama2_chat_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
     return folder.out
