@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_layers import FLOORS
 
 from dpo_jax import __version__, cli
 
@@ -40,6 +41,26 @@ def test_file_list_is_the_tree() -> None:
     there = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
     # A room's own __init__.py only says what the room is for.
     assert sorted(listed) == sorted(name for name in there if not name.endswith("/__init__.py"))
+
+
+def test_every_room_has_a_line_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| (.+) \|$", text, re.MULTILINE)
+    listed = {room: int(floor) for floor, room, _ in rows}
+    package = ROOT / "dpo_jax"
+    files = [path.relative_to(package) for path in package.rglob("*.py") if path != package / "__init__.py"]
+    there = {f"{path.parent}/" if path.parent.name else path.name for path in files}
+    assert sorted(room for _, room, _ in rows) == sorted(there), "docs/architecture.md: one line for each room"
+    assert listed == {room: FLOORS[room.split("/")[0].removesuffix(".py")] for room in there}
+    assert [floor for floor, _, _ in rows] == sorted((floor for floor, _, _ in rows), key=int, reverse=True)
+
+
+def test_numerics_names_tests_that_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8"))
+    assert len(named) > 100
+    for file, name in named:
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), f"docs/numerics.md: no {name} in tests/{file}"
 
 
 def test_readme_commands_parse() -> None:
