@@ -7,8 +7,8 @@
 Each case is one or several processes `python -m dpo_jax ...` in an empty folder, on one CPU device, with tiny random
 models and rows (`bits_inputs.py`) and fixed seeds. Only the command line and the files it leaves are looked at, so that
 this file serves trees in which every module has another name. `--only WORD ...` takes the cases whose label contains
-one of the words, `--jobs N` runs so many at once. Two runs of one commit on one machine give the same file but for
-`about`. The exit code is 1 where a command failed.
+one of the words, `--jobs N` runs so many at once; a file of the same commit is gone on with. Two runs of one commit on
+one machine give the same file. The exit code is 1 where a command failed.
 
 Recorded of every case: the exit codes, and of each file that the case left
   safetensors, tokenizers, array_record   sha256
@@ -272,16 +272,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"no case for {', '.join(missing)}", file=sys.stderr)
     work = Path(tempfile.mkdtemp(prefix="same-bits-")) if options.keep is None else options.keep.resolve()
-    start = time.monotonic()
     results: Record = {"about": about(tree), "cases": {}}
+    if options.out.exists():
+        earlier = json.loads(options.out.read_text())
+        if earlier["about"] != results["about"]:
+            parser.error(f"{options.out} is of another commit or other libraries; choose another file")
+        results = earlier
+    chosen = [case for case in CASES if any(word in case.label for word in options.only)]
     try:
         build(work / "inputs")
-        chosen = [case for case in CASES if any(word in case.label for word in options.only)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for case, record in pool.map(lambda case: (case, run(case, tree, work, environment)), chosen):
+            waiting = [case for case in chosen if case.label not in results["cases"]]
+            for case, record in pool.map(lambda case: (case, run(case, tree, work, environment)), waiting):
                 results["cases"][case.label] = record
-        results["about"]["seconds"] = round(time.monotonic() - start)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
     finally:
         if options.keep is None:
             shutil.rmtree(work, ignore_errors=True)
