@@ -9,8 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import io
+import itertools
 import os
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial, reduce
@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn, get_origin
 
 from dpo_jax import __version__, config
 from dpo_jax.config.names import option
+from dpo_jax.config.shipped import load
 from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
@@ -154,6 +155,7 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     command = COMMANDS[word]
     default, args = _split_recipe(word, args)
+    args = _named(args, command.positional)
     args = _joined(args, command.lists)
     names = option_names(word)
     fields = dataclasses.fields(getattr(config, command.options))
@@ -174,6 +176,13 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
         if open_here and option(prefix + field.name).removeprefix("--") in names:
             raise InputError(f"missing {option(prefix + field.name)}: the CONFIG.py leaves it open")
     return options
+
+
+def _named(args: list[str], names: Sequence[str]) -> list[str]:
+    """`show x` as `--action show --name x`: leading words without a name are the values of the options `names`."""
+    plain = list(itertools.takewhile(lambda token: not _is_option(token), args[: len(names)]))
+    named = [part for name, value in zip(names, plain, strict=False) for part in (f"--{name}", value)]
+    return [*named, *args[len(plain) :]]
 
 
 def _joined(args: list[str], lists: Sequence[str]) -> list[str]:
@@ -237,7 +246,7 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     if not COMMANDS[word].recipe or not args or args[0].startswith("-"):
         return None, args
     path, cls = args[0], getattr(config, COMMANDS[word].options)
-    loaded = _load_config(path)
+    loaded = load(path)
     if not isinstance(loaded, cls):
         raise InputError(
             f"{path}: must define `config`, a dpo_jax.config.{cls.__name__}; it is {type(loaded).__name__}"
@@ -245,25 +254,11 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     return loaded, args[1:]
 
 
-def _load_config(path: str) -> Any:
-    """What a CONFIG.py calls `config`."""
-    if not path.endswith(".py"):
-        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such CONFIG file")
-    try:
-        return runpy.run_path(path).get("config")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
-
-
 def _parse_plan(args: list[str]) -> Any:
     """Options of `plan`, and in `training` those of the command that its CONFIG.py belongs to."""
     if not args or args[0].startswith("-"):
         raise InputError(f"missing CONFIG.py: {PROGRAM} {PLAN} CONFIG.py --topology v5e:4x4 ({PROGRAM} {PLAN} --help)")
-    loaded = _load_config(args[0])
+    loaded = load(args[0])
     words = [word for word in PLANNED if type(loaded) is getattr(config, COMMANDS[word].options)]
     if not words:
         kinds = ", ".join(PLANNED)

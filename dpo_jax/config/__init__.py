@@ -5,7 +5,7 @@ An option that would have no effect is an error: options that belong to one choi
 """
 
 from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
-from dpo_jax.config.commands import ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
+from dpo_jax.config.commands import ConfigsRun, ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
@@ -47,6 +47,7 @@ __all__ = [
     "ChatRecipeConfig",
     "CheckpointConfig",
     "ClassHead",
+    "ConfigsRun",
     "ConstraintKind",
     "ConvertRun",
     "DPOConfig",

@@ -189,6 +189,24 @@ class InspectRun(metaclass=RunOptions):
 
 
 @dataclass(frozen=True)
+class ConfigsRun:
+    """The recipes that come with the package: `dpo-jax configs`, `dpo-jax configs show|copy NAME`."""
+
+    action: Literal["list", "show", "copy"] = "list"
+    """list: all, in a line each. show: one, as a CONFIG.py that derives from no other. copy: the same, into a file."""
+    name: str | None = None
+    """Which one, for show and copy."""
+    to: str | None = None
+    """File that copy writes. Not given: NAME.py."""
+
+    def __post_init__(self) -> None:
+        listed = self.action == "list"
+        require(listed or self.name is not None, f"configs {self.action} needs a name (dpo-jax configs lists them)")
+        require(not listed or self.name is None, "--name has no effect with configs list")
+        require(self.action == "copy" or self.to is None, f"--to has no effect with configs {self.action}")
+
+
+@dataclass(frozen=True)
 class ConvertRun:
     """Rewrite a checkpoint in another format: `dpo-jax convert`."""
 

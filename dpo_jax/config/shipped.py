@@ -1,4 +1,4 @@
-"""The CONFIG.py files that come with the package, and others made of them."""
+"""CONFIG.py files: read, found among those that come with the package, and made of one another."""
 
 import dataclasses
 import difflib
@@ -27,6 +27,22 @@ def find(name: str) -> Path:
         guess = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"no CONFIG {name} comes with this dpo_jax{guess} (dpo-jax configs lists them)")
     return paths[name]
+
+
+def load(path: str) -> Any:
+    """What a CONFIG.py calls `config`. Raises `InputError` for what is no such file."""
+    if not path.endswith(".py"):
+        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
+    if not Path(path).is_file():
+        name = Path(path).stem
+        copy = f"; dpo-jax configs copy {name} writes one" if name in shipped() else ""
+        raise InputError(f"{path}: no such CONFIG file{copy}")
+    try:
+        return runpy.run_path(path).get("config")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def derive(name: str, changes: Mapping[str, Any] | None = None) -> Any:

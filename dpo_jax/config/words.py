@@ -17,6 +17,8 @@ class Command:
     """Options of shared sections that this command has no use for: refused, and left out of its help."""
     lists: tuple[str, ...] = ()
     """Options after which several words may stand; they are joined by commas."""
+    positional: tuple[str, ...] = ()
+    """Options whose values may stand, without a name, right behind the word."""
     recipe: bool = False
     """Whether a CONFIG.py may stand before the options."""
 
@@ -199,5 +201,11 @@ COMMANDS = {
         "tokens of some rows with the loss mask coloured",
         lists=("data",),
         unused=(*_NO_LOADER, "data.buckets"),
+    ),
+    "configs": Command(
+        "ConfigsRun",
+        "dpo_jax.commands.configs:configs",
+        "the recipes that come with the package: `configs show NAME`, `configs copy NAME`",
+        positional=("action", "name"),
     ),
 }
