@@ -15,6 +15,7 @@ import tiny
 from dpo_jax import cli, config
 from dpo_jax.commands import plan as planning
 from dpo_jax.config import AssumeConfig, MeshConfig, PlanRun
+from dpo_jax.config.shipped import load
 from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama
@@ -274,7 +275,7 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
 
 def loaded(path: Path) -> Any:
     """What a CONFIG.py calls `config`."""
-    return cli._load_config(str(path))
+    return load(str(path))
 
 
 TRAINED = [path for path in CONFIGS if type(loaded(path)).__name__ in ("SFTRun", "RewardRun", "DPORun", "PPORun")]
