@@ -8,14 +8,14 @@
     5  after.jsonl     as 3, with the same random numbers, by the fine-tuned model
     6  metrics.jsonl, consistency.png, report.html: which share of the answers keeps to its instruction, turn by turn
 
-A stage whose file is there is not done again; texts go on in the middle of a file, training at its last checkpoint.
+A stage that is done is not done again (`files/stages.py`); texts go on in the middle of a file, training at its last
+checkpoint.
 """
 
-import dataclasses
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -26,25 +26,23 @@ from dpo_jax.commands import sft
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.gatt_dialogues import Outline, Plan, Writer, check_room, check_template, make_plan, seed_of
 from dpo_jax.complete.responses import terminators
-from dpo_jax.config import GattRun, SFTRun
+from dpo_jax.config import GattRun, SFTRun, sft_inside
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.day import with_day
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import RunFolder, as_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say, show_log
+from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import gatt as gatt_report
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
-
-INPUTS = "inputs.json"
-"""What the dialogues of a run follow from; written when its folder is claimed."""
 
 
 @with_config_keys
@@ -56,8 +54,8 @@ def gatt(run: GattRun) -> Path:
     show_log()
     out = Path(run.out)
     folder = RunFolder(out, "gatt", as_json(run))
-    status = folder.open()
-    if status == "finished":
+    stages = Stages(folder)
+    if stages.status == "finished":
         say(f"{out}: this run is finished; for another choose another --out")
         return out
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
@@ -69,41 +67,75 @@ def gatt(run: GattRun) -> Path:
     check_template(encoder)
     plan = make_plan(run)
     _check_lengths(run, plan, encoder, architecture)
-    if run.gatt.train and not run.gatt.evaluate_only and status == "new":
+    if run.gatt.train and not run.gatt.evaluate_only and stages.status == "new":
         sft.begin(training_run(run))  # refuses now what it would refuse after sampling
-    _claim(run, folder, plan)
-
-    options = run.gatt
-    writers = _Writers(run, tokenizer, encoder, mesh)
-    before = out / "before.jsonl"
-    if not options.evaluate_only:
-        say(f"[1/5] {len(plan.training)} dialogues of {options.turns} turns, the instruction in every turn")
-        samples = writers.write(run.model, out / "samples.jsonl", "samples", plan.training, "training", "every")
-        rows, left_out = training_rows(
-            run, plan.training, samples, DialogueEncoder(tokenizer, run.data.template, "last", run.data.date)
-        )
-        say(f"[2/5] {len(rows)} dialogues to learn from" + "".join(f"; left out: {n} x {r}" for r, n in left_out))
-        if not rows:
-            raise InputError(f"{out / 'samples.jsonl'}: no answer can be learnt: {_words(left_out)}")
-        if not (out / "sft.jsonl").exists():
-            write_lines(out / "sft.jsonl", rows)
-        if not options.train:
-            folder.finish()
-            say(f"{out}: finished; the dialogues are in {out / 'sft.jsonl'} (train with --data.train_on last)")
-            return out
-        say(f"[3/5] {len(plan.evaluation)} unseen dialogues of {options.evaluated_turns} turns before training")
-    writers.write(run.model, before, "before", plan.evaluation, "evaluation", "first")
-    writers.release()
-    if not options.evaluate_only:
-        say("[4/5] fine-tuning on the dialogues")
-        _fine_tune(run, out)
-        say("[5/5] the unseen dialogues after training")
-        writers.write(str(out), out / "after.jsonl", "after", plan.evaluation, "evaluation", "first")
-        writers.release()
-    gatt_report.write(run, out)
-    folder.finish()
-    say(f"{out}: finished; the report is in {out / 'report.html'}")
+    to_learn = DialogueEncoder(tokenizer, run.data.template, "last", run.data.date)
+    work = _Gatt(run, plan, to_learn, _Writers(run, tokenizer, encoder, mesh))
+    stages.perform(work.stages(), run, {"--data (or --eval_data, --gatt.instructions)": plan.fingerprint})
+    if run.gatt.train:
+        gatt_report.write(run, out)
+    stages.finish()
+    made = f"the report is in {out / 'report.html'}"
+    learnt = f"the dialogues are in {out / 'sft.jsonl'} (train with --data.train_on last)"
+    say(f"{out}: finished; {made if run.gatt.train else learnt}")
     return out
+
+
+class _Gatt:
+    """The stages."""
+
+    def __init__(self, run: GattRun, plan: Plan, encoder: DialogueEncoder, writers: "_Writers"):
+        self._run, self._plan, self._encoder, self._writers, self._out = run, plan, encoder, writers, Path(run.out)
+
+    def stages(self) -> list[Stage]:
+        """Those that the options ask for, in order."""
+        options, plan, model, out = self._run.gatt, self._plan, self._run.model, self._out
+        samples, rows = out / "samples.jsonl", out / "sft.jsonl"
+        asked = partial(self._write, model, "samples", plan.training, "training", "every")
+        before, after = (
+            partial(self._write, source, name, plan.evaluation, "evaluation", "first")
+            for source, name in ((model, "before"), (str(out), "after"))
+        )
+        heading = f"{len(plan.training)} dialogues of {options.turns} turns, the instruction in every turn"
+        unseen = f"{len(plan.evaluation)} unseen dialogues of {options.evaluated_turns} turns"
+        learning = [
+            Stage(heading, (model,), samples, asked),
+            Stage("dialogues to learn from", (samples,), rows, self._rows),
+        ]
+        measuring = Stage(f"{unseen} before training", (model,), out / "before.jsonl", before)
+        if options.evaluate_only:
+            return [measuring]
+        if not options.train:
+            return learning
+        return [
+            *learning,
+            measuring,
+            Stage("fine-tuning on the dialogues", (model, rows), out / "sft", self._train),
+            Stage(f"{unseen} after training", (out / "sft",), out / "after.jsonl", after),
+        ]
+
+    def _write(self, source: str, name: str, outlines: Sequence[Outline], purpose: str, where: ghost.Where) -> Figures:
+        rows = self._writers.write(source, self._out / f"{name}.jsonl", name, outlines, purpose, where)
+        judged = [row["kept"] for row in rows if row["kept"] is not None]
+        return {"answers": len(rows)} | ({"kept": sum(judged) / len(judged)} if judged else {})
+
+    def _rows(self) -> Figures:
+        path = self._out / "samples.jsonl"
+        rows, left_out = training_rows(self._run, self._plan.training, read_lines(path), self._encoder)
+        if not rows:
+            words = "; ".join(f"{count} x {reason}" for reason, count in left_out)
+            raise InputError(f"{path}: no answer can be learnt: {words}")
+        write_lines(self._out / "sft.jsonl", rows)
+        return {"dialogues": len(rows)} | {f"left out ({reason})": count for reason, count in left_out}
+
+    def _train(self) -> Figures:
+        """Train, and bring the model to OUT/model."""
+        self._writers.release()
+        folder = sft.train(training_run(self._run))
+        for name in ("adapter", "model"):
+            if (folder / name).is_dir():
+                (folder / name).rename(self._out / name)
+        return last_figures(folder, {"loss": "loss"})
 
 
 # ---------------------------------------------------------------- before the first token
@@ -122,21 +154,6 @@ def _check_lengths(run: GattRun, plan: Plan, encoder: ConversationEncoder, archi
         check_room(encoder, plan.training, where="every", new=new, room=room, limit=limit)
     if plan.evaluation:
         check_room(encoder, plan.evaluation, where="first", new=new, room=context, limit=of_model)
-
-
-def _claim(run: GattRun, folder: RunFolder, plan: Plan) -> None:
-    """Make the folder this run's; refuse to go on where the files behind its options have changed."""
-    inputs = folder.path / INPUTS
-    now = {"plan": plan.fingerprint}
-    if inputs.exists():
-        if json.loads(inputs.read_text()) != now:
-            raise InputError(
-                f"{folder.path}: the prompts or instructions have changed since this run began; restore the files, or"
-                " choose another --out"
-            )
-        return
-    folder.claim(as_json(run))
-    write_atomically(inputs, json.dumps(now) + "\n")
 
 
 # ---------------------------------------------------------------- writing dialogues
@@ -214,36 +231,7 @@ def training_rows(
     return rows, left_out.most_common()
 
 
-def _words(left_out: Sequence[tuple[str, int]]) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in left_out)
-
-
 def training_run(run: GattRun) -> SFTRun:
     """The SFT run inside: what `dpo-jax sft` would be told."""
-    out = Path(run.out)
-    return SFTRun(
-        model=run.model,
-        out=str(out / "sft"),
-        lora=run.lora,
-        optimizer=run.optimizer,
-        data=dataclasses.replace(
-            run.data, files=str(out / "sft.jsonl"), train_on=ghost.TRAIN_ON, limit=None, columns=None
-        ),
-        train=run.train,
-        checkpoint=run.checkpoint,
-        mesh=run.mesh,
-        energy=run.energy,
-        sft=run.sft,
-    )
-
-
-def _fine_tune(run: GattRun, out: Path) -> None:
-    """Train, and bring the model to OUT/model."""
-    if (out / "model").is_dir():
-        say(f"fine-tuning: done, the model is in {out / 'model'}")
-        return
-    training = training_run(run)
-    folder = sft.train(training)
-    for name in ("adapter", "model"):  # the model last: where it is, all is done
-        if (folder / name).is_dir():
-            (folder / name).rename(out / name)
+    # Our own rows, which have been rendered once, are none of them bad.
+    return sft_inside(run, Path(run.out), data={"train_on": ghost.TRAIN_ON}, on_bad_rows="refuse")

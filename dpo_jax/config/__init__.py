@@ -31,7 +31,7 @@ from dpo_jax.config.sections import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun
+from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun, sft_inside
 from dpo_jax.config.shipped import derive
 from dpo_jax.config.training import HoldoutRun, TrainingRun
 from dpo_jax.config.vocabulary import ExtendVocabRun
@@ -97,4 +97,5 @@ __all__ = [
     "TrainingRun",
     "derive",
     "is_url",
+    "sft_inside",
 ]

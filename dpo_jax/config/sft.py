@@ -1,12 +1,14 @@
 """Options of `dpo-jax sft`."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from dpo_jax.config.checks import only_with, require
 from dpo_jax.config.sections import DataConfig, OptimizerConfig
-from dpo_jax.config.training import HoldoutRun
+from dpo_jax.config.training import HoldoutRun, TrainingRun
 
 Proposal = Literal["uniform", "log_uniform"]
 
@@ -107,3 +109,13 @@ class SFTRun(HoldoutRun):
             accumulate=self.train.accumulate,
             seed=self.train.seed,
         )
+
+
+def sft_inside(run: TrainingRun, folder: Path, *, data: Mapping[str, Any], **changes: Any) -> SFTRun:
+    """The fine-tuning inside another command: on `folder`/sft.jsonl, in `folder`/sft, else with what both are told.
+
+    data, changes: what differs in the section --data, and beside it.
+    """
+    told: dict[str, Any] = {each.name: getattr(run, each.name) for each in fields(SFTRun) if hasattr(run, each.name)}
+    told["data"] = replace(run.data, files=str(folder / "sft.jsonl"), limit=None, columns=None, **data)
+    return SFTRun(**(told | {"out": str(folder / "sft"), "eval_data": None} | changes))

@@ -335,6 +335,6 @@ def test_a_folder_with_other_options_or_changed_prompts_is_refused(inputs: Path,
     marker = json.loads((whole / "run.json").read_text()) | {"finished": False}
     marker["given"]["out"] = str(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps(marker))
-    (tmp_path / "run" / "inputs.json").write_text('{"plan": "another"}')
-    with pytest.raises(InputError, match="the prompts or instructions have changed"):
+    (tmp_path / "run" / "inputs.json").write_text((whole / "inputs.json").read_text().replace('": "', '": "0'))
+    with pytest.raises(InputError, match=r"what --data .* names has changed since this run began"):
         gatt.gatt(options(inputs, tmp_path / "run"))

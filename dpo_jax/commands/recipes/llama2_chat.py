@@ -17,10 +17,10 @@ from V0 ... V(r-1), and later versions write what it has not seen.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Llama2Chat:
         """All of them, in order."""
         run, out = self._run, self._out
         stages = [
-            Stage(f"given {kind.name}", (kind.source,), self._heldout("given", kind), self._bound(self._split, kind))
+            Stage(f"given {kind.name}", (kind.source,), self._heldout("given", kind), partial(self._split, kind))
             for kind in self._kinds
         ]
         stages.append(Stage("V0: SFT", (run.model, run.sft_data), out / "sft", self._sft))
@@ -116,9 +116,6 @@ class Llama2Chat:
         judged = [out / f"v{version}" / "judged.jsonl" for version in range(self._rounds + 2)]
         stages.append(Stage("table", tuple(judged), out / "summary.json", self._table))
         return stages
-
-    def _bound(self, function: Any, *words: Any) -> Any:
-        return functools.partial(function, *words)
 
     # ---------------------------------------------------------------- where things are
 
@@ -171,8 +168,8 @@ class Llama2Chat:
         answers, judged = folder / "answers.jsonl", folder / "judged.jsonl"
         inputs = (answers, self._run.prompts, *(kind.judge for kind in self._kinds))
         return [
-            Stage(f"V{version} answers", (model, self._run.prompts), answers, self._bound(self._answer, version)),
-            Stage(f"V{version} judged", inputs, judged, self._bound(self._judge, version)),
+            Stage(f"V{version} answers", (model, self._run.prompts), answers, partial(self._answer, version)),
+            Stage(f"V{version} judged", inputs, judged, partial(self._judge, version)),
         ]
 
     @property
@@ -200,7 +197,7 @@ class Llama2Chat:
         rows = read_lines(path)
         return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
 
-    @functools.cached_property
+    @cached_property
     def _prompts(self) -> dict[int, tuple[Prompt, bool]]:
         """Row -> its prompt, and whether it is tagged `safety`."""
         found = {}
@@ -247,7 +244,7 @@ class Llama2Chat:
     def _pairs_stage(self, version: int) -> Stage:
         judged = self._out / f"v{version}" / "judged.jsonl"
         proof = self._heldout(f"v{version}", self._kinds[-1])
-        return Stage(f"V{version} pairs", (judged,), proof, self._bound(self._pairs, version))
+        return Stage(f"V{version} pairs", (judged,), proof, partial(self._pairs, version))
 
     def _pairs(self, version: int) -> Figures:
         rows, figures = read_lines(self._out / f"v{version}" / "judged.jsonl"), {}
@@ -270,7 +267,7 @@ class Llama2Chat:
         read = self._kinds if kind.options.mix_data is not None else [kind]
         names = self._distributions(number - 1)
         inputs = [self._out / "sft", *(self._learnt(name, each) for each in read for name in names)]
-        work = self._bound(self._train_reward, number, kind)
+        work = partial(self._train_reward, number, kind)
         return Stage(f"{kind.name} reward model {number}", tuple(inputs), self._reward(number, kind), work)
 
     def _train_reward(self, number: int, kind: Kind) -> Figures:
@@ -298,7 +295,7 @@ class Llama2Chat:
         rewards = [self._reward(number, kind) for number, _ in cells for kind in self._kinds]
         sets = [self._heldout(distribution, kind) for _, distribution in cells for kind in self._kinds]
         inputs = tuple(dict.fromkeys((*rewards, *sets)))
-        return Stage(name, inputs, self._out / file, self._bound(self._measure, self._out / file, cells))
+        return Stage(name, inputs, self._out / file, partial(self._measure, self._out / file, cells))
 
     def _measure(self, path: Path, cells: Sequence[tuple[int, str]]) -> Figures:
         found = []
@@ -319,10 +316,10 @@ class Llama2Chat:
         before = self._model(number - 1)
         inputs: list[str | Path] = [before, self._run.prompts, *rewards]
         if number > self._rounds:
-            return Stage(f"V{number}: PPO", tuple(inputs), self._model(number), self._bound(self._ppo, number))
+            return Stage(f"V{number}: PPO", tuple(inputs), self._model(number), partial(self._ppo, number))
         if number > 1:
             inputs.append(before / "pool.jsonl")
-        work = self._bound(self._reject, number)
+        work = partial(self._reject, number)
         return Stage(f"V{number}: rejection sampling", tuple(inputs), self._model(number), work)
 
     def _setting(self, number: int, data: DataConfig) -> dict[str, Any]:
