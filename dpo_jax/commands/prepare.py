@@ -18,6 +18,7 @@ from dpo_jax.config import PrepareRun
 from dpo_jax.config.prepare import split_shares
 from dpo_jax.data.rows.layouts import Readable, check_named, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.sets.documents import is_text, text_documents
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.data.sources.staging import is_remote, upload
@@ -31,7 +32,6 @@ from dpo_jax.data.sources.store_writer import (
     prompt_hash,
     write_report,
 )
-from dpo_jax.data.tokens.documents import is_text, text_documents
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write
 from dpo_jax.files.log import say

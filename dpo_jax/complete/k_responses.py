@@ -19,7 +19,6 @@ from dpo_jax.complete.responses import Response, answers, terminators
 from dpo_jax.config import RejectionRun
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines
 from dpo_jax.files.log import ProgressBar, say
@@ -36,14 +35,8 @@ def key_of(prompt: str | list[dict[str, str]]) -> str:
 
 def select(data: PromptDataset, indices: Sequence[int]) -> PromptDataset:
     """Some of the prompts."""
-    return dataclasses.replace(
-        data,
-        ids=Ragged.of([data.ids[i] for i in indices], np.int32),
-        prompts=tuple(data.prompts[i] for i in indices),
-        safety=data.safety[list(indices)],
-        row_numbers=data.row_numbers[list(indices)],
-        cuts=tuple(data.cuts[i] for i in indices) if data.cuts else (),
-    )
+    prompts = tuple(data.prompts[i] for i in indices)
+    return data.taken(indices, ids=data.ids.take(indices), prompts=prompts, safety=data.safety[list(indices)])
 
 
 def write_once(

@@ -47,10 +47,7 @@ def read_pool(path: str) -> list[Row]:
         kept = {name: row[name] for name in ("sample", "finish_reason", "safety") if name in row}
         return {"prompt": prompt, "completion": completion, "iteration": iteration, "temperature": temperature} | kept
 
-    rows = CheckedRows(path, None)
-    found = {key_of(row["prompt"]): row for chunk in rows.chunks(parse) for _, row in chunk}
-    rows.close(len(found), "refuse")
-    return list(found.values())
+    return list({key_of(row["prompt"]): row for row in CheckedRows(path, None).read(parse)}.values())
 
 
 def judged(pool: Sequence[Row], judges: Judges, source: str, known: Sequence[Prompt] = ()) -> list[Row]:

@@ -6,8 +6,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
+from dpo_jax.data.sets.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_sources
-from dpo_jax.data.tokens.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html

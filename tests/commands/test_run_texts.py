@@ -29,8 +29,8 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
+from dpo_jax.data.sets.documents import load_documents
 from dpo_jax.data.sets.text_windows import TextLoader
-from dpo_jax.data.tokens.documents import load_documents
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.train import session as training

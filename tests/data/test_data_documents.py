@@ -11,7 +11,7 @@ from tokenizers_for_tests import byte_level, llama2
 
 from dpo_jax.commands.prepare import prepare
 from dpo_jax.config import PrepareRun
-from dpo_jax.data.tokens.documents import DocumentDataset, is_text, load_documents
+from dpo_jax.data.sets.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.errors import InputError
 
 TOKENIZER = byte_level()

@@ -17,10 +17,10 @@ from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import load_comparisons, parse_responses
 from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.documents import load_documents
 from dpo_jax.data.sets.prompts import load_prompts
 from dpo_jax.data.sets.sequences import load_dialogues
 from dpo_jax.data.sources import store_schema
-from dpo_jax.data.tokens.documents import load_documents
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError

@@ -20,12 +20,12 @@ from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.preferences import parse_pair
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.data.sets.documents import load_documents
 from dpo_jax.data.sets.sequences import load_dialogues
 from dpo_jax.data.sources import store_schema, store_writer
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.sources.store import open_store
 from dpo_jax.data.sources.store_writer import Splits, StoreWriter
-from dpo_jax.data.tokens.documents import load_documents
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 

@@ -8,6 +8,7 @@ import chex
 import numpy as np
 import pytest
 
+from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.text_windows import (
     PERIOD,
     EvalWindows,
@@ -18,7 +19,6 @@ from dpo_jax.data.sets.text_windows import (
     parse_sources,
     shares,
 )
-from dpo_jax.data.tokens.documents import DocumentDataset
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 

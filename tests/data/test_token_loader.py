@@ -135,7 +135,7 @@ def test_any_function_of_the_step_can_be_loaded() -> None:
         lambda step: np.full(3, step),
         holds=lambda step: f"document {step}",
         steps_per_epoch=4,
-        total_steps=run_length(4, epochs=1.5, steps=None),
+        epochs=1.5,
         identity={"data": "x"},
         workers=1,
     )

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,18 +25,16 @@ from dpo_jax.data.rows.comparisons import (
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.layouts import readable
 from dpo_jax.data.rows.preferences import COLUMNS, PROMPT_COLUMNS, Extra
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.ratings import Evidence
 from dpo_jax.data.sets.batches import permutation
-from dpo_jax.data.sets.dataset import PreferenceDataset, held_out, joined_ragged
-from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows, check_ids
-from dpo_jax.data.tokens.cuts import RowCut
-from dpo_jax.data.tokens.encode import Encoded, Rendered, ScoredEncoder, cut_of, truncate
+from dpo_jax.data.sets.dataset import NO_TOKENS, PreferenceDataset, Told, load_groups
+from dpo_jax.data.sets.tokenised import held_out
+from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows
+from dpo_jax.data.tokens.encode import Rendered, ScoredEncoder
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]
-_NONE = np.zeros(0, np.int32)
 
 
 def load_comparisons(
@@ -79,29 +77,24 @@ def load_comparisons(
         )
         return _render(encoder, found, order), learnt
 
-    data, rows = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=True)
+    limits = {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
+    data, rows = _load(source, tokenizer, config, parse, compared=True, **limits)
     n, k = len(data), data.responses_per_prompt
-    ranks = np.full((n, k), k, np.int32)
-    for row, learnt in zip(ranks, rows, strict=True):
-        row[: len(learnt.ranks)] = learnt.ranks
     labels: dict[str, np.ndarray] = {}
     for head in rules.heads:
         shape = (n, k, len(head.classes)) if head.overlapping else (n, k)
-        labels[head.name] = np.full(shape, -1, np.int8 if head.overlapping else np.int32)
-        for row, learnt in zip(labels[head.name], rows, strict=True):
-            row[: len(learnt.ranks)] = learnt.labels[head.name]
+        values = [learnt.labels[head.name] for learnt in rows]
+        labels[head.name] = _filled(values, shape, -1, np.int8 if head.overlapping else np.int32)
         if (labels[head.name] < 0).all():
             raise InputError(f"{source}: no row has a label of the head '{head.name}' in its column 'labels'")
     margins = None
     if rules.margin != "none":
-        margins = np.zeros((n, k), np.float32)
-        for row, learnt in zip(margins, rows, strict=True):
-            row[: len(learnt.marks)] = learnt.marks
+        margins = _filled([learnt.marks for learnt in rows], (n, k), 0, np.float32)
         margins = margins[:, 0] if k == 2 else margins
     extras = {name: [learnt.extras.get(name) for learnt in rows] for name in EXTRAS}
     return replace(
         data,
-        ranks=ranks if k > 2 else None,
+        ranks=_filled([learnt.ranks for learnt in rows], (n, k), k, np.int32) if k > 2 else None,
         margins=margins,
         labels=labels or None,
         extras={name: values for name, values in extras.items() if any(value is not None for value in values)},
@@ -130,7 +123,8 @@ def load_responses(
         layout = "pair" if "chosen" in row else "single" if count == 1 else "list"
         return _render(encoder, found, range(count)), layout
 
-    data, layouts = _load(source, tokenizer, config, parse, vocab_size, on_bad_rows, compared=False)
+    limits = {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
+    data, layouts = _load(source, tokenizer, config, parse, compared=False, **limits)
     return replace(data, extras={"layout": layouts})
 
 
@@ -143,11 +137,45 @@ def parse_responses(row: dict[str, Any]) -> Comparison:
     return Comparison(dialogue.messages[:-1], (dialogue.messages[-1].content,), None, dialogue.raw)
 
 
-class _Learnt:
+class _Learnt(NamedTuple):
     """What a row tells beside its texts, in the order of its kept responses."""
 
-    def __init__(self, ranks: list[int], marks: list[float], labels: dict[str, list[Any]], extras: dict[str, Any]):
-        self.ranks, self.marks, self.labels, self.extras = ranks, marks, labels, extras
+    ranks: list[int]
+    marks: list[float]
+    labels: dict[str, list[Any]]
+    extras: dict[str, Any]
+
+
+def _load(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    parse: Callable[[dict[str, Any], ScoredEncoder, Usable], tuple[Rendered, Told]],
+    *,
+    compared: bool,
+    **limits: Any,
+) -> tuple[PreferenceDataset, list[Told]]:
+    encoder = ScoredEncoder(tokenizer, config.template, config.date)
+    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
+    data, told = load_groups(
+        rows,
+        encoder,
+        config,
+        lambda row: parse(row, encoder, rows.usable),
+        known=COLUMNS | OWN_COLUMNS,
+        rendered=(*PROMPT_COLUMNS, "messages"),
+        compared=compared,
+        **limits,
+    )
+    return replace(data, formats=None), told
+
+
+def _filled(rows: Sequence[Sequence[Any]], shape: tuple[int, ...], filler: int, dtype: Any) -> np.ndarray:
+    """`rows`, of at most K values each, as one array; `filler` for absent responses."""
+    filled = np.full(shape, filler, dtype)
+    for row, values in zip(filled, rows, strict=True):
+        row[: len(values)] = values
+    return filled
 
 
 def _render(encoder: ScoredEncoder, found: Comparison, order: Sequence[int]) -> Rendered:
@@ -155,75 +183,18 @@ def _render(encoder: ScoredEncoder, found: Comparison, order: Sequence[int]) -> 
     return encoder.render_group(found.messages, [found.responses[i] for i in order], raw)
 
 
-def _load(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    parse: Any,
-    vocab_size: int,
-    on_bad_rows: OnBadRows,
-    *,
-    compared: bool,
-) -> tuple[PreferenceDataset, list[Any]]:
-    """The data set without what is learnt, and what `parse` told beside the texts, for each row of it."""
-    encoder = ScoredEncoder(tokenizer, config.template, config.date)
-    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
-    groups: list[Encoded] = []
-    numbers: list[int] = []
-    cuts: list[RowCut] = []
-    told: list[Any] = []
-    for chunk in rows.chunks(lambda row: parse(row, encoder, rows.usable)):
-        encoded = encoder.encode([rendered for _, (rendered, _) in chunk], compared=compared)
-        for (number, (rendered, learnt)), whole in zip(chunk, encoded, strict=True):
-            try:
-                if isinstance(whole, BadRow):
-                    raise whole
-                group = truncate(whole, config, bos=encoder.bos, compared=compared)
-            except BadRow as problem:
-                rows.tally.add(number, problem)
-                continue
-            check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
-            groups.append(group)
-            numbers.append(number)
-            cuts.append(cut_of(whole, group, system=rendered.system))
-            told.append(learnt)
-    problems = rows.close(len(groups), on_bad_rows)
-    k = max(len(group.responses) for group in groups)
-    responses = [r for group in groups for r in (*group.responses, *[_NONE] * (k - len(group.responses)))]
-    data = PreferenceDataset(
-        prompts=Ragged.of([group.prompt for group in groups], np.int32),
-        responses=Ragged.of(responses, np.int32),
-        formats=None,
-        row_numbers=np.asarray(numbers, np.int32),
-        extras={},
-        dropped=rows.tally.dropped,
-        rows_read=rows.rows_read,
-        used_columns=rows.used(COLUMNS | OWN_COLUMNS),
-        unused_columns=rows.unused(
-            COLUMNS | OWN_COLUMNS, rendered=(*PROMPT_COLUMNS, "messages"), writes=encoder.writes
-        ),
-        terminators=encoder.endings,
-        source=source,
-        cuts=tuple(cuts),
-        problems=problems,
-    )
-    return data, told
-
-
 # ---------------------------------------------------------------- parts of data sets, and mixtures
 
 
 def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
     """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
-    k, formats = data.responses_per_prompt, data.formats
-    of_k = range(k)
-    return replace(
-        data,
-        prompts=Ragged.of([data.prompts[i] for i in rows], np.int32),
-        responses=Ragged.of([data.responses[i * k + j] for i in rows for j in of_k], np.int32),
-        formats=None if formats is None else Ragged.of([formats[i * k + j] for i in rows for j in of_k], bool),
-        row_numbers=data.row_numbers[rows],
-        cuts=tuple(data.cuts[i] for i in rows) if data.cuts else (),
+    k = data.responses_per_prompt
+    places = [i * k + j for i in rows for j in range(k)]
+    return data.taken(
+        rows,
+        prompts=data.prompts.take(rows),
+        responses=data.responses.take(places),
+        formats=None if data.formats is None else data.formats.take(places),
         extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
         margins=None if data.margins is None else data.margins[rows],
         ranks=None if data.ranks is None else data.ranks[rows],
@@ -236,8 +207,8 @@ def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[P
 
     What was left out of the file is told of the rest, once. Raises `InputError` where one side would be empty.
     """
-    inside = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
-    return take(data, np.flatnonzero(~inside)), replace(take(data, np.flatnonzero(inside)), dropped=Counter())
+    rest, held = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
+    return take(data, rest), replace(take(data, held), dropped=Counter())
 
 
 def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed: int) -> PreferenceDataset:
@@ -261,26 +232,18 @@ def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDatase
     """All rows of both, made under the same rules. Sources are named, and rows numbered, as in `mix`."""
     k = max(first.responses_per_prompt, drawn.responses_per_prompt)
     first, drawn = (_widened(_named(data), k) for data in (first, drawn))
-    drawn = replace(drawn, row_numbers=drawn.row_numbers + max(first.rows_read, int(first.row_numbers.max())))
     names = sorted({*first.extras, *drawn.extras})
 
     def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
         return None if a is None or b is None else np.concatenate([a, b])
 
     labels = {n: np.concatenate([v, (drawn.labels or {})[n]]) for n, v in (first.labels or {}).items()}
-    return replace(
-        first,
-        prompts=joined_ragged(first.prompts, drawn.prompts),
-        responses=joined_ragged(first.responses, drawn.responses),
-        formats=None if first.formats is None or drawn.formats is None else joined_ragged(first.formats, drawn.formats),
-        row_numbers=np.concatenate([first.row_numbers, drawn.row_numbers]),
+    return first.joined(
+        drawn,
+        prompts=first.prompts + drawn.prompts,
+        responses=first.responses + drawn.responses,
+        formats=None if first.formats is None or drawn.formats is None else first.formats + drawn.formats,
         extras={name: [*_column(first, name), *_column(drawn, name)] for name in names},
-        dropped=first.dropped + drawn.dropped,
-        rows_read=first.rows_read + drawn.rows_read,
-        used_columns=tuple(sorted({*first.used_columns, *drawn.used_columns})),
-        unused_columns=tuple(sorted({*first.unused_columns, *drawn.unused_columns})),
-        source=f"{first.source} + {drawn.source}",
-        cuts=first.cuts + drawn.cuts,
         margins=joined(first.margins, drawn.margins),
         ranks=joined(first.ranks, drawn.ranks),
         labels=labels or None,
@@ -303,7 +266,7 @@ def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:
         return data
     n, more = len(data), k - own
     ranks = np.broadcast_to(np.arange(own, dtype=np.int32), (n, own)) if data.ranks is None else data.ranks
-    responses = [data.responses[i * own + j] if j < own else _NONE for i in range(n) for j in range(k)]
+    responses = [data.responses[i * own + j] if j < own else NO_TOKENS for i in range(n) for j in range(k)]
 
     def padded(values: np.ndarray, filler: int = -1) -> np.ndarray:
         return np.pad(values, ((0, 0), (0, more)) + ((0, 0),) * (values.ndim - 2), constant_values=filler)

@@ -1,10 +1,8 @@
 """A tokenised preference data set, in memory: two flat arrays of ids and where each row lies in them."""
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,82 +11,41 @@ from dpo_jax.config import DataConfig, Ties
 from dpo_jax.data.rows.comparisons import REPLIES_COLUMNS, parse_preference
 from dpo_jax.data.rows.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
+from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
 from dpo_jax.data.tokens.cuts import RowCut
 from dpo_jax.data.tokens.cuts import summary as cuts_summary
-from dpo_jax.data.tokens.encode import ConversationEncoder, Rendered, cut_of, truncate
+from dpo_jax.data.tokens.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 
-if TYPE_CHECKING:
-    from dpo_jax.data.sets.row_mixture import RowMixture
+Told = TypeVar("Told")
+NO_TOKENS = np.zeros(0, np.int32)
+"""An absent response."""
 
 
-def joined_ragged(a: Ragged, b: Ragged) -> Ragged:
-    """The sequences of both."""
-    return Ragged(np.concatenate([a.values, b.values]), np.concatenate([a.starts, a.starts[-1] + b.starts[1:]]))
-
-
-def held_out(prompts: Sequence[np.ndarray], share: float, seed: int, source: str) -> np.ndarray:
-    """bool [N], True for the rows of about `share` of the prompts: rows of one prompt stay together.
-
-    `prompts`: the ids of each row's. Which of them depends on the seed. Raises `InputError` where one side would be
-    empty.
-    """
-    keys = [hashlib.sha256(f"{seed} ".encode() + prompt.tobytes()).digest() for prompt in prompts]
-    different = sorted(set(keys))
-    count = round(share * len(different))
-    if not 0 < count < len(different):
-        raise InputError(
-            f"{source}: a share of {share:g} of {len(different)} prompts leaves one side empty; change the share"
-        )
-    held = set(different[:count])
-    return np.asarray([key in held for key in keys])
-
-
-@dataclass(frozen=True)
-class PreferenceDataset:
+@dataclass(frozen=True, kw_only=True)
+class PreferenceDataset(Tokenised):
     """N preference groups: a prompt and K responses each (K index 0 chosen, 1 rejected, from 2 on mismatched for KTO).
 
     Attributes:
       prompts: N sequences of ids, BOS included.
       responses: N x K sequences of ids, response k of row i at i * K + k, terminator included; empty = absent.
       formats: bool sequences like `responses`, True at tokens that the template wrote; None where nobody asked.
-      row_numbers: int32 [N], numbers of the rows in their file, from 1.
       extras: column -> N values (None where a row has none).
-      dropped: how many rows were left out, by reason.
-      rows_read: how many rows the file held (or `limit`).
-      used_columns, unused_columns: columns of the file that are read, in words, and that nothing reads.
-      terminators: ids that end a whole response (of comparisons: see `encode.ScoredEncoder`); none: not known.
-      source: what was read.
-      cuts: what the length limits cut off each of the N rows; empty where nobody measured it.
       reference_logps: float32 [N, K], or None.
-      mixture: the sources it was joined from, where they were several.
       margins, ranks, labels: see `PreferenceBatch`, for N rows; None where nobody asked.
     """
 
     prompts: Ragged
     responses: Ragged
     formats: Ragged | None
-    row_numbers: np.ndarray
     extras: dict[str, list[Extra | None]]
-    dropped: Counter[str]
-    rows_read: int
-    unused_columns: tuple[str, ...]
-    terminators: tuple[int, ...]
-    source: str
-    cuts: tuple[RowCut, ...] = ()
     reference_logps: np.ndarray | None = None
     margins: np.ndarray | None = None
     ranks: np.ndarray | None = None
     labels: dict[str, np.ndarray] | None = None
-    used_columns: tuple[str, ...] = ()
-    mixture: "RowMixture | None" = None
-    problems: str = field(default="", repr=False)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     @property
     def responses_per_prompt(self) -> int:
@@ -111,15 +68,11 @@ class PreferenceDataset:
 
         (Not the reference log-probabilities, which follow from these and another model.)
         """
-        digest = hashlib.sha256()
         parts = (self.prompts, self.responses, self.formats)
         arrays = [array for part in parts if part is not None for array in (part.values, part.starts)]
         arrays += [array for array in (self.margins, self.ranks) if array is not None]
         arrays += [values for _, values in sorted((self.labels or {}).items())]
-        for array in arrays:
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return fingerprint_of(arrays)
 
     def with_reference(self, logps: np.ndarray) -> "PreferenceDataset":
         """A copy with the summed reference log-probabilities float32 [N, K], in row order."""
@@ -137,18 +90,12 @@ class PreferenceDataset:
         shown = responses[responses > 0]
         last = self.responses.values[np.maximum(self.responses.starts[1:] - 1, 0)].reshape(len(self), -1)[:, :2]
         ended = np.isin(last, self.terminators)[responses > 0].mean()
-        lines = [
+        return self.told(
             f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
             f"(longest {prompts.max()}), responses of {shown.mean():.0f} (longest {shown.max()})"
-            + (f", {ended:.1%} of them whole with their terminator" if self.terminators else "")
-        ]
-        if cut := cuts_summary(self.cuts):
-            lines.append(cut)
-        if self.used_columns:
-            lines.append(f"columns used: {', '.join(self.used_columns)}")
-        if self.unused_columns:
-            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
-        return "\n".join(lines)
+            + (f", {ended:.1%} of them whole with their terminator" if self.terminators else ""),
+            cuts_summary(self.cuts),
+        )
 
 
 def load_preferences(
@@ -185,52 +132,76 @@ def load_preferences(
     """
     encoder = ConversationEncoder(tokenizer, config.template, config.date)
     rows = CheckedRows(source, config.limit, columns=config.columns, compared=True)
-    prompts: list[np.ndarray] = []
-    responses: list[np.ndarray] = []
-    formats: list[np.ndarray] = []
-    numbers: list[int] = []
-    cuts: list[RowCut] = []
-    extras: list[dict[str, Extra]] = []
 
     def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
         pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)
         return encoder.render(pair), rows.usable(pair.extras)
 
-    for chunk in rows.chunks(parse):
-        encoded = encoder.encode([rendered for _, (rendered, _) in chunk])
-        for (number, (rendered, extra)), whole in zip(chunk, encoded, strict=True):
+    known, limits = COLUMNS | REPLIES_COLUMNS, {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
+    data, extras = load_groups(rows, encoder, config, parse, known=known, rendered=PROMPT_COLUMNS, **limits)
+    dataset = replace(
+        data,
+        formats=data.formats if with_format_masks else None,
+        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
+    )
+    return with_mismatched_responses(dataset, config.max_length) if with_mismatched else dataset
+
+
+def load_groups(
+    rows: CheckedRows,
+    encoder: ConversationEncoder,
+    config: DataConfig,
+    parse: Callable[[dict[str, Any]], tuple[Rendered, Told]],
+    *,
+    known: Collection[str],
+    rendered: Collection[str],
+    vocab_size: int,
+    on_bad_rows: OnBadRows,
+    compared: bool = True,
+) -> tuple[PreferenceDataset, list[Told]]:
+    """Prompts with their responses, and what `parse` told beside the texts, for each row.
+
+    K is that of the longest list; rows with fewer have absent responses, of length 0.
+
+    Args:
+      rows, on_bad_rows: what is read, and what is done with bad rows.
+      parse: a row -> its texts, and what it tells beside them.
+      known, rendered: see `CheckedRows.unused`.
+      compared: see `encode.truncate`.
+    """
+
+    def encode(chunk: Numbered[tuple[Rendered, Told]]) -> Iterator[tuple[Encoded, RowCut, Told] | BadRow]:
+        encoded = encoder.encode([texts for _, (texts, _) in chunk], compared=compared)
+        for (number, (texts, told)), whole in zip(chunk, encoded, strict=True):
             try:
                 if isinstance(whole, BadRow):
                     raise whole
-                pair = truncate(whole, config, bos=encoder.bos)
+                group = truncate(whole, config, bos=encoder.bos, compared=compared)
             except BadRow as problem:
-                rows.tally.add(number, problem)
+                yield problem
                 continue
-            check_ids(max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.responses)), vocab_size, number)
-            prompts.append(pair.prompt)
-            responses.extend(pair.responses)
-            formats.extend(pair.formats)
-            numbers.append(number)
-            cuts.append(cut_of(whole, pair, system=rendered.system))
-            extras.append(extra)
+            check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
+            yield group, cut_of(whole, group, system=texts.system), told
 
-    problems = rows.close(len(prompts), on_bad_rows)
-    dataset = PreferenceDataset(
-        prompts=Ragged.of(prompts, np.int32),
-        responses=Ragged.of(responses, np.int32),
-        formats=Ragged.of(formats, bool) if with_format_masks else None,
-        row_numbers=np.asarray(numbers, np.int32),
-        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
-        dropped=rows.tally.dropped,
-        rows_read=rows.rows_read,
-        used_columns=rows.used(COLUMNS | REPLIES_COLUMNS),
-        unused_columns=rows.unused(COLUMNS | REPLIES_COLUMNS, rendered=PROMPT_COLUMNS, writes=encoder.writes),
-        terminators=encoder.terminators,
-        source=source,
-        cuts=tuple(cuts),
-        problems=problems,
+    made, read = rows.collect(parse, encode, on_bad_rows)
+    groups, cuts, told = zip(*made, strict=True)
+    k = max(len(group.responses) for group in groups)
+    responses, formats = (
+        [ids for group in groups for ids in (*part(group), *[NO_TOKENS] * (k - len(group.responses)))]
+        for part in (lambda group: group.responses, lambda group: group.formats)
     )
-    return with_mismatched_responses(dataset, config.max_length) if with_mismatched else dataset
+    data = PreferenceDataset(
+        prompts=Ragged.of([group.prompt for group in groups], np.int32),
+        responses=Ragged.of(responses, np.int32),
+        formats=Ragged.of(formats, bool),
+        extras={},
+        used_columns=rows.used(known),
+        unused_columns=rows.unused(known, rendered=rendered, writes=encoder.writes),
+        terminators=encoder.endings,
+        cuts=cuts,
+        **read,
+    )
+    return data, list(told)
 
 
 def partners(prompts: Ragged) -> np.ndarray | None:

@@ -10,13 +10,14 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 
 from dpo_jax.data.sets.batches import BucketPlan, RowBatch, collate, epoch_batches, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.row_mixture import mixture_identity
-from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
+from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.types import PreferenceBatch
 
 
@@ -55,11 +56,7 @@ class IndexedBatches:
 
 
 class PreferenceLoader(StepsLoader[PreferenceBatch]):
-    """Iterator over the `PreferenceBatch`es (NumPy, global) of a whole run, epoch after epoch.
-
-    The batch of step t depends on the data set and the arguments alone. `get_state` and `set_state` save and restore
-    the position exactly; the state is a small JSON-able dict that also says what it is a position in.
-    """
+    """Iterator over the `PreferenceBatch`es (NumPy, global) of a whole run. See `StepsLoader` for positions."""
 
     def __init__(
         self,
@@ -69,21 +66,15 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         seed: int,
         shuffle: bool = True,
         buckets: int = 4,
-        epochs: float | None = None,
-        steps: int | None = None,
-        start_step: int = 0,
-        workers: int = 2,
         multiple: int = 16,
+        **run: Unpack[RunOptions],
     ):
-        """Args:
+        """Args: see `RunOptions`, and:
         dataset: the rows.
         batch_size: rows a batch, over all devices and processes.
         seed: of the shuffle, at least 0.
         shuffle: a new order every epoch; else the same in all.
         buckets, multiple: see `batches.plan_buckets`.
-        epochs, steps: length of the run; exactly one of them (default: one epoch).
-        start_step: where to begin.
-        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
         """
         check_seed(seed)
         self.plan = plan = plan_buckets(
@@ -101,7 +92,6 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
             self._batch_of,
             holds=lambda step: f"rows {dataset.row_numbers[self._rows_of(step).indices].tolist()}",
             steps_per_epoch=steps_per_epoch,
-            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
             identity={
                 "data": dataset.fingerprint,
                 "batch_size": batch_size,
@@ -110,8 +100,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
                 "shapes": [list(shape) for shape in plan.shapes],
                 **mixture_identity(self._mixture),
             },
-            start_step=start_step,
-            workers=workers,
+            **run,
         )
 
     def _rows_of(self, step: int) -> RowBatch:

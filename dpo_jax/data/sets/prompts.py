@@ -1,14 +1,12 @@
 """Prompts to sample responses to: a file of them in memory, and those of each iteration in a deterministic order."""
 
 import functools
-import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -16,8 +14,9 @@ from dpo_jax.config import DataConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import PROMPT_COLUMNS, parse_prompt
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
-from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows, check_ids
+from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
+from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
+from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.cuts import RowCut
 from dpo_jax.data.tokens.cuts import summary as cuts_summary
@@ -44,51 +43,34 @@ class Prompt(NamedTuple):
         return [message.as_dict() for message in self.messages] if self.text is None else self.text
 
 
-@dataclass(frozen=True)
-class PromptDataset:
+@dataclass(frozen=True, kw_only=True)
+class PromptDataset(Tokenised):
     """N prompts.
 
     Attributes:
       ids: N sequences of ids, the BOS included where there is one.
       prompts: the same as messages and text.
       safety: bool [N], rows whose column `safety` is true: what a safety reward is to judge.
-      row_numbers: int32 [N], numbers of the rows in their file, from 1.
-      dropped: how many rows were left out, by reason.
-      rows_read: how many rows the file held (or `limit`).
-      source: what was read.
-      cuts: what each of the N prompts lost to the length limit.
     """
 
     ids: Ragged
     prompts: tuple[Prompt, ...]
     safety: np.ndarray
-    row_numbers: np.ndarray
-    dropped: Counter[str]
-    rows_read: int
-    source: str
-    cuts: tuple[RowCut, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the ids in order, the texts, the safety tags, and the other columns, which a reward may read."""
-        digest = hashlib.sha256(repr([prompt[:2] for prompt in self.prompts]).encode("utf-8", "surrogatepass"))
-        columns = json.dumps([dict(prompt.columns) for prompt in self.prompts], default=str)
-        digest.update(columns.encode())
-        for array in (self.ids.values, self.ids.starts, self.safety):
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        texts = repr([prompt[:2] for prompt in self.prompts]).encode("utf-8", "surrogatepass")
+        columns = json.dumps([dict(prompt.columns) for prompt in self.prompts], default=str).encode()
+        return fingerprint_of((self.ids.values, self.ids.starts, self.safety), texts, columns)
 
     def summary(self) -> str:
         """One line for the log: rows used, lengths. (What was left out was logged when it was.)"""
         lengths = self.ids.lengths
-        cut = cuts_summary(self.cuts)
-        return (
+        return self.told(
             f"{self.source}: {len(self)} of {self.rows_read} prompts, {lengths.mean():.0f} tokens each"
-            f" (longest {lengths.max()})" + (f"\n{cut}" if cut else "")
+            f" (longest {lengths.max()})",
+            cuts_summary(self.cuts),
         )
 
 
@@ -123,11 +105,6 @@ def load_prompts(
     """
     rows = CheckedRows(source, config.limit, columns=config.columns)
     raw = config.template == RAW
-    ids: list[np.ndarray] = []
-    prompts: list[Prompt] = []
-    safety: list[bool] = []
-    numbers: list[int] = []
-    cuts: list[RowCut] = []
 
     def parse(row: dict[str, Any]) -> tuple[Prompt, bool, list[int]]:
         messages, text = parse_prompt(row)
@@ -141,16 +118,15 @@ def load_prompts(
             raise BadRow("the prompt has no token", "give it a text")
         return Prompt(messages, text, other_columns(row)), tag, encoded
 
-    for chunk in rows.chunks(parse):
+    def encode(chunk: Numbered[tuple[Prompt, bool, list[int]]]) -> Iterator[tuple[Prompt, bool, np.ndarray, RowCut]]:
         for number, (prompt, tag, encoded) in chunk:
             check_ids(max(encoded), vocab_size, number)
-            ids.append(end_of(np.asarray(encoded, np.int32), longest, encoder.bos))
             lost = max(len(encoded) - longest, 0)
-            cuts.append(RowCut(lost, system=lost > 0 and prompt.messages[0].role == "system"))
-            prompts.append(prompt)
-            safety.append(tag)
-            numbers.append(number)
-    rows.close(len(ids), on_bad_rows)
+            cut = RowCut(lost, system=lost > 0 and prompt.messages[0].role == "system")
+            yield prompt, tag, end_of(np.asarray(encoded, np.int32), longest, encoder.bos), cut
+
+    found, read = rows.collect(parse, encode, on_bad_rows)
+    prompts, safety, ids, cuts = zip(*found, strict=True)
     asked = (*PROMPT_COLUMNS, "messages")
     if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
         log.warning("%s: the template does not write %s", source, ", ".join(unused))
@@ -160,11 +136,8 @@ def load_prompts(
         ids=Ragged.of(ids, np.int32),
         prompts=tuple(p._replace(columns={name: p.columns.get(name) for name in names}) for p in prompts),
         safety=np.asarray(safety, bool),
-        row_numbers=np.asarray(numbers, np.int32),
-        dropped=rows.tally.dropped,
-        rows_read=rows.rows_read,
-        source=source,
-        cuts=tuple(cuts),
+        cuts=cuts,
+        **read,
     )
 
 
@@ -206,21 +179,20 @@ class PromptLoader(StepsLoader[PromptBatch]):
         group: int,
         seed: int,
         shuffle: bool = True,
-        epochs: float | None = None,
-        steps: int | None = None,
         multiple: int = 8,
+        **run: Unpack[RunOptions],
     ):
-        """Args:
+        """Args: see `RunOptions`, and:
         dataset: the prompts.
         batch_size: responses an iteration, a multiple of `group`.
         group: responses to each prompt.
         seed: of the shuffle, at least 0.
         shuffle: a new order every epoch; else the same in all.
-        epochs, steps: length of the run (default: one epoch).
         multiple: prompts are padded to a multiple of this, the same in all batches.
         """
         check_seed(seed)
         self.batch_size = batch_size
+        run.setdefault("workers", 0)
         self._dataset, self._group, self._prompts = dataset, group, batch_size // group
         self._width = -(-int(dataset.ids.lengths.max()) // multiple) * multiple
 
@@ -234,7 +206,6 @@ class PromptLoader(StepsLoader[PromptBatch]):
             self._batch_of,
             holds=lambda step: f"rows {dataset.row_numbers[self._indices(step)].tolist()}",
             steps_per_epoch=steps_per_epoch,
-            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
             identity={
                 "data": dataset.fingerprint,
                 "batch_size": batch_size,
@@ -242,7 +213,7 @@ class PromptLoader(StepsLoader[PromptBatch]):
                 "seed": seed,
                 "shuffle": shuffle,
             },
-            workers=0,
+            **run,
         )
 
     def _indices(self, step: int) -> np.ndarray:

@@ -6,7 +6,7 @@ position is one number, and beside it stands what it is a position in.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, SupportsIndex, TypeVar
+from typing import Any, Generic, SupportsIndex, TypedDict, TypeVar
 
 import grain
 
@@ -15,6 +15,20 @@ from dpo_jax.errors import InputError
 _AHEAD = 4  # batches prepared ahead of the step, for each worker
 
 Batch = TypeVar("Batch")
+
+
+class RunOptions(TypedDict, total=False):
+    """What all loaders take.
+
+    epochs, steps: length of the run; exactly one of them (default: one epoch).
+    start_step: where to begin.
+    workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+    """
+
+    epochs: float | None
+    steps: int | None
+    start_step: int
+    workers: int
 
 
 class _Source(Generic[Batch]):
@@ -49,23 +63,23 @@ class StepsLoader(Generic[Batch]):
         *,
         holds: Callable[[int], str],
         steps_per_epoch: int,
-        total_steps: int,
         identity: Mapping[str, Any],
+        epochs: float | None = None,
+        steps: int | None = None,
         start_step: int = 0,
         workers: int = 2,
     ):
-        """Args:
+        """Args: see `RunOptions`, and:
         batch_of: the batch of step t (from 0), a pure function; called from several threads.
         holds: what the batch of step t holds, in words, for the message when it cannot be prepared.
-        steps_per_epoch, total_steps: lengths of an epoch and of the run.
+        steps_per_epoch: length of an epoch.
         identity: all that decides the batches, as JSON gives it back (lists, not tuples).
-        start_step: where to begin.
-        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
         """
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = run_length(steps_per_epoch, epochs=epochs, steps=steps)
         self._identity = dict(identity)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=_AHEAD * workers)
-        source = _Source(batch_of, holds, total_steps)
+        source = _Source(batch_of, holds, self.total_steps)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         self._seek(start_step)
 

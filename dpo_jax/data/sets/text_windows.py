@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
 from dpo_jax.data.sets.batches import permutation
-from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
-from dpo_jax.data.tokens.documents import DocumentDataset
+from dpo_jax.data.sets.documents import DocumentDataset
+from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.errors import InputError
 from dpo_jax.types import TokenBatch
 
@@ -222,8 +222,7 @@ class TextWindows:
         self._documents: Documents = documents
         self._streams = [Stream(s, length, seed=seed, shuffle=shuffle, source=i) for i, s in enumerate(sources)]
         self._slots = max(most_pieces(s.lengths, length) for s in sources)
-        last = [max(s.rows_read, int(s.row_numbers.max())) for s in sources]
-        self.first_rows = [sum(last[:i]) for i in range(len(last))]
+        self.first_rows = [sum(s.last_row for s in sources[:i]) for i in range(len(sources))]
 
     def batch(self, step: int) -> TokenBatch:
         """Windows step x B to (step + 1) x B - 1."""
@@ -280,16 +279,11 @@ class TextLoader(StepsLoader[TokenBatch]):
         seed: int,
         shuffle: bool = True,
         documents: Documents = "masked",
-        epochs: float | None = None,
-        steps: int | None = None,
-        start_step: int = 0,
-        workers: int = 2,
+        **run: Unpack[RunOptions],
     ):
-        """Args: see `TextWindows`, and:
-        epochs, steps: length of the run; exactly one of them (default: one epoch). An epoch is as many tokens as all
-          sources hold together, rounded up to whole steps.
-        start_step: where to begin.
-        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+        """Args: see `TextWindows` and `RunOptions`.
+
+        An epoch is as many tokens as all sources hold together, rounded up to whole steps.
         """
         self.windows = windows = TextWindows(
             sources,
@@ -305,7 +299,6 @@ class TextLoader(StepsLoader[TokenBatch]):
             windows.batch,
             holds=lambda step: f"windows {step * batch_size} to {(step + 1) * batch_size - 1}",
             steps_per_epoch=steps_per_epoch,
-            total_steps=run_length(steps_per_epoch, epochs=epochs, steps=steps),
             identity={
                 "data": [s.fingerprint for s in sources],
                 "mixture": windows.mixture.counts.tolist(),
@@ -315,8 +308,7 @@ class TextLoader(StepsLoader[TokenBatch]):
                 "shuffle": shuffle,
                 "documents": documents,
             },
-            start_step=start_step,
-            workers=workers,
+            **run,
         )
 
     def passes(self, steps: int) -> list[float]:

@@ -6,13 +6,14 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 
 from dpo_jax.data.sets.packing import WindowBatch, WindowPlan, collate, plan_windows
 from dpo_jax.data.sets.row_mixture import mixture_identity
 from dpo_jax.data.sets.sequences import SequenceDataset
-from dpo_jax.data.sets.steps_loader import StepsLoader, check_seed, run_length
+from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.types import TokenBatch
 
 
@@ -40,11 +41,7 @@ class IndexedWindows:
 
 
 class TokenLoader(StepsLoader[TokenBatch]):
-    """Iterator over the `TokenBatch`es (NumPy, global) of a whole run, epoch after epoch.
-
-    The batch of step t depends on the data set and the arguments alone. `get_state` and `set_state` save and restore
-    the position exactly; the state is a small JSON-able dict that also says what it is a position in.
-    """
+    """Iterator over the `TokenBatch`es (NumPy, global) of a whole run. See `StepsLoader` for positions."""
 
     def __init__(
         self,
@@ -55,13 +52,10 @@ class TokenLoader(StepsLoader[TokenBatch]):
         window: int | None,
         shuffle: bool = True,
         buckets: int = 4,
-        epochs: float | None = None,
-        steps: int | None = None,
-        start_step: int = 0,
-        workers: int = 2,
         multiple: int = 16,
+        **run: Unpack[RunOptions],
     ):
-        """Args:
+        """Args: see `RunOptions`, and:
         dataset: the sequences.
         batch_size: windows a batch, over all devices and processes.
         seed: of the shuffle, at least 0.
@@ -69,9 +63,6 @@ class TokenLoader(StepsLoader[TokenBatch]):
           with weights every epoch packs what is drawn for it, so that epochs may differ by a few windows.
         shuffle: a new order every epoch, and new company in the windows; else the same in all.
         buckets, multiple: see `packing.plan_windows`.
-        epochs, steps: length of the run; exactly one of them (default: one epoch).
-        start_step: where to begin.
-        workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
 
         Raises `InputError` where a sequence is longer than the window.
         """
@@ -97,16 +88,15 @@ class TokenLoader(StepsLoader[TokenBatch]):
         self._plan = functools.lru_cache(maxsize=2)(plan_of)
         self._epoch = functools.lru_cache(maxsize=2)(windows_of)
         self._ends, self._lock = [plan.steps], threading.Lock()
-        total_steps = run_length(plan.steps, epochs=epochs, steps=steps)
-        if redrawn and steps is None:
+        epochs = run.get("epochs")
+        if redrawn and run.get("steps") is None:
             whole, part = divmod(1 if epochs is None else epochs, 1)
-            before = self._until(int(whole))
-            total_steps = before + (math.ceil(part * self._plan(int(whole)).steps) if part else 0)
+            rest = math.ceil(part * self._plan(int(whole)).steps) if part else 0
+            run["epochs"], run["steps"] = None, self._until(int(whole)) + rest
         super().__init__(
             self._batch_of,
             holds=self._holds,
             steps_per_epoch=plan.steps,
-            total_steps=total_steps,
             identity={
                 "data": dataset.fingerprint,
                 "batch_size": batch_size,
@@ -116,8 +106,7 @@ class TokenLoader(StepsLoader[TokenBatch]):
                 "windows": list(plan.sizes),
                 **mixture_identity(self._mixture),
             },
-            start_step=start_step,
-            workers=workers,
+            **run,
         )
 
     def _until(self, epoch: int) -> int:

@@ -3,8 +3,10 @@
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from dpo_jax.data.rows.layouts import (
     Readable,
@@ -22,13 +24,16 @@ from dpo_jax.data.rows.ratings import Evidence
 from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.errors import InputError
 
-CHUNK = 256
-"""Rows tokenised in one call: enough for the tokenizer's threads, little memory."""
+CHUNK, CHUNK_CHARACTERS = 256, 2**22
+"""Rows tokenised in one call, and characters of texts: enough for the tokenizer's threads, little memory."""
 
 OnBadRows = Literal["refuse", "skip"]
 """refuse: read the whole file, then raise one error that counts the bad rows by reason. skip: leave them out."""
 
 Parsed = TypeVar("Parsed")
+Made = TypeVar("Made")
+Numbered = list[tuple[int, Parsed]]
+"""Rows of a chunk: number, and what was parsed."""
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +50,23 @@ class CheckedRows:
       tally: the rows that cannot be used. Whoever finds one later adds it.
     """
 
-    def __init__(self, source: str, limit: int | None, *, columns: str | None = None, compared: bool = False):
+    def __init__(
+        self,
+        source: str,
+        limit: int | None,
+        *,
+        columns: str | None = None,
+        compared: bool = False,
+        read: Callable[[str], Iterable[tuple[int, dict[str, Any] | BadRow]]] = read_rows_or_problems,
+    ):
         """Args:
         source: see above.
         limit: at most how many of its rows to read, or None.
         columns: `--data.columns`.
-        compared: answers are to be compared, so rows with one scored answer each are put together.
+        compared: responses are to be compared, so rows with one scored response each are put together.
+        read: what reads the source.
         """
-        self.source, self._limit, self._compared = source, limit, compared
+        self.source, self._limit, self._compared, self._read_rows = source, limit, compared, read
         self._renamed = parse_columns(columns)
         self.rows_read = 0
         self.columns: set[str] = set()
@@ -62,9 +76,51 @@ class CheckedRows:
         self._usable: set[str] = set()
         self.tally = Tally()
 
-    def chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[list[tuple[int, Parsed]]]:
-        """(row number, what `parse` makes of the row) of at most CHUNK rows at a time; it may raise `BadRow`."""
-        chunk: list[tuple[int, Parsed]] = []
+    def read(self, parse: Callable[[dict[str, Any]], Parsed], on_bad_rows: OnBadRows = "refuse") -> list[Parsed]:
+        """What `parse` makes of each row; it may raise `BadRow`. Raises `InputError`: see `collect`."""
+        return self.collect(parse, lambda chunk: [parsed for _, parsed in chunk], on_bad_rows)[0]
+
+    def collect(
+        self,
+        parse: Callable[[dict[str, Any]], Parsed],
+        encode: Callable[[Numbered[Parsed]], Iterable[Made | BadRow]],
+        on_bad_rows: OnBadRows,
+    ) -> tuple[list[Made], dict[str, Any]]:
+        """All rows that can be used, and what `sets.tokenised.Tokenised` tells of how they were read.
+
+        Args:
+          parse: a row -> what it holds; it may raise `BadRow`.
+          encode: what the rows of a chunk hold -> what is made of each, or why it cannot be used.
+          on_bad_rows: see `OnBadRows`.
+
+        What was left out is logged. Raises `InputError` where rows are refused, or none can be used.
+        """
+        made: list[Made] = []
+        numbers: list[int] = []
+        for chunk in self._chunks(parse):
+            for (number, _), item in zip(chunk, encode(chunk), strict=True):
+                if isinstance(item, BadRow):
+                    self.tally.add(number, item)
+                else:
+                    made.append(item)
+                    numbers.append(number)
+        check_named(self.source, self._renamed, self.columns, self.rows_read)
+        if on_bad_rows == "refuse":
+            self.tally.refuse(self.source, self.rows_read)
+        if not made:
+            raise self.tally.nothing_left(self.source, self.rows_read)
+        for line in self.tally.left_out(self.rows_read):
+            log.warning("%s: left out %s", self.source, line)
+        return made, {
+            "row_numbers": np.asarray(numbers, np.int32),
+            "dropped": self.tally.dropped,
+            "rows_read": self.rows_read,
+            "source": self.source,
+            "problems": self.tally.describe(self.tally.dropped),
+        }
+
+    def _chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Numbered[Parsed]]:
+        chunk: Numbered[Parsed] = []
         for number, row in self.together():
             try:
                 if isinstance(row, BadRow):
@@ -72,7 +128,7 @@ class CheckedRows:
                 chunk.append((number, parse(row)))
             except BadRow as problem:
                 self.tally.add(number, problem)
-            if len(chunk) == CHUNK:
+            if len(chunk) == CHUNK or sum(len(p) for _, p in chunk if isinstance(p, str)) >= CHUNK_CHARACTERS:
                 yield chunk
                 chunk = []
         if chunk:
@@ -90,7 +146,7 @@ class CheckedRows:
 
     def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows as they stand, counted, and what they hold."""
-        for number, row in itertools.islice(read_rows_or_problems(self.source), self._limit):
+        for number, row in itertools.islice(self._read_rows(self.source), self._limit):
             self.rows_read += 1
             if isinstance(row, BadRow):
                 yield number, row
@@ -155,21 +211,6 @@ class CheckedRows:
         named = {column_of(place): name for name, place in self._renamed.items()}
         kept = {name: value for name, value in own.items() if name not in self._renamed}
         return {name: value for name, value in (kept | self.sources | named).items() if name in self.columns}
-
-    def close(self, used: int, on_bad_rows: OnBadRows) -> str:
-        """What was left out, in words; it is logged too.
-
-        Args: how many rows are used; see `OnBadRows`. Raises `InputError` where rows are refused, or none is used.
-        """
-        check_named(self.source, self._renamed, self.columns, self.rows_read)
-        if on_bad_rows == "refuse":
-            self.tally.refuse(self.source, self.rows_read)
-        problems = self.tally.describe(self.tally.dropped)
-        if not used:
-            raise self.tally.nothing_left(self.source, self.rows_read)
-        for line in self.tally.left_out(self.rows_read):
-            log.warning("%s: left out %s", self.source, line)
-        return problems
 
 
 def check_ids(largest: int, vocab_size: int, number: int) -> None:

@@ -6,7 +6,7 @@ Napoleon."). The lists here are short and plain; a model can only keep to what i
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,12 +181,5 @@ def read_instructions(
 
     Raises `InputError` for an unreadable file, bad rows, or none that can be used.
     """
-    rows = CheckedRows(source, None)
-
-    def read() -> Iterator[Instruction]:
-        for chunk in rows.chunks(lambda row: parse_instruction(row, languages)):
-            yield from (instruction for _, instruction in chunk)
-
-    found = tuple(dict.fromkeys(read()))
-    rows.close(len(found), on_bad_rows)
-    return found
+    read = CheckedRows(source, None).read(lambda row: parse_instruction(row, languages), on_bad_rows)
+    return tuple(dict.fromkeys(read))

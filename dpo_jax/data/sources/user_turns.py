@@ -45,10 +45,7 @@ def read_user_turns(
 
     Raises `InputError` for an unreadable file, bad rows, or none that can be used.
     """
-    rows = CheckedRows(source, limit, columns=columns)
-    found = dict.fromkeys(turns for chunk in rows.chunks(parse_user_turns) for _, turns in chunk)
-    rows.close(len(found), on_bad_rows)
-    return tuple(found)
+    return tuple(dict.fromkeys(CheckedRows(source, limit, columns=columns).read(parse_user_turns, on_bad_rows)))
 
 
 def split(rows: Sequence[Turns], holdout: float, seed: int) -> tuple[tuple[Turns, ...], tuple[Turns, ...]]:

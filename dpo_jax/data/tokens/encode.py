@@ -66,6 +66,11 @@ class ConversationEncoder(ChatTokenizer):
         """What closes a response, of the text that the template writes behind it."""
         return self._closing
 
+    @property
+    def endings(self) -> tuple[int, ...]:
+        """Ids that a whole response ends with."""
+        return self.terminators
+
     def render(self, pair: Pair) -> Rendered:
         """The texts of a pair. Raises `BadRow` where the template cannot render it."""
         return self.render_group(pair.messages, (pair.chosen, pair.rejected), pair.raw)

@@ -1,6 +1,6 @@
 """Rows of different lengths in two flat arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,15 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def __add__(self, other: "Ragged") -> "Ragged":
+        """The sequences of both."""
+        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
+        return Ragged(np.concatenate([self.values, other.values]), starts)
+
+    def take(self, items: Iterable[int]) -> "Ragged":
+        """The sequences at these positions, in that order."""
+        return Ragged.of([self[i] for i in items], self.values.dtype)
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.starts[i] : self.starts[i + 1]]

@@ -9,16 +9,13 @@
 * Documents of fewer than two tokens of their own are left out and counted.
 """
 
-import hashlib
 import io
-import itertools
-import logging
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,7 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.rows.layouts import column_of, parse_columns, renamed
 from dpo_jax.data.rows.messages import columns_of, text_of
-from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
+from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows
 from dpo_jax.data.sources.files import MAX_LINE, open_bytes, read_rows_or_problems
 from dpo_jax.data.sources.store import names_store
 from dpo_jax.data.tokens.ragged import Ragged
@@ -35,35 +34,20 @@ from dpo_jax.errors import InputError
 BLANK_LINE = "blank_line"
 """The separator that means blank lines; any other is taken literally."""
 
-_CHUNK_DOCUMENTS, _CHUNK_CHARACTERS = 256, 2**22  # tokenised in one call: enough for the threads, little memory
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DocumentDataset:
+@dataclass(frozen=True, kw_only=True)
+class DocumentDataset(Tokenised):
     """N tokenised documents, in memory: two bytes a token where the vocabulary allows, else four.
+
+    The rows of a text file are its documents.
 
     Attributes:
       tokens: N sequences of ids, uint16 or uint32, each [BOS] ids EOS.
-      row_numbers: int32 [N], numbers of the rows in their file (of text files: of the documents), from 1.
-      dropped: how many documents were left out, by reason.
-      rows_read: how many documents the source held (or `limit`).
       unknown: how many tokens are the tokenizer's <unk>.
-      unused_columns: columns of the rows that nothing reads.
-      source: what was read.
     """
 
     tokens: Ragged
-    row_numbers: np.ndarray
-    dropped: Counter[str]
-    rows_read: int
     unknown: int
-    unused_columns: tuple[str, ...]
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,24 +62,17 @@ class DocumentDataset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the ids and of where documents begin, in order."""
-        digest = hashlib.sha256()
-        for array in (self.tokens.values, self.tokens.starts):
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return fingerprint_of((self.tokens.values, self.tokens.starts))
 
     def summary(self) -> str:
         """A few lines for the log: documents used, lengths, tokens the tokenizer does not know, columns not read."""
         lengths = self.lengths
-        lines = [
+        unknown = f"{self.unknown} tokens are <unk>: the tokenizer has no bytes to fall back on"
+        return self.told(
             f"{self.source}: {len(self)} of {self.rows_read} documents, {self.total} tokens with their ends; "
-            f"{lengths.mean():.0f} tokens a document (longest {lengths.max()})"
-        ]
-        if self.unknown:
-            lines.append(f"{self.unknown} tokens are <unk>: the tokenizer has no bytes to fall back on")
-        if self.unused_columns:
-            lines.append(f"columns not used: {', '.join(self.unused_columns)}")
-        return "\n".join(lines)
+            f"{lengths.mean():.0f} tokens a document (longest {lengths.max()})",
+            unknown if self.unknown else "",
+        )
 
 
 def load_documents(
@@ -106,7 +83,7 @@ def load_documents(
     separator: str | None = None,
     limit: int | None = None,
     columns: str | None = None,
-    on_bad_rows: Literal["refuse", "skip"] = "refuse",
+    on_bad_rows: OnBadRows = "refuse",
 ) -> DocumentDataset:
     """Read, check and tokenise documents.
 
@@ -128,53 +105,36 @@ def load_documents(
         raise InputError(f"--data.separator has no effect: {source} holds rows, and each is one document")
     place = _text_place(source, columns)
     encoder = _Encoder(tokenizer, vocab_size)
-    tally = Tally()
-    parts: list[np.ndarray] = []
-    lengths: list[int] = []
-    numbers: list[int] = []
     found: set[str] = set()
-    rows_read = 0
 
-    def encode(waiting: list[tuple[int, str]]) -> None:
-        kept: list[np.ndarray] = []
-        for (number, _), ids in zip(waiting, encoder.encode([text for _, text in waiting]), strict=True):
-            if len(ids) - encoder.ends < 2:
-                tally.add(number, BadRow("document shorter than two tokens", severity="lost"))
-                continue
-            kept.append(ids)
-            lengths.append(len(ids))
-            numbers.append(number)
-        parts.append(np.concatenate([np.zeros(0, encoder.dtype), *kept]))
+    def parse(row: dict[str, Any]) -> str:
+        found.update(map(str, row))
+        row = renamed(row, {"text": place})
+        if row.get("text", "") is None:
+            raise BadRow(f"'{place}' is null", "give it a text, or remove the row")
+        if "text" not in row:
+            raise BadRow(f"no column '{place}'", columns_of(row))
+        return text_of(row["text"], place, None)
 
-    waiting: list[tuple[int, str]] = []
-    documents = text_documents(source, separator) if is_text(source) else _row_documents(source, found, place)
-    for number, text in itertools.islice(documents, limit):
-        rows_read += 1
-        if isinstance(text, BadRow):
-            tally.add(number, text)
-            continue
-        waiting.append((number, text))
-        if len(waiting) == _CHUNK_DOCUMENTS or sum(len(t) for _, t in waiting) >= _CHUNK_CHARACTERS:
-            encode(waiting)
-            waiting = []
-    encode(waiting)
+    def encode(chunk: Numbered[str]) -> Iterator[np.ndarray | BadRow]:
+        for ids in encoder.encode([text for _, text in chunk]):
+            short = len(ids) - encoder.ends < 2
+            yield BadRow("document shorter than two tokens", severity="lost") if short else ids
 
-    if on_bad_rows == "refuse":
-        tally.refuse(source, rows_read)
-    if not lengths:
-        raise tally.nothing_left(source, rows_read)
-    for line in tally.left_out(rows_read):
-        log.warning("%s: left out %s", source, line)
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    read_texts = partial(_text_rows, separator=separator) if is_text(source) else read_rows_or_problems
+    documents, read = CheckedRows(source, limit, read=read_texts).collect(parse, encode, on_bad_rows)
     return DocumentDataset(
-        tokens=Ragged(np.concatenate(parts), starts),
-        row_numbers=np.asarray(numbers, np.int32),
-        dropped=tally.dropped,
-        rows_read=rows_read,
+        tokens=Ragged.of(documents, encoder.dtype),
         unknown=encoder.unknown,
         unused_columns=tuple(sorted(found - {column_of(place)})),
-        source=source,
+        **read,
     )
+
+
+def _text_rows(source: str, separator: str | None) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """The documents of text files as rows."""
+    for number, text in text_documents(source, separator):
+        yield number, text if isinstance(text, BadRow) else {"text": text}
 
 
 class _Encoder:
@@ -231,24 +191,6 @@ def _text_place(source: str, columns: str | None) -> str:
         detail = "a text file has no columns" if is_text(source) else "of documents only text=COLUMN is read"
         raise InputError(f"--data.columns {columns} has no effect on {source}: {detail}")
     return places.get("text", "text")
-
-
-def _row_documents(source: str, columns: set[str], place: str) -> Iterator[tuple[int, str | BadRow]]:
-    """What stands at `place` in each row; the names of all columns are added to `columns`."""
-    for number, row in read_rows_or_problems(source):
-        if isinstance(row, BadRow):
-            yield number, row
-            continue
-        columns.update(map(str, row))
-        try:
-            row = renamed(row, {"text": place})
-            if row.get("text", "") is None:
-                raise BadRow(f"'{place}' is null", "give it a text, or remove the row")
-            if "text" not in row:
-                raise BadRow(f"no column '{place}'", columns_of(row))
-            yield number, text_of(row["text"], place, None)
-        except BadRow as problem:
-            yield number, problem
 
 
 def is_text(source: str) -> bool:
