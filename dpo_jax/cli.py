@@ -432,6 +432,8 @@ def _shown(cls: Any, unused: Sequence[str], section: str = "") -> Any:
         elif (spelled := option(name)) != f"--{name}":
             name = spelled.removeprefix("--")
             kind = Annotated[kind, tyro.conf.arg(name=name, prefix_name=False, help_behavior_hint=_hint)]
+        elif (stands := field.metadata.get("value")) is not None:
+            kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=f"(default: {stands})")]
         else:
             continue
         changed.append((field.name, kind, copy.copy(field)))  # a copy: the type is written in

@@ -146,7 +146,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     if config.warmup_ratio is not None:
         assert total is not None
         warmup = int(config.warmup_ratio * total)
-    peak, floor = config.learning_rate, config.floor or 0.0
+    peak, floor = config.learning_rate, config.resolved("floor")
     if total is not None and warmup >= total:
         raise InputError(f"warm-up of {warmup} steps does not fit into {total} steps; lower --optimizer.warmup_steps")
 
@@ -178,16 +178,14 @@ def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     if config.name == "rmsprop":
         # PyTorch's, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
-        rms = optax.scale_by_rms(
-            decay=0.99 if config.decay is None else config.decay, eps=config.eps, eps_in_sqrt=False
-        )
+        rms = optax.scale_by_rms(decay=config.resolved("decay"), eps=config.eps, eps_in_sqrt=False)
         return optax.chain(clip, rms, optax.scale_by_learning_rate(schedule))
     adamw = optax.adamw(
         schedule,
-        b1=0.9 if config.b1 is None else config.b1,
-        b2=0.999 if config.b2 is None else config.b2,
+        b1=config.resolved("b1"),
+        b2=config.resolved("b2"),
         eps=config.eps,
-        weight_decay=config.weight_decay or 0.0,
+        weight_decay=config.resolved("weight_decay"),
         mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), tree),
     )
     return optax.chain(clip, adamw)

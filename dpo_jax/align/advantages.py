@@ -237,8 +237,8 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
         scaled = rewards
         if config.whiten_rewards:
             scaled = masked.select(masked.whiten(rewards, mask, shift_mean=False), mask)
-        gamma = 1.0 if config.gamma is None else config.gamma
-        lam = 0.95 if config.lam is None else config.lam
+        gamma = config.resolved("gamma")
+        lam = config.resolved("lam")
         advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
     else:
         compare = leave_one_out if config.advantage == "rloo" else group_relative

@@ -39,10 +39,6 @@ Numbers = ArrayLike | list[float] | list[int] | tuple[float, ...]
 """What a caller may pass for a float array [B]."""
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
 def per_token(total: jax.Array, tokens: jax.Array) -> jax.Array:
     """total / tokens; 0 tokens (an absent response) count as 1, so that 0 / 0 is 0."""
     return total / jnp.maximum(tokens, 1)
@@ -141,7 +137,7 @@ def preference_loss(
     else:
         Rc, Rr = array(reference_chosen), array(reference_rejected)
 
-    β, ε = config.beta, _or(config.label_smoothing, 0.0)
+    β, ε = config.beta, config.resolved("label_smoothing")
     u, v = Lc - Rc, Lr - Rr
     D = u - v
     match config.loss:
@@ -158,14 +154,14 @@ def preference_loss(
         case "sigmoid_norm":
             loss = -log_sigmoid(β * (per_token(u, nc) - per_token(v, nr)))
         case "simpo":
-            γ = _or(config.simpo_gamma, 0.5)
+            γ = config.resolved("simpo_gamma")
             loss = -log_sigmoid(β * (per_token(Lc, nc) - per_token(Lr, nr)) - γ)
         case "orpo":
-            λ = _or(config.orpo_lambda, 0.1)
+            λ = config.resolved("orpo_lambda")
             ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
             loss = nll_loss(nll, nll_n, mean_present=mean_chosen) - λ * log_sigmoid(ratio)
         case "kto":
-            λ_D, λ_U = _or(config.desirable_weight, 1.0), _or(config.undesirable_weight, 1.0)
+            λ_D, λ_U = config.resolved("desirable_weight"), config.resolved("undesirable_weight")
             has_c, has_r = nc > 0, nr > 0
             u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
             nll = jnp.where(has_c, nll, 0.0)
@@ -177,13 +173,13 @@ def preference_loss(
                 mean_responses = jnp.mean(has_c.astype(jnp.float32) + has_r)
             loss = (desirable + undesirable) / mean_responses
         case "dpop":
-            λ = _or(config.dpop_lambda, 50.0)
+            λ = config.resolved("dpop_lambda")
             loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
     if config.nll_coefficient > 0:
         loss += config.nll_coefficient * nll_loss(
             nll,
             nll_n,
-            normalization=config.nll_normalization or "sequence",
+            normalization=config.resolved("nll_normalization"),
             mean_length=mean_nll_length,
             mean_present=mean_chosen,
         )

@@ -129,7 +129,7 @@ def init_state(
     The reference policy is not part of the state: its log-probabilities come with the rollout.
     """
     variables = dict(variables)
-    kind = _value_kind(config)
+    kind = config.critic
     if value is not None and kind != "separate":
         raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.advantage}, {kind}")
     if kind is not None:
@@ -156,10 +156,6 @@ def _separate_value_model(
     return own if abstract else jax.tree.map(jnp.copy, own)
 
 
-def _value_kind(config: PPOConfig) -> str | None:
-    return (config.value or "separate") if config.advantage == "gae" else None
-
-
 @struct.dataclass
 class _Predictions:
     """Of each response token, [B, R]: log-probability and entropy under the policy, value of the state before it."""
@@ -177,7 +173,7 @@ def _values(
     state: TrainState, variables: Mapping[str, Any], rollout: Rollout, states: jax.Array | None, config: PPOConfig
 ) -> jax.Array | None:
     """[B, R], or None without a value model. `states`: the policy's, [B, 1, R, D], where they are at hand already."""
-    kind = _value_kind(config)
+    kind = config.critic
     if kind is None:
         return None
     of_policy, own = kind != "separate", variables.get(VALUE, variables)
@@ -244,10 +240,10 @@ def _losses(
         assert new.values is not None
         assert rollout.values is not None
         values, before = masked.select(new.values, mask), masked.select(rollout.values, mask)
-        clip = 0.2 if config.value_clip is None else config.value_clip
+        clip = config.resolved("value_clip")
         value = _value_terms(values, before, targets.returns, clip)
         value_clipped = value > 0.5 * jnp.square(values - targets.returns)
-        terms += (0.1 if config.value_coefficient is None else config.value_coefficient) * value
+        terms += config.resolved("value_coefficient") * value
     parts = TokenParts(
         policy=policy,
         value=value,

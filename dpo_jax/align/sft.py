@@ -40,7 +40,6 @@ from dpo_jax.types import TokenBatch
 __all__ = ["eval_step", "init_state", "jit_eval_step", "jit_train_step", "train_step"]
 
 Metrics = dict[str, jax.Array]
-NEGATIVES = 8192
 
 
 def init_state(model: Llama, variables: Mapping[str, Any], config: SFTConfig) -> TrainState:
@@ -111,13 +110,13 @@ def _draw(state: TrainState, config: SFTConfig) -> Negatives | None:
     if config.loss == "exact":
         return None
     vocab = jax.eval_shape(lambda v: state.apply_fn(v, method="unembedding"), state.variables).shape[1]
-    count = config.negatives or NEGATIVES
+    count = config.resolved("negatives")
     if count >= vocab:
         raise InputError(
             f"--sft.negatives {count}: the vocabulary has only {vocab} ids; draw fewer, or use --sft.loss exact"
         )
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    return draw(key, vocab, count, config.proposal or "log_uniform")
+    return draw(key, vocab, count, config.resolved("proposal"))
 
 
 def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tuple[TrainState, Metrics]:

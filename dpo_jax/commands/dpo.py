@@ -77,7 +77,7 @@ def train(config: DPORun) -> Path:
                     heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
                 )
         elif config.reference is not None or "adapters" not in variables:
-            dtype = jnp.dtype(config.train.frozen_dtype or config.train.dtype)
+            dtype = jnp.dtype(config.train.kept_dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.
             reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
         del judge, judge_variables
@@ -158,7 +158,7 @@ def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
     model, variables = load_pretrained(
         to_train(config.reference) if live else config.reference,
         mesh=mesh,
-        dtype=jnp.dtype(config.train.frozen_dtype or config.train.dtype),
+        dtype=jnp.dtype(config.train.kept_dtype),
         compute_dtype=jnp.dtype(config.train.dtype),
         remat="none",
         attention=config.train.attention,

@@ -32,7 +32,6 @@ from dpo_jax.report import text_health as texts
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.pretrained import read_architecture
 
-BETA = 0.1
 Answers = list[tuple[list[int], Response]]
 """Prompt ids and response of each generated text."""
 
@@ -57,7 +56,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     )
     out = None if run.out is None else check_output(run.out)
     tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
-    beta = BETA if run.beta is None else run.beta
+    beta = run.resolved("beta")
 
     model, variables = setting.load(run.model, tokenizer)
     policy = setting.logps(model, variables, dataset, "log-probabilities")

@@ -61,7 +61,7 @@ def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
         run.data.files,
         tokenizer,
         run.data,
-        train_on=run.train_on or "answers",
+        train_on=run.resolved("train_on"),
         vocab_size=architecture.vocab_size,
         on_bad_rows=run.on_bad_rows,
     )

@@ -25,8 +25,6 @@ from dpo_jax.plan.search import Candidate, Frontier, candidates
 from dpo_jax.plan.shapes import shape_of
 from dpo_jax.plan.tables import show, show_search
 
-SEARCH_LIMIT = 12
-
 
 @with_config_keys
 def plan(options: PlanRun) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def search(options: PlanRun, topology: Topology, job: Job, folder: Path) -> tupl
     """
     lengths = Lengths(job.prompt, job.response)
     frontier = Frontier(candidates(job.run, job.shape, topology, lengths))
-    limit = SEARCH_LIMIT if options.search_limit is None else options.search_limit
+    limit = options.resolved("search_limit")
     tried: list[tuple[Candidate, Planned | str]] = []
     with ProgressBar("compiled", limit) as bar:
         for candidate in frontier:

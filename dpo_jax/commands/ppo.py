@@ -190,7 +190,7 @@ def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if "adapters" in variables:
         return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
-    dtype = jnp.dtype(config.train.frozen_dtype or config.train.dtype)
+    dtype = jnp.dtype(config.train.kept_dtype)
     return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}
 
 

@@ -217,13 +217,13 @@ class _Run:
         if self.heldout is None:
             return
         chosen = self.config.rejection
-        temperature = chosen.temperatures[0] if chosen.eval_temperature is None else chosen.eval_temperature
+        temperature = chosen.evaluated_at
         sampler.write(
             self.folder(iteration) / "heldout.jsonl",
             self.heldout,
             label=f"held out, after iteration {iteration}",
             temperatures=(temperature,),
-            samples=chosen.eval_samples or 1,
+            samples=chosen.resolved("eval_samples"),
             seed=self._seed(_HELDOUT, 0),
         )
 

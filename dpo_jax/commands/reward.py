@@ -19,8 +19,6 @@ from dpo_jax.train.session import Training, preference_loader, read_preferences,
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 
-MIX = 0.1
-
 
 @with_config_keys
 def train(config: RewardRun) -> Path:
@@ -104,7 +102,7 @@ def _data(
         return data, heldout
     if data.mixture is not None:
         raise InputError(f"--mix_data beside several files in --data {config.data.files}: give it a weight among them")
-    seed, share = config.train.seed, MIX if config.mix is None else config.mix
+    seed, share = config.train.seed, config.resolved("mix")
     second = load(config.mix_data)
     if config.holdout is not None and heldout is not None:
         second, held = split_by_prompt(second, config.holdout, seed)

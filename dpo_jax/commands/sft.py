@@ -45,7 +45,7 @@ def train(config: SFTRun) -> Path:
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else variables
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
-    negatives = None if config.sft.loss == "exact" else config.sft.negatives or sft.NEGATIVES
+    negatives = config.sft.drawn
     flops = ModelFlops.of(architecture, model.lora, outputs=None if negatives is None else negatives + 1)
     training.say(flops.describe())
     state = sft.init_state(model, variables, step_config)

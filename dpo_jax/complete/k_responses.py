@@ -77,7 +77,7 @@ class Sampler:
         """Model, variables, fingerprint."""
         if self._loaded is None:
             train = self._config.train
-            frozen = train.frozen_dtype or train.dtype
+            frozen = train.kept_dtype
             model, variables = load_pretrained(
                 self._source,
                 mesh=self._mesh,

@@ -1,20 +1,31 @@
 """Every option and every default, as frozen dataclasses. The field docstrings are the text of `--help`.
 
-An option that would have no effect is an error: options that belong to one choice of another option default to None
-("not given"), and `__post_init__` refuses them where they do not apply.
+An option that would have no effect is an error: options that belong to one choice of another option are None where
+they were not given, and `__post_init__` refuses them where they do not apply. What stands for them then, their class
+says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property.
 """
 
 from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
-from dpo_jax.config.commands import ConfigsRun, ConvertRun, DemoRun, EvalRun, GenerateRun, InspectRun, LogpsRun
+from dpo_jax.config.commands import (
+    ConfigsRun,
+    ConvertRun,
+    DemoRun,
+    EvalRun,
+    ForwardRun,
+    GenerateRun,
+    InspectRun,
+    LogpsRun,
+    ScoreRun,
+)
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.plan import AssumeConfig, PlanRun
-from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun, is_url
+from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
-from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun, ScoreRun
+from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun
 from dpo_jax.config.sections import (
     LINEAR_LAYERS,
     AttentionKernel,
@@ -33,7 +44,7 @@ from dpo_jax.config.sections import (
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun, sft_inside
 from dpo_jax.config.shipped import derive
-from dpo_jax.config.training import HoldoutRun, TrainingRun
+from dpo_jax.config.training import HoldoutRun, JudgedRun, TrainingRun, is_url
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
 __all__ = [
@@ -59,6 +70,7 @@ __all__ = [
     "EnergyConfig",
     "EvalRun",
     "ExtendVocabRun",
+    "ForwardRun",
     "FrontierConfig",
     "FrontierRun",
     "GattConfig",
@@ -66,6 +78,7 @@ __all__ = [
     "GenerateRun",
     "HoldoutRun",
     "InspectRun",
+    "JudgedRun",
     "Layout",
     "Llama2ChatRun",
     "LogpsRun",

@@ -1,9 +1,9 @@
-"""Options of the commands that do not train: demo, generate, eval, logps, inspect, convert."""
+"""Options of the commands that do not train: demo, generate, eval, logps, score, inspect, convert."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import require, require_day
+from dpo_jax.config.checks import Options, not_given, require, require_day
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     AttentionKernel,
@@ -37,7 +37,7 @@ class DemoRun:
 
 
 @dataclass(frozen=True)
-class GenerateRun:
+class GenerateRun(Options):
     """Answer prompts: `dpo-jax generate`.
 
     A response ends at the model's own terminators, at those of the chat template, at --sample.stop_tokens and at
@@ -78,23 +78,49 @@ class GenerateRun:
         require(not (self.raw and self.template), "--template has no effect with --raw")
         require(not (self.raw and self.date), "--date has no effect with --raw")
         require_day(self.date, "--date")
-        require(self.samples >= 1, "--samples must be at least 1")
+        self.at_least("--", samples=1, batch_size=1)
         require(self.samples == 1 or self.sample.beams is None, "--samples has no effect with --sample.beams")
         require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(
             self.samples == 1 or self.sample.temperature > 0,
             "--samples has no effect at temperature 0 (greedy): all would be equal",
         )
-        require(self.batch_size >= 1, "--batch_size must be at least 1")
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRun(metaclass=RunOptions):
-    """Judge a model on preference pairs: `dpo-jax eval`."""
+class RowsRun(Options, metaclass=RunOptions):
+    """A command on rows that are made into tokens for a model."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    data: DataConfig = field(default_factory=DataConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardRun(RowsRun):
+    """A command that takes rows once through a model."""
+
+    batch_size: int = 8
+    """Rows in one forward pass, over all devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation; the head of a reward model is float32."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel; auto takes the best that can run on these devices."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        self.at_least("--", batch_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRun(ForwardRun):
+    """Judge a model on preference pairs: `dpo-jax eval`."""
+
     reference: str | None = None
     """Reference policy, for rewards, margins and the distance to it. Not given: log-probabilities are compared."""
     judge: str | None = None
@@ -103,83 +129,64 @@ class EvalRun(metaclass=RunOptions):
     """HTML file for tables and plots, where --model is a reward model."""
     out: str | None = None
     """JSON file for the results, which are shown as tables in any case."""
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    beta: float | None = None
-    """Scale of the rewards, beta x log-ratio to --reference. Not given: 0.1."""
+    beta: float | None = not_given(0.1, needs="reference")
+    """Scale of the rewards, beta x log-ratio to --reference."""
     samples: int | None = None
     """Also answer the first so many prompts, and report on the repetition and length of the answers."""
     seed: int = 0
     """Seed of the answers."""
-    batch_size: int = 8
-    """Pairs in one forward pass, over all devices."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and computation."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel; auto takes the best that can run on these devices."""
-    data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        require(self.beta is None or self.reference is not None, "--beta has no effect without --reference")
+        super().__post_init__()
+        self.refuse_idle("--")
         require(self.beta is None or self.beta > 0, f"--beta {self.beta} must be positive")
-        require(self.samples is None or self.samples >= 1, "--samples must be at least 1")
+        self.at_least("--", samples=1)
         require(self.samples is not None or self.seed == 0, "--seed has no effect without --samples")
         require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(self.samples is not None or self.sample == SampleConfig(), "--sample.* has no effect without --samples")
-        require(self.batch_size >= 1, "--batch_size must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogpsRun(metaclass=RunOptions):
+class LogpsRun(ForwardRun):
     """Log-probabilities of both responses of every row, as JSON lines in input order: `dpo-jax logps`."""
 
-    model: str
-    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     out: str
     """JSONL file: chosen_logps, rejected_logps (sums), chosen_tokens, rejected_tokens, and the row number."""
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    batch_size: int = 8
-    """Pairs in one forward pass, over all devices."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and computation."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel; auto takes the best that can run on these devices."""
-    data: DataConfig = field(default_factory=DataConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "--batch_size must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectRun(metaclass=RunOptions):
+class ScoreRun(ForwardRun):
+    """The reward of every response, as JSON lines in input order: `dpo-jax score`.
+
+    --data holds pairs, lists of replies, or single responses. An interrupted file is gone on with.
+    """
+
+    model: str
+    """The reward model: a Hugging Face folder (one label), a hub id, or a run folder of ours."""
+    out: str
+    """JSONL file: the row number, and the rewards of its responses."""
+    copy: bool = False
+    """Also copy the columns of the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRun(RowsRun):
     """Show the tokens of some rows, coloured by whether the loss counts them: `dpo-jax inspect`."""
 
     model: str
     """Where the tokenizer is: a Hugging Face folder, a hub id, a .gguf file, or smollm2."""
     kind: Literal["preferences", "dialogues"] = "preferences"
     """How the rows are read: as pairs, or as dialogues, as `dpo-jax sft` reads them."""
-    train_on: Literal["answers", "last", "all"] | None = None
-    """What the loss counts of a dialogue: every answer, the last answer, all tokens. Not given: answers."""
+    train_on: Literal["answers", "last", "all"] | None = not_given("answers")
+    """What the loss counts of a dialogue: every answer, the last answer, all tokens."""
     rows: int = 3
     """How many rows to show."""
     first: int = 1
     """Row number (from 1) to begin at."""
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    data: DataConfig = field(default_factory=DataConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        require(self.rows >= 1, "--rows must be at least 1")
+        self.at_least("--", rows=1)
         require(self.first >= 1, "--first counts rows from 1")
         if self.kind == "preferences":
             require(self.train_on is None, "--train_on has no effect without --kind dialogues")

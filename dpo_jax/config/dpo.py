@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import Layout, OptimizerConfig
 from dpo_jax.config.training import HoldoutRun
 
@@ -12,30 +12,29 @@ Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "
 
 
 @dataclass(frozen=True)
-class DPOLossConfig:
+class DPOLossConfig(Options):
     """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/dpo.py`."""
 
     loss: Loss = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, hinge, ipo, ipo_sum, sigmoid_norm, simpo, orpo, kto, dpop."""
     beta: float = 0.1
     """Strength of the pull towards the reference policy."""
-    label_smoothing: float | None = None
-    """Probability that a label is flipped. Not given: 0. For sigmoid (then it is cDPO) and robust."""
-    simpo_gamma: float | None = None
-    """SimPO's target margin. Not given: 0.5."""
-    orpo_lambda: float | None = None
-    """ORPO's weight of the odds-ratio term. Not given: 0.1."""
-    dpop_lambda: float | None = None
-    """DPOP's penalty for a chosen log-probability below the reference's. Not given: 50."""
-    desirable_weight: float | None = None
-    """KTO's weight of chosen responses. Not given: 1."""
-    undesirable_weight: float | None = None
-    """KTO's weight of rejected responses. Not given: 1."""
+    label_smoothing: float | None = not_given(0.0, loss=("sigmoid", "robust"))
+    """Probability that a label is flipped. For sigmoid (then it is cDPO) and robust."""
+    simpo_gamma: float | None = not_given(0.5, loss=("simpo",))
+    """SimPO's target margin."""
+    orpo_lambda: float | None = not_given(0.1, loss=("orpo",))
+    """ORPO's weight of the odds-ratio term."""
+    dpop_lambda: float | None = not_given(50.0, loss=("dpop",))
+    """DPOP's penalty for a chosen log-probability below the reference's."""
+    desirable_weight: float | None = not_given(1.0, loss=("kto",))
+    """KTO's weight of chosen responses."""
+    undesirable_weight: float | None = not_given(1.0, loss=("kto",))
+    """KTO's weight of rejected responses."""
     nll_coefficient: float = 0.0
     """Adds this times the negative log-likelihood of the chosen response (Iterative RPO: 1, Llama 3: 0.2)."""
-    nll_normalization: Literal["sequence", "token"] | None = None
-    """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch. Not given:
-    sequence."""
+    nll_normalization: Literal["sequence", "token"] | None = not_given("sequence", needs="nll_coefficient")
+    """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch."""
     mask_format_tokens: bool = False
     """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
     ties: Ties = "error"
@@ -44,27 +43,11 @@ class DPOLossConfig:
     """Reference log-probabilities: computed once before training, or in every step."""
 
     def __post_init__(self) -> None:
-        only_with(
-            self,
-            "loss",
-            {
-                "label_smoothing": ("sigmoid", "robust"),
-                "simpo_gamma": ("simpo",),
-                "orpo_lambda": ("orpo",),
-                "dpop_lambda": ("dpop",),
-                "desirable_weight": ("kto",),
-                "undesirable_weight": ("kto",),
-            },
-            "dpo",
-        )
+        self.refuse_idle("--dpo.")
         require(self.beta > 0, f"--dpo.beta {self.beta} must be positive")
         require(
             self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
             f"--dpo.label_smoothing {self.label_smoothing} must lie in [0, 0.5)",
-        )
-        require(
-            self.nll_normalization is None or self.nll_coefficient > 0,
-            "--dpo.nll_normalization has no effect without --dpo.nll_coefficient",
         )
         require(self.nll_coefficient >= 0, f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig
 from dpo_jax.config.sft import SFTDataConfig, SFTLossConfig
 from dpo_jax.config.training import TrainingRun
@@ -13,7 +13,7 @@ ConstraintKind = Literal["hobby", "language", "figure", "persona"]
 
 
 @dataclass(frozen=True)
-class GattConfig:
+class GattConfig(Options):
     """Instructions, dialogues, and the evaluation."""
 
     instructions: str | None = None
@@ -47,14 +47,12 @@ class GattConfig:
     """Dialogues of the evaluation, each with an instruction that has a check; all instructions in turn."""
     eval_turns: int | None = None
     """User turns of each. Not given: as many as --gatt.turns."""
-    holdout: float | None = None
-    """Share of the rows of --data that the evaluation takes its prompts from, and training does not. Not given: 0.3, or
-    none where --eval_data is given (with --gatt.evaluate_only it takes all)."""
+    holdout: float | None = not_given(0.3)
+    """Share of the rows of --data that the evaluation takes its prompts from, and training does not; none where
+    --eval_data is given (with --gatt.evaluate_only it takes all)."""
 
     def __post_init__(self) -> None:
-        for name in ("dialogues", "turns", "combine", "eval_dialogues"):
-            require(getattr(self, name) >= 1, f"--gatt.{name} must be at least 1")
-        require(self.eval_turns is None or self.eval_turns >= 1, "--gatt.eval_turns must be at least 1")
+        self.at_least("--gatt.", dialogues=1, turns=1, combine=1, eval_dialogues=1, eval_turns=1)
         require(0 <= self.short <= 1, "--gatt.short must lie in [0, 1]")
         require(self.holdout is None or 0 < self.holdout < 1, "--gatt.holdout must lie in (0, 1)")
         require(bool(self.kinds), "--gatt.kinds needs at least one kind")
@@ -112,7 +110,7 @@ class GattRun(TrainingRun):
     sft: SFTLossConfig = field(default_factory=SFTLossConfig)
 
     def __post_init__(self) -> None:
-        require(self.sample_batch_size >= 1, "--sample_batch_size must be at least 1")
+        self.at_least("--", sample_batch_size=1)
         require(self.sample.beams is None, "--sample.beams has no effect: dialogues are sampled")
         require(self.data.template != "raw", "--data.template raw has no turns; name a chat template")
         require(

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.training import TrainingRun
 
 
@@ -25,7 +25,7 @@ class AssumeConfig:
 
 
 @dataclass(frozen=True)
-class PlanRun:
+class PlanRun(Options):
     """What a training step needs on devices that are not here, before they are paid for: `dpo-jax plan`.
 
     CONFIG.py says which command and how; its options may follow too, under their own names (--train.remat full,
@@ -49,9 +49,9 @@ class PlanRun:
     search: bool = False
     """Try mesh splits x rematerialisation x micro-batches, and rank what fits. What was compiled is kept: a search
     that was interrupted goes on."""
-    search_limit: int | None = None
-    """Compile at most so many candidates, the most promising first. Not given: 12."""
-    write_config: str | None = None
+    search_limit: int | None = not_given(12, needs="search")
+    """Compile at most so many candidates, the most promising first."""
+    write_config: str | None = not_given(needs="search")
     """CONFIG.py to write with the options of the best that was found."""
     price_per_device_hour: float | None = None
     """Dollars for an hour of one device."""
@@ -65,9 +65,8 @@ class PlanRun:
         for name in ("prompt_tokens", "response_tokens"):
             tokens = getattr(self, name)
             require(tokens is None or tokens >= 1, f"--{name} {tokens} must be at least 1")
-        for name in ("search_limit", "write_config"):
-            require(getattr(self, name) is None or self.search, f"--{name} has no effect without --search")
-        require(self.search_limit is None or self.search_limit >= 1, "--search_limit must be at least 1")
+        self.refuse_idle("--")
+        self.at_least("--", search_limit=1)
         path = self.write_config
         require(path is None or path.endswith(".py"), f"--write_config {path}: a CONFIG is a Python file (.py)")
         price = self.price_per_device_hour

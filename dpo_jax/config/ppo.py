@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import JudgedRun
 
 _NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens")
 """Options of sampling under which the tokens drawn have other probabilities than the model gives them."""
 
 
 @dataclass(frozen=True)
-class PPOLossConfig:
+class PPOLossConfig(Options):
     """The reward of a token, its advantage, and the losses. The formulas stand in `dpo_jax/align/ppo.py`."""
 
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
@@ -34,28 +34,27 @@ class PPOLossConfig:
     Not given: k1 in the reward, k3 in the loss."""
     kl_target: float | None = None
     """Adapt the coefficient so that the KL of a response stays near this many nats (Ziegler et al. 2019)."""
-    kl_horizon: int | None = None
-    """Responses over which the coefficient adapts. Not given: 10,000."""
+    kl_horizon: int | None = not_given(10_000, needs="kl_target")
+    """Responses over which the coefficient adapts."""
     stop_kl: float | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
-    gamma: float | None = None
-    """Discount of GAE. Not given: 1."""
-    lam: float | None = None
-    """Lambda of GAE. Not given: 0.95."""
-    value: Literal["separate", "shared", "stopped"] | None = None
-    """Value model: a trunk of its own, the policy's trunk, or the policy's trunk without a gradient into it. Not given:
-    separate."""
-    value_clip: float | None = None
-    """Clip range of the value around its old value. Not given: 0.2."""
-    value_coefficient: float | None = None
-    """Weight of the value loss. Not given: 0.1."""
+    gamma: float | None = not_given(1.0, advantage=("gae",))
+    """Discount of GAE."""
+    lam: float | None = not_given(0.95, advantage=("gae",))
+    """Lambda of GAE."""
+    value: Literal["separate", "shared", "stopped"] | None = not_given("separate", advantage=("gae",))
+    """Value model: a trunk of its own, the policy's trunk, or the policy's trunk without a gradient into it."""
+    value_clip: float | None = not_given(0.2, advantage=("gae",))
+    """Clip range of the value around its old value."""
+    value_coefficient: float | None = not_given(0.1, advantage=("gae",))
+    """Weight of the value loss."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus."""
     whiten_advantages: bool | None = None
     """Scale advantages to mean 0 and variance 1 over the tokens of the rollout. Not given: for gae."""
-    whiten_rewards: bool | None = None
-    """Scale token rewards to variance 1 over the rollout (the mean stays). Not given: no."""
+    whiten_rewards: bool | None = not_given(False, advantage=("gae",))
+    """Scale token rewards to variance 1 over the rollout (the mean stays)."""
     score_clip: float | None = None
     """Clip scores to plus or minus this."""
     normalize_scores: bool = False
@@ -66,11 +65,10 @@ class PPOLossConfig:
     """Responses to each prompt. Not given: 1 for gae, 4 for rloo, 8 for grpo."""
 
     def __post_init__(self) -> None:
-        gae_only = ("gamma", "lam", "value", "value_clip", "value_coefficient", "whiten_rewards")
-        only_with(self, "advantage", dict.fromkeys(gae_only, ("gae",)), "ppo")
+        self.refuse_idle("--ppo.")
         require(0 < self.clip < 1, f"--ppo.clip {self.clip} must lie in (0, 1)")
-        require(self.epochs is None or self.epochs >= 1, "--ppo.epochs must be at least 1")
-        require(self.minibatches >= 1, "--ppo.minibatches must be at least 1")
+        self.at_least("--ppo.", epochs=1, minibatches=1, kl_horizon=1)
+        self.positive("--ppo.", "kl_target", "stop_kl", "value_clip", "score_clip", "missing_eos_penalty")
         require(self.kl_coefficient >= 0, "--ppo.kl_coefficient must not be negative")
         require(
             not self.kl_in_loss or self.kl_estimator != "k1",
@@ -82,28 +80,15 @@ class PPOLossConfig:
             f"--ppo.kl_estimator {self.kl_estimator} taken off the rewards gives the gradient of no divergence and no"
             " pull back to the reference; take k1 there, or --ppo.kl_placement loss",
         )
-        require(self.kl_target is None or self.kl_target > 0, "--ppo.kl_target must be positive")
         require(
             self.kl_target is None or self.kl_coefficient > 0,
             "--ppo.kl_target scales --ppo.kl_coefficient, which must be positive",
         )
-        require(
-            self.kl_horizon is None or self.kl_target is not None,
-            "--ppo.kl_horizon has no effect without --ppo.kl_target",
-        )
-        require(self.kl_horizon is None or self.kl_horizon >= 1, "--ppo.kl_horizon must be at least 1")
-        require(self.stop_kl is None or self.stop_kl > 0, "--ppo.stop_kl must be positive")
         for name in ("gamma", "lam"):
             share = getattr(self, name)
             require(share is None or 0 <= share <= 1, f"--ppo.{name} must lie in [0, 1]")
-        require(self.value_clip is None or self.value_clip > 0, "--ppo.value_clip must be positive")
         require(self.value_coefficient is None or self.value_coefficient >= 0, "--ppo.value_coefficient is negative")
         require(self.entropy_coefficient >= 0, "--ppo.entropy_coefficient must not be negative")
-        require(self.score_clip is None or self.score_clip > 0, "--ppo.score_clip must be positive")
-        require(
-            self.missing_eos_penalty is None or self.missing_eos_penalty > 0,
-            "--ppo.missing_eos_penalty must be positive",
-        )
         needed = 1 if self.advantage == "gae" else 2
         require(
             self.group_size is None or self.group_size >= needed,
@@ -114,6 +99,11 @@ class PPOLossConfig:
     def group(self) -> int:
         """Responses to each prompt."""
         return self.group_size or {"gae": 1, "rloo": 4, "grpo": 8}[self.advantage]
+
+    @property
+    def critic(self) -> Literal["separate", "shared", "stopped"] | None:
+        """Where the value model stands; None without one."""
+        return self.resolved("value") if self.advantage == "gae" else None
 
     @property
     def kl_in_loss(self) -> bool:
@@ -165,7 +155,7 @@ class PPOConfig(PPOLossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPORun(TrainingRun):
+class PPORun(JudgedRun):
     """Let a model learn from rewards of what it writes: `dpo-jax ppo`.
 
     --data holds prompts: rows with `prompt` (a text) or `messages`. One step is one iteration: sample responses to a
@@ -173,15 +163,6 @@ class PPORun(TrainingRun):
     responses of an iteration.
     """
 
-    reward: str
-    """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
-    found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
-    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward
-    model: a folder, a hub id, or a run."""
-    safety_reward: str | None = None
-    """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
-    reward_timeout: float | None = None
-    """Seconds to wait for an answer of a URL. Not given: 60."""
     value_model: str | None = None
     """Reward model that the value model starts from. Not given: the policy with a fresh head."""
     rollout_batch_size: int | None = None
@@ -190,6 +171,7 @@ class PPORun(TrainingRun):
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
         require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
         require(
@@ -220,11 +202,8 @@ class PPORun(TrainingRun):
             f"--rollout_batch_size {pieces} is no multiple of {group} (--ppo.group_size) that divides"
             f" --train.batch_size {size}",
         )
-        urls = [judge for judge in (self.reward, self.safety_reward) if is_url(judge)]
-        require(self.reward_timeout is None or bool(urls), "--reward_timeout has no effect: no reward is a URL")
-        require(self.reward_timeout is None or self.reward_timeout > 0, "--reward_timeout must be positive")
         if self.value_model is not None:
-            apart = self.ppo.advantage == "gae" and self.ppo.value in (None, "separate")
+            apart = self.ppo.critic == "separate"
             require(apart, "--value_model has no effect without --ppo.advantage gae and --ppo.value separate")
             require(
                 not self.lora.rank,
@@ -259,8 +238,3 @@ class PPORun(TrainingRun):
             accumulate=self.train.accumulate,
             seed=self.train.seed,
         )
-
-
-def is_url(judge: str | None) -> bool:
-    """Whether a reward is asked for over HTTP."""
-    return judge is not None and judge.startswith(("http://", "https://"))

@@ -5,15 +5,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from dpo_jax.config.checks import require
-from dpo_jax.config.ppo import is_url
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig
 from dpo_jax.config.sft import SFTDataConfig, SFTLossConfig
-from dpo_jax.config.training import TrainingRun
+from dpo_jax.config.training import JudgedRun
 
 
 @dataclass(frozen=True)
-class RejectionConfig:
+class RejectionConfig(Options):
     """What is drawn, and which of it is learnt. The formulas stand in `dpo_jax/align/rejection.py`."""
 
     samples: int = 10
@@ -33,8 +32,8 @@ class RejectionConfig:
     """Learn only this share of the bests, those of the highest score. Not given: all."""
     min_score: float | None = None
     """Learn only bests of at least this score. Not given: all."""
-    eval_samples: int | None = None
-    """Responses to each prompt of --eval_data. Not given: 1."""
+    eval_samples: int | None = not_given(1)
+    """Responses to each prompt of --eval_data."""
     eval_temperature: float | None = None
     """Temperature of those. Not given: the first of `temperatures`."""
 
@@ -46,7 +45,7 @@ class RejectionConfig:
             require(ok, f"--rejection.temperatures {t}: must be positive (greedy samples would all be equal)")
         distinct = len(set(self.temperatures)) == len(self.temperatures)
         require(distinct, "--rejection.temperatures names one twice; raise --rejection.samples instead")
-        require(self.iterations >= 1, "--rejection.iterations must be at least 1")
+        self.at_least("--rejection.", iterations=1, eval_samples=1)
         require(
             self.iterations == 1 or self.student is None,
             "--rejection.iterations has no effect with --rejection.student: the model that samples stays the same;"
@@ -60,7 +59,6 @@ class RejectionConfig:
         require(
             self.min_score is None or math.isfinite(self.min_score), "--rejection.min_score must be a finite number"
         )
-        require(self.eval_samples is None or self.eval_samples >= 1, "--rejection.eval_samples must be at least 1")
         t = self.eval_temperature
         require(t is None or 0 <= t < math.inf, "--rejection.eval_temperature must not be negative")
         require(
@@ -68,9 +66,14 @@ class RejectionConfig:
             "--rejection.eval_samples has no effect at temperature 0 (greedy): all would be equal",
         )
 
+    @property
+    def evaluated_at(self) -> float:
+        """Temperature of the responses of the evaluation."""
+        return self.temperatures[0] if self.eval_temperature is None else self.eval_temperature
+
 
 @dataclass(frozen=True, kw_only=True)
-class RejectionRun(TrainingRun):
+class RejectionRun(JudgedRun):
     """Let a model learn from the best of K of its own responses: `dpo-jax rejection` (Llama 2, section 3.2.3).
 
     --data holds prompts: rows with `prompt` (a text) or `messages`. An iteration samples --rejection.samples responses
@@ -80,15 +83,6 @@ class RejectionRun(TrainingRun):
 
     eval_data: str | None = None
     """Held-out prompts, answered before the first and after each iteration: how the mean reward moves."""
-    reward: str
-    """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
-    found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
-    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward
-    model: a folder, a hub id, or a run."""
-    safety_reward: str | None = None
-    """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
-    reward_timeout: float | None = None
-    """Seconds to wait for an answer of a URL. Not given: 60."""
     sample_batch_size: int = 32
     """Responses written at once, over all devices; one that is done makes room for the next. Changes no text."""
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
@@ -98,6 +92,7 @@ class RejectionRun(TrainingRun):
     sft: SFTLossConfig = field(default_factory=SFTLossConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sample, rejection = self.sample, self.rejection
         plain = sample.temperature == 1 and sample.beams is None
         require(plain, "--sample.temperature and --sample.beams have no effect: give --rejection.temperatures")
@@ -113,10 +108,7 @@ class RejectionRun(TrainingRun):
             f"--sample.max_new_tokens {sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
             f" {self.data.max_length}",
         )
-        require(self.sample_batch_size >= 1, "--sample_batch_size must be at least 1")
-        urls = [judge for judge in (self.reward, self.safety_reward) if is_url(judge)]
-        require(self.reward_timeout is None or bool(urls), "--reward_timeout has no effect: no reward is a URL")
-        require(self.reward_timeout is None or self.reward_timeout > 0, "--reward_timeout must be positive")
+        self.at_least("--", sample_batch_size=1)
         require(0 <= self.train.seed < 2**32, "--train.seed must lie in [0, 2^32)")
         if self.eval_data is None:
             given = rejection.eval_samples is not None or rejection.eval_temperature is not None

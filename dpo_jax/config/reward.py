@@ -1,13 +1,12 @@
-"""Options of `dpo-jax reward` and `dpo-jax score`."""
+"""Options of `dpo-jax reward`."""
 
 import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.dpo import Ties
-from dpo_jax.config.names import RunOptions
-from dpo_jax.config.sections import AttentionKernel, DataConfig, Layout, MeshConfig, OptimizerConfig
+from dpo_jax.config.sections import Layout, OptimizerConfig
 from dpo_jax.config.sft import Proposal
 from dpo_jax.config.training import HoldoutRun
 
@@ -29,15 +28,15 @@ class ClassHead(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RewardLossConfig:
+class RewardLossConfig(Options):
     """The loss of a reward model. The formulas stand in `dpo_jax/align/reward.py`."""
 
     margin: Margin = "none"
     """By how much the chosen score should lead: none; small (1, 2/3, 1/3, 0) or large (3, 2, 1, 0) by the column
     `rating`, as Llama 2; column (the number in `margin`); score_gap (difference of the two scores, also in a list of
     scored replies); agreement (share of the annotators who agree)."""
-    margin_scale: float | None = None
-    """Multiplies the score gap or the agreement. Not given: 1."""
+    margin_scale: float | None = not_given(1.0, margin=("score_gap", "agreement"))
+    """Multiplies the score gap or the agreement."""
     ties: Ties = "error"
     """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
     pairs: Literal["all", "adjacent"] = "all"
@@ -55,12 +54,12 @@ class RewardLossConfig:
     """Auxiliary heads over overlapping classes (a sigmoid each), written likewise; a label is a list of classes."""
     class_negatives: int | None = None
     """For heads with more classes than this: train against so many drawn classes in place of all. Not given: all."""
-    class_proposal: Proposal | None = None
-    """What they are drawn from: uniform, or log_uniform (for classes in order of falling frequency). Not given:
-    uniform."""
+    class_proposal: Proposal | None = not_given("uniform", needs="class_negatives")
+    """What they are drawn from: uniform, or log_uniform (for classes in order of falling frequency)."""
 
     def __post_init__(self) -> None:
-        only_with(self, "margin", {"margin_scale": ("score_gap", "agreement")}, "reward")
+        self.refuse_idle("--reward.")
+        self.at_least("--reward.", class_negatives=1)
         require(
             self.margin_scale is None or self.margin_scale > 0,
             f"--reward.margin_scale {self.margin_scale} must be positive",
@@ -78,16 +77,11 @@ class RewardLossConfig:
         )
         exclusive = [head for head in self.heads if not head.overlapping]
         if self.class_negatives is not None:
-            require(self.class_negatives >= 1, "--reward.class_negatives must be at least 1")
             require(
                 any(len(head.classes) > self.class_negatives for head in exclusive),
                 f"--reward.class_negatives {self.class_negatives} has no effect: no head of --reward.multi_class has"
                 " more classes",
             )
-        require(
-            self.class_proposal is None or self.class_negatives is not None,
-            "--reward.class_proposal has no effect without --reward.class_negatives",
-        )
 
     @property
     def heads(self) -> tuple[ClassHead, ...]:
@@ -139,13 +133,13 @@ class RewardRun(HoldoutRun):
 
     mix_data: str | None = None
     """A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
-    mix: float | None = None
-    """Share of the mixture that comes from --mix_data. Not given: 0.1."""
+    mix: float | None = not_given(0.1, needs="mix_data")
+    """Share of the mixture that comes from --mix_data."""
     reward: RewardLossConfig = field(default_factory=RewardLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.mix is None or self.mix_data is not None, "--mix has no effect without --mix_data")
+        self.refuse_idle("--")
         require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
 
     def step_config(self) -> RewardConfig:
@@ -157,33 +151,3 @@ class RewardRun(HoldoutRun):
             accumulate=self.train.accumulate,
             layout=self.train.layout,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRun(metaclass=RunOptions):
-    """The reward of every response, as JSON lines in input order: `dpo-jax score`.
-
-    --data holds pairs, lists of replies, or single responses. An interrupted file is gone on with.
-    """
-
-    model: str
-    """The reward model: a Hugging Face folder (one label), a hub id, or a run folder of ours."""
-    out: str
-    """JSONL file: the row number, and the rewards of its responses."""
-    copy: bool = False
-    """Also copy the columns of the row."""
-    on_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    batch_size: int = 8
-    """Rows in one forward pass, over all devices."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and computation; the head is float32."""
-    attention: AttentionKernel = "auto"
-    """Attention kernel; auto takes the best that can run on these devices."""
-    data: DataConfig = field(default_factory=DataConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "--batch_size must be at least 1")

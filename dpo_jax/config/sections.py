@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpo_jax.config.checks import ON_COMMAND_LINE, only_with, require, require_day
+from dpo_jax.config.checks import ON_COMMAND_LINE, Options, not_given, require, require_day
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -16,21 +16,20 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Options):
     """Low-rank adapters (Hu et al. 2021): y = x W + (alpha / rank) x A B, with A and B trained and W frozen."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains the full weights."""
-    alpha: float | None = None
+    alpha: float | None = not_given(needs="rank")
     """Numerator of the scale alpha / rank. Not given: 2 x rank."""
     targets: tuple[str, ...] = LINEAR_LAYERS
     """Linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"--lora.rank {self.rank} must be 0 (full fine-tuning) or positive")
-        if self.rank == 0:
-            require(self.alpha is None, "--lora.alpha has no effect without --lora.rank")
-            require(self.targets == LINEAR_LAYERS, "--lora.targets has no effect without --lora.rank")
+        self.refuse_idle("--lora.")
+        require(self.rank or self.targets == LINEAR_LAYERS, "--lora.targets has no effect without --lora.rank")
         require(self.alpha is None or 0 < self.alpha < math.inf, f"--lora.alpha {self.alpha} must be positive")
         unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
         require(not unknown, f"--lora.targets {' '.join(unknown)}: choose from {' '.join(LINEAR_LAYERS)}")
@@ -43,7 +42,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """Optimizer, schedule and clipping."""
 
     name: Literal["adamw", "rmsprop"] = "adamw"
@@ -56,31 +55,25 @@ class OptimizerConfig:
     """Linear warm-up: step t (from 0) uses peak x (t + 1) / (warmup_steps + 1)."""
     warmup_ratio: float | None = None
     """Warm-up as a share of all steps, in place of `warmup_steps`."""
-    floor: float | None = None
-    """Final learning rate as a share of the peak (0.1 for Llama 2). Not given: 0."""
-    b1: float | None = None
-    """AdamW's first-moment decay. Not given: 0.9."""
-    b2: float | None = None
-    """AdamW's second-moment decay. Not given: 0.999 (Llama 2: 0.95)."""
-    decay: float | None = None
-    """RMSprop's second-moment decay. Not given: 0.99."""
+    floor: float | None = not_given(0.0, schedule=("linear", "cosine"))
+    """Final learning rate as a share of the peak (0.1 for Llama 2)."""
+    b1: float | None = not_given(0.9, name=("adamw",))
+    """AdamW's first-moment decay."""
+    b2: float | None = not_given(0.999, name=("adamw",))
+    """AdamW's second-moment decay (Llama 2: 0.95)."""
+    decay: float | None = not_given(0.99, name=("rmsprop",))
+    """RMSprop's second-moment decay."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float | None = None
-    """AdamW's decoupled weight decay, on matrices only (not on norms and biases). Not given: 0."""
+    weight_decay: float | None = not_given(0.0, name=("adamw",))
+    """AdamW's decoupled weight decay, on matrices only (not on norms and biases)."""
     clip_norm: float | None = 1.0
     """Clip gradients to this global norm; None does not clip."""
     total_steps: int | None = None
     """Length of the schedule. Not given: the length of the run."""
 
     def __post_init__(self) -> None:
-        only_with(
-            self,
-            "name",
-            {"b1": ("adamw",), "b2": ("adamw",), "weight_decay": ("adamw",), "decay": ("rmsprop",)},
-            "optimizer",
-        )
-        only_with(self, "schedule", {"floor": ("linear", "cosine")}, "optimizer")
+        self.refuse_idle("--optimizer.")
         require(self.learning_rate > 0, f"--optimizer.learning_rate {self.learning_rate} must be positive")
         require(
             self.warmup_steps is None or self.warmup_ratio is None,
@@ -93,7 +86,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """From files of rows to token batches."""
 
     files: str = ON_COMMAND_LINE
@@ -126,13 +119,12 @@ class DataConfig:
             self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
         )
         longest = self.max_prompt_length
-        require(longest is None or longest >= 1, "--data.max_prompt_length must be positive")
+        self.positive("--data.", "max_prompt_length")
         require(
             longest is None or self.max_length > longest,
             f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {longest}, or no response fits",
         )
-        require(self.buckets >= 1, "--data.buckets must be at least 1")
-        require(self.limit is None or self.limit >= 1, "--data.limit must be at least 1")
+        self.at_least("--data.", buckets=1, limit=1)
         for part in (self.columns or "").split(",") if self.columns is not None else ():
             name, equals, place = part.partition("=")
             require(
@@ -153,7 +145,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The loop."""
 
     steps: int | None = None
@@ -170,8 +162,8 @@ class TrainConfig:
     """Dtype of the computation. Trained weights and optimizer state are always float32."""
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept. Not given: `dtype`."""
-    export_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the finished `model/`. Not given: float32. bfloat16 rounds away much of what was learnt, under
+    export_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
+    """Dtype of the finished `model/`. bfloat16 rounds away much of what was learnt, under
     LoRA most of it, and then the run says how much. `adapter/` is always float32."""
     remat: Remat = "dots"
     """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
@@ -186,28 +178,30 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
-        require(self.steps is None or self.steps >= 1, "--train.steps must be at least 1")
-        require(self.epochs is None or self.epochs > 0, "--train.epochs must be positive")
-        require(self.batch_size >= 1, "--train.batch_size must be at least 1")
-        require(self.accumulate >= 1, "--train.accumulate must be at least 1")
+        self.at_least("--train.", steps=1, batch_size=1, accumulate=1, eval_every=1)
+        self.positive("--train.", "epochs")
         require(
             self.batch_size % self.accumulate == 0,
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
-        require(self.eval_every is None or self.eval_every >= 1, "--train.eval_every must be at least 1")
         require(self.peak_flops is None or 0 < self.peak_flops < math.inf, "--train.peak_flops must be positive")
+
+    @property
+    def kept_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Dtype of weights that are not trained."""
+        return self.frozen_dtype or self.dtype
 
 
 @dataclass(frozen=True)
-class EnergyConfig:
+class EnergyConfig(Options):
     """What the estimate of a run's electricity assumes; see `dpo_jax/train/accounting.py`."""
 
     device_watts: float | None = None
     """Power of one device. Not given: the rated power of a known GPU or TPU, and for others no estimate."""
-    pue: float | None = None
-    """Watts that the data centre draws for each watt of its devices. Not given: 1.1."""
-    carbon_intensity: float | None = None
-    """Kilograms of CO2 a kWh of electricity. Not given: 0.385."""
+    pue: float | None = not_given(1.1)
+    """Watts that the data centre draws for each watt of its devices."""
+    carbon_intensity: float | None = not_given(0.385)
+    """Kilograms of CO2 a kWh of electricity."""
 
     def __post_init__(self) -> None:
         for name in ("device_watts", "carbon_intensity"):
@@ -217,7 +211,7 @@ class EnergyConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Options):
     """Checkpoints of the whole training state."""
 
     every: int = 100
@@ -228,8 +222,7 @@ class CheckpointConfig:
     """Also keep the best by this metric, e.g. eval_rewards/accuracies or eval_loss (needs --eval_data)."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "--checkpoint.every must be at least 1")
-        require(self.keep >= 1, "--checkpoint.keep must be at least 1")
+        self.at_least("--checkpoint.", every=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -245,7 +238,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Options):
     """Several processes. Cloud TPU slices and SLURM jobs are detected with `auto`; elsewhere name the coordinator."""
 
     auto: bool = False
@@ -256,12 +249,12 @@ class DistributedConfig:
     """Number of processes."""
     process_id: int | None = None
     """This process's number, from 0."""
-    start_within: int | None = None
-    """Seconds in which all processes must have started; 300 if not given."""
-    lost_after: int | None = None
-    """Seconds without a sign of life after which a process counts as lost, and the others end; 100 if not given."""
-    stuck_after: int | None = None
-    """Seconds without a step or a batch of an evaluation, while training, after which all end; 3600 if not given."""
+    start_within: int | None = not_given(300)
+    """Seconds in which all processes must have started."""
+    lost_after: int | None = not_given(100)
+    """Seconds without a sign of life after which a process counts as lost, and the others end."""
+    stuck_after: int | None = not_given(3600)
+    """Seconds without a step or a batch of an evaluation, while training, after which all end."""
 
     def __post_init__(self) -> None:
         given = [self.coordinator is not None, self.processes is not None, self.process_id is not None]
@@ -294,7 +287,7 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Options):
     """How to generate. The filters act in this order: logit_bias, repetition_penalty, no_repeat_ngram, min_new_tokens,
     temperature, top_k, top_p, min_p."""
 
@@ -323,8 +316,8 @@ class SampleConfig:
     """Texts that end a response, which is cut in front of them."""
     beams: int | None = None
     """Beam search with so many beams, instead of sampling."""
-    length_penalty: float | None = None
-    """A finished beam counts log-probability / length ** penalty: above 0 favours long responses. Not given: 1."""
+    length_penalty: float | None = not_given(1.0, needs="beams")
+    """A finished beam counts log-probability / length ** penalty: above 0 favours long responses."""
     weights: Narrow | None = None
     """Read the weights rounded to so few bits for every token after the prompt: faster, and not quite the model's
     probabilities. Not given: as they are."""
@@ -332,7 +325,8 @@ class SampleConfig:
     """What keys and values are kept in. Not given: what the model computes in."""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
+        self.refuse_idle("")
+        self.at_least("", max_new_tokens=1)
         require(self.temperature >= 0, "temperature must not be negative")
         require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1, or None")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p must lie in (0, 1], or be None")
@@ -366,7 +360,6 @@ class SampleConfig:
         )
         require(all(self.stop_strings), "stop_strings holds an empty text, which would end every response at once")
         if self.beams is None:
-            require(self.length_penalty is None, "length_penalty has no effect without beams")
             return
         require(self.beams >= 2, f"beams {self.beams} must be at least 2, or None (sampling)")
         require(

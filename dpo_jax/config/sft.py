@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_jax.config.checks import only_with, require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import DataConfig, OptimizerConfig
 from dpo_jax.config.training import HoldoutRun, TrainingRun
 
@@ -14,21 +14,26 @@ Proposal = Literal["uniform", "log_uniform"]
 
 
 @dataclass(frozen=True)
-class SFTLossConfig:
+class SFTLossConfig(Options):
     """How the next-token loss is computed. The formulas stand in `dpo_jax/align/sft.py`."""
 
     loss: Literal["exact", "sampled"] = "exact"
     """exact: softmax over the whole vocabulary. sampled: over the target and --sft.negatives drawn ids, for very large
     vocabularies (the loss that is logged is then an estimate, a little too small); evaluation stays exact."""
-    negatives: int | None = None
-    """Ids drawn in each step for the sampled loss, shared by all its tokens. Not given: 8192."""
-    proposal: Proposal | None = None
+    negatives: int | None = not_given(8192, loss=("sampled",))
+    """Ids drawn in each step for the sampled loss, shared by all its tokens."""
+    proposal: Proposal | None = not_given("log_uniform", loss=("sampled",))
     """What they are drawn from: log_uniform (Zipf's law, for ids in order of falling frequency, as tokenizers number
-    them), or uniform (better where frequent pieces were appended). Not given: log_uniform."""
+    them), or uniform (better where frequent pieces were appended)."""
 
     def __post_init__(self) -> None:
-        only_with(self, "loss", {"negatives": ("sampled",), "proposal": ("sampled",)}, "sft")
-        require(self.negatives is None or self.negatives >= 1, "--sft.negatives must be at least 1")
+        self.refuse_idle("--sft.")
+        self.at_least("--sft.", negatives=1)
+
+    @property
+    def drawn(self) -> int | None:
+        """Ids that are drawn in each step; None of the exact loss."""
+        return None if self.loss == "exact" else self.resolved("negatives")
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,12 @@ class SFTDataConfig(DataConfig):
     packing: bool = False
     """Put several dialogues into one window (none sees another): --train.batch_size then counts windows. Else each has
     a window of its own."""
-    separator: str | None = None
+    separator: str | None = not_given(kind=("text",))
     """(text) What stands between the documents of a .txt file: blank_line, or a literal such as "<|endoftext|>". Not
     given: a file is one document."""
-    documents: Literal["masked", "joined"] | None = None
+    documents: Literal["masked", "joined"] | None = not_given("masked", kind=("text",))
     """(text) What a token sees of its window. masked: its own document. joined: all that stands before it, as Llama 2
-    was pre-trained. Not given: masked."""
+    was pre-trained."""
 
     def __post_init__(self) -> None:
         # An answer may follow a prompt of any length: there is no limit of its own, and none of a recipe's to keep.
@@ -80,7 +85,7 @@ class SFTDataConfig(DataConfig):
         of_dialogues = {"train_on": "answers", "packing": False, "buckets": one_size, "template": None, "date": None}
         for name, default in of_dialogues.items() if self.kind == "text" else ():
             require(getattr(self, name) == default, f"--data.{name} has no effect with --data.kind text")
-        only_with(self, "kind", {"separator": ("text",), "documents": ("text",)}, "data")
+        self.refuse_idle("--data.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     CheckpointConfig,
@@ -18,7 +18,7 @@ from dpo_jax.config.sections import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun(metaclass=RunOptions):
+class TrainingRun(Options, metaclass=RunOptions):
     """One run of a training command: everything that decides its numbers, saved as `config.json` in the run folder."""
 
     model: str
@@ -65,3 +65,28 @@ class HoldoutRun(TrainingRun):
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
         return self.eval_data is not None or self.holdout is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRun(TrainingRun):
+    """A run on prompts, whose responses are judged."""
+
+    reward: str
+    """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
+    found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
+    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward
+    model: a folder, a hub id, or a run."""
+    safety_reward: str | None = None
+    """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
+    reward_timeout: float | None = not_given(60.0)
+    """Seconds to wait for an answer of a URL."""
+
+    def __post_init__(self) -> None:
+        urls = is_url(self.reward) or is_url(self.safety_reward)
+        require(self.reward_timeout is None or urls, "--reward_timeout has no effect: no reward is a URL")
+        self.positive("--", "reward_timeout")
+
+
+def is_url(judge: str | None) -> bool:
+    """Whether a reward is asked for over HTTP."""
+    return judge is not None and judge.startswith(("http://", "https://"))

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.names import RunOptions
 
 
 @dataclass(frozen=True)
-class ExtendVocabRun(metaclass=RunOptions):
+class ExtendVocabRun(Options, metaclass=RunOptions):
     """More pieces for a Llama 2 tokenizer, and a model with rows for them: `dpo-jax extend-vocab`.
 
     The first step to a Chinese Llama 2. Give --data and --pieces to learn Chinese pieces from text, or --tokenizer to
@@ -23,10 +23,10 @@ class ExtendVocabRun(metaclass=RunOptions):
     tenths are learnt from, a tenth is kept to measure; with --tokenizer all are only measured."""
     pieces: int | None = None
     """How many pieces to add."""
-    character_coverage: float | None = None
-    """The most frequent characters that make up this share of the Chinese text get a piece each. Not given: 0.9995."""
-    max_sentence_length: int | None = None
-    """Longest run of Chinese characters to learn from; longer ones are cut. Not given: 4192."""
+    character_coverage: float | None = not_given(0.9995)
+    """The most frequent characters that make up this share of the Chinese text get a piece each."""
+    max_sentence_length: int | None = not_given(4192)
+    """Longest run of Chinese characters to learn from; longer ones are cut."""
     tokenizer: str | None = None
     """An extended SentencePiece model (tokenizer.model), whose first pieces are those of the model's own."""
     base_tokenizer: str | None = None
@@ -42,11 +42,6 @@ class ExtendVocabRun(metaclass=RunOptions):
         else:
             for name in ("pieces", "character_coverage", "max_sentence_length"):
                 require(getattr(self, name) is None, f"--{name} has no effect with --tokenizer, which has its pieces")
-        require(self.pieces is None or self.pieces >= 1, "--pieces must be at least 1")
+        self.at_least("--", pieces=1, max_sentence_length=2, pad_to_multiple_of=1)
         coverage = self.character_coverage
         require(coverage is None or 0 < coverage <= 1, "--character_coverage must lie in (0, 1]")
-        require(
-            self.max_sentence_length is None or self.max_sentence_length >= 2,
-            "--max_sentence_length must be at least 2",
-        )
-        require(self.pad_to_multiple_of >= 1, "--pad_to_multiple_of must be at least 1")

@@ -38,7 +38,6 @@ from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 log = logging.getLogger(__name__)
 
 TOKEN = "DPO_JAX_REWARD_TOKEN"
-TIMEOUT = 60.0
 ATTEMPTS, FIRST_WAIT = 5, 1.0
 """Of an HTTP reward; the wait in seconds doubles from one attempt to the next."""
 TRIAL = "Yes, that is so."
@@ -110,7 +109,7 @@ class Endpoint:
 
     everywhere = False
 
-    def __init__(self, url: str, timeout: float | None = None, *, first_wait: float = FIRST_WAIT):
+    def __init__(self, url: str, timeout: float, *, first_wait: float = FIRST_WAIT):
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -120,7 +119,7 @@ class Endpoint:
         if not parsed.host:
             raise InputError(f"--reward {url}: names no host")
         self.identity, self._url, self._first_wait = url, url, first_wait
-        self._timeout = TIMEOUT if timeout is None else timeout
+        self._timeout = timeout
         token = os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -202,7 +201,7 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
     function = check_reward(judge, config)
     if function is not None:
         return function
-    frozen = config.train.frozen_dtype or config.train.dtype
+    frozen = config.train.kept_dtype
     return ModelReward(
         judge,
         raw=config.data.template == RAW,
@@ -236,7 +235,7 @@ def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | 
             raise InputError(f"--reward {judge}: a script tells only {known} apart; write a Python function for others")
         return OfText(judge, lambda text: share_of_script(text, rest))
     if is_url(judge):
-        return Endpoint(judge, config.reward_timeout)
+        return Endpoint(judge, config.resolved("reward_timeout"))
     if ".py:" in judge:
         return PythonFunction(judge)
     try:

@@ -133,7 +133,7 @@ def make_model(run: TrainingRun, shape: LlamaConfig, lora: LoraConfig | None = N
 
 def frozen_dtype(run: TrainingRun) -> Any:
     """Of weights that are not trained."""
-    return jnp.dtype(run.train.frozen_dtype or run.train.dtype)
+    return jnp.dtype(run.train.kept_dtype)
 
 
 def abstract(model: Llama, mesh: Mesh, dtype: Any) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def build_sft(run: SFTRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
     batch = full_windows(run.train.batch_size, lengths.response, packed=packed)
     model = make_model(run, shape)
     state = sft.init_state(model, trained(run, model, mesh), config)
-    negatives = None if config.loss == "exact" else config.negatives or sft.NEGATIVES
+    negatives = config.drawn
     flops = ModelFlops.of(shape, run.lora, outputs=None if negatives is None else negatives + 1)
     needed, work = sft_flops(flops)(batch), token_work(batch)
     computed = needed + again(flops, run.train.remat, work)

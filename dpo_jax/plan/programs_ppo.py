@@ -101,17 +101,13 @@ def _sampler(
     )
 
 
-def _separate(config: PPOConfig | Any) -> bool:
-    return config.advantage == "gae" and config.value in (None, "separate")
-
-
 def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
     """As `flops.ppo_flops` counts the updates: the policy, and a separate value model's trunk."""
 
     def count(work: Work) -> tuple[float, float]:
         trunk = dataclasses.replace(work, predicted=0.0)
-        needed = flops.training(work) + (flops.training(trunk) if _separate(run.ppo) else 0.0)
-        twice = programs.again(flops, run.train.remat, work) * (2 if _separate(run.ppo) else 1)
+        needed = flops.training(work) + (flops.training(trunk) if run.ppo.critic == "separate" else 0.0)
+        twice = programs.again(flops, run.train.remat, work) * (2 if run.ppo.critic == "separate" else 1)
         return run.ppo.passes * needed, run.ppo.passes * (needed + twice)
 
     return count

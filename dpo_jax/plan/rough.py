@@ -16,7 +16,7 @@ _AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0}  # forward passes of a training
 def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     """Bytes of weights, optimizer and frozen models of all devices together, where each is held once."""
     weights = parameters(shape)
-    frozen = 2 if (run.train.frozen_dtype or run.train.dtype) == "bfloat16" else 4
+    frozen = 2 if run.train.kept_dtype == "bfloat16" else 4
     moments = 8 if run.optimizer.name == "adamw" else 4
     if run.lora.rank:
         adapters = ModelFlops.of(shape, run.lora).adapters
@@ -36,7 +36,7 @@ def gradient_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
 
 
 def _trained_models(run: TrainingRun) -> int:
-    return 2 if isinstance(run, PPORun) and run.ppo.advantage == "gae" and run.ppo.value in (None, "separate") else 1
+    return 2 if isinstance(run, PPORun) and run.ppo.critic == "separate" else 1
 
 
 def _tokens(run: TrainingRun, lengths: Lengths) -> int:

@@ -14,10 +14,7 @@ from jax.experimental import multihost_utils
 
 from dpo_jax.config import DistributedConfig
 from dpo_jax.errors import InputError
-from dpo_jax.processes.watch import LOST_AFTER, STUCK_AFTER, Watch, say_when_aborted
-
-START_WITHIN = 300
-"""Seconds; default of the option."""
+from dpo_jax.processes.watch import Watch, say_when_aborted
 
 # What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone. Some
 # of them reach Python as ValueError.
@@ -43,8 +40,7 @@ def initialize(config: DistributedConfig) -> None:
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    lost_after = config.lost_after or LOST_AFTER
-    start_within = config.start_within or START_WITHIN
+    lost_after, start_within = config.resolved("lost_after"), config.resolved("start_within")
     # The watch speaks first; what jax does by itself stands behind it.
     within: dict[str, Any] = {"initialization_timeout": start_within, "heartbeat_timeout_seconds": lost_after + 100}
     try:
@@ -65,11 +61,10 @@ def initialize(config: DistributedConfig) -> None:
     processes = global_state.num_processes
     if processes == 1:
         return
-    stuck_after = config.stuck_after or STUCK_AFTER
     client, me, address = global_state.client, global_state.process_id, global_state.coordinator_address
     assert client is not None
     assert address is not None
-    _watch = Watch(client, me, processes, lost_after=lost_after, stuck_after=stuck_after)
+    _watch = Watch(client, me, processes, lost_after=lost_after, stuck_after=config.resolved("stuck_after"))
     atexit.register(_watch.close)  # runs before jax's own, which waits for the others
     if me:
         say_when_aborted(address, _watch)

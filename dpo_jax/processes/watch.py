@@ -23,9 +23,6 @@ from typing import Any, Protocol
 TRY_AGAIN = 75
 """Exit code of a process that ends because of another one (EX_TEMPFAIL of BSD's sysexits.h)."""
 
-LOST_AFTER, STUCK_AFTER = 100, 3600
-"""Seconds; defaults of the options of these names."""
-
 _FOLDER = "dpo_jax/watch"
 _FINISHED = ""
 _GRACE = 5.0

@@ -227,7 +227,7 @@ def beam_search(
     fillers = -count % (1 if mesh is None else meshes.batch_parts(mesh))
     padded = np.pad(padded, ((0, fillers), (0, min(decode.bucket(longest), slots) - longest)))
     batch = padded, np.pad(lengths, (0, fillers))
-    penalty = np.float32(1 if config.length_penalty is None else config.length_penalty)
+    penalty = np.float32(config.resolved("length_penalty"))
     static = {
         "beams": config.beams,
         "new": decode.bucket(config.max_new_tokens),

@@ -20,10 +20,6 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
 from dpo_jax.report.html import Section, Table
 
-PUE = 1.1
-CARBON_INTENSITY = 0.385
-"""kg CO2 a kWh."""
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -133,8 +129,8 @@ class Electricity:
                 )
         return cls(
             watts=watts,
-            pue=PUE if config.pue is None else config.pue,
-            carbon_intensity=CARBON_INTENSITY if config.carbon_intensity is None else config.carbon_intensity,
+            pue=config.resolved("pue"),
+            carbon_intensity=config.resolved("carbon_intensity"),
             kind=kind,
         )
 

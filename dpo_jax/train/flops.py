@@ -165,8 +165,8 @@ def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], f
 
     A separate value model costs what the policy's trunk costs.
     """
-    separate = config.advantage == "gae" and config.value in (None, "separate")
-    shared = config.advantage == "gae" and not separate
+    separate = config.critic == "separate"
+    shared = config.critic is not None and not separate
 
     def flops(rollout: Rollout) -> float:
         work = preference_work(rollout.groups, 0, 1)

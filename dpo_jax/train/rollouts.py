@@ -33,7 +33,6 @@ from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
 
-KL_HORIZON = 10_000
 _STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
 
@@ -251,7 +250,7 @@ class Rollouts:
     def _move_kl_coefficient(self, kl: float) -> None:
         if self._config.kl_target is None:
             return
-        horizon = self._config.kl_horizon or KL_HORIZON
+        horizon = self._config.resolved("kl_horizon")
         responses, target = self._loader.batch_size, self._config.kl_target
         self.kl_coefficient = float(
             next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)

@@ -148,7 +148,7 @@ class Training(Generic[Config]):
         """The model to train, laid out on the mesh: trained weights in float32, frozen ones as the options say."""
         config = self.config
         lora = config.lora if lora is None else lora
-        frozen = config.train.frozen_dtype or config.train.dtype
+        frozen = config.train.kept_dtype
         if lora.rank and self.start != config.model and config.train.frozen_dtype is None and frozen != "float32":
             self.say(
                 f"{self.start}: kept in float32, since {frozen} would round away most of what that run's adapters"
@@ -286,7 +286,7 @@ class Training(Generic[Config]):
         config = self.config
         tokenizer = self.exported(tokenizer)
         told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
-        dtype = config.train.export_dtype or "float32"
+        dtype = config.train.resolved("export_dtype")
         lost = save_pretrained(self.out / "model", model, variables, tokenizer, dtype=jnp.dtype(dtype), **told)
         notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
         if "adapters" in variables:

@@ -95,7 +95,7 @@ class Texts:
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             shuffle=config.data.shuffle,
-            documents=config.data.documents or "masked",
+            documents=config.data.resolved("documents"),
             steps=steps,
             epochs=epochs,
             workers=config.data.workers,
@@ -106,7 +106,7 @@ class Texts:
         if self.weights[0] is not None:
             raise InputError("the weights in --eval_data have no effect: every token is evaluated once; leave them out")
         data = self.config.data
-        return EvalWindows(self.sources, data.max_length, batch_size, data.documents or "masked")
+        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"))
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read and left out, and with `steps` how often a run of so many goes through each source."""

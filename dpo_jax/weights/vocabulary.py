@@ -44,8 +44,8 @@ def extend(
     base: Pieces,
     *,
     pieces: int,
-    character_coverage: float = 0.9995,
-    max_sentence_length: int = 4192,
+    character_coverage: float,
+    max_sentence_length: int,
 ) -> Pieces:
     """`base` with at most `pieces` Chinese pieces more, learnt from `texts`. The same texts give the same pieces.
 

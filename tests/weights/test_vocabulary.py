@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from dpo_jax.weights.source import Source, resolve
 
 OLD, NEW = 32_000, 8_000
 ROOT = Path(__file__).resolve().parents[2]
+extend = partial(vocabulary.extend, character_coverage=0.9995, max_sentence_length=4192)
 EMBEDDING, HEAD = resize.GROWING
 
 
@@ -208,11 +210,11 @@ def test_text_comes_back(extended: Path, english: list[str], mixed: list[str]) -
 
 def test_the_same_text_gives_the_same_pieces(classics: Path, llama2: Path) -> None:
     texts, base = held_out(classics), read_pieces(llama2)
-    one = vocabulary.extend(texts, base, pieces=2600)
-    again = vocabulary.extend(iter_twice(texts), base, pieces=2600)
+    one = extend(texts, base, pieces=2600)
+    again = extend(iter_twice(texts), base, pieces=2600)
     assert one.proto.SerializeToString(deterministic=True) == again.proto.SerializeToString(deterministic=True)
     # More pieces begin with the same ones.
-    more = vocabulary.extend(texts, base, pieces=3000)
+    more = extend(texts, base, pieces=3000)
     assert [p.piece for p in more.proto.pieces[: len(one)]] == [p.piece for p in one.proto.pieces]
 
 
@@ -226,16 +228,12 @@ class iter_twice(list):  # type: ignore[type-arg]
 def test_coverage_and_length_of_runs(llama2: Path) -> None:
     base = read_pieces(llama2)
     texts = ["鑫鑫鑫鑫 english", "淼淼", "焱"]
-    assert [p.piece for p in vocabulary.extend(texts, base, pieces=3, character_coverage=1).proto.pieces[OLD:]] == list(
-        "鑫淼焱"
-    )
-    assert [p.piece for p in vocabulary.extend(texts, base, pieces=1, character_coverage=0.5).proto.pieces[OLD:]] == [
-        "鑫"
-    ]
+    assert [p.piece for p in extend(texts, base, pieces=3, character_coverage=1).proto.pieces[OLD:]] == list("鑫淼焱")
+    assert [p.piece for p in extend(texts, base, pieces=1, character_coverage=0.5).proto.pieces[OLD:]] == ["鑫"]
     with pytest.raises(InputError, match="the texts hold 3 characters that the tokenizer does not know"):
-        vocabulary.extend(texts, base, pieces=2, character_coverage=1)
-    whole = vocabulary.extend(["鑫淼焱垚" * 3], base, pieces=99, max_sentence_length=50)
-    cut = vocabulary.extend(["鑫淼焱垚" * 3], base, pieces=99, max_sentence_length=4)
+        extend(texts, base, pieces=2, character_coverage=1)
+    whole = extend(["鑫淼焱垚" * 3], base, pieces=99, max_sentence_length=50)
+    cut = extend(["鑫淼焱垚" * 3], base, pieces=99, max_sentence_length=4)
     assert max(len(p.piece) for p in whole.proto.pieces[OLD:]) == 12
     assert max(len(p.piece) for p in cut.proto.pieces[OLD:]) == 4
     check_extends(cut, base)
@@ -277,7 +275,7 @@ def test_a_tokenizer_json_keeps_its_rules(llama2: Path, tmp_path: Path) -> None:
     raw |= {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": None}
     Tokenizer.from_str(json.dumps(raw)).save(str(folder / "tokenizer.json"))
     place, base = Source("huggingface", folder), read_pieces(llama2)
-    longer = vocabulary.extend(["鑫鑫"], base, pieces=2)
+    longer = extend(["鑫鑫"], base, pieces=2)
     tokenizer = fast_tokenizer(longer, place, own_tokenizer(place))
     assert tokenizer("鑫鑫 a")["input_ids"] == [1, OLD + 1, *longer.spell([" a"])[0]]
 
@@ -346,7 +344,7 @@ def test_transformers_and_we_give_the_old_logits(model: Path, extended: Path) ->
 def test_dtypes_ties_files_and_padding(llama2: Path, tmp_path: Path, tied: bool, kind: Any) -> None:
     folder = llama(tmp_path / "model", llama2, tied=tied, kind=kind)
     base = read_pieces(llama2)
-    longer = vocabulary.extend(["鑫淼鑫淼，而", "中的"], base, pieces=4)
+    longer = extend(["鑫淼鑫淼，而", "中的"], base, pieces=4)
     tokenizer = fast_tokenizer(longer, resolve(folder), own_tokenizer(resolve(folder)))
     target = tmp_path / "longer"
     rows = resize.write_resized(resolve(folder), target, base, longer, tokenizer, multiple=64, shard_bytes=10_000)
@@ -406,7 +404,7 @@ def test_from_gguf(llama2: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.model"):
         base_pieces(place, own, None)
     base = base_pieces(place, own, str(llama2))
-    longer = vocabulary.extend(["鑫鑫"], base, pieces=2)
+    longer = extend(["鑫鑫"], base, pieces=2)
     tokenizer = fast_tokenizer(longer, place, own)
     assert tokenizer(" 鑫鑫 a")["input_ids"] == [1, *longer.processor.encode(" 鑫鑫 a")]
     resize.write_resized(place, tmp_path / "longer", base, longer, tokenizer)
