@@ -1,6 +1,7 @@
 """The command line: words in, one frozen dataclass of `config/` out, handed to the function that does the work.
 
 Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` and a mistyped option answer at once.
+Tyro draws the help of a command, and nothing else; `config/values.py` reads the values.
 """
 
 import contextlib
@@ -8,17 +9,17 @@ import copy
 import dataclasses
 import difflib
 import importlib
-import io
 import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial, reduce
-from typing import Annotated, Any, NoReturn, get_origin
+from functools import partial, reduce
+from typing import Annotated, Any, get_origin
 
 from dpo_jax import __version__, config
 from dpo_jax.config.names import option
 from dpo_jax.config.shipped import load
+from dpo_jax.config.values import built, negated
 from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
@@ -153,24 +154,17 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 
 
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
-    command = COMMANDS[word]
     default, args = _split_recipe(word, args)
-    args = _named(args, command.positional)
-    args = _joined(args, command.lists)
-    names = option_names(word)
-    fields = dataclasses.fields(getattr(config, command.options))
-    several = {field.name for field in fields if get_origin(field.type) is tuple}
-    _check_single(word, args, {"data", "eval_data", "mix_data"} - {*command.lists} - several)
-    args = _as_flags(args, {name for name in names if _negated(name) in names})
-    given = {_check_name(word, token, names) for token in args if _is_option(token)}
+    cls, names = getattr(config, COMMANDS[word].options), option_names(word)
+    given = _given(word, args, names)
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
         if missing:
             raise InputError(f"missing {' and '.join('--' + m for m in missing)} ({PROGRAM} {word} --help)")
     else:
-        default = _give_way(default, given)
-    options = _tyro(word, args, default)
-    for prefix, field in () if open_ended else _walk(type(options)):
+        default = _give_way(default, set(given))
+    options = built(cls, given, default, f"({PROGRAM} {word} --help)")
+    for prefix, field in () if open_ended else _walk(cls):
         value = getattr(reduce(getattr, prefix.split(".")[:-1], options), field.name)
         open_here = value in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,))
         if open_here and option(prefix + field.name).removeprefix("--") in names:
@@ -178,67 +172,36 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     return options
 
 
-def _named(args: list[str], names: Sequence[str]) -> list[str]:
-    """`show x` as `--action show --name x`: leading words without a name are the values of the options `names`."""
-    plain = list(itertools.takewhile(lambda token: not _is_option(token), args[: len(names)]))
-    named = [part for name, value in zip(names, plain, strict=False) for part in (f"--{name}", value)]
-    return [*named, *args[len(plain) :]]
-
-
-def _joined(args: list[str], lists: Sequence[str]) -> list[str]:
-    """`--data a b` as `--data a,b`, for the options named in `lists`."""
-    joined: list[str] = []
-    within = 0  # words after the name of such an option
-    for token in args:
+def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list[str]]:
+    """The options among the words of the command line -> the words after each. Raises `InputError`."""
+    command = COMMANDS[word]
+    plain = itertools.takewhile(lambda token: not _is_option(token), args)
+    said = [(f"--{name}", [token]) for name, token in zip(command.positional, plain, strict=False)]
+    for token in args[len(said) :]:
         if _is_option(token):
-            name, given, _ = token.partition("=")
-            within = (2 if given else 1) if name.lstrip("-").replace("-", "_") in lists else 0
-        elif within:
-            within += 1
-        if within > 2:
-            joined[-1] += f",{token}"
+            spelled, equals, value = token.partition("=")
+            said.append((spelled, [value] if equals else []))
+        elif not said:
+            raise InputError(f"Unrecognized options: {token} ({PROGRAM} {word} --help)")
         else:
-            joined.append(token)
-    return joined
-
-
-def _check_single(word: str, args: list[str], single: set[str]) -> None:
-    """Raise `InputError` where one of the options `single`, which take one file, is given several."""
-    name, within = "", 0
-    for token in args:
-        if _is_option(token):
-            name, given, _ = token.partition("=")
-            within = 1 if given else 0
-        elif (within := within + 1) == 2 and name.lstrip("-").replace("-", "_") in single:
+            said[-1][1].append(token)
+    fields = dataclasses.fields(getattr(config, command.options))
+    one_file = {"data", "eval_data", "mix_data"} - {field.name for field in fields if get_origin(field.type) is tuple}
+    for spelled, words in said:
+        name = spelled.lstrip("-").replace("-", "_")
+        if name in command.lists and words:
+            words[:] = [",".join(words)]
+        elif name in one_file and len(words) > 1:
             raise InputError(
-                f"{name} takes one source in {PROGRAM} {word}, and {token} is a second: run it for each, or give a"
-                " folder or a quoted pattern ('part-*.jsonl') of files that are laid out alike"
+                f"{spelled} takes one source in {PROGRAM} {word}, and {words[1]} is a second: run it for each, or give"
+                " a folder or a quoted pattern ('part-*.jsonl') of files that are laid out alike"
             )
-
-
-def _negated(name: str) -> str:
-    """The option that switches the option `name` off, if it is a switch."""
-    section, dot, own = name.rpartition(".")
-    return f"{section}{dot}no_{own}"
-
-
-def _as_flags(args: list[str], switches: set[str]) -> list[str]:
-    """`--x true` and `--x=false` as the flags `--x` and `--no_x`, for the options named in `switches`."""
-    flags: list[str] = []
-    switch = None  # of the word before, where it awaits a value
-    for token in args:
-        name, given, value = token.partition("=")
-        if switch is not None and token in ("true", "false"):
-            flags[-1] = f"--{switch}" if token == "true" else f"--{_negated(switch)}"
-            switch = None
-            continue
-        name = name.lstrip("-").replace("-", "_") if _is_option(token) else ""
-        switch = name if name in switches and not given else None
-        if name in switches and value in ("true", "false"):
-            flags.append(f"--{name}" if value == "true" else f"--{_negated(name)}")
-        else:
-            flags.append(token)
-    return flags
+    given: dict[str, list[str]] = {}
+    for spelled, words in said:
+        name = _check_name(word, spelled, names)
+        given.pop(name, None)  # the last one counts, of a switch and what switches it off, too
+        given[name] = words
+    return given
 
 
 def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
@@ -304,7 +267,7 @@ def option_names(word: str) -> dict[str, bool]:
             required |= field.default == config.ON_COMMAND_LINE
             names[name] = required
             if field.type is bool:
-                names[f"{prefix}no_{field.name}"] = False
+                names[negated(name)] = False
     return names
 
 
@@ -325,7 +288,7 @@ def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
     name = token.partition("=")[0].lstrip("-").replace("-", "_")
     if name in COMMANDS[word].unused:
         raise InputError(f"--{name} has no effect in {PROGRAM} {word}: leave it out")
-    if name not in names or not token.startswith("--"):
+    if name not in names or not token.startswith("--") or token.startswith("---"):
         spelled = token.partition("=")[0]
         raise InputError(f"unknown option {spelled}{_guess(name, names, '--')} ({PROGRAM} {word} --help)")
     return name
@@ -340,52 +303,19 @@ def _guess(word: str, known: Any, prefix: str = "") -> str:
 
 
 def _show_help(word: str, args: list[str]) -> None:
-    default, _ = _split_recipe(word, args)
-    with contextlib.suppress(SystemExit):
-        _parse_with_tyro(word, ["--help"], default)
-
-
-def _tyro(word: str, args: list[str], default: Any) -> Any:
-    """`_parse_with_tyro`, with its boxed complaint turned into an `InputError` of one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return _parse_with_tyro(word, args, default)
-    except SystemExit as error:
-        _raise_input_error(word, error, complaint.getvalue())
-
-
-def _raise_input_error(word: str, error: SystemExit, complaint: str) -> NoReturn:
-    cause: BaseException | None = error
-    while cause is not None:  # a section's own check speaks better than the parser that relays it
-        if isinstance(cause, InputError):
-            raise cause
-        cause = cause.__context__
-    # A title, a rule, what is wrong, a rule, advice: in a drawn box, or in dashes where the terminal is plain ASCII.
-    blocks: list[list[str]] = [[]]
-    for line in complaint.splitlines():
-        if any(letter.isalnum() for letter in line):
-            blocks[-1].append(line.strip(" │╭╮─"))
-        if line.strip(" │")[-1:] in ("╮", "─", "-"):
-            blocks.append([])
-    text = " ".join(blocks[1] if len(blocks) > 1 else blocks[0]).removeprefix("Error parsing ")
-    raise InputError(f"{text} ({PROGRAM} {word} --help)") from None
-
-
-def _parse_with_tyro(word: str, args: list[str], default: Any) -> Any:
     import tyro
 
-    cls = getattr(config, COMMANDS[word].options)
-    spelled = _command_line_class(word)
-    parsed = tyro.cli(
-        spelled,
-        prog=f"{PROGRAM} {word}" + _CONFIG.get(word, " [CONFIG.py]" if COMMANDS[word].recipe else ""),
-        description=cls.__doc__,
-        args=args,
-        use_underscores=True,
-        **({} if default is None else {"default": _as(spelled, default)}),
-    )
-    return _as(cls, parsed)
+    default, _ = _split_recipe(word, args)
+    spelled = _shown(getattr(config, COMMANDS[word].options), COMMANDS[word].unused)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            spelled,
+            prog=f"{PROGRAM} {word}" + _CONFIG.get(word, " [CONFIG.py]" if COMMANDS[word].recipe else ""),
+            description=getattr(config, COMMANDS[word].options).__doc__,
+            args=["--help"],
+            use_underscores=True,
+            **({} if default is None else {"default": _as(spelled, default)}),
+        )
 
 
 def _as(cls: Any, options: Any) -> Any:
@@ -400,13 +330,6 @@ def _as(cls: Any, options: Any) -> Any:
 def _section(cls: Any, default: Callable[[], Any]) -> Any:
     """The default of a section, as the class `cls` that hides some of its fields."""
     return _as(cls, default())
-
-
-@cache
-def _command_line_class(word: str) -> Any:
-    """The command's dataclass, with fields named and hidden as the command line wants them."""
-    command = COMMANDS[word]
-    return _shown(getattr(config, command.options), command.unused)
 
 
 def _shown(cls: Any, unused: Sequence[str], section: str = "") -> Any:
