@@ -1,7 +1,7 @@
 """`dpo-jax rejection`: from a model, prompts and a reward to a better model, by the best of K of its own responses.
 
-The stages of a run, each a file or folder. A stage whose file is there is not done again; sampling and judging go on in
-the middle of a file, fine-tuning from its newest checkpoint.
+The stages of a run (`files/stages.py`), each a file or folder. A stage that is done is not done again; sampling and
+judging go on in the middle of a file, fine-tuning from its newest checkpoint.
 
     iteration-0/pool.jsonl       --rejection.pool_from, judged by this run's reward
     iteration-0/heldout.jsonl    the held-out prompts, answered by the model to be trained; heldout_scores.jsonl
@@ -16,10 +16,10 @@ the middle of a file, fine-tuning from its newest checkpoint.
     model/, pool.jsonl, metrics.jsonl, report.html, figures/*.png
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,19 @@ import numpy as np
 from dpo_jax.commands import sft
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.k_responses import Sampler, key_of, select, write_once
-from dpo_jax.config import RejectionRun, SFTRun
+from dpo_jax.config import RejectionRun, sft_inside
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
+from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge import pool as best_responses
 from dpo_jax.judge.scores import Judges, write_scores
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
-from dpo_jax.processes import distributed
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.session import Training
 from dpo_jax.weights.folder import new_folder
@@ -62,25 +62,14 @@ def train(config: RejectionRun) -> Path:
     if training is None:
         return Path(config.out)
     run = _Run(config, training)
-    pool = run.earlier_pool()
-    model, iterations = config.trained, config.rejection.iterations
-    for t in range(1, iterations + 1):
-        writer = run.sampler(model)
-        run.answer_heldout(writer, t - 1)
-        if config.rejection.student is not None:
-            writer.close()
-            writer = run.sampler(config.model)
-        samples = run.sample(writer, t)
-        writer.close()  # the judge and the optimizer need the room
-        run.judge_heldout(t - 1)
-        pool = run.choose(samples, pool, t)
-        run.fine_tune(model, t)
-        model = str(run.folder(t) / "sft")
-    writer = run.sampler(model)
-    run.answer_heldout(writer, iterations)
-    writer.close()
-    run.judge_heldout(iterations)
-    return run.finish(pool)
+    stages = Stages(training.folder)
+    stages.perform(run.stages(), run.config, run.inputs)
+    told = run.report()
+    stages.finish()
+    out = training.out
+    training.say(told)
+    training.say(f"{out}: finished; the model is in {out / 'model'}, the report in {out / 'report.html'}")
+    return out
 
 
 class _Run:
@@ -91,11 +80,11 @@ class _Run:
       out: the run folder.
       data, heldout: the prompts, and the held-out ones (None: there are none).
       judges: the reward.
-      rows: of metrics.jsonl so far.
+      inputs: fingerprints of all that the run begins with.
     """
 
     def __init__(self, config: RejectionRun, training: Training[RejectionRun]):
-        """Check all input, and claim the folder. Raises `InputError`."""
+        """Check all input. Raises `InputError`."""
         architecture, tokenizer = training.read_model_shape()
         self.config, self.training, self.out = (config := training.config), training, training.out
         architectures = [_language_model(config.model, architecture)]
@@ -123,11 +112,13 @@ class _Run:
             earlier = [row["prompt"] for row in self._before]
             _check_apart(self.heldout, str(before), earlier, range(1, len(earlier) + 1))
         self._first = 1 + max((row["iteration"] for row in self._before), default=0)
-        self._check_inputs(None if before is None else best_responses.hash_of(before))
-        training.folder.claim(as_json(config))
-        if training.main:
-            write_atomically(self.out / "inputs.json", json.dumps(self._inputs, indent=2) + "\n")
-        self.rows: list[Row] = []
+        self.inputs = {
+            "--data": self.data.fingerprint,
+            "--eval_data": None if self.heldout is None else self.heldout.fingerprint,
+            "--reward": self.judges.described,
+            "--rejection.pool_from": None if before is None else best_responses.hash_of(before),
+        }
+        self._sampler: tuple[str, Sampler] | None = None
 
     def _load(self, source: str, encoder: ConversationEncoder, architectures: Sequence[LlamaConfig]) -> PromptDataset:
         """The different prompts of a file that leave room for an answer."""
@@ -161,42 +152,49 @@ class _Run:
         say(data.summary())
         return data
 
-    def _check_inputs(self, pool: str | None) -> None:
-        """Refuse to go on with files that have changed since."""
-        self._inputs = {
-            "--data": self.data.fingerprint,
-            "--eval_data": None if self.heldout is None else self.heldout.fingerprint,
-            "--reward": self.judges.described,
-            "--rejection.pool_from": pool,
-        }
-        path = self.out / "inputs.json"
-        if not path.exists():
-            return
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not readable; choose another --out") from error
-        for name, value in self._inputs.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{self.out}: what {name} names has changed since this run began; restore it, or choose another"
-                    " --out"
-                )
-
     # ---------------------------------------------------------------- stages
 
     def folder(self, iteration: int) -> Path:
         """Where the files of an iteration lie; 0 is what comes before the first."""
         return self.out / f"iteration-{iteration}"
 
-    def sampler(self, model: str) -> Sampler:
-        """A model that writes."""
-        return Sampler(model, self.config, self.training.mesh)
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        config, stages = self.config, list[Stage]()
+        if self._before:
+            source = str(config.rejection.pool_from)
+            stages.append(Stage("the earlier pool", (source,), self.folder(0) / "pool.jsonl", self._judge_earlier))
+        model, last = config.trained, config.rejection.iterations
+        for t in range(last + 1):
+            folder, after = self.folder(t), self.folder(t + 1)
+            answers, samples, learnt = folder / "heldout.jsonl", after / "samples.jsonl", after / "sft.jsonl"
+            if self.heldout is not None:
+                work = partial(self._answer_heldout, model, t)
+                stages.append(Stage(f"held-out prompts after iteration {t}", (model,), answers, work))
+            if t < last:
+                writes = config.model if config.rejection.student is not None else model
+                work = partial(self._sample, writes, t + 1)
+                stages.append(Stage(f"samples of iteration {t + 1}", (writes,), samples, work))
+            if self.heldout is not None:
+                scores, work = folder / "heldout_scores.jsonl", partial(self._judge_heldout, t)
+                stages.append(Stage(f"their rewards after iteration {t}", (answers,), scores, work))
+            if t < last:
+                pool = (folder / "pool.jsonl",) if t or self._before else ()
+                work = partial(self._choose, t + 1)
+                stages.append(Stage(f"the best of iteration {t + 1}", (samples, *pool), learnt, work))
+                work = partial(self._fine_tune, model, t + 1)
+                stages.append(Stage(f"fine-tuning {t + 1}", (model, learnt), after / "sft", work))
+                model = str(after / "sft")
+        return stages
 
-    def earlier_pool(self) -> list[Row]:
-        """The pool to begin with; empty where there is none."""
-        if not self._before:
-            return []
+    def _open(self, model: str) -> Sampler:
+        """The model that writes; the one before makes room for it."""
+        if self._sampler is None or self._sampler[0] != model:
+            self._sampler = None
+            self._sampler = model, Sampler(model, self.config, self.training.mesh)
+        return self._sampler[1]
+
+    def _judge_earlier(self) -> Figures:
         source = str(self.config.rejection.pool_from)
 
         def settings() -> dict[str, Any]:
@@ -209,16 +207,14 @@ class _Run:
             lambda file: file.append(best_responses.judged(self._before, self.judges, source, self.data.prompts)),
         )
         self.judges.close()
-        self.training.say(f"{source}: the best responses to {len(rows)} prompts, judged by {self.config.reward}")
-        return rows
+        return {"prompts": len(rows), "mean reward": float(np.mean([row["score"] for row in rows]))}
 
-    def answer_heldout(self, sampler: Sampler, iteration: int) -> None:
+    def _answer_heldout(self, model: str, iteration: int) -> Figures:
         """The held-out prompts, with the same random numbers after each iteration."""
-        if self.heldout is None:
-            return
+        assert self.heldout is not None
         chosen = self.config.rejection
         temperature = chosen.evaluated_at
-        sampler.write(
+        rows = self._open(model).write(
             self.folder(iteration) / "heldout.jsonl",
             self.heldout,
             label=f"held out, after iteration {iteration}",
@@ -226,32 +222,38 @@ class _Run:
             samples=chosen.resolved("eval_samples"),
             seed=self._seed(_HELDOUT, 0),
         )
+        return {"responses": len(rows)}
 
-    def judge_heldout(self, iteration: int) -> None:
+    def _judge_heldout(self, iteration: int) -> Figures:
         """Their scores; with them the figures of the iteration are complete."""
-        row = self.rows.pop() if iteration else {"step": 0}
-        if self.heldout is not None:
-            folder = self.folder(iteration)
-            samples = read_lines(folder / "heldout.jsonl")
-            label = "scores of held-out responses"
-            scores = write_scores(folder / "heldout_scores.jsonl", self.heldout, samples, self.judges, label=label)
-            self.judges.close()
-            start = read_lines(self.folder(0) / "heldout_scores.jsonl")
-            row |= rejection_report.heldout(samples, scores, start, self.tokens, seed=self.config.train.seed)
-            low, high = row["eval_rewards/low"], row["eval_rewards/high"]
-            self.training.say(
-                f"after iteration {iteration}: mean reward {row['eval_rewards/mean']:.4g} on {len(self.heldout)}"
-                f" held-out prompts (95 % interval {low:.4g} to {high:.4g})"
-            )
-        if len(row) > 1:
-            self.rows.append(row)
-        if self.training.main:
-            write_lines(self.out / "metrics.jsonl", self.rows)
+        assert self.heldout is not None
+        self._sampler = None  # the judge needs the room
+        folder = self.folder(iteration)
+        samples = read_lines(folder / "heldout.jsonl")
+        label = "scores of held-out responses"
+        scores = write_scores(folder / "heldout_scores.jsonl", self.heldout, samples, self.judges, label=label)
+        self.judges.close()
+        start = read_lines(self.folder(0) / "heldout_scores.jsonl")
+        found = rejection_report.heldout(samples, scores, start, self.tokens, seed=self.config.train.seed)
+        self._tell(iteration, found)
+        return {name: found[f"eval_rewards/{name}"] for name in ("mean", "low", "high")}
 
-    def sample(self, sampler: Sampler, iteration: int) -> list[Row]:
+    def _tell(self, iteration: int, figures: Row) -> None:
+        """Add figures to the row of an iteration in metrics.jsonl."""
+        rows = {row["step"]: row for row in self.rows()}
+        rows[iteration] = {"step": iteration, **rows.get(iteration, {}), **figures}
+        if self.training.main:
+            write_lines(self.out / "metrics.jsonl", [rows[step] for step in sorted(rows)])
+
+    def rows(self) -> list[Row]:
+        """Of metrics.jsonl, so far."""
+        path = self.out / "metrics.jsonl"
+        return read_lines(path) if path.exists() else []
+
+    def _sample(self, model: str, iteration: int) -> Figures:
         """K responses to every prompt at each temperature."""
         chosen = self.config.rejection
-        return sampler.write(
+        rows = self._open(model).write(
             self.folder(iteration) / "samples.jsonl",
             self.data,
             label=f"samples of iteration {iteration}",
@@ -259,72 +261,61 @@ class _Run:
             samples=chosen.samples,
             seed=self._seed(_SAMPLES, iteration),
         )
+        return {"responses": len(rows)}
 
-    def choose(self, samples: Sequence[Row], earlier: Sequence[Row], iteration: int) -> list[Row]:
-        """Judge the samples; returns the pool, and writes it, what is learnt of it, and the curves."""
-        config, folder, say = self.config, self.folder(iteration), self.training.say
-        label = f"scores of iteration {iteration}"
+    def _choose(self, iteration: int) -> Figures:
+        """Judge the samples; write the pool, what is learnt of it, and the curves."""
+        self._sampler = None  # the judge and the optimizer need the room
+        config, folder, before = self.config, self.folder(iteration), self.folder(iteration - 1) / "pool.jsonl"
+        samples, label = read_lines(folder / "samples.jsonl"), f"scores of iteration {iteration}"
         scores = write_scores(folder / "scores.jsonl", self.data, samples, self.judges, label=label)
         self.judges.close()
         number = self._first + iteration - 1  # an earlier pool has counted already
         found, told = best_responses.bests(self.data, samples, scores, iteration=number, reward=config.reward)
         for line in told:
-            say(f"iteration {iteration}: {line}")
-        pool = best_responses.merged(earlier if config.rejection.pool == "all" else [], found)
+            self.training.say(f"iteration {iteration}: {line}")
+        earlier = read_lines(before) if config.rejection.pool == "all" and before.exists() else []
+        pool = best_responses.merged(earlier, found)
         learnt = best_responses.learnt(pool, config.rejection)
         figures = rejection_report.sampled(samples, scores, pool, learnt, self.tokens, iteration=number)
-        self.rows.append({"step": iteration, **figures})
-        say(
-            f"iteration {iteration}: mean reward {figures['rewards/mean']:.4g} of {len(samples)} samples,"
-            f" {figures['rewards/best']:.4g} of the best ones; {len(learnt)} of {len(pool)} in the pool are learnt,"
-            f" of mean reward {figures['rewards/learnt']:.4g}"
-        )
+        self._tell(iteration, figures)
         if self.training.main:
             curves = rejection_report.curves(scores)
             write_atomically(folder / "curves.json", json.dumps(curves, indent=1) + "\n")
             write_lines(folder / "pool.jsonl", pool)
             write_lines(folder / "sft.jsonl", learnt)
-        distributed.barrier(f"chosen {iteration}")
-        return pool
+        rewards = {f"reward {name}": figures[f"rewards/{name}"] for name in ("mean", "best", "learnt")}
+        return {**rewards, "in the pool": len(pool), "learnt": len(learnt)}
 
-    def fine_tune(self, model: str, iteration: int) -> None:
+    def _fine_tune(self, model: str, iteration: int) -> Figures:
         """`dpo-jax sft` on what is learnt."""
-        config, out = self.config, self.folder(iteration) / "sft"
-        if not _finished(out):
-            own = {f.name for f in dataclasses.fields(config)}
-            shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(SFTRun) if f.name in own}
-            # Our own rows: one whose text happens to spell a control token is left out, not refused.
-            shared |= {"eval_data": None, "on_bad_rows": "skip"}
-            date = config.data.date if writes_date(load_tokenizer(config.trained), config.data.template) else None
-            files = str(self.folder(iteration) / "sft.jsonl")
-            data = dataclasses.replace(config.data, files=files, limit=None, columns=None, date=date)
-            sft.train(SFTRun(**(shared | {"model": model, "out": str(out), "data": data})))
+        config, folder = self.config, self.folder(iteration)
+        date = config.data.date if writes_date(load_tokenizer(config.trained), config.data.template) else None
+        # Our own rows: one whose text happens to spell a control token is left out, not refused.
+        sft.train(sft_inside(config, folder, model=model, data={"date": date}, on_bad_rows="skip"))
+        return last_figures(folder / "sft", {"loss": "loss"})
 
-    def finish(self, pool: Sequence[Row]) -> Path:
-        """The last model, the pool, the report; and the run is finished."""
-        config, iterations = self.config, range(1, self.config.rejection.iterations + 1)
+    def report(self) -> str:
+        """The last model, the pool, the report; returns the outcome in a sentence or two."""
+        config, iterations, rows = self.config, range(1, self.config.rejection.iterations + 1), self.rows()
+        told = rejection_report.verdict(rows, 0 if self.heldout is None else len(self.heldout))
+        if not self.training.main:
+            return told
         summary = f"{config.model}, {config.rejection.samples} samples a prompt at each temperature, judged by"
-        summary += f" {config.reward} on {config.data.files}."
-        told = rejection_report.verdict(self.rows, 0 if self.heldout is None else len(self.heldout))
-        if self.training.main:
-            last = self.folder(iterations[-1]) / "sft"
-            for name in ("adapter", "model"):
-                if (last / name).is_dir():
-                    with new_folder(self.out / name) as folder:
-                        for file in (last / name).iterdir():
-                            shutil.copy2(file, folder / file.name)
-            write_lines(self.out / "pool.jsonl", pool)
-            found = [json.loads((self.folder(t) / "curves.json").read_text()) for t in iterations]
-            ends = [] if self.heldout is None else [0, iterations[-1]]
-            texts = [read_lines(self.folder(t) / "heldout.jsonl") for t in ends]
-            rejection_report.write(self.out, f"{summary} {told}", self.rows, found, pool, texts, as_json(config))
-        distributed.barrier("run finished")
-        self.training.folder.finish()
-        self.training.say(told)
-        self.training.say(
-            f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
-        )
-        return self.out
+        summary += f" {config.reward} on {config.data.files}. {told}"
+        last = self.folder(iterations[-1])
+        for name in ("adapter", "model"):
+            if (last / "sft" / name).is_dir():
+                with new_folder(self.out / name) as folder:
+                    for file in (last / "sft" / name).iterdir():
+                        shutil.copy2(file, folder / file.name)
+        pool = read_lines(last / "pool.jsonl")
+        write_lines(self.out / "pool.jsonl", pool)
+        found = [json.loads((self.folder(t) / "curves.json").read_text()) for t in iterations]
+        ends = [] if self.heldout is None else [0, iterations[-1]]
+        texts = [read_lines(self.folder(t) / "heldout.jsonl") for t in ends]
+        rejection_report.write(self.out, summary, rows, found, pool, texts, as_json(config))
+        return told
 
     def _seed(self, use: int, iteration: int) -> int:
         return int(np.random.SeedSequence([self.config.train.seed, use, iteration]).generate_state(1)[0])
@@ -360,9 +351,3 @@ def _check_apart(heldout: PromptDataset, source: str, prompts: Sequence[Any], nu
             f"{heldout.source}: {len(both)} of its prompts stand in {source} too (first: row {both[0][1]}, and"
             f" there row {both[0][0]}); hold out other prompts"
         )
-
-
-def _finished(folder: Path) -> bool:
-    """Whether the fine-tuning in `folder` has come to its end, in every process."""
-    marker = folder / "run.json"
-    return distributed.flag_from_main(marker.exists() and bool(json.loads(marker.read_text())["finished"]))

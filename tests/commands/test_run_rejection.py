@@ -48,6 +48,7 @@ from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 TEMPERATURES, SAMPLES, TRAINED, HELD_OUT = (0.7, 1.2), 4, 10, 10
+NOT_COMPARED = ("run.json", "config.json", "stages.json")
 
 
 def prompts(path: Path, rows: int, first: int = 0) -> Path:
@@ -245,9 +246,7 @@ def test_killed_in_each_stage(inputs: Path, whole: Path, tmp_path: Path, capsys:
 
     names = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     compared = [name for name in names if name.suffix in (".jsonl", ".png", ".json", ".safetensors")]
-    compared = [
-        name for name in compared if "sft" not in name.parts[:-1] and name.name not in ("run.json", "config.json")
-    ]
+    compared = [name for name in compared if "sft" not in name.parts[:-1] and name.name not in NOT_COMPARED]
     assert len(compared) > 25
     for name in compared:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
