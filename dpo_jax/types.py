@@ -6,6 +6,7 @@ H heads, G key/value heads, C channels of a head, F feed-forward width, V vocabu
 """
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
@@ -47,6 +48,16 @@ class PreferenceBatch:
     margins: jax.Array | None = None
     ranks: jax.Array | None = None
     labels: dict[str, jax.Array] | None = None
+
+    @property
+    def present(self) -> jax.Array:
+        """bool [B, K]: responses that are there, in rows that count."""
+        return (self.response_lengths > 0) & (self.weights > 0)[:, None]
+
+    @property
+    def response_mask(self) -> jax.Array:
+        """bool [B, K, R]: which response tokens are real."""
+        return jnp.arange(self.responses.shape[2]) < self.response_lengths[..., None]
 
 
 @struct.dataclass
@@ -107,6 +118,12 @@ class Rollout:
     kl_coefficient: jax.Array
     weights: jax.Array
     rows: jax.Array
+
+    @property
+    def response_mask(self) -> jax.Array:
+        """bool [B, R]: real tokens of real rows."""
+        real = jnp.arange(self.responses.shape[1]) < self.response_lengths[:, None]
+        return real & (self.weights > 0)[:, None]
 
     @property
     def groups(self) -> PreferenceBatch:

@@ -175,12 +175,6 @@ def next_kl_coefficient(
     return jnp.asarray(kl_coefficient * (1 + error * responses / horizon), jnp.float32)
 
 
-def response_mask(rollout: Rollout) -> jax.Array:
-    """bool [B, R]: real tokens of real rows."""
-    real = jnp.arange(rollout.responses.shape[1]) < rollout.response_lengths[:, None]
-    return real & (rollout.weights > 0)[:, None]
-
-
 # ---------------------------------------------------------------- the reward stage
 
 
@@ -225,7 +219,7 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
     """
     if rollout.responses.shape[0] % config.group:
         raise InputError(f"a rollout of {rollout.responses.shape[0]} rows is not made of groups of {config.group}")
-    mask, scores = response_mask(rollout), _shaped_scores(rollout, config)
+    mask, scores = rollout.response_mask, _shaped_scores(rollout, config)
     logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
     beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
     kl = kl_estimate(logps, reference)

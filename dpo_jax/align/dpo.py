@@ -20,18 +20,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from dpo_jax import masked
-from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import figures, microbatches
+from dpo_jax.align import figures, microbatches, update
 from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model.groups import response_logps, response_mask
+from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch
@@ -146,7 +143,7 @@ def _scored(batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
         return None
     if batch.format_masks is None:
         raise InputError("mask_format_tokens needs batches with format_masks (data made with format masks)")
-    return response_mask(batch) & ~batch.format_masks
+    return batch.response_mask & ~batch.format_masks
 
 
 def _lengths(batch: PreferenceBatch, config: DPOConfig) -> jax.Array:
@@ -175,11 +172,6 @@ def reference_logps(
     return _sums(apply_fn, variables, batch, config)[0]
 
 
-def _present(batch: PreferenceBatch) -> jax.Array:
-    """bool [B, K]: responses that are there, in rows that count."""
-    return (batch.response_lengths > 0) & (batch.weights > 0)[:, None]
-
-
 def _reference(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
     """[B, K] summed log-probabilities under the reference policy, no gradient; None where the loss has none."""
     if config.reference_free:
@@ -199,22 +191,16 @@ def _reference(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> 
         else:
             raise InputError('reference "live": the state holds no reference policy; make it with this config')
         sums = reference_logps(state.apply_fn, {"params": params}, batch, config=config)
-    return jax.lax.stop_gradient(masked.select(sums, _present(batch)))
+    return jax.lax.stop_gradient(masked.select(sums, batch.present))
 
 
 # ---------------------------------------------------------------- the loss of each row
 
 
-def _row_values(
-    apply_fn: Callable[..., Any],
-    variables: Any,
-    batch: PreferenceBatch,
-    reference: jax.Array | None,
-    whole: _Whole,
-    config: DPOConfig,
-) -> _Rows:
+def _row_values(state: TrainState, variables: Any, batch: PreferenceBatch, whole: _Whole, config: DPOConfig) -> _Rows:
     """Loss, log-probabilities and rewards of the rows of a (micro-)batch of pairs."""
-    sums, sums_of_all = _sums(apply_fn, variables, batch, config)
+    reference = _reference(state, batch, config)
+    sums, sums_of_all = _sums(state.apply_fn, variables, batch, config)
     lengths = _lengths(batch, config)
     nll = -sums_of_all[:, CHOSEN]
     loss = preference_loss(
@@ -255,7 +241,7 @@ def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> t
     Scalars, no gradient. Without any the estimate is the least that a divergence can be, 0.
     """
     mismatched = _responses(batch, MISMATCHED, max(batch.responses.shape[1], MISMATCHED + 1))
-    present = _present(mismatched)
+    present = mismatched.present
     count = jnp.sum(present.astype(jnp.float32))
 
     def log_ratio(rows: PreferenceBatch) -> jax.Array:
@@ -265,22 +251,6 @@ def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> t
 
     ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, config.accumulate))
     return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
-
-
-def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config: DPOConfig) -> tuple[Any, _Rows]:
-    """∂L/∂trainable, and the rows, summed over the micro-batches."""
-
-    def part(rows_of: PreferenceBatch) -> tuple[Any, _Rows]:
-        reference = _reference(state, rows_of, config)
-
-        def objective(trainable: Any) -> tuple[jax.Array, _Rows]:
-            variables = dataclasses.replace(state, trainable=trainable).variables
-            rows = _row_values(state.apply_fn, variables, rows_of, reference, whole, config)
-            return jnp.sum(rows_of.weights * rows.loss) / whole.weight, rows
-
-        return jax.grad(objective, has_aux=True)(state.trainable)
-
-    return microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
 
 
 # ---------------------------------------------------------------- the step
@@ -316,31 +286,22 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     """
     pairs = _responses(batch, CHOSEN, REJECTED + 1)
     whole = _whole(state, batch, pairs, config)
-    gradients, rows = _gradients(state, pairs, whole, config)
-    loss = jnp.sum(pairs.weights * rows.loss) / whole.weight
-    grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_state = state.apply_gradients(gradients, finite=finite)
-    metrics = {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": states.learning_rate_schedule(config.optimizer)(state.step),
-        **_row_metrics(pairs, rows, whole, config),
-    }
-    return new_state, metrics
+
+    def values(variables: Any, part: PreferenceBatch) -> _Rows:
+        return _row_values(state, variables, part, whole, config)
+
+    def share(part: PreferenceBatch, rows: _Rows) -> jax.Array:
+        return jnp.sum(part.weights * rows.loss) / whole.weight
+
+    new_state, rows, metrics = update.descend(state, pairs, values, share, config)
+    return new_state, metrics | _row_metrics(pairs, rows, whole, config)
 
 
 def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPOConfig) -> Metrics:
-    present = _present(batch)
-    counted = batch.weights > 0
+    present = batch.present
     wins = rows.rewards[:, CHOSEN] > rows.rewards[:, REJECTED]
-    tokens = batch.prompt_lengths + jnp.sum(batch.response_lengths, axis=1)
-    bad = counted & ~(jnp.isfinite(rows.loss) & jnp.all(jnp.isfinite(rows.policy), axis=1))
-    metrics = {
-        "tokens": masked.total(tokens.astype(jnp.float32), counted),
-        "rows/nonfinite": jnp.where(bad, batch.rows, -1),
-        **figures.mean("rewards/accuracies", wins, jnp.all(present, axis=1)),
-    }
+    metrics = update.of_batch(batch, rows.loss, rows.policy)
+    metrics |= figures.mean("rewards/accuracies", wins, jnp.all(present, axis=1))
     for name, values in (("rewards", rows.rewards), ("logps", rows.policy), ("lengths", batch.response_lengths)):
         for side, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
             metrics |= figures.mean(f"{name}/{side}", values[:, k], present[:, k])
@@ -358,12 +319,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
     return metrics
 
 
-def jit_train_step(config: DPOConfig, mesh: Mesh) -> meshes.ShardedStep:
-    """`train_step` jitted for `mesh`: `step(state, batch) -> (state, metrics)`. The state is donated.
-
-    Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the devices.
-    """
-    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+jit_train_step = update.jit_train(train_step)
 
 
 def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -> Metrics:
@@ -377,9 +333,8 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     """
     config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
     pairs = _responses(batch, CHOSEN, REJECTED + 1)
-    reference = _reference(state, pairs, config)
     whole = _whole(state, batch, pairs, config)
-    rows = _row_values(state.apply_fn, state.variables, pairs, reference, whole, config)
+    rows = _row_values(state, state.variables, pairs, whole, config)
     return {
         "loss": rows.loss,
         "rewards/chosen": rows.rewards[:, CHOSEN],
@@ -392,6 +347,4 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     }
 
 
-def jit_eval_step(config: DPOConfig, mesh: Mesh) -> Callable[[TrainState, PreferenceBatch], Metrics]:
-    """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
-    return meshes.jit_replicated(partial(eval_step, config=config), mesh)
+jit_eval_step = update.jit_eval(eval_step)

@@ -19,20 +19,18 @@ The value model is one of
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from dpo_jax import masked
 from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import microbatches
+from dpo_jax.align import microbatches, update
 from dpo_jax.align.advantages import (
     Targets,
     gae,
@@ -40,7 +38,6 @@ from dpo_jax.align.advantages import (
     kl_term,
     learning_targets,
     ratio_of,
-    response_mask,
     token_rewards,
 )
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
@@ -55,7 +52,6 @@ from dpo_jax.types import Rollout
 __all__ = [
     "gae",
     "init_state",
-    "jit_measure",
     "jit_train_step",
     "kl_estimate",
     "measure",
@@ -165,7 +161,8 @@ class _Predictions:
     values: jax.Array | None
 
 
-def _policy(variables: Mapping[str, Any]) -> dict[str, Any]:
+def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy's own collections, without value model and heads."""
     return {name: variables[name] for name in ("params", "adapters") if name in variables}
 
 
@@ -179,7 +176,7 @@ def _values(
     of_policy, own = kind != "separate", variables.get(VALUE, variables)
     if not of_policy or states is None:
         # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
-        trunk = _policy(variables) if of_policy else _policy({"params": variables.get("params"), **own})
+        trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
         states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
     states = jax.lax.stop_gradient(states) if kind == "stopped" else states
     return heads.apply(own, VALUE, states)[:, 0, :, 0]
@@ -189,7 +186,7 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
     variables = dataclasses.replace(state, trainable=trainable).variables
     out = response_predictions(
         state.apply_fn,
-        _policy(variables),
+        policy_of(variables),
         rollout.groups,
         layout="separate",  # with one response there is nothing to share, and every kernel runs whole sequences
         temperature=config.temperature,
@@ -203,19 +200,8 @@ def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollou
     """The rollout with `values`, as the value model gives them now: what a rollout stores when it is sampled."""
     values = _values(state, state.variables, rollout, None, config)
     if values is not None:
-        rollout = dataclasses.replace(rollout, values=masked.select(values, response_mask(rollout)))
+        rollout = dataclasses.replace(rollout, values=masked.select(values, rollout.response_mask))
     return rollout
-
-
-def jit_measure(config: PPOConfig, mesh: Mesh) -> Callable[[TrainState, Rollout], Rollout]:
-    """`measure` jitted for `mesh`."""
-    jitted = jax.jit(partial(measure, config=config))
-
-    def call(state: TrainState, rollout: Rollout) -> Rollout:
-        with jax.set_mesh(mesh):
-            return jitted(state, rollout)
-
-    return call
 
 
 # ---------------------------------------------------------------- the step
@@ -297,7 +283,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.passes)]
     lr = states.learning_rate_schedule(config.optimizer)(state.step)
 
-    def update(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
+    def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry
         part, aims = _rows((rollout, targets), rows)
         tokens = jnp.sum(aims.mask.astype(jnp.float32))
@@ -319,7 +305,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
     bad = jnp.any(nonfinite(rollout, targets.mask))
     start = (state.trainable, state.opt_state, bad)
-    (trainable, opt_state, _), updates = jax.lax.scan(update, start, jnp.concatenate(orders))
+    (trainable, opt_state, _), updates = jax.lax.scan(one, start, jnp.concatenate(orders))
     finite = ~bad & jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
     new_state = dataclasses.replace(state, step=state.step + finite, trainable=trainable, opt_state=opt_state)
     return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates)}
@@ -330,6 +316,4 @@ def _rows(tree: Any, rows: jax.Array) -> Any:
     return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
 
 
-def jit_train_step(config: PPOConfig, mesh: Mesh) -> meshes.ShardedStep:
-    """`train_step` jitted for `mesh`: `step(state, rollout) -> (state, metrics)`. The state is donated."""
-    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+jit_train_step = update.jit_train(train_step)

@@ -28,21 +28,16 @@ recall of unsafe responses 73.0 -> 90.4). The paper does not print it; here it i
 (`align/sampled_softmax.py`); evaluation is exact.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from dpo_jax import masked
-from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import figures, microbatches, sampled_softmax
+from dpo_jax.align import figures, sampled_softmax, update
 from dpo_jax.align.comparisons import centering, multi_class_loss, multi_label_loss, pair_mask, ranking_loss
 from dpo_jax.config import ClassHead, RewardConfig
 from dpo_jax.errors import InputError
@@ -145,11 +140,6 @@ class _Rows:
     predicted: dict[str, jax.Array]
 
 
-def _present(batch: PreferenceBatch) -> jax.Array:
-    """bool [B, K]: responses that are there, in rows that count."""
-    return (batch.response_lengths > 0) & (batch.weights > 0)[:, None]
-
-
 def _pairs(batch: PreferenceBatch, config: RewardConfig) -> jax.Array:
     """bool [B, K, K]."""
     k = batch.responses.shape[1]
@@ -168,7 +158,7 @@ def _labels(batch: PreferenceBatch, head: ClassHead) -> jax.Array:
     """int32 [B, K] or int8 [B, K, C]; -1 at absent responses and filler rows."""
     if batch.labels is None or head.name not in batch.labels:
         raise InputError(f"head '{head.name}': the batch has no labels for it; rows give them in the column 'labels'")
-    labels, present = batch.labels[head.name], _present(batch)
+    labels, present = batch.labels[head.name], batch.present
     return jnp.where(present[..., None] if head.overlapping else present, labels, -1)
 
 
@@ -206,7 +196,7 @@ def _row_values(
         if batch.margins.ndim == 1:
             margin = masked.select(batch.margins, batch.weights > 0)[:, None, None]
         else:
-            marks = masked.select(batch.margins, _present(batch))
+            marks = masked.select(batch.margins, batch.present)
             margin = marks[:, :, None] - marks[:, None, :]
     ranking = mean(ranking_loss(w, l, margin))
     loss = ranking
@@ -249,20 +239,6 @@ def _row_values(
     )
 
 
-def _gradients(state: TrainState, batch: PreferenceBatch, whole: _Whole, config: RewardConfig) -> tuple[Any, _Rows]:
-    """∂L/∂trainable, and the rows, summed over the micro-batches."""
-
-    def part(rows_of: PreferenceBatch) -> tuple[Any, _Rows]:
-        def objective(trainable: Any) -> tuple[jax.Array, _Rows]:
-            variables = dataclasses.replace(state, trainable=trainable).variables
-            rows = _row_values(state.apply_fn, variables, rows_of, whole, config)
-            return jnp.sum(rows_of.weights * rows.loss) / whole.weight, rows
-
-        return jax.grad(objective, has_aux=True)(state.trainable)
-
-    return microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
-
-
 # ---------------------------------------------------------------- the step
 
 
@@ -292,25 +268,20 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfi
       InputError: the batch lacks what `config` asks for (at trace time).
     """
     whole = _whole(batch, config, state.step)
-    gradients, rows = _gradients(state, batch, whole, config)
-    loss = jnp.sum(batch.weights * rows.loss) / whole.weight
-    grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_state = state.apply_gradients(gradients, finite=finite)
-    metrics = {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": states.learning_rate_schedule(config.optimizer)(state.step),
-        **_row_metrics(batch, rows, whole, config),
-    }
-    return new_state, metrics
+
+    def values(variables: Any, part: PreferenceBatch) -> _Rows:
+        return _row_values(state.apply_fn, variables, part, whole, config)
+
+    def share(part: PreferenceBatch, rows: _Rows) -> jax.Array:
+        return jnp.sum(part.weights * rows.loss) / whole.weight
+
+    new_state, rows, metrics = update.descend(state, batch, values, share, config)
+    return new_state, metrics | _row_metrics(batch, rows, whole, config)
 
 
 def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: RewardConfig) -> Metrics:
-    present, compared, counted = _present(batch), _compared(batch, config), batch.weights > 0
+    present, compared, counted = batch.present, _compared(batch, config), batch.weights > 0
     lengths = batch.response_lengths.astype(jnp.float32)
-    tokens = batch.prompt_lengths + jnp.sum(batch.response_lengths, axis=1)
-    bad = counted & ~(jnp.isfinite(rows.loss) & jnp.all(jnp.isfinite(rows.scores), axis=1))
     chosen, rejected = masked.mean(rows.chosen, compared), masked.mean(rows.rejected, compared)
     accuracy = masked.mean(rows.wins, compared)
     metrics = {
@@ -326,8 +297,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: Rew
         "rewards/margins": chosen - rejected,
         "lengths/chosen": masked.mean(lengths[:, 0], present[:, 0]),
         "lengths/rejected": masked.mean(lengths[:, 1:], present[:, 1:]),
-        "tokens": masked.total(tokens.astype(jnp.float32), counted),
-        "rows/nonfinite": jnp.where(bad, batch.rows, -1),
+        **update.of_batch(batch, rows.loss, rows.scores),
     }
     for name, count in whole.labelled.items():
         metrics |= figures.figure(f"{name}/loss", masked.total(rows.auxiliary[name], counted) / count, count)
@@ -335,12 +305,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: Rew
     return metrics
 
 
-def jit_train_step(config: RewardConfig, mesh: Mesh) -> meshes.ShardedStep:
-    """`train_step` jitted for `mesh`: `step(state, batch) -> (state, metrics)`. The state is donated.
-
-    Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the devices.
-    """
-    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+jit_train_step = update.jit_train(train_step)
 
 
 def eval_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfig) -> Metrics:
@@ -364,6 +329,4 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfig
     }
 
 
-def jit_eval_step(config: RewardConfig, mesh: Mesh) -> Callable[[TrainState, PreferenceBatch], Metrics]:
-    """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
-    return meshes.jit_replicated(partial(eval_step, config=config), mesh)
+jit_eval_step = update.jit_eval(eval_step)

@@ -14,21 +14,16 @@ With `config.loss == "sampled"` log p is estimated from a sample of the vocabula
 anew in each step; `eval_step` is always exact.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from dpo_jax import masked
-from dpo_jax import mesh as meshes
 from dpo_jax import state as states
-from dpo_jax.align import microbatches
+from dpo_jax.align import update
 from dpo_jax.align.sampled_softmax import Negatives, draw, sampled_logps
 from dpo_jax.config import SFTConfig
 from dpo_jax.errors import InputError
@@ -147,42 +142,28 @@ def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tu
     negatives = _draw(state, config)
     count = jnp.sum(_target_tokens(batch))
 
-    def part(windows: TokenBatch) -> tuple[Any, _Windows]:
-        def objective(trainable: Any) -> tuple[jax.Array, _Windows]:
-            variables = dataclasses.replace(state, trainable=trainable).variables
-            values = _window_values(state.apply_fn, variables, windows, negatives, config)
-            return jnp.sum(values.nll) / count, values
+    def values(variables: Any, windows: TokenBatch) -> _Windows:
+        return _window_values(state.apply_fn, variables, windows, negatives, config)
 
-        return jax.grad(objective, has_aux=True)(state.trainable)
+    def share(_: TokenBatch, found: _Windows) -> jax.Array:
+        return jnp.sum(found.nll) / count
 
-    gradients, values = microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
-    loss = jnp.sum(values.nll) / count
-    grad_norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    new_state = state.apply_gradients(gradients, finite=finite)
+    new_state, found, metrics = update.descend(state, batch, values, share, config)
     tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
-    bad = ~jnp.isfinite(values.nll) | (count == 0)
-    metrics = {
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": states.learning_rate_schedule(config.optimizer)(state.step),
+    bad = ~jnp.isfinite(found.nll) | (count == 0)
+    metrics |= {
         "tokens": tokens,
         "target_tokens": count,
         "padding": 1 - tokens / batch.tokens.size,
         "rows/nonfinite": jnp.where(bad[:, None], batch.rows, -1),
     }
-    if values.correct is not None and values.entropy is not None:
-        metrics["mean_token_accuracy"] = jnp.sum(values.correct) / count
-        metrics["entropy"] = jnp.sum(values.entropy) / count
+    if found.correct is not None and found.entropy is not None:
+        metrics["mean_token_accuracy"] = jnp.sum(found.correct) / count
+        metrics["entropy"] = jnp.sum(found.entropy) / count
     return new_state, metrics
 
 
-def jit_train_step(config: SFTConfig, mesh: Mesh) -> meshes.ShardedStep:
-    """`train_step` jitted for `mesh`: `step(state, batch) -> (state, metrics)`. The state is donated.
-
-    Batches of host arrays go through `mesh.put_batch` first, which splits their windows over the devices.
-    """
-    return meshes.ShardedStep(partial(train_step, config=config), mesh)
+jit_train_step = update.jit_train(train_step)
 
 
 def eval_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> Metrics:
@@ -204,6 +185,4 @@ def eval_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> Met
     }
 
 
-def jit_eval_step(config: SFTConfig, mesh: Mesh) -> Callable[[TrainState, TokenBatch], Metrics]:
-    """`eval_step` jitted for `mesh`; every process gets the whole result. The state stays as it is."""
-    return meshes.jit_replicated(partial(eval_step, config=config), mesh)
+jit_eval_step = update.jit_eval(eval_step)

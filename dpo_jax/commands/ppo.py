@@ -27,7 +27,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.flops import ModelFlops, ppo_flops
-from dpo_jax.train.rollouts import Rollouts, Scorer, policy_of
+from dpo_jax.train.rollouts import Rollouts, Scorer
 from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
@@ -76,7 +76,7 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- weights: policy, reference, value model
     model, variables = training.load_model()
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
-    starting = {"params": variables["params"]} if config.lora.rank else policy_of(variables)
+    starting = {"params": variables["params"]} if config.lora.rank else ppo.policy_of(variables)
     identity = {
         "the starting model": fingerprint(starting),
         "the prompts": data.fingerprint,
@@ -91,7 +91,7 @@ def train(config: PPORun) -> Path:
         identity["the value model"] = fingerprint(value)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
     training.say(flops.describe())
-    state = ppo.init_state(model, policy_of(variables), step_config, value=value)
+    state = ppo.init_state(model, ppo.policy_of(variables), step_config, value=value)
     del variables, starting, value
 
     # -------------------------------------------------------------- training
@@ -123,7 +123,7 @@ def train(config: PPORun) -> Path:
     training.say(told)
     return training.finish(
         model,
-        policy_of(final.variables),
+        ppo.policy_of(final.variables),
         tokenizer,
         title="PPO run",
         summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"

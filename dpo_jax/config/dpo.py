@@ -13,7 +13,7 @@ Loss = Literal["sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "
 
 @dataclass(frozen=True)
 class DPOLossConfig(Options):
-    """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/dpo.py`."""
+    """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/losses.py`."""
 
     loss: Loss = "sigmoid"
     """sigmoid (DPO; cDPO with label_smoothing), robust, hinge, ipo, ipo_sum, sigmoid_norm, simpo, orpo, kto, dpop."""

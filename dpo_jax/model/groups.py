@@ -22,11 +22,6 @@ from dpo_jax.model.logprobs import token_logps, token_logps_and_entropy
 from dpo_jax.types import PreferenceBatch
 
 
-def response_mask(batch: PreferenceBatch) -> jax.Array:
-    """bool [B, K, R]: which response tokens are real."""
-    return jnp.arange(batch.responses.shape[2]) < batch.response_lengths[..., None]
-
-
 @dataclass(frozen=True)
 class _Sequences:
     """A batch laid out as sequences, and where its responses stand in them.
@@ -53,7 +48,7 @@ def _shared(batch: PreferenceBatch) -> _Sequences:
     tokens = jnp.concatenate([batch.prompts, batch.responses.reshape(b, k * r)], axis=1)
     at_prompt = jnp.broadcast_to(jnp.arange(p), (b, p))
     at_response = jnp.tile(lengths + jnp.arange(r), (1, k))
-    real = jnp.concatenate([at_prompt < lengths, response_mask(batch).reshape(b, k * r)], axis=1)
+    real = jnp.concatenate([at_prompt < lengths, batch.response_mask.reshape(b, k * r)], axis=1)
     positions = jnp.concatenate([at_prompt, at_response], axis=1)
 
     def predicting(hidden: jax.Array) -> jax.Array:
@@ -136,7 +131,7 @@ def response_logps(
       head_budget_bytes: see `logprobs.token_logps`.
     """
     b, k, r = batch.responses.shape
-    mask = response_mask(batch)
+    mask = batch.response_mask
     hidden = predicting_states(apply_fn, variables, batch, layout=layout).reshape(b * k, r, -1)
     unembedding = apply_fn(variables, method="unembedding")
     targets = _clean(batch.responses, mask).reshape(b * k, r)
@@ -183,7 +178,7 @@ def response_predictions(
 ) -> ResponsePredictions:
     """`response_logps` with the entropies and the states, from one forward pass. Arguments as there."""
     b, k, r = batch.responses.shape
-    mask = response_mask(batch)
+    mask = batch.response_mask
     states = predicting_states(apply_fn, variables, batch, layout=layout)
     logps, entropy = token_logps_and_entropy(
         states.reshape(b * k, r, -1),

@@ -12,7 +12,7 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax import config
-from dpo_jax.config import MeshConfig, TrainingRun
+from dpo_jax.config import TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.files.folder import as_json
 from dpo_jax.model.architecture import LlamaConfig
@@ -61,12 +61,6 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def with_options(run: TrainingRun, *, mesh: MeshConfig | None = None, **train: Any) -> TrainingRun:
-    """The options with another mesh, and other options of the section `train`."""
-    changed = dataclasses.replace(run, train=dataclasses.replace(run.train, **train)) if train else run
-    return changed if mesh is None else dataclasses.replace(changed, mesh=mesh)
-
-
 def from_json(cls: Any, raw: dict[str, Any]) -> Any:
     """The dataclass whose `as_json` is `raw`."""
     hints = typing.get_type_hints(cls)
@@ -108,8 +102,8 @@ _SOURCES = (
     "commands/reward.py",
     "train/rollouts.py",
     "commands/sft.py",
-    "run/planner/h*.py",
-    "run/planner/programs*.py",
+    "plan/h*.py",
+    "plan/programs*.py",
     "plan/worker.py",
 )
 

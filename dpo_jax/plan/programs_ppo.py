@@ -22,7 +22,7 @@ from dpo_jax.plan import programs
 from dpo_jax.plan.programs import Lengths, Program
 from dpo_jax.sample import engine
 from dpo_jax.train.flops import ModelFlops, Work, preference_work
-from dpo_jax.train.rollouts import jit_measure, policy_of
+from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
 MULTIPLE = 8  # prompts of a rollout are padded to it, as `data/sets/prompts.py` does
@@ -81,7 +81,7 @@ def _sampler(
     def lower() -> Any:
         return engine.lower(
             model,
-            policy_of(state.variables),
+            ppo.policy_of(state.variables),
             rows=piece // config.group,
             prompt=lengths.prompt,
             config=dataclasses.replace(run.sample, max_new_tokens=lengths.response),

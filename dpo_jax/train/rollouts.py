@@ -167,7 +167,7 @@ class Rollouts:
     def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
         rows, group, config = len(batch.rows), self._config.group, self._sample
-        variables = policy_of(state.variables)
+        variables = ppo.policy_of(state.variables)
         key = jax.random.fold_in(self._key, batch.step)
         parts = []
         for first in range(0, rows, self._piece):
@@ -255,11 +255,6 @@ class Rollouts:
         self.kl_coefficient = float(
             next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)
         )
-
-
-def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The policy's own collections, without value model and heads."""
-    return {name: variables[name] for name in ("params", "adapters") if name in variables}
 
 
 def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:
