@@ -6,9 +6,10 @@ Three mesh axes:
   tensor  heads, feed-forward width and vocabulary are split within a layer.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -222,6 +223,18 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     return jax.tree.map(put, batch)
+
+
+def one_ahead(
+    compute: Callable[[Any], Any], batches: Iterable[tuple[np.ndarray, Any]], mesh: Mesh
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """(indices, what `compute` gives, on the host) of each (indices, batch of host arrays).
+
+    The devices are given a batch before the results of the one before are waited for, so that they always have work.
+    """
+    started = ((indices, compute(put_batch(mesh, batch))) for indices, batch in batches)
+    for (indices, values), _ in itertools.pairwise(itertools.chain(started, [(None, None)])):
+        yield np.asarray(indices), jax.device_get(values)
 
 
 class Replicated:

@@ -20,7 +20,7 @@ from dpo_jax.judge.reference import add_reference
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, dpo_flops
-from dpo_jax.train.heldout import evaluator
+from dpo_jax.train.heldout import of_policy
 from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
@@ -92,7 +92,7 @@ def train(config: DPORun) -> Path:
         dpo.jit_train_step(step_config, mesh),
         preference_loader(config, data, steps=planned.total_steps, epochs=None),
         identity=identity,
-        evaluate=None if heldout is None else evaluator(heldout, config=step_config, mesh=mesh, **evaluation),
+        evaluate=None if heldout is None else of_policy(heldout, config=step_config, mesh=mesh, **evaluation),
         flops_of=dpo_flops(flops, step_config),
     )
 

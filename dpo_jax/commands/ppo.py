@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPORun
 from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
-from dpo_jax.data.tokens import cuts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
@@ -24,7 +24,7 @@ from dpo_jax.judge.reward_functions import open_reward
 from dpo_jax.judge.reward_model import check_score
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.report import html
+from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.rollouts import Rollouts, Scorer
@@ -69,7 +69,15 @@ def train(config: PPORun) -> Path:
     scorer.try_out(data)
 
     # -------------------------------------------------------------- options that follow from the data
-    planned = _loader(config, data, **training.length)
+    loader = partial(
+        PromptLoader,
+        data,
+        batch_size=config.train.batch_size,
+        group=config.ppo.group,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+    planned = loader(**training.length)
     resolved = training.resolve(planned.total_steps)
     step_config = dataclasses.replace(resolved.step_config(), vocabulary=text_ids(tokenizer, architecture))
 
@@ -99,7 +107,7 @@ def train(config: PPORun) -> Path:
         model,
         tokenizer,
         data,
-        _loader(config, data, steps=planned.total_steps, epochs=None),
+        loader(steps=planned.total_steps, epochs=None),
         scorer,
         SampleLog(training.out / "samples.jsonl", writes=training.main),
         reference=reference,
@@ -128,7 +136,7 @@ def train(config: PPORun) -> Path:
         title="PPO run",
         summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"
         f" iterations ({config.ppo.advantage}). {told}",
-        sections=[samples_section(training.out / "samples.jsonl"), _prompts_section(data)] if training.main else [],
+        sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,
     )
 
@@ -172,18 +180,6 @@ def _scorer(config: PPORun, training: Training[PPORun]) -> Scorer:
     return Scorer(reward, config.reward, open_reward(config.safety_reward, config, **setting), config.safety_reward)
 
 
-def _loader(config: PPORun, data: PromptDataset, *, steps: int | None, epochs: float | None) -> PromptLoader:
-    return PromptLoader(
-        data,
-        batch_size=config.train.batch_size,
-        group=config.ppo.group,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        steps=steps,
-        epochs=epochs,
-    )
-
-
 def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
     """What the reference policy has in place of the trained weights, as copies: those are given to the first step."""
     if config.lora.rank:
@@ -192,10 +188,3 @@ def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
     dtype = jnp.dtype(config.train.kept_dtype)
     return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}
-
-
-def _prompts_section(data: PromptDataset) -> html.Section:
-    counts = [("rows read", data.rows_read), ("rows used", len(data)), *cuts.counts(data.cuts)]
-    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-    plot = html.lengths_plot("Lengths", {"prompt": data.ids.lengths})
-    return html.Section("Prompts", note=data.source, plots=(plot,), table=html.Table(("what", "rows"), counts))

@@ -14,7 +14,7 @@ from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
-from dpo_jax.train.heldout_rewards import evaluator
+from dpo_jax.train.heldout import of_reward_model
 from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
@@ -59,7 +59,7 @@ def train(config: RewardRun) -> Path:
     evaluate = None
     if heldout is not None:
         shapes = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
-        evaluate = evaluator(heldout, config=step_config, mesh=mesh, **shapes)
+        evaluate = of_reward_model(heldout, config=step_config, mesh=mesh, **shapes)
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),

@@ -8,10 +8,10 @@ from dpo_jax.config import SFTRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.train.flops import ModelFlops, sft_flops
-from dpo_jax.train.heldout_tokens import evaluator
+from dpo_jax.train.heldout import of_language_model
 from dpo_jax.train.session import Training, summaries
 from dpo_jax.train.sft_dialogues import Dialogues
-from dpo_jax.train.sft_texts import Texts
+from dpo_jax.train.sft_documents import Documents
 from dpo_jax.weights.fingerprint import fingerprint
 
 
@@ -29,7 +29,7 @@ def train(config: SFTRun) -> Path:
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    material = Texts if config.data.kind == "text" else Dialogues
+    material = Documents if config.data.kind == "text" else Dialogues
     data, heldout = material.load_both(config, tokenizer, architecture)
     for line in summaries(data, heldout):
         training.say(line)
@@ -55,7 +55,7 @@ def train(config: SFTRun) -> Path:
         sft.jit_train_step(step_config, mesh),
         data.loader(steps=planned.total_steps, epochs=None),
         identity=identity,
-        evaluate=None if windows is None else evaluator(windows, config=step_config, mesh=mesh),
+        evaluate=None if windows is None else of_language_model(windows, config=step_config, mesh=mesh),
         evaluate_first=True,
         flops_of=sft_flops(flops),
     )

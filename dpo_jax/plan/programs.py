@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, reward, sft
 from dpo_jax.config import DPORun, LoraConfig, PPORun, RewardRun, SFTRun, TrainingRun
-from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
@@ -105,15 +104,6 @@ def with_schedule(run: TrainingRun) -> TrainingRun:
     """The options with the length of the schedule filled in, as the data would."""
     total = run.optimizer.total_steps or run.train.steps or STEPS
     return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, total_steps=total))
-
-
-def check_batch(run: TrainingRun, mesh: Mesh) -> None:
-    parts = meshes.batch_parts(mesh) * run.train.accumulate
-    if run.train.batch_size % parts:
-        raise InputError(
-            f"--train.batch_size {run.train.batch_size} does not divide by {parts} (devices that split the batch x"
-            f" --train.accumulate); choose a multiple of {parts}"
-        )
 
 
 # ---------------------------------------------------------------- models

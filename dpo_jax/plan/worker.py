@@ -25,6 +25,7 @@ from dpo_jax.plan import programs, programs_ppo
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.hlo import read_traffic
 from dpo_jax.plan.jobs import Job
+from dpo_jax.train.session import check_batch
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([BKMGT])"
@@ -70,7 +71,7 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     """The program of a job. Raises `InputError` where sizes do not divide over the mesh."""
-    programs.check_batch(job.run, mesh)
+    check_batch(job.run, mesh)
     run = programs.with_schedule(job.run)
     if isinstance(run, PPORun):
         return programs_ppo.build(run, job.shape, mesh, lengths, job.program)

@@ -1,58 +1,95 @@
-"""Figures of a policy on held-out pairs, during training: the same names as in training."""
+"""Figures on held-out data during training, under the names of training: of policies, reward models, language models.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+Each of the three gives a function from a state to its figures on all of the data, for `loop.fit`.
+"""
 
-import jax
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.align import dpo
-from dpo_jax.config import DPOConfig
+from dpo_jax import mesh as meshes
+from dpo_jax.align import dpo, reward, sft
+from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.files.log import ProgressBar
-from dpo_jax.mesh import put_batch
+from dpo_jax.judge import reward_figures as reward_judgement
 from dpo_jax.processes import distributed
 from dpo_jax.state import TrainState
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.types import TokenBatch
+
+GROUPS = ("rating", "agreement", "source")
+"""Columns whose values get an accuracy of their own in the log."""
+Evaluator = Callable[[TrainState], dict[str, float]]
 
 
-def evaluator(
-    dataset: PreferenceDataset, *, config: DPOConfig, mesh: Mesh, batch_size: int, buckets: int
-) -> Callable[[TrainState], dict[str, float]]:
-    """A function from a state to its figures on the whole of `dataset`, for `loop.fit`.
+class Windows(Protocol):
+    """Batches that can be gone through again and again."""
 
-    Returns loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}; each is a mean over rows (not
-    over batches), of those rows that have the response.
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[TokenBatch]: ...
+
+
+def of_policy(dataset: PreferenceDataset, *, config: DPOConfig, mesh: Mesh, batch_size: int, buckets: int) -> Evaluator:
+    """loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}; each is a mean over rows (not over
+    batches), of those rows that have the response.
     """
     step = dpo.jit_eval_step(config, mesh)
+    return lambda state: policy_figures(_rows(partial(step, state), dataset, mesh, batch_size, buckets))
 
-    return lambda state: figures(rows_of(step, state, dataset, mesh=mesh, batch_size=batch_size, buckets=buckets))
+
+def of_reward_model(
+    dataset: PreferenceDataset, *, config: RewardConfig, mesh: Mesh, batch_size: int, buckets: int
+) -> Evaluator:
+    """loss, ranking_loss, accuracy, margin, mean_reward, rewards/{chosen,rejected,margins,accuracies};
+    accuracy/COLUMN/VALUE for each value of `GROUPS`; NAME/accuracy and NAME/recall/CLASS of auxiliary heads. All are
+    means over rows.
+    """
+    step = reward.jit_eval_step(config, mesh)
+    return lambda state: reward_figures(
+        _rows(partial(step, state), dataset, mesh, batch_size, buckets), dataset, config
+    )
 
 
-def rows_of(
-    step: Callable[[TrainState, PreferenceBatch], Mapping[str, jax.Array]],
-    state: TrainState,
-    dataset: PreferenceDataset,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    buckets: int,
+def of_language_model(windows: Windows, *, config: SFTConfig, mesh: Mesh) -> Evaluator:
+    """loss (nats a target token, always exact), perplexity (its exponential), mean_token_accuracy and entropy; means
+    over all target tokens, not over windows or batches.
+    """
+    step = sft.jit_eval_step(config, mesh)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        numbered = ((np.asarray([i]), batch) for i, batch in enumerate(windows))
+        for _, sums in _evaluated(partial(step, state), numbered, mesh, len(windows)):
+            for name, values in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(np.sum(values, dtype=np.float64))
+        return token_figures(totals)
+
+    return evaluate
+
+
+def _evaluated(
+    compute: Callable[[Any], Any], batches: Iterable[tuple[np.ndarray, Any]], mesh: Mesh, total: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """`mesh.one_ahead`, with a progress bar of `total` indices."""
+    done = 0
+    with ProgressBar("evaluation", total, shown=distributed.is_main(), transient=True) as bar:
+        for indices, values in meshes.one_ahead(compute, batches, mesh):
+            yield indices, values
+            done += int((indices >= 0).sum())
+            bar.update(done)
+
+
+def _rows(
+    compute: Callable[[Any], Any], dataset: PreferenceDataset, mesh: Mesh, batch_size: int, buckets: int
 ) -> dict[str, np.ndarray]:
     """What a jitted `eval_step` gives for every row of `dataset`: float64 [N, ...] each, in the order of the rows."""
-    parts: list[tuple[np.ndarray, Any]] = []
-    waiting: tuple[np.ndarray, Any] | None = None
-    with ProgressBar("evaluation", len(dataset), shown=distributed.is_main(), transient=True) as bar:
-        for indices, batch in eval_batches(dataset, batch_size, buckets):
-            running = (np.asarray(indices), step(state, put_batch(mesh, batch)))
-            if waiting is not None:  # one behind, so that the devices always have work
-                parts.append((waiting[0], jax.device_get(waiting[1])))
-                bar.update(sum(int((part[0] >= 0).sum()) for part in parts))
-            waiting = running
-        assert waiting is not None
-        parts.append((waiting[0], jax.device_get(waiting[1])))
-        bar.update(len(dataset))
+    parts = list(_evaluated(compute, eval_batches(dataset, batch_size, buckets), mesh, len(dataset)))
     order = np.argsort(np.concatenate([indices[indices >= 0] for indices, _ in parts]))
     return {
         name: np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])[order]
@@ -60,7 +97,10 @@ def rows_of(
     }
 
 
-def figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
+# ---------------------------------------------------------------- figures
+
+
+def policy_figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Means of the per-row arrays [N] that `dpo.eval_step` gives."""
     chosen, rejected = rows["lengths/chosen"] > 0, rows["lengths/rejected"] > 0
     pairs = chosen & rejected
@@ -75,3 +115,35 @@ def figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
     if pairs.any():
         found["rewards/accuracies"] = float(wins[pairs].mean())
     return found
+
+
+def reward_figures(rows: dict[str, np.ndarray], dataset: PreferenceDataset, config: RewardConfig) -> dict[str, float]:
+    """Means of what `reward.eval_step` gives for every row, in the order of the data set."""
+    found = {name: float(rows[name].mean()) for name in ("loss", "ranking_loss", "accuracy")}
+    found |= {name: float(rows[name].mean()) for name in ("rewards/chosen", "rewards/rejected")}
+    found["margin"] = found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    found["rewards/accuracies"] = found["accuracy"]
+    found["mean_reward"] = float(rows["scores"][dataset.response_lengths > 0].mean())
+    groups = {name: dataset.extras[name] for name in GROUPS if name in dataset.extras}
+    tables = reward_judgement.tables(rows["scores"], dataset.response_lengths, dataset.ranks, groups)
+    for column, table in tables.items():
+        for group in table:
+            found[f"accuracy/{column}/{reward_judgement.metric_name(group['value'])}"] = group["accuracy"]
+    for head in config.heads:
+        assert dataset.labels is not None, "the data were loaded for these heads"
+        of_head = reward_judgement.head_figures(rows[f"{head.name}/predicted"], dataset.labels[head.name], head.classes)
+        found |= {f"{head.name}/{name}": value for name, value in of_head.items()}
+    return found
+
+
+def token_figures(totals: dict[str, float]) -> dict[str, float]:
+    """Means from the sums that `sft.eval_step` gives, added up over windows and batches."""
+    count = totals["target_tokens"]
+    loss = totals["nll"] / count
+    return {
+        "loss": loss,
+        # e^709 is the largest that a float holds; a model as bad as that is told by its loss.
+        "perplexity": math.exp(min(loss, 709.0)),
+        "mean_token_accuracy": totals["correct"] / count,
+        "entropy": totals["entropy"] / count,
+    }

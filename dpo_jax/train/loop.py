@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType, TracebackType
@@ -49,9 +49,18 @@ class Batch(Protocol):
 class Loader(Protocol):
     """Batches in order, and where in that order it stands."""
 
-    def __iter__(self) -> Iterable[Any]: ...
+    @property
+    def steps_per_epoch(self) -> float: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
     def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def summary(self) -> str: ...
+
+    def close(self) -> None: ...
 
 
 class Meter(Protocol):
@@ -86,7 +95,7 @@ class Outcome:
 def fit(
     state: TrainState,
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
-    loader: Any,
+    loader: Loader,
     *,
     plan: Plan,
     mesh: Mesh,
@@ -101,7 +110,7 @@ def fit(
     Args:
       state: donated.
       step: a jitted step, `mesh.ShardedStep`.
-      loader: a `Loader` that stands at the batch after `state.step`.
+      loader: stands at the batch after `state.step`.
       evaluate: figures of a state; logged as `eval_...` in the row of its step (before the first one: of step 0).
       meter: gives the figures of the devices' use for the row of each step.
       prepare: makes the step's batch of the loader's one and of the state before the step (PPO's rollout), and figures

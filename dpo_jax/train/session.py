@@ -8,7 +8,7 @@ A command asks for these in the order of a run:
     resolved = training.resolve(loader.total_steps)
     ...                                            # weights, state
     state = training.fit(state, step, loader, ...) # raises Stopped at a signal, all saved
-    training.finish(model, state, tokenizer, report=...)
+    training.finish(model, state.variables, tokenizer, title=..., summary=..., sections=...)
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from dpo_jax.processes import distributed
 from dpo_jax.report import html
 from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
-from dpo_jax.train.loop import Plan, fit
+from dpo_jax.train.loop import Loader, Plan, fit
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture, save_pretrained
@@ -77,7 +77,7 @@ class Training(Generic[Config]):
         distributed.initialize(config.distributed)
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        _check_batch(config, mesh)
+        check_batch(config, mesh)
         Electricity.of(list(mesh.devices.flat), config.energy)  # refuses options that would mean nothing
         main = distributed.is_main()
         folder = RunFolder(Path(config.out), command, as_json(config), writes=main)
@@ -176,7 +176,7 @@ class Training(Generic[Config]):
         self,
         state: TrainState,
         step: Callable[..., tuple[TrainState, Mapping[str, jax.Array]]],
-        loader: Any,
+        loader: Loader,
         *,
         identity: Mapping[str, str],
         evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
@@ -357,7 +357,8 @@ def _check_options(config: TrainingRun) -> None:
         raise InputError(f"--checkpoint.best {best}: give --eval_data and a metric of it, such as eval_loss")
 
 
-def _check_batch(config: TrainingRun, mesh: Mesh) -> None:
+def check_batch(config: TrainingRun, mesh: Mesh) -> None:
+    """Raise `InputError` where the batch does not divide over micro-batches and devices."""
     parts = batch_parts(mesh) * config.train.accumulate
     if config.train.batch_size % parts:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What `dpo-jax sft` learns from: dialogues, packed into windows or one in each. Of plain text: see `texts.py`."""
+"""What `dpo-jax sft` learns from: dialogues, packed into windows or one in each. Plain text: `sft_documents.py`."""
 
 from dataclasses import dataclass
 from typing import Any

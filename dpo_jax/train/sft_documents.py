@@ -14,7 +14,7 @@ from dpo_jax.report import html
 
 
 @dataclass(frozen=True)
-class Texts:
+class Documents:
     """The documents of `--data` or `--eval_data`.
 
     Attributes:
@@ -28,7 +28,9 @@ class Texts:
     weights: tuple[float | None, ...]
 
     @classmethod
-    def load(cls, config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig) -> "Texts":
+    def load(
+        cls, config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
+    ) -> "Documents":
         """Read and tokenise all sources that `words` names (see `text_windows.parse_sources`).
 
         Raises `InputError` for what cannot be read, and for windows longer than the model's context.
@@ -60,7 +62,7 @@ class Texts:
     @classmethod
     def load_both(
         cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
-    ) -> "tuple[Texts, Texts | None]":
+    ) -> "tuple[Documents, Documents | None]":
         """The documents of `--data`, and those of `--eval_data`."""
         data = cls.load(config, config.data.files, tokenizer, architecture)
         held = None if config.eval_data is None else cls.load(config, config.eval_data, tokenizer, architecture)
