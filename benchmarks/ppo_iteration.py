@@ -104,6 +104,8 @@ def write_model(options: argparse.Namespace) -> None:
 
 def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     """The parts of `commands/ppo.py`, and one turn of `train/loop.py`'s loop for each request."""
+    from functools import partial
+
     import jax
     import jax.numpy as jnp
 
@@ -115,7 +117,8 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax.data.sets.prompts import Prompt, PromptDataset, PromptLoader
     from dpo_jax.data.tokens.ragged import Ragged
     from dpo_jax.judge.reward_functions import OfText
-    from dpo_jax.train.rollouts import Rollouts, Scorer
+    from dpo_jax.judge.scores import scored
+    from dpo_jax.train.rollouts import Rollouts
 
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
     model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh, remat=options.remat)
@@ -149,7 +152,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         tokenizer,
         data,
         PromptLoader(data, batch_size=options.prompts, group=1, seed=0, steps=10**6),
-        Scorer(OfText("length", lambda text: len(text) / 100), "length"),
+        partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True),
         SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
         reference=reference,
         config=config,

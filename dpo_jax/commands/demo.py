@@ -40,7 +40,7 @@ from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge.continuations import Writer, make_pairs
-from dpo_jax.judge.reward_functions import Judge, OfText
+from dpo_jax.judge.reward_functions import OfText, Vader
 from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import per_prompt
 from dpo_jax.weights.pretrained import load_pretrained
@@ -143,7 +143,7 @@ class _Demo:
         model, variables = load_pretrained(source)
         encoder = ConversationEncoder(tokenizer, RAW)
         config = terminators(model, encoder, SampleConfig(self._size.new_tokens, temperature=TEMPERATURE))
-        judge = OfText("vader", Judge())
+        judge = OfText("vader", Vader())
         return Writer(model, tokenizer, encoder, config, self._size.batch_size, judge, "vader", column=SCORE), variables
 
     def _samples(self) -> Figures:

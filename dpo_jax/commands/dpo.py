@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dpo_jax.config import DPORun
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences, with_mismatched_responses
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reference import add_reference
+from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, dpo_flops
@@ -67,15 +68,13 @@ def train(config: DPORun) -> Path:
         judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
         if step_config.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
-            batches = planned.every_row()
-            data = add_reference(data, judge, judge_variables, config=step_config, mesh=mesh, batches=batches)
+            logps = partial(policy_logps, model=judge, variables=judge_variables, mesh=mesh)
+            label, batches = "reference log-probabilities", planned.every_row()
+            data = data.with_reference(logps(data, config=step_config, batches=batches, label=label))
             if heldout is not None:
-                label = "reference log-probabilities of the evaluation data"
-                batches = eval_batches(heldout, **evaluation)
+                label, batches = f"{label} of the evaluation data", eval_batches(heldout, **evaluation)
                 whole = dataclasses.replace(step_config, accumulate=1)
-                heldout = add_reference(
-                    heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
-                )
+                heldout = heldout.with_reference(logps(heldout, config=whole, batches=batches, label=label))
         elif config.reference is not None or "adapters" not in variables:
             dtype = jnp.dtype(config.train.kept_dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.
@@ -181,6 +180,3 @@ def _fixed_part(config: DPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
             " --dpo.reference cached, or merge them with dpo-jax convert first"
         )
     return dict(variables)
-
-
-# ---------------------------------------------------------------- report

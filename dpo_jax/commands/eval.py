@@ -24,7 +24,7 @@ from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge import preference_figures as judgement
 from dpo_jax.judge import reward_eval as evaluate_rewards
-from dpo_jax.judge.setting import Setting, check_output, load_data
+from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama

@@ -15,7 +15,7 @@ from dpo_jax.data.sets.sequences import load_dialogues
 from dpo_jax.data.sets.text_windows import parse_sources
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say
-from dpo_jax.judge.setting import load_data, load_vocabulary
+from dpo_jax.judge.loading import load_data, load_vocabulary
 from dpo_jax.types import CHOSEN, REJECTED
 
 STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}

@@ -7,7 +7,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import LogpsRun
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
-from dpo_jax.judge.setting import Setting, check_output, load_data
+from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.types import CHOSEN, REJECTED
 
 

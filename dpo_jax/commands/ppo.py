@@ -20,14 +20,14 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge.reward_functions import open_reward
 from dpo_jax.judge.reward_model import check_score
+from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.flops import ModelFlops, ppo_flops
-from dpo_jax.train.rollouts import Rollouts, Scorer
+from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
@@ -65,8 +65,10 @@ def train(config: PPORun) -> Path:
     )
     _check_context(config, data, architecture)
     training.say(data.summary())
-    scorer = _scorer(config, training)
-    scorer.try_out(data)
+    together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
+    judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
+    judges.try_out(data)
+    reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
     loader = partial(
@@ -88,7 +90,7 @@ def train(config: PPORun) -> Path:
     identity = {
         "the starting model": fingerprint(starting),
         "the prompts": data.fingerprint,
-        "the reward": scorer.identity,
+        "the reward": reward,
     }
     reference = _reference(config, variables)
     value = None
@@ -108,7 +110,7 @@ def train(config: PPORun) -> Path:
         tokenizer,
         data,
         loader(steps=planned.total_steps, epochs=None),
-        scorer,
+        judges,
         SampleLog(training.out / "samples.jsonl", writes=training.main),
         reference=reference,
         config=step_config,
@@ -169,15 +171,6 @@ def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
 
 
 # ---------------------------------------------------------------- parts
-
-
-def _scorer(config: PPORun, training: Training[PPORun]) -> Scorer:
-    size = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
-    setting: dict[str, Any] = {"mesh": training.mesh, "batch_size": size}
-    reward = open_reward(config.reward, config, **setting)
-    if config.safety_reward is None:
-        return Scorer(reward, config.reward)
-    return Scorer(reward, config.reward, open_reward(config.safety_reward, config, **setting), config.safety_reward)
 
 
 def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:

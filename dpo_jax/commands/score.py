@@ -15,8 +15,8 @@ from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.files.folder import as_json
 from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
-from dpo_jax.judge.setting import Setting, check_output, load_vocabulary
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import read_classes
 

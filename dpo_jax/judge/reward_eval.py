@@ -17,8 +17,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
 from dpo_jax.judge import reward_figures as reward_judgement
+from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
-from dpo_jax.judge.setting import Setting, check_output, load_vocabulary
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 

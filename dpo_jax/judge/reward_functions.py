@@ -72,7 +72,7 @@ class RewardFunction(Protocol):
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any: ...
 
 
-class Judge:
+class Vader:
     """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
 
     def __init__(self) -> None:
@@ -220,7 +220,7 @@ def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | 
     """
     kind, _, rest = judge.partition(":")
     if judge == "vader":
-        return OfText("vader", Judge())
+        return OfText("vader", Vader())
     if judge == "length":
         return OfText("length", lambda text: len(text) / 100)
     if kind == "regex":

@@ -1,8 +1,4 @@
-"""K responses to every prompt of a file, and their scores: two files, each made once, each resumable in the middle.
-
-What is drawn is a function of the weights, the prompts, the seed and the temperature. So a run that was killed ends
-with the files of a run that was not.
-"""
+"""The scores of responses: by one judge, or two combined as one; of a whole file, resumable in the middle."""
 
 import hashlib
 import json
@@ -16,7 +12,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.align import rewards
 from dpo_jax.complete.k_responses import write_once
-from dpo_jax.config import RejectionRun
+from dpo_jax.config import PPORun, RejectionRun
 from dpo_jax.data.sets.prompts import Prompt, PromptDataset
 from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar
@@ -27,18 +23,14 @@ SCORED = 512
 """Responses that are judged in one call; after each the scores are on the disk."""
 
 
-# ---------------------------------------------------------------- responses
-
-
-# ---------------------------------------------------------------- scores
-
-
 class Judges:
     """`--reward`, and `--safety_reward` where there is one; opened when first needed, given back by `close`."""
 
-    def __init__(self, config: RejectionRun, *, mesh: Mesh, batch_size: int):
-        """Raises `InputError` for a judge that cannot be opened, before the weights of one are read."""
-        self._config, self._setting = config, {"mesh": mesh, "batch_size": batch_size}
+    def __init__(self, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int, whiten: bool = False):
+        """`whiten`: see `scored`. Raises `InputError` for a judge that cannot be opened, before the weights of one are
+        read.
+        """
+        self._config, self._setting, self._whiten = config, {"mesh": mesh, "batch_size": batch_size}, whiten
         self._names = [name for name in (config.reward, config.safety_reward) if name is not None]
         checked = [check_reward(name, config) for name in self._names]
         self.described = [
@@ -71,18 +63,36 @@ class Judges:
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 [N], not all finite, and under their names those that they were combined from.
+        """Scores float32 [N], all finite under `whiten` only, and under their names those that they were combined from.
 
         `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
         """
-        found = [
-            scores_of(judge, prompts, responses, rows, name, finite=False)
-            for judge, name in zip(self._opened(), self._names, strict=True)
-        ]
-        if len(found) == 1:
-            return found[0], {}
-        both = np.asarray(rewards.combined(jnp.asarray(found[0]), jnp.asarray(found[1]), jnp.asarray(tagged)))
-        return both, dict(zip(("helpfulness", "safety"), found, strict=True))
+        return scored(self._opened(), self._names, prompts, responses, rows, tagged, whiten=self._whiten)
+
+
+def scored(
+    judges: Sequence[RewardFunction],
+    names: Sequence[str],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    rows: np.ndarray,
+    tagged: np.ndarray,
+    *,
+    whiten: bool,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `Judges` gives, of one judge or two, combined as Llama 2 did (`align/rewards.py`).
+
+    `whiten`: for PPO: two are standardised over these responses, and scores that are not finite refused.
+    """
+    found = [
+        scores_of(judge, prompts, responses, rows, name, finite=whiten)
+        for judge, name in zip(judges, names, strict=True)
+    ]
+    if len(found) == 1:
+        return found[0], {}
+    given = [jnp.asarray(x) for x in (*found, tagged)]
+    both = rewards.whitened(*given, jnp.ones(len(rows), bool)) if whiten else rewards.combined(*given)
+    return np.asarray(both), dict(zip(("helpfulness", "safety"), found, strict=True))
 
 
 def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges: Judges, *, label: str) -> list[Row]:

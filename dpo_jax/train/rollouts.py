@@ -7,12 +7,10 @@ data.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
@@ -20,61 +18,19 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import next_kl_coefficient
-from dpo_jax.align.rewards import whitened
 from dpo_jax.complete.responses import decode
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
-from dpo_jax.judge.reward_functions import RewardFunction, scores_of, try_out
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
 
+Scorer = Callable[[Sequence[Prompt], Sequence[str], np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
 _STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """The reward of a batch of texts: one judge, or two, combined as Llama 2 did (`align/rewards.py`).
-
-    Attributes:
-      reward, name: the judge and what the options call it.
-      safety, safety_name: the second judge, or None.
-    """
-
-    reward: RewardFunction
-    name: str
-    safety: RewardFunction | None = None
-    safety_name: str = ""
-
-    @property
-    def identity(self) -> str:
-        """Changes when a judge does."""
-        return self.reward.identity + ("" if self.safety is None else f" with {self.safety.identity}")
-
-    def try_out(self, data: PromptDataset) -> None:
-        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
-        try_out(self.reward, data.prompts, data.row_numbers, self.name)
-        if self.safety is not None:
-            try_out(self.safety, data.prompts, data.row_numbers, self.safety_name)
-
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 [N], and under their names those that they were combined from.
-
-        `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
-        """
-        scores = scores_of(self.reward, prompts, responses, rows, self.name)
-        if self.safety is None:
-            return scores, {}
-        safe = scores_of(self.safety, prompts, responses, rows, self.safety_name)
-        given = (jnp.asarray(x) for x in (scores, safe, tagged, np.ones(len(rows), bool)))
-        both = np.asarray(whitened(*given))
-        return both, {"helpfulness": scores, "safety": safe}
 
 
 class Rollouts:
@@ -100,7 +56,7 @@ class Rollouts:
         model: the policy.
         tokenizer: decodes what it writes.
         data, loader: the prompts, and their order.
-        scorer: the reward.
+        scorer: the reward, `judge.scores.Judges`.
         samples: where the texts are written down.
         reference: what the reference policy has in place of the trained weights: {"params": ...} under full
             fine-tuning, {"adapters": ...} or {} under LoRA.

@@ -24,7 +24,7 @@ def test_openings_are_many_neutral_and_differ():
     assert sorted(openings) == sorted(review_openings(1))
     assert openings != review_openings(1)
     assert demo.FULL.prompts + demo.FULL.unseen <= len(openings)
-    judge = demo.Judge()
+    judge = demo.Vader()
     assert np.abs([judge(text) for text in openings]).mean() < 0.2
 
 

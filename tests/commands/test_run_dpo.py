@@ -30,7 +30,7 @@ from dpo_jax.data.sets.dataset import load_preferences
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge.reference import cache_key
+from dpo_jax.judge.policy_logps import cache_key
 from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer

@@ -34,10 +34,10 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.reward_functions import OfText
+from dpo_jax.judge.scores import scored
 from dpo_jax.report.samples import read_rows
 from dpo_jax.sample import generate
 from dpo_jax.train import session as training
-from dpo_jax.train.rollouts import Scorer
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
@@ -290,9 +290,8 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         OfText(name, function)
         for name, function in (("helpful", lambda text: len(text)), ("safe", lambda text: -9.0 if "bad" in text else 9))
     ]
-    scorer = Scorer(judges[0], "helpful", judges[1], "safe")
     texts, tagged = ["abc", "bad", "abcd", "a"], np.asarray([False, False, True, False])
-    scores, parts = scorer([None] * 4, texts, np.arange(4), tagged)
+    scores, parts = scored(judges, ("helpful", "safe"), [None] * 4, texts, np.arange(4), tagged, whiten=True)
     chosen = np.asarray([3.0, -9, 9, 1])
     np.testing.assert_allclose(scores, (chosen - chosen.mean()) / chosen.std(ddof=1), rtol=1e-5)
     assert parts["helpfulness"].tolist() == [3, 3, 4, 1]

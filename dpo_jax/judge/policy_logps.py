@@ -1,6 +1,6 @@
-"""Reference log-probabilities of a whole data set: computed once before training, and kept on disk.
+"""Log-probabilities of a whole data set under a policy: computed once, and kept on disk.
 
-A cache file stands under a hash of all that decides the numbers: the weights and architecture of the reference, the
+A cache file stands under a hash of all that decides the numbers: the weights and architecture of the policy, the
 data set as encoded (which covers tokenizer, template and lengths), the tokens that count, and the dtype of the
 computation. The mesh and the batch size are not in it: they change a sum by rounding only.
 """
@@ -27,7 +27,7 @@ from dpo_jax.data.sets.loader import IndexedBatches
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.mesh import put_batch, replicated
+from dpo_jax.mesh import Replicated, jit_replicated, one_ahead
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.weights.fingerprint import fingerprint
@@ -37,32 +37,33 @@ SAVE_SECONDS = 60.0
 """An interrupted computation loses at most this much."""
 
 
-def add_reference(
+def policy_logps(
     dataset: PreferenceDataset,
     model: Llama,
     variables: Mapping[str, Any],
     *,
-    config: DPOConfig,
+    config: DPOConfig | None = None,
     mesh: Mesh,
     batches: IndexedBatches,
-    label: str = "reference log-probabilities",
-) -> PreferenceDataset:
-    """`dataset` with the summed log-probabilities [N, K] of its responses under the policy `variables`.
+    label: str,
+) -> np.ndarray:
+    """The summed log-probabilities of the responses of `dataset` under the policy `variables`: float32 [N, K], in nats.
 
     Those of the rows of `batches`; NaN for others, which a short run never sees. Read from the cache where they are
-    there, otherwise computed (with a progress bar) and cached. Every process calls this. Raises `InputError` where one
-    is not finite (the row is named), or the cache cannot be written.
+    there, otherwise computed (with a progress bar, called `label`) and cached. `config` says which tokens count (all,
+    by default) and into how many micro-batches to split. Every process calls this. Raises `InputError` where one is not
+    finite (the row is named), or the cache cannot be written.
     """
+    config = DPOConfig() if config is None else config
     key = cache_key(dataset, model, variables, config)
     path = cache_folder() / "reference" / f"{key}.npz"
-    shape = (len(dataset), dataset.responses_per_prompt)
-    known = _load(path, key, shape)
+    known = _load(path, key, (len(dataset), dataset.responses_per_prompt))
     if np.isnan(known[batches.rows]).any():
-        compute = _compute(model, variables, config, mesh)
+        compute = partial(_compute(model, config, mesh), variables)
         known = _fill(dataset, known, compute, path, key, mesh=mesh, batches=batches, label=label)
     elif distributed.is_main():
         say(f"{label}: {len(batches.rows):,} rows from the cache ({path})")
-    return dataset.with_reference(known)
+    return known
 
 
 def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, Any], config: DPOConfig) -> str:
@@ -105,20 +106,14 @@ def _save(path: Path, key: str, logps: np.ndarray) -> None:
         raise InputError(f"{error} (DPO_JAX_CACHE names the cache)") from error
 
 
-def _compute(model: Llama, variables: Mapping[str, Any], config: DPOConfig, mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """batch (on devices) -> [B, K], whole in every process."""
+def _compute(model: Llama, config: DPOConfig, mesh: Mesh) -> Replicated:
+    """(variables, batch on devices) -> [B, K], whole in every process."""
 
     def sums(variables: Any, batch: Any) -> jax.Array:
         part = partial(dpo.reference_logps, model.apply, variables, config=config)
         return microbatches.map_rows(part, batch, config.accumulate)
 
-    jitted = jax.jit(sums, out_shardings=replicated(mesh))
-
-    def compute(batch: Any) -> jax.Array:
-        with jax.set_mesh(mesh):
-            return jitted(variables, batch)
-
-    return compute
+    return jit_replicated(sums, mesh)
 
 
 def _fill(
@@ -132,44 +127,26 @@ def _fill(
     batches: IndexedBatches,
     label: str,
 ) -> np.ndarray:
-    """`known` with every NaN at a row of `batches` computed.
-
-    The host collects batch i - 1 while the devices compute batch i.
-    """
-    known = known.copy()
-    saved_at = time.monotonic()
-    pending: tuple[np.ndarray, jax.Array] | None = None
-
-    def collect() -> None:
-        assert pending is not None
-        indices, sums = pending
-        real = indices >= 0
-        values = np.asarray(jax.device_get(sums))[real]
-        for index, row in zip(indices[real], values, strict=True):
-            if not np.isfinite(row).all():
-                raise InputError(
-                    f"row {dataset.row_numbers[index]} of the data: its log-probability under the reference is {row};"
-                    " look at the row, or at the weights of the reference model"
-                )
-        known[indices[real]] = values
+    """`known` with every NaN at a row of `batches` computed."""
+    known, rows, saved_at = known.copy(), batches.rows, time.monotonic()
 
     def done() -> int:
         return int((~np.isnan(known[rows]).any(axis=1)).sum())
 
-    rows = batches.rows
+    missing = ((at, batch) for at, batch in batches if np.isnan(known[at[at >= 0]]).any())
     with ProgressBar(label, len(rows), done=done(), shown=distributed.is_main()) as bar:
-        for indices, batch in batches:
-            if not np.isnan(known[indices[indices >= 0]]).any():
-                continue
-            sums = compute(put_batch(mesh, batch))
-            if pending is not None:
-                collect()
-            pending = (np.asarray(indices), sums)
+        for indices, sums in one_ahead(compute, missing, mesh):
+            real = indices >= 0
+            for index, row in zip(indices[real], sums[real], strict=True):
+                if not np.isfinite(row).all():
+                    raise InputError(
+                        f"row {dataset.row_numbers[index]} of the data: its log-probability under the reference is"
+                        f" {row}; look at the row, or at the weights of the reference model"
+                    )
+            known[indices[real]] = sums[real]
             bar.update(done())
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 _save(path, key, known)
                 saved_at = time.monotonic()
-        collect()
-        bar.update(len(rows))
     _save(path, key, known)
     return known

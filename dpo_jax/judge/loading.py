@@ -1,4 +1,4 @@
-"""The log-probabilities that a model gives to the responses of a preference file: what `logps` and `eval` stand on."""
+"""What `eval`, `logps`, `score` and `inspect` load: devices, data, models; and what a model gives to the data."""
 
 import dataclasses
 import os
@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import AttentionKernel, DataConfig, DPOConfig, MeshConfig
+from dpo_jax.config import AttentionKernel, DataConfig, MeshConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.tokens.templates import check_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say, show_log
-from dpo_jax.judge.reference import add_reference
+from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
@@ -55,17 +55,8 @@ class Setting:
 
     def logps(self, model: Llama, variables: Any, dataset: PreferenceDataset, label: str) -> np.ndarray:
         """float64 [N, K] summed log-probabilities, in nats, in row order."""
-        scored = add_reference(
-            dataset,
-            model,
-            variables,
-            config=DPOConfig(),
-            mesh=self.mesh,
-            batches=eval_batches(dataset, self.batch_size, self.buckets),
-            label=label,
-        )
-        assert scored.reference_logps is not None
-        return scored.reference_logps.astype(np.float64)
+        batches = eval_batches(dataset, self.batch_size, self.buckets)
+        return policy_logps(dataset, model, variables, mesh=self.mesh, batches=batches, label=label).astype(np.float64)
 
 
 def load_vocabulary(model: str, data: DataConfig | None = None) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
