@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +67,18 @@ def train(config: DPORun) -> Path:
         judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
         if step_config.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
-            logps = partial(policy_logps, model=judge, variables=judge_variables, mesh=mesh)
             label, batches = "reference log-probabilities", planned.every_row()
-            data = data.with_reference(logps(data, config=step_config, batches=batches, label=label))
+            logps = policy_logps(
+                data, judge, judge_variables, config=step_config, mesh=mesh, batches=batches, label=label
+            )
+            data = data.with_reference(logps)
             if heldout is not None:
                 label, batches = f"{label} of the evaluation data", eval_batches(heldout, **evaluation)
                 whole = dataclasses.replace(step_config, accumulate=1)
-                heldout = heldout.with_reference(logps(heldout, config=whole, batches=batches, label=label))
+                logps = policy_logps(
+                    heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
+                )
+                heldout = heldout.with_reference(logps)
         elif config.reference is not None or "adapters" not in variables:
             dtype = jnp.dtype(config.train.kept_dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.

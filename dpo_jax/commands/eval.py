@@ -29,6 +29,7 @@ from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.report import text_health as texts
+from dpo_jax.report.statistics import kl_estimates
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.pretrained import read_architecture
 
@@ -43,7 +44,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     A reward model is judged by `evaluate_rewards.evaluate`. Of a language model:
 
     The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
-    `judgement.figures` and, with --samples, `judgement.kl_estimates` (where there is a reference and the answers are
+    `judgement.figures` and, with --samples, `statistics.kl_estimates` (where there is a reference and the answers are
     drawn: neither greedy nor beams); under `tables` the groups, and under `samples` the `TextHealth` of the answers and
     the share of them that end by themselves.
     """
@@ -75,7 +76,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         if written is not None:
             mask = np.arange(written.shape[1]) < np.array([len(answer.ids) for _, answer in answers])[:, None]
             under = _answer_logps(setting, model, variables, answers, run.sample.temperature)
-            kl = judgement.kl_estimates(written, under, mask)
+            kl = kl_estimates(written, under, mask)
 
     lengths = dataset.response_lengths
     result = {

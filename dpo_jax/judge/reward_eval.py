@@ -21,6 +21,7 @@ from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
+from dpo_jax.report.statistics import correlation, ranked
 
 
 def evaluate(run: EvalRun) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _beside_scores(data: PreferenceDataset, scores: np.ndarray) -> dict[str, flo
         return {}
     margins = scores[at, 0] - scores[at, 1]
     given = np.asarray([gaps[i] for i in at], np.float64)
-    correlated = reward_judgement.correlation(reward_judgement.ranked(margins), reward_judgement.ranked(given))
+    correlated = correlation(ranked(margins), ranked(given))
     return {"eval_score_gap_correlation": correlated}
 
 

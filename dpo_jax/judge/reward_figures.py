@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.report.statistics import auc, correlation, ranked
+
 COLUMNS = ("rating", "agreement", "source", "score_gap")
 """Columns of the data that get a table of their own where they are there."""
 
@@ -111,26 +113,6 @@ def figures(scores: np.ndarray, lengths: np.ndarray, ranks: np.ndarray | None) -
         "eval_lengths/chosen_longer": longer,
         "eval_lengths/accuracies": longer + 0.5 * float(pairs.of_rows(difference == 0, n).mean()),
     }
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 where one of them does not vary."""
-    x, y = np.asarray(x, np.float64) - np.mean(x), np.asarray(y, np.float64) - np.mean(y)
-    scale = np.sqrt(np.sum(x**2) * np.sum(y**2))
-    return float(np.sum(x * y) / scale) if scale > 0 else 0.0
-
-
-def ranked(x: np.ndarray) -> np.ndarray:
-    """Rank of each value from 0, ties sharing their mean rank: what Spearman's correlation correlates."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse.reshape(-1)]
-
-
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Area under the ROC curve: P(a positive's score > a negative's), ties half (Mann & Whitney 1947)."""
-    ranks = ranked(np.concatenate([positive, negative]))
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n - 1) / 2) / (n * m))
 
 
 @dataclass(frozen=True)

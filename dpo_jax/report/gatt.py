@@ -1,6 +1,5 @@
 """What Ghost Attention changed: the share of answers that keep to the instruction of the first turn, turn by turn."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,8 @@ from dpo_jax.files.folder import as_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import read_metrics, say
 from dpo_jax.report import html
-from dpo_jax.report.statistics import interval
+from dpo_jax.report.statistics import interval, share_interval
 from dpo_jax.report.text_health import health
-
-Z = 1.959964
-"""Of a two-sided interval of 95 %."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +32,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % score interval (Wilson 1927), which holds near 0 and 1, too."""
-        p, n = self.rate, self.n
-        middle, root = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        scale = 1 + Z**2 / n
-        return max(0.0, (middle - root) / scale), min(1.0, (middle + root) / scale)
+        """Its 95 % score interval."""
+        return share_interval(self.rate, self.n)
 
     def __str__(self) -> str:
         low, high = self.interval

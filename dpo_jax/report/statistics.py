@@ -1,6 +1,7 @@
-"""Statistics of rows that reports share: means by prompt, log-ratios, KL divergences, intervals."""
+"""Statistics: means by prompt, log-ratios, KL divergences, intervals, correlations."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 
 from dpo_jax.files.jsonl import Row
 
+Figures = dict[str, float]
 RESAMPLES = 10_000
+Z = 1.959964
+"""Of a two-sided interval of 95 %."""
 
 
 def by_prompt(rows: Sequence[Row]) -> Iterator[tuple[Any, list[Row]]]:
@@ -31,7 +35,7 @@ def log_ratios(rows: Sequence[Row]) -> np.ndarray:
 
 
 def kl_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """KL(writer, reference) from what the writer wrote: see `judgement.kl_estimates`."""
+    """KL(writer, reference) from what the writer wrote: see `kl_estimates`."""
     width = max(len(row["ids"]) for row in rows)
 
     def table(name: str) -> np.ndarray:
@@ -49,13 +53,37 @@ def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % score interval of a share of `n` (Wilson 1927), which holds near 0 and 1, too."""
+    middle, root = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    return max(0.0, (middle - root) / scale), min(1.0, (middle + root) / scale)
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    x, y = np.asarray(x, np.float64) - np.mean(x), np.asarray(y, np.float64) - np.mean(y)
+    scale = np.sqrt(np.sum(x**2) * np.sum(y**2))
+    return float(np.sum(x * y) / scale) if scale > 0 else 0.0
+
+
+def ranked(x: np.ndarray) -> np.ndarray:
+    """Rank of each value from 0, ties sharing their mean rank: what Spearman's correlation correlates."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse.reshape(-1)]
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Area under the ROC curve: P(a positive's score > a negative's), ties half (Mann & Whitney 1947)."""
+    ranks = ranked(np.concatenate([positive, negative]))
+    n, m = len(positive), len(negative)
+    return float((ranks[:n].sum() - n * (n - 1) / 2) / (n * m))
+
+
 def as_matrix(rows: Sequence[Row], prompts: int) -> np.ndarray:
     """float32 [prompts, samples of all temperatures]: the scores, NaN where there is none."""
     scores = [np.nan if row["score"] is None else row["score"] for row in rows]
     return np.asarray(scores, np.float32).reshape(prompts, -1)
-
-
-Figures = dict[str, float]
 
 
 def kl_estimates(policy: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> Figures:

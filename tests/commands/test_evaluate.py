@@ -7,6 +7,7 @@ import pytest
 
 from dpo_jax.judge import preference_figures as judgement
 from dpo_jax.report import text_health as text
+from dpo_jax.report.statistics import kl_estimates
 
 # The three pairs of the check values: (Lc, Lr, Rc, Rr, nc, nr).
 POLICY = np.array([[-12.0, -15.0], [-20.0, -18.0], [-8.0, -9.0]])
@@ -76,7 +77,7 @@ def test_tables_without_columns_or_with_too_many_values() -> None:
 
 def test_kl_estimates() -> None:
     policy, reference = np.array([[-1.0, -2.0], [-1.5, np.nan]]), np.array([[-1.5, -1.0], [-1.5, 0.0]])
-    found = judgement.kl_estimates(policy, reference, np.array([[True, True], [True, False]]))
+    found = kl_estimates(policy, reference, np.array([[True, True], [True, False]]))
     # Log-ratios 0.5, -1 and 0; what is masked out does not leak.
     assert found["eval_kl"] == pytest.approx(-0.25)
     assert found["eval_kl_token"] == pytest.approx(-0.5 / 3)
@@ -86,7 +87,7 @@ def test_kl_estimates() -> None:
 
 
 def test_kl_k3_check_value() -> None:
-    found = judgement.kl_estimates(np.array([[-1.0]]), np.array([[-0.5]]), np.array([[True]]))
+    found = kl_estimates(np.array([[-1.0]]), np.array([[-0.5]]), np.array([[True]]))
     assert found["eval_kl_token"] == -0.5
     assert found["eval_kl_token_k3"] == pytest.approx(0.1487212707, abs=1e-9)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.judge import reward_figures as judgement
+from dpo_jax.report import statistics
 
 # Three pairs: right by 1, wrong by 0.5, a tie; the second's better response is longer.
 SCORES = np.array([[1.2, 0.2], [0.3, 0.8], [-0.5, -0.5]])
@@ -49,10 +50,10 @@ def test_perfect_calibration() -> None:
 
 
 def test_auc_and_ranks() -> None:
-    assert judgement.auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
-    assert judgement.auc(np.array([1.0, 1.0]), np.array([1.0])) == 0.5
-    np.testing.assert_allclose(judgement.ranked(np.array([3.0, 1.0, 3.0, 0.0])), [2.5, 1, 2.5, 0])
-    assert judgement.correlation(np.ones(3), np.arange(3)) == 0
+    assert statistics.auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
+    assert statistics.auc(np.array([1.0, 1.0]), np.array([1.0])) == 0.5
+    np.testing.assert_allclose(statistics.ranked(np.array([3.0, 1.0, 3.0, 0.0])), [2.5, 1, 2.5, 0])
+    assert statistics.correlation(np.ones(3), np.arange(3)) == 0
 
 
 def test_tables() -> None:
