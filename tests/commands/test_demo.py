@@ -80,7 +80,7 @@ def test_the_bootstrap_interval_is_close_to_the_normal_one():
 def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
     # Scores from the ids, so that a random model has something to learn from.
-    monkeypatch.setattr(demo.Judge, "__call__", lambda self, text: len(set(text)) / 40 - 0.3)
+    monkeypatch.setattr(demo.Vader, "__call__", lambda self, text: len(set(text)) / 40 - 0.3)
     folder = str(tiny.folder(tmp_path / "model"))
     first = DemoRun(out=str(tmp_path / "first"), model=folder)
     demo._demo(first, SIZE)
