@@ -72,8 +72,8 @@ def init_state(model: Llama, variables: Mapping[str, Any], config: RewardConfig)
     """The training state at step 0: heads, and the adapters where `variables` has them, else all parameters.
 
     Heads that `variables` lacks are made (seed `config.seed`): `score` and the auxiliary heads of `config`. The output
-    matrix of a language model plays no part in a score and is left out. The state takes over the arrays of `variables`,
-    and the jitted step uses them up. With `jax.ShapeDtypeStruct`s in place of arrays the state is abstract too.
+    matrix of a language model plays no part in a score and is left out. What becomes of the arrays of `variables`: see
+    `dpo.init_state`.
 
     Raises `InputError` where a head of `variables` has another number of classes.
     """

@@ -40,13 +40,7 @@ Metrics = dict[str, jax.Array]
 def init_state(model: Llama, variables: Mapping[str, Any], config: SFTConfig) -> TrainState:
     """The training state at step 0: the adapters are trained where `variables` has them, all parameters otherwise.
 
-    The state takes over the arrays of `variables`, and the jitted step uses them up (it donates its state): where they
-    are needed later, pass a copy. With `jax.ShapeDtypeStruct`s in place of arrays the state is abstract too.
-
-    Args:
-      model: the model to train.
-      variables: {"params": ...[, "adapters": ...]}.
-      config: its `optimizer` decides what the state holds.
+    `variables`: {"params": ...[, "adapters": ...]}; what becomes of its arrays: see `dpo.init_state`.
     """
     return states.create(model.apply, variables, states.make_optimizer(config.optimizer))
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,7 +83,7 @@ class RewardModel:
             chances = {h.name: nn.sigmoid(x) if h.overlapping else nn.softmax(x) for h, x in logits.items()}
             return heads.apply(variables, heads.SCORE, hidden)[..., 0], chances
 
-        self._forward = jax.jit(forward, out_shardings=meshes.replicated(mesh))
+        self._forward = meshes.jit_replicated(forward, mesh)
 
     @classmethod
     def load(
@@ -110,15 +111,14 @@ class RewardModel:
         shape = len(rows), batches.dataset.responses_per_prompt
         found = np.zeros(shape)
         chances = {head.name: np.zeros((*shape, len(head.classes))) for head in self.classes}
-        done = 0
-        with ProgressBar(label or "scores", len(rows), shown=label is not None) as bar, jax.set_mesh(self.mesh):
-            for indices, batch in batches:
-                scores, likely = self._forward(self.variables, meshes.put_batch(self.mesh, batch))
+        done, forward = 0, partial(self._forward, self.variables)
+        with ProgressBar(label or "scores", len(rows), shown=label is not None) as bar:
+            for indices, (scores, likely) in meshes.one_ahead(forward, batches, self.mesh):
                 real = indices >= 0
                 places = np.searchsorted(rows, indices[real])
-                found[places] = np.asarray(scores)[real]
+                found[places] = scores[real]
                 for name, values in chances.items():
-                    values[places] = np.asarray(likely[name])[real]
+                    values[places] = likely[name][real]
                 done += len(places)
                 bar.update(done)
         return found, chances

@@ -1,7 +1,6 @@
 """What `dpo-jax sft` learns from: dialogues, packed into windows or one in each. Plain text: `sft_documents.py`."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -29,26 +28,14 @@ class Dialogues:
     data: SequenceDataset
 
     @classmethod
-    def load(
-        cls, config: SFTRun, source: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
-    ) -> "Dialogues":
-        """Read and tokenise them. Raises `InputError`, also for dialogues longer than the model's context."""
-        return cls(config, cls._read(config, source, tokenizer, architecture, option="--eval_data", weighted=False)[0])
-
-    @classmethod
     def load_both(
         cls, config: SFTRun, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig
     ) -> "tuple[Dialogues, Dialogues | None]":
-        """Those of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`."""
-        data, held = cls._read(config, config.data.files, tokenizer, architecture, holdout=config.holdout)
-        if config.eval_data is not None:
-            return cls(config, data), cls.load(config, config.eval_data, tokenizer, architecture)
-        return cls(config, data), None if held is None else cls(config, held)
+        """Those of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
 
-    @staticmethod
-    def _read(
-        config: SFTRun, words: str, tokenizer: PreTrainedTokenizerBase, architecture: LlamaConfig, **mixture: Any
-    ) -> tuple[SequenceDataset, SequenceDataset | None]:
+        Raises `InputError`, also for dialogues longer than the model's context.
+        """
+
         def read(source: str) -> SequenceDataset:
             data = load_dialogues(
                 source,
@@ -61,10 +48,17 @@ class Dialogues:
             check_context(data.source, data.row_numbers, data.lengths, architecture, config.data.max_length)
             return data
 
-        def split(data: SequenceDataset) -> tuple[SequenceDataset, SequenceDataset]:
-            return split_sequences(data, config.holdout or 0.0, config.train.seed)
-
-        return read_mixture(words, read, join_sequences, split=split, **mixture)
+        seed, share = config.train.seed, config.holdout
+        data, held = read_mixture(
+            config.data.files,
+            read,
+            join_sequences,
+            holdout=share,
+            split=lambda rows: split_sequences(rows, share or 0.0, seed),
+        )
+        if config.eval_data is not None:
+            held, _ = read_mixture(config.eval_data, read, join_sequences, option="--eval_data", weighted=False)
+        return cls(config, data), None if held is None else cls(config, held)
 
     @property
     def fingerprint(self) -> str:
