@@ -52,9 +52,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
         return evaluate_rewards.evaluate(run)
     if run.judge is not None or run.report is not None:
         raise InputError(f"--judge and --report have no effect: {run.model} is no reward model")
-    setting = Setting.of(
-        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
-    )
+    setting = Setting.of(run.mesh, run.data, run)
     out = None if run.out is None else check_output(run.out)
     tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
     beta = run.resolved("beta")

@@ -18,9 +18,7 @@ def logps(run: LogpsRun) -> Path:
 
     Rows that cannot be used are left out, and said, as in training. Returns the path. Raises `InputError`.
     """
-    setting = Setting.of(
-        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
-    )
+    setting = Setting.of(run.mesh, run.data, run)
     out = check_output(run.out)
     tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
     model, variables = setting.load(run.model, tokenizer)

@@ -34,9 +34,7 @@ def score(run: ScoreRun) -> Path:
 
     Rows that cannot be used are left out, and said. Raises `InputError`.
     """
-    setting = Setting.of(
-        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
-    )
+    setting = Setting.of(run.mesh, run.data, run)
     out = check_output(run.out)
     architecture, tokenizer = load_vocabulary(run.model, run.data)
     check_score(run.model, architecture)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import AttentionKernel, DataConfig, MeshConfig
+from dpo_jax.config import AttentionKernel, DataConfig, EvalRun, LogpsRun, MeshConfig, ScoreRun, TrainConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.tokens.templates import check_date
@@ -35,17 +35,15 @@ class Setting:
     attention: AttentionKernel
 
     @classmethod
-    def of(
-        cls, mesh: MeshConfig, *, batch_size: int, buckets: int, dtype: str, attention: AttentionKernel
-    ) -> "Setting":
+    def of(cls, mesh: MeshConfig, data: DataConfig, run: EvalRun | LogpsRun | ScoreRun | TrainConfig) -> "Setting":
         """From the options of a command. Raises `InputError` where the batch does not divide over the devices."""
         devices = meshes.make_mesh(**dataclasses.asdict(mesh))
         parts = meshes.batch_parts(devices)
-        if batch_size % parts:
+        if run.batch_size % parts:
             raise InputError(
-                f"--batch_size {batch_size} does not divide over {parts} devices; take a multiple of {parts}"
+                f"--batch_size {run.batch_size} does not divide over {parts} devices; take a multiple of {parts}"
             )
-        return cls(devices, batch_size, buckets, dtype, attention)
+        return cls(devices, run.batch_size, data.buckets, run.dtype, run.attention)
 
     def load(self, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Llama, dict[str, Any]]:
         """A model laid out on the mesh, with an embedding that has a row for every id of the tokenizer."""

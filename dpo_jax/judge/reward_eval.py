@@ -33,9 +33,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     """
     if run.reference is not None or run.samples is not None:
         raise InputError("--reference and --samples have no effect: --model is a reward model, which writes no texts")
-    setting = Setting.of(
-        run.mesh, batch_size=run.batch_size, buckets=run.data.buckets, dtype=run.dtype, attention=run.attention
-    )
+    setting = Setting.of(run.mesh, run.data, run)
     out, page = (None if path is None else check_output(path) for path in (run.out, run.report))
     data, scores = _judged(run, run.model, setting)
     lengths, ranks = data.response_lengths, data.ranks

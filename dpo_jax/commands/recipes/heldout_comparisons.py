@@ -69,13 +69,7 @@ def rated(pairs: Sequence[Row]) -> list[Row]:
 
 def accuracies(model: Path, sources: Sequence[Path], options: RewardRun) -> list[Row]:
     """Of a reward model on files of comparisons: `pairs`, `accuracy` and its standard `error` for each; no ties."""
-    setting = Setting.of(
-        options.mesh,
-        batch_size=options.train.batch_size,
-        buckets=options.data.buckets,
-        dtype=options.train.dtype,
-        attention=options.train.attention,
-    )
+    setting = Setting.of(options.mesh, options.data, options.train)
     architecture, tokenizer = load_vocabulary(str(model))
     rewards = RewardModel(*setting.load(str(model), tokenizer), mesh=setting.mesh, batch_size=options.train.batch_size)
     found = []
