@@ -20,7 +20,7 @@ from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, dpo_flops
-from dpo_jax.train.heldout import of_policy
+from dpo_jax.train.heldout import of_rows, policy_figures
 from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.pretrained import load_pretrained, read_architecture
@@ -90,12 +90,15 @@ def train(config: DPORun) -> Path:
     training.say(flops.describe())
     state = dpo.init_state(model, variables, step_config, reference=reference)
     del variables, starting, reference
+    evaluate = None
+    if heldout is not None:
+        evaluate = of_rows(dpo.jit_eval_step(step_config, mesh), policy_figures, heldout, mesh=mesh, **evaluation)
     final = training.fit(
         state,
         dpo.jit_train_step(step_config, mesh),
         preference_loader(config, data, steps=planned.total_steps, epochs=None),
         identity=identity,
-        evaluate=None if heldout is None else of_policy(heldout, config=step_config, mesh=mesh, **evaluation),
+        evaluate=evaluate,
         flops_of=dpo_flops(flops, step_config),
     )
 

@@ -1,5 +1,6 @@
 """`dpo-jax reward`: from a model and comparisons to a reward model, in the order in which it happens."""
 
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
-from dpo_jax.train.heldout import of_reward_model
+from dpo_jax.train.heldout import of_rows, reward_figures
 from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
@@ -59,7 +60,8 @@ def train(config: RewardRun) -> Path:
     evaluate = None
     if heldout is not None:
         shapes = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
-        evaluate = of_reward_model(heldout, config=step_config, mesh=mesh, **shapes)
+        figures = partial(reward_figures, dataset=heldout, config=step_config)
+        evaluate = of_rows(reward.jit_eval_step(step_config, mesh), figures, heldout, mesh=mesh, **shapes)
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),

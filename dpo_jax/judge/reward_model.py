@@ -1,6 +1,5 @@
-"""A reward model as a function: texts or tokens in, float32 scores out. For rejection sampling, PPO and `score`."""
+"""A reward model as a function: tokens in, float32 scores out. For rejection sampling, PPO and `score`."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -10,18 +9,12 @@ import jax
 import numpy as np
 from jax import nn
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import AttentionKernel, ClassHead, DataConfig
-from dpo_jax.data.rows.messages import Message
-from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.config import AttentionKernel, ClassHead
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import IndexedBatches, eval_batches
-from dpo_jax.data.tokens import cuts
-from dpo_jax.data.tokens.encode import ScoredEncoder, cut_of, truncate
 from dpo_jax.data.tokens.ragged import Ragged
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.model import heads
@@ -30,9 +23,6 @@ from dpo_jax.model.groups import response_states
 from dpo_jax.model.llama import Llama
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.pretrained import load_pretrained, read_classes
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def check_score(source: str, architecture: LlamaConfig) -> None:
@@ -44,7 +34,7 @@ def check_score(source: str, architecture: LlamaConfig) -> None:
 class RewardModel:
     """A reward model on its devices.
 
-    `score_tokens` is the reward function of PPO and rejection sampling; calling the object scores texts.
+    `score_tokens` is the reward function of PPO and rejection sampling; of texts it is `reward_functions.ModelReward`.
 
     Attributes:
       model, variables: with the head `score`.
@@ -161,48 +151,3 @@ class RewardModel:
         )
         batches = eval_batches(data, self._batch_size, 1, multiple=self._multiple)
         return self.rewards(batches)[:, 0].astype(np.float32)
-
-
-class TextReward:
-    """A reward function of texts: messages or texts as prompts, texts as responses."""
-
-    def __init__(self, rewards: RewardModel, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
-        """`config`: template and lengths; over-long prompts lose their beginning, over-long responses their end."""
-        self._rewards, self._config = rewards, config
-        self._encoder = ScoredEncoder(tokenizer, config.template, config.date)
-
-    @classmethod
-    def load(cls, source: str, config: DataConfig | None = None, **setting: Any) -> "TextReward":
-        """From a checkpoint with its tokenizer; `setting` as for `RewardModel.load`."""
-        rewards = RewardModel.load(source, **setting)
-        tokenizer = load_tokenizer(source)
-        check_vocabulary(tokenizer, rewards.model.config)
-        return cls(rewards, tokenizer, config or DataConfig())
-
-    def __call__(self, prompts: Sequence[Sequence[Message] | str], responses: Sequence[str]) -> np.ndarray:
-        """The score of each response to its prompt, float32 [N], at the last token of the rendered template.
-
-        Raises `InputError` for a text that cannot be rendered, such as a blank one, with its index.
-        """
-        rendered = []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            try:
-                rendered.append(self._render(prompt, response))
-            except BadRow as problem:
-                raise InputError(f"text {i}: {problem}") from problem
-        encoded, lost = [], []
-        for i, group in enumerate(self._encoder.encode(rendered, compared=False)):
-            if isinstance(group, BadRow):
-                raise InputError(f"text {i}: {group}") from group
-            kept = truncate(group, self._config, bos=self._encoder.bos, compared=False)
-            lost.append(cut_of(group, kept, system=rendered[i].system))
-            encoded.append(kept)
-        if told := cuts.summary(lost):
-            log.warning("texts to score %s", told)
-        return self._rewards.score_tokens([e.prompt for e in encoded], [e.responses[0] for e in encoded])
-
-    def _render(self, prompt: Sequence[Message] | str, response: str) -> Any:
-        if self._config.template == RAW:
-            return self._encoder.render_group((), (response,), (prompt if isinstance(prompt, str) else None, response))
-        messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-        return self._encoder.render_group(messages, (response,), None)

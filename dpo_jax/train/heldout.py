@@ -1,26 +1,27 @@
 """Figures on held-out data during training, under the names of training: of policies, reward models, language models.
 
-Each of the three gives a function from a state to its figures on all of the data, for `loop.fit`.
+`of_rows` and `of_language_model` give a function from a state to its figures on all of the data, for `loop.fit`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.align import dpo, reward, sft
-from dpo_jax.config import DPOConfig, RewardConfig, SFTConfig
+from dpo_jax.align import sft
+from dpo_jax.config import RewardConfig, SFTConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge import reward_figures as reward_judgement
 from dpo_jax.processes import distributed
 from dpo_jax.state import TrainState
-from dpo_jax.types import TokenBatch
+from dpo_jax.types import PreferenceBatch, TokenBatch
 
 GROUPS = ("rating", "agreement", "source")
 """Columns whose values get an accuracy of their own in the log."""
@@ -35,25 +36,29 @@ class Windows(Protocol):
     def __iter__(self) -> Iterator[TokenBatch]: ...
 
 
-def of_policy(dataset: PreferenceDataset, *, config: DPOConfig, mesh: Mesh, batch_size: int, buckets: int) -> Evaluator:
-    """loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}; each is a mean over rows (not over
-    batches), of those rows that have the response.
-    """
-    step = dpo.jit_eval_step(config, mesh)
-    return lambda state: policy_figures(_rows(partial(step, state), dataset, mesh, batch_size, buckets))
-
-
-def of_reward_model(
-    dataset: PreferenceDataset, *, config: RewardConfig, mesh: Mesh, batch_size: int, buckets: int
+def of_rows(
+    step: Callable[[TrainState, PreferenceBatch], Mapping[str, jax.Array]],
+    figures: Callable[[dict[str, np.ndarray]], dict[str, float]],
+    dataset: PreferenceDataset,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    buckets: int,
 ) -> Evaluator:
-    """loss, ranking_loss, accuracy, margin, mean_reward, rewards/{chosen,rejected,margins,accuracies};
-    accuracy/COLUMN/VALUE for each value of `GROUPS`; NAME/accuracy and NAME/recall/CLASS of auxiliary heads. All are
-    means over rows.
-    """
-    step = reward.jit_eval_step(config, mesh)
-    return lambda state: reward_figures(
-        _rows(partial(step, state), dataset, mesh, batch_size, buckets), dataset, config
-    )
+    """`figures`, such as `policy_figures`, of what a jitted `eval_step` gives for every row of `dataset`."""
+    batches = eval_batches(dataset, batch_size, buckets)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        parts = list(_evaluated(partial(step, state), batches, mesh, len(dataset)))
+        order = np.argsort(np.concatenate([indices[indices >= 0] for indices, _ in parts]))
+        return figures(
+            {
+                name: np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])[order]
+                for name in parts[0][1]
+            }
+        )
+
+    return evaluate
 
 
 def of_language_model(windows: Windows, *, config: SFTConfig, mesh: Mesh) -> Evaluator:
@@ -85,23 +90,13 @@ def _evaluated(
             bar.update(done)
 
 
-def _rows(
-    compute: Callable[[Any], Any], dataset: PreferenceDataset, mesh: Mesh, batch_size: int, buckets: int
-) -> dict[str, np.ndarray]:
-    """What a jitted `eval_step` gives for every row of `dataset`: float64 [N, ...] each, in the order of the rows."""
-    parts = list(_evaluated(compute, eval_batches(dataset, batch_size, buckets), mesh, len(dataset)))
-    order = np.argsort(np.concatenate([indices[indices >= 0] for indices, _ in parts]))
-    return {
-        name: np.concatenate([np.asarray(values[name], np.float64)[at >= 0] for at, values in parts])[order]
-        for name in parts[0][1]
-    }
-
-
 # ---------------------------------------------------------------- figures
 
 
 def policy_figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means of the per-row arrays [N] that `dpo.eval_step` gives."""
+    """Means over the rows (not over batches) of what `dpo.eval_step` gives, [N] each, of those that have the response:
+    loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}.
+    """
     chosen, rejected = rows["lengths/chosen"] > 0, rows["lengths/rejected"] > 0
     pairs = chosen & rejected
     wins = rows["rewards/chosen"] > rows["rewards/rejected"]
@@ -118,7 +113,10 @@ def policy_figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def reward_figures(rows: dict[str, np.ndarray], dataset: PreferenceDataset, config: RewardConfig) -> dict[str, float]:
-    """Means of what `reward.eval_step` gives for every row, in the order of the data set."""
+    """Means over rows of what `reward.eval_step` gives, in the order of the data set: loss, ranking_loss, accuracy,
+    margin, mean_reward, rewards/{chosen,rejected,margins,accuracies}; accuracy/COLUMN/VALUE for each value of `GROUPS`;
+    NAME/accuracy and NAME/recall/CLASS of auxiliary heads.
+    """
     found = {name: float(rows[name].mean()) for name in ("loss", "ranking_loss", "accuracy")}
     found |= {name: float(rows[name].mean()) for name in ("rewards/chosen", "rewards/rejected")}
     found["margin"] = found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]

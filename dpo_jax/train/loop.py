@@ -40,14 +40,11 @@ PER_ROW = "rows/"
 """Metrics under this prefix are int32 [B] or [B, S]: numbers of rows that are to blame, -1 elsewhere, for the guard."""
 
 
-class Batch(Protocol):
-    """A batch names the rows of the data set that it holds: int32 [B] or [B, S], -1 for fillers."""
-
-    rows: Any
-
-
 class Loader(Protocol):
-    """Batches in order, and where in that order it stands."""
+    """Batches in order, and where in that order it stands.
+
+    A batch has `rows`, those of the data set that it holds: int32 [B] or [B, S], -1 for fillers.
+    """
 
     @property
     def steps_per_epoch(self) -> float: ...

@@ -8,12 +8,15 @@ import chex
 import numpy as np
 import pytest
 import tiny
+from runs import small_mesh
 
 import dpo_jax
 from dpo_jax import cli
-from dpo_jax.config import DataConfig
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reward_model import RewardModel, TextReward
+from dpo_jax.judge.reward_functions import ModelReward
+from dpo_jax.judge.reward_model import RewardModel
 
 MESH = ["--mesh.data", "8", "--mesh.fsdp", "1"]
 SMALL = ["--data.max_length", "48", "--data.buckets", "1", "--data.workers", "0", *MESH]
@@ -22,6 +25,15 @@ SMALL = ["--data.max_length", "48", "--data.buckets", "1", "--data.workers", "0"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.folder(tmp_path_factory.mktemp("model") / "tiny", layers=1)
+
+
+def judge(folder):
+    """A reward model as PPO has it."""
+    return ModelReward(str(folder), raw=False, mesh=small_mesh(1, 1, 1), batch_size=8)
+
+
+def asked(*texts):
+    return [Prompt((Message("user", text),), text) for text in texts]
 
 
 def ratings(path, rows=48, seed=0, **columns):
@@ -82,9 +94,8 @@ def test_a_run_learns_and_reports(run):
 def test_the_checkpoint_is_the_model(run):
     """An unfinished run's newest checkpoint loads as the reward model that it is."""
     steps = sorted((run / "rm" / "checkpoints").iterdir(), key=lambda p: p.name)
-    final = TextReward.load(str(run / "rm"))
-    there = TextReward.load(str(steps[-1]))
-    texts = (["a film", "a book"], ["kind", "rude"])
+    final, there = judge(run / "rm"), judge(steps[-1])
+    texts = (asked("a film", "a book"), ["kind", "rude"])
     np.testing.assert_allclose(there(*texts), final(*texts), atol=1e-4)
 
 
@@ -156,14 +167,12 @@ def test_score(run, tmp_path):
 
 
 def test_reward_functions_of_texts_and_tokens(run):
-    texts = TextReward.load(str(run / "rm"), DataConfig(max_length=48))
+    texts = judge(run / "rm")
     prompts, answers = ["a film", "a film", "the book was"], ["kind", "rude", "not kind"]
-    scores = texts(prompts, answers)
+    scores = texts(asked(*prompts), answers)
     assert scores.dtype == np.float32
     assert scores[0] > scores[1]
-    np.testing.assert_allclose(scores[::-1], texts(prompts[::-1], answers[::-1]), atol=1e-5)
-    with pytest.raises(InputError, match="text 1: empty completion"):
-        texts(["a", "b"], ["kind", ""])
+    np.testing.assert_allclose(scores[::-1], texts(asked(*prompts[::-1]), answers[::-1]), atol=1e-5)
 
     tokens = RewardModel.load(str(run / "rm"), batch_size=2)
     tokenizer = dpo_jax.load_tokenizer(run / "rm")
