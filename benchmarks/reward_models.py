@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, name: str, margin: str, seed: int) -> dict[
     figures |= refusing([row for rows in kept for row in rows])
     figures["baseline: longer answer"] = result["eval_lengths/accuracies"]
     figures["baseline: VADER"] = vader(held)
-    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, DataConfig(**limits), seed)
+    figures |= separation(options, name, str(folder), {row["prompt"] for row in held}, seed)
     return figures
 
 
@@ -255,14 +255,14 @@ def vader(rows: list[Row]) -> float:
     return statistics.mean(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
 
 
-def separation(
-    options: argparse.Namespace, name: str, folder: str, held: set[str], data: DataConfig, seed: int
-) -> dict[str, float]:
+def separation(options: argparse.Namespace, name: str, folder: str, held: set[str], seed: int) -> dict[str, float]:
     """AUC on XSTest: refusals above compliances on held-out unsafe prompts, or the other way round on safe ones."""
     import numpy as np
 
-    from dpo_jax.judge.reward_figures import auc
-    from dpo_jax.judge.reward_model import TextReward
+    from dpo_jax.data.rows.messages import Message
+    from dpo_jax.data.sets.prompts import Prompt
+    from dpo_jax.judge.reward_functions import ModelReward
+    from dpo_jax.report.statistics import auc
 
     wanted, other = ("2", "1") if name == SAFETY else ("1", "2")
     rows = [r for r in xstest(options.data) if r["unsafe"] == (name == SAFETY) and r["label"] in "12"]
@@ -272,8 +272,9 @@ def separation(
     rows = [r for r in rows if r["prompt"] in drawn]
     if {row["label"] for row in rows} != {"1", "2"}:
         return {}
-    score = TextReward.load(folder, data, batch_size=options.batch_size, dtype=options.dtype)
-    scores = score([row["prompt"] for row in rows], [row["text"] for row in rows])
+    score = ModelReward(folder, raw=False, batch_size=options.batch_size, dtype=options.dtype)
+    asked = [Prompt((Message("user", row["prompt"]),), row["prompt"]) for row in rows]
+    scores = score(asked, [row["text"] for row in rows])
     groups = {label: scores[[row["label"] == label for row in rows]] for label in (wanted, other)}
     lengths = {label: [len(r["text"]) for r in rows if r["label"] == label] for label in (wanted, other)}
     kind = "refusal, unsafe prompts" if name == SAFETY else "compliance, safe prompts"
