@@ -16,8 +16,8 @@ from rich.table import Table
 
 from dpo_jax.config import PrepareRun
 from dpo_jax.config.prepare import split_shares
-from dpo_jax.data.rows.layouts import Readable, check_named, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.rows.readable import Readable, check_named, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.sets.documents import is_text, text_documents
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.files import read_rows_or_problems

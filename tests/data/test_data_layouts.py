@@ -11,10 +11,11 @@ import tiny
 from dpo_jax.config import DataConfig, RewardLossConfig
 from dpo_jax.data.rows.comparisons import parse_comparison, parse_preference
 from dpo_jax.data.rows.dialogues import parse_dialogue
-from dpo_jax.data.rows.layouts import LAYOUTS, readable, sources, together
+from dpo_jax.data.rows.layouts import LAYOUTS
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.readable import readable, sources, together
 from dpo_jax.data.sets.comparison_sets import load_comparisons, parse_responses
 from dpo_jax.data.sets.dataset import load_preferences
 from dpo_jax.data.sets.documents import load_documents

@@ -22,14 +22,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_jax.config import ClassHead, RewardLossConfig, Ties
-from dpo_jax.data.rows import judgements
 from dpo_jax.data.rows.judgements import judged
-from dpo_jax.data.rows.layouts import Readable, readable
+from dpo_jax.data.rows.layouts import COMPARISON_COLUMNS, LIST_COLUMNS, PROMPT_COLUMNS
 from dpo_jax.data.rows.messages import SYSTEM_COLUMNS, Message, columns_of, response_of, text_of, turns_of
 from dpo_jax.data.rows.preferences import (
     ASSISTANT,
-    COLUMNS,
-    PROMPT_COLUMNS,
     Pair,
     blank_response,
     one_turn,
@@ -38,14 +35,10 @@ from dpo_jax.data.rows.preferences import (
 )
 from dpo_jax.data.rows.problems import BadRow, Severity
 from dpo_jax.data.rows.ratings import Evidence, evidence_of, margin_of
+from dpo_jax.data.rows.readable import Readable, readable
 
-LIST_COLUMNS = ("responses", "output", "outputs", "completions")
 REPLY_KEYS = ("response", "text", "completion", "answer")
 """Keys of an entry of such a list that hold its text."""
-REPLIES_COLUMNS = frozenset((*LIST_COLUMNS, *judgements.COLUMNS))
-"""Columns of several answers, and what judges them."""
-OWN_COLUMNS = REPLIES_COLUMNS | {"messages", "labels", "agreement"}
-"""Columns that are read here, beside those of `preferences.COLUMNS` and votes."""
 
 EXTRAS = ("rating", "source", "score_gap", "agreement")
 """What a row tells that evaluation groups by."""
@@ -177,7 +170,7 @@ def _listed(row: Readable, column: str) -> Comparison:
     else:
         spelled = None if raw is None else (raw, *texts)
     try:
-        found = judged(row, column, COLUMNS | OWN_COLUMNS)
+        found = judged(row, column, COMPARISON_COLUMNS)
     except BadRow as problem:  # who only scores the responses needs no places
         found = problem
     evidence = _told_evidence(row)

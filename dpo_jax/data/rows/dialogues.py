@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_jax.data.rows.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
-from dpo_jax.data.rows.layouts import Readable, missing, readable
+from dpo_jax.data.rows.comparisons import compares_replies, parse_preference
+from dpo_jax.data.rows.layouts import ANSWERS, DIALOGUE_COLUMNS, DIALOGUE_ROW, PROMPT_COLUMNS
 from dpo_jax.data.rows.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -40,18 +40,12 @@ from dpo_jax.data.rows.messages import (
     with_system,
     with_tools,
 )
-from dpo_jax.data.rows.preferences import PROMPT_COLUMNS, parse_prompt
+from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow, Severity
+from dpo_jax.data.rows.readable import Readable, missing, readable
 
-DIALOGUE_COLUMNS = ("messages", "conversations")
-ANSWER_COLUMNS = ("completion", "response", "answer", "output")
 CUT = "length"
 """The `finish_reason` of an answer that was cut."""
-_BESIDE = ("chosen", "rejected", "label", "input", *SYSTEM_COLUMNS, "history", "as_spelled", "finish_reason")
-COLUMNS = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, *_BESIDE)) | REPLIES_COLUMNS
-"""Every column that is read. Others are ignored, and named."""
-RENDERED = frozenset((*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS))
-"""Columns whose messages the template sees whole."""
 
 UNDERSTOOD = (
     "--data.columns response=NAME reads another column; understood are messages, prompt + response and the layouts of "
@@ -81,7 +75,7 @@ def parse_dialogue(row: dict[str, Any]) -> Dialogue:
     Raises `BadRow`: says which field, and how to mend it.
     """
     row = readable(row)
-    if not COLUMNS.intersection(row):
+    if not DIALOGUE_ROW.intersection(row):
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     if str(row.get("label")).lower() == "false":
         raise BadRow("'label' is false: no answer to learn from", severity="lost")
@@ -113,16 +107,14 @@ def _list_of_messages(row: dict[str, Any], name: str) -> tuple[Message, ...] | N
     if not isinstance(row[name], list):
         raise BadRow(f"'{name}' is not a list", 'write [{"role": "user", "content": ...}, ...]')
     messages = messages_of(row[name], name)
-    answered = any(answer in row for answer in ANSWER_COLUMNS)
+    answered = any(answer in row for answer in ANSWERS)
     return None if answered and messages[-1].role == "user" else messages
 
 
 def _whole(row: dict[str, Any], name: str, messages: tuple[Message, ...]) -> Dialogue:
     """A row with the whole dialogue in the field `name`."""
     others = [
-        other
-        for other in (*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, "history")
-        if other in row and other != name
+        other for other in (*DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *ANSWERS, "history") if other in row and other != name
     ]
     first = next((m.content for m in messages if m.role == "user"), None)
     if others == ["prompt"] and isinstance(row["prompt"], str) and first is not None:
@@ -152,7 +144,7 @@ def _as_spelled(value: object) -> tuple[str, str]:
 
 def _answered(row: Readable) -> Dialogue:
     """A row with a prompt and its answer in columns of their own."""
-    answers = [name for name in ANSWER_COLUMNS if name in row]
+    answers = [name for name in ANSWERS if name in row]
     if len(answers) > 1:
         raise BadRow("several fields give an answer", f"{', '.join(answers)}; keep one of them")
     if not answers:
@@ -172,11 +164,11 @@ def _answered(row: Readable) -> Dialogue:
 
 
 def _no_answer(row: Readable) -> BadRow:
-    if name := next((name for name in ANSWER_COLUMNS if name in row.nulls), None):
+    if name := next((name for name in ANSWERS if name in row.nulls), None):
         return missing(row, name, "")
-    near = (c for c in row if c not in COLUMNS and difflib.get_close_matches(c, ANSWER_COLUMNS, n=1))
+    near = (c for c in row if c not in DIALOGUE_ROW and difflib.get_close_matches(c, ANSWERS, n=1))
     hint = next((f"; is {c!r} meant?" for c in near), "")
-    return BadRow(f"missing field: none of {', '.join(ANSWER_COLUMNS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
+    return BadRow(f"missing field: none of {', '.join(ANSWERS)}", f"{columns_of(row)}{hint}; {UNDERSTOOD}")
 
 
 def _check_turns(messages: tuple[Message, ...], severity: Severity) -> None:

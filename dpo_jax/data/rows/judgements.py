@@ -11,15 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_jax.data.rows.layouts import Readable, is_vote
+from dpo_jax.data.rows.layouts import BESIDE
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.ratings import majority, number_of, votes_of
+from dpo_jax.data.rows.readable import Readable, is_vote
 
 IN_ENTRIES = {"overall_score": -1, "score": -1, "rating": -1, "pm_score": -1, "rank": 1}
 """Keys of an entry that judge it: -1 the larger the better, 1 the smaller the better."""
-BESIDE = {"scores": -1, "overall_scores": -1, "ratings": -1, "rating": -1, "ranks": 1, "rank": 1}
-"""Columns that do, as lists with one number a response."""
-COLUMNS = frozenset((*BESIDE, "better", "worse", "preference"))
 _LISTS_ALWAYS = ("scores", "ranks")
 
 _LOOKS_LIKE_ONE = re.compile(

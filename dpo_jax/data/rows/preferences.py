@@ -23,9 +23,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dpo_jax.data.rows.layouts import Readable, missing, readable
+from dpo_jax.data.rows.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, PROMPT_COLUMNS
 from dpo_jax.data.rows.messages import (
-    SYSTEM_COLUMNS,
     Message,
     check_tools,
     columns_of,
@@ -39,6 +38,7 @@ from dpo_jax.data.rows.messages import (
 )
 from dpo_jax.data.rows.problems import BadRow, Severity
 from dpo_jax.data.rows.ratings import Evidence, evidence_of
+from dpo_jax.data.rows.readable import Readable, missing, readable
 
 Extra = float | str
 """What a row tells beside its texts, where it can be used."""
@@ -65,14 +65,6 @@ class Pair:
 
 _TRUTH = {"true": True, "false": False}
 """A label as it stands, or as CSV spells it."""
-NUMBER_COLUMNS = ("score_chosen", "score_rejected", "margin")
-EXTRA_COLUMNS = (*NUMBER_COLUMNS, "rating", "source")
-PROMPT_COLUMNS = ("prompt", "conversations", "instruction", "question")
-RESPONSE_COLUMNS = ("chosen", "rejected", "completion", "label")
-COLUMNS = frozenset(
-    (*PROMPT_COLUMNS, *RESPONSE_COLUMNS, *EXTRA_COLUMNS, "input", "history", *SYSTEM_COLUMNS, "as_spelled")
-)
-"""Every column that is read. Others are carried in many published files (ids, copies); they are ignored, and named."""
 
 UNDERSTOOD = (
     "--data.columns chosen=NAME reads another column; understood are prompt + chosen + rejected and the layouts of "
@@ -106,7 +98,7 @@ def _parse(row: Readable, needs_pairs: bool, compared: bool) -> Pair:
     extras = {name: evidence_of(row[name], name) for name in EXTRA_COLUMNS if name in row}
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
-    if not COLUMNS.intersection(row) and "messages" not in row:
+    if not PAIR_COLUMNS.intersection(row) and "messages" not in row:
         raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
     for name in ("chosen", "rejected"):
         if name not in row:
@@ -149,7 +141,7 @@ def _missing(row: Readable, name: str) -> BadRow:
 
 def _hint(row: Readable, name: str) -> str:
     """A column that may be `name` with a slip of the pen."""
-    close = difflib.get_close_matches(name, [c for c in row if c not in COLUMNS], n=1)
+    close = difflib.get_close_matches(name, [c for c in row if c not in PAIR_COLUMNS], n=1)
     return f"; is {close[0]!r} meant?" if close else ""
 
 

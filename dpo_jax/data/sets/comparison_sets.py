@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import DataConfig, RewardLossConfig
 from dpo_jax.data.rows.comparisons import (
     EXTRAS,
-    OWN_COLUMNS,
     Comparison,
     compares_replies,
     label_of,
@@ -23,9 +22,10 @@ from dpo_jax.data.rows.comparisons import (
     parse_replies,
 )
 from dpo_jax.data.rows.dialogues import parse_dialogue
-from dpo_jax.data.rows.layouts import readable
-from dpo_jax.data.rows.preferences import COLUMNS, PROMPT_COLUMNS, Extra
+from dpo_jax.data.rows.layouts import COMPARISON_COLUMNS, PROMPTS
+from dpo_jax.data.rows.preferences import Extra
 from dpo_jax.data.rows.ratings import Evidence
+from dpo_jax.data.rows.readable import readable
 from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.dataset import NO_TOKENS, PreferenceDataset, Told, load_groups
 from dpo_jax.data.sets.tokenised import held_out
@@ -162,8 +162,8 @@ def _load(
         encoder,
         config,
         lambda row: parse(row, encoder, rows.usable),
-        known=COLUMNS | OWN_COLUMNS,
-        rendered=(*PROMPT_COLUMNS, "messages"),
+        known=COMPARISON_COLUMNS,
+        rendered=PROMPTS,
         compared=compared,
         **limits,
     )

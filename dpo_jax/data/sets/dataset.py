@@ -8,8 +8,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig, Ties
-from dpo_jax.data.rows.comparisons import REPLIES_COLUMNS, parse_preference
-from dpo_jax.data.rows.preferences import COLUMNS, EXTRA_COLUMNS, PROMPT_COLUMNS, Extra
+from dpo_jax.data.rows.comparisons import parse_preference
+from dpo_jax.data.rows.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, PROMPT_COLUMNS, REPLIES_COLUMNS
+from dpo_jax.data.rows.preferences import Extra
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
@@ -137,7 +138,7 @@ def load_preferences(
         pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)
         return encoder.render(pair), rows.usable(pair.extras)
 
-    known, limits = COLUMNS | REPLIES_COLUMNS, {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
+    known, limits = PAIR_COLUMNS | REPLIES_COLUMNS, {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
     data, extras = load_groups(rows, encoder, config, parse, known=known, rendered=PROMPT_COLUMNS, **limits)
     dataset = replace(
         data,

@@ -21,9 +21,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data.rows.layouts import column_of, parse_columns, renamed
 from dpo_jax.data.rows.messages import columns_of, text_of
 from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.readable import column_of, parse_columns, renamed
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows
 from dpo_jax.data.sources.files import MAX_LINE, open_bytes, read_rows_or_problems

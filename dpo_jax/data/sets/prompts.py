@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from dpo_jax.config import DataConfig
+from dpo_jax.data.rows.layouts import PROMPTS
 from dpo_jax.data.rows.messages import Message
-from dpo_jax.data.rows.preferences import PROMPT_COLUMNS, parse_prompt
+from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
@@ -127,8 +128,7 @@ def load_prompts(
 
     found, read = rows.collect(parse, encode, on_bad_rows)
     prompts, safety, ids, cuts = zip(*found, strict=True)
-    asked = (*PROMPT_COLUMNS, "messages")
-    if unused := [name for name in rows.unused(asked, rendered=asked, writes=encoder.writes) if _speaks(name)]:
+    if unused := [name for name in rows.unused(PROMPTS, rendered=PROMPTS, writes=encoder.writes) if _speaks(name)]:
         log.warning("%s: the template does not write %s", source, ", ".join(unused))
     # Those of all rows, so that every prompt has the same ones.
     names = sorted({name for prompt in prompts for name, value in prompt.columns.items() if value is not None})

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dpo_jax.data.rows.layouts import NoSuchColumn
+from dpo_jax.data.rows.readable import NoSuchColumn
 from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.sequences import SequenceDataset

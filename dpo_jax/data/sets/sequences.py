@@ -7,7 +7,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import DataConfig
-from dpo_jax.data.rows.dialogues import COLUMNS, RENDERED, parse_dialogue
+from dpo_jax.data.rows.dialogues import parse_dialogue
+from dpo_jax.data.rows.layouts import DIALOGUE_ROW, RENDERED
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of, held_out
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
@@ -96,8 +97,8 @@ def load_dialogues(
         tokens=Ragged.of([s.tokens for s in sequences], np.int32),
         targets=Ragged.of([s.targets for s in sequences], bool),
         cut=sum(s.cut for s in sequences),
-        used_columns=rows.used(COLUMNS),
-        unused_columns=rows.unused(COLUMNS, rendered=RENDERED, writes=encoder.writes),
+        used_columns=rows.used(DIALOGUE_ROW),
+        unused_columns=rows.unused(DIALOGUE_ROW, rendered=RENDERED, writes=encoder.writes),
         terminators=encoder.terminators,
         **read,
     )

@@ -8,7 +8,10 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from dpo_jax.data.rows.layouts import (
+from dpo_jax.data.rows.messages import keys_beside
+from dpo_jax.data.rows.problems import BadRow, Tally
+from dpo_jax.data.rows.ratings import Evidence
+from dpo_jax.data.rows.readable import (
     Readable,
     check_named,
     column_of,
@@ -18,9 +21,6 @@ from dpo_jax.data.rows.layouts import (
     sources,
     together,
 )
-from dpo_jax.data.rows.messages import keys_beside
-from dpo_jax.data.rows.problems import BadRow, Tally
-from dpo_jax.data.rows.ratings import Evidence
 from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.errors import InputError
 

@@ -21,12 +21,13 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data.rows import dialogues
-from dpo_jax.data.rows.comparisons import REPLIES_COLUMNS, compares_replies, parse_preference
-from dpo_jax.data.rows.layouts import missing, readable
+from dpo_jax.data.rows.comparisons import compares_replies, parse_preference
+from dpo_jax.data.rows.layouts import DIALOGUE_ROW, PAIR_COLUMNS, RENDERED, REPLIES_COLUMNS
 from dpo_jax.data.rows.messages import Message, columns_of, keys_beside, text_of, turns_of
-from dpo_jax.data.rows.preferences import COLUMNS, PROMPT_COLUMNS, Pair
+from dpo_jax.data.rows.preferences import Pair
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.ratings import evidence_of
+from dpo_jax.data.rows.readable import missing, readable
 
 FORMAT = 1
 Kind = Literal["preferences", "dialogues", "text"]
@@ -99,7 +100,7 @@ def kind_of(row: Row) -> Kind:
     compared = there.keys() & {"chosen", "rejected"} or (compares_replies(there) and not dialogues.is_answer(there))
     if compared or {"completion", "label"} <= there.keys():
         return "preferences"
-    if "text" in there and not there.keys() & {*dialogues.DIALOGUE_COLUMNS, *PROMPT_COLUMNS, *dialogues.ANSWER_COLUMNS}:
+    if "text" in there and not there.keys() & RENDERED:
         return "text"
     return "dialogues"
 
@@ -179,7 +180,7 @@ def columns_read(kind: Kind) -> frozenset[str]:
     """Columns of a source that its rows are made of, or that are kept as they stand."""
     if kind == "text":
         return frozenset(("text", "source"))
-    return (COLUMNS | REPLIES_COLUMNS if kind == "preferences" else dialogues.COLUMNS) | {"tools"}
+    return (PAIR_COLUMNS | REPLIES_COLUMNS if kind == "preferences" else DIALOGUE_ROW) | {"tools"}
 
 
 def as_row(columns: Row, kind: Kind) -> Row:
