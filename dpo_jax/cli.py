@@ -286,7 +286,9 @@ def _is_option(token: str) -> bool:
 def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
     """The option's name as in `names`; raises `InputError` with the nearest name when there is none."""
     name = token.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in COMMANDS[word].unused:
+    section, _, own = name.rpartition(".")
+    left_out = section == "data" and "data.columns" in names and name not in names and own != "files"
+    if name in COMMANDS[word].unused or (left_out and own in config.DataConfig.__dataclass_fields__):
         raise InputError(f"--{name} has no effect in {PROGRAM} {word}: leave it out")
     if name not in names or not token.startswith("--") or token.startswith("---"):
         spelled = token.partition("=")[0]

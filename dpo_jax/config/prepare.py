@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, require
 from dpo_jax.config.names import RunOptions
-from dpo_jax.config.sections import DataConfig
+from dpo_jax.config.sections import FilesConfig
 
 
 def split_shares(text: str) -> dict[str, float]:
@@ -29,7 +29,7 @@ def split_shares(text: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareRun(metaclass=RunOptions):
+class PrepareRun(Options, metaclass=RunOptions):
     """Write rows as a TFDS data set (array_record), split, validated and counted: `dpo-jax prepare`.
 
     --data holds preferences, dialogues or documents. What is written is read as `--data tfds:DIR` (the split train) or
@@ -51,8 +51,8 @@ class PrepareRun(metaclass=RunOptions):
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the command, and nothing is written. skip: they are left out, counted by reason."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: FilesConfig = field(default_factory=FilesConfig)
 
     def __post_init__(self) -> None:
         split_shares(self.splits)
-        require(self.limit is None or self.limit >= 1, "--limit must be at least 1")
+        self.at_least("--", limit=1)

@@ -86,12 +86,29 @@ class OptimizerConfig(Options):
 
 
 @dataclass(frozen=True)
-class DataConfig(Options):
-    """From files of rows to token batches."""
+class FilesConfig(Options):
+    """Files of rows."""
 
     files: str = ON_COMMAND_LINE
     """What is learnt from, or judged: JSONL, JSON, Parquet, CSV or text files, folders, patterns, hub data sets
     or tfds: folders; several are separated by commas. docs/data.md has a row of each kind."""
+    columns: str | None = None
+    """Where rows hold what is read, if not under the names in docs/data.md: prompt=input,chosen=good_answer; a place
+    inside a column is prompt=question.text."""
+
+    def __post_init__(self) -> None:
+        for part in () if self.columns is None else self.columns.split(","):
+            name, equals, place = part.partition("=")
+            require(
+                bool(name and equals and place.strip(".")),
+                f"--data.columns {self.columns}: write NAME=COLUMN, with commas between",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig(FilesConfig):
+    """From files of rows to token batches."""
+
     template: str | None = None
     """llama2, llama3, zephyr, chatml, or raw (texts as they stand). Not given: the tokenizer's own template."""
     date: str | None = None
@@ -108,13 +125,11 @@ class DataConfig(Options):
     """Shuffle rows anew in every epoch (by --train.seed)."""
     limit: int | None = None
     """Use only the first rows of the file."""
-    columns: str | None = None
-    """Where rows hold what is read, if not under the names in docs/data.md: prompt=input,chosen=good_answer; a place
-    inside a column is prompt=question.text."""
     workers: int = 2
     """Threads that prepare batches ahead of the step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
         )
@@ -125,12 +140,6 @@ class DataConfig(Options):
             f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {longest}, or no response fits",
         )
         self.at_least("--data.", buckets=1, limit=1)
-        for part in (self.columns or "").split(",") if self.columns is not None else ():
-            name, equals, place = part.partition("=")
-            require(
-                bool(name and equals and place.strip(".")),
-                f"--data.columns {self.columns}: write NAME=COLUMN, with commas between",
-            )
         require_day(self.date, "--data.date")
         require(self.date is None or self.template != "raw", "--data.date has no effect with --data.template raw")
 

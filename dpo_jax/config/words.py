@@ -184,10 +184,6 @@ COMMANDS = {
         "PrepareRun",
         "dpo_jax.commands.prepare:prepare",
         "any preference, dialogue or text file -> a TFDS dataset, split, validated, counted",
-        unused=(
-            *(f"data.{name}" for name in ("template", "date", "max_length", "max_prompt_length", "buckets", "limit")),
-            *_NO_LOADER,
-        ),
     ),
     PLAN: Command(
         "PlanRun",
