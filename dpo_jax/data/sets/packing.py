@@ -12,6 +12,7 @@ of it is a pure function of the lengths, the seed and the epoch.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -202,26 +203,42 @@ def collate(dataset: SequenceDataset, batch: WindowBatch, *, batch_size: int, se
     Args:
       sequences: S, columns of `rows`.
     """
-    shape = (batch_size, batch.size)
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    targets = np.zeros(shape, bool)
-    rows = np.full((batch_size, sequences), -1, np.int32)
+    made = Windows(batch_size, batch.size, sequences)
     for b, window in enumerate(batch.windows):
-        rows[b, : len(window)] = dataset.row_numbers[window]
+        made.fill(b, ((dataset.tokens[i], dataset.targets[i], int(dataset.row_numbers[i])) for i in window))
+    return made.batch()
+
+
+class Windows:
+    """B windows of T places in the making; empty ones hold no targets."""
+
+    def __init__(self, batch_size: int, length: int, slots: int, *, joined: bool = False):
+        """`slots`: S, the most sequences that a window may get. `joined`: all that a window gets is one sequence."""
+        shape = (batch_size, length)
+        self._tokens, self._segments, self._positions = (np.zeros(shape, np.int32) for _ in range(3))
+        self._targets = np.zeros(shape, bool)
+        self._rows = np.full((batch_size, slots), -1, np.int32)
+        self._joined = joined
+
+    def fill(self, row: int, sequences: Iterable[tuple[np.ndarray, np.ndarray | bool, int]]) -> None:
+        """Write sequences (ids, targets, row number) into window `row`, from its beginning."""
         at = 0
-        for segment, i in enumerate(window, 1):
-            ids = dataset.tokens[i]
+        for slot, (ids, targets, number) in enumerate(sequences):
             end = at + len(ids)
-            tokens[b, at:end] = ids
-            segments[b, at:end] = segment
-            positions[b, at:end] = np.arange(len(ids))
-            targets[b, at + 1 : end] = dataset.targets[i][1:]
+            self._tokens[row, at:end] = ids
+            self._segments[row, at:end] = 1 if self._joined else slot + 1
+            self._positions[row, at:end] = np.arange(at, end) if self._joined else np.arange(len(ids))
+            self._targets[row, at:end] = targets
+            self._rows[row, slot] = number
             at = end
-    arrays: dict[str, Any] = {
-        "tokens": tokens,
-        "segments": segments,
-        "positions": positions,
-        "targets": targets,
-        "rows": rows,
-    }
-    return TokenBatch(**arrays)
+
+    def batch(self) -> TokenBatch:
+        """The batch. The first token of a sequence is never a target."""
+        arrays: dict[str, Any] = {
+            "tokens": self._tokens,
+            "segments": self._segments,
+            "positions": self._positions,
+            "targets": self._targets & (self._positions > 0),
+            "rows": self._rows,
+        }
+        return TokenBatch(**arrays)

@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 
 from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.documents import DocumentDataset
+from dpo_jax.data.sets.packing import Windows
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.errors import InputError
 from dpo_jax.types import TokenBatch
@@ -226,44 +227,20 @@ class TextWindows:
 
     def batch(self, step: int) -> TokenBatch:
         """Windows step x B to (step + 1) x B - 1."""
-        made = _Windows(self.batch_size, self.length, self._slots, self._documents)
+        made = Windows(self.batch_size, self.length, self._slots, joined=self._documents == "joined")
         for row in range(self.batch_size):
             source, k = self.mixture[step * self.batch_size + row]
-            made.fill(row, self.sources[source], self._streams[source].pieces(k), self.first_rows[source])
+            made.fill(row, _held(self.sources[source], self._streams[source].pieces(k), self.first_rows[source]))
         return made.batch()
 
 
-class _Windows:
-    """B windows of T places in the making; empty ones hold no targets."""
-
-    def __init__(self, batch_size: int, length: int, slots: int, documents: Documents):
-        """`slots`: S, the most pieces that a window may get."""
-        shape = (batch_size, length)
-        self._tokens, self._segments, self._positions = (np.zeros(shape, np.int32) for _ in range(3))
-        self._rows = np.full((batch_size, slots), -1, np.int32)
-        self._joined = documents == "joined"
-
-    def fill(self, row: int, data: DocumentDataset, pieces: Iterable[Piece], first_row: int) -> None:
-        """Write `pieces` of the documents `data` into window `row`, from its beginning."""
-        at = 0
-        for slot, piece in enumerate(pieces):
-            end = at + piece.stop - piece.start
-            self._tokens[row, at:end] = data.tokens[piece.document][piece.start : piece.stop]
-            self._segments[row, at:end] = 1 if self._joined else slot + 1
-            self._positions[row, at:end] = np.arange(at, end) if self._joined else np.arange(end - at)
-            self._rows[row, slot] = first_row + data.row_numbers[piece.document]
-            at = end
-
-    def batch(self) -> TokenBatch:
-        """The batch. Every token is a target but the first of each sequence."""
-        arrays: dict[str, Any] = {
-            "tokens": self._tokens,
-            "segments": self._segments,
-            "positions": self._positions,
-            "targets": self._positions > 0,
-            "rows": self._rows,
-        }
-        return TokenBatch(**arrays)
+def _held(
+    data: DocumentDataset, pieces: Iterable[Piece], first_row: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray | bool, int]]:
+    """What `Windows.fill` takes of `pieces` of the documents `data`: every token is a target."""
+    for piece in pieces:
+        ids = data.tokens[piece.document][piece.start : piece.stop]
+        yield ids, True, first_row + int(data.row_numbers[piece.document])
 
 
 class TextLoader(StepsLoader[TokenBatch]):
@@ -357,9 +334,9 @@ class EvalWindows:
         streams = [Stream(s, self.length, seed=0, shuffle=False) for s in self.sources]
         windows = [(s, k) for s in streams for k in range(math.ceil(s.data.total / self.length))]
         for start in range(0, len(windows), self.batch_size):
-            made = _Windows(self.batch_size, self.length, slots, self.documents)
+            made = Windows(self.batch_size, self.length, slots, joined=self.documents == "joined")
             for row, (stream, k) in enumerate(windows[start : start + self.batch_size]):
-                made.fill(row, stream.data, _until(stream.pieces(k), stream.data.total - k * self.length), 0)
+                made.fill(row, _held(stream.data, _until(stream.pieces(k), stream.data.total - k * self.length)))
             yield made.batch()
 
 
