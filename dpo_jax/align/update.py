@@ -57,7 +57,7 @@ def descend(
     gradients, found = microbatches.sum_gradients(part, batch, config.accumulate, like=state.trainable)
     loss, norm = share(batch, found), optax.tree.norm(gradients)
     new = state.apply_gradients(gradients, finite=jnp.isfinite(loss) & jnp.isfinite(norm))
-    rate = states.learning_rate_schedule(config.optimizer)(state.step)
+    rate: Any = states.learning_rate_schedule(config.optimizer)(state.step)
     return new, found, {"loss": loss, "grad_norm": norm, "learning_rate": rate}
 
 

@@ -90,8 +90,9 @@ def scored(
     ]
     if len(found) == 1:
         return found[0], {}
-    given = [jnp.asarray(x) for x in (*found, tagged)]
-    both = rewards.whitened(*given, jnp.ones(len(rows), bool)) if whiten else rewards.combined(*given)
+    helpful, safe, at = (jnp.asarray(x) for x in (*found, tagged))
+    every = jnp.ones(len(rows), bool)
+    both = rewards.whitened(helpful, safe, at, every) if whiten else rewards.combined(helpful, safe, at)
     return np.asarray(both), dict(zip(("helpfulness", "safety"), found, strict=True))
 
 
