@@ -10,34 +10,33 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import say, show_log
 from dpo_jax.headers import read_json
 from dpo_jax.weights import convert as formats
-from dpo_jax.weights.source import resolve
-from dpo_jax.weights.tokenizer import tokenizer_of
+from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 
 
 @with_config_keys
 def convert(run: ConvertRun) -> None:
     """Write `run.from_` to the folder `run.to`. Raises `InputError`."""
     show_log()
-    lost = formats.convert(run.from_, run.to, to=run.format, dtype=run.dtype, **_spoken(run.from_))
+    place = open_checkpoint(run.from_)
+    lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **_spoken(place))
     if lost is not None:
         say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
     say(f"{run.to}: {run.format} checkpoint of {run.from_}")
 
 
-def _spoken(source: str) -> dict[str, Any]:
+def _spoken(place: StoredModel) -> dict[str, Any]:
     """Tokenizer and terminators of a run's checkpoint, as the finished run's `model/` would have them.
 
     The base has neither where the run brought the template (`--data.template`), and the model would speak on elsewhere.
     """
-    place = resolve(source)
-    if place.kind != "checkpoint":
+    if not isinstance(place, RunCheckpoint):
         return {}
-    path = place.path.parent.parent / "config.json"
+    path = place.folder / "config.json"
     options = read_json(path)
     data = options.get("data")
     if not isinstance(data, dict):
         raise InputError(f"{path}: does not say how the run read its data (data)")
-    tokenizer, template = tokenizer_of(place), data.get("template")
+    tokenizer, template = place.tokenizer(), data.get("template")
     if isinstance(options.get("reward"), dict) or data.get("kind") == "text":  # neither a score nor a text ends answers
         return {"tokenizer": with_template(tokenizer, template)}
     terminators = ChatTokenizer(tokenizer, template, data.get("date")).terminators

@@ -23,7 +23,8 @@ from dpo_jax.train.flops import ModelFlops, dpo_flops
 from dpo_jax.train.heldout import of_rows, policy_figures
 from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train
 
 
@@ -44,7 +45,7 @@ def train(config: DPORun) -> Path:
     config = training.config
     vocabulary = architecture.vocab_size
     if config.reference is not None:
-        vocabulary = min(vocabulary, read_architecture(config.reference).vocab_size)
+        vocabulary = min(vocabulary, open_checkpoint(config.reference).architecture.vocab_size)
     data, heldout = _load_data(config, tokenizer, vocabulary)
     for dataset in (data, heldout):
         if dataset is not None:
@@ -169,7 +170,7 @@ def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
         remat="none",
         attention=config.train.attention,
     )
-    if live and ("adapters" in variables or model.config != read_architecture(config.model)):
+    if live and ("adapters" in variables or model.config != open_checkpoint(config.model).architecture):
         raise InputError(
             f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters"
             " of its own; use --dpo.reference cached"

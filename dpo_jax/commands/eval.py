@@ -31,7 +31,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.report import text_health as texts
 from dpo_jax.report.statistics import kl_estimates
 from dpo_jax.types import PreferenceBatch
-from dpo_jax.weights.pretrained import read_architecture
+from dpo_jax.weights.opened import open_checkpoint
 
 Answers = list[tuple[list[int], Response]]
 """Prompt ids and response of each generated text."""
@@ -48,16 +48,17 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     drawn: neither greedy nor beams); under `tables` the groups, and under `samples` the `TextHealth` of the answers and
     the share of them that end by themselves.
     """
-    if read_architecture(run.model).num_labels:
+    place = open_checkpoint(run.model)
+    if place.architecture.num_labels:
         return evaluate_rewards.evaluate(run)
     if run.judge is not None or run.report is not None:
         raise InputError(f"--judge and --report have no effect: {run.model} is no reward model")
     setting = Setting.of(run.mesh, run.data, run)
     out = None if run.out is None else check_output(run.out)
-    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
+    tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
     beta = run.resolved("beta")
 
-    model, variables = setting.load(run.model, tokenizer)
+    model, variables = setting.load(place, tokenizer)
     policy = setting.logps(model, variables, dataset, "log-probabilities")
     answers: Answers = []
     written = None

@@ -22,10 +22,9 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import say
 from dpo_jax.weights import resize, vocabulary
 from dpo_jax.weights.folder import check_free
+from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pieces import NORMAL, SPACE, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer
-from dpo_jax.weights.pretrained import open_tensors
-from dpo_jax.weights.source import resolve
 
 HELD_OUT = 10
 """One text in so many is kept from learning."""
@@ -80,12 +79,12 @@ def extend_vocab(run: ExtendVocabRun) -> Extension:
     """Write `run.to`, print what changed, and return it. Raises `InputError`."""
     target = Path(run.to)
     check_free(target, replace=False)
-    place = resolve(run.model)
-    if place.kind not in ("huggingface", "gguf"):
+    place = open_checkpoint(run.model)
+    if place.tensors is None:
         raise InputError(f"{run.model}: is no Hugging Face folder; make one with dpo-jax convert --from {run.model}")
     own = own_tokenizer(place)
     base = base_pieces(place, own, run.base_tokenizer)
-    resize.check_rows(open_tensors(place)[0], base, place.path)
+    resize.check_rows(place.architecture, base, place.path)
     texts = Texts(run.data)
     if run.tokenizer is not None:
         longer = read_pieces(run.tokenizer)

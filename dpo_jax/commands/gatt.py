@@ -41,8 +41,9 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import gatt as gatt_report
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 @with_config_keys
@@ -59,8 +60,8 @@ def gatt(run: GattRun) -> Path:
         say(f"{out}: this run is finished; for another choose another --out")
         return out
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    architecture = read_architecture(run.model)
-    tokenizer = load_tokenizer(run.model)
+    place = open_checkpoint(run.model)
+    architecture, tokenizer = place.architecture, place.tokenizer()
     check_vocabulary(tokenizer, architecture)
     run = with_day(run, folder, tokenizer)
     encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)

@@ -25,8 +25,9 @@ from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.mesh import make_mesh
 from dpo_jax.sample import Request, check_context
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 def _read_prompts(run: GenerateRun) -> Iterator[tuple[int, tuple[Message, ...], str | None]]:
@@ -77,20 +78,21 @@ def _check_out(out: str | None) -> Path | None:
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = _check_out(run.out)
-    tokenizer = load_tokenizer(run.model)
+    place = open_checkpoint(run.model)
+    tokenizer = place.tokenizer()
     check_date(tokenizer, run.template, run.date)
     encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template, run.date)
     heads, prompts = _encode(run, encoder)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=0)
     if prompts:
-        architecture = read_architecture(run.model)
+        architecture = place.architecture
         try:
             check_context(architecture, len(prompts[longest]), run.sample)
         except InputError as problem:
             where = "--prompt" if run.prompts is None else f"{run.prompts}: row {heads[longest]['row']}"
             raise InputError(f"{where}: {str(problem).replace('max_new', '--sample.max_new')}") from problem
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    model, variables = load_pretrained(run.model, mesh=mesh, dtype=run.dtype)
+    model, variables = load_pretrained(place, mesh=mesh, dtype=run.dtype)
     check_vocabulary(tokenizer, model.config)
     config = terminators(model, encoder, run.sample)
 

@@ -9,6 +9,7 @@ from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.types import CHOSEN, REJECTED
+from dpo_jax.weights.opened import open_checkpoint
 
 
 @with_config_keys
@@ -20,8 +21,9 @@ def logps(run: LogpsRun) -> Path:
     """
     setting = Setting.of(run.mesh, run.data, run)
     out = check_output(run.out)
-    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows)
-    model, variables = setting.load(run.model, tokenizer)
+    place = open_checkpoint(run.model)
+    tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
+    model, variables = setting.load(place, tokenizer)
     sums = setting.logps(model, variables, dataset, "log-probabilities")
     lines = [
         json.dumps(

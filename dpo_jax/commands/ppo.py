@@ -30,7 +30,8 @@ from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import text_ids
 
@@ -162,7 +163,7 @@ def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
     """Refuse a value model that is no reward model of the policy's shape: it runs in the policy's place."""
     if config.value_model is None:
         return
-    other = read_architecture(config.value_model)
+    other = open_checkpoint(config.value_model).architecture
     check_score(config.value_model, other)
     free = ("vocab_size", "max_position", "tie_embeddings", "eos_token_ids", "bos_token_id", "pad_token_id")
     same = {name: getattr(architecture, name) for name in (*free, "further_stop_ids", "num_labels", "model_type")}

@@ -44,8 +44,8 @@ from dpo_jax.model.variables import shardings
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.session import Training
 from dpo_jax.weights.folder import new_folder
-from dpo_jax.weights.pretrained import has_adapters, read_architecture
-from dpo_jax.weights.source import resolve, to_train
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 _SAMPLES, _HELDOUT = 1, 2
@@ -90,7 +90,7 @@ class _Run:
         architectures = [_language_model(config.model, architecture)]
         if config.rejection.student is not None:
             architectures.append(_read_student(config, training))
-        if config.lora.rank and has_adapters(resolve(to_train(config.trained))):
+        if config.lora.rank and open_checkpoint(to_train(config.trained)).has_adapters:
             raise InputError(
                 f"{config.trained}: has adapters already; leave --lora.rank out, or merge them with dpo-jax convert"
             )
@@ -332,7 +332,7 @@ def _language_model(source: str, architecture: LlamaConfig) -> LlamaConfig:
 
 def _read_student(config: RejectionRun, training: Training[RejectionRun]) -> LlamaConfig:
     """The student's architecture, checked as `Training.read_model_shape` checks that of `--model`."""
-    architecture = _language_model(config.trained, read_architecture(config.trained))
+    architecture = _language_model(config.trained, open_checkpoint(config.trained).architecture)
     shardings(Llama(architecture, lora=config.lora), training.mesh)
     check_vocabulary(load_tokenizer(config.trained), architecture)
     return architecture

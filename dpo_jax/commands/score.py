@@ -18,7 +18,7 @@ from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import read_classes
+from dpo_jax.weights.opened import open_checkpoint
 
 _AT_ONCE = 32  # batches between two writes of the file
 
@@ -36,17 +36,18 @@ def score(run: ScoreRun) -> Path:
     """
     setting = Setting.of(run.mesh, run.data, run)
     out = check_output(run.out)
-    architecture, tokenizer = load_vocabulary(run.model, run.data)
+    place = open_checkpoint(run.model)
+    architecture, tokenizer = load_vocabulary(place, run.data)
     check_score(run.model, architecture)
     data = load_responses(
         run.data.files, tokenizer, run.data, vocab_size=architecture.vocab_size, on_bad_rows=run.on_bad_rows
     )
     check_lengths(data, architecture, run.data.max_length)
     say(data.summary())
-    model, variables = setting.load(run.model, tokenizer)
+    model, variables = setting.load(place, tokenizer)
 
     batches = eval_batches(data, run.batch_size, run.data.buckets)
-    classes = read_classes(run.model)
+    classes = place.classes
     rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size, classes=classes)
     settings = {"options": as_json(run), "model": fingerprint(variables), "data": data.fingerprint}
     originals = _rows(run.data.files, set(data.row_numbers.tolist())) if run.copy else {}

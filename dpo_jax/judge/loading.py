@@ -20,8 +20,9 @@ from dpo_jax.files.log import say, show_log
 from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setting:
             )
         return cls(devices, run.batch_size, data.buckets, run.dtype, run.attention)
 
-    def load(self, source: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Llama, dict[str, Any]]:
+    def load(self, source: str | StoredModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Llama, dict[str, Any]]:
         """A model laid out on the mesh, with an embedding that has a row for every id of the tokenizer."""
         model, variables = load_pretrained(source, mesh=self.mesh, dtype=self.dtype, attention=self.attention)
         check_vocabulary(tokenizer, model.config)
@@ -57,11 +58,13 @@ class Setting:
         return policy_logps(dataset, model, variables, mesh=self.mesh, batches=batches, label=label).astype(np.float64)
 
 
-def load_vocabulary(model: str, data: DataConfig | None = None) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+def load_vocabulary(
+    model: str | StoredModel, data: DataConfig | None = None
+) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
     """The model's architecture and its tokenizer, which fit together and `data`; its weights are not read."""
     show_log()
-    architecture = read_architecture(model)
-    tokenizer = load_tokenizer(model)
+    model = open_checkpoint(model)
+    architecture, tokenizer = model.architecture, model.tokenizer()
     check_vocabulary(tokenizer, architecture)
     if data is not None:
         check_date(tokenizer, data.template, data.date)
@@ -69,7 +72,7 @@ def load_vocabulary(model: str, data: DataConfig | None = None) -> tuple[LlamaCo
 
 
 def load_data(
-    model: str,
+    model: str | StoredModel,
     source: str,
     config: DataConfig,
     on_bad_rows: Literal["refuse", "skip"],

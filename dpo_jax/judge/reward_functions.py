@@ -32,8 +32,8 @@ from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.processes import distributed
 from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.pretrained import read_architecture
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.tokenizer import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class ModelReward:
 
     def __init__(self, source: str, *, raw: bool, date: str | None = None, **setting: Any):
         """`raw`: prompt and response are one text; `date`: what day it is; `setting`: as for `RewardModel.load`."""
-        self._model = RewardModel.load(source, **setting)
-        tokenizer = load_tokenizer(source)
+        place = open_checkpoint(source)
+        self._model, tokenizer = RewardModel.load(place, **setting), place.tokenizer()
         check_vocabulary(tokenizer, self._model.model.config)
         self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None, date), raw
         self.identity = fingerprint(self._model.variables)
@@ -239,7 +239,7 @@ def check_reward(judge: str, config: PPORun | RejectionRun) -> RewardFunction | 
     if ".py:" in judge:
         return PythonFunction(judge)
     try:
-        check_score(judge, read_architecture(judge))
+        check_score(judge, open_checkpoint(judge).architecture)
     except InputError as error:
         known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error

@@ -22,7 +22,8 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.groups import response_states
 from dpo_jax.model.llama import Llama
 from dpo_jax.types import PreferenceBatch
-from dpo_jax.weights.pretrained import load_pretrained, read_classes
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
 
 
 def check_score(source: str, architecture: LlamaConfig) -> None:
@@ -57,7 +58,7 @@ class RewardModel:
         mesh: where they lie.
         batch_size: responses a forward pass, over all devices.
         multiple: lengths are padded to multiples of this, so that calls with other texts compile little anew.
-        classes: from `read_classes`.
+        classes: of the opened checkpoint.
         """
         if batch_size % (parts := meshes.batch_parts(mesh)):
             raise InputError(
@@ -78,7 +79,7 @@ class RewardModel:
     @classmethod
     def load(
         cls,
-        source: str,
+        source: str | StoredModel,
         *,
         mesh: Mesh | None = None,
         batch_size: int = 8,
@@ -87,9 +88,10 @@ class RewardModel:
     ) -> "RewardModel":
         """From a checkpoint, as for `load_pretrained`. Raises `InputError` where it has no reward head."""
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1]) if mesh is None else mesh
+        source = open_checkpoint(source)
         model, variables = load_pretrained(source, mesh=mesh, dtype=dtype, attention=attention)
-        check_score(source, model.config)
-        return cls(model, variables, mesh=mesh, batch_size=batch_size, classes=read_classes(source))
+        check_score(source.name, model.config)
+        return cls(model, variables, mesh=mesh, batch_size=batch_size, classes=source.classes)
 
     def rewards(self, batches: IndexedBatches, label: str | None = None) -> np.ndarray:
         """float64 [M, K]: the scores of the M rows in `batches`, in the order of the data set; 0 where absent."""

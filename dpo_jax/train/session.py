@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -44,9 +45,10 @@ from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_sectio
 from dpo_jax.train.loop import Loader, Plan, fit
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture, save_pretrained
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.source import to_train
-from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
+from dpo_jax.weights.tokenizer import check_vocabulary
 
 Config = TypeVar("Config", bound=TrainingRun)
 
@@ -93,10 +95,10 @@ class Training(Generic[Config]):
         """The run folder's path."""
         return self.folder.path
 
-    @property
-    def start(self) -> str:
+    @cached_property
+    def start(self) -> StoredModel:
         """The model that is trained: `--model`, or the merged weights of a run with LoRA."""
-        return to_train(self.config.model)
+        return open_checkpoint(to_train(self.config.model))
 
     @property
     def devices(self) -> list[Any]:
@@ -115,9 +117,9 @@ class Training(Generic[Config]):
 
         From here on `config` has the day that the chat template writes.
         """
-        architecture = read_architecture(self.start)
+        architecture = self.start.architecture
         shardings(Llama(architecture, lora=self.config.lora), self.mesh)
-        tokenizer = load_tokenizer(self.start)
+        tokenizer = self.start.tokenizer()
         check_vocabulary(tokenizer, architecture)
         self.config = with_day(self.config, self.folder, tokenizer)
         return architecture, tokenizer
@@ -138,7 +140,7 @@ class Training(Generic[Config]):
         )
         learning_rate_schedule(self.config.optimizer)  # refuses a warm-up longer than the run
         # The name of the model as given means another one from another folder.
-        named = dataclasses.replace(self.config, model=base.lasting(self.start).model)
+        named = dataclasses.replace(self.config, model=self.start.lasting.model)
         self.folder.claim(as_json(named))
         return self.config
 
@@ -149,9 +151,9 @@ class Training(Generic[Config]):
         config = self.config
         lora = config.lora if lora is None else lora
         frozen = config.train.kept_dtype
-        if lora.rank and self.start != config.model and config.train.frozen_dtype is None and frozen != "float32":
+        if lora.rank and self.start.name != config.model and config.train.frozen_dtype is None and frozen != "float32":
             self.say(
-                f"{self.start}: kept in float32, since {frozen} would round away most of what that run's adapters"
+                f"{self.start.name}: kept in float32, since {frozen} would round away most of what that run's adapters"
                 " learnt (--train.frozen_dtype decides)"
             )
             frozen = "float32"
@@ -224,7 +226,7 @@ class Training(Generic[Config]):
         if "adapters" in state.trainable:
             beneath = base.weights_hash(state.frozen["params"])
             if self.main:
-                base.write(self.out, dataclasses.replace(base.lasting(self.start), fingerprint=beneath))
+                base.write(self.out, dataclasses.replace(self.start.lasting, fingerprint=beneath))
         plan = Plan(
             steps=total,
             steps_per_epoch=loader.steps_per_epoch,

@@ -10,24 +10,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
-from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights import huggingface, layout, merging, orbax_params, tokenizer_files
 from dpo_jax.weights.folder import check_free
-from dpo_jax.weights.pretrained import (
-    base_place,
-    has_adapters,
-    load_pretrained,
-    merged_params,
-    open_tensors,
-    origin_folder,
-    read_all,
-    read_architecture,
-    read_classes,
-    save_pretrained,
-)
-from dpo_jax.weights.source import Source, resolve
-from dpo_jax.weights.tokenizer import check_published, tokenizer_of
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all, save_pretrained
+from dpo_jax.weights.tokenizer import check_published
 
 Format = Literal["huggingface", "orbax"]
 
@@ -35,7 +23,7 @@ _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | StoredModel,
     target: str | Path,
     *,
     to: Format = "huggingface",
@@ -72,25 +60,27 @@ def convert(
             f"{target}: names a file, and a folder is written, as safetensors or orbax (--format); GGUF is only read"
         )
     check_free(target, replace=False)
-    place = resolve(source)
-    stored = np.dtype(_stored_dtype(place) if dtype is None else dtype)
-    spoken = tokenizer, tuple(dict.fromkeys((*_terminators(place), *terminators)))
-    scores, adapted = bool(read_architecture(place).num_labels), has_adapters(place)
+    place = open_checkpoint(source)
+    if dtype is None:
+        dtype = place.dtype if place.beneath is None else np.float32
+    stored = np.dtype(dtype)
+    spoken = tokenizer, tuple(dict.fromkeys((*place.terminators, *terminators)))
+    scores, adapted = bool(place.architecture.num_labels), place.has_adapters
     if scores and to == "orbax":
-        raise InputError(f"{source}: is a reward model, which is converted to --format huggingface only")
+        raise InputError(f"{place.name}: is a reward model, which is converted to --format huggingface only")
     if to == "huggingface" and (scores or adapted):
         # Adapters are added in float32, so that the weights beneath them are read as they are stored.
-        beneath = _beneath_dtype(place) if adapted else stored
-        model, variables = load_pretrained(source, mesh=mesh, dtype=beneath)
-        carried: dict[str, Any] = {"source": source, "classes": read_classes(source), "terminators": spoken[1]}
-        tokenizer = tokenizer or tokenizer_of(place)
+        beneath = place.dtype if adapted else stored
+        model, variables = load_pretrained(place, mesh=mesh, dtype=beneath)
+        carried: dict[str, Any] = {"source": place, "classes": place.classes, "terminators": spoken[1]}
+        tokenizer = tokenizer or place.tokenizer()
         return save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
-    if to == "huggingface" and place.kind in ("huggingface", "gguf"):
-        config, reader = open_tensors(place)
+    if to == "huggingface" and place.tensors is not None:
+        config = place.architecture
         shapes = layout.tensor_shapes(layout.parameter_slots(config))
-        tensors = read_all(reader, shapes, stored)
+        tensors = read_all(place.tensors, shapes, stored)
     else:
-        model, variables = load_pretrained(source, mesh=mesh, dtype=np.float32 if adapted else stored)
+        model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32 if adapted else stored)
         config, params = model.config, merged_params(model, variables)
         if to == "orbax":
             lost = _lost(variables["params"], params, stored) if adapted and stored != np.float32 else None
@@ -111,26 +101,8 @@ def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:
     return rounding.lost
 
 
-def _stored_dtype(place: Source) -> np.dtype:
-    """What a checkpoint is stored in; float32 where it was trained, or is the sum of weights and adapters."""
-    if place.kind == "checkpoint" or has_adapters(place):
-        return np.dtype(np.float32)
-    return _beneath_dtype(place)
-
-
-def _beneath_dtype(place: Source) -> np.dtype:
-    base = base_place(place)
-    return orbax_params.stored_dtype(base.path) if base.kind == "orbax" else open_tensors(base)[1].dtype
-
-
-def _terminators(place: Source) -> tuple[int, ...]:
-    """What ends an answer, as an adapter folder keeps it."""
-    kept = place.path / huggingface.GENERATION
-    return huggingface.stops(read_json(kept)) if place.kind == "peft" and kept.is_file() else ()
-
-
 def _finisher(
-    place: Source,
+    place: StoredModel,
     config: LlamaConfig,
     dtype: np.dtype,
     to: Format,
@@ -138,9 +110,9 @@ def _finisher(
     terminators: Sequence[int],
 ) -> Callable[[Path], None]:
     """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
-    origin = origin_folder(place)
+    origin = place.origin
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
-        tokenizer = tokenizer or tokenizer_of(place)
+        tokenizer = tokenizer or place.tokenizer()
         check_published(tokenizer, config, place)
 
     def finish(folder: Path) -> None:

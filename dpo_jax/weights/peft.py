@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
+from dpo_jax.weights import base as bases
 from dpo_jax.weights import heads as head_files
 from dpo_jax.weights import huggingface, layout, shards, tokenizer_files
 
@@ -105,15 +106,13 @@ def save_adapters(
     variables: Mapping[str, Any],
     tokenizer: Any,
     *,
-    base: tuple[str, str | None],
+    base: bases.Base,
     dtype: Any,
-    also: Callable[[Path], None],
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
 
-    `base`: name and revision of the base model; `also` writes what else belongs into the folder.
     With a head "score" among the variables it is PEFT's form for a sequence classifier, score included. `terminators`
     are kept in a generation_config.json, for the model that `convert` makes of it.
     """
@@ -126,8 +125,8 @@ def save_adapters(
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
-        "base_model_name_or_path": base[0],
-        "revision": base[1],
+        "base_model_name_or_path": base.model,
+        "revision": base.revision,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
@@ -146,7 +145,7 @@ def save_adapters(
     def finish(folder: Path) -> None:
         head_files.write_others(folder, collection, others, classes)
         (folder / shards.SINGLE).rename(folder / WEIGHTS)
-        also(folder)
+        bases.write(folder, base)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if terminators:
             huggingface.write_generation(folder, config_of_model, None, terminators)

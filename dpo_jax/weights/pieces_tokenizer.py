@@ -15,24 +15,23 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
+from dpo_jax.weights.folder_tokenizer import has_tokenizer
 from dpo_jax.weights.gguf_tokenizer import surround
 from dpo_jax.weights.merges import merges_by_score
+from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces, read_pieces
-from dpo_jax.weights.source import Source
-from dpo_jax.weights.tokenizer import tokenizer_of
 
 _CARRIED = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 
 
-def own_tokenizer(place: Source) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(place: StoredModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model folder or GGUF file, None where it has none.
 
     Raises `InputError` for one that is not SentencePiece's BPE with byte fallback, such as SmolLM2's or Llama 3's.
     """
-    names = ("tokenizer.json", "tokenizer.model")
-    if place.kind != "gguf" and not any((place.path / name).is_file() for name in names):
+    if place.origin is not None and not has_tokenizer(place.path):
         return None
-    tokenizer: Any = tokenizer_of(place)
+    tokenizer: Any = place.tokenizer()
     model = tokenizer.backend_tokenizer.model
     if not (isinstance(model, models.BPE) and model.byte_fallback):
         raise InputError(
@@ -42,13 +41,13 @@ def own_tokenizer(place: Source) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def base_pieces(place: Source, own: PreTrainedTokenizerBase | None, given: str | None) -> Pieces:
+def base_pieces(place: StoredModel, own: PreTrainedTokenizerBase | None, given: str | None) -> Pieces:
     """The SentencePiece model of a checkpoint: the file `given`, or the tokenizer.model in its folder.
 
     Raises `InputError` where there is none, or it is not the one that `own`, the checkpoint's tokenizer, came from.
     """
     file = place.path / "tokenizer.model"
-    if given is None and (place.kind == "gguf" or not file.is_file()):
+    if given is None and (place.origin is None or not file.is_file()):
         raise InputError(
             f"{place.path}: has no tokenizer.model, the SentencePiece model to extend; give the one that belongs to it "
             "with --base_tokenizer FILE.model"
@@ -72,10 +71,10 @@ def base_pieces(place: Source, own: PreTrainedTokenizerBase | None, given: str |
     return base
 
 
-def fast_tokenizer(pieces: Pieces, place: Source, own: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
+def fast_tokenizer(pieces: Pieces, place: StoredModel, own: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerFast:
     """`pieces` as a tokenizer of `transformers`, otherwise like `own`, the tokenizer of the checkpoint `place`."""
     like: Any = own
-    if place.kind == "gguf" and like is not None:
+    if place.origin is None and like is not None:
         backend = _with_pieces(like.backend_tokenizer, pieces)
     elif (place.path / "tokenizer.json").is_file():
         assert like is not None  # the file was read

@@ -24,9 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights import huggingface, layout, tokenizer_files
+from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pieces import Pieces
-from dpo_jax.weights.pretrained import open_tensors
-from dpo_jax.weights.source import Source
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")
 """The tensors with a row a token."""
@@ -58,7 +57,7 @@ def grown(rows: np.ndarray, spelled: Sequence[Sequence[int]], size: int) -> np.n
 
 
 def write_resized(
-    place: Source,
+    place: StoredModel,
     target: Path,
     base: Pieces,
     longer: Pieces,
@@ -83,7 +82,8 @@ def write_resized(
 
     Raises `InputError` for anything wrong with the model, or a target that cannot be written.
     """
-    config, reader = open_tensors(place)
+    config, reader = place.architecture, place.tensors
+    assert reader is not None, "read tensor by tensor"
     check_rows(config, base, place.path)
     spelled, size = spellings(base, longer), -(-len(longer) // multiple) * multiple
     config = dataclasses.replace(config, vocab_size=size)
@@ -96,8 +96,7 @@ def write_resized(
             yield grown(values, spelled, size) if key in GROWING else values
 
     def finish(folder: Path) -> None:
-        origin = None if place.kind == "gguf" else place.path
-        huggingface.write_configs(folder, config, dtype, origin)
+        huggingface.write_configs(folder, config, dtype, place.origin)
         tokenizer_files.save_tokenizer(tokenizer, folder)
         (folder / "tokenizer.model").write_bytes(longer.proto.SerializeToString(deterministic=True))
 

@@ -22,9 +22,9 @@ from dpo_jax.judge.reward_model import RewardModel
 from dpo_jax.model.groups import response_logps, response_predictions
 from dpo_jax.sample import beam_search, generate, serve
 from dpo_jax.types import PreferenceBatch
+from dpo_jax.weights.folder_tokenizer import read_tokenizer
 from dpo_jax.weights.heads import padded_apart
-from dpo_jax.weights.source import Source
-from dpo_jax.weights.tokenizer import check_vocabulary, text_ids, tokenizer_of
+from dpo_jax.weights.tokenizer import check_vocabulary, text_ids
 
 SIZE, NEW = 24, 8
 PROMPTS = [[5, 6, 7], [9, 3]]
@@ -118,7 +118,7 @@ def test_ids_past_the_embedding_stop_a_model_only_where_they_are_used(
 
 def test_another_pad_token_is_taken_where_it_has_no_row(narrow: Path) -> None:
     config = dpo_jax.load_pretrained(narrow)[0].config
-    tokenizer: Any = tokenizer_of(Source("huggingface", narrow))
+    tokenizer: Any = read_tokenizer(narrow)
     changed, text = padded_apart(config, tokenizer)
     assert changed.pad_token_id == text.pad_token_id == 0
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo_jax import cli
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.pretrained import load_pretrained, read_architecture
-from dpo_jax.weights.source import resolve
+from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
 
 BASE, TURN_END = 0, 2  # <|endoftext|>, <|im_end|>
 
@@ -80,14 +80,14 @@ def test_a_checkpoint_of_an_unfinished_run_is_converted_as_its_model_would_be(tr
     for name in ("generation_config.json", "config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "model" / name).read_bytes() == (trained / "model" / name).read_bytes(), name
     run("convert", "--from", str(unfinished), "--to", str(tmp_path / "orbax"), "--format", "orbax")
-    assert read_architecture(resolve(tmp_path / "orbax")).stop_ids == (BASE, TURN_END)
+    assert open_checkpoint(tmp_path / "orbax").architecture.stop_ids == (BASE, TURN_END)
 
 
 def test_generate_ends_at_what_generation_config_lists(base: Path, tmp_path: Path) -> None:
     """Ids that neither config.json nor the template names, of a folder whose answers are asked for as plain text."""
     folder = shutil.copytree(base, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [BASE, 300, TURN_END, 10**6, -1]}))
-    assert read_architecture(resolve(folder)).stop_ids == (BASE, 300, TURN_END)
+    assert open_checkpoint(folder).architecture.stop_ids == (BASE, 300, TURN_END)
     for end, reason in ((300, "stop"), (301, "length")):
         run(
             *("generate", "--model", str(folder), "--prompt", "a question", "--raw", "--out", str(tmp_path / "out")),
@@ -100,6 +100,6 @@ def test_generate_ends_at_what_generation_config_lists(base: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_an_exported_folder_stops_when_it_is_read_again(trained: Path, kind: str) -> None:
-    assert read_architecture(resolve(trained / kind)).stop_ids == (BASE, TURN_END)
+    assert open_checkpoint(trained / kind).architecture.stop_ids == (BASE, TURN_END)
     model, _ = load_pretrained(trained / kind)
     assert model.config.stop_ids == (BASE, TURN_END)

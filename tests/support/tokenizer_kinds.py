@@ -25,11 +25,10 @@ from tokenizers import (
     trainers,
 )
 
+from dpo_jax.weights.folder_tokenizer import read_tokenizer
 from dpo_jax.weights.gguf_tokenizer import _LLAMA3
 from dpo_jax.weights.merges import merges_by_score
 from dpo_jax.weights.pieces import NORMAL, SPACE, read_pieces
-from dpo_jax.weights.source import Source
-from dpo_jax.weights.tokenizer import tokenizer_of
 from dpo_jax.weights.tokenizer_files import save_tokenizer
 
 _QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -204,14 +203,14 @@ def main(model: str, out: str) -> int:
     for kind in PIECES | BYTE_LEVEL:
         original = write(Path(out) / "original" / kind, kind, Path(model))
         expected, exported = ids_of_file(original, texts), Path(out) / kind
-        tokenizer = tokenizer_of(Source("huggingface", original))
+        tokenizer = read_tokenizer(original)
         ours = tokenizer(texts)["input_ids"]
         exported.mkdir(exist_ok=True)
         # What transformers looks at to choose a class, beside tokenizer_config.json.
         of_model = {"model_type": "mistral" if kind == "mistral" else "llama"}
         (exported / "config.json").write_text(json.dumps(of_model))
         save_tokenizer(tokenizer, exported)
-        again = tokenizer_of(Source("huggingface", exported))(texts)["input_ids"]
+        again = read_tokenizer(exported)(texts)["input_ids"]
         names = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         told = {"texts": texts, "ids": expected, "names": names, "chat_template": tokenizer.chat_template}
         (Path(out) / f"{kind}.json").write_text(json.dumps(told))

@@ -7,8 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_jax.weights.source import Source
-from dpo_jax.weights.tokenizer import tokenizer_of
+from dpo_jax.weights.folder_tokenizer import read_tokenizer
 
 TEXT = (
     "Human Assistant user assistant system the quick brown fox jumps over a lazy dog. Hello, how are you today? "
@@ -70,4 +69,4 @@ def llama2(shared_data: Path, folder: Path, *, legacy: bool = False) -> PreTrain
         "unk_token": "<unk>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return tokenizer_of(Source("huggingface", folder))
+    return read_tokenizer(folder)

@@ -13,15 +13,14 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
-from dpo_jax.weights.source import Source
-from dpo_jax.weights.tokenizer import tokenizer_of
+from dpo_jax.weights.folder_tokenizer import read_tokenizer
 from dpo_jax.weights.tokenizer_files import save_tokenizer
 
 TEXTS = kinds.corpus(300)
 
 
 def load(folder: Path) -> Any:
-    return tokenizer_of(Source("huggingface", folder))
+    return read_tokenizer(folder)
 
 
 @pytest.fixture(scope="module", params=[*kinds.PIECES, *kinds.BYTE_LEVEL])

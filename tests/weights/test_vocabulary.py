@@ -28,9 +28,9 @@ from dpo_jax.config import ExtendVocabRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, to_hf
 from dpo_jax.weights import resize, shards, vocabulary
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pieces import NORMAL, ModelProto, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer
-from dpo_jax.weights.source import Source, resolve
 
 OLD, NEW = 32_000, 8_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,7 +274,7 @@ def test_a_tokenizer_json_keeps_its_rules(llama2: Path, tmp_path: Path) -> None:
     raw = json.loads(fast.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     raw |= {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": None}
     Tokenizer.from_str(json.dumps(raw)).save(str(folder / "tokenizer.json"))
-    place, base = Source("huggingface", folder), read_pieces(llama2)
+    place, base = StoredModel(folder), read_pieces(llama2)
     longer = extend(["鑫鑫"], base, pieces=2)
     tokenizer = fast_tokenizer(longer, place, own_tokenizer(place))
     assert tokenizer("鑫鑫 a")["input_ids"] == [1, OLD + 1, *longer.spell([" a"])[0]]
@@ -282,13 +282,13 @@ def test_a_tokenizer_json_keeps_its_rules(llama2: Path, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer(llama2: Path, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", None)
-    assert own_tokenizer(resolve(folder)) is None
-    base = base_pieces(resolve(folder), None, str(llama2))
-    tokenizer = fast_tokenizer(base, resolve(folder), None)
+    assert own_tokenizer(open_checkpoint(folder)) is None
+    base = base_pieces(open_checkpoint(folder), None, str(llama2))
+    tokenizer = fast_tokenizer(base, open_checkpoint(folder), None)
     assert tokenizer("Hello  world")["input_ids"] == [1, *base.processor.encode("Hello  world")]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
     with pytest.raises(InputError, match="give the one that belongs to it with --base_tokenizer"):
-        base_pieces(resolve(folder), None, None)
+        base_pieces(open_checkpoint(folder), None, None)
 
 
 # ---------------------------------------------------------------- rows
@@ -345,9 +345,10 @@ def test_dtypes_ties_files_and_padding(llama2: Path, tmp_path: Path, tied: bool,
     folder = llama(tmp_path / "model", llama2, tied=tied, kind=kind)
     base = read_pieces(llama2)
     longer = extend(["鑫淼鑫淼，而", "中的"], base, pieces=4)
-    tokenizer = fast_tokenizer(longer, resolve(folder), own_tokenizer(resolve(folder)))
+    place = open_checkpoint(folder)
+    tokenizer = fast_tokenizer(longer, place, own_tokenizer(place))
     target = tmp_path / "longer"
-    rows = resize.write_resized(resolve(folder), target, base, longer, tokenizer, multiple=64, shard_bytes=10_000)
+    rows = resize.write_resized(place, target, base, longer, tokenizer, multiple=64, shard_bytes=10_000)
     assert rows == 32_064
     assert len(list(target.glob("*.safetensors"))) > 1
     old, new = load_file(folder / shards.SINGLE), {}
@@ -399,7 +400,7 @@ def test_from_gguf(llama2: Path, tmp_path: Path) -> None:
     }
     folder, file = llama(tmp_path / "model", None), tmp_path / "model.gguf"
     write_gguf(folder, file, metadata=metadata)
-    place = resolve(file)
+    place = open_checkpoint(file)
     own = own_tokenizer(place)
     with pytest.raises(InputError, match=r"has no tokenizer\.model"):
         base_pieces(place, own, None)

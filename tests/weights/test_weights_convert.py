@@ -23,7 +23,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.weights import orbax_params, shards
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.pretrained import read_architecture
+from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.source import resolve
 
 
@@ -259,7 +259,7 @@ def test_a_run_that_is_not_finished_is_a_source(
     assert again.lora == lora
     assert_same(loaded, state.variables)
     assert_same(dpo_jax.load_pretrained(run / "checkpoints" / "7", mesh=mesh)[1], state.variables)
-    assert read_architecture(resolve(run)) == model.config
+    assert open_checkpoint(run).architecture == model.config
     assert dpo_jax.load_tokenizer(run)("good")["input_ids"]
     convert(run, tmp_path / "hf")
     dpo_jax.save_pretrained(tmp_path / "direct", model, state.variables, None)

@@ -19,6 +19,7 @@ from dpo_jax.model import heads
 from dpo_jax.weights import base, source
 from dpo_jax.weights.convert import convert
 from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.opened import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_hub_model_is_kept_with_its_revision(
         return tmp_path / "snapshots" / commit
 
     monkeypatch.setattr(source, "_download", fetch)
-    assert base.lasting("owner/name") == base.Base("owner/name", commit)
+    assert open_checkpoint("owner/name").lasting == base.Base("owner/name", commit)
     model, variables = dpo_jax.load_pretrained("owner/name", lora=LoraConfig(rank=2))
     dpo_jax.save_pretrained(tmp_path / "a", model, variables, None, source="owner/name", merge=False)
     named = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -19,7 +19,7 @@ from dpo_jax.model import groups, heads
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.convert import convert
 from dpo_jax.weights.heads import padded_apart
-from dpo_jax.weights.pretrained import read_classes
+from dpo_jax.weights.opened import open_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -128,11 +128,11 @@ def test_a_reward_model_of_ours_in_transformers(base, tmp_path, lora):
     convert(tmp_path / "rm", tmp_path / "copy")
     np.testing.assert_allclose(ours(tmp_path / "copy", batch), here, atol=1e-6)
     for name in ("rm", "copy"):
-        assert read_classes(tmp_path / name) == (ClassHead("harm", ("x", "y", "z"), 1.0, True),)
+        assert open_checkpoint(tmp_path / name).classes == (ClassHead("harm", ("x", "y", "z"), 1.0, True),)
     if lora:
         told = {"source": base, "classes": config.heads}
         dpo_jax.save_pretrained(tmp_path / "adapter", model, state.variables, tokenizer, merge=False, **told)
-        assert read_classes(tmp_path / "adapter") == read_classes(tmp_path / "rm")
+        assert open_checkpoint(tmp_path / "adapter").classes == open_checkpoint(tmp_path / "rm").classes
         np.testing.assert_allclose(ours(tmp_path / "adapter", batch), here, atol=1e-5)
         _check_peft(base, tmp_path / "adapter", rows, here)
     # A second export replaces the first, heads.safetensors included.
@@ -198,12 +198,12 @@ def test_what_is_refused(published, base, tmp_path):
     save_file({"harm.weight": np.ones((3, 31), np.float32)}, tmp_path / "odd" / "heads.safetensors")
     with pytest.raises(InputError, match=r"heads.safetensors: tensor harm.weight \(3, 31\) is not a head"):
         dpo_jax.load_pretrained(tmp_path / "odd")
-    assert read_classes(tmp_path / "odd") == read_classes(published) == ()
+    assert open_checkpoint(tmp_path / "odd").classes == open_checkpoint(published).classes == ()
     for told in ("[1]", "{", '{"harm": {}}', '{"harm": {"classes": ["x"], "overlapping": true}}'):
         metadata = {"classes": told}
         save_file({"harm.weight": np.ones((3, 32), np.float32)}, tmp_path / "odd" / "heads.safetensors", metadata)
         with pytest.raises(InputError, match="what its header says of classes does not fit its heads"):
-            read_classes(tmp_path / "odd")
+            _ = open_checkpoint(tmp_path / "odd").classes
 
 
 def test_a_tokenizer_without_a_token_to_spare(published, tmp_path):
