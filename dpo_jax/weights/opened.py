@@ -44,12 +44,14 @@ class StoredModel:
       beneath: the model that it adds adapters to, or began with; None where it is whole.
       base: the same as its folder names it.
       has_adapters: whether it, or the model beneath, keeps adapters apart from the weights.
+      by_tensors: whether `tensors` reads the weights one by one, as of a Hugging Face folder or GGUF file.
       terminators: ids that end a response, as an adapter folder keeps them.
     """
 
     beneath: "StoredModel | None" = None
     base: Base | None = None
     has_adapters: bool = False
+    by_tensors = True
     terminators: tuple[int, ...] = ()
 
     def __init__(self, path: Path, name: str | Path | None = None):
@@ -66,7 +68,7 @@ class StoredModel:
 
     @property
     def tensors(self) -> layout.TensorReader | None:
-        """Its checked weights, where they are read tensor by tensor: in a Hugging Face folder or GGUF file."""
+        """Its checked weights; None where they are not read so (`by_tensors`)."""
         return self._contents[1]
 
     @property
@@ -128,6 +130,8 @@ class _GGUFFile(StoredModel):
 class _OrbaxFolder(StoredModel):
     """What `convert` wrote."""
 
+    by_tensors = False
+
     @cached_property
     def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
         return huggingface.read_config(self.path), None
@@ -150,6 +154,7 @@ class _OnAnother(StoredModel):
       adds_score: whether they make a reward model of a language model.
     """
 
+    by_tensors = False
     folder: Path
     base: Base
     lora: LoraConfig
