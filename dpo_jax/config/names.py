@@ -54,6 +54,7 @@ class RunOptions(type):
             written = f'{new}={type(given).__name__}("...", ...)' if given is not None else f'{new}="..."'
             _tell_once(f"{old}= is called {new} now: write {written}; the old name is read in this version only")
         fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
-        if isinstance(options.get("data"), str) and callable(section := fields["data"].default_factory):
-            options["data"] = dataclasses.replace(section(), files=options["data"])
+        if isinstance(options.get("data"), str) and callable(made := fields["data"].default_factory):
+            section: Any = made()
+            options["data"] = dataclasses.replace(section, files=options["data"])
         return super().__call__(*args, **options)

@@ -57,8 +57,9 @@ def arena_votes(row: Row) -> Rebuilt:
     better = {"better": _winner(row)} if row.keys() >= {*WINNERS} and "better" not in row else {}
     if not any(said.values()):
         return {"prompt": row["prompt"], "responses": [row[name] for name in ARENA[1:]]} | better, places
-    asked, *answers = said.values()
-    if not asked or any(not answer or len(answer) != len(asked) for answer in answers):
+    asked, *others = said.values()
+    answers = [answer for answer in others if answer and asked and len(answer) == len(asked)]
+    if not asked or len(answers) < len(others):
         turns = ", ".join(f"'{name}' {len(texts or ())}" for name, texts in said.items())
         raise BadRow("prompt and responses do not have the same turns", f"as JSON lists: {turns}; remove the row")
     if len(asked) == 1:
