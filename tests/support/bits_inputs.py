@@ -168,6 +168,7 @@ def sentencepiece_model(path: Path) -> None:
         byte_fallback=True,
         num_threads=1,
         normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     (path / "tokenizer.vocab").unlink()

@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         build(work / "inputs")
         with ThreadPoolExecutor(options.jobs) as pool:
-            waiting = [case for case in chosen if case.label not in results["cases"]]
+            waiting = [case for case in chosen if "stderr" in str(list(results["cases"].get(case.label, ["stderr"])))]
             for case, record in pool.map(lambda case: (case, run(case, tree, work, environment)), waiting):
                 results["cases"][case.label] = record
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
