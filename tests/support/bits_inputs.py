@@ -132,7 +132,7 @@ def reward_model(path: Path) -> None:
 
 
 def gguf_model(source: Path, path: Path) -> None:
-    """The language model as a GGUF file with float32 tensors, and no tokenizer in it."""
+    """The language model as a GGUF file with float32 tensors and its tokenizer."""
     import gguf
 
     told, writer = json.loads((source / "config.json").read_text()), gguf.GGUFWriter(path, "llama")
@@ -150,6 +150,16 @@ def gguf_model(source: Path, path: Path) -> None:
             heads = weight.shape[0] // told["head_dim"]
             weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", np.ascontiguousarray(weight))
+    text = json.loads((source / "tokenizer.json").read_text())["model"]
+    pieces = sorted(text["vocab"], key=text["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([gguf.TokenType.CONTROL if p in SPECIAL else gguf.TokenType.NORMAL for p in pieces])
+    writer.add_token_merges([" ".join(merge) for merge in text["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(CHATML)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
