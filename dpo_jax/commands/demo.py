@@ -13,6 +13,7 @@ sees only what the model wrote, not the opening.
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from dpo_jax.commands import dpo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.openings import review_openings
-from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -36,11 +37,12 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
-from dpo_jax.files.jsonl import read_lines, write_lines
+from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
-from dpo_jax.judge.continuations import Writer, make_pairs
+from dpo_jax.judge.continuations import make_pairs, write_judged
 from dpo_jax.judge.reward_functions import OfText, Vader
+from dpo_jax.model.llama import Llama
 from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import per_prompt
 from dpo_jax.weights.pretrained import load_pretrained
@@ -135,21 +137,21 @@ class _Demo:
         ]
 
     @functools.cached_property
-    def _loaded(self) -> tuple[Writer, Any]:
-        """The model as a writer, and its variables."""
-        source = self._run.model
-        say(f"{source}: loading the model")
-        tokenizer = load_tokenizer(source)
-        model, variables = load_pretrained(source)
-        encoder = ConversationEncoder(tokenizer, RAW)
-        config = terminators(model, encoder, SampleConfig(self._size.new_tokens, temperature=TEMPERATURE))
-        judge = OfText("vader", Vader())
-        return Writer(model, tokenizer, encoder, config, self._size.batch_size, judge, "vader", column=SCORE), variables
+    def _loaded(self) -> tuple[Llama, Any]:
+        say(f"{self._run.model}: loading the model")
+        return load_pretrained(self._run.model)
+
+    def _write(self, name: str, variables: Any, openings: Sequence[str], samples: int, **told: Any) -> list[Row]:
+        """What the model writes with these variables."""
+        size, model, tokenizer = self._size, self._loaded[0], load_tokenizer(self._run.model)
+        encoder, sample = ConversationEncoder(tokenizer, RAW), SampleConfig(size.new_tokens, temperature=TEMPERATURE)
+        writer = Writer(lambda: (model, variables), tokenizer, encoder, sample, size.batch_size, raw=True)
+        told |= {"judge": OfText("vader", Vader()), "name": "vader", "column": SCORE}
+        return write_judged(writer, self._out / f"{name}.jsonl", name, openings, samples, **told)
 
     def _samples(self) -> Figures:
-        writer, variables = self._loaded
         seen, seed = review_openings(self._run.seed)[: self._size.prompts], self._run.seed
-        rows = writer.write(self._out / "samples.jsonl", "samples", variables, seen, self._size.samples, seed=seed)
+        rows = self._write("samples", self._loaded[1], seen, self._size.samples, seed=seed)
         return {"samples": len(rows), "mean sentiment": float(per_prompt(rows, SCORE).mean())}
 
     def _pairs(self) -> Figures:
@@ -168,10 +170,9 @@ class _Demo:
     def _unseen(self, name: str) -> Figures:
         """What the model writes, or the aligned one."""
         run, size = self._run, self._size
-        writer, reference = self._loaded
-        variables = reference if name == "before" else load_pretrained(self._out / "dpo" / "model")[1]
+        model = self._loaded
+        variables = model[1] if name == "before" else load_pretrained(self._out / "dpo" / "model")[1]
         unseen = review_openings(run.seed)[size.prompts : size.prompts + size.unseen]
-        settings = {"seed": (run.seed + 1) % 2**32, "reference": reference}
-        path = self._out / f"{name}.jsonl"
-        rows = writer.write(path, name, variables, unseen, size.unseen_samples, **settings)
+        told = {"seed": (run.seed + 1) % 2**32, "reference": model}
+        rows = self._write(name, variables, unseen, size.unseen_samples, **told)
         return {"texts": len(rows), "mean sentiment": float(per_prompt(rows, SCORE).mean())}

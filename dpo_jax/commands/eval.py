@@ -11,7 +11,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.complete.responses import Response, responses, terminators
+from dpo_jax.complete.responses import Response
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import EvalRun
 from dpo_jax.data.rows.comparisons import parse_preference
 from dpo_jax.data.rows.problems import BadRow
@@ -123,23 +124,14 @@ def _answer(
             break
     if cut:
         say(f"{run.data.files}: {cut} prompts to answer cut at their beginning, to {longest} tokens")
-    config = terminators(model, encoder, run.sample)
-    written = responses(
-        model,
-        variables,
-        tokenizer,
-        prompts,
-        seed=run.seed,
-        config=config,
-        batch_size=setting.batch_size,
-        mesh=setting.mesh,
-    )
-    answers: list[Response] = []
+    sizes: dict[str, Any] = {"batch_size": setting.batch_size, "mesh": setting.mesh}
+    writer = Writer(lambda: (model, variables), tokenizer, encoder, run.sample, **sizes)
+    answers: dict[int, Response] = {}
     with ProgressBar("answers", len(prompts)) as bar:
-        for batch in written:
-            answers += batch
+        for some in writer.responses(prompts, [(i, 0) for i in range(len(prompts))], seed=run.seed):
+            answers |= {i: response for (i, _), response in some}
             bar.update(len(answers))
-    return list(zip(prompts, answers, strict=True))
+    return [(prompt, answers[i]) for i, prompt in enumerate(prompts)]
 
 
 def _answer_logps(setting: Setting, model: Llama, variables: Any, answers: Answers, temperature: float) -> np.ndarray:

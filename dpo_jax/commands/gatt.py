@@ -18,14 +18,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
-
 from dpo_jax.align import gatt as ghost
 from dpo_jax.commands import sft
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.complete.gatt_dialogues import Outline, Plan, Writer, check_room, check_template, make_plan, seed_of
-from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.gatt_dialogues import (
+    Outline,
+    Plan,
+    check_room,
+    check_template,
+    make_plan,
+    seed_of,
+    write_dialogues,
+)
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import GattRun, SFTRun, sft_inside
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.problems import BadRow
@@ -40,7 +45,6 @@ from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import gatt as gatt_report
-from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
@@ -71,7 +75,18 @@ def gatt(run: GattRun) -> Path:
     if run.gatt.train and not run.gatt.evaluate_only and stages.status == "new":
         sft.begin(training_run(run))  # refuses now what it would refuse after sampling
     to_learn = DialogueEncoder(tokenizer, run.data.template, "last", run.data.date)
-    work = _Gatt(run, plan, to_learn, _Writers(run, tokenizer, encoder, mesh))
+    model, trained = (
+        Writer(
+            partial(load_pretrained, source, mesh=mesh, dtype=run.train.dtype),
+            tokenizer,
+            encoder,
+            run.sample,
+            run.sample_batch_size,
+            mesh=mesh,
+        )
+        for source in (run.model, str(out))
+    )
+    work = _Gatt(run, plan, to_learn, model, trained)
     stages.perform(work.stages(), run, {"--data (or --eval_data, --gatt.instructions)": plan.fingerprint})
     if run.gatt.train:
         gatt_report.write(run, out)
@@ -83,19 +98,20 @@ def gatt(run: GattRun) -> Path:
 
 
 class _Gatt:
-    """The stages."""
+    """The stages. Two models write: that of the options, and the trained one."""
 
-    def __init__(self, run: GattRun, plan: Plan, encoder: DialogueEncoder, writers: "_Writers"):
-        self._run, self._plan, self._encoder, self._writers, self._out = run, plan, encoder, writers, Path(run.out)
+    def __init__(self, run: GattRun, plan: Plan, encoder: DialogueEncoder, model: Writer, trained: Writer):
+        self._run, self._plan, self._encoder, self._out = run, plan, encoder, Path(run.out)
+        self._model, self._trained = model, trained
 
     def stages(self) -> list[Stage]:
         """Those that the options ask for, in order."""
         options, plan, model, out = self._run.gatt, self._plan, self._run.model, self._out
         samples, rows = out / "samples.jsonl", out / "sft.jsonl"
-        asked = partial(self._write, model, "samples", plan.training, "training", "every")
+        asked = partial(self._write, self._model, "samples", plan.training, "training", "every")
         before, after = (
-            partial(self._write, source, name, plan.evaluation, "evaluation", "first")
-            for source, name in ((model, "before"), (str(out), "after"))
+            partial(self._write, writer, name, plan.evaluation, "evaluation", "first")
+            for writer, name in ((self._model, "before"), (self._trained, "after"))
         )
         heading = f"{len(plan.training)} dialogues of {options.turns} turns, the instruction in every turn"
         unseen = f"{len(plan.evaluation)} unseen dialogues of {options.evaluated_turns} turns"
@@ -115,8 +131,11 @@ class _Gatt:
             Stage(f"{unseen} after training", (out / "sft",), out / "after.jsonl", after),
         ]
 
-    def _write(self, source: str, name: str, outlines: Sequence[Outline], purpose: str, where: ghost.Where) -> Figures:
-        rows = self._writers.write(source, self._out / f"{name}.jsonl", name, outlines, purpose, where)
+    def _write(
+        self, writer: Writer, name: str, outlines: Sequence[Outline], purpose: str, where: ghost.Where
+    ) -> Figures:
+        path, seed = self._out / f"{name}.jsonl", self._run.train.seed
+        rows = write_dialogues(writer, path, name, outlines, seed=seed, purpose=purpose, where=where)
         judged = [row["kept"] for row in rows if row["kept"] is not None]
         return {"answers": len(rows)} | ({"kept": sum(judged) / len(judged)} if judged else {})
 
@@ -131,7 +150,7 @@ class _Gatt:
 
     def _train(self) -> Figures:
         """Train, and bring the model to OUT/model."""
-        self._writers.release()
+        self._model.close()
         folder = sft.train(training_run(self._run))
         for name in ("adapter", "model"):
             if (folder / name).is_dir():
@@ -155,46 +174,6 @@ def _check_lengths(run: GattRun, plan: Plan, encoder: ConversationEncoder, archi
         check_room(encoder, plan.training, where="every", new=new, room=room, limit=limit)
     if plan.evaluation:
         check_room(encoder, plan.evaluation, where="first", new=new, room=context, limit=of_model)
-
-
-# ---------------------------------------------------------------- writing dialogues
-
-
-class _Writers:
-    """Lets models write; the one at work stays loaded until another is asked for."""
-
-    def __init__(self, run: GattRun, tokenizer: PreTrainedTokenizerBase, encoder: ConversationEncoder, mesh: Mesh):
-        self._run, self._tokenizer, self._encoder, self._mesh = run, tokenizer, encoder, mesh
-        self._loaded: Writer | None = None
-
-    def write(
-        self, source: str, path: Path, label: str, outlines: Sequence[Outline], purpose: str, where: ghost.Where
-    ) -> list[Row]:
-        """`Writer.write` by the model `source`, which is loaded only where there is something left to write."""
-        if path.exists():
-            say(f"{label}: from {path}")
-            return read_lines(path)
-        self._loaded = self._loaded or self._load(source)
-        return self._loaded.write(path, label, outlines, purpose=purpose, where=where)
-
-    def release(self) -> None:
-        """Make room for another model."""
-        self._loaded = None
-
-    def _load(self, source: str) -> Writer:
-        run = self._run
-        model, variables = load_pretrained(source, mesh=self._mesh, dtype=run.train.dtype)
-        return Writer(
-            model,
-            variables,
-            fingerprint(variables),
-            self._tokenizer,
-            self._encoder,
-            terminators(model, self._encoder, run.sample),
-            self._mesh,
-            run.sample_batch_size,
-            run.train.seed,
-        )
 
 
 # ---------------------------------------------------------------- training

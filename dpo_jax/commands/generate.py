@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.complete.responses import Response, answers, terminators
-from dpo_jax.config import GenerateRun, SampleConfig
+from dpo_jax.complete.responses import Response
+from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.config import GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
@@ -20,11 +20,10 @@ from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW, check_date
 from dpo_jax.errors import InputError
-from dpo_jax.files.jsonl import RowsFile
-from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.files.jsonl import Row
+from dpo_jax.files.log import say
 from dpo_jax.mesh import make_mesh
-from dpo_jax.sample import Request, check_context
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.sample import check_context
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
@@ -94,34 +93,39 @@ def generate(run: GenerateRun) -> None:
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     model, variables = load_pretrained(place, mesh=mesh, dtype=run.dtype)
     check_vocabulary(tokenizer, model.config)
-    config = terminators(model, encoder, run.sample)
+    writer = Writer(
+        lambda: (model, variables),
+        tokenizer,
+        encoder,
+        run.sample,
+        batch_size=run.batch_size,
+        raw=run.raw,
+        mesh=mesh,
+    )
+    requests = {(heads[i]["row"], k): (i, k) for i in range(len(prompts)) for k in range(run.samples)}
 
-    requests = [(i, k) for i in range(len(prompts)) for k in range(run.samples)]
-
-    def rows(wanted: Sequence[Request]) -> Iterator[list[dict[str, Any]]]:
-        for some in answers(
-            model,
-            variables,
-            tokenizer,
-            prompts,
-            seed=run.seed,
-            config=config,
-            batch_size=run.batch_size,
-            requests=wanted,
-            raw=run.raw,
-            mesh=mesh,
-        ):
-            yield [_row(heads[request[0]], request[1], response, run.seed) for request, response in some]
+    def rows(some: Some) -> Iterator[Row]:
+        return (_row(heads[i], k, response, run.seed) for (i, k), response in some)
 
     if out is not None:
-        numbers = [(heads[i]["row"], k) for i, k in requests]
-        _write(run, out, prompts, fingerprint(variables), config, dict(zip(numbers, requests, strict=True)), rows)
+        settings = {
+            "weights": writer.weights,
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            "sample": asdict(writer.config),
+            "samples": run.samples,
+            "seed": run.seed,
+            "dtype": run.dtype,
+            "raw": run.raw,
+        }
+        draw = Draw(prompts, requests, run.seed, rows)
+        written = writer.write(out, "generating", settings, lambda _: [draw], total=len(requests), key=_key)
+        say(f"{out}: {len(written)} responses")
         return
-    ready: dict[Any, dict[str, Any]] = {}
-    waiting = iter([(heads[i]["row"], k) for i, k in requests])
+    ready: dict[Any, Row] = {}
+    waiting = iter(requests)
     following = next(waiting)
-    for batch in rows(requests):
-        ready |= {_identity(row): row for row in batch}
+    for some in writer.responses(prompts, list(requests.values()), seed=run.seed):
+        ready |= {_key(row): row for row in rows(some)}
         while following in ready:
             row = ready.pop(following)
             plain = run.prompts is None and run.samples == 1
@@ -129,11 +133,11 @@ def generate(run: GenerateRun) -> None:
             following = next(waiting, None)
 
 
-def _identity(row: dict[str, Any]) -> tuple[int, int]:
+def _key(row: Row) -> tuple[int, int]:
     return row["row"], row["sample"]
 
 
-def _row(head: dict[str, Any], sample: int, response: Response, seed: int) -> dict[str, Any]:
+def _row(head: Row, sample: int, response: Response, seed: int) -> Row:
     return {
         **head,
         "sample": sample,
@@ -143,35 +147,3 @@ def _row(head: dict[str, Any], sample: int, response: Response, seed: int) -> di
         "logp": float(np.sum(response.logps, dtype=np.float64)),
         "seed": seed,
     }
-
-
-def _write(
-    run: GenerateRun,
-    out: Path,
-    prompts: Sequence[Sequence[int]],
-    weights: str,
-    config: SampleConfig,
-    requests: dict[tuple[int, int], Request],
-    rows: Callable[[Sequence[Request]], Iterator[list[dict[str, Any]]]],
-) -> None:
-    """`requests` by the identity of their rows in the file."""
-    settings = {
-        "weights": weights,
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "sample": asdict(config),
-        "samples": run.samples,
-        "seed": run.seed,
-        "dtype": run.dtype,
-        "raw": run.raw,
-    }
-    with RowsFile(out, settings) as file, ProgressBar("generating", len(requests), done=len(file.rows)) as bar:
-        if file.rows:
-            bar.say(f"{file.part}: going on behind its {len(file.rows)} rows")
-        start, tokens = time.monotonic(), 0
-        done = {_identity(row) for row in file.rows}
-        for batch in rows([request for identity, request in requests.items() if identity not in done]):
-            file.append(batch)
-            tokens += sum(row["tokens"] for row in batch)
-            bar.update(len(file.rows), f"{tokens / (time.monotonic() - start):.0f} tokens/s")
-        written = file.finish(order=_identity)
-    say(f"{out}: {len(written)} responses")

@@ -27,14 +27,15 @@ import numpy as np
 
 from dpo_jax.commands import sft
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.complete.k_responses import Sampler, key_of, select, write_once
+from dpo_jax.complete.k_responses import key_of, open_writer, select, write_responses
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import RejectionRun, sft_inside
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import as_json, write_atomically
-from dpo_jax.files.jsonl import Row, read_lines, write_lines
+from dpo_jax.files.jsonl import Row, read_lines, write_lines, write_once
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge import pool as best_responses
 from dpo_jax.judge.scores import Judges, write_scores
@@ -118,7 +119,7 @@ class _Run:
             "--reward": self.judges.described,
             "--rejection.pool_from": None if before is None else best_responses.hash_of(before),
         }
-        self._sampler: tuple[str, Sampler] | None = None
+        self._writer: tuple[str, Writer] | None = None
 
     def _load(self, source: str, encoder: ConversationEncoder, architectures: Sequence[LlamaConfig]) -> PromptDataset:
         """The different prompts of a file that leave room for an answer."""
@@ -187,12 +188,12 @@ class _Run:
                 model = str(after / "sft")
         return stages
 
-    def _open(self, model: str) -> Sampler:
+    def _open(self, model: str) -> Writer:
         """The model that writes; the one before makes room for it."""
-        if self._sampler is None or self._sampler[0] != model:
-            self._sampler = None
-            self._sampler = model, Sampler(model, self.config, self.training.mesh)
-        return self._sampler[1]
+        if self._writer is None or self._writer[0] != model:
+            self._writer = None
+            self._writer = model, open_writer(model, self.config, self.training.mesh)
+        return self._writer[1]
 
     def _judge_earlier(self) -> Figures:
         source = str(self.config.rejection.pool_from)
@@ -214,7 +215,8 @@ class _Run:
         assert self.heldout is not None
         chosen = self.config.rejection
         temperature = chosen.evaluated_at
-        rows = self._open(model).write(
+        rows = write_responses(
+            self._open(model),
             self.folder(iteration) / "heldout.jsonl",
             self.heldout,
             label=f"held out, after iteration {iteration}",
@@ -227,7 +229,7 @@ class _Run:
     def _judge_heldout(self, iteration: int) -> Figures:
         """Their scores; with them the figures of the iteration are complete."""
         assert self.heldout is not None
-        self._sampler = None  # the judge needs the room
+        self._writer = None  # the judge needs the room
         folder = self.folder(iteration)
         samples = read_lines(folder / "heldout.jsonl")
         label = "scores of held-out responses"
@@ -253,7 +255,8 @@ class _Run:
     def _sample(self, model: str, iteration: int) -> Figures:
         """K responses to every prompt at each temperature."""
         chosen = self.config.rejection
-        rows = self._open(model).write(
+        rows = write_responses(
+            self._open(model),
             self.folder(iteration) / "samples.jsonl",
             self.data,
             label=f"samples of iteration {iteration}",
@@ -265,7 +268,7 @@ class _Run:
 
     def _choose(self, iteration: int) -> Figures:
         """Judge the samples; write the pool, what is learnt of it, and the curves."""
-        self._sampler = None  # the judge and the optimizer need the room
+        self._writer = None  # the judge and the optimizer need the room
         config, folder, before = self.config, self.folder(iteration), self.folder(iteration - 1) / "pool.jsonl"
         samples, label = read_lines(folder / "samples.jsonl"), f"scores of iteration {iteration}"
         scores = write_scores(folder / "scores.jsonl", self.data, samples, self.judges, label=label)

@@ -2,26 +2,21 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import gatt
-from dpo_jax.complete.responses import answers
-from dpo_jax.config import GattRun, SampleConfig
+from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.config import GattRun
 from dpo_jax.data.sources.attributes import languages
 from dpo_jax.data.sources.instructions import LANGUAGES, Instruction, read_instructions, synthesise
 from dpo_jax.data.sources.user_turns import Turns, apart_from, chain, read_user_turns, split
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
-from dpo_jax.files.jsonl import Row, RowsFile, read_lines
-from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.model.llama import Llama
+from dpo_jax.files.jsonl import Row, read_lines
+from dpo_jax.files.log import say
 
 
 @dataclass(frozen=True)
@@ -163,85 +158,68 @@ def check_template(encoder: ConversationEncoder) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A model, and all that it takes to let it answer."""
+def write_dialogues(
+    writer: Writer,
+    path: Path,
+    label: str,
+    outlines: Sequence[Outline],
+    *,
+    seed: int,
+    purpose: str,
+    where: gatt.Where,
+) -> list[Row]:
+    """The answers of all dialogues, judged, one row each, kept in `path`; or read them where they are there.
 
-    model: Llama
-    variables: Any
-    weights: str
-    """Fingerprint of the variables."""
-    tokenizer: PreTrainedTokenizerBase
-    encoder: ConversationEncoder
-    config: SampleConfig
-    mesh: Mesh
-    batch_size: int
-    seed: int
+    All dialogues advance together, a turn at a time. An answer depends on its dialogue so far, `purpose`, the seed,
+    its turn and the number of its dialogue, not on what is written beside it.
+    """
+    if path.exists():
+        say(f"{label}: from {path}")
+        return read_lines(path)
+    settings = {
+        "weights": writer.weights,
+        "dialogues": hashlib.sha256(json.dumps([asdict(o) for o in outlines]).encode()).hexdigest(),
+        "sample": asdict(writer.config),
+        "seed": seed,
+        "purpose": purpose,
+        "where": where,
+    }
+    turns = len(outlines[0].users)
 
-    def write(
-        self, path: Path, label: str, outlines: Sequence[Outline], *, purpose: str, where: gatt.Where
-    ) -> list[Row]:
-        """The answers of all dialogues, judged, one row each, kept in `path`; or read them where they are there.
+    def draws(rows: list[Row]) -> Iterator[Draw]:
+        for turn in range(1, turns + 1):
+            said = {(row["dialogue"], row["turn"]): row["answer"] for row in rows}
+            asked = (
+                gatt.asking(o.instruction.text, o.users, [said[i, t] for t in range(1, turn)], where=where)
+                for i, o in enumerate(outlines)
+            )
+            prompts = [writer.encoder.prompt_ids(messages) for messages in asked]
+            requests = {(i, turn): (i, 0) for i in range(len(outlines))}
+            yield Draw(prompts, requests, seed_of(seed, purpose, turn), partial(_rows, outlines, turn))
 
-        All dialogues advance together, a turn at a time. An answer depends on its dialogue so far, `purpose`, the seed,
-        its turn and the number of its dialogue, not on what is written beside it.
-        """
-        if path.exists():
-            say(f"{label}: from {path}")
-            return read_lines(path)
-        settings = {
-            "weights": self.weights,
-            "dialogues": hashlib.sha256(json.dumps([asdict(o) for o in outlines]).encode()).hexdigest(),
-            "sample": asdict(self.config),
-            "seed": self.seed,
-            "purpose": purpose,
-            "where": where,
-        }
-        turns = len(outlines[0].users)
-        total = len(outlines) * turns
-        with RowsFile(path, settings) as file, ProgressBar(label, total, done=len(file.rows)) as bar:
-            if file.rows:
-                bar.say(f"{file.part}: going on behind its {len(file.rows)} answers")
-            start, tokens = time.monotonic(), 0
-            said = {(row["dialogue"], row["turn"]): row["answer"] for row in file.rows}
-            for turn in range(1, turns + 1):
-                waiting = [(i, 0) for i in range(len(outlines)) if (i, turn) not in said]
-                if not waiting:
-                    continue
-                prompts = [
-                    self.encoder.prompt_ids(
-                        gatt.asking(o.instruction.text, o.users, [said[i, t] for t in range(1, turn)], where=where)
-                    )
-                    for i, o in enumerate(outlines)
-                ]
-                for some in answers(
-                    self.model,
-                    self.variables,
-                    self.tokenizer,
-                    prompts,
-                    seed=seed_of(self.seed, purpose, turn),
-                    config=self.config,
-                    batch_size=self.batch_size,
-                    requests=waiting,
-                    mesh=self.mesh,
-                ):
-                    rows = [self._row(i, turn, outlines[i], response) for (i, _), response in some]
-                    file.append(rows)
-                    said |= {(row["dialogue"], turn): row["answer"] for row in rows}
-                    tokens += sum(len(row["ids"]) for row in rows)
-                    bar.update(len(file.rows), f"turn {turn}  {tokens / (time.monotonic() - start):.0f} tokens/s")
-            return file.finish(order=lambda row: (row["dialogue"], row["turn"]))
+    return writer.write(
+        path,
+        label,
+        settings,
+        draws,
+        total=len(outlines) * turns,
+        key=lambda row: (row["dialogue"], row["turn"]),
+        counted="answers",
+        note=lambda rows: f"turn {rows[-1]['turn']}  ",
+    )
 
-    @staticmethod
-    def _row(index: int, turn: int, outline: Outline, response: Any) -> Row:
+
+def _rows(outlines: Sequence[Outline], turn: int, some: Some) -> Iterator[Row]:
+    for (index, _), response in some:
         # A cut answer may end inside a character of several bytes.
         answer = response.text.rstrip("\N{REPLACEMENT CHARACTER}")
-        checks = {check.kind: check(answer) for check in outline.instruction.checks}
-        return {
+        instruction, user = outlines[index].instruction, outlines[index].users[turn - 1]
+        checks = {check.kind: check(answer) for check in instruction.checks}
+        yield {
             "dialogue": index,
             "turn": turn,
-            "instruction": outline.instruction.text,
-            "user": outline.users[turn - 1],
+            "instruction": instruction.text,
+            "user": user,
             "answer": answer,
             "checks": checks,
             "kept": all(checks.values()) if checks else None,

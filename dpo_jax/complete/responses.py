@@ -1,19 +1,14 @@
-"""What a model writes behind prompts: text, stop strings, how it ended; in the order asked for, or as it ends."""
+"""What a model writes behind a prompt: its text, stop strings in it, how it ended."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import Finished, Request, beam_search, serve
-from dpo_jax.weights.tokenizer import text_ids
+from dpo_jax.sample import Request
 
 
 @dataclass(frozen=True)
@@ -69,119 +64,6 @@ class StopStrings:
             return None
         sizes = range(clean + 1, len(tokens) + 1)
         return next(n for n in sizes if self.begin(self._text(request[0], tokens[:n])) is not None)
-
-
-def answers(
-    model: Llama,
-    variables: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int,
-    config: SampleConfig,
-    batch_size: int,
-    requests: Sequence[Request],
-    raw: bool = False,
-    mesh: Mesh | None = None,
-) -> Iterator[list[tuple[Request, Response]]]:
-    """Responses to `requests` (pairs of a prompt's index and a sample's number), in the order in which they end.
-
-    Each request draws with its own key, so neither the others nor `batch_size` change its text.
-    """
-
-    def text(prompt: int, ids: Sequence[int]) -> str:
-        return decode(tokenizer, prompts[prompt], ids, raw=raw)
-
-    vocabulary = text_ids(tokenizer, model.config)
-    stops = StopStrings(text, config.stop_strings) if config.stop_strings else None
-    if config.beams is not None:
-        together = max(1, batch_size // config.beams)
-        served = _search(model, variables, prompts, config, requests, together, vocabulary, mesh)
-    else:
-        served = serve(
-            model,
-            variables,
-            prompts,
-            jax.random.key(seed),
-            config=config,
-            requests=requests,
-            rows=batch_size,
-            ended=stops,
-            vocabulary=vocabulary,
-            mesh=mesh,
-        )
-
-    def response(request: Request, ids: list[int], logps: list[float]) -> Response:
-        stopped = ids[-1] in config.stop_tokens
-        written = text(request[0], ids[:-1] if stopped else ids)
-        at = None if stops is None else stops.begin(written)
-        reason = "stop" if stopped or at is not None else "length"
-        return Response(ids, logps, written if at is None else written[:at], reason)
-
-    for finished in served:
-        yield [(done.request, response(*done)) for done in finished]
-
-
-def _search(
-    model: Llama,
-    variables: Any,
-    prompts: Sequence[Sequence[int]],
-    config: SampleConfig,
-    requests: Sequence[Request],
-    together: int,
-    vocabulary: int | None,
-    mesh: Mesh | None,
-) -> Iterator[list[Finished]]:
-    """What beam search finds for each request, `together` prompts at a time."""
-    for start in range(0, len(requests), together):
-        some = list(requests[start : start + together])
-        # The last batch is filled up with its last prompt: it needs no program of its own.
-        filled = some + [some[-1]] * (min(together, len(requests)) - len(some))
-        asked = [prompts[i] for i, _ in filled]
-        found = beam_search(model, variables, asked, config=config, vocabulary=vocabulary, mesh=mesh)
-        tokens, mask, logps = (np.asarray(x) for x in found)
-        yield [Finished(r, tokens[i][mask[i]].tolist(), logps[i][mask[i]].tolist()) for i, r in enumerate(some)]
-
-
-def responses(
-    model: Llama,
-    variables: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int,
-    config: SampleConfig,
-    batch_size: int,
-    first: int = 0,
-    raw: bool = False,
-    mesh: Mesh | None = None,
-) -> Iterator[list[Response]]:
-    """One response to each of `prompts[first:]`, in order, a list of `batch_size` (the last may be shorter) at a time.
-
-    Row i (counted from 0 over all prompts) draws with its own key, so where it starts and how many go at once change no
-    text.
-    """
-    requests = [(i, 0) for i in range(first, len(prompts))]
-    following = range(first, min(first + batch_size, len(prompts)))
-    ready: dict[int, Response] = {}
-    for some in answers(
-        model,
-        variables,
-        tokenizer,
-        prompts,
-        seed=seed,
-        config=config,
-        batch_size=batch_size,
-        requests=requests,
-        raw=raw,
-        mesh=mesh,
-    ):
-        ready |= {index: response for (index, _), response in some}
-        while all(i in ready for i in following):
-            yield [ready.pop(i) for i in following]
-            following = range(following.stop, min(following.stop + batch_size, len(prompts)))
-            if not following:
-                return
 
 
 def terminators(model: Llama, encoder: ConversationEncoder, config: SampleConfig) -> SampleConfig:

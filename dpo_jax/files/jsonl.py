@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write, close_after, write_atomically
+from dpo_jax.processes import distributed
 
 Row = dict[str, Any]
 
@@ -44,27 +45,26 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class RowsFile:
-    """The file `path`, to be written from its first row to its last.
+    """The file `path`, to be written from its first row to its last. Process 0 writes it; the others keep the rows.
 
     Attributes:
       rows: what is done so far, in order; on opening, what an interrupted run with the same settings left.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, writes: bool = True):
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
         """Args:
-        path: the file.
+        path: the file, on a file system that all processes share.
         settings: JSON-able; all that decides the rows.
-        writes: False in every process but the first; those only keep the rows in memory.
         """
         self.path = path
-        self._writes = writes
+        self._writes = distributed.is_main()
         self.part = path.with_name(path.name + ".part")
         self.rows: list[Row] = []
         header = json.loads(json.dumps({"settings": settings}))
         found = read_lines(self.part) if self.part.exists() else []
         if found and found[0] == header:
             self.rows = found[1:]
-        if not writes:
+        if not self._writes:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,9 +99,21 @@ class RowsFile:
         """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows."""
         if order is not None:
             self.rows.sort(key=order)
-        if not self._writes:
-            return self.rows
-        write_lines(self.path, self.rows)
-        self._file.close()
-        self.part.unlink()
+        if self._writes:
+            write_lines(self.path, self.rows)
+            self._file.close()
+            self.part.unlink()
+        distributed.barrier(str(self.path))
         return self.rows
+
+
+def write_once(path: Path, settings: Callable[[], Mapping[str, Any]], work: Callable[[RowsFile], Any]) -> list[Row]:
+    """The rows of the file `path`: read where it is there, else made by `work`, which appends those that are missing.
+
+    `settings` and `work` are called only where there is something to make.
+    """
+    if distributed.flag_from_main(path.exists()):
+        return read_lines(path)
+    with RowsFile(path, settings()) as file:
+        work(file)
+        return file.finish()

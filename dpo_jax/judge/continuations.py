@@ -1,23 +1,19 @@
 """Texts that go on with openings: written, judged, and measured under a second model. For `demo` and the recipes."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.complete.responses import Response, answers
-from dpo_jax.config import SampleConfig
+from dpo_jax.complete.writer import Draw, Some, Writer
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
-from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.files.jsonl import Row, RowsFile, read_lines
-from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.files.jsonl import Row, read_lines
+from dpo_jax.files.log import say
 from dpo_jax.judge.reward_functions import RewardFunction, scores_of
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
@@ -26,125 +22,99 @@ from dpo_jax.sample import Request
 from dpo_jax.types import PreferenceBatch
 
 
-@dataclass(frozen=True)
-class Writer:
-    """All that continuing openings takes, but for the weights.
+def write_judged(
+    writer: Writer,
+    path: Path,
+    label: str,
+    openings: Sequence[str],
+    samples: int,
+    *,
+    seed: int,
+    judge: RewardFunction,
+    name: str,
+    column: str = "score",
+    reference: tuple[Llama, Any] | None = None,
+) -> list[Row]:
+    """Continue each opening `samples` times, judge, and keep the rows in `path`; or read them if they are there.
 
-    Attributes:
-      model, tokenizer, encoder: of the models that write; the encoder's template is `raw`.
-      config: with all terminators.
-      batch_size: texts at once.
+    Args:
+      writer: its template is `raw`.
+      openings: all different. A text depends on the seed, its opening's place among them, and its number.
       judge, name: gives a text its score, and what it is called in messages.
       column: what the score is called in the rows.
+      reference: model and variables that the texts are also scored with (for the KL divergence), or None.
+
+    Returns rows of `prompt`, `sample`, `response`, the score, `finish_reason` and `ids`, opening by opening; with a
+    reference also `logps` and `reference_logps` of each token, at the sampling temperature.
     """
+    if path.exists():
+        say(f"{label}: from {path}")
+        return read_lines(path)
+    prompts = [writer.encoder.prompt_ids(opening) for opening in openings]
+    place = {opening: i for i, opening in enumerate(openings)}
+    requests = {(i, k): (i, k) for i in range(len(openings)) for k in range(samples)}
+    settings = {"openings": list(openings), "samples": samples, "seed": seed, "sample": asdict(writer.config)}
 
-    model: Llama
-    tokenizer: PreTrainedTokenizerBase
-    encoder: ConversationEncoder
-    config: SampleConfig
-    batch_size: int
-    judge: RewardFunction
-    name: str
-    column: str = "score"
+    def key(row: Row) -> Request:
+        return place[row["prompt"]], row["sample"]
 
-    def write(
-        self,
-        path: Path,
-        label: str,
-        variables: Any,
-        openings: Sequence[str],
-        samples: int,
-        *,
-        seed: int,
-        reference: Any = None,
-        model: Llama | None = None,
-    ) -> list[Row]:
-        """Continue each opening `samples` times, judge, and keep the rows in `path`; or read them if they are there.
-
-        Args:
-          variables: of the model that writes.
-          openings: all different. A text depends on the seed, its opening's place among them, and its number.
-          reference: of the model that its texts are also scored with (for the KL divergence), or None.
-          model: that writes, where it is built otherwise than `self.model` (with adapters).
-
-        Returns rows of `prompt`, `sample`, `response`, the score, `finish_reason` and `ids`, opening by opening; with a
-        reference also `logps` and `reference_logps` of each token, at the sampling temperature.
-        """
-        if path.exists():
-            say(f"{label}: from {path}")
-            return read_lines(path)
-        wanted = [(i, k) for i in range(len(openings)) for k in range(samples)]
-        prompts = [self.encoder.prompt_ids(opening) for opening in openings]
-        settings = {"openings": list(openings), "samples": samples, "seed": seed, "sample": asdict(self.config)}
-        settings |= {"judge": self.judge.identity}
-        place = {opening: i for i, opening in enumerate(openings)}
-
-        def request(row: Row) -> Request:
-            return place[row["prompt"]], row["sample"]
-
-        with RowsFile(path, settings) as file, ProgressBar(label, len(wanted), done=len(file.rows)) as bar:
-            start, tokens = time.monotonic(), 0
-            done = {request(row) for row in file.rows}
-            for some in answers(
-                self.model if model is None else model,
-                variables,
-                self.tokenizer,
-                prompts,
-                seed=seed,
-                config=self.config,
-                batch_size=self.batch_size,
-                requests=[each for each in wanted if each not in done],
-                raw=True,
-            ):
-                file.append(self._rows(openings, some))
-                tokens += sum(len(response.ids) for _, response in some)
-                mean = np.mean([row[self.column] for row in file.rows])
-                speed = tokens / (time.monotonic() - start)
-                bar.update(len(file.rows), f"mean {self.column} {mean:+.3f}  {speed:.0f} tokens/s")
-            file.rows.sort(key=request)
-            if reference is not None:
-                self._measure(reference, prompts, file.rows, place)
-            return file.finish()
-
-    def _rows(self, openings: Sequence[str], some: Sequence[tuple[Request, Response]]) -> list[Row]:
+    def judged(some: Some) -> list[Row]:
+        asked = [openings[i] for (i, _), _ in some]
         texts = [response.text for _, response in some]
-        prompts = [opening_prompt(openings[i]) for (i, _), _ in some]
         numbers = np.asarray([i + 1 for (i, _), _ in some])
-        scores = scores_of(self.judge, prompts, texts, numbers, self.name).tolist()
+        scores = scores_of(judge, [opening_prompt(opening) for opening in asked], texts, numbers, name).tolist()
         return [
             {
-                "prompt": openings[i],
+                "prompt": opening,
                 "sample": k,
                 "response": response.text,
-                self.column: score,
+                column: score,
                 "finish_reason": response.finish_reason,
                 "ids": response.ids,
                 "logps": response.logps,
             }
-            for ((i, k), response), score in zip(some, scores, strict=True)
+            for opening, ((_, k), response), score in zip(asked, some, scores, strict=True)
         ]
 
-    def _measure(
-        self, reference: Any, prompts: Sequence[Sequence[int]], rows: list[Row], place: dict[str, int]
-    ) -> None:
-        """Add `reference_logps`, in batches of one shape, so that a row's figures do not depend on where it stopped."""
-        width = -(-max(map(len, prompts)) // 32) * 32
-        for start in range(0, len(rows), self.batch_size):
-            some = rows[start : start + self.batch_size]
-            asked, texts = [prompts[place[row["prompt"]]] for row in some], [row["ids"] for row in some]
-            fillers = [[0]] * (self.batch_size - len(some))
-            arrays: dict[str, Any] = {
-                "prompts": _padded([*asked, *fillers], width),
-                "prompt_lengths": np.asarray([*map(len, asked), *map(len, fillers)], np.int32),
-                "responses": _padded([*texts, *fillers], self.config.max_new_tokens)[:, None],
-                "response_lengths": np.asarray([*map(len, texts), *map(len, fillers)], np.int32)[:, None],
-                "weights": np.ones(self.batch_size, np.float32),
-                "rows": np.full(self.batch_size, -1, np.int32),
-            }
-            group = PreferenceBatch(**arrays)
-            logps = _score(reference, group, model=self.model, temperature=self.config.temperature)
-            for row, scores in zip(some, np.asarray(logps)[:, 0], strict=False):
-                row["reference_logps"] = scores[: len(row["ids"])].tolist()
+    def draws(rows: list[Row]) -> Iterator[Draw]:
+        yield Draw(prompts, requests, seed, judged)
+        if reference is not None:  # all texts are there
+            rows.sort(key=key)
+            _measure(*reference, [prompts[place[row["prompt"]]] for row in rows], rows, writer)
+
+    return writer.write(
+        path,
+        label,
+        settings | {"judge": judge.identity},
+        draws,
+        total=len(requests),
+        key=key,
+        counted=None,
+        note=lambda rows: f"mean {column} {np.mean([row[column] for row in rows]):+.3f}  ",
+    )
+
+
+def _measure(
+    model: Llama, variables: Any, prompts: Sequence[Sequence[int]], rows: Sequence[Row], writer: Writer
+) -> None:
+    """Add `reference_logps`, in batches of one shape, so that a row's figures do not depend on where it stopped."""
+    width, size = -(-max(map(len, prompts)) // 32) * 32, writer.batch_size
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        asked, texts = prompts[start : start + size], [row["ids"] for row in some]
+        fillers = [[0]] * (size - len(some))
+        arrays: dict[str, Any] = {
+            "prompts": _padded([*asked, *fillers], width),
+            "prompt_lengths": np.asarray([*map(len, asked), *map(len, fillers)], np.int32),
+            "responses": _padded([*texts, *fillers], writer.config.max_new_tokens)[:, None],
+            "response_lengths": np.asarray([*map(len, texts), *map(len, fillers)], np.int32)[:, None],
+            "weights": np.ones(size, np.float32),
+            "rows": np.full(size, -1, np.int32),
+        }
+        group = PreferenceBatch(**arrays)
+        logps = _score(variables, group, model=model, temperature=writer.config.temperature)
+        for row, scores in zip(some, np.asarray(logps)[:, 0], strict=False):
+            row["reference_logps"] = scores[: len(row["ids"])].tolist()
 
 
 @partial(jax.jit, static_argnames=("model", "temperature"))
@@ -186,6 +156,3 @@ def make_pairs(rows: Sequence[Row], column: str = "score") -> list[Row]:
                 }
             )
     return pairs
-
-
-# ---------------------------------------------------------------- figures

@@ -11,10 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import rewards
-from dpo_jax.complete.k_responses import write_once
 from dpo_jax.config import PPORun, RejectionRun
 from dpo_jax.data.sets.prompts import Prompt, PromptDataset
-from dpo_jax.files.jsonl import Row, RowsFile
+from dpo_jax.files.jsonl import Row, RowsFile, write_once
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge.reward_functions import RewardFunction, check_reward, open_reward, scores_of, try_out
 from dpo_jax.processes import distributed

@@ -14,7 +14,7 @@ import tiny
 from tokenizers import Tokenizer
 
 import dpo_jax
-from dpo_jax.complete.responses import answers
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
@@ -75,9 +75,9 @@ def test_a_padded_model_writes_only_text(tmp_path: Path) -> None:
     model, variables = dpo_jax.load_pretrained(folder)
     tokenizer: Any = dpo_jax.load_tokenizer(folder)
     assert text_ids(tokenizer, model.config) == len(tokenizer) < 512
-    config = SampleConfig(32, stop_tokens=(tokenizer.eos_token_id,))
-    told: dict[str, Any] = {"seed": 0, "batch_size": 2, "requests": [(0, 0), (0, 1)]}
-    written = answers(model, variables, tokenizer, [[3, 4]], config=config, **told)
+    encoder = ConversationEncoder(tokenizer, None)
+    writer = Writer(lambda: (model, variables), tokenizer, encoder, SampleConfig(32), batch_size=2)
+    written = writer.responses([[3, 4]], [(0, 0), (0, 1)], seed=0)
     assert max(max(response.ids) for some in written for _, response in some) < len(tokenizer)
     with pytest.raises(InputError, match=r"logit_bias names token id 400, .* 0\.\.337"):
         generate(

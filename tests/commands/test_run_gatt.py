@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from dpo_jax import cli
 from dpo_jax.commands import gatt
 from dpo_jax.complete import gatt_dialogues
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     GattConfig,
@@ -28,6 +29,7 @@ from dpo_jax.config import (
     TrainConfig,
 )
 from dpo_jax.data.sets.token_loader import TokenLoader
+from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.log import read_metrics
@@ -161,18 +163,16 @@ def test_a_later_turn_is_asked_with_the_instruction_in_the_first_only(inputs: Pa
     mesh = runs.small_mesh(1, 1, 1)
     model, variables = load_pretrained(inputs / "model", mesh=mesh)
     found = {}
-    for some in gatt_dialogues.answers(
-        model, variables, tokenizer, [ids, ids], seed=gatt_dialogues.seed_of(0, "evaluation", 2), mesh=mesh,
-        config=SampleConfig(max_new_tokens=3, stop_tokens=(tokenizer.convert_tokens_to_ids(tiny.SPECIAL[2]),)),
-        batch_size=2, requests=[(0, 0), (1, 0)],
-    ):  # fmt: skip
+    encoder = ConversationEncoder(tokenizer, None)
+    writer = Writer(lambda: (model, variables), tokenizer, encoder, SampleConfig(3), batch_size=2, mesh=mesh)
+    for some in writer.responses([ids, ids], [(0, 0), (1, 0)], seed=gatt_dialogues.seed_of(0, "evaluation", 2)):
         found |= dict(some)
     assert found[1, 0].ids == rows[1]["ids"]
 
 
 def stop_writing(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Break off after the first answers of the second turn of one file."""
-    original = gatt_dialogues.answers
+    original = Writer.responses
 
     def breaks(*args, **kwargs):
         for some in original(*args, **kwargs):
@@ -180,7 +180,7 @@ def stop_writing(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
             if kwargs["seed"] == gatt_dialogues.seed_of(0, purpose, 2):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(gatt_dialogues, "answers", breaks)
+    monkeypatch.setattr(Writer, "responses", breaks)
 
 
 def stop_training(monkeypatch: pytest.MonkeyPatch) -> None:

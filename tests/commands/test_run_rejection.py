@@ -22,7 +22,7 @@ import tiny
 from dpo_jax import cli
 from dpo_jax.align import rewards
 from dpo_jax.commands import rejection
-from dpo_jax.complete import k_responses
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -492,7 +492,7 @@ def test_files_that_changed(inputs: Path, tmp_path: Path) -> None:
     path = prompts(tmp_path / "train.jsonl", 4, first=50)
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(k_responses, "answers", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(Writer, "responses", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             rejection.train(options(inputs, out, files=str(path)))
         prompts(path, 5, first=50)

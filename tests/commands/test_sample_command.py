@@ -7,6 +7,8 @@ import tiny
 
 from dpo_jax.cli import main
 from dpo_jax.commands import generate as command
+from dpo_jax.complete import writer
+from dpo_jax.complete.responses import StopStrings
 from dpo_jax.files.jsonl import RowsFile, read_lines
 
 
@@ -63,7 +65,7 @@ def test_an_interrupted_run_goes_on(model, prompts, tmp_path, monkeypatch):
     rows = read_lines(whole)
     assert [(row["row"], row["sample"]) for row in rows] == [(i, k) for i in range(1, 6) for k in range(2)]
     assert len({row["response"] for row in rows}) > 5
-    real, asked = command.serve, []
+    real, asked = writer.serve, []
 
     def breaks(*args, **kwargs):
         asked.append(kwargs["requests"])
@@ -72,7 +74,7 @@ def test_an_interrupted_run_goes_on(model, prompts, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield some
 
-    monkeypatch.setattr(command, "serve", breaks)
+    monkeypatch.setattr(writer, "serve", breaks)
     options = ("--prompts", prompts, "--out", out, "--batch_size", 2, "--samples", 2)
     assert run(model, *options) == 130
     assert not out.exists()
@@ -109,7 +111,7 @@ def test_a_stop_string_ends_a_response_and_is_cut_off(model, capsys):
 
 
 def test_stop_strings_are_found_at_the_token_that_completes_them():
-    looks = command.StopStrings(lambda prompt, ids: "".join("abcdefgh"[i] for i in ids), ["cd", "g"])
+    looks = StopStrings(lambda prompt, ids: "".join("abcdefgh"[i] for i in ids), ["cd", "g"])
     assert looks((0, 0), [0, 1]) is None
     assert looks((0, 1), [0, 1, 2]) is None
     assert looks((0, 0), [0, 1, 2, 3, 4, 6]) == 4

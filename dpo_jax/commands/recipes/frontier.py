@@ -28,7 +28,7 @@ from dpo_jax.align.rejection import order_statistic
 from dpo_jax.commands import dpo, ppo, sft
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.openings import review_openings
-from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -52,8 +52,8 @@ from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import show_log
 from dpo_jax.files.stages import Figures, Stage, Stages
-from dpo_jax.judge.continuations import Writer, make_pairs
-from dpo_jax.judge.reward_functions import open_reward
+from dpo_jax.judge.continuations import make_pairs, write_judged
+from dpo_jax.judge.reward_functions import RewardFunction, open_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
@@ -219,46 +219,47 @@ class Frontier:
     # ---------------------------------------------------------------- the texts
 
     @functools.cached_property
-    def _reference(self) -> Any:
-        """The reference's variables."""
-        return self._loaded[1]
-
-    @functools.cached_property
-    def _loaded(self) -> tuple[Llama, Any]:
+    def _reference(self) -> tuple[Llama, Any]:
         return load_pretrained(self._run.model)
 
     @functools.cached_property
-    def _writer(self) -> Writer:
-        sizes, model = self._sizes, self._loaded[0]
-        tokenizer = load_tokenizer(self._run.model)
-        encoder = ConversationEncoder(tokenizer, RAW)
-        config = terminators(model, encoder, SampleConfig(sizes.new_tokens, temperature=sizes.temperature))
+    def _judge(self) -> RewardFunction:
         mesh = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         like = self._ppo(1.0, "ppo", self._sizes.ppo_steps)
-        judge = open_reward(self._run.reward, like, mesh=mesh, batch_size=_PAIRS)
-        return Writer(model, tokenizer, encoder, config, sizes.batch_size, judge, self._run.reward)
+        return open_reward(self._run.reward, like, mesh=mesh, batch_size=_PAIRS)
+
+    def _write(
+        self,
+        path: Path,
+        label: str,
+        policy: tuple[Llama, Any],
+        openings: Sequence[str],
+        samples: int,
+        seed: int,
+        reference: tuple[Llama, Any] | None = None,
+    ) -> Figures:
+        """What `policy` writes to openings."""
+        sizes, tokenizer = self._sizes, load_tokenizer(self._run.model)
+        writer = Writer(
+            lambda: policy,
+            tokenizer,
+            ConversationEncoder(tokenizer, RAW),
+            SampleConfig(sizes.new_tokens, temperature=sizes.temperature),
+            batch_size=sizes.batch_size,
+            raw=True,
+        )
+        judge: dict[str, Any] = {"judge": self._judge, "name": self._run.reward}
+        rows = write_judged(writer, path, label, openings, samples, seed=seed, reference=reference, **judge)
+        return {"texts": len(rows), "reward": float(per_prompt(rows).mean())}
 
     def _samples(self) -> Figures:
-        rows = self._writer.write(
-            self._out / "samples.jsonl",
-            "samples",
-            self._reference,
-            self._seen,
-            self._sizes.samples,
-            seed=self._run.seed,
-        )
-        return {"texts": len(rows), "reward": float(per_prompt(rows).mean())}
+        path, seed = self._out / "samples.jsonl", self._run.seed
+        return self._write(path, "samples", self._reference, self._seen, self._sizes.samples, seed)
 
     def _reference_texts(self) -> Figures:
-        rows = self._writer.write(
-            self._out / "unseen.jsonl",
-            "reference",
-            self._reference,
-            self._unseen,
-            max(self._sizes.best_of, self._sizes.unseen_samples),
-            seed=self._run.seed + 1,
-        )
-        return {"texts": len(rows), "reward": float(per_prompt(rows).mean())}
+        path, seed = self._out / "unseen.jsonl", self._run.seed + 1
+        samples = max(self._sizes.best_of, self._sizes.unseen_samples)
+        return self._write(path, "reference", self._reference, self._unseen, samples, seed)
 
     def _pairs(self) -> Figures:
         rows = read_lines(self._out / "samples.jsonl")
@@ -286,28 +287,21 @@ class Frontier:
     def _point(self, method: Method, step: int) -> Figures:
         path = self._texts(method, step)
         if not path.exists():
-            model, variables = self._checkpoint(self._out / method.key / "checkpoints" / str(step))
-            self._writer.write(
-                path,
-                f"{_title(method)}, step {step}",
-                variables,
-                self._unseen,
-                self._sizes.unseen_samples,
-                seed=self._run.seed + 1,
-                reference=self._reference,
-                model=model,
-            )
+            policy = self._checkpoint(self._out / method.key / "checkpoints" / str(step))
+            label, samples, seed = f"{_title(method)}, step {step}", self._sizes.unseen_samples, self._run.seed + 1
+            self._write(path, label, policy, self._unseen, samples, seed, self._reference)
         point = self._measured(method, step)
         return {"reward": point["reward"], "kl": point["kl"]}
 
     def _checkpoint(self, folder: Path) -> tuple[Llama, Any]:
         """A policy as a run's checkpoint has it: the reference's weights, which are there, and its adapters."""
-        model = self._loaded[0].clone(lora=self._run.lora)
+        reference, variables = self._reference
+        model = reference.clone(lora=self._run.lora)
         place = SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=place), abstract_variables(model)["adapters"]
         )
-        return model, {"params": self._reference["params"], **load_trained(folder, {"adapters": target})}
+        return model, {"params": variables["params"], **load_trained(folder, {"adapters": target})}
 
     # ---------------------------------------------------------------- the table
 
