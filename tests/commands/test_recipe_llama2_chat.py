@@ -38,7 +38,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
-from dpo_jax.judge import setting
+from dpo_jax.judge import loading
 from dpo_jax.train import session as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys, monkeypatch) ->
     for module in (training, generate, llama2_chat):
         monkeypatch.setattr(module, "make_mesh", runs.small_mesh)
     small = SimpleNamespace(make_mesh=runs.small_mesh, batch_parts=mesh.batch_parts)
-    monkeypatch.setattr(setting, "meshes", small)
+    monkeypatch.setattr(loading, "meshes", small)
     (tmp_path / "inputs").mkdir()
     run = options(tmp_path / "inputs", tmp_path / "out")
     out = llama2_chat.recipe(run)

@@ -343,24 +343,25 @@ def test_a_damaged_cache_is_computed_again(
 def test_an_interrupted_reference_goes_on(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dpo_jax.judge import reference
+    from dpo_jax import mesh
+    from dpo_jax.judge import policy_logps
 
     config = options(inputs, tmp_path / "a", eval_data=None, train=TrainConfig(epochs=1, batch_size=4))
-    put = reference.put_batch
+    put = mesh.put_batch
     started = itertools.count()
 
-    def interrupted(mesh, batch):
+    def interrupted(devices, batch):
         if next(started) == 3:
             raise KeyboardInterrupt
-        return put(mesh, batch)
+        return put(devices, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "SAVE_SECONDS", 0.0)
-        patch.setattr(reference, "put_batch", interrupted)
+        patch.setattr(policy_logps, "SAVE_SECONDS", 0.0)
+        patch.setattr(mesh, "put_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_dpo.train(config)
     computed = []
-    monkeypatch.setattr(reference, "put_batch", lambda mesh, batch: computed.append(batch) or put(mesh, batch))
+    monkeypatch.setattr(mesh, "put_batch", lambda devices, batch: computed.append(batch) or put(devices, batch))
     run_dpo.train(config)
     assert len(computed) == 3  # of five batches, two had been saved
 
