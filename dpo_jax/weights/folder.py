@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,11 +51,20 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 path.rename(old)
             scratch.rename(path)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder in which threads of orbax may still be writing, after one of their files has failed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -84,7 +84,7 @@ def test_a_run_goes_on_the_next_day(clock: Clock, model: Path, tmp_path: Path, m
     stopped: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr("dpo_jax.train.loop.StopRequest.here", lambda self: stopped.append(0) or len(stopped) >= 2)
-        assert cli.main(command) == 0
+        assert cli.main(command) == 143
     before = metrics(tmp_path / "run")
     assert len(before) < 3
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["date"] == "2026-07-26"

@@ -315,7 +315,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--ppo.minibatches", "3"], "does not split into --ppo.minibatches 3"),
         (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "32"], "does not divide by 128"),
         (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
-        (["--reward", "vader", "--eval_data", "x"], "unknown option --eval_data"),
+        (["--reward", "vader", "--eval_data", "x"], "--eval_data has no effect in dpo-jax ppo"),
         (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL"),
         (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 64"),
         (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),
