@@ -36,7 +36,7 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "robust": {"label_smoothing": 0.1},
     "hinge": {},
     "ipo": {},
-    "ipo_sum": {},
+    "ipo_sum": {"beta": 0.05},
     "sigmoid_norm": {},
     "simpo": {"beta": 2.0},
     "orpo": {},

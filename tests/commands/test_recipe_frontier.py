@@ -20,6 +20,7 @@ from dpo_jax.config import FrontierConfig, FrontierRun, LoraConfig, MeshConfig
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.log import read_metrics
+from dpo_jax.judge import continuations
 from dpo_jax.report import frontier as frontier_report
 from dpo_jax.train import session as training
 
@@ -215,28 +216,28 @@ def test_killed_it_gives_the_same_table(run: FrontierRun, whole: Path, tmp_path:
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
     again = dataclasses.replace(run, out=str(second))
-    take, written = ppo.Rollouts.prepare, frontier.Writer._rows
+    take, written = ppo.Rollouts.prepare, continuations.scores_of
 
     def killed_in_ppo(self, state, batch):
         if batch.step == 1:
             raise KeyboardInterrupt
         return take(self, state, batch)
 
-    def killed_in_a_point(self, openings, some):
-        if self.judge and (second / "points").exists() and not list((second / "points").glob("*.jsonl")):
+    def killed_in_a_point(*args, **options):
+        if (second / "points").exists() and not list((second / "points").glob("*.jsonl")):
             raise KeyboardInterrupt
-        return written(self, openings, some)
+        return written(*args, **options)
 
     rng = random.Random(0)
 
-    def killed_in_the_samples(self, openings, some):
+    def killed_in_the_samples(*args, **options):
         if rng.random() < 0.5:
             raise KeyboardInterrupt
-        return written(self, openings, some)
+        return written(*args, **options)
 
     for owner, name, kill in (
-        (frontier.Writer, "_rows", killed_in_the_samples),
-        (frontier.Writer, "_rows", killed_in_a_point),
+        (continuations, "scores_of", killed_in_the_samples),
+        (continuations, "scores_of", killed_in_a_point),
         (ppo.Rollouts, "prepare", killed_in_ppo),
     ):
         with monkeypatch.context() as patch:
