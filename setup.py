@@ -33,6 +33,8 @@ INSTALL = [
     "jinja2>=3.1",
     "huggingface_hub>=1.0",
     "httpx>=0.27",
+    "starlette>=0.40",
+    "uvicorn>=0.30",
     "safetensors>=0.6",
     "gguf>=0.17",
     "tyro>=1.0",
@@ -75,6 +77,7 @@ setup(
             # libtpu compiles for TPU slices that are not here; it has wheels for this platform only.
             "jax[tpu]>=0.10,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'",
             *NOTEBOOK,
+            "openai>=1.50",  # asks the endpoint of dpo-jax serve
         ],
     },
     entry_points={"console_scripts": ["dpo-jax = dpo_jax.cli:main"]},

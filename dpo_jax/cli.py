@@ -199,8 +199,8 @@ def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list
     given: dict[str, list[str]] = {}
     for spelled, words in said:
         name = _check_name(word, spelled, names)
-        given.pop(name, None)  # the last one counts, of a switch and what switches it off, too
-        given[name] = words
+        before = given.pop(name, [])  # the last one counts, of a switch and what switches it off, too
+        given[name] = before + words if name in command.repeated else words
     return given
 
 

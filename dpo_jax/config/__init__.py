@@ -45,6 +45,7 @@ from dpo_jax.config.sections import (
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun, sft_inside
 from dpo_jax.config.shipped import derive
+from dpo_jax.config.talk import ChatRun, ServeRun, TalkOptions
 from dpo_jax.config.training import HoldoutRun, JudgedRun, TrainingRun, is_url
 from dpo_jax.config.vocabulary import ExtendVocabRun
 
@@ -57,6 +58,7 @@ __all__ = [
     "AssumeConfig",
     "AttentionKernel",
     "ChatRecipeConfig",
+    "ChatRun",
     "CheckpointConfig",
     "ClassHead",
     "ConfigsRun",
@@ -107,6 +109,8 @@ __all__ = [
     "SFTRun",
     "SampleConfig",
     "ScoreRun",
+    "ServeRun",
+    "TalkOptions",
     "Ties",
     "TrainConfig",
     "TrainingRun",

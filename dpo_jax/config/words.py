@@ -17,6 +17,8 @@ class Command:
     """Options of shared sections that this command has no use for: refused, and left out of its help."""
     lists: tuple[str, ...] = ()
     """Options after which several words may stand; they are joined by commas."""
+    repeated: tuple[str, ...] = ()
+    """Options of several words that may be given several times; elsewhere the last one counts."""
     positional: tuple[str, ...] = ()
     """Options whose values may stand, without a name, right behind the word."""
     recipe: bool = False
@@ -53,6 +55,12 @@ _NOT_REJECTION = (
     "sample.temperature",
     "sample.beams",
     "sample.length_penalty",
+)
+
+
+_NOT_LIVE = tuple(
+    f"sample.{name}"
+    for name in ("repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens", "beams", "length_penalty")
 )
 
 
@@ -151,6 +159,19 @@ COMMANDS = {
         recipe=True,
     ),
     "generate": Command("GenerateRun", "dpo_jax.commands.generate:generate", "answer prompts"),
+    "chat": Command("ChatRun", "dpo_jax.commands.chat:chat", "talk to a model in the terminal", unused=_NOT_LIVE),
+    "serve": Command(
+        "ServeRun",
+        "dpo_jax.commands.serve:serve",
+        "an OpenAI-compatible endpoint: /v1/chat/completions, /v1/completions, /v1/models",
+        unused=(
+            *_NOT_LIVE,
+            *(f"sample.{name}" for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")),
+            "sample.stop_tokens",
+            "sample.stop_strings",
+        ),
+        repeated=("model",),
+    ),
     "eval": Command(
         "EvalRun",
         "dpo_jax.commands.eval:evaluate",

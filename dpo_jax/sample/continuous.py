@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model import cache as caches
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
 from dpo_jax.sample.program import Program, Weights, make_weights
@@ -93,21 +92,7 @@ def _admit(
     fresh = decode.Decoder(program, weights, settings).begin(
         prompts, lengths, keys, samples=samples, new=new, slots=prompts.shape[1], plain=False
     )
-    at = targets.reshape(-1)
-
-    def put(old: jax.Array, value: jax.Array) -> jax.Array:
-        return old.at[at].set(value, mode="drop")
-
-    if rows.text is not None:
-        assert fresh.text is not None
-        fresh = fresh._replace(text=jnp.pad(fresh.text, ((0, 0), (0, rows.text.shape[1] - fresh.text.shape[1]))))
-
-    def put_slots(old: jax.Array, value: jax.Array, axis: int) -> jax.Array:
-        return old.at[(slice(None),) * axis + (at, slice(None), slice(prompts.shape[1]))].set(value, mode="drop")
-
-    cache = caches.map_rows(put_slots, rows.cache, fresh.cache)
-    rest = jax.tree.map(put, rows._replace(cache=None), fresh._replace(cache=None))
-    return _constrain(program, rest._replace(cache=cache))
+    return _constrain(program, decode.place(rows, fresh, targets.reshape(-1)))
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)

@@ -33,12 +33,15 @@ SAMPLE = np.uint32(2**31)
 
 
 class Settings(NamedTuple):
-    """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off."""
+    """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off.
+
+    Each stands for all rows, or has B in front and stands for one; then numbers that meet logits are [B, 1].
+    """
 
     stop: Any  # int32 [stop tokens]
     vocabulary: Any  # int32 []; ids from it on are never drawn
     limit: Any  # int32 []
-    temperature: Any  # float32 []
+    temperature: Any  # float32 []; among rows of their own 0 is greedy
     top_k: Any  # int32 []
     top_p: Any  # float32 []
     min_p: Any  # float32 []
@@ -357,12 +360,16 @@ class Decoder:
             seen=seen,
         )
 
-    def advance(self, rows: Rows) -> Rows:
-        """One more token in every row that is not done."""
+    def following(self, rows: Rows) -> tuple[Rows, jax.Array]:
+        """Rows whose newest token is in the cache, and the logits [B, V] behind it."""
         newest = jnp.maximum(rows.count - 1, 0)
         token = jnp.take_along_axis(rows.tokens, newest[:, None], axis=1)[:, 0]
         logits, cache = self.step(token, rows.lengths + newest, rows.cache)
-        return self.record(rows._replace(cache=cache), logits)
+        return rows._replace(cache=cache), logits
+
+    def advance(self, rows: Rows) -> Rows:
+        """One more token in every row that is not done."""
+        return self.record(*self.following(rows))
 
 
 def _apply(model: llama.Llama, variables: Any, *args: Any, **options: Any) -> Any:
@@ -375,6 +382,24 @@ def everywhere(program: Program, tree: Any) -> Any:
         return tree
     where = meshes.replicated(program.mesh)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
+
+
+def place(rows: Rows, fresh: Rows, at: jax.Array) -> Rows:
+    """`rows` with those of `fresh`, which has no more slots, in the places `at` int32 [K]; B there means nowhere."""
+
+    def put(old: jax.Array, value: jax.Array) -> jax.Array:
+        return old.at[at].set(value, mode="drop")
+
+    if rows.text is not None:
+        assert fresh.text is not None
+        fresh = fresh._replace(text=jnp.pad(fresh.text, ((0, 0), (0, rows.text.shape[1] - fresh.text.shape[1]))))
+
+    def put_slots(old: jax.Array, value: jax.Array, axis: int) -> jax.Array:
+        return old.at[(slice(None),) * axis + (at, slice(None), slice(value.shape[axis + 2]))].set(value, mode="drop")
+
+    cache = caches.map_rows(put_slots, rows.cache, fresh.cache)
+    rest = jax.tree.map(put, rows._replace(cache=None), fresh._replace(cache=None))
+    return rest._replace(cache=cache)
 
 
 def constrain(rows: Rows) -> Rows:

@@ -206,8 +206,9 @@ def pick(
     Args:
       logits: float32 [B, V], the model's.
       noise: float32 [B, N], each row's own `draw_noise`; greedy reads none.
-      temperature: []; None is greedy: the highest logit, the lowest id among equals.
-      top_k, top_p, min_p: []; None is off.
+      temperature: [], or [B, 1] where each row has its own. None is greedy, and so is a row's own 0: the highest
+        logit, the lowest id among equals.
+      top_k, top_p, min_p: [] or [B, 1]; None is off.
       adjusted: float32 [B, V], what the token is taken from; None means `logits`.
 
     Returns:
@@ -215,9 +216,12 @@ def pick(
       all filters.
     """
     source = logits if adjusted is None else adjusted
+    likeliest = jnp.argmax(source, axis=-1).astype(jnp.int32)
     if temperature is None:
-        tokens = jnp.argmax(source, axis=-1).astype(jnp.int32)
-        return tokens, token_logps(logits, tokens, jnp.float32(1))
+        return likeliest, token_logps(logits, likeliest, jnp.float32(1))
+    drawn = temperature[:, 0] > 0 if jnp.ndim(temperature) else None
+    if drawn is not None:
+        temperature = jnp.where(temperature > 0, temperature, 1.0)
     weights = jax.nn.softmax(source / temperature, axis=-1)
     if top_k is not None:
         weights = keep_top_k(weights, top_k)
@@ -226,4 +230,6 @@ def pick(
     if min_p is not None:
         weights = keep_min_p(weights, min_p)
     tokens = draw(weights, noise)
+    if drawn is not None:
+        tokens = jnp.where(drawn, tokens, likeliest)
     return tokens, token_logps(logits, tokens, temperature)

@@ -55,6 +55,8 @@ OWNERS = {
     "transformers": {"weights", "data", *HOUSE},
     "sentencepiece": {"weights"},
     "huggingface_hub": {"weights", "data"},
+    "starlette": {"complete"},
+    "uvicorn": {"commands"},
     "jinja2": {"data", "weights"},
     "pyarrow": {"data"},
     "grain": {"data"},
