@@ -28,6 +28,7 @@ from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
+from dpo_jax.judge.http import RETRIED, checked_url, retry_after
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.processes import distributed
@@ -42,7 +43,6 @@ ATTEMPTS, FIRST_WAIT = 5, 1.0
 """Of an HTTP reward; the wait in seconds doubles from one attempt to the next."""
 TRIAL = "Yes, that is so."
 """The response that a function of the user is tried out with."""
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 # Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
 SCRIPTS = {
@@ -110,14 +110,7 @@ class Endpoint:
     everywhere = False
 
     def __init__(self, url: str, timeout: float, *, first_wait: float = FIRST_WAIT):
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise InputError(f"--reward {url}: {error}") from error
-        if parsed.userinfo:
-            raise InputError(f"--reward {parsed.host}: leave the password out of the URL and set {TOKEN} instead")
-        if not parsed.host:
-            raise InputError(f"--reward {url}: names no host")
+        checked_url(url, "--reward", TOKEN)
         self.identity, self._url, self._first_wait = url, url, first_wait
         self._timeout = timeout
         token = os.environ.get(TOKEN)
@@ -133,10 +126,11 @@ class Endpoint:
             ) from error
 
     def _ask(self, body: dict[str, Any]) -> httpx.Response:
-        reason = ""
+        reason, asked = "", None
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(self._first_wait * 2 ** (attempt - 1))
+                time.sleep(self._first_wait * 2 ** (attempt - 1) if asked is None else min(asked, self._timeout))
+            asked = None
             try:
                 answer = httpx.post(self._url, json=body, headers=self._headers, timeout=self._timeout)
             except httpx.TransportError as error:
@@ -144,8 +138,8 @@ class Endpoint:
                 continue
             if answer.status_code == httpx.codes.OK:
                 return answer
-            reason = f"HTTP {answer.status_code}: {answer.text[:80]}"
-            if answer.status_code not in _RETRIED:
+            reason, asked = f"HTTP {answer.status_code}: {answer.text[:80]}", retry_after(answer.headers)
+            if answer.status_code not in RETRIED:
                 raise InputError(f"--reward {self._url}: {reason}")
         raise InputError(
             f"--reward {self._url}: no answer after {ATTEMPTS} attempts ({reason}); when the server is back the same"
