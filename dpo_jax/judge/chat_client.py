@@ -311,7 +311,7 @@ def _run(work: Callable[[], Any]) -> None:
     def run() -> None:
         try:
             asyncio.run(_plain(work))
-        except BaseException as error:
+        except BaseException as error:  # raised below, in the thread that asked
             failed.append(error)
 
     thread = threading.Thread(target=run)

@@ -30,7 +30,7 @@ def client(server, folder, **options) -> ChatClient:
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_question_is_answered_once_whatever_the_network_does(tmp_path, stream) -> None:
     with chat_server.serving(echo) as server:
-        faults = chat_server.FAULTS
+        faults, server.pause = chat_server.FAULTS, 0.05
         server.faults = lambda body, times: (
             faults[(int(body["messages"][-1]["content"]) + times) % len(faults)]
             if times <= int(body["messages"][-1]["content"]) % 3

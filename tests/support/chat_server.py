@@ -23,6 +23,7 @@ class ChatServer:
       faults: called with a request's body and how often that was asked -> one of `FAULTS`, or None for an answer.
       answered: how often each request (a hash of its body) was answered whole.
       keys: Authorization headers seen.
+      pause: seconds before each answer.
     """
 
     def __init__(self, answer: Answer):
@@ -32,7 +33,7 @@ class ChatServer:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.keys: set[str | None] = set()
-        self.usage = True
+        self.usage, self.pause = True, 0.0
         self.status: tuple[int, str] | None = None
         self.in_flight = self.most_in_flight = 0
         self.starts: list[float] = []
@@ -98,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, fault: str | None, body: dict[str, Any], key: str) -> None:
         state = self.state
+        time.sleep(state.pause)
         found = state.answer(body)
         message = {"role": "assistant", "content": found} if isinstance(found, str) else dict(found)
         logprobs = message.pop("logprobs", None)
