@@ -20,7 +20,7 @@ from dpo_jax import __version__, config
 from dpo_jax.config.names import option
 from dpo_jax.config.shipped import load
 from dpo_jax.config.values import built, negated
-from dpo_jax.config.words import COMMANDS, PLAN, RECIPE
+from dpo_jax.config.words import COMMANDS, GROUPS, PLAN
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"
@@ -88,9 +88,9 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return OK
-    if args[0] == RECIPE:
+    if args[0] in GROUPS:
         if args[1:2] in ([], ["-h"], ["--help"]):
-            print(_overview(recipe_names(), RECIPE))
+            print(_overview(names_of(args[0]), args[0]))
             return OK if args[1:] else BAD_INPUT
         args = split_recipe_name(args)
     if args[0] not in COMMANDS:
@@ -109,19 +109,20 @@ def _run(args: list[str]) -> int:
     return OK
 
 
-def recipe_names() -> dict[str, str]:
-    """Name of each recipe -> its word in `COMMANDS`."""
-    return {word.removeprefix(f"{RECIPE} "): word for word in COMMANDS if word.startswith(f"{RECIPE} ")}
+def names_of(group: str) -> dict[str, str]:
+    """Second word of each command of a group, such as `recipe` -> both words, as in `COMMANDS`."""
+    return {word.removeprefix(f"{group} "): word for word in COMMANDS if word.startswith(f"{group} ")}
 
 
 def split_recipe_name(args: Sequence[str]) -> list[str]:
     """["recipe", NAME, ...] as ["recipe NAME", ...]; other words as they are. Raises `InputError` for unknown names."""
-    if list(args[:1]) != [RECIPE]:
+    if not args or args[0] not in GROUPS:
         return list(args)
-    known, name = recipe_names(), args[1] if len(args) > 1 else ""
+    group, known, name = args[0], names_of(args[0]), args[1] if len(args) > 1 else ""
     if name not in known:
         raise InputError(
-            f"unknown recipe {name}{_guess(name, known)}; recipes are {', '.join(known)} ({PROGRAM} {RECIPE} --help)"
+            f"unknown {group} {name}{_guess(name, known)}; {GROUPS[group]} are {', '.join(known)}"
+            f" ({PROGRAM} {group} --help)"
         )
     return [known[name], *args[2:]]
 

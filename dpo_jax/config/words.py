@@ -27,8 +27,8 @@ class Command:
 
 PLAN = "plan"
 """The command whose CONFIG.py is another command's, and whose options that command's may follow."""
-RECIPE = "recipe"
-"""The first of the two words of a recipe: `dpo-jax recipe NAME`."""
+GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
+"""The first words of commands of two words, such as `dpo-jax recipe NAME` -> what their second words are called."""
 
 _DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within", "lost_after", "stuck_after")
 _NO_LOADER = ("data.shuffle", "data.workers")
@@ -189,6 +189,11 @@ COMMANDS = {
         "dpo_jax.commands.score:score",
         "the reward of every response, one JSON object a row",
         unused=_NO_LOADER,
+    ),
+    "mt-bench show": Command(
+        "MTBenchShowRun",
+        "dpo_jax.commands.mt_bench:show",
+        "means and win rates by model, turn and category, from FastChat's judgement files",
     ),
     "convert": Command(
         "ConvertRun",

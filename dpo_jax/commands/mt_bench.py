@@ -1,0 +1,58 @@
+"""`dpo-jax mt-bench show`: FastChat's judgement files as means, win rates, tables and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import MTBenchShowRun
+from dpo_jax.data.sources.questions import read_questions
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import cannot_write, write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.report import mt_bench as report
+from dpo_jax.report.judgements import chosen, read_judgements, summary, swap_consistency
+
+
+def show(run: MTBenchShowRun) -> dict[str, Any]:
+    """Print what the judgements say, as tables or as JSON; with --out, plots too. Returns the JSON object.
+
+    `kind` (single, pair), `judges`, `judgments` (those that count), `left_out` (unparsed, error), `repeated`, `models`
+    (see `report/judgements.py`), and of pairs `swap_consistency`. Raises `InputError`.
+    """
+    questions = None if run.questions is None else read_questions(run.questions)
+    found = read_judgements(run.judgments, questions)
+    rows = chosen(found, run.models, run.baseline)
+    result: dict[str, Any] = {
+        "kind": found.kind,
+        "judges": list(found.judges),
+        "judgments": len(rows),
+        "left_out": {"unparsed": found.unparsed, "error": found.errors},
+        "repeated": found.repeated,
+        **({"swap_consistency": swap_consistency(rows)} if found.kind == "pair" else {}),
+        "models": summary(found.kind, rows, run.models),
+    }
+    if found.repeated:
+        say(f"{run.judgments}: {found.repeated} rows judge again what an earlier row has judged; all count")
+    text = json.dumps(result, ensure_ascii=False, indent=1)
+    if run.json:
+        print(text)
+    else:
+        report.show(result)
+    if run.out is not None:
+        folder = make_folder(run.out)
+        write_atomically(folder / "summary.json", text + "\n")
+        report.write_plots(folder, result)
+        say(f"{folder}: radar.png, bars.png, summary.json")
+    return result
+
+
+def make_folder(out: str) -> Path:
+    """The folder `out`, made where it is not there. Raises `InputError`."""
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{out}: is a file; --out names a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path

@@ -1,0 +1,82 @@
+"""Questions in MT-Bench's file format (FastChat's question.jsonl): id, category, turns, reference answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.errors import InputError
+from dpo_jax.headers import told
+
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+"""MT-Bench's, in the order of its question ids: 81 to 90 are writing, ..., 151 to 160 humanities."""
+FIRST, LAST = 81, 160
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, of one turn or more.
+
+    Attributes:
+      id: unique in its file.
+      category: such as "writing".
+      turns: what the user says, turn by turn.
+      reference: answers to compare with, one a turn; empty where there are none.
+      temperature: that the answers are to be sampled at whatever the category says; None: by the category.
+    """
+
+    id: int
+    category: str
+    turns: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+    temperature: float | None = None
+
+
+def question_id(row: Mapping[str, Any], where: str) -> int:
+    """`question_id` of a row. Raises `InputError`, which `where` begins."""
+    value = row.get("question_id")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{where}: question_id = {told(value)} is no whole number")
+    return value
+
+
+def texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """The list of texts `row[name]`; empty where there is none. Raises `InputError`, which `where` begins."""
+    value = row.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{where}: {name} = {told(value)} is not a list of texts")
+    return tuple(value)
+
+
+def read_questions(source: str) -> dict[int, Question]:
+    """The questions of a file, by id, in its order. Raises `InputError`: a missing turn, an id twice, a wrong field."""
+    found: dict[int, Question] = {}
+    for number, row in read_rows(source):
+        where = f"{source}: row {number}"
+        name, turns, category = question_id(row, where), texts(row, "turns", where), row.get("category")
+        where += f" (question {name})"
+        if name in found:
+            raise InputError(f"{where}: this question_id stands in an earlier row; give each question one of its own")
+        if not turns or not all(turn.strip() for turn in turns):
+            raise InputError(f"{where}: has no text in each of its turns; `turns` is a list of what the user says")
+        if not isinstance(category, str) or not category.strip():
+            raise InputError(f"{where}: category = {told(category)} is no text; name one, such as writing")
+        temperature = row.get("required_temperature")
+        if temperature is not None and (
+            not isinstance(temperature, int | float) or isinstance(temperature, bool) or not 0 <= temperature <= 100
+        ):
+            raise InputError(f"{where}: required_temperature = {told(temperature)} is no number from 0 up")
+        reference = texts(row, "reference", where)
+        if reference and len(reference) != len(turns):
+            raise InputError(f"{where}: has {len(turns)} turns and {len(reference)} reference answers; give one a turn")
+        found[name] = Question(name, category, turns, reference, temperature)
+    return found
+
+
+def category_of(name: int, questions: Mapping[int, Question] | None) -> str | None:
+    """The category of question `name`; None: it is not among `questions`, or, without them, none of MT-Bench's."""
+    if questions is not None:
+        return questions[name].category if name in questions else None
+    return CATEGORIES[(name - FIRST) // 10] if FIRST <= name <= LAST else None

@@ -1,0 +1,271 @@
+"""FastChat's judgement files (lm-sys/FastChat 0e6d3e4, fastchat/llm_judge), single and pairwise, as figures.
+
+A single judgement scores one answer of one model: the mean of a model is over all its judgements, both turns alike
+(`show_result.py`). A pairwise one asks twice, with the two answers in either order: a win only where both name the
+same model, all else a tie; win rate = wins / n, adjusted win rate = (wins + ties / 2) / n.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.sources.questions import FIRST, LAST, Question, category_of, question_id
+from dpo_jax.errors import InputError
+from dpo_jax.headers import told
+
+Kind = Literal["single", "pair"]
+UNPARSED = -1
+"""The score of a judgement in which FastChat found none."""
+_ERROR = "$ERROR$"
+_WINNERS = ("model_1", "model_2", "tie", "error")
+_NOT_READ = "rows are to be judgements of FastChat, with `model` and `score`, or with `model_1`, `model_2`, `g1_winner`"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One judgement that counts.
+
+    Attributes:
+      models: of the one answer, or of the two.
+      score: of the one answer; None of two.
+      winners: what the judge said with the answers in order 1, 2 and in order 2, 1; empty of one answer.
+    """
+
+    turn: int
+    category: str
+    models: tuple[str, ...]
+    score: float | None = None
+    winners: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """A file of judgements.
+
+    Attributes:
+      judges: who judged with which prompts, as the file says, such as "gpt-4 single-v1".
+      unparsed, errors: rows left out: of score -1; with an error.
+      repeated: rows that judge again what an earlier row has judged; they count, as in FastChat.
+    """
+
+    kind: Kind
+    rows: tuple[Judgement, ...]
+    judges: tuple[str, ...]
+    unparsed: int
+    errors: int
+    repeated: int
+
+
+def read_judgements(source: str, questions: Mapping[int, Question] | None = None) -> Judgements:
+    """The judgements of a file.
+
+    Raises:
+      InputError: no judgement; both kinds in one file; two judges or two versions of a prompt; a question that is not
+        among `questions`, or without them not one of MT-Bench; a model against itself; a wrong field.
+    """
+    rows: list[Judgement] = []
+    kinds: dict[Kind, int] = {}
+    judges: dict[str, None] = {}
+    versions: dict[str, tuple[str, int]] = {}
+    seen: set[Any] = set()
+    left = {"unparsed": 0, "error": 0, "repeated": 0}
+    for number, row in read_rows(source):
+        where = f"{source}: row {number}"
+        kind: Kind = "pair" if "g1_winner" in row or "model_1" in row else "single"
+        if kind == "single" and "model" not in row:
+            raise InputError(f"{where}: no judgement; {_NOT_READ}")
+        kinds.setdefault(kind, number)
+        if len(kinds) > 1:
+            raise InputError(f"{where}: is {kind}, and row {min(kinds.values())} is not; give each kind its own file")
+        for name, version in _prompt(row, where):
+            _check_version(versions, name, version, where, number)
+        if isinstance(judge := row.get("judge"), list):
+            judges[" ".join(judge)] = None
+        what, judged = _row(row, kind, where, questions)
+        key = (row["question_id"], what.turn, what.models)
+        left["repeated"] += key in seen
+        seen.add(key)
+        if judged is None:
+            rows.append(what)
+        else:
+            left[judged] += 1
+    return Judgements(
+        "pair" if "pair" in kinds else "single", tuple(rows), tuple(judges), left["unparsed"], left["error"],
+        left["repeated"],
+    )  # fmt: skip
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Iterable[tuple[str, str]]:
+    """What must be the same in all rows: (what it is called, what it is)."""
+    judge = row.get("judge")
+    if judge is None:
+        return
+    if not isinstance(judge, list) or len(judge) != 2 or not all(isinstance(name, str) for name in judge):
+        raise InputError(f"{where}: judge = {told(judge)} is not [judge, prompt], as FastChat writes it")
+    yield "judge", judge[0]
+    # single-v1, single-v1-multi-turn: one prompt for one and for two turns; pair-v2 goes with pair-math-v1.
+    name = judge[1].removesuffix("-multi-turn")
+    family = re.sub(r"-v\d+(?=-|$)", "", name)
+    yield f"prompt {family}", name
+
+
+def _check_version(versions: dict[str, tuple[str, int]], name: str, version: str, where: str, number: int) -> None:
+    first, at = versions.setdefault(name, (version, number))
+    if first != version:
+        raise InputError(
+            f"{where}: {name.partition(' ')[0]} {version}, and row {at} has {first}: means over both compare nothing;"
+            " split the file"
+        )
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: {name} = {told(value)} is no text")
+    return value
+
+
+def _row(
+    row: Mapping[str, Any], kind: Kind, where: str, questions: Mapping[int, Question] | None
+) -> tuple[Judgement, Literal["unparsed", "error"] | None]:
+    """What a row says, and why it does not count."""
+    name, turn = question_id(row, where), row.get("turn", 1)
+    if not isinstance(turn, int) or isinstance(turn, bool) or not 1 <= turn <= 100:
+        raise InputError(f"{where}: turn = {told(turn)} is no whole number from 1 up")
+    category = category_of(name, questions)
+    if category is None:
+        if questions is None:
+            raise InputError(
+                f"{where}: question {name} is none of MT-Bench's, {FIRST} to {LAST}: its category stands in the"
+                " question file; give it as --questions FILE"
+            )
+        raise InputError(f"{where}: question {name} is not in --questions; give the set that was judged")
+    failed = bool(row.get("error")) or row.get("judgment") == _ERROR
+    if kind == "single":
+        models, score = (_text(row, "model", where),), row.get("score")
+        if failed:
+            return Judgement(turn, category, models), "error"
+        if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+            raise InputError(f"{where}: score = {told(score)} is no number")
+        if score == UNPARSED:
+            return Judgement(turn, category, models), "unparsed"
+        if score < 0:
+            raise InputError(f"{where}: score = {score} is negative; {UNPARSED} alone means that there is none")
+        return Judgement(turn, category, models, float(score)), None
+    models = (_text(row, "model_1", where), _text(row, "model_2", where))
+    if models[0] == models[1]:
+        raise InputError(f"{where}: names {models[0]} twice; a model is not compared with itself")
+    winners = (row.get("g1_winner"), row.get("g2_winner"))
+    for at, winner in enumerate(winners, 1):
+        if winner not in _WINNERS and not failed:
+            raise InputError(f"{where}: g{at}_winner = {told(winner)} is none of {', '.join(_WINNERS)}")
+    if failed or "error" in winners:
+        return Judgement(turn, category, models), "error"
+    return Judgement(turn, category, models, None, tuple(str(winner) for winner in winners)), None
+
+
+def chosen(found: Judgements, models: Sequence[str], baseline: str | None) -> tuple[Judgement, ...]:
+    """The judgements of `models` (all of them named; none given: all), and of pairs those with `baseline`.
+
+    Raises `InputError` for a name that is not in the file, and where nothing is left.
+    """
+    there = sorted({name for row in found.rows for name in row.models})
+    for name in (*models, *([] if baseline is None else [baseline])):
+        if name not in there:
+            raise InputError(f"{name} has no judgement that counts; those with one are {', '.join(there) or 'none'}")
+    if baseline is not None and found.kind == "single":
+        raise InputError("--baseline has no effect on single judgements: leave it out")
+    rows = (row for row in found.rows if not models or set(row.models) <= set(models))
+    rows = tuple(row for row in rows if baseline is None or baseline in row.models)
+    for name in models:
+        if rows and not any(name in row.models for row in rows):
+            raise InputError(f"--models {name}: no judgement of it is left among those of the others; leave it out")
+    if not rows:
+        raise InputError(
+            f"none of the judgements counts: {found.unparsed} unparsed, {found.errors} with an error, the others of"
+            " models that were not asked for"
+        )
+    return rows
+
+
+def summary(kind: Kind, rows: Sequence[Judgement], models: Sequence[str] = ()) -> dict[str, Any]:
+    """{model: figures}, JSON-able, best model first (or in the order of `models`).
+
+    Single: {"mean", "n", "turns": {"1": mean}, "categories": {name: mean}, "turn_categories": {"1": {name: mean}}}, and
+    "counts" with the numbers behind them. Pair: {"wins", "losses", "ties", "n", "win_rate", "loss_rate",
+    "win_rate_adjusted", "swap_consistency"}, and the same under "turns" and "categories".
+    """
+    names = list(models) or sorted({name for row in rows for name in row.models})
+    made = {name: (_single if kind == "single" else _pair)(rows, name) for name in names}
+    best = "mean" if kind == "single" else "win_rate_adjusted"
+    return made if models else dict(sorted(made.items(), key=lambda item: (-item[1][best], item[0])))
+
+
+def _groups(rows: Iterable[Judgement], by: Literal["turn", "category"]) -> dict[str, list[Judgement]]:
+    groups: dict[str, list[Judgement]] = {}
+    for row in rows:
+        groups.setdefault(str(getattr(row, by)), []).append(row)
+    return {name: groups[name] for name in (sorted(groups) if by == "turn" else groups)}
+
+
+def _mean(rows: Sequence[Judgement]) -> float:
+    return math.fsum(row.score for row in rows if row.score is not None) / len(rows)
+
+
+def _single(rows: Sequence[Judgement], model: str) -> dict[str, Any]:
+    own = [row for row in rows if row.models == (model,)]
+    turns, categories = _groups(own, "turn"), _groups(own, "category")
+    return {
+        "mean": _mean(own),
+        "n": len(own),
+        "turns": {name: _mean(some) for name, some in turns.items()},
+        "categories": {name: _mean(some) for name, some in categories.items()},
+        "turn_categories": {
+            turn: {name: _mean(some) for name, some in _groups(of_turn, "category").items()}
+            for turn, of_turn in turns.items()
+        },
+        "counts": {
+            "turns": {name: len(some) for name, some in turns.items()},
+            "categories": {name: len(some) for name, some in categories.items()},
+        },
+    }
+
+
+def outcome(row: Judgement, model: str) -> Literal["win", "loss", "tie"]:
+    """What a pair is to `model`, one of its two: a win only where both orders agree, all else a tie."""
+    first, second = row.winners
+    if first == "tie" or first != second:
+        return "tie"
+    return "win" if row.models[("model_1", "model_2").index(first)] == model else "loss"
+
+
+def swap_consistency(rows: Sequence[Judgement]) -> float:
+    """Share of pairs in which both orders say the same, a tie included."""
+    return sum(len(set(row.winners)) == 1 for row in rows) / len(rows)
+
+
+def _tally(rows: Sequence[Judgement], model: str) -> dict[str, float]:
+    said = [outcome(row, model) for row in rows]
+    wins, losses, ties, n = said.count("win"), said.count("loss"), said.count("tie"), len(said)
+    return {
+        "wins": wins,
+        "losses": losses,
+        "ties": ties,
+        "n": n,
+        "win_rate": wins / n,
+        "loss_rate": losses / n,
+        "win_rate_adjusted": (wins + 0.5 * ties) / n,
+        "swap_consistency": swap_consistency(rows),
+    }
+
+
+def _pair(rows: Sequence[Judgement], model: str) -> dict[str, Any]:
+    own = [row for row in rows if model in row.models]
+    return {
+        **_tally(own, model),
+        "turns": {name: _tally(some, model) for name, some in _groups(own, "turn").items()},
+        "categories": {name: _tally(some, model) for name, some in _groups(own, "category").items()},
+    }
