@@ -220,10 +220,12 @@ class ConvertRun:
     from_: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
     to: str
-    """Folder to write; it must be new or empty."""
-    format: Literal["huggingface", "orbax"] = "huggingface"
-    """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype to write. Not given: the source's; float32 where adapters are merged, of which less would lose most."""
+    """Folder to write; it must be new or empty. With --format gguf a new file, which ends with .gguf."""
+    format: Literal["huggingface", "orbax", "gguf"] = "huggingface"
+    """huggingface: config.json, safetensors and tokenizer. orbax: a checkpoint of ours. gguf: one file with tokenizer
+    and chat template, for llama.cpp."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    """Dtype to write; q8_0 (8 bits, and a scale for each 32 numbers) with --format gguf. Not given: the source's;
+    float32 where adapters are merged, of which less would lose most."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, merging, orbax_params, tokenizer_files
+from dpo_jax.weights import gguf_out, huggingface, layout, merging, orbax_params, tokenizer_files
 from dpo_jax.weights.folder import check_free
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all, save_pretrained
 from dpo_jax.weights.tokenizer import check_published
 
-Format = Literal["huggingface", "orbax"]
+Format = Literal["huggingface", "orbax", "gguf"]
 
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
@@ -40,10 +40,11 @@ def convert(
 
     Args:
       source: as for `load_pretrained`.
-      target: a folder that does not exist yet, or is empty.
-      to: "huggingface" (safetensors), or "orbax": `params/`, with config.json and the tokenizer beside it.
+      target: a folder that does not exist yet, or is empty; of a GGUF file its path.
+      to: "huggingface" (safetensors), or "orbax": `params/`, with config.json and the tokenizer beside it, or "gguf":
+        one file, for one process.
       dtype: of the stored weights; not given: as in `source`, or float32 where it has several, or they are quantised,
-        or have adapters added to them.
+        or have adapters added to them. A GGUF file takes "q8_0", too.
       mesh: where parameters that pass through devices are placed; None uses the first device.
       tokenizer: written in place of the source's own.
       terminators: ids that end an answer, beside those that the source names (see `save_pretrained`).
@@ -55,12 +56,21 @@ def convert(
     Raises `InputError` for anything wrong with the source, or a target that cannot be written.
     """
     target = Path(target)
-    if target.suffix.lower() in _FILES:
+    if to == "gguf" and (target.suffix.lower() != ".gguf" or target.exists()):
+        raise InputError(f"{target}: --format gguf writes one new file, and its name ends with .gguf")
+    if to != "gguf" and target.suffix.lower() in _FILES:
         raise InputError(
-            f"{target}: names a file, and a folder is written, as safetensors or orbax (--format); GGUF is only read"
+            f"{target}: names a file, and a folder is written, as safetensors or orbax; --format gguf writes a file"
         )
-    check_free(target, replace=False)
+    if to != "gguf":
+        check_free(target, replace=False)
     place = open_checkpoint(source)
+    if to == "gguf":
+        stored = dtype or (place.dtype.name if place.beneath is None else "float32")
+        _to_gguf(place, target, stored, mesh, tokenizer or place.tokenizer(), (*place.terminators, *terminators))
+        return None
+    if dtype == "q8_0":
+        raise InputError(f"--dtype q8_0 belongs to --format gguf, and {target} is written as {to}")
     if dtype is None:
         dtype = place.dtype if place.beneath is None else np.float32
     stored = np.dtype(dtype)
@@ -92,6 +102,30 @@ def convert(
     finish = _finisher(place, config, stored, to, *spoken)
     huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
     return None
+
+
+def _to_gguf(
+    place: StoredModel,
+    target: Path,
+    stored: Any,
+    mesh: Mesh | None,
+    tokenizer: PreTrainedTokenizerBase,
+    terminators: Sequence[int],
+) -> None:
+    """One file; Hugging Face and GGUF weights pass through no device."""
+    if jax.process_count() > 1:
+        raise InputError(f"{target}: a GGUF file is written by one process; run convert in one")
+    config = place.architecture
+    gguf_out.check_model(config, place.name)
+    check_published(tokenizer, config, place)
+    slots = layout.parameter_slots(config)
+    shapes = layout.tensor_shapes(slots)
+    if place.tensors is not None and not place.has_adapters:
+        tensors = read_all(place.tensors, shapes, np.dtype(np.float32))
+    else:
+        model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32)
+        tensors = layout.tensors(slots, merged_params(model, variables), np.float32)
+    gguf_out.write_gguf(target, config, tokenizer, shapes, tensors, stored, name=target.stem, terminators=terminators)
 
 
 def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:

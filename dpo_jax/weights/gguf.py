@@ -30,8 +30,8 @@ _TYPES = (
     *(_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K, _Q.IQ4_NL, _Q.IQ4_XS),
 )
 _PLAIN = {_Q.F32: np.float32, _Q.F16: np.float16, _Q.BF16: ml_dtypes.bfloat16}
-_ROPE_FACTORS = "rope_freqs.weight"
-_PERMUTED = re.compile(r"\.[qk]_proj\.")
+ROPE_FACTORS = "rope_freqs.weight"
+PERMUTED = re.compile(r"\.[qk]_proj\.")
 _MAX_LAYERS = 10_000
 
 _LAYER_NAMES = {
@@ -61,7 +61,15 @@ def _hf_name(name: str) -> str:
     return _NAMES.get(name, name)
 
 
-def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor that Hugging Face calls `name`."""
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)", name):
+        layer, module, leaf = match.groups()
+        return f"blk.{layer}.{next(ours for ours, theirs in _LAYER_NAMES.items() if theirs == module)}.{leaf}"
+    return next(ours for ours, theirs in _NAMES.items() if theirs == name)
+
+
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Where GGUF keeps Hugging Face's row r of q or k: half j, place i of a head lies at 2 i + j."""
     head, within = np.divmod(rows, head_dim)
     half, place = np.divmod(within, head_dim // 2)
@@ -81,7 +89,7 @@ class GGUFTensors:
                 raise InputError(
                     f"{self.where}: tensor {tensor.name} is stored as {tensor.kind.name}; supported are {supported}"
                 )
-            if tensor.name != _ROPE_FACTORS:
+            if tensor.name != ROPE_FACTORS:
                 self._tensors[_hf_name(tensor.name)] = tensor
         kinds = {tensor.kind for tensor in self._tensors.values()}
         self.dtype = np.dtype(_PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.float32)
@@ -94,7 +102,7 @@ class GGUFTensors:
         """A rectangle of a tensor, dequantised: float32, or bfloat16 and float16 as stored."""
         tensor = self._tensors[key]
         raw, rows = _raw(self._path, tensor), index[0]
-        places = _interleaved(np.arange(rows.start, rows.stop), self._head_dim) if _PERMUTED.search(key) else rows
+        places = interleaved(np.arange(rows.start, rows.stop), self._head_dim) if PERMUTED.search(key) else rows
         if len(index) == 1:
             return _decode(raw, tensor.kind)[0, places]
         columns = index[1]
@@ -193,7 +201,7 @@ def _scaling(header: GGUFHeader, own: Fields, head_dim: int, theta: float) -> di
     path = header.path
     kind = own.text("rope.scaling.type") or "none"
     factor = own.number("rope.scaling.factor", 0.0, low=-1) or own.number("rope.scale_linear", 1.0, low=-1)
-    factors = header.tensors.get(_ROPE_FACTORS)
+    factors = header.tensors.get(ROPE_FACTORS)
     if kind not in ("none", "linear"):
         raise InputError(
             f"{path}: RoPE scaling {told(kind)} is not supported; supported are linear and Llama 3.1's factors"
@@ -202,9 +210,9 @@ def _scaling(header: GGUFHeader, own: Fields, head_dim: int, theta: float) -> di
     if factors is None:
         return {"rope_type": "linear", "factor": _short(factor)} if linear else None
     if linear:
-        raise InputError(f"{path}: both linear RoPE scaling and {_ROPE_FACTORS}, which is not supported")
+        raise InputError(f"{path}: both linear RoPE scaling and {ROPE_FACTORS}, which is not supported")
     if factors.kind != _Q.F32 or len(factors.shape) != 1:
-        raise InputError(f"{path}: tensor {_ROPE_FACTORS} is not a list of float32 numbers")
+        raise InputError(f"{path}: tensor {ROPE_FACTORS} is not a list of float32 numbers")
     return _llama3_scaling(path, _decode(_raw(path, factors), _Q.F32)[0], head_dim, theta)
 
 
@@ -220,7 +228,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, head_dim: int, theta: float
     blend = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - blend) / factor + blend) if factor > 0 else np.full_like(blend, np.nan)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5, atol=0):
-        raise InputError(f"{path}: the RoPE factors in {_ROPE_FACTORS} are not those of Llama 3.1's scaling")
+        raise InputError(f"{path}: the RoPE factors in {ROPE_FACTORS} are not those of Llama 3.1's scaling")
     return {
         "rope_type": "llama3",
         "factor": factor,

@@ -27,6 +27,21 @@ _LLAMA3 = (
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
+def cuts() -> dict[str, pre_tokenizers.PreTokenizer]:
+    """How byte-level BPE cuts a text before merging, by the names that GGUF has for it."""
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return {
+        "llama-bpe": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
+        "gpt-2": pre_tokenizers.Sequence([plain]),
+    }
+
+
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its special tokens, BOS rule and chat template.
 
@@ -123,17 +138,8 @@ def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{path}: tokenizer.ggml.merges holds an entry that is not two tokens")
-    steps: list[Any]
-    if cut in _LLAMA3_NAMES:
-        steps = [
-            pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    elif cut == "smollm":
-        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif cut == "gpt-2":
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    else:
+    steps = cuts().get("llama-bpe" if cut in _LLAMA3_NAMES else cut)
+    if steps is None:
         known = ", ".join(("gpt-2", "smollm", *_LLAMA3_NAMES))
         raise InputError(
             f"{path}: pre-tokenizer {told(cut)} is not supported (supported: {known}); "
@@ -145,7 +151,7 @@ def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     # Llama 3's vocabulary was made so that a whole piece that is a token stays one, whatever the merges say.
     model = models.BPE(vocabulary, pairs, ignore_merges=cut in _LLAMA3_NAMES)
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = steps
     backend.decoder = decoders.ByteLevel()
     return backend, cut in _LLAMA3_NAMES
 

@@ -1,0 +1,182 @@
+"""A model as one GGUF file, with its tokenizer and chat template, as llama.cpp and `weights/gguf.py` read it.
+
+Tensors are written one at a time. Vectors are float32, as llama.cpp wants them; matrices are what was asked for, and
+those whose rows are no whole blocks of 32 are float16 in a Q8_0 file.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import quantize
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import rotary_frequencies
+from dpo_jax.weights.gguf import PERMUTED, ROPE_FACTORS, gguf_name, interleaved
+from dpo_jax.weights.gguf_tokenizer import read_tokenizer
+from dpo_jax.weights.gguf_vocabulary import vocabulary_of
+
+Stored = Literal["float32", "bfloat16", "float16", "q8_0"]
+
+_Q = GGMLQuantizationType
+_KINDS: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "float32": (_Q.F32, LlamaFileType.ALL_F32),
+    "bfloat16": (_Q.BF16, LlamaFileType.MOSTLY_BF16),
+    "float16": (_Q.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (_Q.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+# What any tokenizer must cut alike: words, cases, runs of spaces, digits, lines, marks, other scripts, emoji. None
+# begins with a space: there SentencePiece, and llama.cpp with it, adds one more, and transformers' Llama does not.
+_PROBES = (
+    "Hello world, it's 2026! DON'T  stop   here.",
+    "a\n\n\tb\r\n  c ",
+    "1234567 3.14 x=y*2; foo_bar(baz)",
+    "Grüße, naïve café; Привет мир; 你好，世界。 こんにちは",
+    "🙂👍🏽 — “quotes” … ‰ ﬁ",
+)
+
+
+def check_model(config: LlamaConfig, where: object) -> None:
+    """Raise `InputError` for a model that a GGUF file of architecture `llama` does not describe."""
+    if config.num_labels:
+        raise InputError(f"{where}: is a reward model, which is converted to --format huggingface only")
+    if config.model_type not in ("llama", "mistral"):
+        raise InputError(
+            f"{where}: a model of type {config.model_type} is not written as GGUF; use --format huggingface"
+        )
+
+
+def write_gguf(
+    path: Path,
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterator[np.ndarray],
+    stored: Stored,
+    *,
+    name: str,
+    terminators: Sequence[int] = (),
+) -> None:
+    """Write the file `path`, which appears whole or not at all.
+
+    Args:
+      config: checked by `check_model`.
+      shapes: Hugging Face's names and the shapes of the tensors, in the order in which they come.
+      tensors: the values, made one at a time.
+      stored: what matrices are kept in.
+      name: of the model, for those who read the metadata.
+      terminators: ids that end a response, beside the tokenizer's EOS and the model's: GGUF has room for two.
+
+    Raises `InputError`: a tokenizer that GGUF cannot express, a value beyond float16, a full disk.
+    """
+    kind, file_type = _KINDS[stored]
+    vocabulary = vocabulary_of(tokenizer, config)
+    kinds = {key: _kind(kind, shapes[key]) for key in shapes}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = GGUFWriter(partial, "llama")
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        _add_architecture(writer, config)
+        vocabulary.add_to(writer, _ends(tokenizer, config, terminators))
+        factors = _rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        for key in shapes:
+            size = _bytes(kinds[key], shapes[key])
+            writer.add_tensor_info(gguf_name(key), shapes[key], np.dtype(np.float32), size, raw_dtype=kinds[key])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for key, values in zip(shapes, tensors, strict=True):
+            writer.write_tensor_data(_encoded(key, values, kinds[key], config.head_dim))
+        writer.close()
+        _check_ids(read_tokenizer(partial), tokenizer)
+        os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _kind(kind: GGMLQuantizationType, shape: Sequence[int]) -> GGMLQuantizationType:
+    if len(shape) == 1:
+        return _Q.F32
+    return _Q.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _bytes(kind: GGMLQuantizationType, shape: Sequence[int]) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * size
+
+
+def _encoded(key: str, values: np.ndarray, kind: GGMLQuantizationType, head_dim: int) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    if PERMUTED.search(key):
+        permuted = np.empty_like(values)
+        permuted[interleaved(np.arange(len(values)), head_dim)] = values
+        values = permuted
+    if kind == _Q.F16 and (largest := float(np.abs(values).max(initial=0))) > _LARGEST_HALF:
+        raise InputError(f"tensor {key} holds {largest:g}, and float16 ends at {_LARGEST_HALF:g}; use --dtype bfloat16")
+    if kind == _Q.F32:
+        return np.ascontiguousarray(values)
+    return values.astype(np.float16) if kind == _Q.F16 else quantize(values, kind)
+
+
+def _add_architecture(writer: GGUFWriter, config: LlamaConfig) -> None:
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+
+
+def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
+    """What Llama 3.1's scaling divides the frequencies by, as llama.cpp keeps them."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+        return None
+    plain = rotary_frequencies(config.head_dim, config.rope_theta, None).astype(np.float64)
+    scaled = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return (plain / scaled).astype(np.float32)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, further: Sequence[int]) -> list[int]:
+    """The tokenizer's EOS, and one more id that ends a response: GGUF has `eos` and `eot`."""
+    eos = tokenizer.eos_token_id
+    every = [*([eos] if isinstance(eos, int) else []), *further, *config.stop_ids]
+    return list(dict.fromkeys(every))[:2]
+
+
+def _check_ids(written: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a file whose tokenizer does not give the same ids."""
+    for text in _PROBES:
+        if written(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise InputError(
+                f"the tokenizer cannot be written as GGUF: its ids of {text!r} would become others; "
+                "use --format huggingface"
+            )
