@@ -125,10 +125,10 @@ def same(a: Path, b: Path) -> bool:
     from dpo_jax.weights import shards
 
     left, right = shards.open_folder(a), shards.open_folder(b)
-    everything = [tuple(slice(0, n, 1) for n in shape) for shape in left.shapes().values()]
-    return left.shapes() == right.shapes() and all(
+    everything = [tuple(slice(0, n, 1) for n in shape) for shape in left.shapes.values()]
+    return left.shapes == right.shapes and all(
         left.read(key, index).tobytes() == right.read(key, index).tobytes()
-        for key, index in zip(left.shapes(), everything, strict=True)
+        for key, index in zip(left.shapes, everything, strict=True)
     )
 
 

@@ -182,10 +182,8 @@ def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.
         return optax.chain(clip, rms, optax.scale_by_learning_rate(schedule))
     adamw = optax.adamw(
         schedule,
-        b1=config.resolved("b1"),
-        b2=config.resolved("b2"),
+        **{name: config.resolved(name) for name in ("b1", "b2", "weight_decay")},
         eps=config.eps,
-        weight_decay=config.resolved("weight_decay"),
         mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), tree),
     )
     return optax.chain(clip, adamw)

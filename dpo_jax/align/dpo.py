@@ -137,18 +137,18 @@ def _responses(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch
     )
 
 
-def _scored(batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
+def _scored(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array | None:
     """bool [B, K, R]: the response tokens in the preference sums; None for all of them."""
-    if not config.mask_format_tokens:
+    if not mask_format_tokens:
         return None
     if batch.format_masks is None:
         raise InputError("mask_format_tokens needs batches with format_masks (data made with format masks)")
     return batch.response_mask & ~batch.format_masks
 
 
-def _lengths(batch: PreferenceBatch, config: DPOConfig) -> jax.Array:
+def _lengths(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array:
     """[B, K]: the tokens in each preference sum."""
-    scored = _scored(batch, config)
+    scored = _scored(batch, mask_format_tokens)
     return batch.response_lengths if scored is None else jnp.sum(scored, axis=-1)
 
 
@@ -158,7 +158,7 @@ def _sums(
     """Summed log-probabilities of each response, [B, K] twice: of the tokens that are scored, and of all."""
     logps = response_logps(apply_fn, variables, batch, layout=config.layout, head_budget_bytes=config.head_budget_bytes)
     whole = jnp.sum(logps, axis=-1)
-    scored = _scored(batch, config)
+    scored = _scored(batch, config.mask_format_tokens)
     return (whole if scored is None else masked.total(logps, scored, axis=-1)), whole
 
 
@@ -201,7 +201,7 @@ def _row_values(state: TrainState, variables: Any, batch: PreferenceBatch, whole
     """Loss, log-probabilities and rewards of the rows of a (micro-)batch of pairs."""
     reference = _reference(state, batch, config)
     sums, sums_of_all = _sums(state.apply_fn, variables, batch, config)
-    lengths = _lengths(batch, config)
+    lengths = _lengths(batch, config.mask_format_tokens)
     nll = -sums_of_all[:, CHOSEN]
     loss = preference_loss(
         sums[:, CHOSEN],
@@ -229,7 +229,7 @@ def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, co
         weight=weight,
         nll_length=jnp.sum(w * pairs.response_lengths[:, CHOSEN]) / weight,
         chosen=jnp.sum(w * (pairs.response_lengths[:, CHOSEN] > 0)) / weight,
-        responses=jnp.sum(w * jnp.sum(_lengths(pairs, config) > 0, axis=1)) / weight,
+        responses=jnp.sum(w * jnp.sum(_lengths(pairs, config.mask_format_tokens) > 0, axis=1)) / weight,
         kl=kl,
         mismatched=mismatched,
     )

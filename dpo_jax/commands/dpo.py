@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.align import dpo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import DPORun
-from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths, load_preferences, with_mismatched_responses
+from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
+from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.judge.policy_logps import policy_logps
@@ -21,7 +22,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, dpo_flops
 from dpo_jax.train.heldout import of_rows, policy_figures
-from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
+from dpo_jax.train.session import Training, read_both
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
@@ -47,16 +48,8 @@ def train(config: DPORun) -> Path:
     if config.reference is not None:
         vocabulary = min(vocabulary, open_checkpoint(config.reference).architecture.vocab_size)
     data, heldout = _load_data(config, tokenizer, vocabulary)
-    for dataset in (data, heldout):
-        if dataset is not None:
-            check_lengths(dataset, architecture, config.data.max_length)
-    for line in summaries(data, heldout):
-        training.say(line)
-
-    # -------------------------------------------------------------- options that follow from the data
-    planned = preference_loader(config, data, **training.length)
-    resolved = training.resolve(planned.total_steps)
-    step_config = resolved.step_config()
+    planned = training.preferences(data, heldout, architecture)
+    step_config = training.config.step_config()
 
     # -------------------------------------------------------------- weights and the reference policy
     model, variables = training.load_model()
@@ -97,7 +90,7 @@ def train(config: DPORun) -> Path:
     final = training.fit(
         state,
         dpo.jit_train_step(step_config, mesh),
-        preference_loader(config, data, steps=planned.total_steps, epochs=None),
+        training.preference_loader(data),
         identity=identity,
         evaluate=evaluate,
         flops_of=dpo_flops(flops, step_config),
@@ -152,7 +145,7 @@ def _load_data(
             ties=config.dpo.ties,
         )
 
-    data, heldout = read_preferences(config, read)
+    data, heldout = read_both(config, read, join, split_by_prompt)
     if unpaired:  # after rows were held out: a response to another prompt is one of the same side
         data = with_mismatched_responses(data, config.data.max_length)
         heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)

@@ -9,14 +9,14 @@ from dpo_jax.align import reward
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import RewardRun
 from dpo_jax.data.sets.comparison_sets import join, load_comparisons, mix, split_by_prompt
-from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
+from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
 from dpo_jax.train.heldout import of_rows, reward_figures
-from dpo_jax.train.session import Training, preference_loader, read_preferences, summaries
+from dpo_jax.train.session import Training, read_both
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 
@@ -39,16 +39,8 @@ def train(config: RewardRun) -> Path:
     config = training.config
     padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
     data, heldout = _data(config, tokenizer, architecture.vocab_size)
-    for dataset in (data, heldout):
-        if dataset is not None:
-            check_lengths(dataset, architecture, config.data.max_length)
-    for line in summaries(data, heldout):
-        training.say(line)
-
-    # -------------------------------------------------------------- options that follow from the data
-    planned = preference_loader(config, data, **training.length)
-    resolved = training.resolve(planned.total_steps)
-    step_config = resolved.step_config()
+    planned = training.preferences(data, heldout, architecture)
+    step_config = training.config.step_config()
 
     # -------------------------------------------------------------- weights, training
     model, variables = as_reward_model(*training.load_model())
@@ -65,7 +57,7 @@ def train(config: RewardRun) -> Path:
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),
-        preference_loader(config, data, steps=planned.total_steps, epochs=None),
+        training.preference_loader(data),
         identity=identity,
         evaluate=evaluate,
         flops_of=reward_flops(ModelFlops.of(model.config, config.lora, outputs=1)),
@@ -99,7 +91,7 @@ def _data(
             source, tokenizer, config.data, config.reward, vocab_size=vocabulary, on_bad_rows=config.on_bad_rows
         )
 
-    data, heldout = read_preferences(config, load)
+    data, heldout = read_both(config, load, join, split_by_prompt)
     if config.mix_data is None:
         return data, heldout
     if data.mixture is not None:

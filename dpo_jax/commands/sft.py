@@ -9,7 +9,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.train.flops import ModelFlops, sft_flops
 from dpo_jax.train.heldout import of_language_model
-from dpo_jax.train.session import Training, summaries
+from dpo_jax.train.session import Training
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
 from dpo_jax.weights.fingerprint import fingerprint
@@ -31,8 +31,7 @@ def train(config: SFTRun) -> Path:
     config = training.config
     material = Documents if config.data.kind == "text" else Dialogues
     data, heldout = material.load_both(config, tokenizer, architecture)
-    for line in summaries(data, heldout):
-        training.say(line)
+    training.told(data, heldout)
     windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
 
     # -------------------------------------------------------------- options that follow from the data
@@ -53,7 +52,7 @@ def train(config: SFTRun) -> Path:
     final = training.fit(
         state,
         sft.jit_train_step(step_config, mesh),
-        data.loader(steps=planned.total_steps, epochs=None),
+        data.loader(**training.length),
         identity=identity,
         evaluate=None if windows is None else of_language_model(windows, config=step_config, mesh=mesh),
         evaluate_first=True,

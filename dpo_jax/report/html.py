@@ -166,12 +166,12 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    def cell(name: str, value: Any) -> str:
-        kind = ' class="text"' if name in table.texts else ""
-        return f"<td{kind}>{html.escape(str(value))}</td>"
-
+    kinds = [' class="text"' if name in table.texts else "" for name in table.head]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
-    rows = ("".join(cell(name, value) for name, value in zip(table.head, row, strict=True)) for row in table.rows)
+    rows = (
+        "".join(f"<td{kind}>{html.escape(str(value))}</td>" for kind, value in zip(kinds, row, strict=True))
+        for row in table.rows
+    )
     return f"<table><tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 

@@ -127,12 +127,8 @@ class Electricity:
                 raise InputError(
                     f"--energy.{name} has no effect: the power of {kind} is not known; give --energy.device_watts"
                 )
-        return cls(
-            watts=watts,
-            pue=config.resolved("pue"),
-            carbon_intensity=config.resolved("carbon_intensity"),
-            kind=kind,
-        )
+        assumed = {name: config.resolved(name) for name in ("pue", "carbon_intensity")}
+        return cls(watts=watts, kind=kind, **assumed)
 
     def kilowatt_hours(self, device_hours: float) -> float | None:
         """Energy of so many hours of one device, or None."""
@@ -188,10 +184,10 @@ class Bill:
         return ", ".join(parts)
 
 
-def cost_lines(rows: Sequence[Row], devices: Sequence[Any], config: EnergyConfig) -> tuple[str, str]:
+def cost_lines(rows: Sequence[Row], devices: int, electricity: Electricity) -> tuple[str, str]:
     """What a run took, and the estimate of its energy, one line each."""
-    bill = Bill.of(rows, len(devices))
-    return bill.describe(), Electricity.of(devices, config).describe(bill.device_hours)
+    bill = Bill.of(rows, devices)
+    return bill.describe(), electricity.describe(bill.device_hours)
 
 
 def cost_section(devices: Sequence[Any], took: str, energy: str) -> Section:

@@ -25,10 +25,9 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import ClassHead, HoldoutRun, LoraConfig, TrainingRun
-from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
-from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
 from dpo_jax.data.sets.loader import PreferenceLoader
-from dpo_jax.data.sets.row_mixture import read_mixture
+from dpo_jax.data.sets.row_mixture import Rows, read_mixture
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.day import with_day
@@ -62,12 +61,14 @@ class Training(Generic[Config]):
       mesh: the devices.
       folder: the run folder.
       main: whether this process writes the files and talks.
+      electricity: what the estimate of its energy assumes.
     """
 
     config: Config
     mesh: Mesh
     folder: RunFolder
     main: bool
+    electricity: Electricity
 
     @classmethod
     def begin(cls, config: Config, command: str) -> "Training[Config] | None":
@@ -80,10 +81,10 @@ class Training(Generic[Config]):
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         check_batch(config, mesh)
-        Electricity.of(list(mesh.devices.flat), config.energy)  # refuses options that would mean nothing
+        electricity = Electricity.of(list(mesh.devices.flat), config.energy)
         main = distributed.is_main()
         folder = RunFolder(Path(config.out), command, as_json(config), writes=main)
-        training = cls(config, mesh, folder, main)
+        training = cls(config, mesh, folder, main, electricity)
         if training.folder.open() == "finished":
             out = training.out
             training.say(f"{out}: this run is finished (model in {out / 'model'}); to train again choose another --out")
@@ -126,9 +127,42 @@ class Training(Generic[Config]):
 
     @property
     def length(self) -> dict[str, Any]:
-        """The run's length as loaders take it: steps or epochs, one epoch where neither is given."""
+        """The length as loaders take it: steps or epochs, one epoch where neither is given; once resolved, steps."""
         steps, epochs = self.config.train.steps, self.config.train.epochs
         return {"steps": steps, "epochs": 1.0 if steps is None and epochs is None else epochs}
+
+    def told(self, data: Any, heldout: Any) -> None:
+        """Say what was read."""
+        for line in summaries(data, heldout):
+            self.say(line)
+
+    def preferences(
+        self, data: PreferenceDataset, heldout: PreferenceDataset | None, architecture: LlamaConfig
+    ) -> PreferenceLoader:
+        """Check and tell what was read, and resolve the run's length by it; the batches of the whole run.
+
+        Raises `InputError` for a row that is longer than the model's context.
+        """
+        for dataset in (data, heldout):
+            if dataset is not None:
+                check_lengths(dataset, architecture, self.config.data.max_length)
+        self.told(data, heldout)
+        loader = self.preference_loader(data)
+        self.resolve(loader.total_steps)
+        return loader
+
+    def preference_loader(self, data: PreferenceDataset) -> PreferenceLoader:
+        """The batches of a run on preference groups, as its options say."""
+        config = self.config
+        return PreferenceLoader(
+            data,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            shuffle=config.data.shuffle,
+            buckets=config.data.buckets,
+            workers=config.data.workers,
+            **self.length,
+        )
 
     def resolve(self, total: int) -> Config:
         """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
@@ -295,7 +329,7 @@ class Training(Generic[Config]):
             save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
         if self.main:
             rows = read_metrics(self.out / "metrics.jsonl")
-            cost = cost_lines(rows, self.devices, config.energy)
+            cost = cost_lines(rows, len(self.devices), self.electricity)
             for line in ("; ".join(cost), *notes):
                 self.say(line)
             section = cost_section(self.devices, *cost)
@@ -311,22 +345,6 @@ class Training(Generic[Config]):
         return self.out
 
 
-def preference_loader(
-    config: TrainingRun, data: PreferenceDataset, *, steps: int | None, epochs: float | None
-) -> PreferenceLoader:
-    """The batches of a run on preference groups, as its options say; `steps` or `epochs` long."""
-    return PreferenceLoader(
-        data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        buckets=config.data.buckets,
-        steps=steps,
-        epochs=epochs,
-        workers=config.data.workers,
-    )
-
-
 def summaries(data: Any, heldout: Any) -> Iterator[str]:
     """What was read, for the log: of what is learnt from and of what is held out, each under its own name."""
     for name, part in (("training rows", data), ("held-out rows", heldout)):
@@ -334,16 +352,20 @@ def summaries(data: Any, heldout: Any) -> Iterator[str]:
             yield f"{name}: {part.summary()}"
 
 
-def read_preferences(
-    config: HoldoutRun, read: Callable[[str], PreferenceDataset]
-) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+def read_both(
+    config: HoldoutRun,
+    read: Callable[[str], Rows],
+    join: Callable[[Rows, Rows], Rows],
+    split: Callable[[Rows, float, int], tuple[Rows, Rows]],
+) -> tuple[Rows, Rows | None]:
     """All rows of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
 
-    `read`: one source. Raises `InputError`, for weights that are wrong too.
+    `read`: one source. `join` and `split` (by a share and a seed): data sets of its kind. Raises `InputError`, for
+    weights that are wrong too.
     """
     seed, share = config.train.seed, config.holdout
     data, heldout = read_mixture(
-        config.data.files, read, join, holdout=share, split=lambda rows: split_by_prompt(rows, share or 0.0, seed)
+        config.data.files, read, join, holdout=share, split=lambda rows: split(rows, share or 0.0, seed)
     )
     if config.eval_data is not None:
         heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)

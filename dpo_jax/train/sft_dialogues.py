@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
 from dpo_jax.data.sets.dataset import check_context
-from dpo_jax.data.sets.row_mixture import read_mixture
 from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
+from dpo_jax.train.session import read_both
 from dpo_jax.types import TokenBatch
 
 
@@ -48,16 +48,7 @@ class Dialogues:
             check_context(data.source, data.row_numbers, data.lengths, architecture, config.data.max_length)
             return data
 
-        seed, share = config.train.seed, config.holdout
-        data, held = read_mixture(
-            config.data.files,
-            read,
-            join_sequences,
-            holdout=share,
-            split=lambda rows: split_sequences(rows, share or 0.0, seed),
-        )
-        if config.eval_data is not None:
-            held, _ = read_mixture(config.eval_data, read, join_sequences, option="--eval_data", weighted=False)
+        data, held = read_both(config, read, join_sequences, split_sequences)
         return cls(config, data), None if held is None else cls(config, held)
 
     @property

@@ -147,7 +147,7 @@ def _finisher(
     origin = place.origin
     if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
         tokenizer = tokenizer or place.tokenizer()
-        check_published(tokenizer, config, place)
+        check_published(tokenizer, config, place.tokenizer)
 
     def finish(folder: Path) -> None:
         huggingface.write_configs(folder, config, dtype, origin, terminators)

@@ -65,12 +65,13 @@ def has_tokenizer(folder: Path) -> bool:
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises `InputError` when there is none, or it is not a fast one."""
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder}: no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there")
     try:
         if (folder / "tokenizer.json").is_file():
             with _panics_unsaid():
                 return _as_in_file(folder)
+        if not (folder / "tokenizer.model").is_file():
+            what = "no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
+            raise InputError(f"{folder}: {what}")
         # Without the argument transformers asks on the terminal, and runs what the folder's auto_map names on "y".
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except InputError:

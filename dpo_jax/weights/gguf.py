@@ -91,12 +91,9 @@ class GGUFTensors:
                 )
             if tensor.name != ROPE_FACTORS:
                 self._tensors[_hf_name(tensor.name)] = tensor
+        self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
         kinds = {tensor.kind for tensor in self._tensors.values()}
         self.dtype = np.dtype(_PLAIN[kinds.pop()] if len(kinds) == 1 and kinds <= _PLAIN.keys() else np.float32)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-        return {key: tensor.shape for key, tensor in self._tensors.items()}
 
     def read(self, key: str, index: Slices) -> np.ndarray:
         """A rectangle of a tensor, dequantised: float32, or bfloat16 and float16 as stored."""
@@ -243,5 +240,5 @@ def open_file(path: Path) -> tuple[LlamaConfig, GGUFTensors]:
     header = open_gguf(path)
     config = read_config(header)
     tensors = GGUFTensors(header, config.head_dim)
-    layout.check_keys(layout.parameter_slots(config), tensors)
+    layout.check_keys(layout.parameter_slots(config), tensors.where, tensors.shapes)
     return config, tensors

@@ -41,10 +41,10 @@ def target_of(model: Llama, sizes: Mapping[str, int], mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
 
 
-def load_score(model: Llama, reader: layout.TensorReader, mesh: Mesh | None, prefix: str = "") -> dict[str, Any]:
+def load_score(model: Llama, read: layout.Read, mesh: Mesh | None, prefix: str = "") -> dict[str, Any]:
     """{"score": ...} from the tensors of a reward model, or of an adapter file."""
     slot = layout.score_slot(model.config, prefix)
-    return layout.load_tree([slot], reader, target_of(model, {heads.SCORE: 1}, mesh))
+    return layout.load_tree([slot], read, target_of(model, {heads.SCORE: 1}, mesh))
 
 
 def load_others(folder: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]:
@@ -53,13 +53,13 @@ def load_others(folder: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]
         return {}
     reader = shards.SafetensorsReader(folder, [FILE])
     width, sizes = model.config.hidden_size, {}
-    for key, shape in reader.shapes().items():
+    for key, shape in reader.shapes.items():
         name = key.removesuffix(".weight")
         if name == key or name == heads.SCORE or len(shape) != 2 or shape[1] != width:
             raise InputError(f"{folder / FILE}: tensor {key} {shape} is not a head NAME.weight of [n, {width}]")
         sizes[name] = shape[0]
     target = target_of(model, sizes, mesh)
-    return layout.load_tree(layout.head_slots(target), reader, target)
+    return layout.load_tree(layout.head_slots(target), reader.read, target)
 
 
 def read_classes(folder: Path) -> tuple[ClassHead, ...]:
@@ -67,7 +67,7 @@ def read_classes(folder: Path) -> tuple[ClassHead, ...]:
     if not (folder / FILE).is_file():
         return ()
     found = []
-    shapes = shards.SafetensorsReader(folder, [FILE]).shapes()
+    shapes = shards.SafetensorsReader(folder, [FILE]).shapes
     try:
         for name, told in json.loads(shards.read_metadata(folder / FILE).get(_CLASSES, "{}")).items():
             head = ClassHead(name, tuple(map(str, told["classes"])), 1.0, bool(told["overlapping"]))

@@ -37,15 +37,12 @@ def read_config(folder: Path) -> LlamaConfig:
     config, unread = read_hf(read_json(folder / "config.json"), where)
     if unread:
         _name_unread(where, ", ".join(unread))
-    return with_stops(config, folder)
+    return with_stops(config, read_stops(folder))
 
 
-def with_stops(config: LlamaConfig, folder: Path) -> LlamaConfig:
-    """The architecture with the ids at which a generation_config.json in `folder` ends generation, if one is there."""
-    if not (folder / GENERATION).is_file():
-        return config
-    found = (i for i in stops(read_json(folder / GENERATION)) if 0 <= i < config.vocab_size)
-    further = tuple(dict.fromkeys(i for i in found if i not in config.stop_ids))
+def with_stops(config: LlamaConfig, ids: Sequence[int]) -> LlamaConfig:
+    """The architecture with the `ids` at which a generation_config.json ends generation (`read_stops`)."""
+    further = tuple(dict.fromkeys(i for i in ids if 0 <= i < config.vocab_size and i not in config.stop_ids))
     return dataclasses.replace(config, further_stop_ids=(*config.further_stop_ids, *further))
 
 
@@ -65,11 +62,11 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
     slots = layout.parameter_slots(config)
     if config.num_labels:
         slots.append(layout.score_slot(config))
-        if "score.weight" not in reader.shapes():
+        if "score.weight" not in reader.shapes:
             raise InputError(f"{folder}: config.json says reward model, and the weights have no score.weight")
     redundant = frozenset({"lm_head.weight"} if config.tie_embeddings and not config.num_labels else ())
-    layout.check_keys(slots, reader, redundant)
-    if redundant & set(reader.shapes()):
+    layout.check_keys(slots, reader.where, reader.shapes, redundant)
+    if redundant & reader.shapes.keys():
         _check_tied(reader)
     return config, reader
 
@@ -77,8 +74,8 @@ def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
 def _check_tied(reader: shards.SafetensorsReader) -> None:
     """A tied model's own output matrix is redundant only if it is the embedding, bit for bit."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    rows, width = reader.shapes()[embedding]
-    same = reader.shapes()[head] == (rows, width)
+    rows, width = reader.shapes[embedding]
+    same = reader.shapes[head] == (rows, width)
     for start in range(0, rows if same else 0, 4096):
         part = slice(start, min(start + 4096, rows), 1), slice(0, width, 1)
         same = same and reader.read(head, part).tobytes() == reader.read(embedding, part).tobytes()
@@ -130,12 +127,18 @@ def write_generation(folder: Path, config: LlamaConfig, source: Path | None, ter
         generation = {"_from_model_config": True, **ids}
     if terminators:
         generation.pop("_from_model_config", None)  # transformers would take the ids from config.json again
-        every = list(dict.fromkeys((*stops(generation), *config.eos_token_ids, *terminators)))
+        every = list(dict.fromkeys((*_stops(generation), *config.eos_token_ids, *terminators)))
         generation["eos_token_id"] = every if len(every) > 1 else every[0]
     write_json(path, generation)
 
 
-def stops(generation: Mapping[str, Any]) -> tuple[int, ...]:
+def read_stops(folder: Path) -> tuple[int, ...]:
+    """The ids at which generation ends by the folder's generation_config.json; none where it has no such file."""
+    kept = folder / GENERATION
+    return _stops(read_json(kept)) if kept.is_file() else ()
+
+
+def _stops(generation: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids at which generation ends, by a generation_config.json."""
     found = generation.get("eos_token_id")
     return tuple(i for i in (found if isinstance(found, list) else [found]) if type(i) is int)

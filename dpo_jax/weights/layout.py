@@ -5,7 +5,7 @@ A kernel is [in, out] here and [out, in] there; the L layers are one stacked lea
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ GATHER_BYTES = 64 << 20
 
 Slices = tuple[slice, ...]
 Tree = dict[str, Any]
+Read = Callable[[str, Slices], np.ndarray]
 
 
 class TensorReader(Protocol):
@@ -37,10 +38,8 @@ class TensorReader(Protocol):
     where: str
     dtype: np.dtype
     """What the tensors are stored in; float32 where they differ or are quantised."""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-        ...
+    shapes: dict[str, tuple[int, ...]]
+    """Of every tensor."""
 
     def read(self, key: str, index: Slices) -> np.ndarray:
         """The values of a rectangle of one tensor, floating, in the dtype they are stored in or float32."""
@@ -145,27 +144,29 @@ def _some(keys: set[str]) -> str:
     return ", ".join(first) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def check_keys(slots: list[Slot], reader: TensorReader, ignored: frozenset[str] = frozenset()) -> None:
-    """Raise `InputError` unless the tensors are those of `slots`, in their shapes, and (but `ignored`) no more."""
-    shapes = reader.shapes()
+def check_keys(
+    slots: list[Slot], where: str, shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()
+) -> None:
+    """Raise `InputError` unless the tensors are those of `slots`, in their shapes, and (but `ignored`) no more.
+
+    `where`, `shapes`: of the `TensorReader`.
+    """
     wanted = {key: slot.tensor_shape for slot in slots for key in slot.keys}
     if missing := set(wanted) - set(shapes):
         raise InputError(
-            f"{reader.where}: tensor missing: {_some(missing)}; files are missing, or config.json is another model's"
+            f"{where}: tensor missing: {_some(missing)}; files are missing, or config.json is another model's"
         )
     if unknown := set(shapes) - set(wanted) - ignored:
         raise InputError(
-            f"{reader.where}: unknown tensor: {_some(unknown)}; a weight that the model would not use is not ignored "
+            f"{where}: unknown tensor: {_some(unknown)}; a weight that the model would not use is not ignored "
             "(is config.json another model's?)"
         )
     for key, shape in wanted.items():
         if tuple(shapes[key]) != shape:
-            raise InputError(
-                f"{reader.where}: tensor {key} has shape {tuple(shapes[key])}, and config.json asks for {shape}"
-            )
+            raise InputError(f"{where}: tensor {key} has shape {tuple(shapes[key])}, and config.json asks for {shape}")
 
 
-def _read_leaf(slot: Slot, reader: TensorReader, index: Slices, dtype: np.dtype) -> np.ndarray:
+def _read_leaf(slot: Slot, read: Read, index: Slices, dtype: np.dtype) -> np.ndarray:
     """A rectangle of a leaf, read from the matching rectangle of each of its tensors."""
     layers = index[0] if slot.stacked else slice(0, 1, 1)
     inner = index[1:] if slot.stacked else index
@@ -173,7 +174,7 @@ def _read_leaf(slot: Slot, reader: TensorReader, index: Slices, dtype: np.dtype)
     keys = slot.keys[layers]
     block = np.empty((len(keys), *(s.stop - s.start for s in inner)), dtype)
     for row, key in zip(block, keys, strict=True):
-        values = reader.read(key, outer)
+        values = read(key, outer)
         row[...] = values.T if slot.transposed else values
     return block if slot.stacked else block[0]
 
@@ -183,7 +184,7 @@ def _bounds(slot: Slot, index: Slices | None) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), slot.shape, strict=True))
 
 
-def _load_leaf(slot: Slot, reader: TensorReader, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _load_leaf(slot: Slot, read: Read, target: jax.ShapeDtypeStruct) -> jax.Array:
     """A leaf in its shards; one that is large goes to the devices a few layers at a time."""
     sharding, dtype = target.sharding, np.dtype(target.dtype)
     assert sharding is not None
@@ -192,25 +193,25 @@ def _load_leaf(slot: Slot, reader: TensorReader, target: jax.ShapeDtypeStruct) -
     layers = len(slot.keys)
     pieces = next(n for n in range(1, layers + 1) if layers % n == 0 and (here <= n * PIECE_BYTES or n == layers))
     if pieces == 1:
-        return _load_piece(slot, reader, sharding, dtype)
+        return _load_piece(slot, read, sharding, dtype)
     leaf = jax.jit(partial(jnp.zeros, slot.shape, dtype), out_shardings=sharding)()
     put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0, out_shardings=sharding)
     many = layers // pieces
     for start in range(0, layers, many):
         part = replace(slot, keys=slot.keys[start : start + many], shape=(many, *slot.shape[1:]))
-        leaf = put(leaf, _load_piece(part, reader, sharding, dtype), np.int32(start), 0)
+        leaf = put(leaf, _load_piece(part, read, sharding, dtype), np.int32(start), 0)
         leaf.block_until_ready()  # else the host reads on, and holds several pieces
     return leaf
 
 
-def _load_piece(slot: Slot, reader: TensorReader, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
+def _load_piece(slot: Slot, read: Read, sharding: jax.sharding.Sharding, dtype: np.dtype) -> jax.Array:
     """A leaf whose local shards fit into host memory together."""
     local = {_bounds(slot, index) for index in sharding.addressable_devices_indices_map(slot.shape).values()}
     box = tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*local, strict=True))
     sizes = [math.prod(stop - start for start, stop in bounds) for bounds in (box, *local)]
     block = None
     if sizes[0] == sum(sizes[1:]):  # shards that lie side by side are read at once, in longer runs
-        block = _read_leaf(slot, reader, tuple(slice(*b, 1) for b in box), dtype)
+        block = _read_leaf(slot, read, tuple(slice(*b, 1) for b in box), dtype)
     memo: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas of a shard are read once
 
     def shard(index: Slices | None) -> np.ndarray:
@@ -218,13 +219,13 @@ def _load_piece(slot: Slot, reader: TensorReader, sharding: jax.sharding.Shardin
         if block is not None:
             return block[tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, box, strict=True))]
         if bounds not in memo:
-            memo[bounds] = _read_leaf(slot, reader, tuple(slice(*b, 1) for b in bounds), dtype)
+            memo[bounds] = _read_leaf(slot, read, tuple(slice(*b, 1) for b in bounds), dtype)
         return memo[bounds]
 
     return jax.make_array_from_callback(slot.shape, sharding, shard)
 
 
-def load_tree(slots: list[Slot], reader: TensorReader, target: Mapping[str, Any]) -> Tree:
+def load_tree(slots: list[Slot], read: Read, target: Mapping[str, Any]) -> Tree:
     """Read every leaf straight into its shards.
 
     Beside what the devices hold, host memory takes the local shards of one leaf, or of as many of its layers as fit
@@ -232,12 +233,12 @@ def load_tree(slots: list[Slot], reader: TensorReader, target: Mapping[str, Any]
 
     Args:
       slots: what to read; run `check_keys` first.
-      reader: where from.
+      read: where from (`TensorReader.read`).
       target: a tree of `jax.ShapeDtypeStruct` with shardings.
     """
     tree: Tree = {}
     for slot in slots:
-        insert(tree, slot.path, _load_leaf(slot, reader, lookup(target, slot.path)))
+        insert(tree, slot.path, _load_leaf(slot, read, lookup(target, slot.path)))
     return tree
 
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import ClassHead, LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
@@ -87,7 +86,7 @@ class StoredModel:
         """The classes of auxiliary heads, as `save_pretrained` was told them; none where it was not."""
         return heads.read_classes(self.path)
 
-    @property
+    @cached_property
     def lasting(self) -> Base:
         """Its name so that it means the same from every folder, and tomorrow."""
         path = Path(self.name).expanduser()
@@ -108,9 +107,9 @@ class StoredModel:
         assert reader is not None
         model = Llama(config, lora=lora, **chosen)
         target = _target(model, "params", mesh, dtype)
-        variables = {"params": layout.load_tree(layout.parameter_slots(config), reader, target)}
-        found = heads.load_score(model, reader, mesh) if config.num_labels else {}
-        found |= {} if self.origin is None else heads.load_others(self.origin, model, mesh)
+        variables = {"params": layout.load_tree(layout.parameter_slots(config), reader.read, target)}
+        found = heads.load_score(model, reader.read, mesh) if config.num_labels else {}
+        found |= heads.load_others(self.path, model, mesh)
         return model, variables | ({"heads": found} if found else {})
 
 
@@ -226,12 +225,11 @@ class _AdapterFolder(_OnAnother):
 
     @property
     def architecture(self) -> LlamaConfig:
-        return huggingface.with_stops(super().architecture, self.path)
+        return huggingface.with_stops(super().architecture, self.terminators)
 
     @property
     def terminators(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        kept = self.path / huggingface.GENERATION
-        return huggingface.stops(read_json(kept)) if kept.is_file() else ()
+        return huggingface.read_stops(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         own = folder_tokenizer.has_tokenizer(self.path)
@@ -242,7 +240,7 @@ class _AdapterFolder(_OnAnother):
             where = self.beneath.path
             raise InputError(f"{self.path}: its base model {where} has adapters too; merge those with convert")
         model, variables, target = self._adapted(chosen, mesh, dtype)
-        model = model.clone(config=huggingface.with_stops(model.config, self.path))
+        model = model.clone(config=huggingface.with_stops(model.config, self.terminators))
         return model, {**variables, **peft.load_adapters(self.path, model, target, mesh)}
 
 

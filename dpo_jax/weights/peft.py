@@ -94,10 +94,10 @@ def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) ->
     reader = shards.SafetensorsReader(folder, [WEIGHTS])
     slots = layout.adapter_slots(model)
     score = [layout.score_slot(model.config, _PREFIX)] if has_score(folder) else []
-    layout.check_keys([*slots, *score], reader)
-    found = head_files.load_score(model, reader, mesh, _PREFIX) if score else {}
+    layout.check_keys([*slots, *score], reader.where, reader.shapes)
+    found = head_files.load_score(model, reader.read, mesh, _PREFIX) if score else {}
     found |= head_files.load_others(folder, model, mesh)
-    return {"adapters": layout.load_tree(slots, reader, target), **({"heads": found} if found else {})}
+    return {"adapters": layout.load_tree(slots, reader.read, target), **({"heads": found} if found else {})}
 
 
 def save_adapters(

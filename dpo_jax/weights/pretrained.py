@@ -73,7 +73,7 @@ def load_pretrained(
 
     Raises `InputError` for anything wrong with the checkpoint, with file and tensor.
     """
-    place = open_checkpoint(source)
+    place = source if isinstance(source, StoredModel) else open_checkpoint(source)
     if isinstance(place, RunCheckpoint) and Path(place.name).expanduser().resolve() != place.path.resolve():
         _log.warning("%s: this run is not finished; its newest intact checkpoint is used: %s", place.name, place.path)
     chosen: dict[str, Any] = {
@@ -132,9 +132,9 @@ def save_pretrained(
     Raises `InputError` for an unwritable or full disk, or a tokenizer that does not fit the embedding.
     """
     path = Path(path)
-    place = None if source is None else open_checkpoint(source)
+    place = source if isinstance(source, StoredModel | None) else open_checkpoint(source)
     if tokenizer is not None:
-        check_published(tokenizer, model.config, place)
+        check_published(tokenizer, model.config, None if place is None else place.tokenizer)
     if not merge:
         if "adapters" not in variables:
             raise InputError(f"{path}: there are no adapters to save apart from the weights (merge=False)")
@@ -167,7 +167,11 @@ def save_pretrained(
     if adapters is None:
         tensors = layout.tensors(slots, params, dtype)
     else:
-        beneath = _beneath(place, params, slots)
+        leaf = jax.tree.leaves(params)[0]
+        if place is None or leaf.dtype == jnp.float32:
+            beneath = layout.tensors(slots, params, jnp.float32)
+        else:
+            beneath = _as_stored(place, leaf, slots)
         tensors = merging.merged(shapes, beneath, merging.factors(model, adapters), rounding)
     if config.num_labels:
         score = [layout.score_slot(config)]
@@ -177,11 +181,8 @@ def save_pretrained(
     return rounding.lost
 
 
-def _beneath(place: StoredModel | None, params: Any, slots: list[layout.Slot]) -> Iterator[np.ndarray]:
-    """The weights beneath adapters in float32: `params`, or where these are narrower, those that `place` stores."""
-    leaf = jax.tree.leaves(params)[0]
-    if place is None or leaf.dtype == jnp.float32:
-        return layout.tensors(slots, params, jnp.float32)
+def _as_stored(place: StoredModel, leaf: Any, slots: list[layout.Slot]) -> Iterator[np.ndarray]:
+    """The weights that `place` stores beneath adapters, in float32, on the devices of `leaf`."""
     if place.has_adapters and place.beneath is not None:
         place = place.beneath
     if place.tensors is not None:

@@ -81,12 +81,9 @@ class SafetensorsReader:
             if key not in home and not _BUFFER.fullmatch(key):
                 raise InputError(f"{folder / INDEX}: tensor {key} should be in {name}, and is not there")
 
+        self.shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
         kinds = {tensor.dtype for tensor in self._tensors.values()}
         self.dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
-        return {key: tensor.shape for key, tensor in self._tensors.items()}
 
     def read(self, key: str, index: Slices) -> np.ndarray:
         """A rectangle of a tensor, in the dtype of the file."""

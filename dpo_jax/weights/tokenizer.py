@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint, and how it fits the model's embedding."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -43,15 +44,17 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) ->
         _log.warning("token %r (id %d)%s: the embedding has %d rows and none for it", token, beyond[token], more, rows)
 
 
-def check_published(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, published: StoredModel | None) -> None:
+def check_published(
+    tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, published: Callable[[], PreTrainedTokenizerBase] | None
+) -> None:
     """Check a tokenizer before it is written beside a model.
 
-    Raises `InputError` for tokens that the embedding has no row for, but for those that were added to the tokenizer of
-    `published`, the checkpoint that the model comes from.
+    Raises `InputError` for tokens that the embedding has no row for, but for tokens that were added to the tokenizer
+    `published` with the checkpoint that the model comes from.
     """
     if beyond := _beyond(tokenizer, config):
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        known = added & (set() if published is None else published.tokenizer().get_vocab().keys())
+        known = added & (set() if published is None else published().get_vocab().keys())
         if wrong := beyond.keys() - known:
             token = max(wrong, key=lambda t: beyond[t])
             raise InputError(

@@ -211,7 +211,7 @@ def test_the_bill_of_a_run() -> None:
     assert bill.device_hours == pytest.approx(14 * 4 / 3600)
     assert bill.flops == pytest.approx(30e12 * 4)
     assert bill.mfu == 0.5
-    took, energy = cost_lines(rows, [Device("NVIDIA H100 80GB HBM3")] * 4, EnergyConfig())
+    took, energy = cost_lines(rows, 4, Electricity.of([Device("NVIDIA H100 80GB HBM3")] * 4, EnergyConfig()))
     assert "1.2e+14 model FLOPs, median mfu 50.0%" in took
     assert "700 W" in energy
     assert Bill.of([{"step": 1, "seconds_per_step": 36.0}], 1) == Bill(0.01, None, None)
