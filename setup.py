@@ -41,6 +41,7 @@ INSTALL = [
     "rich>=14",
     "tensorboardX>=2.6",
     "matplotlib>=3.9",
+    "scikit-learn>=1.9",
     "vaderSentiment>=3.3.2",
     "py3langid>=0.4",  # older versions unpickle their model
 ]

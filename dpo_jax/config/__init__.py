@@ -49,6 +49,7 @@ from dpo_jax.config.shipped import derive
 from dpo_jax.config.talk import ChatRun, ServeRun, TalkOptions
 from dpo_jax.config.training import HoldoutRun, JudgedRun, TrainingRun, is_url
 from dpo_jax.config.vocabulary import ExtendVocabRun
+from dpo_jax.config.win_rate import WinRateRun
 
 __all__ = [
     "FRONTIER_SIZES",
@@ -116,6 +117,7 @@ __all__ = [
     "Ties",
     "TrainConfig",
     "TrainingRun",
+    "WinRateRun",
     "derive",
     "is_url",
     "sft_inside",

@@ -195,6 +195,11 @@ COMMANDS = {
         "dpo_jax.commands.mt_bench:show",
         "means and win rates by model, turn and category, from FastChat's judgement files",
     ),
+    "win-rate": Command(
+        "WinRateRun",
+        "dpo_jax.commands.win_rate:win_rate",
+        "how often one model's answers beat another's: intervals, length-controlled",
+    ),
     "convert": Command(
         "ConvertRun",
         "dpo_jax.commands.convert:convert",

@@ -68,6 +68,7 @@ OWNERS = {
     "rich": {"files", "report", "judge", "plan", "commands"},
     "tensorboardX": {"files", "report"},
     "matplotlib": {"report"},
+    "sklearn": {"report"},
     "vaderSentiment": {"judge"},
     "httpx": {"judge"},
     "tyro": {"cli"},

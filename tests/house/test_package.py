@@ -120,6 +120,7 @@ DISTRIBUTIONS = {
     "ml_dtypes": "ml_dtypes",
     "tensorflow_datasets": "tensorflow-datasets",
     "google": "protobuf",
+    "sklearn": "scikit-learn",
 }
 
 

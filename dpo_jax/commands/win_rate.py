@@ -1,0 +1,142 @@
+"""`dpo-jax win-rate`: how often one file of answers beats another, raw and at equal length."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.config import WinRateRun
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.headers import told
+from dpo_jax.judge.loading import check_output
+from dpo_jax.report.win_rates import controlled_figures, raw_figures
+
+_COLUMNS = (("instruction", "output"), ("prompt", "response"))
+_SAMPLE = "several responses to one prompt are no two models' answers; keep one"
+
+
+def _answers(source: str) -> dict[str, str]:
+    """Instruction -> answer, of AlpacaEval's outputs or of what `dpo-jax generate` writes. Raises `InputError`."""
+    found: dict[str, str] = {}
+    for number, row in read_rows(source):
+        where = f"{source}: row {number}"
+        columns = next((pair for pair in _COLUMNS if all(name in row for name in pair)), None)
+        if columns is None:
+            raise InputError(f"{where}: has neither `instruction` and `output` nor `prompt` and `response`")
+        asked, said = row[columns[0]], row[columns[1]]
+        if isinstance(asked, list):
+            asked = json.dumps(asked, ensure_ascii=False)
+        if not isinstance(asked, str) or not isinstance(said, str):
+            raise InputError(f"{where}: {columns[0]} and {columns[1]} are to be texts")
+        if asked in found:
+            raise InputError(f"{where}: {columns[0]} {told(asked)} stands in an earlier row; {_SAMPLE}")
+        found[asked] = said
+    return found
+
+
+def _share(row: Mapping[str, Any], where: str) -> float | None:
+    """Chance in [0, 1] that output_2 is better; None: no verdict."""
+    value = row.get("preference")
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (value == 0 or 1 <= value <= 2):
+        raise InputError(f"{where}: preference = {told(value)} is none of 1 to 2, 0 and null")
+    if math.isnan(value):
+        return None
+    return 0.5 if value == 0 else float(value) - 1
+
+
+def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -> tuple[dict[str, list[float]], int]:
+    """Instruction -> chances that the answer won, one a verdict; and how many rows hold none. Raises `InputError`."""
+    found: dict[str, list[float]] = {}
+    without = 0
+    for number, row in read_rows(run.judgments):
+        where = f"{run.judgments}: row {number}"
+        texts = [row.get(name) for name in ("instruction", "output_1", "output_2")]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{where}: `instruction`, `output_1` and `output_2` are to be texts")
+        asked, first, second = (str(text) for text in texts)
+        if asked not in answers:
+            raise InputError(
+                f"{where}: instruction {told(asked)} is not in {run.answers}; give the files that were judged"
+            )
+        pair = (answers[asked], against[asked])
+        if (second, first) == pair:
+            swapped = False
+        elif (first, second) == pair:
+            swapped = True
+        else:
+            raise InputError(f"{where}: judges other texts than the answers in {run.answers} and {run.against}")
+        share = _share(row, where)
+        if share is None:
+            without += 1
+        else:
+            found.setdefault(asked, []).append(1 - share if swapped else share)
+    return found, without
+
+
+def win_rate(run: WinRateRun) -> dict[str, Any]:
+    """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
+    reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
+    out = None if run.out is None else check_output(run.out)
+    answers, against = _answers(run.answers), _answers(run.against)
+    for some, others, names in (
+        (answers, against, (run.answers, run.against)),
+        (against, answers, (run.against, run.answers)),
+    ):
+        missing = next((asked for asked in some if asked not in others), None)
+        if missing is not None:
+            raise InputError(
+                f"{names[1]}: has no answer to {told(missing)}, which {names[0]} has; give both the same prompts"
+            )
+    found, without = _verdicts(run, answers, against)
+    if not found:
+        raise InputError(f"{run.judgments}: none of its {without} rows holds a verdict")
+    verdicts = np.asarray([np.mean(values) for values in found.values()])
+    lengths = np.asarray([len(answers[asked]) for asked in found], np.float64)
+    others = np.asarray([len(against[asked]) for asked in found], np.float64)
+    result: dict[str, Any] = {
+        "raw": raw_figures(verdicts, seed=run.seed),
+        "length_controlled": None,
+        "mean_length": {"answers": float(lengths.mean()), "against": float(others.mean())},
+        "left_out": {"no_verdict": without, "not_judged": len(answers) - len(found)},
+    }
+    try:
+        result["length_controlled"] = controlled_figures(verdicts, lengths, others, seed=run.seed)
+    except ValueError as reason:
+        result["not_controlled"] = str(reason)
+    text = json.dumps(result, indent=1)
+    print(text) if run.json else _show(result)
+    if out is not None:
+        write_atomically(Path(out), text + "\n")
+        say(f"{out}: written")
+    return result
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    table = Table(title=f"{result['raw']['n']} pairs")
+    for name in ("", "win rate", "95 %"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, key in (("all verdicts", "raw"), ("at equal length", "length_controlled")):
+        if (row := result[key]) is not None:
+            table.add_row(name, f"{row['win_rate']:.1%}", "{:.1%} to {:.1%}".format(*row["interval"]))
+    console, length, left = Console(), result["mean_length"], result["left_out"]
+    console.print(table)
+    if "not_controlled" in result:
+        console.print(f"No rate at equal length: {result['not_controlled']}.", highlight=False)
+    raw = result["raw"]
+    console.print(
+        f"{raw['wins']} wins, {raw['losses']} losses, {raw['ties']} ties; mean length {length['answers']:.0f} against"
+        f" {length['against']:.0f} characters; left out: {left['no_verdict']} without a verdict,"
+        f" {left['not_judged']} not judged",
+        highlight=False,
+        soft_wrap=True,
+    )

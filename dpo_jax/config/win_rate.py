@@ -1,0 +1,32 @@
+"""Options of `dpo-jax win-rate`."""
+
+from dataclasses import dataclass
+
+from dpo_jax.config.checks import require
+
+
+@dataclass(frozen=True)
+class WinRateRun:
+    """How often one model's answers beat another's, with and without the longer answer's advantage: `dpo-jax win-rate`.
+
+    Of all verdicts, and at equal length by AlpacaEval's minimal formula, each with a 95 % bootstrap interval.
+    """
+
+    answers: str
+    """Answers of the model: rows with `instruction` and `output` (AlpacaEval's outputs.json), or `prompt` and
+    `response`."""
+    against: str
+    """Answers of the other model to the same instructions."""
+    judgments: str
+    """Verdicts, laid out as AlpacaEval's annotations.json: `instruction`, `output_1`, `output_2` and `preference`, 1
+    for output_1, 2 for output_2, 1.5 (or 0) for neither, between them by degrees, null for none. Several verdicts on
+    one pair (both orders) count as their mean."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    out: str | None = None
+    """JSON file for the same object."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
