@@ -117,7 +117,7 @@ def _to_gguf(
         raise InputError(f"{target}: a GGUF file is written by one process; run convert in one")
     config = place.architecture
     gguf_out.check_model(config, place.name)
-    check_published(tokenizer, config, place)
+    check_published(tokenizer, config, place.tokenizer)
     slots = layout.parameter_slots(config)
     shapes = layout.tensor_shapes(slots)
     if place.tensors is not None and not place.has_adapters:
