@@ -21,6 +21,19 @@ if _OURS:
 os.environ[_CACHE] = os.path.join(os.environ[_CACHE], os.environ.get("PYTEST_XDIST_WORKER", "main"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# The files that take longest, the longest first. Whole files go to the workers in turn: one of these left to the end
+# would run alone while the other workers have nothing to do.
+_LONGEST = """
+tests/sample/test_sample_smollm2.py tests/plan/test_tpu_compile.py tests/commands/test_run_kill.py
+tests/align/test_bf16_gradients.py tests/house/test_fuzz.py tests/commands/test_run_rejection.py
+tests/commands/test_recipe_llama2_chat.py tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py
+tests/sample/test_sample_narrow.py tests/house/test_notebooks.py tests/commands/test_run_gatt.py
+tests/commands/test_full_disk.py tests/commands/test_run_reward.py tests/align/test_sft_devices.py
+tests/sample/test_sample_engine.py tests/commands/test_recipe_frontier.py tests/commands/test_prepare.py
+tests/commands/test_demo.py tests/commands/test_run_texts.py tests/sample/test_stops.py
+tests/commands/test_cli_commands.py
+""".split()
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +44,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set DPO_JAX_DATA to its folder")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order within a file, and of all others, stays."""
+    place = {ROOT / file: i for i, file in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_unconfigure() -> None:
