@@ -69,7 +69,7 @@ setup(
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.12",
             "pyright>=1.1.400",
             # PyTorch and PEFT are the other side of the parity tests; nothing in the package imports them.

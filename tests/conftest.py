@@ -46,6 +46,14 @@ def shared_data() -> Path:
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The default tests compile hundreds of tiny programs and run each for an instant: LLVM's costlier passes take longer
+    than they save, a sixth of the whole. Slow tests are compiled in full, as all is that users run."""
+    level = "--xla_backend_optimization_level=1"
+    if "not slow" in (config.option.markexpr or "") and level not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {level}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the order within a file, and of all others, stays."""
     place = {ROOT / file: i for i, file in enumerate(_LONGEST)}
