@@ -47,8 +47,8 @@ def shared_data() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The default tests compile hundreds of tiny programs and run each for an instant: LLVM's costlier passes take longer
-    than they save, a sixth of the whole. Slow tests are compiled in full, as all is that users run."""
+    """The default tests compile hundreds of tiny programs and run each for an instant: LLVM's costlier passes take
+    longer than they save, a sixth of the whole. Slow tests are compiled in full, as all is that users run."""
     level = "--xla_backend_optimization_level=1"
     if "not slow" in (config.option.markexpr or "") and level not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" {level}"

@@ -35,11 +35,11 @@ def prompts(smollm2, shared_data):
 
 
 def by_transformers(folder, prompts, new, stop, **options):
-    """Continuations by `transformers`, 32 prompts at a time, padded on the left; the terminator included."""
+    """Continuations by `transformers`, eight prompts at a time, padded on the left; the terminator included."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
-    for batch in (prompts[i : i + 32] for i in range(0, len(prompts), 32)):
+    for batch in (prompts[i : i + 8] for i in range(0, len(prompts), 8)):
         longest = max(map(len, batch))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
