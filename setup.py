@@ -59,7 +59,7 @@ setup(
     # The recipes of configs/ lie in a wheel as dpo_jax/configs, where `dpo_jax.config.derive` finds them.
     packages=[*find_packages(include=["dpo_jax", "dpo_jax.*"]), "dpo_jax.configs"],
     package_dir={"dpo_jax.configs": "configs"},
-    package_data={"dpo_jax": ["py.typed"]},
+    package_data={"dpo_jax": ["py.typed", "judge/prompts/*.json"]},
     python_requires=">=3.11",
     install_requires=INSTALL,
     extras_require={

@@ -1,9 +1,13 @@
 """Options of judges."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.names import RunOptions
+from dpo_jax.config.sections import FilesConfig, MeshConfig, SampleConfig
+from dpo_jax.config.training import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +60,82 @@ class EndpointConfig(Options):
             re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII),
             "endpoint.key_variable is the name of an environment variable, and not the key itself",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeRun(Options, metaclass=RunOptions):
+    """Judge responses, row by row: `dpo-jax judge`.
+
+    --data holds a prompt and one response or several: pairs, lists, the layouts of docs/data.md. The judge is one of
+    --endpoint.url, --model and --function.
+    """
+
+    data: FilesConfig = field(default_factory=FilesConfig)
+    out: str
+    """JSONL file to write: scores, verdicts and replies of each row, in order; an interrupted one is gone on with."""
+    ask: Literal["rating", "expected", "pair", "list", "checklist"] | None = not_given("rating")
+    """rating: a score for each response. expected: likewise, from the probabilities of the first token. pair: which of
+    two is better, asked in both orders. list: all in one prompt, shuffled. checklist: --criteria, met or not."""
+    prompts: str | None = None
+    """File of prompts, read as they are: FastChat's judge_prompts.jsonl, UltraFeedback's templates. Not given: ours."""
+    prompt_name: str | None = not_given(needs="prompts")
+    """Which of them."""
+    language: Literal["en", "zh"] | None = not_given("en")
+    """Of our prompts."""
+    scale: int | None = None
+    """Highest score of our prompts, the lowest being 1. Not given: 10 for rating, 5 for expected and list."""
+    criteria: tuple[str, ...] = ()
+    """What a checklist asks, a text each."""
+    agreement: bool = False
+    """Also compare the verdicts with those of the data (choices, ranks, scores, votes): OUT.agreement.json."""
+    function: str | None = None
+    """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE."""
+    reward_timeout: float | None = not_given(60.0, needs="function")
+    """Seconds to wait for one answer where --function is a URL."""
+    model: str | None = None
+    """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
+    template: str | None = None
+    """Chat template of --model. Not given: its tokenizer's own."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
+    batch_size: int = 8
+    """Questions at once, of --model or of a reward model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of --model or of a reward model."""
+    cache: str | None = None
+    """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
+    seed: int = 0
+    """Of the order of lists, and of questions that are asked again."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=512, temperature=0.0))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        self.refuse_idle("--")
+        judges = (self.endpoint.url, self.model, self.function)
+        given = sum(x is not None for x in judges)
+        require(given == 1, "give one judge: --endpoint.url URL, --model MODEL or --function FUNCTION")
+        require(self.prompts is None or self.prompt_name, "--prompts needs --prompt_name: which prompt of the file")
+        require(self.prompts is None or self.ask is None, "--ask has no effect with --prompts, which say what is asked")
+        require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
+        require(self.prompts is None or self.scale is None, "--scale has no effect with --prompts")
+        ask = self.resolved("ask")
+        if self.function is not None:
+            for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
+                require(getattr(self, name) is None, f"--{name} has no effect with --function, which asks nothing")
+            require(not self.function.startswith("judge:"), "--function judge:FILE: give the file's options instead")
+            require(self.reward_timeout is None or is_url(self.function), "--reward_timeout has no effect: no URL")
+        scaled = ask in ("rating", "expected", "list")
+        require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
+        require(self.scale is None or 2 <= self.scale <= 100, "--scale must lie in [2, 100]")
+        require(ask != "expected" or (self.scale or 5) <= 9, "--ask expected reads one token: --scale is at most 9")
+        require(ask == "checklist" or not self.criteria, f"--criteria has no effect with --ask {ask}")
+        require(ask != "checklist" or self.criteria, "--ask checklist needs --criteria: a text for each criterion")
+        for name in ("template", "date"):
+            require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
+        require_day(self.date, "--date")
+        self.at_least("--", batch_size=1)

@@ -200,6 +200,12 @@ COMMANDS = {
         "dpo_jax.commands.win_rate:win_rate",
         "how often one model's answers beat another's: intervals, length-controlled",
     ),
+    "judge": Command(
+        "JudgeRun",
+        "dpo_jax.commands.judge:judge",
+        "judge responses by an endpoint, a model of this machine or a function: rating, pair, list, checklist",
+        unused=("sample.beams", "sample.length_penalty"),
+    ),
     "convert": Command(
         "ConvertRun",
         "dpo_jax.commands.convert:convert",

@@ -1,0 +1,192 @@
+"""`dpo-jax judge`: what a judge says of the responses of a file, one JSON object a row; and whether people agree."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import JudgeRun
+from dpo_jax.data.rows.comparisons import Comparison
+from dpo_jax.data.sets.comparison_sets import parse_responses
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.checked_rows import CheckedRows
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.jsonl import Row, RowsFile
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge.chat_client import ChatClient
+from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
+from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
+from dpo_jax.judge.judging import Asker, Item, Judgement, contestants, family, one_score, side_of
+from dpo_jax.judge.judging import judge as put
+from dpo_jax.judge.loading import check_output
+from dpo_jax.judge.local_model import LocalModel
+from dpo_jax.judge.reply_cache import ReplyCache, key_of
+from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of
+from dpo_jax.mesh import make_mesh
+
+log = logging.getLogger(__name__)
+_AT_ONCE = 256  # rows between two writes of the file
+
+
+class _Rows:
+    """The rows of the data: items, and people's places of their responses."""
+
+    def __init__(self, run: JudgeRun):
+        self.models: set[str] = set()
+        rows = CheckedRows(run.data.files, None, columns=run.data.columns)
+
+        def parse(row: dict[str, Any]) -> tuple[Comparison, str | None]:
+            found = parse_responses(row)
+            self.models |= contestants(row)
+            reference = row.get("reference")
+            return found, reference if isinstance(reference, str) else None
+
+        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None]]]:
+            yield from chunk
+
+        found, read = rows.collect(parse, numbered, run.on_bad_rows)
+        self.items = [Item(n, one.messages, one.responses, reference) for n, (one, reference) in found]
+        self.places = [one.places for _, (one, _) in found]
+        self.read = read
+
+
+@with_config_keys
+def judge(run: JudgeRun) -> Path:
+    """Write `run.out`: `row`, `scores`, of two responses `verdict` and `flipped`, `unparsed` and `replies`.
+
+    What could not be parsed is null, counted and said. Returns the path. Raises `InputError`.
+    """
+    out = check_output(run.out)
+    rows = _Rows(run)
+    prompt = None if run.function is not None else _prompt(run)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    cache = ReplyCache(Path(run.cache or f"{run.out}.replies").expanduser())
+    asker: Asker | None = None
+    function: RewardFunction | None = None
+    if run.endpoint.url is not None:
+        asker = ChatClient(run.endpoint, cache)
+        _warn_of_family(str(run.endpoint.model), rows.models)
+    elif run.model is not None:
+        setting: dict[str, Any] = {"batch_size": run.batch_size, "dtype": run.dtype}
+        asker = LocalModel(run.model, cache, run.sample, mesh=mesh, template=run.template, date=run.date, **setting)
+        _warn_of_family(run.model, rows.models)
+    else:
+        assert run.function is not None
+        function = check_reward(run.function, run)
+        if function is None:
+            function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
+    settings = {
+        "prompt": None if prompt is None else prompt.version,
+        "judge": function.identity if function is not None else [run.endpoint.url, run.endpoint.model, run.model],
+        "sample": asdict(run.sample),
+        "endpoint": [run.endpoint.temperature, run.endpoint.top_p, run.endpoint.max_tokens],
+        "criteria": run.criteria,
+        "seed": run.seed,
+        "data": key_of({"items": [[i.number, [m.as_dict() for m in i.messages], i.responses] for i in rows.items]}),
+    }
+    with RowsFile(out, settings) as file, ProgressBar("judged", len(rows.items)) as bar:
+        while len(file.rows) < len(rows.items):
+            start = len(file.rows)
+            some = rows.items[start : start + _AT_ONCE]
+            if prompt is not None and asker is not None:
+                found = put(some, prompt, asker, seed=run.seed, criteria=run.criteria)
+            else:
+                assert function is not None
+                found = _by_function(some, function, str(run.function))
+            file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
+            bar.update(len(file.rows))
+        done = file.finish()
+    _summary(out, done, prompt, asker)
+    if run.agreement:
+        _agreement(run, out, done, rows.places, prompt)
+    return out
+
+
+def _prompt(run: JudgeRun) -> JudgePrompt:
+    if run.prompts is not None:
+        return read_prompt(run.prompts, str(run.prompt_name))
+    return our_prompt(run.resolved("ask"), run.resolved("language"), run.scale)
+
+
+def _warn_of_family(judge_name: str, models: set[str]) -> None:
+    own = sorted(name for name in models if family(name) == family(judge_name))
+    if own:
+        log.warning(
+            "the judge %s is of the family of %s, which it judges: judges favour their own (Zheng et al. 2023)",
+            judge_name,
+            ", ".join(own[:4]),
+        )
+
+
+def _by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
+    """A function's scores, as judgements."""
+    prompts, texts, numbers = [], [], []
+    for item in items:
+        text = item.messages[0].content if len(item.messages) == 1 else None
+        for response in item.responses:
+            prompts.append(Prompt(item.messages, text))
+            texts.append(response)
+            numbers.append(item.number)
+    scores = iter(scores_of(function, prompts, texts, np.asarray(numbers), name).tolist())
+    found = []
+    for item in items:
+        own = tuple(next(scores) for _ in item.responses)
+        found.append(Judgement(own, side_of(own), None, 0, ()))
+    return found
+
+
+def _summary(out: Path, done: Sequence[Row], prompt: JudgePrompt | None, asker: Asker | None) -> None:
+    scores = [score for row in done for score in row["scores"]]
+    unparsed = sum(row["unparsed"] for row in done)
+    verdicts = Counter(row["verdict"] for row in done if row.get("verdict"))
+    told = [f"{len(done):,} rows", f"{unparsed} questions unparsed"]
+    if verdicts and prompt is not None and prompt.ask == "pair":
+        told.append(", ".join(f"{name} {count}" for name, count in sorted(verdicts.items())))
+    if isinstance(asker, ChatClient):
+        told.append(f"{asker.asked} requests, {asker.cached} from the disk")
+        told.append(f"{asker.prompt_tokens:,} + {asker.completion_tokens:,} tokens, cost {asker.cost:.4f}")
+    if prompt is not None:
+        kind = (
+            "published prompt, unchanged"
+            if prompt.published
+            else "this project's prompt: not comparable with published"
+        )
+        told.append(f"prompt {prompt.name} ({kind})")
+    say(f"{out}: {'; '.join(told)}")
+    if (same := one_score(scores)) and not (prompt is not None and prompt.ask == "pair"):
+        log.warning("%.0f %% of the scores are %g: this judge tells responses hardly apart", 100 * same[1], same[0])
+
+
+def _agreement(
+    run: JudgeRun, out: Path, done: Sequence[Row], places: Sequence[Any], prompt: JudgePrompt | None
+) -> None:
+    """Figures against people, shown and written."""
+    pairs: list[PairVerdict] = []
+    for row, place in zip(done, places, strict=True):
+        if place is not None and len(place) > 1:
+            pairs += pairs_of(row["row"], place, row["scores"], row.get("flipped"))
+    if not pairs:
+        raise InputError(f"{run.data.files}: no row says which response is better; --agreement needs people's verdicts")
+    found = figures(pairs, run.seed)
+    path = out.with_name(f"{out.name}.agreement.json")
+    name = "none" if prompt is None else prompt.name
+    published = prompt is not None and prompt.published
+    write_atomically(path, json.dumps({"prompt": name, "comparable": published, **found}, indent=2) + "\n")
+    table = Table(title=f"{run.function or run.model or run.endpoint.model} on {run.data.files}; prompt: {name}")
+    for head in ("figure", "value", "95 % interval"):
+        table.add_column(head)
+    for figure, value in found.items():
+        if isinstance(value, tuple):
+            table.add_row(figure, f"{value[0]:.3f}", f"{value[1]:.3f} to {value[2]:.3f}")
+        else:
+            table.add_row(figure, str(value), "")
+    Console().print(table)
