@@ -18,13 +18,13 @@ def convert(run: ConvertRun) -> None:
     """Write `run.from_` to the folder `run.to`. Raises `InputError`."""
     show_log()
     place = open_checkpoint(run.from_)
-    lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **_spoken(place))
+    lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **spoken(place))
     if lost is not None:
         say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
     say(f"{run.to}: {run.format} checkpoint of {run.from_}")
 
 
-def _spoken(place: StoredModel) -> dict[str, Any]:
+def spoken(place: StoredModel) -> dict[str, Any]:
     """Tokenizer and terminators of a run's checkpoint, as the finished run's `model/` would have them.
 
     The base has neither where the run brought the template (`--data.template`), and the model would speak on elsewhere.

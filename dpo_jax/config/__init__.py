@@ -5,6 +5,7 @@ they were not given, and `__post_init__` refuses them where they do not apply. W
 says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property.
 """
 
+from dpo_jax.config.average import AverageRun
 from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
 from dpo_jax.config.commands import (
     ConfigsRun,
@@ -60,6 +61,7 @@ __all__ = [
     "SET_BY_RECIPE",
     "AssumeConfig",
     "AttentionKernel",
+    "AverageRun",
     "ChatRecipeConfig",
     "ChatRun",
     "CheckpointConfig",

@@ -206,6 +206,11 @@ COMMANDS = {
         "judge responses by an endpoint, a model of this machine or a function: rating, pair, list, checklist",
         unused=("sample.beams", "sample.length_penalty"),
     ),
+    "average": Command(
+        "AverageRun",
+        "dpo_jax.commands.average:average",
+        "several models of one shape into one: uniform, weighted, exponential moving average",
+    ),
     "convert": Command(
         "ConvertRun",
         "dpo_jax.commands.convert:convert",
