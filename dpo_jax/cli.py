@@ -26,7 +26,7 @@ from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
 GUESS_CUTOFF = 0.5
-PLANNED = ("sft", "reward", "dpo", "ppo")
+PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
 """Commands whose CONFIG.py `plan` takes."""
 
 _CONFIG = {PLAN: " CONFIG.py"}  # where it must be given

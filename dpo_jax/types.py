@@ -104,6 +104,7 @@ class Rollout:
       kl_coefficient:   float32 [B]     β, the same in every row (an array, so that a controller may move it).
       weights:          float32 [B]     1 for a real row, 0 for a filler.
       rows:             int32 [B]       row of the prompt in its file; -1 for a filler.
+      greedy_scores:    float32 [B]     the reward of the greedy response to the same prompt, or None.
     """
 
     prompts: jax.Array
@@ -118,6 +119,7 @@ class Rollout:
     kl_coefficient: jax.Array
     weights: jax.Array
     rows: jax.Array
+    greedy_scores: jax.Array | None = None
 
     @property
     def response_mask(self) -> jax.Array:

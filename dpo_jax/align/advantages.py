@@ -21,11 +21,21 @@ differentiated at fixed samples, k1 gives 0 in expectation, and
 
 each of every token's own KL at the prefixes that were visited, not of what a token makes likely later.
 
-Advantages:
+Advantages without a value model are a return less a baseline, over a scale, and each is chosen on its own. The return
+G_it is that of the whole response, Σ_t r_t, or the one to go, Σ_{l ≥ 0} γ^l r_{t+l}; R_i is always the whole one.
+
+    baseline   none             0
+               leave_one_out    mean of R_j over the other samples j ≠ i of the prompt   RLOO
+               group_mean       mean of R_j over the samples of the prompt               GRPO
+               batch_mean       mean of all G                                            REINFORCE++
+               greedy           the score of the greedy response                         ReMax
+    scale      none, group (deviation of the R_j of the prompt), batch (of all G)
 
     GAE    A_t = Σ_l (γ λ)^l (r_{t+l} + γ V_{t+l+1} − V_{t+l})      Schulman et al. 2016 (arXiv 1506.02438), Eq. 16
     RLOO   A = R_i − mean of R_j over the other samples j ≠ i of the prompt   Ahmadian et al. 2024 (arXiv 2402.14740)
     GRPO   A = (s_i − mean s) / std s over the samples of the prompt      Shao et al. 2024 (arXiv 2402.03300), 4.1.2
+    REINFORCE++   A_t = (G_t − mean G) / std G over the tokens of the rollout   Hu et al. 2025 (arXiv 2501.03262)
+    ReMax  A = R_i − s(greedy)                                            Li et al. 2023 (arXiv 2310.10505)
 
 GRPO's mean holds the sample itself, which scales the gradient of the reward by (K − 1) / K of K samples, and that of a
 KL term in the loss not at all; leaving it out (RLOO) does not.
@@ -38,31 +48,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
-from dpo_jax.config import PPOLossConfig
+from dpo_jax.align.surrogates import ratio_of
+from dpo_jax.config import PPOConfig, PPOLossConfig
 from dpo_jax.errors import InputError
 from dpo_jax.types import Rollout
 
 KLEstimator = Literal["k1", "k2", "k3"]
 KLTerm = Literal["k1", "k2", "k3", "k3_corrected"]
-_LARGEST = 30.0
-"""A log-ratio up to which e^x is taken as it is: there products of two, and sums of squares, are finite."""
 _EPSILON = 1e-4  # added to the deviation of GRPO's groups, as TRL's GRPOTrainer does: equal scores give advantages of 0
-
-
-def ratio_of(log_ratio: jax.Array) -> jax.Array:
-    """e^x of log-ratios x, continued by its tangent beyond x = 30, where float32 would soon overflow (at 88.7).
-
-    So what is clipped has a gradient of 0, and not the NaN of 0 · ∞, and a token that is too far off still has a
-    finite pull back.
-    """
-    near = jnp.minimum(log_ratio, _LARGEST)
-    return jnp.exp(near) * (1 + (log_ratio - near))
 
 
 def kl_estimate(logps: jax.Array, reference_logps: jax.Array, estimator: KLEstimator = "k1") -> jax.Array:
     """The estimate of KL(π ‖ π_ref) of each token, in nats; arrays of one shape. k1 of -0.5 is k3 of 0.1487212707.
 
-    k3 is finite, with a finite gradient, at any finite log-probabilities: see `ratio_of`.
+    k3 is finite, with a finite gradient, at any finite log-probabilities: see `surrogates.ratio_of`.
     """
     delta = logps - reference_logps
     if estimator == "k1":
@@ -147,14 +146,59 @@ def leave_one_out(totals: jax.Array, group_size: int) -> jax.Array:
     return (groups - others).reshape(-1)
 
 
+def deviations(totals: jax.Array, group_size: int) -> jax.Array:
+    """[B]: the standard deviation (unbiased) of `totals` over the responses to the same prompt, at each of them."""
+    groups = totals.reshape(-1, group_size)
+    return jnp.repeat(jnp.std(groups, axis=1, ddof=1), group_size)
+
+
 def group_relative(scores: jax.Array, group_size: int) -> jax.Array:
     """GRPO's advantage of each response: its score, standardised (unbiased) over those to the same prompt.
 
     `scores` [B]; groups as for `leave_one_out`. A group of equal scores gives 0.
     """
     groups = scores.reshape(-1, group_size)
-    deviation = jnp.std(groups, axis=1, ddof=1, keepdims=True)
-    return ((groups - jnp.mean(groups, axis=1, keepdims=True)) / (deviation + _EPSILON)).reshape(-1)
+    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1) / (deviations(scores, group_size) + _EPSILON)
+
+
+def critic_free(
+    rewards: jax.Array, mask: jax.Array, config: PPOLossConfig, *, greedy: jax.Array | None = None
+) -> jax.Array:
+    """Advantages [B, R] without a value model, by `config.estimator`, `returns` and `scale`; 0 outside the mask.
+
+    Args:
+      rewards: [B, R], of each token.
+      mask: bool [B, R].
+      config: says how.
+      greedy: [B], the score of the greedy response to each prompt, for the baseline of that name.
+    """
+    totals = masked.total(rewards, mask, axis=1)
+    one_each = config.resolved("returns") == "response"
+    if one_each:
+        returns = jnp.broadcast_to(totals[:, None], mask.shape)
+    else:
+        nothing = jnp.zeros_like(rewards)
+        returns, _ = gae(rewards, nothing, mask, gamma=config.resolved("gamma"), lam=1.0)
+    # Of whole responses each counts once, however long it is.
+    counted = mask & (jnp.cumsum(mask, axis=1) == 1) if one_each else mask
+    match config.estimator:
+        case "leave_one_out":
+            shifted = returns - (totals - leave_one_out(totals, config.group))[:, None]
+        case "group_mean":
+            shifted = returns - jnp.repeat(jnp.mean(totals.reshape(-1, config.group), axis=1), config.group)[:, None]
+        case "batch_mean":
+            shifted = returns - masked.mean(returns, counted)
+        case "greedy":
+            if greedy is None:
+                raise InputError("the rollout has no scores of greedy responses, which --ppo.advantage greedy needs")
+            shifted = returns - greedy.astype(jnp.float32)[:, None]
+        case _:
+            shifted = returns
+    if config.resolved("scale") == "group":
+        shifted = shifted / (deviations(totals, config.group)[:, None] + _EPSILON)
+    elif config.resolved("scale") == "batch":
+        shifted = shifted / (jnp.sqrt(masked.var(returns, counted)) + _EPSILON)
+    return masked.select(shifted, mask)
 
 
 def next_kl_coefficient(
@@ -183,7 +227,10 @@ class Targets:
     """What the updates learn from, computed once a rollout.
 
     Attributes:
-      mask:       bool [B, R].
+      mask:       bool [B, R], the tokens of the responses.
+      learned:    bool [B, R], those of them that are learnt from: not of groups left out, or of masked responses.
+      group_tokens, group_rows: float32 [B], of the group of each row: tokens learnt from, and rows that have some.
+      flat:       bool [B], whether all scores of the row's group are equal.
       advantages: [B, R], 0 outside the mask.
       returns:    [B, R], or None without a value model.
       scores:     [B], as they went into the rewards.
@@ -192,6 +239,10 @@ class Targets:
     """
 
     mask: jax.Array
+    learned: jax.Array
+    group_tokens: jax.Array
+    group_rows: jax.Array
+    flat: jax.Array
     advantages: jax.Array
     returns: jax.Array | None
     scores: jax.Array
@@ -199,7 +250,7 @@ class Targets:
     kl: jax.Array
 
 
-def _shaped_scores(rollout: Rollout, config: PPOLossConfig) -> jax.Array:
+def _shaped_scores(rollout: Rollout, config: PPOConfig) -> jax.Array:
     """[B]: normalised, clipped, and less the penalty of a response that was cut."""
     real = rollout.weights > 0
     scores = masked.select(rollout.scores.astype(jnp.float32), real)
@@ -209,10 +260,37 @@ def _shaped_scores(rollout: Rollout, config: PPOLossConfig) -> jax.Array:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
         scores = jnp.where(rollout.ended, scores, scores - config.missing_eos_penalty)
+    if config.resolved("overlong") == "ramp":
+        assert config.max_response is not None
+        over = rollout.response_lengths - (config.max_response - config.ramp)
+        scores -= jnp.clip(over / config.ramp, 0.0, 1.0)
     return masked.select(scores, real)
 
 
-def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
+def flat_groups(rollout: Rollout, group_size: int) -> jax.Array:
+    """bool [B]: rows of groups whose scores are all the same, so that comparing them teaches nothing.
+
+    A group of one response has no variance either, and is not called flat. Fillers are.
+    """
+    if group_size == 1:
+        return rollout.weights <= 0
+    scores, real = (x.reshape(-1, group_size) for x in (rollout.scores, rollout.weights > 0))
+    high = jnp.max(jnp.where(real, scores, -jnp.inf), axis=1)
+    low = jnp.min(jnp.where(real, scores, jnp.inf), axis=1)
+    return jnp.repeat(high <= low, group_size)
+
+
+def _learned(rollout: Rollout, flat: jax.Array, config: PPOConfig) -> jax.Array:
+    """bool [B, R]: the tokens that are learnt from."""
+    rows = rollout.weights > 0
+    if config.resolved("zero_variance") != "keep":
+        rows &= ~flat
+    if config.resolved("overlong") == "mask":
+        rows &= rollout.ended
+    return rollout.response_mask & rows[:, None]
+
+
+def learning_targets(rollout: Rollout, config: PPOConfig) -> Targets:
     """The reward stage of a whole rollout, before it is split into mini-batches.
 
     Raises `InputError` where the rows are not made of groups of `config.group`, or values are missing.
@@ -225,7 +303,7 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
     kl = kl_estimate(logps, reference)
     rewards = token_rewards(scores, kl, mask, kl_coefficient=beta)
     returns = None
-    if config.advantage == "gae":
+    if config.estimator == "gae":
         if rollout.values is None:
             raise InputError("the rollout has no values, which gae needs (ppo.measure gives them)")
         scaled = rewards
@@ -235,9 +313,25 @@ def learning_targets(rollout: Rollout, config: PPOLossConfig) -> Targets:
         lam = config.resolved("lam")
         advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
     else:
-        compare = leave_one_out if config.advantage == "rloo" else group_relative
-        advantages = compare(jnp.sum(rewards, axis=1), config.group)[:, None]
-        advantages = masked.select(jnp.broadcast_to(advantages, mask.shape), mask)
+        advantages = critic_free(rewards, mask, config, greedy=rollout.greedy_scores)
     if config.whitens:
         advantages = masked.select(masked.whiten(advantages, mask), mask)
-    return Targets(mask, advantages, returns, scores, rewards, kl)
+    flat = flat_groups(rollout, config.group)
+    learned = _learned(rollout, flat, config)
+    tokens = jnp.sum(learned.astype(jnp.float32), axis=1)
+
+    def of_group(x: jax.Array) -> jax.Array:
+        return jnp.repeat(jnp.sum(x.reshape(-1, config.group), axis=1), config.group)
+
+    return Targets(
+        mask=mask,
+        learned=learned,
+        group_tokens=of_group(tokens),
+        group_rows=of_group((tokens > 0).astype(jnp.float32)),
+        flat=flat,
+        advantages=advantages,
+        returns=returns,
+        scores=scores,
+        rewards=rewards,
+        kl=kl,
+    )

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, and RLOO and GRPO.
+"""Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) of a language model, and its relatives.
 
 One step takes a rollout (`types.Rollout`: responses, and what was measured when they were sampled) and makes
 epochs x mini-batches optimizer updates, in one compiled scan. The rollout is read, never computed again: ρ_t compares
@@ -9,7 +9,9 @@ the policy as it becomes with the policy that sampled, so it is 1 at the first u
     L^V  = ½ mean_t max((V_t − R_t)², (clip(V_t, V_old ± ε_V) − R_t)²)
     L    = L^π + c_V L^V − c_H mean_t H_t  (+ β mean_t k_t where the KL divergence is a term of the loss)
 
-Means are over all response tokens of a mini-batch, over devices and micro-batches. A_t and R_t: `align/advantages.py`.
+Means are over all response tokens of a mini-batch, over devices and micro-batches, or as `config.averaging` says, which
+holds for all terms alike. A_t and R_t: `align/advantages.py`; other ratios, surrogates and averages:
+`align/surrogates.py`. `config.preset` names the published combinations (`config/presets.py`).
 
 The value model is one of
     separate   a trunk of its own, under `trainable["value"]`: a copy of the policy's (or another model, such as the
@@ -37,10 +39,10 @@ from dpo_jax.align.advantages import (
     kl_estimate,
     kl_term,
     learning_targets,
-    ratio_of,
     token_rewards,
 )
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
+from dpo_jax.align.surrogates import Rule, beyond, log_ratios, policy_terms, row_weights
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
@@ -69,18 +71,19 @@ VALUE = "value"
 # ---------------------------------------------------------------- losses
 
 
-def _policy_terms(logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, clip: float) -> jax.Array:
-    ratio = ratio_of(logps - old_logps)
-    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
-
-
 def _value_terms(values: jax.Array, old_values: jax.Array, returns: jax.Array, clip: float) -> jax.Array:
     near = jnp.clip(values, old_values - clip, old_values + clip)
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(near - returns))
 
 
 def policy_loss(
-    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+    logps: jax.Array,
+    old_logps: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    clip: float,
+    *,
+    rule: Rule | None = None,
 ) -> jax.Array:
     """L^π, a scalar: the mean over the masked-in tokens of the clipped surrogate (Eq. 7, as a loss).
 
@@ -88,10 +91,12 @@ def policy_loss(
       logps, old_logps: [B, R] log-probabilities under the policy and under the one that sampled.
       advantages: [B, R].
       mask: bool or 0/1 [B, R].
-      clip: ε.
+      clip: ε, on both sides.
+      rule: another surrogate (`align/surrogates.py`), whose own bounds then stand for `clip`.
     """
     logps, old_logps, advantages = (masked.select(x, mask) for x in (logps, old_logps, advantages))
-    return masked.mean(_policy_terms(logps, old_logps, advantages, clip), mask)
+    rule = Rule(low=clip, high=clip) if rule is None else rule
+    return masked.mean(policy_terms(logps, log_ratios(logps, old_logps, mask, rule.ratio), advantages, rule), mask)
 
 
 def value_loss(values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float) -> jax.Array:
@@ -127,7 +132,7 @@ def init_state(
     variables = dict(variables)
     kind = config.critic
     if value is not None and kind != "separate":
-        raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.advantage}, {kind}")
+        raise InputError(f"a value model to start from has no effect with --ppo.advantage {config.estimator}, {kind}")
     if kind is not None:
         head = heads.heads_beside(model, variables, {VALUE: 1}, key=None)
         if kind == "separate":
@@ -207,16 +212,21 @@ def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollou
 # ---------------------------------------------------------------- the step
 
 
+def rule_of(config: PPOConfig) -> Rule:
+    """Ratio and surrogate of a configuration."""
+    low, high = config.clip_range
+    return Rule(config.resolved("ratio"), config.resolved("surrogate"), low, high, config.resolved("dual_clip"))
+
+
 def _losses(
-    state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, tokens: jax.Array, config: PPOConfig
+    state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, weights: jax.Array, config: PPOConfig
 ) -> tuple[jax.Array, TokenParts]:
-    """L of a (micro-)batch's share of its mini-batch of `tokens` response tokens, and its parts."""
-    mask = targets.mask
+    """L of a (micro-)batch's share of its mini-batch, and its parts. `weights` [B]: what a token of each row counts."""
+    mask, rule = targets.learned, rule_of(config)
     new = _predict(state, trainable, rollout, config)
     logps, old = masked.select(new.logps, mask), masked.select(rollout.logps, mask)
-    policy = _policy_terms(logps, old, targets.advantages, config.clip)
-    ratio = ratio_of(logps - old)
-    limited = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    log_ratio = log_ratios(logps, old, mask, rule.ratio)
+    policy = policy_terms(logps, log_ratio, targets.advantages, rule)
     terms = policy - config.entropy_coefficient * new.entropy
     if config.kl_in_loss:
         reference = masked.select(rollout.reference_logps, mask)
@@ -230,16 +240,18 @@ def _losses(
         value = _value_terms(values, before, targets.returns, clip)
         value_clipped = value > 0.5 * jnp.square(values - targets.returns)
         terms += config.resolved("value_coefficient") * value
+    low, high = beyond(log_ratio, targets.advantages, rule)
     parts = TokenParts(
         policy=policy,
         value=value,
         entropy=new.entropy,
-        log_ratio=logps - old,
-        policy_clipped=-targets.advantages * limited > -targets.advantages * ratio,
+        log_ratio=log_ratio,
+        clipped_low=low,
+        clipped_high=high,
         value_clipped=value_clipped,
     )
     parts = jax.tree.map(lambda x: masked.select(x.astype(jnp.float32), mask), parts)
-    return masked.total(terms, mask) / tokens, parts
+    return jnp.sum(masked.total(terms, mask, axis=1) * weights), parts
 
 
 def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
@@ -263,6 +275,10 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         (responses that ended);
       and loss, grad_norm (mean over the updates, before clipping), learning_rate, kl_coefficient, lengths/response,
       tokens (prompts and responses, once),
+      without a value model, under the names of TRL's GRPOTrainer: reward, reward_std (in groups), frac_reward_zero_std,
+      kl (a token), entropy, completions/mean_length, completions/clipped_ratio (responses that were cut),
+      clip_ratio/low_mean, high_mean, region_mean (tokens that the clipping acts on), and rollout/learned (share of the
+      responses that are learnt from),
       policy/ratio_q05, _q50, _q95, policy/approxkl_q05, _q50, _q95 (of the last update),
       policy/sampler_difference (largest |log ρ| at the first update: what the sampler and this step disagree by),
       policy/updates (share of the updates that were made before `stop_kl`),
@@ -281,34 +297,37 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.passes)]
-    lr = states.learning_rate_schedule(config.optimizer)(state.step)
+    lr, averaging = states.learning_rate_schedule(config.optimizer)(state.step), config.resolved("averaging")
 
     def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry
         part, aims = _rows((rollout, targets), rows)
-        tokens = jnp.sum(aims.mask.astype(jnp.float32))
+        tokens = jnp.sum(aims.learned.astype(jnp.float32), axis=1)
+        counts = row_weights(averaging, tokens, aims.group_tokens, aims.group_rows, config.max_response)
 
-        def gradients(micro: tuple[Rollout, Targets]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
+        def gradients(micro: tuple[Rollout, Targets, jax.Array]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
             def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, TokenParts]]:
-                loss, parts = _losses(state, weights, *micro, tokens, config)
+                loss, parts = _losses(state, weights, *micro, config)
                 return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
 
             return jax.grad(objective, has_aux=True)(trainable)
 
-        found, (shares, parts) = microbatches.sum_gradients(gradients, (part, aims), config.accumulate, like=trainable)
+        found, (shares, parts) = microbatches.sum_gradients(
+            gradients, (part, aims, counts), config.accumulate, like=trainable
+        )
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.stop_kl is not None:
-            stopped |= masked.mean(0.5 * jnp.square(parts.log_ratio), aims.mask) > config.stop_kl
+            stopped |= masked.mean(0.5 * jnp.square(parts.log_ratio), aims.learned) > config.stop_kl
         trainable, opt_state = states.apply_update(state.tx, found, trainable, opt_state, keep=~stopped, rate=lr)
-        return (trainable, opt_state, stopped), figures(parts, aims.mask, loss, norm, ~stopped)
+        return (trainable, opt_state, stopped), figures(parts, aims.learned, loss, norm, ~stopped)
 
     bad = jnp.any(nonfinite(rollout, targets.mask))
     start = (state.trainable, state.opt_state, bad)
     (trainable, opt_state, _), updates = jax.lax.scan(one, start, jnp.concatenate(orders))
     finite = ~bad & jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
     new_state = dataclasses.replace(state, step=state.step + finite, trainable=trainable, opt_state=opt_state)
-    return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates)}
+    return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates, config)}
 
 
 def _rows(tree: Any, rows: jax.Array) -> Any:

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
-from dpo_jax.align.advantages import Targets, ratio_of
-from dpo_jax.align.figures import figure
+from dpo_jax.align.advantages import Targets, deviations
+from dpo_jax.align.figures import figure, mean
+from dpo_jax.align.surrogates import ratio_of
+from dpo_jax.config import PPOConfig
 from dpo_jax.types import Rollout
 
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -20,7 +22,8 @@ class TokenParts:
     value: jax.Array
     entropy: jax.Array
     log_ratio: jax.Array
-    policy_clipped: jax.Array
+    clipped_low: jax.Array
+    clipped_high: jax.Array
     value_clipped: jax.Array
 
 
@@ -33,7 +36,8 @@ class UpdateFigures:
     value: jax.Array
     entropy: jax.Array
     kl: jax.Array
-    policy_clipped: jax.Array
+    clipped_low: jax.Array
+    clipped_high: jax.Array
     value_clipped: jax.Array
     ratio: jax.Array
     ratio_var: jax.Array
@@ -60,7 +64,8 @@ def figures(
         value=masked.mean(tokens.value, mask),
         entropy=masked.mean(tokens.entropy, mask),
         kl=masked.mean(half_square, mask),
-        policy_clipped=masked.mean(tokens.policy_clipped, mask),
+        clipped_low=masked.mean(tokens.clipped_low, mask),
+        clipped_high=masked.mean(tokens.clipped_high, mask),
         value_clipped=masked.mean(tokens.value_clipped, mask),
         ratio=masked.mean(ratio, mask),
         ratio_var=masked.var(ratio, mask),
@@ -76,13 +81,16 @@ def figures(
 def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
     """bool [B]: whether something that was measured of a real row is a NaN or infinity."""
     good = jnp.isfinite(rollout.scores)
+    if rollout.greedy_scores is not None:
+        good &= jnp.isfinite(rollout.greedy_scores)
     for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
         good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
     return (rollout.weights > 0) & ~good
 
 
-def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[str, jax.Array]:
+def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: PPOConfig) -> dict[str, jax.Array]:
     real, mask = rollout.weights > 0, targets.mask
+    some = updates.tokens > 0  # where all is left out, an update has nothing to report
 
     def a_response(x: jax.Array) -> jax.Array:
         """Mean over responses of the sum over tokens."""
@@ -102,11 +110,6 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
         "objective/non_score_reward": reward - score,
         "objective/rlhf_reward": reward,
         "objective/scores": masked.mean(rollout.scores.astype(jnp.float32), real),
-        "policy/approxkl_avg": jnp.mean(updates.kl),
-        "policy/clipfrac_avg": jnp.mean(updates.policy_clipped),
-        "policy/entropy_avg": jnp.mean(updates.entropy),
-        "loss/policy_avg": jnp.mean(updates.policy),
-        "val/ratio": jnp.mean(updates.ratio),
         "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
         "policy/sampler_difference": updates.largest_difference[0],
         "policy/updates": made,
@@ -116,9 +119,29 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures) -> dict[
     }
     several = updates.tokens > 1
     found |= figure("val/ratio_var", masked.mean(updates.ratio_var, several), jnp.sum(several))
+    found |= mean("policy/approxkl_avg", updates.kl, some)
+    found |= mean("policy/clipfrac_avg", updates.clipped_low + updates.clipped_high, some)
+    found |= mean("policy/entropy_avg", updates.entropy, some)
+    found |= mean("loss/policy_avg", updates.policy, some)
+    found |= mean("val/ratio", updates.ratio, some)
+    if config.critic is None:
+        found |= {
+            "reward": found["objective/scores"],
+            "frac_reward_zero_std": masked.mean(targets.flat.astype(jnp.float32), real),
+            "kl": masked.mean(targets.kl, mask),
+            "completions/mean_length": found["lengths/response"],
+            "completions/clipped_ratio": masked.mean(1 - rollout.ended.astype(jnp.float32), real),
+            "rollout/learned": masked.mean(jnp.any(targets.learned, axis=1).astype(jnp.float32), real),
+        }
+        if config.group > 1:
+            found["reward_std"] = masked.mean(deviations(rollout.scores.astype(jnp.float32), config.group), real)
+        found |= mean("entropy", updates.entropy, some)
+        found |= mean("clip_ratio/low_mean", updates.clipped_low, some)
+        found |= mean("clip_ratio/high_mean", updates.clipped_high, some)
+        found |= mean("clip_ratio/region_mean", updates.clipped_low + updates.clipped_high, some)
     if targets.returns is not None:
-        found |= {"loss/value_avg": jnp.mean(updates.value), "val/clipfrac_avg": jnp.mean(updates.value_clipped)}
+        found |= mean("loss/value_avg", updates.value, some) | mean("val/clipfrac_avg", updates.value_clipped, some)
     for i, q in enumerate(_QUANTILES):
-        found[f"policy/ratio_q{round(100 * q):02d}"] = last.ratio_quantiles[i]
-        found[f"policy/approxkl_q{round(100 * q):02d}"] = last.kl_quantiles[i]
+        found |= figure(f"policy/ratio_q{round(100 * q):02d}", last.ratio_quantiles[i], last.tokens)
+        found |= figure(f"policy/approxkl_q{round(100 * q):02d}", last.kl_quantiles[i], last.tokens)
     return found

@@ -1,4 +1,4 @@
-"""`dpo-jax ppo`: from a model, prompts and a reward to a better model, in the order in which it happens."""
+"""`dpo-jax ppo`, `dpo-jax grpo`: from a model, prompts and a reward to a better model, in the order it happens in."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from dpo_jax.align import ppo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
-from dpo_jax.config import PPORun
+from dpo_jax.config import GRPORun, PPORun
 from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
@@ -38,11 +38,11 @@ from dpo_jax.weights.tokenizer import text_ids
 
 @with_config_keys
 def train(config: PPORun) -> Path:
-    """Run PPO, RLOO or GRPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
+    """Run PPO or one of its relatives; return the run folder. An unfinished run in `config.out` is resumed exactly.
 
     Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
     """
-    training = Training.begin(config, "ppo")
+    training = Training.begin(config, "grpo" if isinstance(config, GRPORun) else "ppo")
     if training is None:
         return Path(config.out)
     mesh = training.mesh
@@ -136,9 +136,9 @@ def train(config: PPORun) -> Path:
         model,
         ppo.policy_of(final.variables),
         tokenizer,
-        title="PPO run",
+        title=f"{config.ppo.algorithm().upper()} run",
         summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"
-        f" iterations ({config.ppo.advantage}). {told}",
+        f" iterations ({config.ppo.algorithm()}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,
     )

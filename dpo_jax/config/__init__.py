@@ -25,8 +25,9 @@ from dpo_jax.config.judge import EndpointConfig, JudgeRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.mt_bench import MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, PlanRun
-from dpo_jax.config.ppo import PPOConfig, PPOLossConfig, PPORun
+from dpo_jax.config.ppo import GRPORun, PPOConfig, PPOLossConfig, PPORun
 from dpo_jax.config.prepare import PrepareRun
+from dpo_jax.config.presets import PRESETS
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun
 from dpo_jax.config.sections import (
@@ -58,6 +59,7 @@ __all__ = [
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
     "OPEN",
+    "PRESETS",
     "SET_BY_RECIPE",
     "AssumeConfig",
     "AttentionKernel",
@@ -83,6 +85,7 @@ __all__ = [
     "ForwardRun",
     "FrontierConfig",
     "FrontierRun",
+    "GRPORun",
     "GattConfig",
     "GattRun",
     "GenerateRun",

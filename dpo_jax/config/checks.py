@@ -42,7 +42,7 @@ class Options:
         """Option `name`, or what stands for it where it was not given."""
         fields: dict[str, dataclasses.Field[Any]] = vars(type(self))["__dataclass_fields__"]
         given = getattr(self, name)
-        return fields[name].metadata["value"] if given is None else given
+        return fields[name].metadata.get("value") if given is None else given
 
     def refuse_idle(self, prefix: str) -> None:
         """Refuse what was given and has no effect beside the others. `prefix`: of their names, such as `--dpo.`."""
@@ -52,7 +52,7 @@ class Options:
             name, needs = f"{prefix}{field.name}", field.metadata["needs"]
             require(not needs or getattr(self, needs), f"{name} has no effect without {prefix}{needs}")
             for choice, allowed in field.metadata["only"].items():
-                chosen, belongs = getattr(self, choice), ", ".join(allowed)
+                chosen, belongs = self.resolved(choice), ", ".join(allowed)
                 beside = f"{prefix}{choice} {chosen}"
                 require(chosen in allowed, f"{name} has no effect with {beside}; it belongs to {belongs}")
 

@@ -1,33 +1,72 @@
 """Options of `dpo-jax ppo`: of the PPO step and its critic-free relatives, and of the run around it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.presets import PRESETS, WORDS
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig
 from dpo_jax.config.training import JudgedRun
 
 _NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens")
 """Options of sampling under which the tokens drawn have other probabilities than the model gives them."""
+_CRITIC_FREE = ("rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy")
+_WITH_RATIO = ("clipped", "cispo")
+
+Preset = Literal["ppo", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce++", "remax"]
+Advantage = Literal["gae", "rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy"]
+Averaging = Literal["token", "sequence", "group", "sum", "constant"]
 
 
 @dataclass(frozen=True)
 class PPOLossConfig(Options):
-    """The reward of a token, its advantage, and the losses. The formulas stand in `dpo_jax/align/ppo.py`."""
+    """The reward of a token, its advantage, and the losses. The formulas stand in `dpo_jax/align/ppo.py`.
 
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae: PPO with a value model. rloo, grpo: without one, from several responses to each prompt."""
-    clip: float = 0.2
-    """Clip range of the ratio between new and old policy."""
-    epochs: int | None = None
+    Where an option is not given, --ppo.preset decides, and where that says nothing, the option's own default.
+    """
+
+    preset: Preset | None = None
+    """A published algorithm, which sets what is not given beside it: ppo, rloo, grpo, dr_grpo, dapo, gspo, cispo,
+    reinforce++, remax (table and sources: docs/grpo.md)."""
+    advantage: Advantage | None = not_given("gae")
+    """gae: with a value model. Without one, the return less: none (nothing), leave_one_out (the mean of the other
+    responses to the prompt), group_mean (of all of them), batch_mean, greedy (the score of the greedy response). rloo:
+    leave_one_out, and grpo: group_mean with --ppo.scale group and --ppo.kl_placement loss, as before there were
+    presets. Not given: gae."""
+    scale: Literal["none", "group", "batch"] | None = not_given("none", advantage=_CRITIC_FREE)
+    """Divide by the standard deviation: of the returns of the prompt's responses, or of the rollout. Not given: none;
+    group for grpo."""
+    returns: Literal["response", "to_go"] | None = not_given("response", advantage=_CRITIC_FREE)
+    """response: the rewards of the whole response, for each of its tokens. to_go: those from the token on, with
+    --ppo.gamma."""
+    ratio: Literal["token", "sequence", "sequence_token"] | None = not_given("token", surrogate=_WITH_RATIO)
+    """New over old policy: of each token; sequence: the geometric mean over the response (GSPO); sequence_token: its
+    value, with each token's own gradient (GSPO-token)."""
+    surrogate: Literal["clipped", "cispo", "reinforce"] | None = not_given("clipped")
+    """clipped: PPO's. cispo: log-probabilities weighted by the clipped ratio, which has no gradient. reinforce:
+    log-probabilities, without a ratio."""
+    clip: float | None = not_given(0.2, surrogate=_WITH_RATIO)
+    """Clip range of the ratio between new and old policy, on both sides. Not given: 0.2."""
+    clip_low: float | None = not_given(surrogate=_WITH_RATIO)
+    """Below 1, the ratio is clipped at 1 less this (1: never). Not given: as --ppo.clip."""
+    clip_high: float | None = not_given(surrogate=_WITH_RATIO)
+    """Above 1, the ratio is clipped at 1 plus this. Not given: as --ppo.clip."""
+    dual_clip: float | None = not_given(surrogate=("clipped",))
+    """Bound of the loss of a bad token, as a multiple of its advantage (Ye et al. 2020: 3). Not given: none."""
+    averaging: Averaging | None = not_given("token")
+    """token: mean over the mini-batch's tokens. sequence: over responses, of token means (GRPO). group: over prompts,
+    of means over all tokens of their responses (DAPO). sum: over responses, of sums. constant: the same, over
+    --sample.max_new_tokens (Dr. GRPO)."""
+    epochs: int | None = not_given(4)
     """Passes over each rollout (Llama 2: 1). Not given: 1 for grpo, else 4."""
     minibatches: int = 1
     """Optimizer updates a pass: the rollout is split into this many mini-batches."""
-    kl_coefficient: float = 0.05
-    """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above)."""
-    kl_placement: Literal["reward", "loss"] | None = None
+    kl_coefficient: float | None = not_given(0.05)
+    """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above). Not given: 0.05."""
+    kl_placement: Literal["reward", "loss"] | None = not_given("reward")
     """reward: taken off the rewards. loss: a term of the loss. Not given: loss for grpo, else reward."""
-    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = not_given()
     """Which estimate of the KL divergence is priced. In the reward k1 alone, which optimises KL(policy, reference) of
     the whole response. In the loss: k3 (GRPO's), which optimises KL(reference, policy) of each token; k2, or
     k3_corrected (k3 times the importance ratio, as DeepSeek-V3.2), which optimise KL(policy, reference) of each token.
@@ -39,8 +78,8 @@ class PPOLossConfig(Options):
     stop_kl: float | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
-    gamma: float | None = not_given(1.0, advantage=("gae",))
-    """Discount of GAE."""
+    gamma: float | None = not_given(1.0)
+    """Discount of GAE, and of the return to go."""
     lam: float | None = not_given(0.95, advantage=("gae",))
     """Lambda of GAE."""
     value: Literal["separate", "shared", "stopped"] | None = not_given("separate", advantage=("gae",))
@@ -61,27 +100,41 @@ class PPOLossConfig(Options):
     """Scale scores to mean 0 and variance 1 over the rollout, before clipping."""
     missing_eos_penalty: float | None = None
     """Taken off the score of a response that was cut before its terminator."""
-    group_size: int | None = None
-    """Responses to each prompt. Not given: 1 for gae, 4 for rloo, 8 for grpo."""
+    group_size: int | None = not_given()
+    """Responses to each prompt. Not given: 4 for leave_one_out, 8 for group_mean, else 1."""
+    zero_variance: Literal["keep", "leave_out", "resample"] | None = not_given("keep")
+    """Groups whose scores are all equal: keep; leave_out of the loss and its average; resample: answer their prompts
+    again first (DAPO's dynamic sampling)."""
+    resample_rounds: int | None = not_given(2, zero_variance=("resample",))
+    """How often groups without variance are sampled again; those left then are left out. Not given: 2."""
+    overlong: Literal["score", "mask", "ramp"] | None = not_given("score")
+    """Responses that were cut: score, as the others. mask: learn nothing from them. ramp: take up to 1 off the score of
+    a response as its length goes through the last --ppo.overlong_buffer tokens (DAPO, Eq. 13)."""
+    overlong_buffer: int | None = not_given(overlong=("ramp",))
+    """Tokens of that ramp. Not given: a fifth of --sample.max_new_tokens."""
 
     def __post_init__(self) -> None:
+        self._check_family()
         self.refuse_idle("--ppo.")
-        require(0 < self.clip < 1, f"--ppo.clip {self.clip} must lie in (0, 1)")
-        self.at_least("--ppo.", epochs=1, minibatches=1, kl_horizon=1)
-        self.positive("--ppo.", "kl_target", "stop_kl", "value_clip", "score_clip", "missing_eos_penalty")
-        require(self.kl_coefficient >= 0, "--ppo.kl_coefficient must not be negative")
+        low, dual = self.clip_low, self.dual_clip
+        require(self.clip is None or 0 < self.clip < 1, f"--ppo.clip {self.clip} must lie in (0, 1)")
+        require(low is None or 0 < low <= 1, f"--ppo.clip_low {low} must lie in (0, 1]")
+        require(dual is None or dual > 1, f"--ppo.dual_clip {dual} must be greater than 1")
+        self.at_least("--ppo.", epochs=1, minibatches=1, kl_horizon=1, resample_rounds=1, overlong_buffer=1)
+        self.positive("--ppo.", "clip_high", "kl_target", "stop_kl", "value_clip", "score_clip", "missing_eos_penalty")
+        require(self.kl_price >= 0, "--ppo.kl_coefficient must not be negative")
         require(
-            not self.kl_in_loss or self.kl_estimator != "k1",
+            not self.kl_in_loss or self.kl_choice != "k1",
             "--ppo.kl_estimator k1 as a term of the loss has gradient 0 in expectation, so that no --ppo.kl_coefficient"
             " or --ppo.kl_target can hold the policy; take k3, k2 or k3_corrected, or --ppo.kl_placement reward",
         )
         require(
-            self.kl_in_loss or self.kl_estimator in (None, "k1"),
-            f"--ppo.kl_estimator {self.kl_estimator} taken off the rewards gives the gradient of no divergence and no"
+            self.kl_in_loss or self.kl_choice == "k1",
+            f"--ppo.kl_estimator {self.kl_choice} taken off the rewards gives the gradient of no divergence and no"
             " pull back to the reference; take k1 there, or --ppo.kl_placement loss",
         )
         require(
-            self.kl_target is None or self.kl_coefficient > 0,
+            self.kl_target is None or self.kl_price > 0,
             "--ppo.kl_target scales --ppo.kl_coefficient, which must be positive",
         )
         for name in ("gamma", "lam"):
@@ -89,46 +142,112 @@ class PPOLossConfig(Options):
             require(share is None or 0 <= share <= 1, f"--ppo.{name} must lie in [0, 1]")
         require(self.value_coefficient is None or self.value_coefficient >= 0, "--ppo.value_coefficient is negative")
         require(self.entropy_coefficient >= 0, "--ppo.entropy_coefficient must not be negative")
-        needed = 1 if self.advantage == "gae" else 2
+        self._check_groups()
+
+    def _check_family(self) -> None:
         require(
-            self.group_size is None or self.group_size >= needed,
-            f"--ppo.group_size {self.group_size}: {self.advantage} needs at least {needed} responses to a prompt",
+            self.preset is None or self.preset in PRESETS,
+            f"--ppo.preset {self.preset} is unknown; presets are {', '.join(PRESETS)}",
         )
+        plain = WORDS.get(self.advantage or "", {}).get("advantage")
+        require(
+            self.preset is None or plain is None,
+            f"--ppo.advantage {self.advantage} beside --ppo.preset {self.preset} says two things; write --ppo.advantage"
+            f" {plain}, or leave one out",
+        )
+        require(
+            self.gamma is None or self.estimator == "gae" or self.resolved("returns") == "to_go",
+            f"--ppo.gamma has no effect with --ppo.advantage {self.resolved('advantage')} and --ppo.returns response",
+        )
+        require(
+            self.clip is None or self.clip_low is None or self.clip_high is None,
+            "--ppo.clip has no effect with --ppo.clip_low and --ppo.clip_high",
+        )
+
+    def _check_groups(self) -> None:
+        compared = (
+            self.estimator in ("leave_one_out", "group_mean")
+            or self.resolved("scale") == "group"
+            or self.resolved("zero_variance") != "keep"
+        )
+        needed = 2 if compared else 1
+        require(
+            self.group >= needed,
+            f"--ppo.group_size {self.group}: --ppo.advantage {self.resolved('advantage')} with --ppo.scale"
+            f" {self.resolved('scale')} and --ppo.zero_variance {self.resolved('zero_variance')} needs at least"
+            f" {needed} responses to a prompt",
+        )
+
+    def resolved(self, name: str) -> Any:
+        """Option `name`: as given, or of the preset, or what stands for it."""
+        given = getattr(self, name)
+        if given is None and self.preset is not None:
+            given = PRESETS[self.preset].options.get(name)
+        elif given is None:
+            given = WORDS.get(self.advantage or "", {}).get(name)
+        return super().resolved(name) if given is None else given
+
+    @property
+    def estimator(self) -> Literal["gae", "none", "leave_one_out", "group_mean", "batch_mean", "greedy"]:
+        """How advantages come from returns, under its one name."""
+        word = self.resolved("advantage")
+        return WORDS.get(word, {}).get("advantage", word)
 
     @property
     def group(self) -> int:
         """Responses to each prompt."""
-        return self.group_size or {"gae": 1, "rloo": 4, "grpo": 8}[self.advantage]
+        return self.resolved("group_size") or {"leave_one_out": 4, "group_mean": 8}.get(self.estimator, 1)
 
     @property
     def critic(self) -> Literal["separate", "shared", "stopped"] | None:
         """Where the value model stands; None without one."""
-        return self.resolved("value") if self.advantage == "gae" else None
+        return self.resolved("value") if self.estimator == "gae" else None
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio is clipped."""
+        both = self.clip
+        low = both if self.clip_low is None and both is not None else self.resolved("clip_low")
+        high = both if self.clip_high is None and both is not None else self.resolved("clip_high")
+        usual = self.resolved("clip")
+        return usual if low is None else low, usual if high is None else high
+
+    @property
+    def kl_price(self) -> float:
+        """The coefficient at the start."""
+        return self.resolved("kl_coefficient")
 
     @property
     def kl_in_loss(self) -> bool:
         """Whether the KL divergence is a term of the loss and not of the rewards."""
-        return (self.kl_placement or ("loss" if self.advantage == "grpo" else "reward")) == "loss"
+        return self.resolved("kl_placement") == "loss"
 
     @property
     def kl_choice(self) -> Literal["k1", "k2", "k3", "k3_corrected"]:
         """Which estimate of the KL divergence is priced."""
-        return self.kl_estimator or ("k3" if self.kl_in_loss else "k1")
+        usual = "k3" if self.kl_in_loss else "k1"
+        # A placement of one's own leaves the preset's estimator, which belongs to the preset's placement.
+        own = self.kl_estimator if self.kl_placement is not None else self.resolved("kl_estimator")
+        return own or usual
 
     @property
     def passes(self) -> int:
         """Passes over each rollout."""
-        return self.epochs or (1 if self.advantage == "grpo" else 4)
+        return self.resolved("epochs")
 
     @property
     def whitens(self) -> bool:
         """Whether advantages are whitened."""
-        return self.advantage == "gae" if self.whiten_advantages is None else self.whiten_advantages
+        return self.estimator == "gae" if self.whiten_advantages is None else self.whiten_advantages
 
     @property
     def updates(self) -> int:
         """Optimizer updates a step."""
         return self.passes * self.minibatches
+
+    def algorithm(self) -> str:
+        """What is run, in a word: for a log."""
+        return self.preset or self.resolved("advantage")
 
 
 @dataclass(frozen=True)
@@ -141,6 +260,9 @@ class PPOConfig(PPOLossConfig):
     vocabulary: int | None = None
     """Ids from here on are never sampled and have no part in log-probabilities or entropy: rows of a padded embedding
     that stand for no text. Not given: the policy has every row."""
+    max_response: int | None = None
+    """The most tokens a response may have: what `averaging` constant divides by, and where the ramp of overlong
+    responses ends."""
     seed: int = 0
     """Seed of the mini-batches."""
     accumulate: int = 1
@@ -152,6 +274,14 @@ class PPOConfig(PPOLossConfig):
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
+        if self.resolved("averaging") == "constant" or self.resolved("overlong") == "ramp":
+            require(self.max_response, "averaging constant and overlong ramp need max_response")
+
+    @property
+    def ramp(self) -> int:
+        """Tokens of the ramp of overlong responses."""
+        most = self.max_response or 0
+        return self.resolved("overlong_buffer") or max(1, most // 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +332,22 @@ class PPORun(JudgedRun):
             f"--rollout_batch_size {pieces} is no multiple of {group} (--ppo.group_size) that divides"
             f" --train.batch_size {size}",
         )
+        apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
+        require(
+            self.safety_reward is None or not apart,
+            "--safety_reward standardises the scores of a whole rollout: it does not go with --ppo.zero_variance"
+            " resample or --ppo.advantage greedy, which score some responses by themselves",
+        )
+        buffer = self.ppo.overlong_buffer or 0
+        require(
+            buffer <= self.sample.max_new_tokens,
+            f"--ppo.overlong_buffer {buffer} is longer than --sample.max_new_tokens {self.sample.max_new_tokens}",
+        )
         if self.value_model is not None:
-            apart = self.ppo.critic == "separate"
-            require(apart, "--value_model has no effect without --ppo.advantage gae and --ppo.value separate")
+            require(
+                self.ppo.critic == "separate",
+                "--value_model has no effect without --ppo.advantage gae and --ppo.value separate",
+            )
             require(
                 not self.lora.rank,
                 "--value_model does not go with --lora.rank: there the values' adapters stand on the policy's weights",
@@ -234,7 +377,26 @@ class PPORun(JudgedRun):
         return PPOConfig(
             **vars(self.ppo),
             temperature=self.sample.temperature,
+            max_response=self.sample.max_new_tokens,
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
             seed=self.train.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORun(PPORun):
+    """Let a model learn from rewards, without a value model: `dpo-jax grpo`.
+
+    As `dpo-jax ppo`, with --ppo.preset grpo where none is given: one pass over a rollout, groups of responses to a
+    prompt that are compared with each other.
+    """
+
+    ppo: PPOLossConfig = field(default_factory=partial(PPOLossConfig, preset="grpo"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.ppo.critic is None,
+            f"grpo has no value model, which --ppo.advantage gae needs ({self.ppo.algorithm()}); run dpo-jax ppo",
         )

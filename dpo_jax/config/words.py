@@ -110,7 +110,14 @@ COMMANDS = {
     "ppo": Command(
         "PPORun",
         "dpo_jax.commands.ppo:train",
-        "let a model learn from rewards of what it writes: PPO, RLOO, GRPO",
+        "let a model learn from rewards of what it writes: PPO with a value model, and its relatives",
+        unused=_NOT_PPO,
+        recipe=True,
+    ),
+    "grpo": Command(
+        "GRPORun",
+        "dpo_jax.commands.ppo:train",
+        "the same without a value model: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, ReMax",
         unused=_NOT_PPO,
         recipe=True,
     ),

@@ -118,7 +118,7 @@ def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, fl
 
     def count(work: Work) -> tuple[float, float]:
         trunk = dataclasses.replace(work, predicted=0.0)
-        values = flops.forward(trunk) if run.ppo.advantage == "gae" else 0.0
+        values = flops.forward(trunk) if run.ppo.critic is not None else 0.0
         needed = flops.forward(work, adapted=False) + values
         return needed, needed
 
@@ -137,10 +137,11 @@ def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) 
         "ended": np.ones(rows, bool),
         "logps": of_tokens,
         "reference_logps": of_tokens,
-        "values": of_tokens if measured and config.advantage == "gae" else None,
+        "values": of_tokens if measured and config.critic is not None else None,
         "scores": of_rows,
         "kl_coefficient": of_rows,
         "weights": np.ones(rows, np.float32),
         "rows": np.arange(rows, dtype=np.int32),
+        "greedy_scores": of_rows if config.estimator == "greedy" else None,
     }
     return Rollout(**arrays)

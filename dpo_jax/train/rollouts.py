@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
-from dpo_jax.align.advantages import next_kl_coefficient
+from dpo_jax.align.advantages import flat_groups, next_kl_coefficient
 from dpo_jax.complete.responses import decode
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
@@ -71,7 +71,7 @@ class Rollouts:
         self._config, self._sample, self._mesh, self._piece, self._raw = config, sample, mesh, piece, raw
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
         self._measure = jit_measure(model, config, mesh)
-        self.kl_coefficient = float(np.float32(config.kl_coefficient))
+        self.kl_coefficient = float(np.float32(config.kl_price))
         self.steps_per_epoch = len(data) * config.group / loader.batch_size
 
     # ---------------------------------------------------------------- the loader
@@ -106,50 +106,37 @@ class Rollouts:
         clock = [time.perf_counter()]
         rollout = self._sampled(state, batch)
         clock.append(time.perf_counter())
-        rollout = self._measured(state, rollout)
-        clock.append(time.perf_counter())
         prompts = [self._data.prompts[index] for index in batch.indices]
         texts = self._texts(rollout)
         scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
-        clock.append(time.perf_counter())
         rollout = dataclasses.replace(rollout, scores=scores)
+        clock.append(time.perf_counter())
+        more: Row = {}
+        if self._config.resolved("zero_variance") == "resample":
+            rollout, texts, more["rollout/resampled"] = self._again(state, batch, rollout, texts, parts)
+        if self._config.estimator == "greedy":
+            rollout = dataclasses.replace(rollout, greedy_scores=self._greedy(state, batch))
+        clock.append(time.perf_counter())
+        rollout = self._measured(state, rollout)
+        clock.append(time.perf_counter())
         kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
         self._write(batch.step + 1, prompts, texts, rollout, parts, kl)
         self._move_kl_coefficient(float(kl.mean()))
-        figures: Row = dict(zip(("sampling", "measuring", "scoring"), np.diff(clock).tolist(), strict=True))
-        figures = {f"seconds_{name}": seconds for name, seconds in figures.items()}
-        return rollout, figures | {f"rewards/{name}": float(part.mean()) for name, part in parts.items()}
+        first, scoring, further, measuring = np.diff(clock).tolist()
+        figures: Row = {"seconds_sampling": first + further, "seconds_measuring": measuring, "seconds_scoring": scoring}
+        return rollout, figures | more | {f"rewards/{name}": float(part.mean()) for name, part in parts.items()}
 
     def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
-        rows, group, config = len(batch.rows), self._config.group, self._sample
-        variables = ppo.policy_of(state.variables)
-        key = jax.random.fold_in(self._key, batch.step)
-        parts = []
-        for first in range(0, rows, self._piece):
-            part = slice(first, first + self._piece, group)
-            generation = generate(
-                self._model,
-                variables,
-                batch.prompts[part],
-                key,
-                config=config,
-                prompt_lengths=batch.prompt_lengths[part],
-                row_ids=np.arange(rows)[part],
-                samples=group,
-                vocabulary=self._config.vocabulary,
-                mesh=self._mesh,
-            )
-            parts.append([np.asarray(x) for x in generation])
-        tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
+        rows = len(batch.rows)
+        tokens, mask, logps = self._drawn(state, batch, np.arange(rows), jax.random.fold_in(self._key, batch.step))
         lengths = mask.sum(axis=1).astype(np.int32)
-        last = tokens[np.arange(rows), lengths - 1]
         arrays: dict[str, Any] = {
             "prompts": batch.prompts,
             "prompt_lengths": batch.prompt_lengths,
             "responses": tokens,
             "response_lengths": lengths,
-            "ended": np.isin(last, config.stop_tokens),
+            "ended": self._ended(tokens, mask),
             "logps": logps,
             "reference_logps": np.zeros_like(logps),
             "values": None,
@@ -159,6 +146,91 @@ class Rollouts:
             "rows": batch.rows,
         }
         return Rollout(**arrays)
+
+    def _drawn(
+        self, state: TrainState, batch: PromptBatch, rows: np.ndarray, key: jax.Array, *, greedy: bool = False
+    ) -> tuple[np.ndarray, ...]:
+        """Tokens, mask and log-probabilities of responses to `rows` of the batch, which are whole groups.
+
+        `greedy`: one response to each group, without chance.
+        """
+        group, config = self._config.group, self._sample
+        if greedy:
+            config = dataclasses.replace(config, temperature=0.0)
+        variables, parts = ppo.policy_of(state.variables), []
+        for first in range(0, len(rows), self._piece):
+            own = rows[first : first + self._piece]
+            at = np.resize(own, self._piece)[::group]  # the last piece is filled up, so that all have one shape
+            generation = generate(
+                self._model,
+                variables,
+                batch.prompts[at],
+                key,
+                config=config,
+                prompt_lengths=batch.prompt_lengths[at],
+                row_ids=at,
+                samples=1 if greedy else group,
+                vocabulary=self._config.vocabulary,
+                mesh=self._mesh,
+            )
+            parts.append([np.asarray(x)[: len(own) // (group if greedy else 1)] for x in generation])
+        tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return tokens, mask, logps
+
+    def _again(
+        self,
+        state: TrainState,
+        batch: PromptBatch,
+        rollout: Rollout,
+        texts: list[str],
+        parts: dict[str, np.ndarray],
+    ) -> tuple[Rollout, list[str], float]:
+        """The rollout with other responses in place of those of groups without variance, and the share sampled again.
+
+        The same prompts are answered again, `resample_rounds` times at most. DAPO's dynamic sampling draws other
+        prompts instead; here a run reads its prompts in one order, whatever the scores.
+        """
+        first = 0.0
+        for attempt in range(self._config.resolved("resample_rounds")):
+            flat = np.flatnonzero(np.asarray(flat_groups(rollout, self._config.group)))
+            first = first or len(flat) / len(texts)
+            if not len(flat):
+                break
+            key = jax.random.fold_in(jax.random.fold_in(self._key, batch.step), attempt + 1)
+            tokens, mask, logps = self._drawn(state, batch, flat, key)
+            new = dataclasses.replace(
+                jax.tree.map(lambda x: x[flat], rollout),  # noqa: B023 - used at once
+                responses=tokens,
+                response_lengths=mask.sum(axis=1).astype(np.int32),
+                ended=self._ended(tokens, mask),
+                logps=logps,
+            )
+            written = self._texts(new)
+            prompts = [self._data.prompts[index] for index in batch.indices[flat]]
+            scores, own = self._scorer(prompts, written, batch.rows[flat], self._data.safety[batch.indices[flat]])
+            new = dataclasses.replace(new, scores=scores)
+            rollout = jax.tree.map(lambda x, y: _with_rows(x, flat, y), rollout, new)  # noqa: B023 - used at once
+            for i, text in zip(flat, written, strict=True):
+                texts[i] = text
+            for name, part in own.items():
+                parts[name] = _with_rows(parts[name], flat, part)
+        return rollout, texts, first
+
+    def _greedy(self, state: TrainState, batch: PromptBatch) -> np.ndarray:
+        """The score of the greedy response to each row's prompt, float32 [B]: ReMax's baseline."""
+        group, rows = self._config.group, np.arange(len(batch.rows))
+        tokens, mask, _ = self._drawn(state, batch, rows, self._key, greedy=True)
+        lengths, ended = mask.sum(axis=1), self._ended(tokens, mask)
+        prompts = [self._data.prompts[index] for index in batch.indices[::group]]
+        texts = [
+            self._text(batch.prompts[i * group, : batch.prompt_lengths[i * group]], tokens[i, : lengths[i] - ended[i]])
+            for i in range(len(prompts))
+        ]
+        scores, _ = self._scorer(prompts, texts, batch.rows[::group], self._data.safety[batch.indices[::group]])
+        return np.repeat(scores, group)
+
+    def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.isin(tokens[np.arange(len(tokens)), mask.sum(axis=1) - 1], self._sample.stop_tokens)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and the values."""
@@ -170,12 +242,16 @@ class Rollouts:
         return dataclasses.replace(rollout, reference_logps=logps, values=values)
 
     def _texts(self, rollout: Rollout) -> list[str]:
-        texts = []
-        for i, length in enumerate(rollout.response_lengths):
-            ids = rollout.responses[i, : length - int(rollout.ended[i])].tolist()
-            prompt = rollout.prompts[i, : rollout.prompt_lengths[i]].tolist()
-            texts.append(decode(self._tokenizer, prompt, ids, raw=self._raw))
-        return texts
+        return [
+            self._text(
+                rollout.prompts[i, : rollout.prompt_lengths[i]],
+                rollout.responses[i, : length - int(rollout.ended[i])],
+            )
+            for i, length in enumerate(rollout.response_lengths)
+        ]
+
+    def _text(self, prompt: Any, response: Any) -> str:
+        return decode(self._tokenizer, prompt.tolist(), response.tolist(), raw=self._raw)
 
     def _write(
         self,
@@ -211,6 +287,13 @@ class Rollouts:
         self.kl_coefficient = float(
             next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)
         )
+
+
+def _with_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """`x` with `new` in place of its `rows`."""
+    x = np.array(x)
+    x[rows] = new
+    return x
 
 
 def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:

@@ -343,3 +343,26 @@ def test_bad_prompts(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 2: .*missing field 'prompt'|missing field 'prompt'.*row 2"):
         run_ppo.train(options(inputs, tmp_path / "run", files=str(bad)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["dapo", "remax"])
+def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) -> None:
+    """Groups without variance are sampled again, and greedy responses scored; a second call says that it is done."""
+    code = "def some(prompts, responses):\n    return [float(len(t) % 3 == 0) for t in responses]\n"
+    (tmp_path / "r.py").write_text(code)
+    args = ["grpo", "--model", inputs / "model", "--data", inputs / "prompts.jsonl", "--out", tmp_path / "out"]
+    args += ["--reward", f"{tmp_path / 'r.py'}:some", "--ppo.preset", preset, "--train.steps", "2"]
+    args += ["--train.batch_size", "8", "--sample.max_new_tokens", "6", "--data.template", "raw"]
+    args += ["--data.max_length", "22", "--optimizer.learning_rate", "1e-3"]
+    args += ["--ppo.group_size", "2"] if preset == "dapo" else []
+    assert cli.main([str(word) for word in args]) == 0
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row["frac_reward_zero_std"] <= 1 for row in rows)
+    assert all(("rollout/resampled" in row) == (preset == "dapo") for row in rows)
+    if preset == "dapo":
+        assert all(row["frac_reward_zero_std"] <= row["rollout/resampled"] for row in rows)
+        assert any(row["frac_reward_zero_std"] < row["rollout/resampled"] for row in rows)
+        assert all(row["rollout/learned"] == 1 - row["frac_reward_zero_std"] for row in rows)
+    assert {"entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "completions/clipped_ratio"} <= set(rows[0])
+    assert cli.main([str(word) for word in args]) == 0
