@@ -21,7 +21,7 @@ from dpo_jax.config.commands import (
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
-from dpo_jax.config.judge import EndpointConfig, JudgeRun
+from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.mt_bench import MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, PlanRun
@@ -105,6 +105,7 @@ __all__ = [
     "PPOConfig",
     "PPOLossConfig",
     "PPORun",
+    "PairsRun",
     "PlanRun",
     "PrepareRun",
     "Proposal",

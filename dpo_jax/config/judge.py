@@ -139,3 +139,30 @@ class JudgeRun(Options, metaclass=RunOptions):
             require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
         require_day(self.date, "--date")
         self.at_least("--", batch_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRun(Options, metaclass=RunOptions):
+    """Preference pairs out of scored lists, by a named rule: `dpo-jax pairs`.
+
+    --data holds a prompt and several responses with a score each, or UltraFeedback's schema, its aspects averaged.
+    """
+
+    data: FilesConfig = field(default_factory=FilesConfig)
+    out: str
+    """JSONL file to write: pairs with their scores, as `dpo-jax dpo` and `dpo-jax reward` read them."""
+    rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all"] = "zephyr"
+    """zephyr: the best against a random one that scores lower. ultrafeedback_binarized: the best by overall_score
+    against a random other one. best_worst: best against worst. all: every pair of different scores."""
+    ties: Literal["draw", "strict"] = "draw"
+    """What a shared best score does. draw: the seed chooses one. strict: it drops the row."""
+    repair: Literal["ultrafeedback"] | None = None
+    """Apply UltraFeedback's published repair to overall scores of 10 that contradict their aspects."""
+    seed: int = 0
+    """Of the draws; a row's depend on it and on the row's number alone."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+
+    def __post_init__(self) -> None:
+        overall = self.rule == "ultrafeedback_binarized"
+        require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")

@@ -218,6 +218,11 @@ COMMANDS = {
         "dpo_jax.commands.average:average",
         "several models of one shape into one: uniform, weighted, exponential moving average",
     ),
+    "pairs": Command(
+        "PairsRun",
+        "dpo_jax.commands.pairs:pairs",
+        "preference pairs out of scored lists, by a named rule: zephyr, ultrafeedback_binarized, best_worst, all",
+    ),
     "convert": Command(
         "ConvertRun",
         "dpo_jax.commands.convert:convert",

@@ -1,0 +1,124 @@
+"""`dpo-jax pairs`: preference pairs out of scored lists, by a named rule."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.config import PairsRun
+from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
+from dpo_jax.data.rows.comparisons import Comparison
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.comparison_sets import parse_responses
+from dpo_jax.data.sources.checked_rows import CheckedRows
+from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import Row, write_lines
+from dpo_jax.files.log import say
+from dpo_jax.judge.loading import check_output
+
+
+class _Scored(NamedTuple):
+    """A row: its responses, a score of each (None: left out), and who wrote them (None where it does not say)."""
+
+    found: Comparison
+    scores: tuple[float | None, ...]
+    models: tuple[str | None, ...]
+    contradictions: int
+    again: int
+
+
+def pairs(run: PairsRun) -> Path:
+    """Write `run.out`: prompt, chosen, rejected, score_chosen, score_rejected, the row, and the models where known.
+
+    Returns the path. Raises `InputError`.
+    """
+    out = check_output(run.out)
+    source = CheckedRows(run.data.files, None, columns=run.data.columns)
+
+    def numbered(chunk: Any) -> Iterator[tuple[int, _Scored]]:
+        yield from chunk
+
+    rows, _ = source.collect(lambda row: _scored(row, run), numbered, run.on_bad_rows)
+    dropped: Counter[str] = Counter()
+    wins: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    made: list[Row] = []
+    for number, one in rows:
+        at = [i for i, score in enumerate(one.scores) if score is not None]
+        scores = [score for score in one.scores if score is not None]
+        key = f"{run.seed} {number}"
+        for chosen, rejected in pick(scores, run.rule, key=key, strict=run.ties == "strict", dropped=dropped):
+            made.append(_pair(number, one, at[chosen], at[rejected]))
+            names = one.models[at[chosen]], one.models[at[rejected]]
+            wins[str(names[0])] += 1
+            seen.update(map(str, names))
+    contradictions = sum(one.contradictions for _, one in rows)
+    again = sum(one.again for _, one in rows)
+    if not made:
+        raise InputError(f"{run.data.files}: no pair is left: {dict(dropped)}")
+    write_lines(out, made)
+    told = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}"]
+    told += [f"{count} rows dropped: {reason}" for reason, count in dropped.items()]
+    if contradictions:
+        done = f"repaired, {again} of them left out: judge them again" if run.repair else "not repaired (--repair)"
+        told.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")
+    say(f"{out}: {'; '.join(told)}")
+    if set(seen) != {"None"}:
+        table = Table(title="Which model wins how often")
+        for head in ("model", "pairs", "chosen", "share"):
+            table.add_column(head)
+        for name, count in seen.most_common():
+            table.add_row(name, str(count), str(wins[name]), f"{wins[name] / count:.2f}")
+        Console().print(table)
+    return out
+
+
+def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
+    """Raises `BadRow` for a row without the scores that the rule takes."""
+    found = parse_responses(row)
+    entries = row.get("completions")
+    entries = entries if isinstance(entries, list) and all(isinstance(x, dict) for x in entries) else None
+    count = len(found.responses)
+    models = tuple(one.get("model") for one in entries) if entries else (None,) * count
+    annotated = bool(entries) and all("annotations" in one for one in entries or ())
+    overall = run.rule == "ultrafeedback_binarized"
+    if not annotated and (overall or run.repair):
+        option = f"--rule {run.rule}" if overall else "--repair ultrafeedback"
+        raise BadRow(f"{option} takes UltraFeedback's schema", "completions with annotations and overall_score")
+    if not annotated or entries is None:
+        if len(found.scores) != count:
+            raise BadRow("no score for each response", "dpo-jax judge gives some")
+        return _Scored(found, found.scores, models, 0, 0)
+    read = [repaired(one) for one in entries]
+    contradictions, again = sum(bad for _, bad, _ in read), sum(more for _, _, more in read)
+    if overall:
+        plain = tuple(value if run.repair else _number(one) for one, (value, _, _) in zip(entries, read, strict=True))
+        return _Scored(found, plain, models, contradictions, again if run.repair else 0)
+    return _Scored(found, tuple(mean_of_aspects(one) for one in entries), models, contradictions, 0)
+
+
+def _number(completion: dict[str, Any]) -> float | None:
+    value = completion.get("overall_score")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _pair(number: int, one: _Scored, chosen: int, rejected: int) -> Row:
+    messages = one.found.messages
+    single = len(messages) == 1 and messages[0].role == "user"
+    pair: Row = {
+        "prompt": messages[0].content if single else [message.as_dict() for message in messages],
+        "chosen": one.found.responses[chosen],
+        "rejected": one.found.responses[rejected],
+        "score_chosen": one.scores[chosen],
+        "score_rejected": one.scores[rejected],
+        "row": number,
+    }
+    if not single:  # a prompt of messages goes with answers of messages
+        for side in ("chosen", "rejected"):
+            pair[side] = [{"role": "assistant", "content": pair[side]}]
+    if one.models[chosen] is not None:
+        pair |= {"chosen_model": one.models[chosen], "rejected_model": one.models[rejected]}
+    return pair
