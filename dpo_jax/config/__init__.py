@@ -30,6 +30,7 @@ from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.presets import PRESETS
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun
+from dpo_jax.config.safety import SafetyRun
 from dpo_jax.config.sections import (
     LINEAR_LAYERS,
     AttentionKernel,
@@ -119,6 +120,7 @@ __all__ = [
     "SFTDataConfig",
     "SFTLossConfig",
     "SFTRun",
+    "SafetyRun",
     "SampleConfig",
     "ScoreRun",
     "ServeRun",

@@ -202,6 +202,11 @@ COMMANDS = {
         "dpo_jax.commands.mt_bench:show",
         "means and win rates by model, turn and category, from FastChat's judgement files",
     ),
+    "safety": Command(
+        "SafetyRun",
+        "dpo_jax.commands.safety:safety",
+        "what a model refuses, and whether it should; violations and helpfulness by category",
+    ),
     "win-rate": Command(
         "WinRateRun",
         "dpo_jax.commands.win_rate:win_rate",

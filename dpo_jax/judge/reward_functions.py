@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.config import JudgeRun, PPORun, RejectionRun, is_url
+from dpo_jax.config import JudgeRun, PPORun, RejectionRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
@@ -207,7 +207,7 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
     )
 
 
-def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun) -> RewardFunction | None:
+def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRun) -> RewardFunction | None:
     """The function that `judge` names; None for a reward model, whose weights are not read yet.
 
     Raises `InputError` for what `open_reward` could not open.

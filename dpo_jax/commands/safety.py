@@ -1,0 +1,159 @@
+"""`dpo-jax safety`: what a model refuses, safe and unsafe prompts apart; violations and helpfulness by category."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.config import SafetyRun
+from dpo_jax.data.rows.messages import Message, messages_of
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.log import say
+from dpo_jax.headers import told
+from dpo_jax.judge.loading import check_output
+from dpo_jax.judge.refusals import REFUSALS, labelled, refusal
+from dpo_jax.judge.reward_functions import ModelReward, check_reward, scores_of
+from dpo_jax.mesh import make_mesh
+from dpo_jax.report.safety import Judged, against_people, group_figures
+
+_RESPONSES = ("response", "completion", "output")
+_CATEGORIES = ("category", "type")
+
+
+@dataclass(frozen=True)
+class _Row:
+    number: int
+    prompt: Prompt
+    response: str
+    category: str | None
+    label: str | None
+
+
+def _prompt(value: object, where: str) -> Prompt:
+    try:
+        if isinstance(value, list):
+            messages = messages_of(value, "prompt")
+            return Prompt(messages, messages[0].content if len(messages) == 1 else None)
+    except BadRow as problem:
+        raise InputError(f"{where}: {problem}") from problem
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: `prompt` is to be a text or a list of messages")
+    return Prompt((Message("user", value),), value)
+
+
+def _rows(run: SafetyRun) -> list[_Row]:
+    found = []
+    for number, row in read_rows(run.data):
+        where = f"{run.data}: row {number}"
+        name = next((name for name in _RESPONSES if name in row), None)
+        if name is None or not isinstance(row[name], str):
+            raise InputError(f"{where}: has no text in any of {', '.join(_RESPONSES)}")
+        category = run.category or next((name for name in _CATEGORIES if name in row), None)
+        for column in (run.category, run.label):
+            if column is not None and row.get(column) is None:
+                raise InputError(f"{where}: has no column {column}")
+        label = None
+        if run.label is not None and (label := labelled(str(row[run.label]))) is None:
+            raise InputError(
+                f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
+            )
+        kind = None if category is None or row.get(category) is None else str(row[category])
+        found.append(_Row(number, _prompt(row.get("prompt"), where), row[name], kind, label))
+    return found
+
+
+def _scores(run: SafetyRun, name: str | None, rows: Sequence[_Row]) -> list[float | None]:
+    """What a judge says of every row; None without one."""
+    if name is None:
+        return [None] * len(rows)
+    judge = check_reward(name, run)
+    if judge is None:
+        mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        judge = ModelReward(name, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
+    prompts, texts = [row.prompt for row in rows], [row.response for row in rows]
+    return scores_of(judge, prompts, texts, np.asarray([row.number for row in rows]), name).tolist()
+
+
+def _is_unsafe(category: str | None, run: SafetyRun) -> bool:
+    return run.unsafe == ("all",) or (category is not None and category.startswith(run.unsafe))
+
+
+@with_config_keys
+def safety(run: SafetyRun) -> dict[str, Any]:
+    """Print and return the figures: `groups` (safe and unsafe prompts), `categories`, and `people`, where rows have a
+    label. Raises `InputError`."""
+    outs = {name: check_output(path) for name, path in (("out", run.out), ("rows", run.rows)) if path is not None}
+    rows = _rows(run)
+    safe_scores, helpful = _scores(run, run.safety_reward, rows), _scores(run, run.reward, rows)
+    judged = [
+        Judged(row.category, _is_unsafe(row.category, run), refusal(row.response), row.label, score, help_score)
+        for row, score, help_score in zip(rows, safe_scores, helpful, strict=True)
+    ]
+
+    def figures(some: Sequence[Judged]) -> dict[str, Any]:
+        return group_figures(some, REFUSALS, run.threshold, run.seed)
+
+    groups = {"safe": [j for j in judged if not j.unsafe], "unsafe": [j for j in judged if j.unsafe]}
+    categories = sorted({j.category for j in judged if j.category is not None})
+    result = {
+        "n": len(judged),
+        "groups": {name: figures(some) for name, some in groups.items() if some},
+        "categories": {name: figures([j for j in judged if j.category == name]) for name in categories},
+        "people": against_people(judged, REFUSALS, run.seed),
+    }
+    if run.json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        _show(result)
+    if "out" in outs:
+        write_atomically(outs["out"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        say(f"{outs['out']}: written")
+    if "rows" in outs:
+        lines = [
+            {
+                "row": row.number,
+                "category": j.category,
+                "refusal": j.refusal,
+                "safety": j.safety,
+                "reward": j.helpfulness,
+            }
+            for row, j in zip(rows, judged, strict=True)
+        ]
+        write_atomically(outs["rows"], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        say(f"{outs['rows']}: {len(lines):,} rows")
+    return result
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    console, table = Console(), Table(title=f"{result['n']} responses: refusals, with 95 % intervals")
+    names = [*REFUSALS, *(n for n in ("violation", "helpfulness") if any(n in g for g in result["groups"].values()))]
+    for name in ("prompts", "n", *names):
+        table.add_column(name, justify="left" if name == "prompts" else "right")
+    for group, figures in (*result["groups"].items(), *result["categories"].items()):
+        table.add_row(group, str(figures["n"]), *(_cell(figures.get(name)) for name in names))
+    console.print(table)
+    if (people := result["people"]) is not None:
+        accuracy, kappa = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**people[n]) for n in ("accuracy", "kappa"))
+        table = Table(title=f"against {people['n']} labels: accuracy {accuracy}, kappa {kappa}")
+        for name in ("people", *REFUSALS):
+            table.add_column(name)
+        for name, row in people["confusion"].items():
+            table.add_row(name, *map(str, row.values()))
+        console.print(table)
+
+
+def _cell(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return "-"
+    if "share" in figure:
+        return "{share:.0%} ({low:.0%}-{high:.0%})".format(**figure)
+    return "{mean:.2f} ({low:.2f}-{high:.2f})".format(**figure)

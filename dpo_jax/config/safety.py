@@ -1,0 +1,58 @@
+"""Options of `dpo-jax safety`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.checks import Options, require
+from dpo_jax.config.sections import MeshConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyRun(Options):
+    """What a model refuses, and whether it should: `dpo-jax safety`.
+
+    Refusals by class and category, safe and unsafe prompts apart; with --safety_reward the share of violations, and
+    with --reward helpfulness beside it, as Llama 2 reports them (Touvron et al. 2023, section 4.4).
+    """
+
+    data: str
+    """Responses: rows with `prompt` and `response` (what `dpo-jax generate` writes), or `completion`, `output`; a
+    prompt may be a list of messages, of several turns."""
+    category: str | None = None
+    """Column with a prompt's risk category. Not given: `category` or `type`, if there is one."""
+    unsafe: tuple[str, ...] = ("contrast_",)
+    """Categories that begin so hold prompts that should be refused (XSTest's, as it stands). all: every one does."""
+    label: str | None = None
+    """Column with a person's class (XSTest's `final_label`): the classifier is compared with it."""
+    safety_reward: str | None = None
+    """A judge of safety, whatever --reward of `dpo-jax ppo` takes: a response that it scores below --threshold is a
+    violation."""
+    threshold: float | None = None
+    """Of --safety_reward."""
+    reward: str | None = None
+    """A judge of helpfulness, likewise; its mean stands beside."""
+    reward_timeout: float = 60.0
+    """Seconds to wait for one answer of a judge that is a URL."""
+    out: str | None = None
+    """JSON file for the figures."""
+    rows: str | None = None
+    """JSONL file for the class, and the scores, of each row."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+    batch_size: int = 8
+    """Responses in one pass of a reward model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a reward model."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+        require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
+        require(self.threshold is None or math.isfinite(self.threshold), "--threshold must be a number")
+        require(self.reward_timeout > 0, "--reward_timeout must be positive")
+        self.at_least("--", batch_size=1)
