@@ -135,6 +135,7 @@ class Writer:
         key: Callable[[Row], Any],
         counted: str | None = "rows",
         note: Callable[[list[Row]], str] = lambda rows: "",
+        form: Callable[[list[Row]], Iterable[Row]] | None = None,
     ) -> list[Row]:
         """The rows of the file `path`, once all are there. A file that was interrupted is gone on with.
 
@@ -147,6 +148,7 @@ class Writer:
           key: sets the rows apart, and is their order in the file.
           counted: what the rows are called when a file is gone on with; None: nothing is said of it.
           note: of the rows so far, in front of the tokens per second.
+          form: what the whole file holds instead of the rows, made of them.
         """
         main = distributed.is_main()
         with RowsFile(path, settings) as file, ProgressBar(label, total, done=len(file.rows), shown=main) as bar:
@@ -161,7 +163,7 @@ class Writer:
                     tokens += sum(len(response.ids) for _, response in some)
                     speed = tokens / (time.monotonic() - start)
                     bar.update(len(file.rows), f"{note(file.rows)}{speed:.0f} tokens/s")
-            return file.finish(order=key)
+            return file.finish(order=key, form=form)
 
 
 def _search(

@@ -23,7 +23,7 @@ from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
-from dpo_jax.config.mt_bench import MTBenchShowRun
+from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, PlanRun
 from dpo_jax.config.ppo import GRPORun, PPOConfig, PPOLossConfig, PPORun
 from dpo_jax.config.prepare import PrepareRun
@@ -99,6 +99,7 @@ __all__ = [
     "LogpsRun",
     "LoraConfig",
     "Loss",
+    "MTBenchAnswerRun",
     "MTBenchShowRun",
     "MeshConfig",
     "Narrow",

@@ -1,8 +1,48 @@
-"""Options of `dpo-jax mt-bench show`: FastChat's files."""
+"""Options of `dpo-jax mt-bench`: FastChat's files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, require, require_day
+from dpo_jax.config.sections import MeshConfig, SampleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTBenchAnswerRun(Options):
+    """A model's answers to the questions of FastChat's question.jsonl: `dpo-jax mt-bench answer`.
+
+    Temperatures are the categories' as in FastChat, a question's `required_temperature` first; all else is the model's
+    own distribution. The second turn is asked behind the answer to the first.
+    """
+
+    model: str
+    """A Hugging Face folder, a hub id, a .gguf file, a checkpoint or run folder of ours, or smollm2."""
+    questions: str
+    """FastChat's question.jsonl: rows with `question_id`, `category`, `turns`."""
+    out: str
+    """File to write, such as data/mt_bench/model_answer/NAME.jsonl; an interrupted one is gone on with."""
+    model_id: str | None = None
+    """What the model is called in it. Not given: the name of the file, without .jsonl."""
+    template: str | None = None
+    """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that the chat template writes where it writes today's."""
+    batch_size: int = 8
+    """Answers written at once, over all devices; one that is done makes room for the next."""
+    seed: int = 0
+    """Seed of the draw. An answer depends on it, on the dialogue so far and the place of its question in the file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and computation."""
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=1024))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        require_day(self.date, "--date")
+        require(self.model_id is None or self.model_id.strip(), "--model_id is blank; give the model a name")
+        self.at_least("--", batch_size=1)
+        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ _NOT_LIVE = tuple(
     f"sample.{name}"
     for name in ("repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens", "beams", "length_penalty")
 )
+_FIXED_DRAW = tuple(f"sample.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "beams", "length_penalty"))
 
 
 def _inside(section: str, *names: str) -> tuple[str, ...]:
@@ -196,6 +197,12 @@ COMMANDS = {
         "dpo_jax.commands.score:score",
         "the reward of every response, one JSON object a row",
         unused=_NO_LOADER,
+    ),
+    "mt-bench answer": Command(
+        "MTBenchAnswerRun",
+        "dpo_jax.commands.mt_bench_answer:answer",
+        "a model's answers to MT-Bench's questions, as FastChat writes them",
+        unused=_FIXED_DRAW,
     ),
     "mt-bench show": Command(
         "MTBenchShowRun",

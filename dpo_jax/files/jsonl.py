@@ -95,12 +95,17 @@ class RowsFile:
         except OSError as error:
             raise cannot_write(self.part, error) from error
 
-    def finish(self, *, order: Callable[[Row], Any] | None = None) -> list[Row]:
-        """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows."""
+    def finish(
+        self, *, order: Callable[[Row], Any] | None = None, form: Callable[[list[Row]], Iterable[Row]] | None = None
+    ) -> list[Row]:
+        """All rows are there: sort them by `order`, where it is given, and give the file its name. Returns the rows.
+
+        form: what the whole file holds, made of the rows that it grew by.
+        """
         if order is not None:
             self.rows.sort(key=order)
         if self._writes:
-            write_lines(self.path, self.rows)
+            write_lines(self.path, self.rows if form is None else form(self.rows))
             self._file.close()
             self.part.unlink()
         distributed.barrier(str(self.path))

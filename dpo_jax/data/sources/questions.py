@@ -11,6 +11,20 @@ from dpo_jax.headers import told
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 """MT-Bench's, in the order of its question ids: 81 to 90 are writing, ..., 151 to 160 humanities."""
 FIRST, LAST = 81, 160
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+"""At which a category is answered (FastChat, llm_judge/common.py, temperature_config); others at `OTHERS`."""
+OTHERS = 0.7
+_GREEDY = 1e-4  # below it FastChat takes the likeliest token
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,12 @@ class Question:
     turns: tuple[str, ...]
     reference: tuple[str, ...] = ()
     temperature: float | None = None
+
+
+def temperature_of(question: Question) -> float:
+    """At which its answers are sampled: its own, else its category's; 0 is greedy."""
+    own = TEMPERATURES.get(question.category, OTHERS) if question.temperature is None else question.temperature
+    return 0.0 if own < _GREEDY else own
 
 
 def question_id(row: Mapping[str, Any], where: str) -> int:
