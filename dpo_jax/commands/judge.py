@@ -74,11 +74,11 @@ def judge(run: JudgeRun) -> Path:
     function: RewardFunction | None = None
     if run.endpoint.url is not None:
         asker = ChatClient(run.endpoint, cache)
-        _warn_of_family(str(run.endpoint.model), rows.models)
+        warn_of_family(str(run.endpoint.model), rows.models)
     elif run.model is not None:
         setting: dict[str, Any] = {"batch_size": run.batch_size, "dtype": run.dtype}
         asker = LocalModel(run.model, cache, run.sample, mesh=mesh, template=run.template, date=run.date, **setting)
-        _warn_of_family(run.model, rows.models)
+        warn_of_family(run.model, rows.models)
     else:
         assert run.function is not None
         function = check_reward(run.function, run)
@@ -117,7 +117,8 @@ def _prompt(run: JudgeRun) -> JudgePrompt:
     return our_prompt(run.resolved("ask"), run.resolved("language"), run.scale)
 
 
-def _warn_of_family(judge_name: str, models: set[str]) -> None:
+def warn_of_family(judge_name: str, models: set[str]) -> None:
+    """Say so where a judge is of the family of models that it judges."""
     own = sorted(name for name in models if family(name) == family(judge_name))
     if own:
         log.warning(

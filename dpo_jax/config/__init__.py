@@ -23,7 +23,7 @@ from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
-from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchShowRun
+from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, PlanRun
 from dpo_jax.config.ppo import GRPORun, PPOConfig, PPOLossConfig, PPORun
 from dpo_jax.config.prepare import PrepareRun
@@ -100,6 +100,7 @@ __all__ = [
     "LoraConfig",
     "Loss",
     "MTBenchAnswerRun",
+    "MTBenchJudgeRun",
     "MTBenchShowRun",
     "MeshConfig",
     "Narrow",

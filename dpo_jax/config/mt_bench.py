@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import Options, require, require_day
+from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.config.sections import MeshConfig, SampleConfig
 
 
@@ -43,6 +44,60 @@ class MTBenchAnswerRun(Options):
         require(self.model_id is None or self.model_id.strip(), "--model_id is blank; give the model a name")
         self.at_least("--", batch_size=1)
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTBenchJudgeRun(Options):
+    """Judgements of answers in FastChat's files, as `mt-bench show` reads them: `dpo-jax mt-bench judge`.
+
+    The judge is --endpoint.url or --model, at temperature 0.
+    """
+
+    questions: str
+    """FastChat's question.jsonl: rows with `question_id`, `category`, `turns`."""
+    answers: tuple[str, ...]
+    """Files of answers, such as data/mt_bench/model_answer/*.jsonl: one or more models, all questions of each."""
+    out: str
+    """File to write, such as data/mt_bench/model_judgment/NAME_single.jsonl; an interrupted one is gone on with."""
+    mode: Literal["single", "pairwise-baseline", "pairwise-all"] = "single"
+    """single: a score from 1 to 10 for each answer. The others ask which of two is better, in both orders: each model
+    against --baseline, or each against each."""
+    baseline: str | None = not_given(mode=("pairwise-baseline",))
+    """Model of --answers that the others are compared with."""
+    references: str | None = None
+    """FastChat's reference_answer file, for questions of math, reasoning and coding. Not given: `reference` of
+    --questions."""
+    prompts: str | None = None
+    """FastChat's judge_prompts.jsonl, read as it is. Not given: ours, whose figures compare with no published ones."""
+    language: Literal["en", "zh"] | None = not_given("en")
+    """Of our prompts."""
+    model: str | None = None
+    """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
+    template: str | None = not_given(needs="model")
+    """Chat template of --model. Not given: its tokenizer's own."""
+    date: str | None = not_given(needs="model")
+    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
+    batch_size: int = 8
+    """Questions at once, of --model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of --model."""
+    cache: str | None = None
+    """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=1024, temperature=0.0))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        self.refuse_idle("--")
+        one = (self.endpoint.url is None) != (self.model is None)
+        require(one, "give one judge: --endpoint.url URL or --model MODEL")
+        require(self.mode != "pairwise-baseline" or self.baseline, "--mode pairwise-baseline needs --baseline MODEL")
+        require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
+        require_day(self.date, "--date")
+        require(self.answers, "--answers names at least one file")
+        self.at_least("--", batch_size=1)
 
 
 @dataclass(frozen=True)

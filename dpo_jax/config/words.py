@@ -204,6 +204,12 @@ COMMANDS = {
         "a model's answers to MT-Bench's questions, as FastChat writes them",
         unused=_FIXED_DRAW,
     ),
+    "mt-bench judge": Command(
+        "MTBenchJudgeRun",
+        "dpo_jax.commands.mt_bench_judge:judge",
+        "judge such answers one by one or in pairs, as FastChat does",
+        unused=(*_FIXED_DRAW, "endpoint.temperature", "endpoint.top_p"),
+    ),
     "mt-bench show": Command(
         "MTBenchShowRun",
         "dpo_jax.commands.mt_bench:show",

@@ -88,21 +88,25 @@ def our_prompt(ask: Ask, language: str, high: float | None = None) -> JudgePromp
     )
 
 
-def read_prompt(file: str, name: str) -> JudgePrompt:
-    """The prompt `name` of a file of FastChat's or UltraFeedback's. Raises `InputError`: no such file, or name."""
+def read_prompts(file: str) -> dict[str, JudgePrompt]:
+    """The prompts of a file of FastChat's or UltraFeedback's, by name. Raises `InputError` where it is none."""
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            found = {row["name"]: _fastchat(row) for row in rows}
-        else:
-            found = _ultrafeedback(json.loads(text))
+            return {row["name"]: _fastchat(row) for row in rows}
+        return _ultrafeedback(json.loads(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--prompts {file}: not readable as FastChat's judge prompts (.jsonl) or UltraFeedback's templates (.json):"
             f" {type(error).__name__}: {error}"
         ) from error
+
+
+def read_prompt(file: str, name: str) -> JudgePrompt:
+    """The prompt `name` of such a file. Raises `InputError`: no such file, or name."""
+    found = read_prompts(file)
     if name not in found:
         raise InputError(f"--prompt_name {name}: {file} holds {', '.join(found)}; choose one of them")
     return found[name]

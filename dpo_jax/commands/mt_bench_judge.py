@@ -1,0 +1,74 @@
+"""`dpo-jax mt-bench judge`: judgements of answers, single or in pairs, in FastChat's files."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.commands.judge import warn_of_family
+from dpo_jax.config import MTBenchJudgeRun
+from dpo_jax.data.sources.model_answers import check_complete, read_answers
+from dpo_jax.data.sources.questions import read_questions
+from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import RowsFile
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge.chat_client import ChatClient
+from dpo_jax.judge.judging import Asker
+from dpo_jax.judge.loading import check_output
+from dpo_jax.judge.local_model import LocalModel
+from dpo_jax.judge.mt_bench import Prompts, matches, requests, rows
+from dpo_jax.judge.reply_cache import ReplyCache, key_of
+from dpo_jax.mesh import make_mesh
+
+_AT_ONCE = 256  # matches between two writes of the file
+
+
+@with_config_keys
+def judge(run: MTBenchJudgeRun) -> Path:
+    """Write `run.out`, a row for each answer or pair and turn, and return its path.
+
+    Every request is made before the first is sent. Raises `InputError`.
+    """
+    out = check_output(Path(run.out).expanduser())
+    questions = read_questions(run.questions)
+    answers = read_answers(run.answers, questions)
+    check_complete(answers, questions)
+    references: dict[int, tuple[str, ...]] = {}
+    if run.references is not None:
+        found = read_answers((run.references,), questions)
+        if len(found) != 1:
+            raise InputError(f"--references {run.references}: holds answers of {', '.join(found)}; give those of one")
+        [references] = found.values()
+    prompts = Prompts(run.prompts, run.resolved("language"), pairs=run.mode != "single")
+    todo = matches(questions, tuple(answers), run.mode, run.baseline)
+    asked = [requests(match, prompts, answers, references) for match in todo]
+    name = str(run.endpoint.model or run.model)
+    warn_of_family(name, set(answers))
+    cache = ReplyCache(Path(run.cache or f"{out}.replies").expanduser())
+    asker: Asker
+    if run.endpoint.url is not None:
+        asker = ChatClient(run.endpoint, cache)
+    else:
+        mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        setting: dict[str, Any] = {"batch_size": run.batch_size, "dtype": run.dtype}
+        asker = LocalModel(
+            str(run.model), cache, run.sample, mesh=mesh, template=run.template, date=run.date, **setting
+        )
+    settings = {
+        "judge": [run.endpoint.url, run.endpoint.model, run.model],
+        "sample": asdict(run.sample),
+        "longest": run.endpoint.max_tokens,
+        "mode": [run.mode, run.baseline],
+        "asked": key_of({"all": [[list(one.messages), one.version] for some in asked for one in some]}),
+    }
+    with RowsFile(out, settings) as file, ProgressBar("judged", len(todo), done=len(file.rows)) as bar:
+        while (start := len(file.rows)) < len(todo):
+            some = slice(start, start + _AT_ONCE)
+            replies = asker.ask([question for own in asked[some] for question in own])
+            file.append(rows(todo[some], asked[some], iter(replies), prompts, name))
+            bar.update(len(file.rows))
+        done = file.finish()
+    unread = sum(row.get("score") == -1 or "error" in (row.get("g1_winner"), row.get("g2_winner")) for row in done)
+    kind = "FastChat's" if run.prompts is not None else "ours: not comparable with published figures"
+    say(f"{out}: {len(done)} judgements of {name}, {unread} of them without a reading; prompts: {kind}")
+    return out
