@@ -63,8 +63,11 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
         required.append("prompt")
     if word == "extend-vocab":
         required.append("tokenizer")
+    if word in ("judge", "mt-bench judge"):
+        required.append("model")
     first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word == "plan" else []
-    parsed = cli.parse(word, first + [part for name in required for part in (f"--{name}", "x")])
+    several = {"models": ("y",)}  # one model is no average
+    parsed = cli.parse(word, first + [part for name in required for part in (f"--{name}", "x", *several.get(name, ()))])
     assert type(parsed) is getattr(config, cli.COMMANDS[word].options)
     assert cli.main([word, "--help"]) == 0
     text = capsys.readouterr().out
