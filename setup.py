@@ -33,6 +33,7 @@ INSTALL = [
     "jinja2>=3.1",
     "huggingface_hub>=1.0",
     "httpx>=0.27",
+    "pyyaml>=6",
     "starlette>=0.40",
     "uvicorn>=0.30",
     "safetensors>=0.6",

@@ -24,7 +24,8 @@ from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.chat_client import ChatClient
 from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
-from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
+from dpo_jax.judge.judge_prompts import JudgePrompt
+from dpo_jax.judge.judge_reward import prompt_of
 from dpo_jax.judge.judging import Asker, Item, Judgement, contestants, family, one_score, side_of
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.loading import check_output
@@ -67,7 +68,7 @@ def judge(run: JudgeRun) -> Path:
     """
     out = check_output(run.out)
     rows = _Rows(run)
-    prompt = None if run.function is not None else _prompt(run)
+    prompt = None if run.function is not None else prompt_of(run)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     cache = ReplyCache(Path(run.cache or f"{run.out}.replies").expanduser())
     asker: Asker | None = None
@@ -109,12 +110,6 @@ def judge(run: JudgeRun) -> Path:
     if run.agreement:
         _agreement(run, out, done, rows.places, prompt)
     return out
-
-
-def _prompt(run: JudgeRun) -> JudgePrompt:
-    if run.prompts is not None:
-        return read_prompt(run.prompts, str(run.prompt_name))
-    return our_prompt(run.resolved("ask"), run.resolved("language"), run.scale)
 
 
 def warn_of_family(judge_name: str, models: set[str]) -> None:

@@ -19,6 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
+from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.loading import check_output
 from dpo_jax.judge.refusals import REFUSALS, labelled, refusal
 from dpo_jax.judge.reward_functions import ModelReward, check_reward, scores_of
@@ -78,7 +79,10 @@ def _scores(run: SafetyRun, name: str | None, rows: Sequence[_Row]) -> list[floa
     judge = check_reward(name, run)
     if judge is None:
         mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-        judge = ModelReward(name, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
+        if name.startswith(PREFIX):
+            judge = JudgeReward(name, run.out or name.removeprefix(PREFIX)).open(mesh)
+        else:
+            judge = ModelReward(name, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
     prompts, texts = [row.prompt for row in rows], [row.response for row in rows]
     return scores_of(judge, prompts, texts, np.asarray([row.number for row in rows]), name).tolist()
 

@@ -89,7 +89,7 @@ class JudgeRun(Options, metaclass=RunOptions):
     agreement: bool = False
     """Also compare the verdicts with those of the data (choices, ranks, scores, votes): OUT.agreement.json."""
     function: str | None = None
-    """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE."""
+    """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE.yaml."""
     reward_timeout: float | None = not_given(60.0, needs="function")
     """Seconds to wait for one answer where --function is a URL."""
     model: str | None = None
@@ -127,7 +127,9 @@ class JudgeRun(Options, metaclass=RunOptions):
         if self.function is not None:
             for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
                 require(getattr(self, name) is None, f"--{name} has no effect with --function, which asks nothing")
-            require(not self.function.startswith("judge:"), "--function judge:FILE: give the file's options instead")
+            require(
+                not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
+            )
             require(self.reward_timeout is None or is_url(self.function), "--reward_timeout has no effect: no URL")
         scaled = ask in ("rating", "expected", "list")
         require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")

@@ -74,8 +74,9 @@ class JudgedRun(TrainingRun):
     reward: str
     """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
     found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
-    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL, or a reward
-    model: a folder, a hub id, or a run."""
+    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL,
+    judge:FILE.yaml (options of `dpo-jax judge`: a score asked of an endpoint or a model), or a reward model: a folder,
+    a hub id, or a run."""
     safety_reward: str | None = None
     """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
     reward_timeout: float | None = not_given(60.0)

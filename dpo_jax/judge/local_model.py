@@ -61,9 +61,14 @@ class LocalModel:
         self._setting, self._mesh = {"dtype": dtype, "sample": asdict(sample)}, mesh
         self.asked = self.cached = 0
 
+    @property
+    def weights(self) -> str:
+        """The fingerprint of its weights, which are read for it."""
+        return self._writer.weights
+
     def _key(self, question: Question) -> dict[str, Any]:
         return {
-            "weights": self._writer.weights,
+            "weights": self.weights,
             "messages": [dict(message) for message in question.messages],
             "version": question.version,
             "seed": question.seed or 0,

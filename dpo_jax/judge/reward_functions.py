@@ -7,6 +7,7 @@ language:CODE    share of the letters that belong to the script of a language, s
 FILE.py:FUNCTION the user's own code, see `judge/reward_code.py`. The file is executed.
 http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
                  needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
+judge:FILE.yaml  an endpoint or a model that is asked for a score, see `judge/judge_reward.py`
 anything else    a reward model: a folder, a hub id, or a run of ours
 """
 
@@ -29,6 +30,7 @@ from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.judge.http import RETRIED, checked_url, retry_after
+from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.processes import distributed
@@ -195,6 +197,8 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
     function = check_reward(judge, config)
     if function is not None:
         return function
+    if judge.startswith(PREFIX):
+        return JudgeReward(judge, config.out).open(mesh)
     frozen = config.train.kept_dtype
     return ModelReward(
         judge,
@@ -208,7 +212,7 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
 
 
 def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRun) -> RewardFunction | None:
-    """The function that `judge` names; None for a reward model, whose weights are not read yet.
+    """The function that `judge` names; None for a model, whose weights are not read yet.
 
     Raises `InputError` for what `open_reward` could not open.
     """
@@ -217,6 +221,9 @@ def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRu
         return OfText("vader", Vader())
     if judge == "length":
         return OfText("length", lambda text: len(text) / 100)
+    if judge.startswith(PREFIX):
+        asked = JudgeReward(judge, config.out or judge.removeprefix(PREFIX))
+        return asked if asked.opened else None
     if kind == "regex":
         try:
             pattern = re.compile(rest)
@@ -235,7 +242,7 @@ def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRu
     try:
         check_score(judge, open_checkpoint(judge).architecture)
     except InputError as error:
-        known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, a URL"
+        known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, judge:FILE.yaml, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
     return None
 

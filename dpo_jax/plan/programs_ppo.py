@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dpo_jax.align import ppo
 from dpo_jax.config import PPOConfig, PPORun, is_url
 from dpo_jax.errors import InputError
+from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -32,7 +33,13 @@ _FUNCTIONS = ("vader", "length", "regex:", "language:")
 def reward_models(run: PPORun) -> int:
     """How many judges of a run are models on the devices."""
     judges = [judge for judge in (run.reward, run.safety_reward) if judge is not None]
-    return sum(not (judge.startswith(_FUNCTIONS) or is_url(judge) or ".py:" in judge) for judge in judges)
+    return sum(_is_model(judge) for judge in judges)
+
+
+def _is_model(judge: str) -> bool:
+    if judge.startswith(PREFIX):
+        return read_judge(judge).model is not None
+    return not (judge.startswith(_FUNCTIONS) or is_url(judge) or ".py:" in judge)
 
 
 def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str) -> Program:

@@ -6,12 +6,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import chat_server
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -403,6 +405,29 @@ def test_counts_of_the_curves() -> None:
     none = [{"row": 1, "temperature": 1.0, "sample": k, "score": None} for k in range(2)]
     assert rejection_report.curves(none)["counts"] == []
     rejection_report.reward_plot(rejection_report.curves(none), 1)
+
+
+@pytest.mark.slow
+def test_a_judge_scores_and_is_asked_once(inputs: Path, tmp_path: Path) -> None:
+    def answer(body: dict[str, Any]) -> str:
+        size = len(body["messages"][-1]["content"])
+        return "no idea" if size % 3 == 0 else f"[[{size % 5 + 1}]]"
+
+    with chat_server.serving(answer) as server:
+        (tmp_path / "j.yaml").write_text(f"endpoint: {{url: {server.url!r}, model: m}}\nscale: 5\n")
+        for name in ("one", "two"):
+            args = [*words(inputs, tmp_path / name), "--reward", f"judge:{tmp_path / 'j.yaml'}"]
+            if name == "two":
+                shutil.copytree(tmp_path / "one.replies", tmp_path / "two.replies")
+            assert cli.main(args) == 0
+        assert set(server.answered.values()) == {1}
+    one, two = (
+        [json.loads(line)["score"] for line in path.read_text().splitlines()[1:]]
+        for path in (next((tmp_path / name).rglob("*scores*.jsonl")) for name in ("one", "two"))
+    )
+    assert one == two
+    assert None in one
+    assert any(score is not None for score in one)
 
 
 # ---------------------------------------------------------------- bad input

@@ -71,6 +71,7 @@ OWNERS = {
     "sklearn": {"report"},
     "vaderSentiment": {"judge"},
     "httpx": {"judge"},
+    "yaml": {"judge"},
     "tyro": {"cli"},
 }
 

@@ -121,6 +121,7 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": "tensorflow-datasets",
     "google": "protobuf",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }
 
 

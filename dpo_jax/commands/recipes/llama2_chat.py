@@ -88,7 +88,7 @@ class Llama2Chat:
         if run.safety_data is not None and run.safety_judge is not None:
             self._kinds.append(Kind(SAFE, run.safety_data, run.safety_judge, run.safety))
         for kind in self._kinds:
-            check_reward(kind.judge, run.ppo)
+            check_reward(kind.judge, dataclasses.replace(run.ppo, out=run.out))
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
@@ -220,7 +220,8 @@ class Llama2Chat:
                     ' "safety": true'
                 )
             devices = make_mesh(**dataclasses.asdict(self._run.ppo.mesh))
-            judge = open_reward(kind.judge, self._run.ppo, mesh=devices, batch_size=8 * batch_parts(devices))
+            like = dataclasses.replace(self._run.ppo, out=self._run.out)  # a judge's replies are kept beside it
+            judge = open_reward(kind.judge, like, mesh=devices, batch_size=8 * batch_parts(devices))
             for start in range(0, len(own), _JUDGED):
                 some = own[start : start + _JUDGED]
                 prompts = [self._prompts[row["row"]][0] for row in some]

@@ -1,0 +1,196 @@
+"""A judge as a reward: `--reward judge:FILE.yaml`, whose file holds options of `dpo-jax judge`.
+
+    endpoint: {url: "http://127.0.0.1:8000/v1", model: M}     or     model: FOLDER
+    ask: rating                                               (or expected, list, checklist)
+
+A response whose reply has no reading, twice, has no score: nan, for which PPO stops and rejection sampling leaves the
+response out. Under `list` the responses to one prompt that are judged in one call share a question. Replies are kept
+beside the run, in OUT.replies, so that what goes on asks nothing twice.
+"""
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union
+
+import jax
+import numpy as np
+import yaml
+from jax.sharding import Mesh
+
+from dpo_jax.config import JudgeRun
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.errors import InputError
+from dpo_jax.judge.chat_client import ChatClient
+from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
+from dpo_jax.judge.judging import Asker, Item, judge
+from dpo_jax.judge.local_model import LocalModel
+from dpo_jax.judge.reply_cache import ReplyCache, key_of
+from dpo_jax.weights.opened import open_checkpoint
+
+log = logging.getLogger(__name__)
+
+PREFIX = "judge:"
+OPTIONS = (
+    *("ask", "prompts", "prompt_name", "language", "scale", "criteria", "model", "template", "date"),
+    *("batch_size", "dtype", "seed", "endpoint", "sample"),
+)
+"""Of `dpo-jax judge`, those that decide a score; data and files are the run's."""
+
+
+def prompt_of(run: JudgeRun) -> JudgePrompt:
+    """What a judge is asked. Raises `InputError` for a file or name that is none."""
+    if run.prompts is not None:
+        return read_prompt(run.prompts, str(run.prompt_name))
+    return our_prompt(run.resolved("ask"), run.resolved("language"), run.scale)
+
+
+class JudgeReward:
+    """Scores of responses by an endpoint or a model that answers questions.
+
+    Attributes:
+      identity: a hash of all that decides a score; the weights of a model of this machine among it.
+      everywhere: for a model of this machine; an endpoint is asked by process 0.
+    """
+
+    def __init__(self, option: str, out: str):
+        """`option`: judge:FILE.yaml; `out`: the run folder. Raises `InputError` for what cannot be a reward."""
+        self._option, self._run = option, read_judge(option)
+        self._cache = ReplyCache(Path(f"{out}.replies").expanduser())
+        try:
+            self._prompt = prompt_of(self._run)
+            if self._prompt.ask == "pair":
+                raise InputError("asks for a verdict on two responses, which is no score; ask rating, expected or list")
+            if self._run.model is not None:
+                open_checkpoint(self._run.model)
+            self._asker: Asker | None = None
+            if self._run.endpoint.url is not None:
+                self._asker = ChatClient(self._run.endpoint, self._cache)
+        except InputError as error:
+            raise self._told(error) from error
+        self.everywhere = self._run.model is not None
+        self.identity = self._identity(self._run.model)
+
+    def _told(self, error: InputError) -> InputError:
+        return InputError(f"--reward {self._option}: {error}")
+
+    def _identity(self, weights: str | None) -> str:
+        run = self._run
+        endpoint = [getattr(run.endpoint, name) for name in ("url", "model", "temperature", "top_p", "max_tokens")]
+        asked = {"prompt": self._prompt.version, "criteria": run.criteria, "seed": run.seed}
+        local = [run.template, run.date, run.dtype, asdict(run.sample)] if weights is not None else []
+        return f"a judge with the hash {key_of({**asked, 'endpoint': endpoint, 'weights': weights, 'local': local})}"
+
+    @property
+    def opened(self) -> bool:
+        """Whether it can be asked; else `open` comes first."""
+        return self._asker is not None
+
+    def open(self, mesh: Mesh) -> "JudgeReward":
+        """Read the model of this machine onto `mesh`. Raises `InputError` for one that cannot be read."""
+        run = self._run
+        assert run.model is not None, "an endpoint is open"
+        if jax.process_count() > 1:
+            raise InputError(
+                f"--reward {self._option}: a model of this machine judges in one process; take an endpoint"
+            )
+        setting: dict[str, Any] = {"template": run.template, "date": run.date, "dtype": run.dtype, "mesh": mesh}
+        try:
+            local = LocalModel(run.model, self._cache, run.sample, batch_size=run.batch_size, **setting)
+            self._asker, self.identity = local, self._identity(local.weights)
+        except InputError as error:
+            raise self._told(error) from error
+        return self
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+        """Scores float64 [N], nan where a reply has no reading. Raises `InputError` for what the asker raises."""
+        assert self._asker is not None, "open() came first"
+        groups = [[i] for i in range(len(responses))]
+        if self._prompt.ask == "list":
+            of_prompt: dict[str, list[int]] = {}
+            for i, prompt in enumerate(prompts):
+                of_prompt.setdefault(repr((prompt.messages, _reference(prompt))), []).append(i)
+            groups = list(of_prompt.values())
+        items = [
+            Item(number, prompts[group[0]].messages, tuple(responses[i] for i in group), _reference(prompts[group[0]]))
+            for number, group in enumerate(groups, 1)
+        ]
+        scores, run = np.full(len(responses), np.nan), self._run
+        try:
+            found = judge(items, self._prompt, self._asker, seed=run.seed, criteria=run.criteria)
+        except InputError as error:
+            raise self._told(error) from error
+        for group, one in zip(groups, found, strict=True):
+            scores[group] = [np.nan if score is None else score for score in one.scores]
+        if missing := int(np.isnan(scores).sum()):
+            log.warning(
+                "%s: %d of %d responses got no score: no reading of the replies", self._option, missing, len(scores)
+            )
+        return scores
+
+
+def _reference(prompt: Prompt) -> str | None:
+    found = prompt.columns.get("reference")
+    return found if isinstance(found, str) else None
+
+
+def read_judge(option: str) -> JudgeRun:
+    """The options in FILE.yaml of judge:FILE.yaml, checked as those of `dpo-jax judge`.
+
+    Raises `InputError` for a file that is none, an unknown key, a value of another kind, or options that do not go
+    together.
+    """
+    path = Path(option.removeprefix(PREFIX)).expanduser()
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"--reward {option}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+    try:
+        fields = _fields(JudgeRun, found, "", OPTIONS)
+        # Neither has a meaning here: rows and scores are the run's.
+        return JudgeRun(data="(the run's)", out="(the run's)", **fields)  # pyright: ignore[reportArgumentType]
+    except InputError as error:
+        raise InputError(f"--reward {option}: {error}") from error
+
+
+def _fields(kind: type, found: Any, prefix: str, known: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise InputError(f"{prefix.rstrip('.') or 'the file'} holds no options; write NAME: VALUE lines")
+    hints = typing.get_type_hints(kind)
+    unknown = [str(name) for name in found if name not in known]
+    if unknown:
+        raise InputError(f"{prefix}{unknown[0]} is no option of a judge's file; there are {', '.join(known)}")
+    return {name: _value(hints[name], value, f"{prefix}{name}") for name, value in found.items()}
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """`value` of YAML as a field of type `hint`. Raises `InputError` for one of another kind."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        own = _fields(hint, value, f"{name}.", [field.name for field in dataclasses.fields(hint)])
+        # What is not given is as a judge has it (512 new tokens, drawn at temperature 0), not as elsewhere.
+        made: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(JudgeRun)}
+        return dataclasses.replace(made[name](), **own)
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is Union else (hint,)
+    for one in kinds:
+        origin = typing.get_origin(one)
+        if origin is Literal and value in typing.get_args(one):
+            return value
+        if origin is tuple and isinstance(value, list):
+            return tuple(_value(typing.get_args(one)[0], entry, name) for entry in value)
+        if one is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if one in (int, str, bool, NoneType) and type(value) is one:
+            return value
+    wanted = " or ".join(
+        ", ".join(map(str, typing.get_args(one))) if typing.get_origin(one) is Literal else _NAMES.get(one, "a list")
+        for one in kinds
+        if one is not NoneType
+    )
+    raise InputError(f"{name} {value!r:.60} is not {wanted}")
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
