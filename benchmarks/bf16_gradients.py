@@ -42,6 +42,12 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "orpo": {},
     "kto": {},
     "dpop": {"dpop_lambda": 5.0},
+    "exo_pair": {},
+    "nca_pair": {},
+    "sppo_hard": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
 }
 """The losses of `align/losses.py`, and options of theirs.
 

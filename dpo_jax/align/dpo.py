@@ -313,7 +313,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
         nll = masked.total(per_token(rows.nll, lengths) * share, has_chosen) / masked.total(share, has_chosen)
         metrics |= figures.figure("nll_loss", nll, jnp.sum(has_chosen))
     if not config.reference_free:
-        metrics |= figures.figure("logps/chosen_change", chosen / config.beta, jnp.sum(has_chosen))
+        metrics |= figures.figure("logps/chosen_change", chosen / config.resolved("beta"), jnp.sum(has_chosen))
     if config.loss == "kto":
         metrics |= figures.figure("kl", whole.kl, whole.mismatched)
     return metrics

@@ -21,6 +21,15 @@ reference, nc, nr the numbers of tokens summed, and
                   z₀ = max(0, mean of policy − reference on mismatched pairs), no gradient; a pair's answer is
                   another row's, each row's answers being used once (`data/sets/dataset.py`)
     dpop          −log σ(β (D − λ max(0, Rc − Lc)))                Pal et al. 2024 (Smaug, 2402.13228v2)
+    exo_pair      p log(p/(1−ε)) + (1−p) log((1−p)/ε), p = σ(βD)   Ji et al. 2024 (EXO, 2402.00856), Eq. 16
+    nca_pair      −log σ(βu) − ½ log σ(−βu) − ½ log σ(−βv)         Chen et al. 2024 (NCA, 2402.05369), section 4.1
+    sppo_hard     (u − 1/(2β))² + (v + 1/(2β))²                    Wu et al. 2024 (SPPO, 2405.00675), Eq. 4.7: the
+                                                                   chosen one wins with probability 1; η = 1/β
+    apo_zero      1 − σ(βu) + σ(βv)                                D'Oosterlinck et al. 2024 (2408.06266), Eq. 7
+    apo_down      σ(βu) + 1 − σ(βD)                                the same, Eq. 8
+    discopop      (1−m) (−log σ(βD)) + m exp(−βD),  m = σ(βD/τ)    Lu et al. 2024 (2406.08414), Eq. 5
+    divergence    in sigmoid, robust, hinge, exo_pair, discopop: D = f'(eᵘ) − f'(eᵛ), Wang et al. 2023 (f-DPO,
+                  2309.16240), Eq. 9 and Table 1; see `divergence_slope`
     + a NLL       NLL = −Lc/nc of each pair (Pang et al. 2024, Iterative RPO, 2404.19733), or over the mean
                   length of all chosen responses of the batch, which makes its batch mean a mean over tokens
 """
@@ -52,6 +61,38 @@ def log_odds(l: jax.Array) -> jax.Array:
     """
     l = jnp.minimum(l, -jnp.finfo(l.dtype).eps)
     return l - jax.nn.log1mexp(-l)
+
+
+_STEEPEST = 20.0
+
+
+def _expm1(x: jax.Array) -> jax.Array:
+    """eˣ − 1; above x = 20 its tangent there, so that neither value nor slope overflows."""
+    return jnp.expm1(jnp.minimum(x, _STEEPEST)) + jnp.exp(_STEEPEST) * jax.nn.relu(x - _STEEPEST)
+
+
+def divergence_slope(log_ratio: jax.Array, config: DPOLossConfig) -> jax.Array:
+    """f'(eˣ) − f'(1) of `config.divergence` at log ratios x, in nats; a margin is a difference of two.
+
+    Wang et al. 2023 (f-DPO, arXiv 2309.16240), Table 1, where D_f = E_ref[f(policy / reference)]:
+
+        reverse_kl  f' = log t + 1          x
+        forward_kl  f' = −1/t               1 − e⁻ˣ
+        js          f' = log(2t/(1+t))      log 2 + log σ(x)
+        alpha       f' = (1 − t^−α)/α       (1 − e^(−αx))/α,   0 < α < 1
+
+    All are x to first order at 0. A response less likely than the reference by 20 nats (20/α) has the slope of 20.
+    """
+    match config.resolved("divergence"):
+        case "forward_kl":
+            return -_expm1(-log_ratio)
+        case "js":
+            return jnp.log(2.0) + log_sigmoid(log_ratio)
+        case "alpha":
+            α = config.resolved("divergence_alpha")
+            return -_expm1(-α * log_ratio) / α
+        case _:
+            return log_ratio
 
 
 def nll_loss(
@@ -137,9 +178,9 @@ def preference_loss(
     else:
         Rc, Rr = array(reference_chosen), array(reference_rejected)
 
-    β, ε = config.beta, config.resolved("label_smoothing")
+    β, ε = config.resolved("beta"), config.resolved("label_smoothing")
     u, v = Lc - Rc, Lr - Rr
-    D = u - v
+    D = divergence_slope(u, config) - divergence_slope(v, config)
     match config.loss:
         case "sigmoid":
             loss = -(1 - ε) * log_sigmoid(β * D) - ε * log_sigmoid(-β * D)
@@ -175,6 +216,21 @@ def preference_loss(
         case "dpop":
             λ = config.resolved("dpop_lambda")
             loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
+        case "exo_pair":
+            right, wrong = log_sigmoid(β * D), log_sigmoid(-β * D)
+            loss = sigmoid(β * D) * (right - jnp.log1p(-ε)) + sigmoid(-β * D) * (wrong - jnp.log(ε))
+        case "nca_pair":
+            loss = -log_sigmoid(β * u) - 0.5 * log_sigmoid(-β * u) - 0.5 * log_sigmoid(-β * v)
+        case "sppo_hard":
+            loss = jnp.square(u - 1 / (2 * β)) + jnp.square(v + 1 / (2 * β))
+        case "apo_zero":
+            loss = sigmoid(-β * u) + sigmoid(β * v)
+        case "apo_down":
+            loss = sigmoid(β * u) + sigmoid(-β * D)
+        case "discopop":
+            x = β * D / config.resolved("discopop_tau")
+            # m e^(−βD) in one exponent: by itself e^(−βD) overflows where m is 0.
+            loss = -sigmoid(-x) * log_sigmoid(β * D) + jnp.exp(log_sigmoid(x) - β * D)
     if config.nll_coefficient > 0:
         loss += config.nll_coefficient * nll_loss(
             nll,
@@ -191,8 +247,8 @@ def implicit_rewards(
 ) -> jax.Array:
     """What the policy's log-probabilities say of each response, in units of reward; shaped like `policy`.
 
-    β (L − R), never smoothed. Without a reference, β L / n: what SimPO and ORPO compare (SimPO, Eq. 4).
+    β (L − R), never smoothed, whatever `config.divergence` (f' is increasing, so it prefers the same response).
+    Without a reference, β L / n: what SimPO and ORPO compare (SimPO, Eq. 4).
     """
-    if reference is None:
-        return config.beta * per_token(policy, lengths)
-    return config.beta * (policy - reference)
+    β = config.resolved("beta")
+    return β * (per_token(policy, lengths) if reference is None else policy - reference)

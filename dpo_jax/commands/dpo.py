@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import dpo
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.config import DPORun
+from dpo_jax.config import BETAS, DPORun
 from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
 from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
 from dpo_jax.data.sets.loader import eval_batches
@@ -50,6 +50,10 @@ def train(config: DPORun) -> Path:
     data, heldout = _load_data(config, tokenizer, vocabulary)
     planned = training.preferences(data, heldout, architecture)
     step_config = training.config.step_config()
+
+    if config.dpo.beta is None and config.dpo.loss in BETAS:
+        β, source = BETAS[config.dpo.loss]
+        training.say(f"--dpo.beta {β:g}, since none is given: {config.dpo.loss}'s own ({source})")
 
     # -------------------------------------------------------------- weights and the reference policy
     model, variables = training.load_model()

@@ -18,7 +18,7 @@ from dpo_jax.config.commands import (
     LogpsRun,
     ScoreRun,
 )
-from dpo_jax.config.dpo import DPOConfig, DPOLossConfig, DPORun, Loss, Ties
+from dpo_jax.config.dpo import BETAS, DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
@@ -56,6 +56,7 @@ from dpo_jax.config.vocabulary import ExtendVocabRun
 from dpo_jax.config.win_rate import WinRateRun
 
 __all__ = [
+    "BETAS",
     "FRONTIER_SIZES",
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",

@@ -1,5 +1,7 @@
 """The preference losses: check values, limits, identities, and finite gradients at extreme inputs."""
 
+from typing import Any, get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from absl.testing import parameterized
 
 from dpo_jax.align import dpo
 from dpo_jax.align.losses import implicit_rewards, log_odds
-from dpo_jax.config import DPOLossConfig
+from dpo_jax.config import BETAS, DPOLossConfig, Loss
 from dpo_jax.errors import InputError
 
 # Three pairs; D = [2, -2, 0].
@@ -18,7 +20,13 @@ RC, RR = [-13.0, -19.0, -8.0], [-14.0, -19.0, -9.0]
 NC, NR = [4, 7, 3], [6, 5, 3]
 
 LOG2 = 0.6931471806
-EVERY_LOSS = ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "simpo", "orpo", "kto", "dpop")
+EVERY_LOSS = get_args(Loss)
+MARGIN = ("sigmoid", "robust", "hinge", "exo_pair", "discopop")
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "forward_kl": {"divergence": "forward_kl"},
+    "js": {"divergence": "js"},
+    "alpha": {"divergence": "alpha", "divergence_alpha": 0.5},
+}
 
 
 def loss(config, lc=LC, lr=LR, rc=RC, rr=RR, nc=NC, nr=NR, **kwargs):
@@ -49,6 +57,18 @@ class CheckValues(chex.TestCase):
         ("orpo", {"loss": "orpo"}, [3.0995742553, 2.8950567431, 2.7198281943]),
         # By hand, both halves / 2: [s(-.1) + s(-.1), s(.1) + s(.1), 1] / 2.
         ("kto", {"loss": "kto"}, [0.4750208125, 0.5249791875, 0.5]),
+        ("exo_pair", {"loss": "exo_pair"}, [2.4220146207, 3.1103970188, 2.7612307091]),
+        ("nca_pair_at_dpo_s_beta", {"loss": "nca_pair", "beta": 0.1}, [1.3387933201, 1.4387933201, 1.3862943611]),
+        ("nca_pair", {"loss": "nca_pair"}, [1.3813193610, 1.3913193610, 1.3862943611]),
+        ("sppo_hard_at_dpo_s_beta", {"loss": "sppo_hard", "beta": 0.1}, [32.0, 72.0, 50.0]),
+        ("sppo_hard", {"loss": "sppo_hard"}, [498002.0, 502002.0, 500000.0]),
+        ("apo_zero", {"loss": "apo_zero"}, [0.9500416250, 1.0499583750, 1.0]),
+        ("apo_down", {"loss": "apo_down"}, [0.9751451902, 1.0248548098, 1.0]),
+        ("discopop_at_dpo_s_beta", {"loss": "discopop", "beta": 0.1}, [0.8147631411, 0.8057517826, 0.8465735903]),
+        ("discopop", {"loss": "discopop"}, [0.8737921187, 0.7874020058, 0.8465735903]),
+        ("forward_kl", {"divergence": "forward_kl"}, [0.5825167135, 0.8175569522, LOG2]),
+        ("js", {"divergence": "js"}, [0.6443966601, 0.7443966601, LOG2]),
+        ("alpha", {"divergence": "alpha"}, [0.5943491230, 0.8027872452, LOG2]),
     )
     def test_table(self, options, expected):
         config = DPOLossConfig(**options)
@@ -76,6 +96,105 @@ def test_orpo_and_simpo_table_entries_follow_from_the_formula():
     np.testing.assert_allclose(loss(DPOLossConfig(loss="orpo")), reference_orpo(LC, LR, NC, NR), rtol=1e-6)
     x = 2 * (np.divide(LC, NC) - np.divide(LR, NR)) - 0.5
     np.testing.assert_allclose(loss(DPOLossConfig(loss="simpo", beta=2.0)), np.log1p(np.exp(-x)), rtol=1e-6)
+
+
+def by_numpy(name: str, u, v, b: float, slope=lambda x: x):
+    """The equations of the papers as they stand, in float64; `slope` is f' of the log ratio."""
+    s = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    d = slope(u) - slope(v)
+    p, e, m = s(b * d), 1e-3, s(b * d / 0.05)
+    return {
+        "sigmoid": lambda: -np.log(p),
+        "robust": lambda: -np.log(p),
+        "hinge": lambda: np.maximum(0, 1 - b * d),
+        "exo_pair": lambda: p * np.log(p / (1 - e)) + (1 - p) * np.log((1 - p) / e),
+        "nca_pair": lambda: -np.log(s(b * u)) - np.log(s(-b * u)) / 2 - np.log(s(-b * v)) / 2,
+        "sppo_hard": lambda: (u - 0.5 / b) ** 2 + (v + 0.5 / b) ** 2,
+        "apo_zero": lambda: (1 - s(b * u)) + s(b * v),
+        "apo_down": lambda: s(b * u) + (1 - s(b * d)),
+        "discopop": lambda: (1 - m) * -np.log(p) + m * np.exp(-b * d),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", [*MARGIN, "nca_pair", "sppo_hard", "apo_zero", "apo_down"])
+@pytest.mark.parametrize("beta", [None, 0.1, 0.7])
+def test_losses_are_their_papers_equations(name, beta):
+    rng = np.random.default_rng(4)
+    lc, lr, rc, rr = rng.normal(-20, 3, (4, 16))
+    b = beta or BETAS.get(name, (0.1, ""))[0]
+    config = DPOLossConfig(loss=name, beta=beta)
+    assert config.resolved("beta") == b
+    values = loss(config, lc, lr, rc, rr, nc=[3] * 16, nr=[5] * 16)
+    np.testing.assert_allclose(values, by_numpy(name, lc - rc, lr - rr, b), rtol=2e-5, atol=1e-6)
+
+
+SLOPES = {
+    "forward_kl": lambda x: -1 / np.exp(x),
+    "js": lambda x: np.log(2 * np.exp(x) / (1 + np.exp(x))),
+    "alpha": lambda x: (1 - np.exp(x) ** -0.5) / 0.5,
+}
+
+
+@pytest.mark.parametrize("name", MARGIN)
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_divergences_are_those_of_f_dpo(name, divergence):
+    """Table 1 of the paper; exp of the log ratio, as it is written there."""
+    rng = np.random.default_rng(4)
+    lc, lr, rc, rr = rng.normal(-20, 1, (4, 16))
+    values = loss(
+        DPOLossConfig(loss=name, beta=0.1, **DIVERGENCES[divergence]), lc, lr, rc, rr, nc=[3] * 16, nr=[5] * 16
+    )
+    np.testing.assert_allclose(values, by_numpy(name, lc - rc, lr - rr, 0.1, SLOPES[divergence]), rtol=1e-4, atol=1e-6)
+
+
+def test_alpha_lies_between_the_two_kl_divergences():
+    for alpha, limit in ((1e-4, "reverse_kl"), (0.9999, "forward_kl")):
+        near = loss(DPOLossConfig(divergence="alpha", divergence_alpha=alpha))
+        np.testing.assert_allclose(near, loss(DPOLossConfig(divergence=limit)), rtol=2e-4)
+
+
+def test_swapping_the_pair_in_losses_of_each_response():
+    """apo_zero: both ways sum to 2. sppo_hard: they differ by 2 D / beta, nca_pair by log s(beta u) - log s(beta v)."""
+    swapped = (LR, LC, RR, RC, NR, NC)
+    d = np.asarray([2.0, -2.0, 0.0])
+    apo, sppo, nca = (DPOLossConfig(loss=name, beta=0.1) for name in ("apo_zero", "sppo_hard", "nca_pair"))
+    np.testing.assert_allclose(loss(apo) + loss(apo, *swapped), 2, rtol=1e-6)
+    np.testing.assert_allclose(loss(sppo, *swapped) - loss(sppo), 2 * d / 0.1, rtol=1e-5)
+    u, v = np.subtract(LC, RC), np.subtract(LR, RR)
+    log_s = lambda x: -np.log1p(np.exp(-0.1 * x))  # noqa: E731
+    np.testing.assert_allclose(loss(nca, *swapped) - loss(nca), log_s(u) - log_s(v), atol=1e-6)
+
+
+def test_at_the_reference_the_gradient_pulls_the_two_apart():
+    """The slopes at u = v = 0: nca_pair and apo_zero -b/4 and b/4; sppo_hard -1/b and 1/b; apo_down 0 and b/4."""
+    at = {"nca_pair": (-0.025, 0.025), "sppo_hard": (-10, 10), "apo_zero": (-0.025, 0.025), "apo_down": (0, 0.025)}
+    for name, slopes in at.items():
+        config = DPOLossConfig(loss=name, beta=0.1)
+        grads = jax.grad(lambda lc, lr, c=config: jnp.sum(loss(c, lc, lr, LC, LR)), argnums=(0, 1))(
+            jnp.asarray(LC), jnp.asarray(LR)
+        )
+        for grad, slope in zip(grads, slopes, strict=True):
+            np.testing.assert_allclose(grad, slope, rtol=1e-5, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "apo_zero", "divergence": "js"}, "divergence has no effect with --dpo.loss apo_zero"),
+        ({"loss": "ipo", "divergence": "alpha"}, "divergence has no effect with --dpo.loss ipo"),
+        ({"divergence_alpha": 0.3}, "divergence_alpha has no effect with --dpo.divergence reverse_kl"),
+        ({"divergence": "alpha", "divergence_alpha": 1.0}, "must lie between 0"),
+        ({"discopop_tau": 0.1}, "discopop_tau has no effect with --dpo.loss sigmoid"),
+        ({"loss": "discopop", "discopop_tau": 2.0}, r"must lie in \(0, 1\]"),
+        ({"loss": "exo_pair", "label_smoothing": 0.0}, "takes its logarithm"),
+        ({"loss": "nca_pair", "label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ({"beta": 0.0}, "beta must be positive"),
+    ],
+)
+def test_options_without_effect_or_sense_are_refused(options, message):
+    with pytest.raises(InputError, match=message) as error:
+        DPOLossConfig(**options)
+    assert "\n" not in str(error.value)
 
 
 def test_plain_lists_are_accepted():
@@ -150,18 +269,25 @@ EXTREMES = [-1e6, -1e4, -100.0, -1.0, -1e-8, -1e-30, 0.0]
 
 
 class Extremes(chex.TestCase):
+    def test_divergences_stay_finite(self):
+        for name in MARGIN:
+            for options in DIVERGENCES.values():
+                self.check(DPOLossConfig(loss=name, **options))
+
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(name=EVERY_LOSS, nll=(0.0, 0.5))
     def test_values_and_gradients_stay_finite(self, name, nll):
+        self.check(DPOLossConfig(loss=name, nll_coefficient=nll), self.variant)
+
+    def check(self, config, variant=jax.jit):
         grid = np.stack(np.meshgrid(EXTREMES, EXTREMES, EXTREMES[1::2], EXTREMES[1::2])).reshape(4, -1)
         lengths = jnp.tile(jnp.asarray([1, 7, 1000]), grid.shape[1] // 3 + 1)[: grid.shape[1]]
-        config = DPOLossConfig(loss=name, nll_coefficient=nll)
 
         def total(x):
             values = loss(config, *x, lengths, lengths[::-1], kl=0.3)
             return jnp.sum(values), values
 
-        grads, values = self.variant(jax.grad(total, has_aux=True))(jnp.asarray(grid, jnp.float32))
+        grads, values = variant(jax.grad(total, has_aux=True))(jnp.asarray(grid, jnp.float32))
         chex.assert_tree_all_finite((grads, values))
 
 
