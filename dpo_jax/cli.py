@@ -33,6 +33,7 @@ _CONFIG = {PLAN: " CONFIG.py"}  # where it must be given
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))
+_BESIDE = {"warmup_ratio": ("warmup_min",)}  # what goes with one that is replaced
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,7 +250,8 @@ def _give_way(default: Any, given: set[str], prefix: str = "") -> Any:
     for section, *pair in _EXCLUSIVE:
         for name, other in (pair, pair[::-1]):
             if f"{prefix}{section}.{name}" in given and f"{prefix}{section}.{other}" not in given:
-                part = dataclasses.replace(getattr(default, section), **{other: None})
+                gone = dict.fromkeys((other, *_BESIDE.get(other, ())))
+                part = dataclasses.replace(getattr(default, section), **gone)
                 default = dataclasses.replace(default, **{section: part})
     for field in dataclasses.fields(default):
         if hasattr(getattr(default, field.name), "train"):  # the run of a recipe's stage

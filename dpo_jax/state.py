@@ -145,10 +145,11 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     warmup = config.warmup_steps or 0
     if config.warmup_ratio is not None:
         assert total is not None
-        warmup = int(config.warmup_ratio * total)
+        warmup = max(int(config.warmup_ratio * total), config.resolved("warmup_min"))
     peak, floor = config.learning_rate, config.resolved("floor")
     if total is not None and warmup >= total:
-        raise InputError(f"warm-up of {warmup} steps does not fit into {total} steps; lower --optimizer.warmup_steps")
+        lower = "warmup_steps" if config.warmup_min is None else "warmup_min"
+        raise InputError(f"warm-up of {warmup} steps does not fit into {total} steps; lower --optimizer.{lower}")
 
     def schedule(step: Any) -> jax.Array:
         t = jnp.asarray(step, jnp.float32)

@@ -55,6 +55,8 @@ class OptimizerConfig(Options):
     """Linear warm-up: step t (from 0) uses peak x (t + 1) / (warmup_steps + 1)."""
     warmup_ratio: float | None = None
     """Warm-up as a share of all steps, in place of `warmup_steps`."""
+    warmup_min: int | None = not_given(0, needs="warmup_ratio")
+    """Least steps of that share (Llama 2's reward models: 3 %, and at least 5)."""
     floor: float | None = not_given(0.0, schedule=("linear", "cosine"))
     """Final learning rate as a share of the peak (0.1 for Llama 2)."""
     b1: float | None = not_given(0.9, name=("adamw",))
@@ -81,6 +83,7 @@ class OptimizerConfig(Options):
         )
         require(self.warmup_steps is None or self.warmup_steps >= 0, "--optimizer.warmup_steps must not be negative")
         require(self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "--optimizer.warmup_ratio must lie in [0, 1)")
+        self.at_least("--optimizer.", warmup_min=1)
         require(self.floor is None or 0 <= self.floor <= 1, "--optimizer.floor is a share of the peak: in [0, 1]")
         require(self.clip_norm is None or self.clip_norm > 0, "--optimizer.clip_norm must be positive, or None")
 

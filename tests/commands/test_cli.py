@@ -218,6 +218,10 @@ def test_steps_on_the_command_line_replace_a_recipes_epochs() -> None:
     assert (run.train.steps, run.train.epochs) == (5, None)
     run = cli.parse("dpo", [str(ROOT / "configs" / "zephyr_ddpo.py"), *GIVEN, "--optimizer.warmup_steps", "5"])
     assert (run.optimizer.warmup_steps, run.optimizer.warmup_ratio) == (5, None)
+    path = str(ROOT / "configs" / "llama2_rm_helpful.py")
+    assert cli.parse("reward", [path, *GIVEN]).optimizer.warmup_min == 5
+    run = cli.parse("reward", [path, *GIVEN, "--optimizer.warmup_steps", "9"])
+    assert (run.optimizer.warmup_steps, run.optimizer.warmup_min) == (9, None)
 
 
 def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

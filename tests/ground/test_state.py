@@ -136,6 +136,17 @@ def test_warmup_is_the_dpo_authors():
     np.testing.assert_allclose(rates(6, warmup_steps=3), [0.5, 1.0, 1.5, 2.0, 2.0, 2.0], rtol=1e-6)
 
 
+def test_a_least_warmup_beside_a_share():
+    """Llama 2's reward models: 3 % of 100 steps are 3, and at least 5 are taken; of 400 they are 12."""
+    ratio = {"warmup_ratio": 0.03, "warmup_min": 5}
+    np.testing.assert_allclose(rates(7, total_steps=100, **ratio), np.minimum(np.arange(1, 8) / 6, 1) * 2, rtol=1e-6)
+    np.testing.assert_allclose(rates(2, total_steps=400, **ratio), [2 / 13, 4 / 13], rtol=1e-6)
+    with pytest.raises(InputError, match=r"lower --optimizer\.warmup_min"):
+        rates(1, total_steps=5, **ratio)
+    with pytest.raises(InputError, match=r"--optimizer\.warmup_min has no effect without --optimizer\.warmup_ratio"):
+        OptimizerConfig(warmup_min=5)
+
+
 def test_linear_with_warmup_and_floor():
     got = rates(9, schedule="linear", warmup_ratio=0.25, total_steps=8, floor=0.5)
     fall = 2 * (1 - 0.5 * np.arange(7) / 6)
