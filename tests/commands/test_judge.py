@@ -155,7 +155,8 @@ def test_published_prompts_are_read_unchanged(tmp_path) -> None:
         more = ("--prompts", str(source / "fastchat_judge_prompts.jsonl"), "--prompt_name")
         assert judge(data, tmp_path / "o.jsonl", server.url, *more, "pair-v2") == 0
         assert judge(data, tmp_path / "p.jsonl", server.url, *more, "pair-math-v1") == 2  # no reference in the row
-    assert "[The Start of Assistant A's Answer]\n*** 0\n[The End of Assistant A's Answer]" in seen[0][1]["content"]
+    first = "[The Start of Assistant A's Answer]\n*** 0\n[The End of Assistant A's Answer]"
+    assert sum(first in messages[1]["content"] for messages in seen) == 1, "in one of two orders, which come at once"
     assert seen[0][0]["content"].startswith("Please act as an impartial judge")
 
 
