@@ -88,6 +88,7 @@ def judge(run: JudgeRun) -> Path:
     settings = {
         "prompt": None if prompt is None else prompt.version,
         "judge": function.identity if function is not None else [run.endpoint.url, run.endpoint.model, run.model],
+        "weights": [asker.weights, run.dtype] if isinstance(asker, LocalModel) else None,
         "sample": asdict(run.sample),
         "endpoint": [run.endpoint.temperature, run.endpoint.top_p, run.endpoint.max_tokens],
         "criteria": run.criteria,

@@ -69,7 +69,6 @@ class _Reply:
             "tokens": [s["token"] for s in spelled],
             "token_logprobs": [s["logprob"] for s in spelled],
             "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(s["top_logprobs"])} for s in spelled],
-            "text_offset": [],
         }
 
     def _spelled(self, token: Token) -> dict[str, Any]:

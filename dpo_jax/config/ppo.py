@@ -1,4 +1,7 @@
-"""Options of `dpo-jax ppo`: of the PPO step and its critic-free relatives, and of the run around it."""
+"""Options of `dpo-jax ppo`: of the PPO step and its critic-free relatives, and of the run around it.
+
+(One file, though long: which of these options go together is decided over all of them.)
+"""
 
 from dataclasses import dataclass, field
 from functools import partial

@@ -7,6 +7,8 @@ Token t of a row is drawn with fold_in(row key, t) and nothing else, so its text
 on padding nor on its place in the batch.
 
 B rows, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a prompt.
+
+(One file, though long: every move reads and writes all fields of the state.)
 """
 
 from collections.abc import Sequence
