@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.complete.asking import Asker
+from dpo_jax.complete.chat_client import ChatClient
+from dpo_jax.complete.local_model import LocalModel
+from dpo_jax.complete.reply_cache import ReplyCache, key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.sets.comparison_sets import parse_responses
@@ -22,15 +26,12 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.judge.chat_client import ChatClient
 from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.judge_prompts import JudgePrompt
 from dpo_jax.judge.judge_reward import prompt_of
-from dpo_jax.judge.judging import Asker, Item, Judgement, contestants, family, one_score, side_of
+from dpo_jax.judge.judging import Item, Judgement, contestants, family, one_score, side_of
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.local_model import LocalModel
-from dpo_jax.judge.reply_cache import ReplyCache, key_of
 from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of
 from dpo_jax.mesh import make_mesh
 

@@ -6,18 +6,18 @@ from typing import Any
 
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.judge import warn_of_family
+from dpo_jax.complete.asking import Asker
+from dpo_jax.complete.chat_client import ChatClient
+from dpo_jax.complete.local_model import LocalModel
+from dpo_jax.complete.reply_cache import ReplyCache, key_of
 from dpo_jax.config import MTBenchJudgeRun
 from dpo_jax.data.sources.model_answers import check_complete, read_answers
 from dpo_jax.data.sources.questions import read_questions
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import RowsFile
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.judge.chat_client import ChatClient
-from dpo_jax.judge.judging import Asker
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.local_model import LocalModel
 from dpo_jax.judge.mt_bench import Prompts, matches, requests, rows
-from dpo_jax.judge.reply_cache import ReplyCache, key_of
 from dpo_jax.mesh import make_mesh
 
 _AT_ONCE = 256  # matches between two writes of the file

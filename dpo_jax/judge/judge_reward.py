@@ -22,14 +22,15 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
+from dpo_jax.complete.asking import Asker
+from dpo_jax.complete.chat_client import ChatClient
+from dpo_jax.complete.local_model import LocalModel
+from dpo_jax.complete.reply_cache import ReplyCache, key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.chat_client import ChatClient
 from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
-from dpo_jax.judge.judging import Asker, Item, judge
-from dpo_jax.judge.local_model import LocalModel
-from dpo_jax.judge.reply_cache import ReplyCache, key_of
+from dpo_jax.judge.judging import Item, judge
 from dpo_jax.weights.opened import open_checkpoint
 
 log = logging.getLogger(__name__)

@@ -18,14 +18,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+from dpo_jax.complete.asking import Asker
+from dpo_jax.complete.chat_client import Question
+from dpo_jax.complete.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError
 from dpo_jax.judge import verdicts
-from dpo_jax.judge.chat_client import Question
 from dpo_jax.judge.judge_prompts import JudgePrompt
-from dpo_jax.judge.reply_cache import Reply
 
 LEAST_MASS = 0.1
 FIRST_TOKENS = 20
@@ -34,12 +35,6 @@ AGAIN = 1
 """Seed of the second question, added to that of the first."""
 ONE_SCORE = 0.95
 """A judge that gives this share of its scores the same value is warned about."""
-
-
-class Asker(Protocol):
-    """Whoever answers questions: `ChatClient`, or `LocalModel`."""
-
-    def ask(self, questions: Sequence[Question], done: Callable[[int], None] = ...) -> list[Reply]: ...
 
 
 class Item(NamedTuple):

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from dpo_jax.complete.chat_client import Question
+from dpo_jax.complete.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sources.model_answers import Answers
 from dpo_jax.data.sources.questions import Question as Asked
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
-from dpo_jax.judge.chat_client import Question
 from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompts
 from dpo_jax.judge.judging import read
-from dpo_jax.judge.reply_cache import Reply
 
 WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that are judged beside a reference answer (FastChat's NEED_REF_CATS)."""

@@ -23,13 +23,13 @@ import httpx
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.complete.http import RETRIED, checked_url, retry_after
 from dpo_jax.config import JudgeRun, PPORun, RejectionRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.judge.http import RETRIED, checked_url, retry_after
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_model import RewardModel, check_score

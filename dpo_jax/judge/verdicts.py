@@ -23,6 +23,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from dpo_jax.complete.asking import without_reasoning
+
 Side = Literal["A", "B", "tie"]
 
 _NUMBER = r"\d{1,3}(?:\.\d+)?"
@@ -94,9 +96,7 @@ class Rating(NamedTuple):
 
 def plain(reply: str) -> str:
     """`reply` as it is read: see the module."""
-    reply = re.sub(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", "", reply, flags=re.DOTALL | re.IGNORECASE)
-    if "</think>" in reply:  # templates that open the reasoning themselves leave its end only
-        reply = reply.rpartition("</think>")[2]
+    reply = without_reasoning(reply)
     # NFKC would make 8½ an 81/2 and 8² an 82.
     odd = ("<fraction>", "<super>", "<sub>")
     text = "".join("\ufffd" if unicodedata.decomposition(c).startswith(odd) else c for c in reply)

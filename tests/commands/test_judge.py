@@ -14,12 +14,12 @@ import tiny
 
 from dpo_jax import mesh
 from dpo_jax.cli import main
+from dpo_jax.complete.chat_client import Question
+from dpo_jax.complete.local_model import LocalModel
+from dpo_jax.complete.reply_cache import ReplyCache
 from dpo_jax.config import SampleConfig
 from dpo_jax.judge import judge_agreement as figures
-from dpo_jax.judge.chat_client import Question
 from dpo_jax.judge.judging import expected_score, family, one_score
-from dpo_jax.judge.local_model import LocalModel
-from dpo_jax.judge.reply_cache import ReplyCache
 from dpo_jax.weights.pretrained import load_pretrained
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

@@ -70,7 +70,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "sklearn": {"report"},
     "vaderSentiment": {"judge"},
-    "httpx": {"judge"},
+    "httpx": {"complete", "judge"},
     "yaml": {"judge"},
     "tyro": {"cli"},
 }

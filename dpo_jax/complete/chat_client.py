@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 
+from dpo_jax.complete.http import RETRIED, backoff, checked_url, retry_after
+from dpo_jax.complete.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.errors import InputError
-from dpo_jax.judge.http import RETRIED, backoff, checked_url, retry_after
-from dpo_jax.judge.reply_cache import Reply, ReplyCache, key_of
 
 FIRST_WAIT = 1.0
 """Seconds before the second attempt, about; doubled from one to the next."""

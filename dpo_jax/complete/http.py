@@ -1,4 +1,4 @@
-"""What every judge behind a URL needs: the URL checked, which answers are asked for again, and when."""
+"""What everything behind a URL needs: the URL checked, which answers are asked for again, and when."""
 
 import datetime
 import email.utils

@@ -1,4 +1,4 @@
-"""A model of this machine that answers a judge's questions: by writing, or by the probabilities of its first token."""
+"""A model of this machine that answers questions: by writing, or by the probabilities of its first token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
+from dpo_jax.complete.chat_client import Question
+from dpo_jax.complete.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
-from dpo_jax.judge.chat_client import Question
-from dpo_jax.judge.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.sample import Request, check_context
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
@@ -107,7 +107,7 @@ class LocalModel:
         try:
             check_context(self._architecture, len(ids), new)
         except InputError as problem:
-            raise InputError(f"a judge's question: {problem}") from problem
+            raise InputError(f"a question: {problem}") from problem
         return ids
 
     def _write(self, ids: Sequence[Sequence[int]], keys: Sequence[str], seed: int, keep: Callable[..., None]) -> None:

@@ -7,11 +7,11 @@ import chat_server
 import httpx
 import pytest
 
+from dpo_jax.complete.chat_client import BudgetReached, ChatClient, Question
+from dpo_jax.complete.http import retry_after
+from dpo_jax.complete.reply_cache import ReplyCache
 from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.errors import InputError
-from dpo_jax.judge.chat_client import BudgetReached, ChatClient, Question
-from dpo_jax.judge.http import retry_after
-from dpo_jax.judge.reply_cache import ReplyCache
 
 
 def question(text, **more) -> Question:
