@@ -21,8 +21,8 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Proposal
-from dpo_jax.model.logprobs import by_chunks, chunk_length, logits_of
-from dpo_jax.model.products import read, rounded, take
+from dpo_jax.model.logprobs import Output, by_chunks, chunk_length, logits_of
+from dpo_jax.model.products import Capped, capped, read, rounded, take
 
 
 @struct.dataclass
@@ -55,7 +55,7 @@ def draw(key: jax.Array, vocab: int, k: int, proposal: Proposal) -> Negatives:
 
 
 def sampled_logps(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, negatives: Negatives, *, budget_bytes: int
+    hidden: jax.Array, unembedding: Output, targets: jax.Array, negatives: Negatives, *, budget_bytes: int
 ) -> jax.Array:
     """Estimated log-probability of each target token, z_y - log Ẑ.
 
@@ -70,10 +70,14 @@ def sampled_logps(
       float32 [N, R], in nats.
     """
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
-    head = rounded(unembedding, hidden.dtype)
+    cap = unembedding.cap if isinstance(unembedding, Capped) else None
+    head = rounded(unembedding.matrix if isinstance(unembedding, Capped) else unembedding, hidden.dtype)
     sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
     own = read(take(jax.tree.map(jnp.transpose, head), targets, axis=0))
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
+
+    if cap is not None:
+        z_target, sample = capped(z_target, cap), Capped(sample, cap)
 
     def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:
         z = logits_of(h, sample) - negatives.log_expected

@@ -45,6 +45,7 @@ from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import gatt as gatt_report
+from dpo_jax.sample.decode import limits
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
@@ -163,9 +164,7 @@ class _Gatt:
 
 def _check_lengths(run: GattRun, plan: Plan, encoder: ConversationEncoder, architecture: LlamaConfig) -> None:
     """Raise `InputError` where a dialogue may grow beyond the model's context, or beyond what is trained of it."""
-    new, context = run.sample.max_new_tokens, architecture.max_position
-    if architecture.sliding_window is not None:
-        context = min(context, architecture.sliding_window)
+    new, context = run.sample.max_new_tokens, min(limits(architecture).values())
     of_model = "the model's context"
     if plan.training:
         room, limit = context, of_model

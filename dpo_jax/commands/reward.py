@@ -12,6 +12,7 @@ from dpo_jax.data.sets.comparison_sets import join, load_comparisons, mix, split
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.model.families import check_scores
 from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
@@ -36,6 +37,7 @@ def train(config: RewardRun) -> Path:
 
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
+    check_scores(architecture.model_type, config.model)
     config = training.config
     padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
     data, heldout = _data(config, tokenizer, architecture.vocab_size)

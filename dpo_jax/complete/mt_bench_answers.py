@@ -19,6 +19,7 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.sample.decode import limits
 
 
 def dialogue(turns: Sequence[str], answers: Sequence[str]) -> list[Message]:
@@ -33,9 +34,9 @@ def check_room(
     encoder: ConversationEncoder, questions: Mapping[int, Question], architecture: LlamaConfig, new: int, source: str
 ) -> None:
     """Raise `InputError` for a question that, with answers of `new` tokens, may exceed what the model was made for."""
-    limits = [x for x in (architecture.max_position, architecture.sliding_window) if x is not None]
-    for question in questions.values() if limits else ():
-        turns, limit = len(question.turns), min(limits)
+    limit = min(limits(architecture).values())
+    for question in questions.values():
+        turns = len(question.turns)
         asked = len(encoder.prompt_ids(dialogue(question.turns, ["a"] * (turns - 1))))
         if asked + turns * new <= limit:
             continue

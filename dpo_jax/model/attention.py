@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
+from dpo_jax.model.products import capped
 
 logger = logging.getLogger("dpo_jax")
 
@@ -39,6 +40,8 @@ class AttentionMask:
       positions: int32 [B, T]  the cached form: keys and values are [B, G, S, C], the slots of a cache, and a query at
                                position p sees slots 0..p.
       packed:    static; False promises that the segments of a row (with a prefix: of each block) are 1 ... 1 0 ... 0.
+      window:    static; a token sees itself and the window - 1 positions before it. None: all before it.
+      at:        int32 [B, T]  where each token stands in its sequence; given with a window.
       prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
                                K response blocks of R. A response sees the prompt and itself, never another response.
     """
@@ -47,6 +50,8 @@ class AttentionMask:
     positions: jax.Array | None = None
     prefix: Prefix | None = struct.field(pytree_node=False, default=None)
     packed: bool = struct.field(pytree_node=False, default=True)
+    window: int | None = struct.field(pytree_node=False, default=None)
+    at: jax.Array | None = None
 
 
 def attend(
@@ -57,6 +62,8 @@ def attend(
     mask: AttentionMask,
     kernel: str,
     scale: float | None = None,
+    cap: float | None = None,
+    windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Attention with one of the kernels that `choose_kernel` names.
 
@@ -65,6 +72,8 @@ def attend(
       mask: who sees whom.
       kernel: "xla", "cudnn" or "splash".
       scale: factor of the scores; None means 1 / sqrt(C).
+      cap: scores become cap tanh(score / cap) before they are masked; "xla" and "splash".
+      windowed: bool [], whether the window of the mask holds; None: it does, where there is one.
 
     Returns:
       [B, T, H, C], the dtype of q.
@@ -74,19 +83,32 @@ def attend(
         prompt, responses, length = mask.prefix
         if q.shape[1] != prompt + responses * length:
             raise ValueError(f"prefix {mask.prefix} does not describe {q.shape[1]} tokens")
+    if kernel in ("splash", "cudnn") and mask.window is not None and windowed is not None:
+        # These kernels take their window when they are built; which one runs is decided layer by layer.
+        one = partial(attend, kernel=kernel, scale=scale, cap=cap)
+        whole = mask.replace(window=None, at=None)
+        return jax.lax.cond(
+            windowed, lambda q, k, v: one(q, k, v, mask=mask), lambda q, k, v: one(q, k, v, mask=whole), q, k, v
+        )
     if kernel == "splash":
-        return _splash(q, k, v, mask, scale)
+        return _splash(q, k, v, mask, scale, cap)
     if kernel == "cudnn":
+        if cap is not None:
+            raise ValueError("cuDNN's attention does not cap scores")
         return _cudnn(q, k, v, mask, scale)
     if kernel != "xla":
         raise ValueError(f"unknown attention kernel {kernel!r}")
     slots = 1 if mask.positions is None else 2  # the axis of S
     q = q.reshape(*q.shape[:2], k.shape[3 - slots], -1, q.shape[3])  # [B, T, G, M, C]
     if mask.prefix is not None:
-        out = _xla_prefix(q, k, v, mask, scale)
+        out = _xla_prefix(q, k, v, mask, scale, cap, windowed)
     else:
         keys = "bsgc" if slots == 1 else "bgsc"
-        out = _xla(q, k, v, _visible(mask, q.shape[1], k.shape[slots]), scale, keys)
+        visible = _visible(mask, q.shape[1], k.shape[slots])
+        if mask.window is not None:
+            at = jnp.arange(k.shape[slots])[None] if slots == 2 else mask.at
+            visible = visible & _near(mask.at, at, mask.window, windowed)
+        out = _xla(q, k, v, visible, scale, keys, cap)
     return out.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
@@ -95,8 +117,16 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _scores(spec: str, q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-    return scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+def _scores(spec: str, q: jax.Array, k: jax.Array, scale: float, cap: float | None = None) -> jax.Array:
+    scores = scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+    return scores if cap is None else capped(scores, cap)
+
+
+def _near(t: Any, s: Any, window: int | None, windowed: jax.Array | None) -> jax.Array:
+    """bool [..., T, S]: whether keys at positions s [..., S] are in the window of queries at t [..., T]."""
+    assert window is not None
+    near = t[..., :, None] - s[..., None, :] < window
+    return near if windowed is None else near | ~windowed
 
 
 def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
@@ -114,30 +144,54 @@ def _visible(mask: AttentionMask, T: int, S: int) -> jax.Array:
     return causal & (mask.segments[:, :, None] == mask.segments[:, None, :])
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, keys: str = "bsgc") -> jax.Array:
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    keys: str = "bsgc",
+    cap: float | None = None,
+) -> jax.Array:
     """q [B, T, G, M, C], k and v [B, S, G, C] (or as `keys` says), visible [B or 1, T, S] -> [B, T, G, M, C]."""
-    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, scale), visible[:, None, None])
+    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, scale, cap), visible[:, None, None])
     return jnp.einsum(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
 
 
-def _xla_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+def _xla_prefix(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask,
+    scale: float,
+    cap: float | None,
+    windowed: jax.Array | None,
+) -> jax.Array:
     """The shared-prefix layout, block by block: P^2 + K R (P + R) scores instead of (P + K R)^2."""
     assert mask.prefix is not None
     P, K, R = mask.prefix
     B = q.shape[0]
 
-    def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def split(x: Any) -> tuple[Any, Any]:
         return x[:, :P], x[:, P:].reshape(B, K, R, *x.shape[2:])
 
     (q_p, q_r), (k_p, k_r), (v_p, v_r) = split(q), split(k), split(v)
     segments = jnp.ones(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments
     s_p, s_r = split(segments)
-    prompt = _xla(q_p, k_p, v_p, _visible(AttentionMask(segments=s_p), P, P), scale)
-
+    near = mask.window is not None
+    at_p, at_r = split(mask.at) if near else (None, None)
+    in_prompt = _visible(AttentionMask(segments=s_p), P, P)
+    if near:
+        in_prompt = in_prompt & _near(at_p, at_p, mask.window, windowed)
+    prompt = _xla(q_p, k_p, v_p, in_prompt, scale, cap=cap)
     own = jnp.tril(jnp.ones((R, R), bool)) & (s_r[..., :, None] == s_r[..., None, :])  # [B, K, R, R]
     shared = s_r[..., None] == s_p[:, None, None]  # [B, K, R, P]
+    if near:
+        own = own & _near(at_r, at_r, mask.window, windowed)
+        shared = shared & _near(at_r, at_p[:, None], mask.window, windowed)
     scores = jnp.concatenate(
-        [_scores("bkrgmc,bpgc->bkgmrp", q_r, k_p, scale), _scores("bkrgmc,bksgc->bkgmrs", q_r, k_r, scale)], axis=-1
+        [_scores("bkrgmc,bpgc->bkgmrp", q_r, k_p, scale, cap), _scores("bkrgmc,bksgc->bkgmrs", q_r, k_r, scale, cap)],
+        axis=-1,
     )
     weights = _softmax(scores, jnp.concatenate([shared, own], axis=-1)[:, :, None, None]).astype(v.dtype)
     responses = jnp.einsum("bkgmrp,bpgc->bkrgmc", weights[..., :P], v_p, precision=_precision(v)) + jnp.einsum(
@@ -159,6 +213,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale:
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
 
@@ -190,9 +245,8 @@ def _row_a_response(
         return jnp.take_along_axis(x, source[..., None, None], axis=1).reshape(B * K, L, *x.shape[2:])
 
     segments = (at < lengths.reshape(B * K, 1)).astype(jnp.int32)
-    out = plain(rows(q), rows(k), rows(v), AttentionMask(segments=segments, packed=False)).reshape(
-        B, K, L, *q.shape[2:]
-    )
+    mask = AttentionMask(segments=segments, packed=False, window=mask.window)
+    out = plain(rows(q), rows(k), rows(v), mask).reshape(B, K, L, *q.shape[2:])
     places = (prompt + jnp.arange(R))[:, None, :, None, None]  # of a response's tokens in its row
     responses = jnp.take_along_axis(out, jnp.broadcast_to(places, (B, K, R, 1, 1)), axis=2)
     return jnp.concatenate([out[:, 0, :P], responses.reshape(B, K * R, *q.shape[2:])], axis=1)
@@ -227,8 +281,13 @@ class _PrefixMask(splash_attention.Mask):
         return (s <= t[:, None]) & ((block_s == 0) | (block_s == block_t[:, None]))
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float, cap: float | None = None
+) -> jax.Array:
     """Splash attention on every device's own rows and heads; off TPUs, in Pallas' interpreter (for tests)."""
+    if mask.prefix is not None and mask.window is not None:
+        # The kernel masks by places in a row, and padding stands between a prompt and its responses.
+        return _row_a_response(q, k, v, mask, partial(_splash, scale=scale, cap=cap))
     T, H = q.shape[1:3]
     length = -(-T // LANES) * LANES
     heads = H // meshes.parts("heads")
@@ -242,13 +301,20 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale
         block_q_dq=block,
         block_kv_dq=block,
     )
-    causal = splash_attention.CausalMask((length, length))
+    causal: Any = splash_attention.CausalMask((length, length))
+    if mask.window is not None:
+        causal = splash_attention.LocalMask((length, length), window_size=(mask.window - 1, 0), offset=0)
     one_head = causal if mask.prefix is None else _PrefixMask(length, mask.prefix)
     static = splash_attention.MultiHeadMask([one_head] * heads)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         kernel: Any = splash_attention.make_splash_mha(
-            static, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+            static,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=cap,
+            interpret=interpret,
         )
         ids = None if segments is None else splash_attention.SegmentIds(q=segments, kv=segments)
         return jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
@@ -274,6 +340,7 @@ def choose_kernel(
     dtype: jnp.dtype,
     head_dim: int,
     length: int,
+    cap: float | None = None,
 ) -> str:
     """The kernel that will run: what was asked for, or under "auto" the best that can run here; logged once.
 
@@ -281,7 +348,7 @@ def choose_kernel(
       requested: "auto", "xla", "cudnn" or "splash".
       platform: "cpu", "gpu" or "tpu": what the step is compiled for (`mesh.platform()`).
       prefix, packed, cached: the layout: shared prefix, several segments in a row, keys from a cache.
-      dtype: of queries and keys; head_dim: C; length: T.
+      dtype: of queries and keys; head_dim: C; length: T; cap: of the scores (`attend`).
 
     Raises:
       InputError: the kernel asked for cannot run, and why.
@@ -295,6 +362,7 @@ def choose_kernel(
         "cudnn": [
             (platform != "gpu", f"it runs on NVIDIA GPUs, and this is compiled for {platform}"),
             (cached, "it does not read from a cache"),
+            (cap is not None, "it does not cap scores, and this model does"),
             (packed, "it cannot mask several segments in one row"),
             (dtype not in (jnp.bfloat16, jnp.float16), f"it computes in bfloat16, and this is {jnp.dtype(dtype)}"),
             (head_dim % 8 != 0 or head_dim > 128, f"heads of {head_dim} channels: it takes multiples of 8 up to 128"),

@@ -1,7 +1,7 @@
 """Llama (Touvron et al. 2023, arXiv 2307.09288; Llama 3, arXiv 2407.21783) as one Flax Linen module.
 
-Whatever `LlamaForCausalLM` and `MistralForCausalLM` checkpoints hold: RMSNorm before each sub-layer, rotary positions
-(half-split, as Hugging Face stores them), grouped-query attention, SwiGLU, tied or untied embeddings, optional biases.
+RMSNorm before each sub-layer, rotary positions (half-split, as Hugging Face stores them), grouped-query attention,
+SwiGLU, tied or untied embeddings, optional biases; and what its neighbours add, each by a field of `LlamaConfig`.
 
     h   = x + Attention(RMSNorm(x))
     out = h + W_down (silu(W_gate n) * W_up n),   n = RMSNorm(h)
@@ -12,6 +12,8 @@ the reference policy under LoRA costs no second copy of the weights.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,53 +24,41 @@ from flax import linen as nn
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
-from dpo_jax.model import attention, narrow
-from dpo_jax.model.architecture import LlamaConfig, RopeScaling
+from dpo_jax.model import attention, narrow, rope
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, Caches, count_slots
-from dpo_jax.model.products import SAVED, matmul, precision, scaled, shifted
+from dpo_jax.model.products import SAVED, Capped, capped, matmul, precision, scaled, shifted
+from dpo_jax.model.rope import Layer, Places, rotate
 
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+}
 _REMAT_POLICIES: dict[Remat, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angular frequency of each rotary pair, float32 [C / 2], radians per position (Su et al. 2021, section 3.2.2).
-
-    Made by NumPy in float32, as other implementations do: at position 10,000 the last bit of a frequency is 6e-4 rad.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    freqs = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
-    if scaling is None:
-        return freqs
-    if scaling.kind == "linear":
-        return freqs / np.float32(scaling.factor)
-    # Llama 3.1: wavelengths beyond original / low are slowed by the factor, those under original / high are kept.
-    turns = scaling.original_max_position * freqs / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return ((1 - blend) * freqs / scaling.factor + blend * freqs).astype(np.float32)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn each pair (x_i, x_{i + C/2}) of x [B, T, H, C] by its angle; cos and sin are [B, T, C / 2], float32."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, Eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 (Zhang & Sennrich 2019, Eq. 4).
+
+    With an offset it is rounded after the scale, as Gemma's code does; without, before it, as Llama's.
+    """
 
     epsilon: float
     dtype: Any
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        if self.offset:
+            return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
         return scaled(x.astype(self.dtype), scale)
 
 
@@ -119,15 +109,25 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         cache: Cache | None,
-        cos: jax.Array,
-        sin: jax.Array,
-        mask: attention.AttentionMask,
+        layer: Layer | None,
+        places: Places,
+        mask: AttentionMask,
     ) -> tuple[jax.Array, Cache | None]:
         c, (b, t, _) = self.config, x.shape
         bias = {"use_bias": c.attention_bias, "dtype": self.dtype, "lora": self.lora}
-        q = Linear(c.num_heads * c.head_dim, name="q_proj", **bias)(x).reshape(b, t, c.num_heads, c.head_dim)
-        k = Linear(c.num_kv_heads * c.head_dim, name="k_proj", **bias)(x).reshape(b, t, c.num_kv_heads, c.head_dim)
-        v = Linear(c.num_kv_heads * c.head_dim, name="v_proj", **bias)(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        inner = {**bias, "use_bias": c.attention_bias or c.qkv_bias}
+
+        def normed(x: jax.Array, name: str, kind: str) -> jax.Array:
+            norm = RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset, name=name) if c.qk_norm == kind else None
+            return x if norm is None else norm(x)
+
+        q = Linear(c.num_heads * c.head_dim, name="q_proj", **inner)(x)
+        q = normed(q, "q_norm", "projection").reshape(b, t, c.num_heads, c.head_dim)
+        k = Linear(c.num_kv_heads * c.head_dim, name="k_proj", **inner)(x)
+        k = normed(k, "k_norm", "projection").reshape(b, t, c.num_kv_heads, c.head_dim)
+        v = Linear(c.num_kv_heads * c.head_dim, name="v_proj", **inner)(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        q, k = normed(q, "q_norm", "head"), normed(k, "k_norm", "head")
+        cos, sin = places.of(layer)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q = meshes.constrain(q, ("batch", "length", "heads", "channels"))
         k = meshes.constrain(k, ("batch", "length", "kv", "channels"))
@@ -145,14 +145,18 @@ class Attention(nn.Module):
             dtype=self.dtype,
             head_dim=c.head_dim,
             length=t,
+            cap=c.attention_cap,
         )
-        y = attention.attend(q, k, v, mask=mask, kernel=kernel)
+        windowed = None if layer is None else layer.windowed
+        y = attention.attend(
+            q, k, v, mask=mask, kernel=kernel, scale=c.attention_scale, cap=c.attention_cap, windowed=windowed
+        )
         y = y.reshape(b, t, c.num_heads * c.head_dim)
         return Linear(c.hidden_size, name="o_proj", **bias)(y), cache
 
 
 class MLP(nn.Module):
-    """SwiGLU: W_down (silu(W_gate x) * W_up x) (Shazeer 2020, Eq. 6)."""
+    """SwiGLU: W_down (silu(W_gate x) * W_up x), or GeGLU, with gelu in its tanh form (Shazeer 2020, Eq. 6)."""
 
     config: LlamaConfig
     dtype: Any
@@ -164,7 +168,7 @@ class MLP(nn.Module):
         bias = {"use_bias": c.mlp_bias, "dtype": self.dtype, "lora": self.lora}
         gate = Linear(c.intermediate_size, name="gate_proj", **bias)(x)
         up = Linear(c.intermediate_size, name="up_proj", **bias)(x)
-        h = meshes.constrain(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        h = meshes.constrain(_ACTIVATIONS[c.activation](gate) * up, ("batch", "length", "mlp"))
         return Linear(c.hidden_size, name="down_proj", **bias)(h)
 
 
@@ -181,19 +185,29 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         cache: Cache | None,
-        cos: jax.Array,
-        sin: jax.Array,
-        mask: attention.AttentionMask,
+        layer: Layer | None,
+        places: Places,
+        mask: AttentionMask,
     ) -> tuple[jax.Array, Cache | None]:
-        epsilon = self.config.rms_norm_eps
-        normed = RMSNorm(epsilon, self.dtype, name="input_layernorm")(x)
-        y, cache = Attention(self.config, self.dtype, self.kernel, self.lora, name="self_attn")(
-            normed, cache, cos, sin, mask
+        c = self.config
+        before, after = c.norms != "after", c.norms != "before"
+
+        def norm(x: jax.Array, name: str, wanted: bool = True) -> jax.Array:
+            return RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset, name=name)(x) if wanted else x
+
+        def added(x: jax.Array, y: jax.Array) -> jax.Array:
+            return x + (y if c.residual_scale == 1 else y * c.residual_scale)
+
+        normed = norm(x, "input_layernorm", before)
+        y, cache = Attention(c, self.dtype, self.kernel, self.lora, name="self_attn")(
+            normed, cache, layer, places, mask
         )
-        x = meshes.constrain(x + y, ("batch", "length", "embed"))
-        normed = RMSNorm(epsilon, self.dtype, name="post_attention_layernorm")(x)
-        x = x + MLP(self.config, self.dtype, self.lora, name="mlp")(normed)
-        return meshes.constrain(x, ("batch", "length", "embed")), cache
+        # As Hugging Face names them: with a norm before alone, "post_attention" is what stands before the MLP.
+        y = norm(y, "post_attention_layernorm", after)
+        x = meshes.constrain(added(x, y), ("batch", "length", "embed"))
+        normed = norm(x, "pre_feedforward_layernorm" if after else "post_attention_layernorm", before)
+        y = norm(MLP(c, self.dtype, self.lora, name="mlp")(normed), "post_feedforward_layernorm", after)
+        return meshes.constrain(added(x, y), ("batch", "length", "embed")), cache
 
 
 class Table(nn.Module):
@@ -235,7 +249,7 @@ class Llama(nn.Module):
         if self.unrolled:
             self.layer = [block(*options) for _ in range(c.num_layers)]
         else:
-            in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+            in_axes: Any = (0, 0, nn.broadcast, nn.broadcast)
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "adapters": 0, "narrow": 0},
@@ -245,7 +259,7 @@ class Llama(nn.Module):
                 length=c.num_layers,
             )(*options)
         self.embed_tokens = Table("embedding", (c.vocab_size, c.hidden_size))
-        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset)
         if not (c.tie_embeddings or c.num_labels):
             self.lm_head = Table("kernel", (c.hidden_size, c.vocab_size))
 
@@ -269,62 +283,111 @@ class Llama(nn.Module):
           packed: static; False promises that each row is one segment followed by padding, which more kernels can run.
           prefix: static (P, K, R): the sequence is a prompt block of P and K response blocks of R that all see the
             prompt and not one another (`model/groups.py`).
-          cache: keys and values of earlier tokens; a token at position p sees slots 0..p of its row.
+          cache: keys and values of earlier tokens; a token at position p sees slots 0..p of its row, or those of
+            them that the window leaves.
 
         Returns:
           [B, T, D] in `dtype`; with a cache the pair (hidden, new cache).
         """
         c = self.config
-        reach = tokens.shape[1] if cache is None else count_slots(cache)
-        if c.sliding_window is not None and reach > c.sliding_window:
-            raise InputError(
-                f"sequences of {reach} tokens exceed the model's sliding window of {c.sliding_window}, which is not "
-                f"implemented beyond its length; lower --data.max_length to {c.sliding_window}"
-            )
         if cache is not None:
             if positions is None or segments is not None or prefix is not None:
                 raise ValueError("with a cache, give positions, and neither segments nor prefix")
-            mask = attention.AttentionMask(positions=positions)
+            mask = AttentionMask(positions=positions)
         else:
-            mask = attention.AttentionMask(segments=segments, prefix=prefix, packed=packed)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        freqs = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        angles = positions.astype(jnp.float32)[..., None] * freqs
+            mask = AttentionMask(segments=segments, prefix=prefix, packed=packed)
+        at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+        reach = tokens.shape[1] if cache is None else count_slots(cache)
+        if c.sliding_window is not None and reach > c.sliding_window:
+            mask = mask.replace(window=c.sliding_window, at=at)
+        angles = self._angles(at, mask, cached=cache is not None)
         x = jnp.take(self.embed_tokens.value, tokens, axis=0).astype(self.dtype)
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, self.dtype)
         x = meshes.constrain(x, ("batch", "length", "embed"))
-        x, cache = self._through_layers(x, cache, jnp.cos(angles), jnp.sin(angles), mask)
+        x, cache = self._through_layers(x, cache, self._layers(mask), self._places(*angles), mask)
         x = self.norm(x)
         if self.is_initializing() and not c.num_labels:
             self.unembedding()  # creates the head, which only `logits` and the log-probabilities use
         return x if cache is None else (x, cache)
 
-    def _through_layers(self, x: jax.Array, cache: Caches | None, *rest: Any) -> tuple[jax.Array, Caches | None]:
+    def _angles(self, at: jax.Array, mask: AttentionMask, *, cached: bool) -> tuple[jax.Array, jax.Array | None]:
+        """The angles of tokens at positions `at` [B, T], and those of layers with a base of their own.
+
+        Frequencies that follow the length of a sequence go by its own real tokens; through a cache, where its length
+        is not known yet, they are those up to the original length (`sample.decode.limits` stops there).
+        Raises `InputError` where responses share a prompt whose rotation would depend on each response.
+        """
+        c, lengths = self.config, None
+        scaling = c.rope_scaling
+        follows = scaling is not None and scaling.follows_length and not cached
+        if scaling is not None and follows and at.shape[1] > scaling.original_max_position:
+            if mask.prefix is not None:
+                raise InputError(
+                    f"the model's RoPE changes beyond {scaling.original_max_position} tokens, so a prompt cannot be"
+                    f" shared by responses on both sides of that ({at.shape[1]} tokens); set --train.layout separate"
+                )
+            lengths = rope.sequence_lengths(at, mask.segments)
+        angles = rope.rotary_angles(at, lengths, c.rotary_dim, c.rope_theta, scaling)
+        local = c.local_rope_theta
+        return angles, None if local is None else rope.rotary_angles(at, None, c.rotary_dim, local, None)
+
+    def _places(self, angles: jax.Array, local: jax.Array | None) -> Places:
+        scaling = self.config.rope_scaling
+        scale = 1.0 if scaling is None else scaling.scale
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if scale != 1:
+            cos, sin = cos * scale, sin * scale
+        return Places(cos, sin) if local is None else Places(cos, sin, jnp.cos(local), jnp.sin(local))
+
+    def _layers(self, mask: AttentionMask) -> Layer | None:
+        """What differs from layer to layer; None where nothing does."""
+        c, numbers = self.config, np.arange(self.config.num_layers)
+        several = c.global_layers and (mask.window is not None or c.local_rope_theta is not None)
+        windowed = jnp.asarray(~np.isin(numbers, c.global_layers)) if several else None
+        rotated = jnp.asarray(~np.isin(numbers, c.unrotated_layers)) if c.unrotated_layers else None
+        return None if windowed is None and rotated is None else Layer(windowed, rotated)
+
+    def _through_layers(
+        self, x: jax.Array, cache: Caches | None, each: Layer | None, *rest: Any
+    ) -> tuple[jax.Array, Caches | None]:
         if not self.unrolled:
-            return self.layers(x, cache, *rest)
+            return self.layers(x, cache, each, *rest)
         assert not isinstance(cache, Cache)
         after = []
         for i, layer in enumerate(self.layer):
-            x, one = layer(x, None if cache is None else cache[i], *rest)
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], each)
+            x, one = layer(x, None if cache is None else cache[i], own, *rest)
             after.append(one)
         return x, None if cache is None else tuple(after)
 
-    def unembedding(self) -> jax.Array:
+    def unembedding(self) -> Any:
         """The output matrix [D, V], as it is kept: the transposed embedding where they are tied.
 
-        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`).
-        Raises `InputError` for a reward model, which has none.
+        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`). Scaled where
+        the logits are, and a `products.Capped` where they are capped. Raises `InputError` for a reward model, which has
+        none.
         """
-        if self.config.num_labels:
+        c = self.config
+        if c.num_labels:
             raise InputError("this model is a reward model: it scores texts, and has no output matrix to write them")
-        return self.embed_tokens.value.T if self.config.tie_embeddings else self.lm_head.value
+        matrix = self.embed_tokens.value.T if c.tie_embeddings else self.lm_head.value
+        if c.logit_scale != 1:
+            matrix = matrix * c.logit_scale
+        return matrix if c.logit_cap is None else Capped(matrix, c.logit_cap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
+        c = self.config
         if "lm_head" in self.variables.get("narrow", {}):
-            return narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
-        matrix, spec = self.unembedding().astype(self.dtype), "...d,dv->...v"
-        if self.config.tie_embeddings:
-            # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
-            matrix, spec = matrix.T, "...d,vd->...v"
-        return jnp.einsum(spec, hidden, matrix, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+            z = narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
+            z = z if c.logit_scale == 1 else z * c.logit_scale
+        else:
+            whole = self.unembedding()
+            matrix = whole.matrix if isinstance(whole, Capped) else whole
+            matrix, spec = matrix.astype(self.dtype), "...d,dv->...v"
+            if c.tie_embeddings:
+                # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
+                matrix, spec = matrix.T, "...d,vd->...v"
+            z = jnp.einsum(spec, hidden, matrix, precision=precision(self.dtype), preferred_element_type=jnp.float32)
+        return z if c.logit_cap is None else capped(z, c.logit_cap)

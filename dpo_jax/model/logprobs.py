@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import mesh as meshes
-from dpo_jax.model.products import Rounded, Weight, matmul, rounded
+from dpo_jax.model.products import Capped, Rounded, Weight, capped, matmul, rounded
+
+Output = jax.Array | Capped
+"""An output matrix [D, V], as `Llama.unembedding` gives it."""
 
 
 @struct.dataclass
@@ -65,12 +68,14 @@ def by_chunks(f: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, chunks * size)[:, :length], pieces)
 
 
-def head_of(unembedding: jax.Array, dtype: Any) -> Weight:
+def head_of(unembedding: Output, dtype: Any) -> Any:
     """The output matrix [D, V] for products with hidden states of `dtype`, chunk by chunk.
 
     Its values are gathered over the devices here, once, not once a chunk. A float32 gradient beside bfloat16 values
     stays split as the matrix is: it is twice as large.
     """
+    if isinstance(unembedding, Capped):
+        return Capped(head_of(unembedding.matrix, dtype), unembedding.cap)
     head = rounded(unembedding, dtype)
     if isinstance(head, Rounded):
         values, master = (
@@ -81,8 +86,10 @@ def head_of(unembedding: jax.Array, dtype: Any) -> Weight:
     return meshes.constrain(head, (None, "vocab"))
 
 
-def logits_of(hidden: jax.Array, unembedding: Weight) -> jax.Array:
+def logits_of(hidden: jax.Array, unembedding: Weight | Capped) -> jax.Array:
     """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
+    if isinstance(unembedding, Capped):
+        return capped(matmul(hidden, unembedding.matrix, jnp.float32), unembedding.cap)
     return matmul(hidden, unembedding, jnp.float32)
 
 
@@ -98,7 +105,7 @@ def _of_text(z: jax.Array, vocabulary: int | None) -> jax.Array:
 
 def token_logps(
     hidden: jax.Array,
-    unembedding: jax.Array,
+    unembedding: Output,
     targets: jax.Array,
     *,
     temperature: float = 1.0,
@@ -130,7 +137,7 @@ def token_logps(
 
 
 def token_scores(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, budget_bytes: int = 256 * 2**20
+    hidden: jax.Array, unembedding: Output, targets: jax.Array, *, budget_bytes: int = 256 * 2**20
 ) -> TokenScores:
     """Log-probability of each target token, whether it is the greedy choice, and the entropy of the prediction.
 
@@ -156,7 +163,7 @@ def token_scores(
 
 def token_logps_and_entropy(
     hidden: jax.Array,
-    unembedding: jax.Array,
+    unembedding: Output,
     targets: jax.Array,
     *,
     temperature: float = 1.0,

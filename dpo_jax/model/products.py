@@ -46,6 +46,29 @@ class Rounded:
 Weight = jax.Array | Rounded
 
 
+@struct.dataclass
+class Capped:
+    """An output matrix whose logits are capped: z becomes cap tanh(z / cap) (Gemma 2, arXiv 2408.00118, section 2).
+
+    Attributes:
+      matrix: [D, V].
+      cap: static.
+    """
+
+    matrix: Any
+    cap: float = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(D, V)."""
+        return self.matrix.shape
+
+
+def capped(z: jax.Array, cap: float) -> jax.Array:
+    """cap tanh(z / cap): between -cap and cap, and z where it is small."""
+    return cap * jnp.tanh(z / cap)
+
+
 def rounded(weight: jax.Array, dtype: Any) -> Weight:
     """`weight`, to be read in `dtype` by `matmul`, `take` and `read`; in float32 there is nothing to keep apart."""
     if jnp.dtype(dtype) == jnp.float32:

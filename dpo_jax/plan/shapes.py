@@ -4,12 +4,14 @@ From the config.json of each on the Hugging Face hub. A model that is not here i
 (`--model FOLDER_OR_HUB_ID`), of which only that file is read.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 from dpo_jax.config import ON_COMMAND_LINE, TrainingRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
+from dpo_jax.weights.layout import parameter_slots
 from dpo_jax.weights.pretrained import read_shape
 
 _LLAMA2_7B = LlamaConfig(
@@ -84,9 +86,4 @@ def shape_of(run: TrainingRun, name: str | None) -> tuple[LlamaConfig, str]:
 
 def parameters(shape: LlamaConfig) -> int:
     """How many parameters a model of this shape has."""
-    width, inner = shape.hidden_size, shape.intermediate_size
-    query, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    biases = (query + 2 * kv + width) * shape.attention_bias + (2 * inner + width) * shape.mlp_bias
-    layer = 2 * width * query + 2 * width * kv + 3 * width * inner + 2 * width + biases
-    outputs = 0 if shape.tie_embeddings or shape.num_labels else 1
-    return shape.num_layers * layer + width + (1 + outputs) * shape.vocab_size * width
+    return sum(math.prod(slot.shape) for slot in parameter_slots(shape))

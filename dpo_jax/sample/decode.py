@@ -153,11 +153,19 @@ def pad_prompts(
     return padded, sizes
 
 
+def limits(architecture: LlamaConfig) -> dict[str, int]:
+    """How many tokens a sequence may have, by what limits it."""
+    scaling = architecture.rope_scaling
+    found = {"context": architecture.max_position}
+    if scaling is not None and scaling.follows_length:  # beyond it other frequencies hold, in the cache too
+        found["original context, beyond which its RoPE is another,"] = scaling.original_max_position
+    return found
+
+
 def check_context(architecture: LlamaConfig, prompt: int, config: SampleConfig) -> None:
     """Raise `InputError` where a prompt of `prompt` tokens and all new ones exceed what the model was made for."""
-    limits = {"context": architecture.max_position, "sliding window": architecture.sliding_window}
-    for name, limit in limits.items():
-        if limit is not None and prompt + config.max_new_tokens > limit:
+    for name, limit in limits(architecture).items():
+        if prompt + config.max_new_tokens > limit:
             room = limit - prompt
             mend = f"lower max_new_tokens to at most {room} or shorten the prompt" if room > 0 else "shorten the prompt"
             raise InputError(
@@ -174,7 +182,8 @@ def count_slots(model: llama.Llama, longest: int, config: SampleConfig) -> int:
     check_context(model.config, longest, config)
     window = model.config.sliding_window
     slots = bucket(longest) + bucket(config.max_new_tokens)
-    return slots if window is None else min(slots, window)
+    within = window is not None and longest + config.max_new_tokens <= window
+    return min(slots, window) if within else slots
 
 
 def key_data(key: jax.Array) -> tuple[np.ndarray, str]:

@@ -109,7 +109,7 @@ def generate(
       `Generation`: tokens, mask and logps [B K, max_new_tokens]; the same on every process.
 
     Raises:
-      InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than the context or a sliding window
+      InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than the context
         holds, stop strings (which need a tokenizer).
     """
     out, _ = _run(

@@ -204,7 +204,7 @@ class Live:
         self.model, self.mesh = model, mesh
         self._parts = 1 if mesh is None else meshes.batch_parts(mesh)
         self.size = -(-rows // self._parts) * self._parts
-        limits = (model.config.max_position, model.config.sliding_window, longest)
+        limits = (*decode.limits(model.config).values(), longest)
         self.longest = min(limit for limit in limits if limit is not None)
         self._vocabulary = vocabulary
         bits, implementation = decode.key_data(jax.random.key(0))

@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, told
 from dpo_jax.model.architecture import LlamaConfig, from_hf
-from dpo_jax.model.llama import rotary_frequencies
+from dpo_jax.model.rope import rotary_frequencies
 from dpo_jax.weights import layout
 from dpo_jax.weights.gguf_header import GGUFHeader, GGUFTensor, open_gguf
 from dpo_jax.weights.layout import Slices

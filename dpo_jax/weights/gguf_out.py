@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.llama import rotary_frequencies
+from dpo_jax.model.rope import rotary_frequencies
 from dpo_jax.weights.gguf import PERMUTED, ROPE_FACTORS, gguf_name, interleaved
 from dpo_jax.weights.gguf_tokenizer import read_tokenizer
 from dpo_jax.weights.gguf_vocabulary import vocabulary_of
@@ -53,6 +53,10 @@ def check_model(config: LlamaConfig, where: object) -> None:
         raise InputError(
             f"{where}: a model of type {config.model_type} is not written as GGUF; use --format huggingface"
         )
+    scaling = config.rope_scaling
+    if config.partial_rotary != 1 or (scaling is not None and scaling.kind not in ("linear", "llama3")):
+        kind = "of a part of the channels" if scaling is None else scaling.kind
+        raise InputError(f"{where}: RoPE {kind} is not written as GGUF; use --format huggingface")
 
 
 def write_gguf(

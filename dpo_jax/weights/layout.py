@@ -5,8 +5,8 @@ A kernel is [in, out] here and [out, in] there; the L layers are one stacked lea
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
 
@@ -56,6 +57,8 @@ class Slot:
       shape:      of the leaf, the L axis included.
       stacked:    the leaf has a leading L axis.
       transposed: the tensors are the transpose of the leaf (or of its layers).
+      row:        where the leaf's rows begin in the tensors, where these hold several leaves, one below the other.
+      rows:       of the tensors, where they hold several leaves.
     """
 
     path: tuple[str, ...]
@@ -63,12 +66,20 @@ class Slot:
     shape: tuple[int, ...]
     stacked: bool
     transposed: bool
+    row: int = 0
+    rows: int | None = None
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of what each of the tensors holds of this leaf."""
+        inner = self.shape[1:] if self.stacked else self.shape
+        return inner[::-1] if self.transposed else inner
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each of the tensors."""
-        inner = self.shape[1:] if self.stacked else self.shape
-        return inner[::-1] if self.transposed else inner
+        part = self.part_shape
+        return part if self.rows is None else (self.rows, *part[1:])
 
 
 _LEAF_NAMES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -92,15 +103,42 @@ def _slots(tree: Tree, prefix: str, names: Mapping[str, str]) -> list[Slot]:
 
 def parameter_slots(config: LlamaConfig) -> list[Slot]:
     """Every parameter of a model, with the tensors of a Hugging Face checkpoint that hold it."""
-    c = config  # without what changes no shape
-    sizes = (c.vocab_size, c.hidden_size, c.intermediate_size, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim)
-    switches = {n: getattr(c, n) for n in ("tie_embeddings", "attention_bias", "mlp_bias", "model_type", "num_labels")}
-    return list(_parameter_slots(LlamaConfig(*sizes, **switches)))
+    return list(_parameter_slots(replace(config, **{name: _PLAIN[name] for name in _SHAPELESS})))
+
+
+# What changes no tensor's name and no shape: models that differ in these alone are traced once.
+_SHAPELESS = (
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "max_position", "sliding_window", "bos_token_id", "eos_token_ids"),
+    *("pad_token_id", "further_stop_ids", "activation", "embedding_scale", "residual_scale", "attention_scale"),
+    *("attention_cap", "logit_scale", "logit_cap", "global_layers", "unrotated_layers", "local_rope_theta"),
+    "partial_rotary",
+)
+_PLAIN = {f.name: f.default for f in fields(LlamaConfig)}
 
 
 @lru_cache(maxsize=16)  # the model is traced for its shapes, which a command asks for several times
 def _parameter_slots(config: LlamaConfig) -> tuple[Slot, ...]:
-    return tuple(_slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES))
+    slots = _slots(abstract_variables(Llama(config))["params"], "", _LEAF_NAMES)
+    return tuple(_fused(slots, FAMILIES[config.model_type].fused))
+
+
+def _fused(slots: list[Slot], fused: Mapping[str, Sequence[str]]) -> list[Slot]:
+    """The slots with those that one tensor holds together naming it (`Family.fused`)."""
+    for whole, parts in fused.items():
+        for name in {slot.path[-1] for slot in slots}:
+            places = [(i, slot) for i, slot in enumerate(slots) if ".".join(slot.path[1:]) in _leaves(parts, name)]
+            places.sort(key=lambda one: parts.index(".".join(one[1].path[1:-1])))
+            rows, row = sum(slot.part_shape[0] for _, slot in places), 0
+            for i, slot in places:
+                own = ".".join(slot.path[1:-1])
+                keys = tuple(key.replace(own, whole) for key in slot.keys)
+                slots[i] = replace(slot, keys=keys, row=row, rows=rows)
+                row += slot.part_shape[0]
+    return slots
+
+
+def _leaves(modules: Sequence[str], name: str) -> list[str]:
+    return [f"{module}.{name}" for module in modules]
 
 
 def score_slot(config: LlamaConfig, prefix: str = "") -> Slot:
@@ -171,6 +209,8 @@ def _read_leaf(slot: Slot, read: Read, index: Slices, dtype: np.dtype) -> np.nda
     layers = index[0] if slot.stacked else slice(0, 1, 1)
     inner = index[1:] if slot.stacked else index
     outer = inner[::-1] if slot.transposed else inner
+    if slot.row:
+        outer = (slice(outer[0].start + slot.row, outer[0].stop + slot.row, 1), *outer[1:])
     keys = slot.keys[layers]
     block = np.empty((len(keys), *(s.stop - s.start for s in inner)), dtype)
     for row, key in zip(block, keys, strict=True):
@@ -242,19 +282,23 @@ def load_tree(slots: list[Slot], read: Read, target: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def _in_file_order(slots: list[Slot]) -> list[tuple[Slot, int]]:
-    """(slot, layer) of every tensor: the embedding, layer by layer, and the rest."""
+def _in_file_order(slots: list[Slot]) -> list[tuple[list[Slot], int]]:
+    """(slots, layer) of every tensor: the embedding, layer by layer, and the rest. Several where one holds several."""
     stacked = [slot for slot in slots if slot.stacked]
     single = [slot for slot in slots if not slot.stacked]
-    first = [(slot, 0) for slot in single if slot.path[0] == "embed_tokens"]
-    last = [(slot, 0) for slot in single if slot.path[0] != "embed_tokens"]
+    first = [([slot], 0) for slot in single if slot.path[0] == "embed_tokens"]
+    last = [([slot], 0) for slot in single if slot.path[0] != "embed_tokens"]
     layers = len(stacked[0].keys) if stacked else 0
-    return first + [(slot, layer) for layer in range(layers) for slot in stacked] + last
+    together: dict[str, list[Slot]] = {}
+    for slot in stacked:
+        together.setdefault(slot.keys[0], []).append(slot)
+    groups = [sorted(group, key=lambda slot: slot.row) for group in together.values()]
+    return first + [(group, layer) for layer in range(layers) for group in groups] + last
 
 
 def tensor_shapes(slots: list[Slot]) -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor, in the order in which `tensors` gives them."""
-    return {slot.keys[layer]: slot.tensor_shape for slot, layer in _in_file_order(slots)}
+    return {group[0].keys[layer]: group[0].tensor_shape for group, layer in _in_file_order(slots)}
 
 
 def tensors(slots: list[Slot], tree: Mapping[str, Any], dtype: Any) -> Iterator[np.ndarray]:
@@ -263,8 +307,12 @@ def tensors(slots: list[Slot], tree: Mapping[str, Any], dtype: Any) -> Iterator[
     Every process has to run through it: a tensor whose shards lie on several processes goes to process 0 in pieces,
     which all of them make; the others are given its shape with nothing behind it.
     """
-    for slot, layer in _in_file_order(slots):
-        yield _whole(lookup(tree, slot.path), layer if slot.stacked else None, slot.transposed, np.dtype(dtype))
+    for group, layer in _in_file_order(slots):
+        parts = [
+            _whole(lookup(tree, slot.path), layer if slot.stacked else None, slot.transposed, np.dtype(dtype))
+            for slot in group
+        ]
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _whole(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:

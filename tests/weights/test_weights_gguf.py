@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import dpo_jax
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import RopeScaling
-from dpo_jax.model.llama import rotary_frequencies
+from dpo_jax.model.rope import rotary_frequencies
 
 LAYERS, WIDTH, HEADS, KV, HEAD, FORWARD, VOCAB = 2, 64, 2, 1, 32, 96, 64
 BIASES = {"q": HEADS * HEAD, "k": KV * HEAD, "v": KV * HEAD}
