@@ -89,7 +89,7 @@ class Rollout:
     """Responses that a policy sampled, with all that was measured when they were. The update reads it and adds nothing.
 
     Arrays of responses are right-padded; lengths alone say what is real. Log-probabilities are in nats, at the sampling
-    temperature, before any top-k or top-p filter. With G > 1 responses to a prompt, they stand in neighbouring rows.
+    temperature. With G > 1 responses to a prompt, they stand in neighbouring rows.
 
     Attributes:
       prompts:          int32 [B, P]
@@ -97,13 +97,15 @@ class Rollout:
       responses:        int32 [B, R]    the terminator included, where it was reached.
       response_lengths: int32 [B]       at least 1.
       ended:            bool [B]        whether the response ends with a terminator.
-      logps:            float32 [B, R]  of each token under the policy that sampled it.
+      sampler_logps:    float32 [B, R]  of each token as it was drawn: by the sampler's weights, which may be narrow.
       reference_logps:  float32 [B, R]  under the reference policy.
       values:           float32 [B, R]  of the state before each token, or None where there is no value model.
       scores:           float32 [B]     the reward of each whole response.
       kl_coefficient:   float32 [B]     β, the same in every row (an array, so that a controller may move it).
       weights:          float32 [B]     1 for a real row, 0 for a filler.
       rows:             int32 [B]       row of the prompt in its file; -1 for a filler.
+      old_logps:        float32 [B, R]  of each token under the policy before the first update, as the update computes
+                                        them; or None where one update is all there is, so that they are its own.
       greedy_scores:    float32 [B]     the reward of the greedy response to the same prompt, or None.
     """
 
@@ -112,14 +114,20 @@ class Rollout:
     responses: jax.Array
     response_lengths: jax.Array
     ended: jax.Array
-    logps: jax.Array
+    sampler_logps: jax.Array
     reference_logps: jax.Array
     values: jax.Array | None
     scores: jax.Array
     kl_coefficient: jax.Array
     weights: jax.Array
     rows: jax.Array
+    old_logps: jax.Array | None = None
     greedy_scores: jax.Array | None = None
+
+    @property
+    def logps(self) -> jax.Array:
+        """float32 [B, R]: the policy's log-probabilities before the updates; the sampler's where none were stored."""
+        return self.sampler_logps if self.old_logps is None else self.old_logps
 
     @property
     def response_mask(self) -> jax.Array:

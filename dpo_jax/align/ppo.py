@@ -2,7 +2,9 @@
 
 One step takes a rollout (`types.Rollout`: responses, and what was measured when they were sampled) and makes
 epochs x mini-batches optimizer updates, in one compiled scan. The rollout is read, never computed again: ρ_t compares
-the policy as it becomes with the policy that sampled, so it is 1 at the first update and not afterwards.
+the policy as it becomes with the policy as it was before the first of them, so it is 1 there and not afterwards. Where
+there is only one, π_old is the policy itself without a gradient, and nothing is measured for it. What was drawn by
+other weights is weighted (`align/samplers.py`).
 
     ρ_t  = π_θ(y_t | x, y_<t) / π_old(y_t | x, y_<t)                                    both at the sampling temperature
     L^π  = mean_t max(−A_t ρ_t, −A_t clip(ρ_t, 1 − ε, 1 + ε))                           Eq. 7
@@ -42,6 +44,7 @@ from dpo_jax.align.advantages import (
     token_rewards,
 )
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
+from dpo_jax.align.samplers import importance_weights
 from dpo_jax.align.surrogates import Rule, beyond, log_ratios, policy_terms, row_weights
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
@@ -202,11 +205,18 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
 
 
 def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollout:
-    """The rollout with `values`, as the value model gives them now: what a rollout stores when it is sampled."""
-    values = _values(state, state.variables, rollout, None, config)
-    if values is not None:
-        rollout = dataclasses.replace(rollout, values=masked.select(values, rollout.response_mask))
-    return rollout
+    """The rollout with `values` and `old_logps`, as the models give them now: what is stored before the first update.
+
+    Either stays None where `config` needs none.
+    """
+    if config.stores_old_logps:
+        found = _predict(state, state.trainable, rollout, config)
+        logps, values = found.logps, found.values
+    else:
+        logps, values = None, _values(state, state.variables, rollout, None, config)
+    mask = rollout.response_mask
+    old, values = (None if x is None else masked.select(x, mask) for x in (logps, values))
+    return dataclasses.replace(rollout, old_logps=old, values=values if values is not None else rollout.values)
 
 
 # ---------------------------------------------------------------- the step
@@ -224,13 +234,18 @@ def _losses(
     """L of a (micro-)batch's share of its mini-batch, and its parts. `weights` [B]: what a token of each row counts."""
     mask, rule = targets.learned, rule_of(config)
     new = _predict(state, trainable, rollout, config)
-    logps, old = masked.select(new.logps, mask), masked.select(rollout.logps, mask)
+    logps = masked.select(new.logps, mask)
+    # Of a single update the policy before it is the policy that it is made for.
+    old = jax.lax.stop_gradient(logps) if rollout.old_logps is None else masked.select(rollout.old_logps, mask)
     log_ratio = log_ratios(logps, old, mask, rule.ratio)
-    policy = policy_terms(logps, log_ratio, targets.advantages, rule)
-    terms = policy - config.entropy_coefficient * new.entropy
+    difference = masked.select(old - rollout.sampler_logps, mask)
+    correction, cap = config.resolved("sampler_correction"), config.resolved("sampler_cap")
+    weight = importance_weights(difference, mask, correction, cap)
+    policy = policy_terms(logps, log_ratio, targets.advantages, rule) * weight
+    terms = policy - config.entropy_coefficient * weight * new.entropy
     if config.kl_in_loss:
         reference = masked.select(rollout.reference_logps, mask)
-        terms += rollout.kl_coefficient[:, None] * kl_term(logps, old, reference, config.kl_choice)
+        terms += rollout.kl_coefficient[:, None] * weight * kl_term(logps, old, reference, config.kl_choice)
     value = value_clipped = jnp.zeros_like(policy)
     if targets.returns is not None:
         assert new.values is not None
@@ -249,6 +264,8 @@ def _losses(
         clipped_low=low,
         clipped_high=high,
         value_clipped=value_clipped,
+        difference=difference,
+        weight=weight,
     )
     parts = jax.tree.map(lambda x: masked.select(x.astype(jnp.float32), mask), parts)
     return jnp.sum(masked.total(terms, mask, axis=1) * weights), parts
@@ -263,7 +280,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
     Args:
       state: from `init_state`.
-      rollout: sampled by the state's policy, with `values` from `measure` where the advantage is gae.
+      rollout: sampled by the state's policy, with what `measure` stores.
       config: the one that `init_state` was given.
 
     Returns:
@@ -280,7 +297,9 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
       clip_ratio/low_mean, high_mean, region_mean (tokens that the clipping acts on), and rollout/learned (share of the
       responses that are learnt from),
       policy/ratio_q05, _q50, _q95, policy/approxkl_q05, _q50, _q95 (of the last update),
-      policy/sampler_difference (largest |log ρ| at the first update: what the sampler and this step disagree by),
+      sampling/sampling_logp_difference/mean, max, q50, q95, q99 (|log π_old − log of what was drawn| of a token), and
+      with `sampler_correction` sampling/importance_sampling_ratio/min, mean, max (the weights) and cut (share at the
+      cap or masked),
       policy/updates (share of the updates that were made before `stop_kl`),
       weights/val/ratio_var (updates on more than one token: see `align/figures.py`),
       rows/nonfinite, int32 [B]: rows whose log-probabilities, scores or values are not finite, -1 elsewhere.
@@ -293,6 +312,10 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     if b % m:
         raise InputError(
             f"a rollout of {b} responses does not split into --ppo.minibatches {m}; choose a divisor of {b}"
+        )
+    if config.stores_old_logps and rollout.old_logps is None:
+        raise InputError(
+            "the rollout has no old_logps, which several updates, and a KL in the reward, need (ppo.measure)"
         )
     targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)

@@ -7,6 +7,7 @@ from flax import struct
 from dpo_jax import masked
 from dpo_jax.align.advantages import Targets, deviations
 from dpo_jax.align.figures import figure, mean
+from dpo_jax.align.samplers import Sampled, sampler_figures
 from dpo_jax.align.surrogates import ratio_of
 from dpo_jax.config import PPOConfig
 from dpo_jax.types import Rollout
@@ -25,6 +26,8 @@ class TokenParts:
     clipped_low: jax.Array
     clipped_high: jax.Array
     value_clipped: jax.Array
+    difference: jax.Array
+    weight: jax.Array
 
 
 @struct.dataclass
@@ -44,7 +47,7 @@ class UpdateFigures:
     tokens: jax.Array
     ratio_quantiles: jax.Array
     kl_quantiles: jax.Array
-    largest_difference: jax.Array
+    sampled: Sampled
     grad_norm: jax.Array
     learned: jax.Array
 
@@ -72,7 +75,7 @@ def figures(
         tokens=jnp.sum(mask),
         ratio_quantiles=_quantiles(ratio, mask),
         kl_quantiles=_quantiles(half_square, mask),
-        largest_difference=jnp.max(jnp.abs(tokens.log_ratio)),
+        sampled=Sampled(tokens.difference, tokens.weight, mask),
         grad_norm=grad_norm,
         learned=learned,
     )
@@ -83,13 +86,16 @@ def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
     good = jnp.isfinite(rollout.scores)
     if rollout.greedy_scores is not None:
         good &= jnp.isfinite(rollout.greedy_scores)
-    for x in (rollout.logps, rollout.reference_logps, *(() if rollout.values is None else (rollout.values,))):
+    for x in (rollout.sampler_logps, rollout.old_logps, rollout.reference_logps, rollout.values):
+        if x is None:
+            continue
         good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)
     return (rollout.weights > 0) & ~good
 
 
 def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: PPOConfig) -> dict[str, jax.Array]:
     real, mask = rollout.weights > 0, targets.mask
+    first = jax.tree.map(lambda x: x[: config.minibatches], updates.sampled)  # each response is there once
     some = updates.tokens > 0  # where all is left out, an update has nothing to report
 
     def a_response(x: jax.Array) -> jax.Array:
@@ -111,12 +117,12 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
         "objective/rlhf_reward": reward,
         "objective/scores": masked.mean(rollout.scores.astype(jnp.float32), real),
         "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
-        "policy/sampler_difference": updates.largest_difference[0],
         "policy/updates": made,
         "lengths/response": masked.mean(rollout.response_lengths.astype(jnp.float32), real),
         "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
         "rows/nonfinite": jnp.where(nonfinite(rollout, mask), rollout.rows, -1),
     }
+    found |= sampler_figures(first, config)
     several = updates.tokens > 1
     found |= figure("val/ratio_var", masked.mean(updates.ratio_var, several), jnp.sum(several))
     found |= mean("policy/approxkl_avg", updates.kl, some)

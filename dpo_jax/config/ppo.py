@@ -17,6 +17,9 @@ _NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram"
 _CRITIC_FREE = ("rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy")
 _WITH_RATIO = ("clipped", "cispo")
 
+_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+SamplerCorrection = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Preset = Literal["ppo", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce++", "remax"]
 Advantage = Literal["gae", "rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy"]
 Averaging = Literal["token", "sequence", "group", "sum", "constant"]
@@ -78,6 +81,12 @@ class PPOLossConfig(Options):
     """Adapt the coefficient so that the KL of a response stays near this many nats (Ziegler et al. 2019)."""
     kl_horizon: int | None = not_given(10_000, needs="kl_target")
     """Responses over which the coefficient adapts."""
+    sampler_correction: SamplerCorrection | None = not_given("none")
+    """Where the sampler's probabilities are not the trainer's, as with --sample.weights int8: a token's loss times the
+    ratio of the two, of the token or of the whole response, truncated at --ppo.sampler_cap (TIS) or 0 above it (MIS).
+    TRL: vllm_importance_sampling_mode. Not given: none."""
+    sampler_cap: float | None = not_given(3.0, sampler_correction=_CORRECTIONS)
+    """The largest such ratio (TRL: vllm_importance_sampling_cap). Not given: 3."""
     stop_kl: float | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
@@ -125,6 +134,7 @@ class PPOLossConfig(Options):
         require(dual is None or dual > 1, f"--ppo.dual_clip {dual} must be greater than 1")
         self.at_least("--ppo.", epochs=1, minibatches=1, kl_horizon=1, resample_rounds=1, overlong_buffer=1)
         self.positive("--ppo.", "clip_high", "kl_target", "stop_kl", "value_clip", "score_clip", "missing_eos_penalty")
+        self.positive("--ppo.", "sampler_cap")
         require(self.kl_price >= 0, "--ppo.kl_coefficient must not be negative")
         require(
             not self.kl_in_loss or self.kl_choice != "k1",
@@ -247,6 +257,14 @@ class PPOLossConfig(Options):
     def updates(self) -> int:
         """Optimizer updates a step."""
         return self.passes * self.minibatches
+
+    @property
+    def stores_old_logps(self) -> bool:
+        """Whether the policy's log-probabilities are measured before the first update.
+
+        Several updates compare with them, and rewards hold them; a single update has its own.
+        """
+        return self.updates > 1 or (not self.kl_in_loss and self.kl_price > 0)
 
     def algorithm(self) -> str:
         """What is run, in a word: for a log."""

@@ -121,19 +121,22 @@ def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, flo
 
 
 def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
-    """The reference, and the values where there is a value model."""
+    """The reference, and what else is measured before the first update: the policy, and the values."""
 
     def count(work: Work) -> tuple[float, float]:
         trunk = dataclasses.replace(work, predicted=0.0)
-        values = flops.forward(trunk) if run.ppo.critic is not None else 0.0
-        needed = flops.forward(work, adapted=False) + values
+        policy = flops.forward(work) if run.ppo.stores_old_logps else 0.0
+        # A head on the policy's own trunk reads what the policy has computed.
+        own = run.ppo.critic is not None and (run.ppo.critic == "separate" or not policy)
+        values = flops.forward(trunk) if own else 0.0
+        needed = flops.forward(work, adapted=False) + policy + values
         return needed, needed
 
     return count
 
 
 def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) -> Rollout:
-    """Full responses to full prompts; `measured`: with values, where there is a value model."""
+    """Full responses to full prompts; `measured`: with what is stored before the first update."""
     p, r = programs.round_up(lengths.prompt, MULTIPLE), lengths.response
     of_tokens, of_rows = np.zeros((rows, r), np.float32), np.zeros(rows, np.float32)
     arrays: dict[str, Any] = {
@@ -142,13 +145,14 @@ def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) 
         "responses": np.zeros((rows, r), np.int32),
         "response_lengths": np.full(rows, r, np.int32),
         "ended": np.ones(rows, bool),
-        "logps": of_tokens,
+        "sampler_logps": of_tokens,
         "reference_logps": of_tokens,
         "values": of_tokens if measured and config.critic is not None else None,
         "scores": of_rows,
         "kl_coefficient": of_rows,
         "weights": np.ones(rows, np.float32),
         "rows": np.arange(rows, dtype=np.int32),
+        "old_logps": of_tokens if measured and config.stores_old_logps else None,
         "greedy_scores": of_rows if config.estimator == "greedy" else None,
     }
     return Rollout(**arrays)

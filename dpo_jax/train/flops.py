@@ -161,7 +161,8 @@ def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch
 
 
 def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], float]:
-    """Rollout -> FLOPs of its iteration: sampling, the reference, values, and the updates; not the reward.
+    """Rollout -> FLOPs of its iteration: sampling, the reference, what is measured before the updates, the updates; not
+    the reward.
 
     A separate value model costs what the policy's trunk costs.
     """
@@ -172,7 +173,10 @@ def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], f
         work = preference_work(rollout.groups, 0, 1)
         trunk = replace(work, predicted=0.0)
         measured = model.forward(work) + model.forward(work, adapted=False)
-        measured += model.forward(trunk) if separate or shared else 0.0
+        if config.stores_old_logps:
+            measured += model.forward(work) + (model.forward(trunk) if separate else 0.0)
+        else:
+            measured += model.forward(trunk) if separate or shared else 0.0
         update = model.training(work) + (model.training(trunk) if separate else 0.0)
         return measured + config.passes * update
 

@@ -137,7 +137,7 @@ class Rollouts:
             "responses": tokens,
             "response_lengths": lengths,
             "ended": self._ended(tokens, mask),
-            "logps": logps,
+            "sampler_logps": logps,
             "reference_logps": np.zeros_like(logps),
             "values": None,
             "scores": np.zeros(rows, np.float32),
@@ -203,7 +203,7 @@ class Rollouts:
                 responses=tokens,
                 response_lengths=mask.sum(axis=1).astype(np.int32),
                 ended=self._ended(tokens, mask),
-                logps=logps,
+                sampler_logps=logps,
             )
             written = self._texts(new)
             prompts = [self._data.prompts[index] for index in batch.indices[flat]]
@@ -233,13 +233,13 @@ class Rollouts:
         return np.isin(tokens[np.arange(len(tokens)), mask.sum(axis=1) - 1], self._sample.stop_tokens)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities and the values."""
+        """The rollout with the reference's log-probabilities, the policy's own, and the values."""
         parts = []
         for first in range(0, len(rollout.rows), self._piece):
             part = jax.tree.map(lambda x: x[first : first + self._piece], rollout)  # noqa: B023 - used at once
             parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
-        logps, values = (None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
-        return dataclasses.replace(rollout, reference_logps=logps, values=values)
+        logps, old, values = (None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
+        return dataclasses.replace(rollout, reference_logps=logps, old_logps=old, values=values)
 
     def _texts(self, rollout: Rollout) -> list[str]:
         return [
@@ -297,11 +297,11 @@ def _with_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:
-    """(state, reference, rollout) -> reference log-probabilities, and values where there is a value model; [B, R]."""
+    """(state, reference, rollout) -> the reference's log-probabilities, and what `ppo.measure` stores; each [B, R]."""
 
     def measure(
         state: TrainState, reference: Mapping[str, Any], rollout: Rollout
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
         logps = response_logps(
             model.apply,
@@ -312,6 +312,7 @@ def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicate
             vocabulary=config.vocabulary,
             head_budget_bytes=config.head_budget_bytes,
         )
-        return logps[:, 0], ppo.measure(state, rollout, config=config).values
+        measured = ppo.measure(state, rollout, config=config)
+        return logps[:, 0], measured.old_logps, measured.values
 
     return meshes.jit_replicated(measure, mesh)

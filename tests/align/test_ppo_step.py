@@ -60,7 +60,7 @@ def make_rollout(model, variables, *, temperature=1.0, seed=0, fillers=0, refere
         responses=rng.integers(3, 32, (B, R)).astype(np.int32),
         response_lengths=lengths.astype(np.int32),
         ended=lengths < R,
-        logps=np.zeros((B, R), np.float32),
+        sampler_logps=np.zeros((B, R), np.float32),
         reference_logps=np.zeros((B, R), np.float32),
         values=None,
         scores=rng.standard_normal(B).astype(np.float32),
@@ -72,7 +72,9 @@ def make_rollout(model, variables, *, temperature=1.0, seed=0, fillers=0, refere
     if reference is None:
         noise = 0.3 * rng.standard_normal((B, R)).astype(np.float32)
         reference = np.where(logps != 0, logps + noise, 0)
-    return dataclasses.replace(rollout, logps=logps, reference_logps=np.asarray(reference, np.float32))
+    return dataclasses.replace(
+        rollout, sampler_logps=logps, old_logps=logps, reference_logps=np.asarray(reference, np.float32)
+    )
 
 
 def config(**options) -> PPOConfig:
@@ -98,7 +100,7 @@ def test_the_first_update_sees_ratio_one_and_no_divergence(temperature: float) -
     same = dataclasses.replace(rollout, reference_logps=rollout.logps)
     _, metrics = run(options, state, same)
     assert float(metrics["val/ratio"]) == pytest.approx(1, abs=1e-6)
-    assert float(metrics["policy/sampler_difference"]) < 1e-5
+    assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-5
     assert float(metrics["objective/kl"]) == 0
     assert float(metrics["policy/clipfrac_avg"]) == 0
     assert float(metrics["objective/non_score_reward"]) == pytest.approx(0, abs=1e-6)
@@ -108,7 +110,7 @@ def test_the_ratio_moves_and_clipping_acts() -> None:
     options = config(epochs=4, minibatches=2, learning_rate=3e-2)
     state, rollout = start(options)
     _, metrics = run(options, state, rollout)
-    assert float(metrics["policy/sampler_difference"]) < 1e-5
+    assert float(metrics["sampling/sampling_logp_difference/max"]) < 1e-5
     assert float(metrics["val/ratio_var"]) > 1e-3
     assert float(metrics["policy/clipfrac_avg"]) > 0.05
     assert float(metrics["val/clipfrac_avg"]) > 0.05
@@ -130,7 +132,7 @@ def test_updates_stop_at_a_divergence() -> None:
 def test_the_rollout_is_read_and_not_computed_again() -> None:
     options = config(epochs=1)
     state, rollout = start(options)
-    other = dataclasses.replace(rollout, logps=jnp.where(rollout.logps != 0, rollout.logps - 0.1, 0))
+    other = dataclasses.replace(rollout, old_logps=jnp.where(rollout.logps != 0, rollout.logps - 0.1, 0))
     _, metrics = run(options, state, other)
     assert float(metrics["val/ratio"]) == pytest.approx(np.exp(0.1), rel=1e-5)
 
@@ -316,7 +318,7 @@ def test_one_update_is_pytorch_s(tmp_path) -> None:
     old_values = np.where(mask, rng.standard_normal((B, R)), 0).astype(np.float32)
     # As if the policy had moved since it sampled: some ratios are clipped.
     old = np.where(mask, rollout.logps + 0.3 * rng.standard_normal((B, R)), 0).astype(np.float32)
-    rollout = dataclasses.replace(rollout, values=old_values, logps=old)
+    rollout = dataclasses.replace(rollout, values=old_values, old_logps=old)
     _, metrics = run(options, state, rollout)
 
     # ---- the same in torch and plain numpy, one sequence at a time

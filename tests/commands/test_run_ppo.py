@@ -133,7 +133,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     rows = read_metrics(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # at temperature 0.7
-    assert all(row["policy/sampler_difference"] < 1e-4 for row in rows)
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
     assert all(row["policy/clipfrac_avg"] > 0 for row in rows[1:])
     assert rows[-1]["epoch"] == pytest.approx(STEPS * BATCH / 10)
     scores = [row["objective/scores"] for row in rows]
@@ -220,7 +220,7 @@ def test_full_fine_tuning_without_values(inputs: Path, tmp_path: Path) -> None:
     run_ppo.train(config)
     (row,) = runs.metrics(tmp_path / "run")
     assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
-    assert row["policy/sampler_difference"] < 1e-4
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
     samples = read_rows(tmp_path / "run" / "samples.jsonl")
     assert [s["row"] for s in samples[::2]] == [s["row"] for s in samples[1::2]]
@@ -355,6 +355,8 @@ def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) ->
     args += ["--train.batch_size", "8", "--sample.max_new_tokens", "6", "--data.template", "raw"]
     args += ["--data.max_length", "22", "--optimizer.learning_rate", "1e-3"]
     args += ["--ppo.group_size", "2"] if preset == "dapo" else []
+    narrow = ["--sample.weights", "int8", "--ppo.sampler_correction", "token_truncate"]
+    args += narrow if preset == "remax" else []
     assert cli.main([str(word) for word in args]) == 0
     rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -364,5 +366,8 @@ def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) ->
         assert all(row["frac_reward_zero_std"] <= row["rollout/resampled"] for row in rows)
         assert any(row["frac_reward_zero_std"] < row["rollout/resampled"] for row in rows)
         assert all(row["rollout/learned"] == 1 - row["frac_reward_zero_std"] for row in rows)
+    apart = [row["sampling/sampling_logp_difference/max"] for row in rows]
+    assert all((x > 1e-4) == (preset == "remax") for x in apart)
+    assert all(("sampling/importance_sampling_ratio/mean" in row) == (preset == "remax") for row in rows)
     assert {"entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "completions/clipped_ratio"} <= set(rows[0])
     assert cli.main([str(word) for word in args]) == 0
