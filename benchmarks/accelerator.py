@@ -25,11 +25,9 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -143,25 +141,14 @@ def memory_limit(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def seconds_of(run: Callable[[], Any], *, budget: float = 4.0, least: int = 3, most: int = 20) -> dict[str, Any]:
-    """Median and fastest time of `run`, which must give arrays to wait for."""
-    import jax
-
-    jax.block_until_ready(run())
-    times: list[float] = []
-    while len(times) < least or (sum(times) < budget and len(times) < most):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times), "fastest": min(times), "runs": len(times)}
-
-
 # ---------------------------------------------------------------- the device itself
 
 
 def ceilings(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     import jax
     import jax.numpy as jnp
+
+    from dpo_jax.plan.measured import seconds_of
 
     n, again = (256, 2) if toy else (8192, 10)
     for dtype in ("bfloat16", "float32"):
@@ -213,6 +200,7 @@ def attention(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
     from dpo_jax import mesh as meshes
     from dpo_jax.model.attention import AttentionMask
+    from dpo_jax.plan.measured import seconds_of
 
     sizes = [(2, 64, 4, 2, 16)] if toy else [(8, 1024, 32, 8, 64), (4, 2048, 32, 32, 128), (2, 4096, 32, 8, 128)]
     for B, T, H, G, C in sizes:
@@ -251,6 +239,7 @@ def numerics(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     from dpo_jax.model.groups import response_logps
     from dpo_jax.model.llama import Llama
     from dpo_jax.model.variables import init_variables
+    from dpo_jax.plan.measured import with_tokens
     from dpo_jax.plan.programs import Lengths, full_pairs
 
     shape = shape_of("1b", None, toy)
@@ -292,35 +281,6 @@ def shape_of(name: str, layers: int | None, toy: bool) -> Any:
     return shape if layers is None else dataclasses.replace(shape, num_layers=layers)
 
 
-def with_tokens(batch: Any, vocab: int) -> Any:
-    """The batch with random ids: rows of equal tokens would be faster than any data."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    names = [name for name in ("prompts", "responses", "tokens") if hasattr(batch, name)]
-    return dataclasses.replace(
-        batch, **{name: random.integers(3, vocab, getattr(batch, name).shape, np.int32) for name in names}
-    )
-
-
-def made(tree: Any) -> Any:
-    """Arrays of these shapes in their places: weights random, norms' scales 1, all else (moments, counts) 0."""
-    import jax
-    import jax.numpy as jnp
-
-    def fill(path: Any, x: Any) -> Any:
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        if "opt_state" in names or not jnp.issubdtype(x.dtype, jnp.floating) or "lora_b" in names:
-            return jnp.zeros(x.shape, x.dtype)
-        if names[-1] == "scale":
-            return jnp.ones(x.shape, x.dtype)
-        key = jax.random.fold_in(jax.random.key(0), zlib.crc32("/".join(names).encode()) % 2**31)
-        return 0.02 * jax.random.normal(key, x.shape, x.dtype)
-
-    where = jax.tree.map(lambda x: x.sharding, tree)
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(fill, tree), out_shardings=where)()
-
-
 # ---------------------------------------------------------------- training steps
 
 
@@ -330,9 +290,12 @@ def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, d
     from dpo_jax import cli
     from dpo_jax import mesh as meshes
     from dpo_jax.plan import programs, worker
+    from dpo_jax.plan.hardware import Topology
     from dpo_jax.plan.jobs import Job
+    from dpo_jax.plan.measured import measured, topology_here
 
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    here = topology_here(mesh) or Topology.parse("h100:1")  # at toy size, on a CPU
     for name, (word, shape_name, layers, prompt, response, options) in cases.items():
         words = f"{COMMON} {options}".split()
         if word == "ppo":
@@ -347,125 +310,31 @@ def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, d
             program = worker.build(job, mesh, lengths)
             label = name if program_name == "train step" else f"{name}: {program_name}"
             try:
-                figures = measured(program, mesh, run.train.dtype) if program.step else sampler_step(job, mesh, program)
+                if program.step is None:
+                    figures = sampler_step(job, mesh)
+                else:
+                    figures, _ = measured(program, mesh, run.train.dtype, here, shape.vocab_size)
             except jax.errors.JaxRuntimeError as failure:
                 if "RESOURCE_EXHAUSTED" not in str(failure):
                     raise
                 figures = {"refused": str(failure).splitlines()[0][:300]}
-            yield label, figures | {"tokens": program.tokens, "options": " ".join(words[6:])}
-
-
-def measured(program: Any, mesh: Any, dtype: str) -> dict[str, Any]:
-    """Compile time, step time, rates and memory of one program; beside them what the planner makes of it."""
-    import jax
-
-    from dpo_jax import mesh as meshes
-    from dpo_jax.plan import worker
-
-    *trees, batch = program.arguments
-    start = time.perf_counter()
-    compiled = program.lower().compile()
-    figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-    about = worker.measure(compiled, mesh, program.trips)
-    placed = meshes.put_batch(mesh, with_tokens(batch, vocab_of(program)))
-    held = [made(tree) for tree in trees]
-    donates = len(trees) == 1  # a training step; a measurement reads two trees and keeps them
-
-    def run() -> Any:
-        out = compiled(*held, placed)
-        if donates:
-            held[0] = out[0]
-        return out
-
-    figures |= seconds_of(run)
-    out = run()
-    loss = out[1].get("loss") if donates and isinstance(out, tuple) else None
-    if loss is not None:
-        figures["loss"] = float(loss)
-    stats = jax.devices()[0].memory_stats() or {}
-    return (
-        figures
-        | rates(program, figures["seconds"], dtype)
-        | {
-            "peak_compiled_gib": about["memory"]["peak"] / 2**30,
-            "in_use_gib": stats.get("bytes_in_use", 0) / 2**30,
-            "attention": about["attention"],
-            "plan": planned(program, about, dtype),
-        }
-    )
-
-
-def vocab_of(program: Any) -> int:
-    """Rows of the embedding that the program's weights have."""
-    import jax
-
-    leaves = jax.tree_util.tree_leaves_with_path(program.arguments[0])
-    (rows,) = {x.shape[0] for path, x in leaves if jax.tree_util.keystr(path).endswith("['embed_tokens']['embedding']")}
-    return rows
-
-
-def rates(program: Any, seconds: float, dtype: str) -> dict[str, Any]:
-    import jax
-
-    from dpo_jax.train.accounting import peak_flops
-
-    peak = peak_flops(jax.devices(), None)
-    rate = program.flops / seconds
-    figures = {"tokens_per_second": program.tokens / seconds, "tflops": rate / 1e12}
-    return figures if peak is None else figures | {"mfu": rate / peak}
-
-
-def planned(program: Any, about: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The planner's estimate for an H100 (an H200 has its matrix units, and more and faster memory)."""
-    from dpo_jax.config import AssumeConfig
-    from dpo_jax.plan.estimate import estimate
-    from dpo_jax.plan.hardware import Topology
-
-    figures = about | {"computed": program.computed, "flops": program.flops, "tokens": program.tokens}
-    made = estimate(figures, Topology.parse("h100:1"), dtype, AssumeConfig())
-    return {"all_overlaps": made.fastest, "nothing_overlaps": made.slowest, "bound": made.bound}
+            yield label, figures | {"options": " ".join(words[6:])}
 
 
 # ---------------------------------------------------------------- sampling
 
 
-def sampler_step(job: Any, mesh: Any, program: Any) -> dict[str, Any]:
+def sampler_step(job: Any, mesh: Any) -> dict[str, Any]:
     """The sampler of a PPO iteration, as `rollouts.py` calls it: one response to each prompt."""
+    from dpo_jax.config import SampleConfig
     from dpo_jax.plan import programs
+    from dpo_jax.plan.measured import made, sampled
 
     model = programs.make_model(job.run, job.shape)
     variables = made(programs.trained(job.run, model, mesh))
     rows = job.run.rollout_batch_size or job.run.train.batch_size
-    return sampled(model, variables, rows, job.prompt, job.response, {}, mesh)
-
-
-def sampled(model: Any, variables: Any, rows: int, prompt: int, new: int, options: dict[str, Any], mesh: Any) -> Any:
-    """Seconds of the whole and of the prefill (with the first token), decoded tokens a second."""
-    import jax
-    import numpy as np
-
-    from dpo_jax.config import SampleConfig
-    from dpo_jax.sample import generate, prepare
-
-    prompts = np.random.default_rng(1).integers(3, model.config.vocab_size, (rows, prompt))
-    took = {}
-    for length in (1, new):
-        config = SampleConfig(max_new_tokens=length, **options)
-        weights = prepare(model, variables, config, mesh=mesh) if options.get("weights") else variables
-        count = iter(range(1000))
-        took[length] = seconds_of(
-            lambda config=config, weights=weights, count=count: (
-                generate(model, weights, prompts, jax.random.key(next(count)), config=config, mesh=mesh).tokens
-            )
-        )
-    decode = (took[new]["seconds"] - took[1]["seconds"]) / (new - 1)
-    return {
-        "seconds": took[new]["seconds"],
-        "prefill_seconds": took[1]["seconds"],
-        "seconds_a_token": decode,
-        "decoded_tokens_per_second": rows / decode,
-        "tokens_per_second": rows * new / took[new]["seconds"],
-    }
+    config = SampleConfig(max_new_tokens=job.response)
+    return sampled(model, variables, (rows, job.prompt), mesh, config=config)
 
 
 def sample(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -474,8 +343,10 @@ def sample(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     import jax.numpy as jnp
 
     from dpo_jax import mesh as meshes
+    from dpo_jax.config import SampleConfig
     from dpo_jax.model.llama import Llama
     from dpo_jax.model.variables import init_variables
+    from dpo_jax.plan.measured import sampled
 
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     prompt, new = (16, 8) if toy else (256, 128)
@@ -486,7 +357,8 @@ def sample(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         for rows, options in ((1, {}), (1, {"weights": "int8"}), (32, {}), (128, {})):
             if toy and rows > 1:
                 continue
-            got = sampled(model, variables, rows, prompt, new, options, mesh)
+            config = SampleConfig(max_new_tokens=new, **options)
+            got = sampled(model, variables, (rows, prompt), mesh, config=config)
             label = f"{name.upper()}, {rows} rows" + "".join(f", {key} {value}" for key, value in options.items())
             yield label, got | {"weight_gb": read / 1e9, "gb_per_second": read / got["seconds_a_token"] / 1e9}
 

@@ -20,16 +20,16 @@ from dpo_jax import __version__, config
 from dpo_jax.config.names import option
 from dpo_jax.config.shipped import load
 from dpo_jax.config.values import built, negated
-from dpo_jax.config.words import COMMANDS, GROUPS, PLAN
+from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, PLAN
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
 GUESS_CUTOFF = 0.5
 PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
-"""Commands whose CONFIG.py `plan` takes."""
+"""Commands that `plan` and `bench` are about."""
 
-_CONFIG = {PLAN: " CONFIG.py"}  # where it must be given
+_CONFIG = dict.fromkeys((PLAN, BENCH), " CONFIG.py|COMMAND")  # where it must be given
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))
@@ -150,8 +150,8 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 
     `open_ended`: what a CONFIG.py leaves to the command line may be missing.
     """
-    if word == PLAN:
-        return _parse_plan(list(args))
+    if word in _CONFIG:
+        return _parse_about(word, list(args))
     return _parse(word, list(args), open_ended=open_ended)
 
 
@@ -161,7 +161,9 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     given = _given(word, args, names)
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
-        if missing:
+        if open_ended:
+            given |= {name: [config.ON_COMMAND_LINE] for name in missing}
+        elif missing:
             raise InputError(f"missing {' and '.join('--' + m for m in missing)} ({PROGRAM} {word} --help)")
     else:
         default = _give_way(default, set(given))
@@ -219,30 +221,35 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     return loaded, args[1:]
 
 
-def _parse_plan(args: list[str]) -> Any:
-    """Options of `plan`, and in `training` those of the command that its CONFIG.py belongs to."""
+def _parse_about(word: str, args: list[str]) -> Any:
+    """Options of `plan` or `bench`, and in `training` those of the command that they are about."""
     if not args or args[0].startswith("-"):
-        raise InputError(f"missing CONFIG.py: {PROGRAM} {PLAN} CONFIG.py --topology v5e:4x4 ({PROGRAM} {PLAN} --help)")
-    loaded = load(args[0])
-    words = [word for word in PLANNED if type(loaded) is getattr(config, COMMANDS[word].options)]
-    if not words:
-        kinds = ", ".join(PLANNED)
-        raise InputError(f"{args[0]}: {type(loaded).__name__} cannot be planned; a plan takes a CONFIG.py of {kinds}")
-    names, own, theirs = option_names(PLAN), [], [args[0]]
-    others = option_names(words[0])
+        example = " --topology v5e:4x4" if word == PLAN else ""
+        raise InputError(f"missing CONFIG.py: {PROGRAM} {word} CONFIG.py{example} ({PROGRAM} {word} --help)")
+    about, theirs = args[0], []
+    if about not in PLANNED:
+        loaded, theirs = load(about), [about]
+        words = [name for name in PLANNED if type(loaded) is getattr(config, COMMANDS[name].options)]
+        if not words:
+            kinds = ", ".join(PLANNED)
+            raise InputError(
+                f"{about}: {type(loaded).__name__} cannot be planned; a {word} takes a CONFIG.py of {kinds}, or one of"
+                " these words"
+            )
+        (about,) = words
+    names, others = option_names(word), option_names(about)
+    own: list[str] = []
     within = theirs
     for token in args[1:]:
         if _is_option(token):
             name = token.partition("=")[0].lstrip("-").replace("-", "_")
             if name not in names and name not in others:
                 guess = _guess(name, [*names, *others], "--")
-                raise InputError(
-                    f"unknown option {token}{guess} ({PROGRAM} {PLAN} --help, {PROGRAM} {words[0]} --help)"
-                )
+                raise InputError(f"unknown option {token}{guess} ({PROGRAM} {word} --help, {PROGRAM} {about} --help)")
             within = own if name in names else theirs
         within.append(token)
-    training = _parse(words[0], theirs, open_ended=True)
-    return dataclasses.replace(_parse(PLAN, own), training=training)
+    training = _parse(about, theirs, open_ended=True)
+    return dataclasses.replace(_parse(word, own), training=training)
 
 
 def _give_way(default: Any, given: set[str], prefix: str = "") -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
-from dpo_jax.config import PlanRun
+from dpo_jax.config import BenchRun, PlanRun
 from dpo_jax.model.config_keys import OPTION, ignoring
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ def with_config_keys(command: Callable[[Run], Result]) -> Callable[[Run], Result
 
     @wraps(command)
     def run(options: Run) -> Result:
-        reads: Any = options.training if isinstance(options, PlanRun) else options
+        reads: Any = options.training if isinstance(options, PlanRun | BenchRun) else options
         keys = reads.ignore_config_keys
         with ignoring(keys) as met:
             result = command(options)

@@ -47,7 +47,7 @@ def train(config: DPORun) -> Path:
     vocabulary = architecture.vocab_size
     if config.reference is not None:
         vocabulary = min(vocabulary, open_checkpoint(config.reference).architecture.vocab_size)
-    data, heldout = _load_data(config, tokenizer, vocabulary)
+    data, heldout = load_data(config, tokenizer, vocabulary)
     planned = training.preferences(data, heldout, architecture)
     step_config = training.config.step_config()
 
@@ -131,7 +131,7 @@ def _check_options(config: DPORun) -> None:
 # ---------------------------------------------------------------- loading
 
 
-def _load_data(
+def load_data(
     config: DPORun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """What to train on, and what is held out."""

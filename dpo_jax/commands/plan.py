@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.config import PlanRun, RewardRun, SFTRun, TrainingRun
+from dpo_jax.config import BenchRun, PlanRun, RewardRun, SFTRun, TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
 from dpo_jax.files.folder import write_atomically
@@ -77,17 +77,22 @@ def word_of(run: TrainingRun) -> str:
 
 def first_job(options: PlanRun) -> tuple[Topology, Job]:
     """The devices, and the training step as a job. Raises `InputError` for options that make none."""
-    run, topology = options.training, Topology.parse(options.topology)
+    topology = Topology.parse(options.topology)
+    return topology, job_of(options, str(topology))
+
+
+def job_of(options: PlanRun | BenchRun, topology: str) -> Job:
+    """The training step of the command that `options` are about. Raises `InputError` for options that make none."""
+    run = options.training
     if run is None:
-        raise InputError("a plan needs the options of a training command: PlanRun.training")
+        raise InputError(f"{type(options).__name__}.training: the options of a training command are missing")
     shape, _ = shape_of(run, options.model_shape)
     lengths = lengths_of(run, options.prompt_tokens, options.response_tokens)
     _check(run, shape, lengths, options)
-    job = Job(word_of(run), names(run)[0], run, shape, str(topology), lengths.prompt, lengths.response)
-    return topology, job
+    return Job(word_of(run), names(run)[0], run, shape, topology, lengths.prompt, lengths.response)
 
 
-def _check(run: TrainingRun, shape: LlamaConfig, lengths: Lengths, options: PlanRun) -> None:
+def _check(run: TrainingRun, shape: LlamaConfig, lengths: Lengths, options: PlanRun | BenchRun) -> None:
     if isinstance(run, SFTRun) and options.prompt_tokens is not None:
         raise InputError("--prompt_tokens has no effect: a window of text has no prompt; give --response_tokens")
     if shape.num_labels and not isinstance(run, RewardRun):

@@ -40,7 +40,7 @@ def train(config: RewardRun) -> Path:
     check_scores(architecture.model_type, config.model)
     config = training.config
     padded_apart(architecture, training.exported(tokenizer))  # what cannot be exported is refused now
-    data, heldout = _data(config, tokenizer, architecture.vocab_size)
+    data, heldout = load_data(config, tokenizer, architecture.vocab_size)
     planned = training.preferences(data, heldout, architecture)
     step_config = training.config.step_config()
 
@@ -83,7 +83,7 @@ def train(config: RewardRun) -> Path:
     )
 
 
-def _data(
+def load_data(
     config: RewardRun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """What to train on, and what is held out: of each source the same share of prompts, before they are mixed."""

@@ -24,7 +24,7 @@ from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
-from dpo_jax.config.plan import AssumeConfig, PlanRun
+from dpo_jax.config.plan import AssumeConfig, BenchRun, PlanRun
 from dpo_jax.config.ppo import GRPORun, PPOConfig, PPOLossConfig, PPORun
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.presets import PRESETS
@@ -66,6 +66,7 @@ __all__ = [
     "AssumeConfig",
     "AttentionKernel",
     "AverageRun",
+    "BenchRun",
     "ChatRecipeConfig",
     "ChatRun",
     "CheckpointConfig",

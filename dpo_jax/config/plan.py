@@ -1,4 +1,4 @@
-"""Options of `dpo-jax plan`."""
+"""Options of `dpo-jax plan` and `dpo-jax bench`."""
 
 import math
 from dataclasses import dataclass, field
@@ -34,7 +34,8 @@ class PlanRun(Options):
     """
 
     topology: str
-    """The devices: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4 (a TPU slice), a100:8, h100:8 (a node), a100:2x8 (two)."""
+    """The devices: v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4 (a TPU slice), a100:8, h100:8, h200:8
+    (a node), a100:2x8 (two)."""
     model_shape: str | None = None
     """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_1b (3.2), llama3_8b,
     llama3_70b, mistral_7b, smollm2_135m), in place of --model, of which only config.json is read."""
@@ -71,3 +72,37 @@ class PlanRun(Options):
         require(path is None or path.endswith(".py"), f"--write_config {path}: a CONFIG is a Python file (.py)")
         price = self.price_per_device_hour
         require(price is None or 0 <= price < math.inf, f"--price_per_device_hour {price} must not be negative")
+
+
+@dataclass(frozen=True)
+class BenchRun(Options):
+    """What a training command does on the devices that are here, beside what a plan says of it: `dpo-jax bench`.
+
+    CONFIG.py, or the word of a command, says which; its options may follow under their own names (--train.remat full,
+    --mesh.tensor 4, --data.max_length 2048). Weights are random and rows full, so that only the model's config.json is
+    read. Where --data is given, its loader is measured too.
+    """
+
+    model_shape: str | None = None
+    """A published model, by name, as in `dpo-jax plan`, in place of --model."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt, as in `dpo-jax plan`."""
+    response_tokens: int | None = None
+    """Tokens of each response, as in `dpo-jax plan`."""
+    out: str | None = None
+    """JSON file with all figures, written after each of them."""
+    seconds: float = 10.0
+    """How long each program is run, after its first time; three times at least."""
+    checkpoint: bool = True
+    """Write and read a checkpoint of the whole training state, and remove it."""
+    folder: str | None = not_given("the system's folder for temporary files", needs="checkpoint")
+    """Where that checkpoint is written."""
+    training: TrainingRun | None = None
+    """The options of the command that is measured."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "response_tokens"):
+            tokens = getattr(self, name)
+            require(tokens is None or tokens >= 1, f"--{name} {tokens} must be at least 1")
+        require(0 < self.seconds < math.inf, f"--seconds {self.seconds} must be positive")
+        self.refuse_idle("--")

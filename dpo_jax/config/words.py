@@ -25,8 +25,8 @@ class Command:
     """Whether a CONFIG.py may stand before the options."""
 
 
-PLAN = "plan"
-"""The command whose CONFIG.py is another command's, and whose options that command's may follow."""
+PLAN, BENCH = "plan", "bench"
+"""Commands that are about another: its CONFIG.py or its word stands first, and its options may follow."""
 GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
 """The first words of commands of two words, such as `dpo-jax recipe NAME` -> what their second words are called."""
 
@@ -261,6 +261,12 @@ COMMANDS = {
         "PlanRun",
         "dpo_jax.commands.plan:plan",
         "does it fit, what does it move, how long does it take: a training step on devices that are not here",
+        unused=("training",),
+    ),
+    BENCH: Command(
+        "BenchRun",
+        "dpo_jax.commands.bench:bench",
+        "step time, tokens/s, MFU, memory, loader, sampler and checkpoints on what is here, beside the plan's",
         unused=("training",),
     ),
     "inspect": Command(

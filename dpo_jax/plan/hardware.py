@@ -9,6 +9,7 @@ Peaks of matrix products stand in `train/accounting.py`. Links are counted one w
   GPUs   NVIDIA's data sheets: A100 80 GB SXM (2,039 GB/s; NVLink 600 GB/s both ways), H100 SXM (3.35 TB/s; NVLink
          900 GB/s both ways). Between nodes: DGX A100 has 8 cards of 200 Gbit/s, DGX H100 8 of 400 Gbit/s. Of the
          memory that CUDA reports, 8 % are kept for its context and NCCL's buffers.
+         H200 SXM: 4.8 TB/s, all else as an H100.
 """
 
 import math
@@ -111,6 +112,17 @@ _H100 = _target(
     cache=50 * 2**20,
     shared=233_472,
 )
+_H200 = _target(
+    "NVIDIA H200",
+    capability="9.0",
+    cores=132,
+    units=128,
+    clock=1.98,
+    bandwidth=4800e9,
+    memory=150_000_000_000,
+    cache=50 * 2**20,
+    shared=233_472,
+)
 
 HARDWARE = {
     "v4": Hardware("TPU v4", "tpu", 30.75 * GIB, 1200e9, 300e9),
@@ -119,6 +131,7 @@ HARDWARE = {
     "v6e": Hardware("TPU v6 lite", "tpu", 31.25 * GIB, 1638e9, 400e9),
     "a100": Hardware("NVIDIA A100-SXM4-80GB", "cuda", 0.92 * 85_167_000_000, 2039e9, 300e9, 200e9, 19.5e12, _A100),
     "h100": Hardware("NVIDIA H100 80GB HBM3", "cuda", 0.92 * 84_930_000_000, 3350e9, 450e9, 400e9, 66.9e12, _H100),
+    "h200": Hardware("NVIDIA H200", "cuda", 0.92 * 150_000_000_000, 4800e9, 450e9, 400e9, 66.9e12, _H200),
 }
 
 

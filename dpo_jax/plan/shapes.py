@@ -80,7 +80,7 @@ def shape_of(run: TrainingRun, name: str | None) -> tuple[LlamaConfig, str]:
             raise InputError(f"--model_shape {name}: is none of {', '.join(SHAPES)}; for others give --model")
         return SHAPES[name], name
     if run.model == ON_COMMAND_LINE:
-        raise InputError("the CONFIG.py names no model: give --model_shape (such as llama2_7b) or --model")
+        raise InputError("no model is named: give --model_shape (such as llama2_7b) or --model")
     return read_shape(run.model), Path(run.model).name
 
 

@@ -65,7 +65,7 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
         required.append("tokenizer")
     if word in ("judge", "mt-bench judge"):
         required.append("model")
-    first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word == "plan" else []
+    first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word in ("plan", "bench") else []
     several = {"models": ("y",)}  # one model is no average
     parsed = cli.parse(word, first + [part for name in required for part in (f"--{name}", "x", *several.get(name, ()))])
     assert type(parsed) is getattr(config, cli.COMMANDS[word].options)

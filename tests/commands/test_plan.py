@@ -396,7 +396,7 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert error(capsys, "plan", ZEPHYR).startswith("missing --topology")
     assert "did you mean --topology?" in error(capsys, "plan", ZEPHYR, "--topolgy", "v5e:4x4")
     assert "--write_config has no effect without --search" in error(capsys, *words("--write_config", "c.py"))
-    assert "names no model: give --model_shape" in error(capsys, "plan", ZEPHYR, "--topology", "v5e:4x4")
+    assert "no model is named: give --model_shape" in error(capsys, "plan", ZEPHYR, "--topology", "v5e:4x4")
     assert "--model_shape x: is none of llama2_7b" in error(capsys, *words("--model_shape", "x"))
     assert "does not have the options" not in error(capsys, *words("--data.max_length", 9000))
     frontier = str(ROOT / "configs" / "smollm2_gatt.py")
