@@ -60,7 +60,9 @@ setup(
     # The recipes of configs/ lie in a wheel as dpo_jax/configs, where `dpo_jax.config.derive` finds them.
     packages=[*find_packages(include=["dpo_jax", "dpo_jax.*"]), "dpo_jax.configs"],
     package_dir={"dpo_jax.configs": "configs"},
-    package_data={"dpo_jax": ["py.typed", "judge/prompts/*.json"]},
+    package_data={
+        "dpo_jax": ["py.typed", "judge/prompts/*.json", "complete/prompts/*.json", "data/rows/phrases/*.json"]
+    },
     python_requires=">=3.11",
     install_requires=INSTALL,
     extras_require={

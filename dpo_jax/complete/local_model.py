@@ -66,6 +66,10 @@ class LocalModel:
         """The fingerprint of its weights, which are read for it."""
         return self._writer.weights
 
+    def close(self) -> None:
+        """Give the weights up."""
+        self._writer.close()
+
     def _key(self, question: Question) -> dict[str, Any]:
         return {
             "weights": self.weights,
@@ -90,15 +94,20 @@ class LocalModel:
             done(len(found))
 
         self.asked += len(missing)
+        distinct = dict(zip(keys, questions, strict=True))
         for seed in sorted({questions[i].seed or 0 for i in missing.values()}):
-            some = [key for key, i in missing.items() if (questions[i].seed or 0) == seed]
             for first in (False, True):
-                group = [key for key in some if bool(questions[missing[key]].logprobs) == first]
-                ids = [self._ids(questions[missing[key]], first=first) for key in group]
+                # With those that are known: what is drawn depends on a question's place among them.
+                some = [k for k, q in distinct.items() if (q.seed or 0) == seed and bool(q.logprobs) == first]
+                wanted = [at for at, key in enumerate(some) if key in missing]
+                if not wanted:
+                    continue
+                ids = [self._ids(distinct[key], first=first) for key in some]
                 if first:
-                    self._read(ids, group, [questions[missing[key]].logprobs for key in group], keep)
+                    group = [some[at] for at in wanted]
+                    self._read([ids[at] for at in wanted], group, [distinct[key].logprobs for key in group], keep)
                 else:
-                    self._write(ids, group, seed, keep)
+                    self._write(ids, some, wanted, seed, keep)
         return [found[key] for key in keys]
 
     def _ids(self, question: Question, *, first: bool) -> list[int]:
@@ -110,8 +119,16 @@ class LocalModel:
             raise InputError(f"a question: {problem}") from problem
         return ids
 
-    def _write(self, ids: Sequence[Sequence[int]], keys: Sequence[str], seed: int, keep: Callable[..., None]) -> None:
-        requests: list[Request] = [(i, 0) for i in range(len(ids))]
+    def _write(
+        self,
+        ids: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        wanted: Sequence[int],
+        seed: int,
+        keep: Callable[..., None],
+    ) -> None:
+        """Answers to the questions at the places `wanted`."""
+        requests: list[Request] = [(i, 0) for i in wanted]
         for some in self._writer.responses(ids, requests, seed=seed):
             for (i, _), response in some:
                 keep(keys[i], Reply(response.text, response.finish_reason, "", len(ids[i]), len(response.ids)))

@@ -19,6 +19,7 @@ from dpo_jax.config.commands import (
     ScoreRun,
 )
 from dpo_jax.config.dpo import BETAS, DPOConfig, DPOLossConfig, DPORun, Loss, Ties
+from dpo_jax.config.dsft import DialogueFilterConfig, DSFTRun, SelfInstructConfig
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
@@ -77,8 +78,10 @@ __all__ = [
     "DPOConfig",
     "DPOLossConfig",
     "DPORun",
+    "DSFTRun",
     "DataConfig",
     "DemoRun",
+    "DialogueFilterConfig",
     "DistributedConfig",
     "EndpointConfig",
     "EnergyConfig",
@@ -127,6 +130,7 @@ __all__ = [
     "SafetyRun",
     "SampleConfig",
     "ScoreRun",
+    "SelfInstructConfig",
     "ServeRun",
     "TalkOptions",
     "Ties",

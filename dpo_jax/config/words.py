@@ -166,6 +166,13 @@ COMMANDS = {
         ),
         recipe=True,
     ),
+    "recipe dsft": Command(
+        "DSFTRun",
+        "dpo_jax.commands.recipes.dsft:recipe",
+        "dialogues for distilled SFT: a teacher answers, refines instructions, plays both sides; filters",
+        unused=("sample.beams", "sample.length_penalty"),
+        recipe=True,
+    ),
     "generate": Command("GenerateRun", "dpo_jax.commands.generate:generate", "answer prompts"),
     "chat": Command("ChatRun", "dpo_jax.commands.chat:chat", "talk to a model in the terminal", unused=_NOT_LIVE),
     "serve": Command(
