@@ -106,7 +106,7 @@ def train(config: DPORun) -> Path:
         final.variables,
         tokenizer,
         title="DPO run",
-        summary=f"{config.model}, aligned with {config.data.files} in {planned.total_steps} steps ({config.dpo.loss}).",
+        summary=f"{config.model}, aligned with {config.data.files} in {training.told_steps} ({config.dpo.loss}).",
         sections=[
             data_section("Data", data, planned.told()),
             *([] if heldout is None else [data_section("Evaluation data", heldout)]),

@@ -25,8 +25,9 @@ from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
-from dpo_jax.report.samples import progress, samples_section
+from dpo_jax.report.samples import heldout_progress, progress, samples_section
 from dpo_jax.train.flops import ModelFlops, ppo_flops
+from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
@@ -55,20 +56,31 @@ def train(config: PPORun) -> Path:
         raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
-    data = load_prompts(
-        config.data.files,
-        encoder,
-        config.data,
+    read = partial(
+        load_prompts,
+        encoder=encoder,
+        config=config.data,
         longest=config.longest_prompt,
         vocab_size=architecture.vocab_size,
         on_bad_rows=config.on_bad_rows,
         tagged=config.safety_reward is not None,
     )
-    _check_context(config, data, architecture)
-    training.say(data.summary())
+    data, heldout = read(config.data.files), None
+    if config.eval_data is not None:
+        heldout = read(config.eval_data)
+        known = {data.ids[i].tobytes() for i in range(len(data))}
+        shared = sum(heldout.ids[i].tobytes() in known for i in range(len(heldout)))
+        if shared:
+            training.say(f"--eval_data {config.eval_data}: {shared} of {len(heldout)} prompts are learnt from, too")
+    for prompts in (data, heldout):
+        if prompts is not None:
+            _check_context(config, prompts, architecture)
+    training.told(data, heldout)
     together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
     judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
     judges.try_out(data)
+    if heldout is not None:
+        judges.try_out(heldout)
     reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
@@ -106,39 +118,42 @@ def train(config: PPORun) -> Path:
     del variables, starting, value
 
     # -------------------------------------------------------------- training
-    rollouts = Rollouts(
-        model,
-        tokenizer,
-        data,
-        loader(steps=planned.total_steps, epochs=None),
-        judges,
-        SampleLog(training.out / "samples.jsonl", writes=training.main),
-        reference=reference,
-        config=step_config,
-        sample=terminators(model, encoder, config.sample),
-        mesh=mesh,
-        piece=config.rollout_batch_size or config.train.batch_size,
-        raw=config.data.template == RAW,
-    )
+    prompts = loader(steps=planned.total_steps, epochs=None)
+    writing: dict[str, Any] = {
+        "reference": reference,
+        "config": step_config,
+        "sample": terminators(model, encoder, config.sample),
+        "mesh": mesh,
+        "piece": config.rollout_batch_size or config.train.batch_size,
+        "raw": config.data.template == RAW,
+    }
+    log = SampleLog(training.out / "samples.jsonl", writes=training.main)
+    rollouts = Rollouts(model, tokenizer, data, prompts, judges, log, **writing)
+    evaluate = None
+    if heldout is not None:
+        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, width=prompts.width, **writing)
     final = training.fit(
         state,
         ppo.jit_train_step(step_config, mesh),
         rollouts,
         identity=identity,
+        evaluate=evaluate,
+        evaluate_first=True,
         flops_of=ppo_flops(flops, step_config),
         prepare=rollouts.prepare,
     )
 
     # -------------------------------------------------------------- the model, and the report
-    told = progress(read_metrics(training.out / "metrics.jsonl"))
+    rows = read_metrics(training.out / "metrics.jsonl")
+    told = " ".join(part for part in (progress(rows), heldout_progress(rows)) if part)
     training.say(told)
     return training.finish(
         model,
         ppo.policy_of(final.variables),
         tokenizer,
         title=f"{config.ppo.algorithm().upper()} run",
-        summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in {planned.total_steps}"
-        f" iterations ({config.ppo.algorithm()}). {told}",
+        summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in"
+        f" {training.told_steps} ({config.ppo.algorithm()}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,
     )

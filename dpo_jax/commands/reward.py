@@ -72,7 +72,7 @@ def train(config: RewardRun) -> Path:
         final.variables,
         tokenizer,
         title="Reward model",
-        summary=f"{config.model}, trained on {data.source} in {planned.total_steps} steps"
+        summary=f"{config.model}, trained on {data.source} in {training.told_steps}"
         f" (margin {config.reward.margin}). {_progress(rows)}".rstrip(),
         sections=[
             data_section("Data", data, planned.told()),

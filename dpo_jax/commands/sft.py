@@ -61,7 +61,7 @@ def train(config: SFTRun) -> Path:
 
     # -------------------------------------------------------------- the model, and the report
     done = "trained on the text of" if config.data.kind == "text" else "fine-tuned on"
-    summary = f"{config.model}, {done} {config.data.files} in {planned.total_steps} steps."
+    summary = f"{config.model}, {done} {config.data.files} in {training.told_steps}."
     progress = heldout_progress(read_metrics(training.out / "metrics.jsonl"))
     if progress:
         training.say(progress)

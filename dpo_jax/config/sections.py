@@ -185,12 +185,19 @@ class TrainConfig(Options):
     """shared: the prompt is computed once for all its responses. separate: once for each."""
     eval_every: int | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
+    stop_after: int | None = None
+    """End after so many evaluations in a row in which the metric of --checkpoint.best has not become better than it
+    was. model/ then holds the weights of the best evaluation."""
     peak_flops: float | None = None
     """Peak FLOP/s of a device, against which mfu is logged. Not given: a known TPU's or GPU's, dense bfloat16."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
-        self.at_least("--train.", steps=1, batch_size=1, accumulate=1, eval_every=1)
+        self.at_least("--train.", steps=1, batch_size=1, accumulate=1, eval_every=1, stop_after=1)
+        require(
+            self.stop_after is None or self.eval_every is not None,
+            "--train.stop_after counts evaluations: give --train.eval_every, too",
+        )
         self.positive("--train.", "epochs")
         require(
             self.batch_size % self.accumulate == 0,
@@ -231,7 +238,8 @@ class CheckpointConfig(Options):
     keep: int = 2
     """Newest checkpoints to keep."""
     best: str | None = None
-    """Also keep the best by this metric, e.g. eval_rewards/accuracies or eval_loss (needs --eval_data)."""
+    """Beside the newest also keep the best by this metric of the evaluation (the newest of equals), e.g. eval_loss,
+    eval_rewards/accuracies or eval_reward: one is saved after each evaluation. Needs --eval_data."""
 
     def __post_init__(self) -> None:
         self.at_least("--checkpoint.", every=1, keep=1)

@@ -71,6 +71,9 @@ class HoldoutRun(TrainingRun):
 class JudgedRun(TrainingRun):
     """A run on prompts, whose responses are judged."""
 
+    eval_data: str | None = None
+    """Held-out prompts, answered with the same draws before the first iteration, every --train.eval_every and at the
+    end: eval_reward, eval_kl, eval_length with intervals, and the texts' health."""
     reward: str
     """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
     found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own

@@ -34,10 +34,7 @@ _DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within"
 _NO_LOADER = ("data.shuffle", "data.workers")
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
-    "eval_data",
-    "train.eval_every",
     "train.layout",
-    "checkpoint.best",
     "data.buckets",
     "data.workers",
     "sample.stop_strings",
@@ -47,6 +44,7 @@ _NOT_PPO = (
 _NOT_REJECTION = (
     "train.layout",
     "train.eval_every",
+    "train.stop_after",
     "checkpoint.best",
     "data.kind",
     "data.separator",
@@ -75,6 +73,7 @@ def _inside(section: str, *names: str) -> tuple[str, ...]:
         "eval_data",
         "checkpoint.best",
         "train.eval_every",
+        "train.stop_after",
         "ignore_config_keys",
         *several,
         *names,
@@ -140,6 +139,7 @@ COMMANDS = {
         "make instructions hold for whole dialogues: Ghost Attention",
         unused=(
             "train.eval_every",
+            "train.stop_after",
             "train.layout",
             "checkpoint.best",
             "data.kind",

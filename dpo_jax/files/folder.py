@@ -35,6 +35,9 @@ FREE = (
 STAGES, INPUTS = "stages.json", "inputs.json"
 """Of a run of several stages (`files/stages.py`): those that are done, and fingerprints of what it was begun with."""
 
+_METRIC = "checkpoint.best"
+"""Free, but where it decides when a run ends."""
+
 Status = Literal["new", "unfinished", "finished"]
 
 
@@ -132,7 +135,8 @@ class RunFolder:
             return "new"
         now = flatten(self.given)
         for name in sorted(before.keys() | now.keys()):
-            if name.startswith(FREE) or before.get(name) == now.get(name):
+            bound = name == _METRIC and now.get("train.stop_after") is not None
+            if (name.startswith(FREE) and not bound) or before.get(name) == now.get(name):
                 continue
             raise InputError(
                 f"{self.path}: the run in it has {option(name)} {before.get(name)}, this command has {now.get(name)};"

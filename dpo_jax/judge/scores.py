@@ -68,6 +68,13 @@ class Judges:
         """
         return scored(self._opened(), self._names, prompts, responses, rows, tagged, whiten=self._whiten)
 
+    def as_they_are(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `__call__`, all finite, and two not standardised: what one model's responses score beside another's."""
+        every = (self._opened(), self._names, prompts, responses, rows, tagged)
+        return scored(*every, whiten=False, finite=True)
+
 
 def scored(
     judges: Sequence[RewardFunction],
@@ -78,13 +85,16 @@ def scored(
     tagged: np.ndarray,
     *,
     whiten: bool,
+    finite: bool | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What `Judges` gives, of one judge or two, combined as Llama 2 did (`align/rewards.py`).
 
-    `whiten`: for PPO: two are standardised over these responses, and scores that are not finite refused.
+    `whiten`: for PPO: two are standardised over these responses, and scores that are not finite refused, as `finite`
+    does, where it is given.
     """
+    finite = whiten if finite is None else finite
     found = [
-        scores_of(judge, prompts, responses, rows, name, finite=whiten)
+        scores_of(judge, prompts, responses, rows, name, finite=finite)
         for judge, name in zip(judges, names, strict=True)
     ]
     if len(found) == 1:

@@ -88,7 +88,7 @@ def training_section(rows: Sequence[Row]) -> Section:
     """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
     wanted = (
         ("Loss", ("loss", "eval_loss", "nll_loss")),
-        ("Score", ("objective/scores",)),
+        ("Score", ("objective/scores", "eval_reward")),
         ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/helpfulness", "rewards/safety")),
         ("Perplexity", ("eval_perplexity",)),
         ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
@@ -98,7 +98,7 @@ def training_section(rows: Sequence[Row]) -> Section:
         ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
         ("KL to the reference", ("kl", "eval_kl", "objective/kl")),
         ("Price of the KL divergence", ("kl_coefficient",)),
-        ("Length of the responses (tokens)", ("lengths/response",)),
+        ("Length of the responses (tokens)", ("lengths/response", "eval_length")),
         ("Value loss", ("loss/value_avg",)),
         ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg")),
         ("Learning rate", ("learning_rate",)),

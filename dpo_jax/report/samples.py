@@ -37,8 +37,25 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
 
 def progress(rows: list[Row]) -> str:
     """Score and KL divergence at the beginning and at the end, in one sentence."""
-    first, last = rows[0], rows[-1]
+    learnt = [row for row in rows if "objective/scores" in row]  # not that of an evaluation before the first step
+    first, last = learnt[0], learnt[-1]
     return (
         f"Mean score {first['objective/scores']:.3f} in the first iteration and {last['objective/scores']:.3f} in the"
         f" last, at a KL divergence of {last['objective/kl']:.2f} nats a response."
+    )
+
+
+def heldout_progress(rows: list[Row]) -> str:
+    """The same of held-out prompts, with the intervals; nothing where there was no evaluation."""
+    evaluated = [row for row in rows if "eval_reward" in row]
+    if not evaluated:
+        return ""
+
+    def told(row: Row) -> str:
+        return f"{row['eval_reward']:.3f} ({row['eval_reward_low']:.3f} to {row['eval_reward_high']:.3f})"
+
+    first, last = evaluated[0], evaluated[-1]
+    return (
+        f"Held-out prompts: {told(first)} at step {first['step']} and {told(last)} at step {last['step']}, at a KL"
+        f" divergence of {last['eval_kl']:.2f} nats a response."
     )

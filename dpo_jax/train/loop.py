@@ -30,8 +30,10 @@ from dpo_jax.align.figures import defined
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import MetricLog, Row, say, show_cursor
 from dpo_jax.mesh import put_batch
+from dpo_jax.processes import distributed
 from dpo_jax.processes.distributed import leave
 from dpo_jax.state import TrainState
+from dpo_jax.train.stopping import without_gain
 from dpo_jax.weights.checkpoint import Checkpoints
 
 INTERRUPTED = 130
@@ -77,16 +79,22 @@ class Plan:
     steps_per_epoch: float | None = None
     eval_every: int | None = None
     eval_first: bool = False
-    save_after_eval: bool = False
+    best: str | None = None
+    """Metric of the evaluation whose best checkpoint is kept: there is one after every evaluation."""
+    stop_after: int | None = None
+    """End after so many evaluations in which `best` has not become better."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the loop hands back: the last state, its step, and the signal that asked to stop, if one did."""
+    """What the loop hands back: the last state, its step, the signal that asked to stop, if one did, and whether it
+    ended since `Plan.stop_after` evaluations brought no gain.
+    """
 
     state: TrainState
     step: int
     stopped_by: int | None = None
+    ended_early: bool = False
 
 
 def fit(
@@ -122,12 +130,13 @@ def fit(
     """
     done = int(jax.device_get(state.step))
     stopping = False
+    ended = _ended(plan, log)
     pending: _Pending | None = None
     with StopRequest() as stop:
         if evaluate is not None and plan.eval_first and done == 0:
-            log.write({"step": 0, **_evaluated(0, evaluate(state))})
+            log.write({"step": 0, **_evaluated(0, evaluate(state), plan.best)})
         mark = time.perf_counter()
-        for batch in itertools.islice(iter(loader), plan.steps - done):
+        for batch in itertools.islice(iter(loader), 0 if ended else plan.steps - done):
             figures: Row = {}
             if prepare is not None:
                 batch, figures = prepare(state, batch)
@@ -147,13 +156,13 @@ def fit(
             stopping = stop.here()
             last = done == plan.steps
             evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
-            saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.save_after_eval)
+            saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.best is not None)
             if not (evaluating or saving or prepare is not None):
                 continue
             row = pending.fetch(mark)
             if evaluating:
                 assert evaluate is not None
-                row |= _evaluated(done, evaluate(state))
+                row |= _evaluated(done, evaluate(state), plan.best)
             log.write(row)
             if saving or stopping:
                 _refuse_nonfinite(state, pending)
@@ -161,12 +170,13 @@ def fit(
                 checkpoints.save(state, data=loader.get_state(), metrics=row)
             pending = None
             mark = time.perf_counter()
-            if stopping:
+            ended = _ended(plan, log)
+            if stopping or ended:
                 break
         checkpoints.wait()
-    if not stopping and done != plan.steps:
+    if not (stopping or ended) and done != plan.steps:
         raise RuntimeError(f"the loader ended at step {done} of {plan.steps}")
-    return Outcome(state, done, stop.number if stopping else None)
+    return Outcome(state, done, stop.number if stopping else None, ended)
 
 
 @dataclass(frozen=True)
@@ -210,8 +220,17 @@ class _Pending:
         return f"from {numbers}" if guilty else f"somewhere in {numbers}"
 
 
-def _evaluated(step: int, figures: Mapping[str, float]) -> Row:
+def _ended(plan: Plan, log: MetricLog) -> bool:
+    """Whether the evaluations in the log end the run: a run that goes on reads the same there."""
+    if plan.stop_after is None or plan.best is None:
+        return False
+    return distributed.flag_from_main(without_gain(log.rows, plan.best) >= plan.stop_after)
+
+
+def _evaluated(step: int, figures: Mapping[str, float], best: str | None) -> Row:
     row: Row = {f"eval_{name}": value for name, value in figures.items()}
+    if best is not None and best not in row:
+        raise InputError(f"--checkpoint.best {best}: the evaluation gives {', '.join(sorted(row))}")
     bad = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
     if bad:
         raise InputError(_not_finite(step, bad[0], "from the evaluation data"))

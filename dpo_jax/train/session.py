@@ -42,6 +42,7 @@ from dpo_jax.report import html
 from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.train.loop import Loader, Plan, fit
+from dpo_jax.train.stopping import best_state
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
@@ -62,6 +63,7 @@ class Training(Generic[Config]):
       folder: the run folder.
       main: whether this process writes the files and talks.
       electricity: what the estimate of its energy assumes.
+      told_steps: after `fit`, in how many steps the exported weights were trained, in words.
     """
 
     config: Config
@@ -69,6 +71,7 @@ class Training(Generic[Config]):
     folder: RunFolder
     main: bool
     electricity: Electricity
+    told_steps: str = ""
 
     @classmethod
     def begin(cls, config: Config, command: str) -> "Training[Config] | None":
@@ -267,7 +270,8 @@ class Training(Generic[Config]):
             checkpoint_every=config.checkpoint.every,
             eval_every=config.train.eval_every,
             eval_first=evaluate_first,
-            save_after_eval=config.checkpoint.best is not None,
+            best=config.checkpoint.best,
+            stop_after=config.train.stop_after,
         )
         meter = None
         if flops_of is not None:
@@ -287,10 +291,18 @@ class Training(Generic[Config]):
                 meter=meter,
                 prepare=prepare,
             )
+        final, self.told_steps = outcome.state, f"{total} steps"
+        patience, metric = config.train.stop_after, config.checkpoint.best
+        if outcome.stopped_by is None and patience is not None and metric is not None:
+            if outcome.ended_early:
+                many = f"{patience} evaluation{'s' * (patience != 1)} without gain in {metric}"
+                self.say(f"{self.out}: ended after step {outcome.step} of {total}: {many}")
+            final, best = best_state(final, outcome.step, checkpoints, log.rows, metric, self.say)
+            self.told_steps = self.told_steps if best == total else f"{best} of {total} steps"
         checkpoints.close()
         loader.close()
         if outcome.stopped_by is None:
-            return outcome.state
+            return final
         self.say(
             f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
         )
@@ -379,6 +391,10 @@ def _check_options(config: TrainingRun) -> None:
         raise InputError("--train.eval_every has no effect without --eval_data")
     if best is not None and (not config.evaluates or not best.startswith("eval_")):
         raise InputError(f"--checkpoint.best {best}: give --eval_data and a metric of it, such as eval_loss")
+    if config.train.stop_after is not None and best is None:
+        raise InputError(
+            "--train.stop_after needs --checkpoint.best, the metric whose gain counts, such as eval_loss or eval_reward"
+        )
 
 
 def check_batch(config: TrainingRun, mesh: Mesh) -> None:

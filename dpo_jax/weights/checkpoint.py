@@ -36,6 +36,11 @@ Identity = Mapping[str, str | int | float | bool | None]
 _SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
 
 
+def smaller_is_better(metric: str) -> bool:
+    """Whether a smaller value of it is better."""
+    return any(word in metric for word in _SMALLER_IS_BETTER)
+
+
 def saved(state: TrainState) -> dict[str, Any]:
     """The part of a state that a checkpoint holds."""
     return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
@@ -83,9 +88,11 @@ class Checkpoints:
         newest = policies.LatestN(n=keep)
         policy: Any = newest
         if self._best is not None:
-            reverse = any(word in self._best for word in _SMALLER_IS_BETTER)
             best = policies.BestN(
-                get_metric_fn=self._metric, reverse=reverse, n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=self._metric,
+                reverse=smaller_is_better(self._best),
+                n=1,
+                keep_checkpoints_without_metrics=False,
             )
             policy = policies.AnyPreservationPolicy([newest, best])
         options = ocp.CheckpointManagerOptions(
@@ -159,8 +166,9 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def restore(self, state: TrainState) -> Restored | None:
+    def restore(self, state: TrainState, *, only: int | None = None) -> Restored | None:
         """The newest intact checkpoint, laid out over devices as `state` is; None where there is none.
+        `only`: that of this step, and no other.
 
         `state` says what is expected (shapes, dtypes, shardings) and gives the frozen weights; its other arrays are
         freed, as if it had been donated. A damaged checkpoint is passed over, in words, for the one before it.
@@ -168,7 +176,7 @@ class Checkpoints:
         """
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved(state))
         freed = False
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps()) if only is None else [only]:
             if reason := damage(self.folder / str(step)):
                 self._pass_over(step, reason)
                 continue
@@ -189,6 +197,11 @@ class Checkpoints:
                 continue
             return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
         if _agreed(bool(self._damaged)):
+            if only is not None:
+                raise InputError(
+                    f"{self.folder}: checkpoint {only} was damaged and is set aside; run the command again to take the"
+                    " best of the others"
+                )
             raise InputError(
                 f"{self.folder}: every checkpoint was damaged and is set aside; run the command again to start from the"
                 " beginning, or choose another --out"

@@ -195,6 +195,47 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
     assert_same_run(out, whole)
 
 
+def test_held_out_prompts_and_an_end_without_gain(inputs: Path, tmp_path: Path, monkeypatch) -> None:
+    """A step too small to move any draw: the same texts in every evaluation, so that nothing is gained."""
+    lines = [json.dumps({"prompt": f"{i}: new"}) for i in range(5)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    config = options(
+        inputs,
+        tmp_path / "run",
+        eval_data=str(tmp_path / "eval.jsonl"),
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+        train=TrainConfig(steps=STEPS, batch_size=BATCH, seed=1, eval_every=1, stop_after=2),
+        checkpoint=CheckpointConfig(every=100, keep=1, best="eval_reward"),
+    )
+    take, out = PromptLoader.__next__, tmp_path / "run"
+
+    def stopping(loader):
+        if loader.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptLoader, "__next__", stopping)
+        with pytest.raises(Stopped):
+            run_ppo.train(config)
+    run_ppo.train(config)
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]  # the first, and two without gain
+    texts = [read_rows(out / "eval_samples" / f"{step}.jsonl") for step in range(4)]
+    assert all([row["response"] for row in some] == [row["response"] for row in texts[0]] for some in texts)
+    assert len({row["response"] for row in texts[0]}) > 1
+    for row, some in zip(rows, texts, strict=True):
+        assert [sample["row"] for sample in some] == [1, 2, 3, 4, 5]
+        for name, column in (("reward", "score"), ("kl", "kl"), ("length", "tokens")):
+            assert row[f"eval_{name}"] == pytest.approx(np.mean([sample[column] for sample in some]), abs=1e-6)
+            assert row[f"eval_{name}_low"] <= row[f"eval_{name}"] <= row[f"eval_{name}_high"]
+        assert row["eval_reward_low"] < row["eval_reward_high"]
+        assert row["eval_kl"] == pytest.approx(0, abs=1e-4)
+        assert row["eval_ended"] == np.mean([sample["ended"] for sample in some])
+        assert 0 < row["eval_distinct_1"] <= 1
+    assert "Held-out prompts: " in (out / "report.html").read_text()
+
+
 def test_samples_that_a_checkpoint_counts_must_be_there(tmp_path: Path) -> None:
     log = SampleLog(tmp_path / "samples.jsonl", writes=True)
     log.append(1, [{"score": 1.0}])
@@ -315,7 +356,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--ppo.minibatches", "3"], "does not split into --ppo.minibatches 3"),
         (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "32"], "does not divide by 128"),
         (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
-        (["--reward", "vader", "--eval_data", "x"], "--eval_data has no effect in dpo-jax ppo"),
+        (["--reward", "vader", "--train.eval_every", "2"], "--train.eval_every has no effect without --eval_data"),
         (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL"),
         (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 64"),
         (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),

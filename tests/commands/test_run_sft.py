@@ -8,6 +8,7 @@ import random
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -30,6 +31,7 @@ from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.train import session as training
+from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 
@@ -224,6 +226,36 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
         assert "has no effect in dpo-jax sft" in capsys.readouterr().err
 
 
+def test_it_ends_without_gain_and_exports_the_best(inputs: Path, tmp_path: Path) -> None:
+    """A learning rate that spoils the model: the exported weights are those of the best checkpoint, not the last."""
+    out = run_sft.train(
+        options(
+            inputs,
+            tmp_path / "run",
+            optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=1),
+            train=TrainConfig(steps=8, batch_size=4, eval_every=1, stop_after=1),
+            checkpoint=CheckpointConfig(every=2, keep=1, best="eval_loss"),
+        )
+    )
+    losses = {row["step"]: row["eval_loss"] for row in read_metrics(out / "metrics.jsonl") if row["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 1 < 8
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {str(best), str(best + 1)}
+    (_, kept), (_, exported) = load_pretrained(out / "checkpoints" / str(best)), load_pretrained(out / "model")
+    jax.tree.map(np.testing.assert_array_equal, kept["params"], exported["params"])
+    assert f"in {best} of 8 steps" in (out / "report.html").read_text()
+    with pytest.raises(InputError, match=r"the run in it has --checkpoint.best eval_loss, this command has eval_perpl"):
+        run_sft.train(
+            options(
+                inputs,
+                out,
+                optimizer=OptimizerConfig(learning_rate=0.3, warmup_steps=1),
+                train=TrainConfig(steps=8, batch_size=4, eval_every=1, stop_after=1),
+                checkpoint=CheckpointConfig(best="eval_perplexity"),
+            )
+        )
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -237,6 +269,7 @@ def test_on_the_command_line(inputs: Path, tmp_path: Path, capsys: pytest.Captur
         ({"eval_data": None, "holdout": 0.001}, r"leaves one side empty"),
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
         ({"eval_data": None}, r"eval_every has no effect"),
+        ({"train": TrainConfig(batch_size=4, eval_every=1, stop_after=2)}, r"stop_after needs --checkpoint.best"),
         ({"data": SFTDataConfig(max_length=4)}, r"raise --data.max_length"),
         ({"data": SFTDataConfig(max_length=1024, template="nothing")}, r"template nothing"),
     ],

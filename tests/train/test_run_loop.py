@@ -19,6 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import CLOCK_KEYS, MetricLog, read_metrics
 from dpo_jax.mesh import ShardedStep, make_mesh, replicated
 from dpo_jax.train.loop import Outcome, Plan, fit
+from dpo_jax.train.stopping import best_step, without_gain
 from dpo_jax.weights.checkpoint import Checkpoints
 
 
@@ -75,7 +76,7 @@ def fresh_state():
 def run(folder: Path, *, steps: int = 12, poison: int | None = None, after=None, **plan) -> Outcome:
     """One command: a new run in `folder`, or its continuation."""
     plan = {"checkpoint_every": 4, **plan}
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2, best="eval_norm" if plan.get("save_after_eval") else None)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2, best=plan.get("best"))
     restored = checkpoints.restore(fresh_state())
     state, start, position = (fresh_state(), 0, 0) if restored is None else (restored.state, restored.step, None)
     loader = Loader(restored.data["position"] if position is None else 0, poison, after)
@@ -154,6 +155,7 @@ def test_a_signal_saves_and_the_rerun_is_exact(tmp_path: Path, whole, at: int, n
 _COMPILING = """
 import ctypes, signal, sys, threading, time
 from dpo_jax.train.loop import StopRequest
+from dpo_jax.train.stopping import best_step, without_gain
 with StopRequest() as stop:
     print("ready", flush=True)
     # A foreign call that runs no handler of Python's, as a compilation is.
@@ -288,7 +290,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_the_best_is_kept(tmp_path: Path) -> None:
-    run(tmp_path, eval_every=2, checkpoint_every=100, save_after_eval=True)
+    run(tmp_path, eval_every=2, checkpoint_every=100, best="eval_norm")
     values = {row["step"]: row["eval_norm"] for row in metrics(tmp_path) if "eval_norm" in row}
     best = max(values, key=lambda s: values[s])
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
@@ -298,3 +300,34 @@ def test_the_best_is_kept(tmp_path: Path) -> None:
 def test_the_log_is_one_json_object_a_line(whole) -> None:
     for line in (whole[0] / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def test_it_ends_without_gain(tmp_path: Path) -> None:
+    """The same step with and without an interruption, and a run that has ended stays there."""
+    plan = {"eval_every": 1, "checkpoint_every": 100, "best": "eval_norm", "stop_after": 3}
+    outcome = run(tmp_path / "a", steps=60, **plan)
+    values = [row["eval_norm"] for row in metrics(tmp_path / "a") if row["step"]]
+    best = 1 + values.index(max(values))
+    assert outcome.ended_early
+    assert outcome.step == len(values) == best + 3 < 60
+    run(tmp_path / "b", steps=60, after=interrupt_at(best + 1, signal.SIGTERM), **plan)
+    for _ in range(2):
+        again = run(tmp_path / "b", steps=60, **plan)
+        assert (again.step, again.ended_early, again.stopped_by) == (outcome.step, True, None)
+        np.testing.assert_array_equal(kernel(again), kernel(outcome))
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+    assert {int(p.name) for p in (tmp_path / "b" / "checkpoints").iterdir()} == {best, best + 2, best + 3}
+
+
+def test_gain_and_the_best_step() -> None:
+    rows = [{"step": i, "eval_loss": loss} for i, loss in enumerate((0.1, 3.0, 2.0, 2.0, 2.5))]
+    assert without_gain(rows, "eval_loss") == 2  # equal is no gain, and what was before the first step no evaluation
+    assert without_gain(rows, "eval_reward") == 0
+    assert best_step(rows, "eval_loss", [1, 2, 3, 4]) == 3  # of equals the newest, which is the one that is kept
+    assert best_step(rows, "eval_loss", [1, 4]) == 4
+    assert best_step(rows, "eval_loss", []) == -1
+
+
+def test_a_metric_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--checkpoint.best eval_reward: the evaluation gives eval_norm$"):
+        run(tmp_path, eval_every=2, best="eval_reward")

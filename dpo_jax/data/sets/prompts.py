@@ -194,7 +194,7 @@ class PromptLoader(StepsLoader[PromptBatch]):
         self.batch_size = batch_size
         run.setdefault("workers", 0)
         self._dataset, self._group, self._prompts = dataset, group, batch_size // group
-        self._width = -(-int(dataset.ids.lengths.max()) // multiple) * multiple
+        self.width = -(-int(dataset.ids.lengths.max()) // multiple) * multiple
 
         def order(epoch: int) -> np.ndarray:
             n = len(dataset)
@@ -223,7 +223,7 @@ class PromptLoader(StepsLoader[PromptBatch]):
 
     def _batch_of(self, step: int) -> PromptBatch:
         indices = np.repeat(self._indices(step), self._group)
-        prompts = np.zeros((len(indices), self._width), np.int32)
+        prompts = np.zeros((len(indices), self.width), np.int32)
         for row, index in zip(prompts, indices, strict=True):
             ids = self._dataset.ids[index]
             row[: len(ids)] = ids

@@ -1,0 +1,168 @@
+"""Figures of PPO and its relatives on held-out prompts during training: what the policy answers, and its worth.
+
+Every evaluation draws with the same key: a response is a function of the seed, the prompt's place and the weights, so
+that what differs between two evaluations is the policy.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax import mesh as meshes
+from dpo_jax.align import ppo
+from dpo_jax.complete.responses import decode
+from dpo_jax.config import PPOConfig, SampleConfig
+from dpo_jax.data.sets.prompts import PromptDataset
+from dpo_jax.files.jsonl import Row, write_lines
+from dpo_jax.judge.scores import Judges
+from dpo_jax.model.llama import Llama
+from dpo_jax.processes import distributed
+from dpo_jax.report.statistics import interval, kl_estimates
+from dpo_jax.report.text_health import health
+from dpo_jax.sample import generate
+from dpo_jax.state import TrainState
+from dpo_jax.train.rollouts import jit_measure
+from dpo_jax.types import Rollout
+
+_STREAM = 0xE7A1  # sets these draws apart from those that are learnt from, which the same seed decides
+
+
+class HeldOutPrompts:
+    """Answers all held-out prompts once and says what came out: `evaluate` of `loop.fit`."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PromptDataset,
+        judges: Judges,
+        folder: Path,
+        *,
+        reference: Mapping[str, Any],
+        config: PPOConfig,
+        sample: SampleConfig,
+        mesh: Mesh,
+        piece: int,
+        width: int,
+        raw: bool,
+    ):
+        """Args:
+        model, tokenizer, reference, config, sample, mesh, raw: as `Rollouts` has them.
+        data: the held-out prompts.
+        judges: the reward; two are combined as Llama 2 did, and not standardised.
+        folder: of the run: the responses go to `eval_samples/STEP.jsonl` there.
+        piece: responses sampled and measured at once, at most.
+        width: of the training prompts, so that no other program is compiled where these are no longer.
+        """
+        self._model, self._tokenizer, self._data, self._judges = model, tokenizer, data, judges
+        self._folder, self._reference, self._config = folder / "eval_samples", reference, config
+        self._sample, self._mesh, self._raw = sample, mesh, raw
+        parts = meshes.batch_parts(mesh)
+        self._piece = min(piece, -(-len(data) // parts) * parts)
+        self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
+        self._measure: Callable[..., Any] = jit_measure(model, config, mesh)
+        self._lengths = data.ids.lengths.astype(np.int32)
+        self._prompts = np.zeros((len(data), max(width, int(self._lengths.max()))), np.int32)
+        for i, row in enumerate(self._prompts):
+            row[: self._lengths[i]] = data.ids[i]
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """reward, kl (nats a response, k1), length, each with a 95 % interval over prompts (NAME_low, NAME_high);
+        kl_token and kl_token_k3; ended, the share that reached a terminator; `text_health`'s figures; the parts of a
+        reward of two.
+        """
+        parts = [self._answered(state, first) for first in range(0, len(self._data), self._piece)]
+        tokens, mask, logps, reference = (
+            np.concatenate(arrays)[: len(self._data)] for arrays in zip(*parts, strict=True)
+        )
+        lengths = mask.sum(axis=1)
+        ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self._sample.stop_tokens)
+        bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
+        texts = [
+            decode(self._tokenizer, self._data.ids[i].tolist(), body, raw=self._raw) for i, body in enumerate(bodies)
+        ]
+        scores, combined = self._judges.as_they_are(
+            self._data.prompts, texts, np.asarray(self._data.row_numbers), self._data.safety
+        )
+        kl = np.where(mask, logps - reference, 0.0).sum(axis=1, dtype=np.float64)
+        self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, lengths, ended)
+        found: dict[str, float] = {}
+        for name, values in (("reward", scores), ("kl", kl), ("length", lengths)):
+            values = np.asarray(values, np.float64)
+            low, high = interval(values, seed=self._config.seed)
+            found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+        found |= {name.removeprefix("eval_"): value for name, value in kl_estimates(logps, reference, mask).items()}
+        found |= {f"rewards/{name}": float(values.mean()) for name, values in combined.items()}
+        told = dataclasses.asdict(health(bodies))
+        return found | {"ended": float(ended.mean())} | {name: told[name] for name in _HEALTH}
+
+    def _answered(self, state: TrainState, first: int) -> tuple[np.ndarray, ...]:
+        """Tokens, mask, log-probabilities and the reference's of a piece, which is filled up with its own rows."""
+        real = np.arange(first, min(first + self._piece, len(self._data)))
+        at = np.resize(real, self._piece)
+        generation = generate(
+            self._model,
+            ppo.policy_of(state.variables),
+            self._prompts[at],
+            self._key,
+            config=self._sample,
+            prompt_lengths=self._lengths[at],
+            row_ids=at,
+            vocabulary=self._config.vocabulary,
+            mesh=self._mesh,
+        )
+        tokens, mask, logps = (np.asarray(x) for x in generation)
+        arrays: dict[str, Any] = {
+            "prompts": self._prompts[at],
+            "prompt_lengths": self._lengths[at],
+            "responses": tokens,
+            "response_lengths": mask.sum(axis=1).astype(np.int32),
+            "ended": np.zeros(len(at), bool),
+            "sampler_logps": logps,
+            "reference_logps": np.zeros_like(logps),
+            "values": None,
+            "scores": np.zeros(len(at), np.float32),
+            "kl_coefficient": np.zeros(len(at), np.float32),
+            "weights": np.ones(len(at), np.float32),
+            "rows": np.asarray(self._data.row_numbers[at], np.int32),
+        }
+        rollout = meshes.put_batch(self._mesh, Rollout(**arrays))
+        reference, old, _ = jax.device_get(self._measure(state, self._reference, rollout))
+        logps = logps if old is None else old  # the sampler's weights may be narrow
+        return tokens[: len(real)], mask[: len(real)], logps[: len(real)], reference[: len(real)]
+
+    def _write(
+        self,
+        step: int,
+        texts: list[str],
+        scores: np.ndarray,
+        combined: Mapping[str, np.ndarray],
+        kl: np.ndarray,
+        lengths: np.ndarray,
+        ended: np.ndarray,
+    ) -> None:
+        if not distributed.is_main():
+            return
+        rows: list[Row] = [
+            {
+                "row": int(self._data.row_numbers[i]),
+                "prompt": self._data.prompts[i].plain,
+                "response": text,
+                "score": float(scores[i]),
+                **{name: float(values[i]) for name, values in combined.items()},
+                "kl": float(kl[i]),
+                "tokens": int(lengths[i]),
+                "ended": bool(ended[i]),
+            }
+            for i, text in enumerate(texts)
+        ]
+        write_lines(self._folder / f"{step}.jsonl", rows)
+
+
+_HEALTH = ("distinct_1", "distinct_2", "distinct_3", "repetition_4", "looping", "longest_repeat", "empty")
