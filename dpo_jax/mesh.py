@@ -1,9 +1,10 @@
 """The device mesh, and the one table from logical axes to mesh axes. No other file names a mesh axis.
 
-Three mesh axes:
-  data    whole copies of the model, each with its share of the batch;
-  fsdp    the batch is split, and so is every parameter (gathered layer by layer when it is needed);
-  tensor  heads, feed-forward width and vocabulary are split within a layer.
+Four mesh axes:
+  data     whole copies of the model, each with its share of the batch;
+  fsdp     the batch is split, and so is every parameter (gathered layer by layer when it is needed);
+  context  each sequence is split, and every parameter as along fsdp; within attention the heads are split instead;
+  tensor   heads, feed-forward width and vocabulary are split within a layer.
 """
 
 import itertools
@@ -20,17 +21,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. A mesh axis serves one axis of an array at most: the first that asks for it gets it,
 # so an activation ("batch", "length", "embed") has its embed axis whole, while a kernel ("embed", "mlp") splits it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "responses": (),
-    "length": (),
-    "embed": ("fsdp",),
+    "length": ("context",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv": ("tensor",),
+    # Within attention (model/attention.py): whole sequences of some heads, not pieces of all of them.
+    "queries": (),
+    "keys": (),
+    "query_heads": ("tensor", "context"),
+    "key_heads": ("tensor", "context"),
     "channels": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -42,14 +48,16 @@ LogicalAxes = tuple[str | None, ...]
 _log = logging.getLogger(__name__)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: every device of every process), with axes `data`, `fsdp`, `tensor`.
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over `devices` (default: every device of every process), with the axes `AXES`.
 
     One size may be -1: it takes what the others leave. Several slices lie along `data` first. Raises `InputError` when
     the sizes do not give the number of devices exactly.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -63,7 +71,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     elif fixed != len(devices):
         raise InputError(
             f"mesh {sizes} needs {fixed} devices and there are {len(devices)}; "
-            "set one of --mesh.data, --mesh.fsdp, --mesh.tensor to -1"
+            "set one of --mesh.data, --mesh.fsdp, --mesh.tensor, --mesh.context to -1"
         )
     axis_types = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes[axis] for axis in AXES)
@@ -89,9 +97,9 @@ def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any], *, c
     """The devices of several slices (TPU slices, or GPU nodes) that a slower network joins, as an array `shape`.
 
     The slices lie along `data`, across which only gradients travel; where `data` is too small for that also along
-    `fsdp`, never along `tensor`.
+    `fsdp`, never along `context` or `tensor`.
     """
-    data, fsdp, tensor = shape
+    data, fsdp, context, tensor = shape
     along_data = math.gcd(data, slices)
     along_fsdp = slices // along_data
     if fsdp % along_fsdp:
@@ -106,8 +114,8 @@ def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any], *, c
             along_fsdp,
             slices,
         )
-    within = (data // along_data, fsdp // along_fsdp, tensor)
-    return create_hybrid_device_mesh(within, (along_data, along_fsdp, 1), devices, allow_split_physical_axes=cut)
+    within = (data // along_data, fsdp // along_fsdp, context, tensor)
+    return create_hybrid_device_mesh(within, (along_data, along_fsdp, 1, 1), devices, allow_split_physical_axes=cut)
 
 
 def _split(axes: LogicalAxes) -> list[tuple[str, ...]]:
@@ -152,6 +160,31 @@ def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAx
                 f"{name} {tuple(shape)}: its {axis} axis of {size} does not divide by {parts} ({option}); "
                 f"choose sizes that divide {size}"
             )
+
+
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Raise `InputError`, with the sizes that fit, when `heads` query heads do not divide over tensor x context."""
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    if context > 1 and heads % (tensor * context):
+        fits = [str(n // tensor) for n in _divisors(heads) if n % tensor == 0]
+        raise InputError(
+            f"--mesh.context {context}: {heads} attention heads do not divide over --mesh.tensor {tensor} x"
+            f" --mesh.context; --mesh.context may be {', '.join(fits)}"
+        )
+
+
+def check_length(length: int) -> None:
+    """Raise `InputError`, with the sizes that fit, when the mesh in force splits sequences of `length` unevenly."""
+    if length % parts("length"):
+        fits = ", ".join(str(n) for n in _divisors(length) if n <= 1024)
+        raise InputError(
+            f"--mesh.context {parts('length')}: sequences of {length} tokens do not split evenly over it;"
+            f" --mesh.context may be {fits}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _current() -> jax.sharding.AbstractMesh | None:
@@ -204,6 +237,18 @@ def shard_map(function: Callable[..., Any], inputs: Sequence[LogicalAxes], outpu
 def batch_axes(ndim: int) -> LogicalAxes:
     """Logical axes of a batch array: the first axis is the batch, the others are whole."""
     return ("batch",) + (None,) * (ndim - 1)
+
+
+def for_sampling(mesh: Mesh) -> Mesh:
+    """The mesh on which tokens are drawn one by one: `context` joins `fsdp`, its devices take rows of their own.
+
+    A weight lies on it exactly as on `mesh`, piece by piece (`RULES`): nothing is moved.
+    """
+    if mesh.shape["context"] == 1:
+        return mesh
+    data, fsdp, context, tensor = mesh.devices.shape
+    devices = mesh.devices.reshape(data, fsdp * context, 1, tensor)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def batch_parts(mesh: Mesh) -> int:

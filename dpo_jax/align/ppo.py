@@ -49,7 +49,7 @@ from dpo_jax.align.surrogates import Rule, beyond, log_ratios, policy_terms, row
 from dpo_jax.config import PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
-from dpo_jax.model.groups import predicting_states, response_predictions
+from dpo_jax.model.groups import PredictingStates, predicting_states, response_predictions
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
@@ -175,9 +175,13 @@ def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(
-    state: TrainState, variables: Mapping[str, Any], rollout: Rollout, states: jax.Array | None, config: PPOConfig
+    state: TrainState,
+    variables: Mapping[str, Any],
+    rollout: Rollout,
+    states: PredictingStates | None,
+    config: PPOConfig,
 ) -> jax.Array | None:
-    """[B, R], or None without a value model. `states`: the policy's, [B, 1, R, D], where they are at hand already."""
+    """[B, R], or None without a value model. `states`: the policy's, where they are at hand already."""
     kind = config.critic
     if kind is None:
         return None
@@ -186,8 +190,9 @@ def _values(
         # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
         trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
         states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
-    states = jax.lax.stop_gradient(states) if kind == "stopped" else states
-    return heads.apply(own, VALUE, states)[:, 0, :, 0]
+    if kind == "stopped":
+        states = states.replace(hidden=jax.lax.stop_gradient(states.hidden))
+    return states.read(lambda hidden, _: heads.apply(own, VALUE, hidden)[..., 0])[:, 0]
 
 
 def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:

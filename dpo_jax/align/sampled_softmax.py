@@ -21,7 +21,8 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Proposal
-from dpo_jax.model.logprobs import Output, by_chunks, chunk_length, logits_of
+from dpo_jax.model.chunks import by_chunks, length_axis, split_over
+from dpo_jax.model.logprobs import Output, chunk_length, logits_of
 from dpo_jax.model.products import Capped, capped, read, rounded, take
 
 
@@ -74,6 +75,7 @@ def sampled_logps(
     head = rounded(unembedding.matrix if isinstance(unembedding, Capped) else unembedding, hidden.dtype)
     sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
     own = read(take(jax.tree.map(jnp.transpose, head), targets, axis=0))
+    own = meshes.constrain(own, ("batch", length_axis(targets.shape[1]), None))
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
     if cap is not None:
@@ -86,4 +88,4 @@ def sampled_logps(
         return z_y - jnp.logaddexp(z_y, jax.nn.logsumexp(z, axis=-1))
 
     size = chunk_length(targets.shape[0], targets.shape[1], len(negatives.ids), budget_bytes)
-    return by_chunks(chunk, size, hidden, targets, z_target)
+    return by_chunks(chunk, size, hidden, targets, z_target, split=split_over(targets.shape[1]))

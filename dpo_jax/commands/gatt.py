@@ -64,7 +64,7 @@ def gatt(run: GattRun) -> Path:
     if stages.status == "finished":
         say(f"{out}: this run is finished; for another choose another --out")
         return out
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor, run.mesh.context)
     place = open_checkpoint(run.model)
     architecture, tokenizer = place.architecture, place.tokenizer()
     check_vocabulary(tokenizer, architecture)

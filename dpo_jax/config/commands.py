@@ -73,6 +73,7 @@ class GenerateRun(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
         require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
         require(not (self.raw and self.template), "--template has no effect with --raw")

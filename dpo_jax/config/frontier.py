@@ -123,6 +123,7 @@ class FrontierRun:
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
         require(self.lora.rank > 0, "--lora.rank must be positive: the reference is the model without its adapters")
         sizes = self.sizes

@@ -115,6 +115,7 @@ class JudgeRun(Options, metaclass=RunOptions):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         self.refuse_idle("--")
         judges = (self.endpoint.url, self.model, self.function)
         given = sum(x is not None for x in judges)

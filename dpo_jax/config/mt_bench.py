@@ -40,6 +40,7 @@ class MTBenchAnswerRun(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         require_day(self.date, "--date")
         require(self.model_id is None or self.model_id.strip(), "--model_id is blank; give the model a name")
         self.at_least("--", batch_size=1)
@@ -90,6 +91,7 @@ class MTBenchJudgeRun(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         self.refuse_idle("--")
         one = (self.endpoint.url is None) != (self.model is None)
         require(one, "give one judge: --endpoint.url URL or --model MODEL")

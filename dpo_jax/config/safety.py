@@ -51,6 +51,7 @@ class SafetyRun(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
         require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
         require(self.threshold is None or math.isfinite(self.threshold), "--threshold must be a number")

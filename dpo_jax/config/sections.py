@@ -255,6 +255,15 @@ class MeshConfig:
     """Devices that share the parameters and split the batch; -1 takes all that are left."""
     tensor: int = 1
     """Devices that share each layer's heads and width."""
+    context: int = 1
+    """Devices that share each sequence, for training on long ones; it must divide their length and the heads."""
+
+    def draws_only(self) -> None:
+        """Refuse what has no effect on a command that draws tokens one by one."""
+        require(
+            self.context == 1,
+            f"--mesh.context {self.context} has no effect: this command splits no sequence; use --mesh.fsdp",
+        )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class TalkOptions(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         self.at_least("--", batch_size=1, max_length=2)
 
 

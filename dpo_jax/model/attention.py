@@ -3,6 +3,10 @@
 Every kernel computes softmax(scale x q k^T + mask) v with the softmax in float32, and every kernel may see G < H
 key/value heads (grouped queries: query head h reads key/value head h // (H / G)) without repeating them.
 
+Where the mesh splits sequences (`context`), devices exchange pieces of all heads for whole sequences of some heads, and
+back afterwards (Jacobs et al. 2023, "DeepSpeed Ulysses", arXiv 2309.14509): every kernel and every mask then is what it
+is without, and each device has the same share of a causal mask.
+
 B batch, T query tokens, S key tokens, H query heads, G key/value heads, M = H / G, C channels of a head.
 """
 
@@ -17,41 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
-from dpo_jax.model.products import capped
+from dpo_jax.model import attention_xla
+from dpo_jax.model.attention_mask import AttentionMask, Prefix
 
 logger = logging.getLogger("dpo_jax")
-
-Prefix = tuple[int, int, int]
-
-
-@struct.dataclass
-class AttentionMask:
-    """Who sees whom. Without anything: token t sees tokens 0..t.
-
-    Attributes:
-      segments:  int32 [B, T]  a token sees only tokens of its own segment, and only those at or before its own index.
-                               Padding is segment 0: real tokens never see it, it sees only itself, and what it gives is
-                               finite and nobody's business.
-      positions: int32 [B, T]  the cached form: keys and values are [B, G, S, C], the slots of a cache, and a query at
-                               position p sees slots 0..p.
-      packed:    static; False promises that the segments of a row (with a prefix: of each block) are 1 ... 1 0 ... 0.
-      window:    static; a token sees itself and the window - 1 positions before it. None: all before it.
-      at:        int32 [B, T]  where each token stands in its sequence; given with a window.
-      prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
-                               K response blocks of R. A response sees the prompt and itself, never another response.
-    """
-
-    segments: jax.Array | None = None
-    positions: jax.Array | None = None
-    prefix: Prefix | None = struct.field(pytree_node=False, default=None)
-    packed: bool = struct.field(pytree_node=False, default=True)
-    window: int | None = struct.field(pytree_node=False, default=None)
-    at: jax.Array | None = None
 
 
 def attend(
@@ -98,106 +75,24 @@ def attend(
         return _cudnn(q, k, v, mask, scale)
     if kernel != "xla":
         raise ValueError(f"unknown attention kernel {kernel!r}")
-    slots = 1 if mask.positions is None else 2  # the axis of S
-    q = q.reshape(*q.shape[:2], k.shape[3 - slots], -1, q.shape[3])  # [B, T, G, M, C]
-    if mask.prefix is not None:
-        out = _xla_prefix(q, k, v, mask, scale, cap, windowed)
-    else:
-        keys = "bsgc" if slots == 1 else "bgsc"
-        visible = _visible(mask, q.shape[1], k.shape[slots])
-        if mask.window is not None:
-            at = jnp.arange(k.shape[slots])[None] if slots == 2 else mask.at
-            visible = visible & _near(mask.at, at, mask.window, windowed)
-        out = _xla(q, k, v, visible, scale, keys, cap)
-    return out.reshape(*q.shape[:2], -1, q.shape[-1])
+    return attention_xla.attend(q, k, v, mask, scale, cap, windowed)
 
 
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    """float32 means float32: accelerators would otherwise multiply in bfloat16 or TF32."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def whole_sequences(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, C], keys and values [B, T, G, C] as attention wants them: whole sequences of a device's heads.
 
-
-def _scores(spec: str, q: jax.Array, k: jax.Array, scale: float, cap: float | None = None) -> jax.Array:
-    scores = scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
-    return scores if cap is None else capped(scores, cap)
-
-
-def _near(t: Any, s: Any, window: int | None, windowed: jax.Array | None) -> jax.Array:
-    """bool [..., T, S]: whether keys at positions s [..., S] are in the window of queries at t [..., T]."""
-    assert window is not None
-    near = t[..., :, None] - s[..., None, :] < window
-    return near if windowed is None else near | ~windowed
-
-
-def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax over the last axis. A row that sees nothing gets equal weights: finite, and so is its gradient."""
-    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
-
-
-def _visible(mask: AttentionMask, T: int, S: int) -> jax.Array:
-    """bool [B or 1, T, S] of the layouts without a shared prefix."""
-    if mask.positions is not None:
-        return jnp.arange(S) <= mask.positions[:, :, None]
-    causal = jnp.tril(jnp.ones((T, S), bool))[None]
-    if mask.segments is None:
-        return causal
-    return causal & (mask.segments[:, :, None] == mask.segments[:, None, :])
-
-
-def _xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible: jax.Array,
-    scale: float,
-    keys: str = "bsgc",
-    cap: float | None = None,
-) -> jax.Array:
-    """q [B, T, G, M, C], k and v [B, S, G, C] (or as `keys` says), visible [B or 1, T, S] -> [B, T, G, M, C]."""
-    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, scale, cap), visible[:, None, None])
-    return jnp.einsum(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
-
-
-def _xla_prefix(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    scale: float,
-    cap: float | None,
-    windowed: jax.Array | None,
-) -> jax.Array:
-    """The shared-prefix layout, block by block: P^2 + K R (P + R) scores instead of (P + K R)^2."""
-    assert mask.prefix is not None
-    P, K, R = mask.prefix
-    B = q.shape[0]
-
-    def split(x: Any) -> tuple[Any, Any]:
-        return x[:, :P], x[:, P:].reshape(B, K, R, *x.shape[2:])
-
-    (q_p, q_r), (k_p, k_r), (v_p, v_r) = split(q), split(k), split(v)
-    segments = jnp.ones(q.shape[:2], jnp.int32) if mask.segments is None else mask.segments
-    s_p, s_r = split(segments)
-    near = mask.window is not None
-    at_p, at_r = split(mask.at) if near else (None, None)
-    in_prompt = _visible(AttentionMask(segments=s_p), P, P)
-    if near:
-        in_prompt = in_prompt & _near(at_p, at_p, mask.window, windowed)
-    prompt = _xla(q_p, k_p, v_p, in_prompt, scale, cap=cap)
-    own = jnp.tril(jnp.ones((R, R), bool)) & (s_r[..., :, None] == s_r[..., None, :])  # [B, K, R, R]
-    shared = s_r[..., None] == s_p[:, None, None]  # [B, K, R, P]
-    if near:
-        own = own & _near(at_r, at_r, mask.window, windowed)
-        shared = shared & _near(at_r, at_p[:, None], mask.window, windowed)
-    scores = jnp.concatenate(
-        [_scores("bkrgmc,bpgc->bkgmrp", q_r, k_p, scale, cap), _scores("bkrgmc,bksgc->bkgmrs", q_r, k_r, scale, cap)],
-        axis=-1,
-    )
-    weights = _softmax(scores, jnp.concatenate([shared, own], axis=-1)[:, :, None, None]).astype(v.dtype)
-    responses = jnp.einsum("bkgmrp,bpgc->bkrgmc", weights[..., :P], v_p, precision=_precision(v)) + jnp.einsum(
-        "bkgmrs,bksgc->bkrgmc", weights[..., P:], v_r, precision=_precision(v)
-    )
-    return jnp.concatenate([prompt, responses.reshape(B, K * R, *responses.shape[3:])], axis=1)
+    Where more devices share the heads than there are key/value heads, these are repeated, each for its own queries.
+    """
+    parts = meshes.parts("key_heads")
+    if meshes.parts("length") == 1:
+        return q, k, v
+    repeats = parts // math.gcd(k.shape[2], parts)
+    if repeats > 1:  # laid out as they were, or the compiler would give up their pieces before it repeats them
+        pieces = ("batch", "length", "kv", "channels")
+        k, v = (meshes.constrain(jnp.repeat(x, repeats, axis=2), pieces) for x in (k, v))
+    keys = ("batch", "keys", "key_heads", "channels")
+    q = meshes.constrain(q, ("batch", "queries", "query_heads", "channels"))
+    return q, meshes.constrain(k, keys), meshes.constrain(v, keys)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
@@ -290,7 +185,7 @@ def _splash(
         return _row_a_response(q, k, v, mask, partial(_splash, scale=scale, cap=cap))
     T, H = q.shape[1:3]
     length = -(-T // LANES) * LANES
-    heads = H // meshes.parts("heads")
+    heads = H // meshes.parts("query_heads")
     interpret = meshes.platform() != "tpu"
     block = _block(length)
     sizes = splash_attention.BlockSizes(
@@ -325,7 +220,11 @@ def _splash(
     # The kernel itself does not scale. Padding needs no segment of its own: it stands last, and the mask is causal.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     segments = None if mask.segments is None else pad(mask.segments)
-    axes = (("batch", "length", "heads", None), *[("batch", "length", "kv", None)] * 2, ("batch", "length"))
+    axes = (
+        ("batch", "queries", "query_heads", None),
+        *[("batch", "keys", "key_heads", None)] * 2,
+        ("batch", "queries"),
+    )
     out = meshes.shard_map(local, axes, axes[0])(pad(q), pad(k), pad(v), segments)
     return out[:, :T]
 

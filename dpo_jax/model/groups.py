@@ -18,6 +18,7 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Layout
+from dpo_jax.model.chunks import length_axis, split_over
 from dpo_jax.model.logprobs import token_logps, token_logps_and_entropy
 from dpo_jax.types import PreferenceBatch
 
@@ -30,6 +31,9 @@ class _Sequences:
       tokens, positions, segments: int32 [S, T]; see `Llama.__call__`.
       options: its keyword arguments.
       predicting: [S, T, D] -> [B, K, R, D]: the states that predict each response token.
+      following: int32 [S, T]: the response token after each one, where there is one.
+      spread: [S, T] of what is said of `following` at each token -> [B, K, R]. In the shared layout the last token of a
+        prompt is followed by several; what is said of those is filled in afterwards.
       last: int32 [S, n]: index of the last token of each response that stands in the sequence.
     """
 
@@ -38,6 +42,8 @@ class _Sequences:
     segments: jax.Array
     options: dict[str, Any]
     predicting: Callable[[jax.Array], jax.Array]
+    following: jax.Array
+    spread: Callable[[jax.Array], jax.Array]
     last: jax.Array
 
 
@@ -56,10 +62,16 @@ def _shared(batch: PreferenceBatch) -> _Sequences:
         states = hidden[:, p:].reshape(b, k, r, -1)
         return jnp.concatenate([jnp.broadcast_to(last, (b, k, 1, last.shape[-1])), states[:, :, :-1]], axis=2)
 
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.roll(x[:, p:].reshape(b, k, r), 1, axis=2)
+
+    responses = _clean(batch.responses, batch.response_mask)
+    following = jnp.roll(responses, -1, axis=2).reshape(b, k * r)
+    following = jnp.concatenate([jnp.zeros_like(batch.prompts), following], axis=1)
     last = p + r * jnp.arange(k) + batch.response_lengths - 1
     segments = real.astype(jnp.int32)
     options = {"prefix": (p, k, r), "packed": False}
-    return _Sequences(_clean(tokens, real), positions, segments, options, predicting, last)
+    return _Sequences(_clean(tokens, real), positions, segments, options, predicting, following, spread, last)
 
 
 def _separate(batch: PreferenceBatch) -> _Sequences:
@@ -74,11 +86,17 @@ def _separate(batch: PreferenceBatch) -> _Sequences:
     ends = lengths + batch.response_lengths.reshape(b * k, 1)
     real = at < ends
 
-    def predicting(hidden: jax.Array) -> jax.Array:
-        states = jnp.take_along_axis(hidden, (lengths - 1 + jnp.arange(r))[..., None], axis=1)
-        return states.reshape(b, k, r, -1)
+    before = lengths - 1 + jnp.arange(r)
 
-    return _Sequences(_clean(tokens, real), at, real.astype(jnp.int32), {"packed": False}, predicting, ends - 1)
+    def predicting(hidden: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(hidden, before[..., None], axis=1).reshape(b, k, r, -1)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, before, axis=1).reshape(b, k, r)
+
+    tokens, segments = _clean(tokens, real), real.astype(jnp.int32)
+    following = jnp.roll(tokens, -1, axis=1)
+    return _Sequences(tokens, at, segments, {"packed": False}, predicting, following, spread, ends - 1)
 
 
 def _clean(tokens: jax.Array, real: jax.Array) -> jax.Array:
@@ -86,11 +104,15 @@ def _clean(tokens: jax.Array, real: jax.Array) -> jax.Array:
     return jnp.where(real, tokens, 0)
 
 
+def _layout(batch: PreferenceBatch, layout: Layout) -> _Sequences:
+    return _shared(batch) if layout == "shared" else _separate(batch)
+
+
 def _run(
     apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, layout: Layout
 ) -> tuple[_Sequences, jax.Array]:
     """The sequences of a batch, and their hidden states [S, T, D]."""
-    at = _shared(batch) if layout == "shared" else _separate(batch)
+    at = _layout(batch, layout)
     return at, apply_fn(variables, at.tokens, at.positions, at.segments, **at.options)
 
 
@@ -105,7 +127,7 @@ def response_states(
     b, k, _ = batch.responses.shape
     at, hidden = _run(apply_fn, variables, batch, layout)
     states = jnp.take_along_axis(hidden, at.last[..., None], axis=1).reshape(b, k, -1)
-    states = meshes.constrain(states, ("batch", "responses", "embed"))
+    states = meshes.constrain(states, ("batch", "responses", None))
     return jnp.where((batch.response_lengths > 0)[..., None], states, 0)
 
 
@@ -130,25 +152,62 @@ def response_logps(
       vocabulary: see `logprobs.token_logps`.
       head_budget_bytes: see `logprobs.token_logps`.
     """
-    b, k, r = batch.responses.shape
-    mask = batch.response_mask
-    hidden = predicting_states(apply_fn, variables, batch, layout=layout).reshape(b * k, r, -1)
     unembedding = apply_fn(variables, method="unembedding")
-    targets = _clean(batch.responses, mask).reshape(b * k, r)
-    options: dict[str, Any] = {"temperature": temperature, "vocabulary": vocabulary, "budget_bytes": head_budget_bytes}
-    logps = token_logps(hidden, unembedding, targets, **options)
-    return jnp.where(mask, logps.reshape(b, k, r), 0.0)
+
+    def logps(states: jax.Array, targets: jax.Array) -> jax.Array:
+        options: dict[str, Any] = {"temperature": temperature, "vocabulary": vocabulary}
+        return token_logps(states, unembedding, targets, **options, budget_bytes=head_budget_bytes)
+
+    found = predicting_states(apply_fn, variables, batch, layout=layout).read(logps)
+    return jnp.where(batch.response_mask, found, 0.0)
+
+
+@struct.dataclass
+class PredictingStates:
+    """The hidden states before the response tokens of a batch, which predict them.
+
+    Attributes:
+      hidden: [S, T, D], of the sequences.
+      batch:  whose responses they predict.
+      layout: static.
+    """
+
+    hidden: jax.Array
+    batch: PreferenceBatch
+    layout: Layout = struct.field(pytree_node=False)
+
+    def read(self, f: Callable[[jax.Array, jax.Array], Any]) -> Any:
+        """What `f` says of each response token: (states [N, n, D], tokens int32 [N, n]) -> tree of arrays [N, n].
+
+        Returns the tree of arrays [B, K, R]; any value at padding. Where the mesh splits sequences, states stay on
+        their devices: `f` then reads every place of the sequences, those of the prompts too, and its numbers are picked
+        out.
+        """
+        batch = self.batch
+        b, k, r = batch.responses.shape
+        at, targets = _layout(batch, self.layout), _clean(batch.responses, batch.response_mask)
+        if split_over(self.hidden.shape[1]) == 1:
+            found = f(self.whole().reshape(b * k, r, -1), targets.reshape(b * k, r))
+            return jax.tree.map(lambda x: x.reshape(b, k, r), found)
+        found = jax.tree.map(at.spread, f(self.hidden, at.following))
+        if self.layout == "separate":
+            return found
+        last = jnp.take_along_axis(self.hidden, batch.prompt_lengths[:, None, None] - 1, axis=1)
+        first = f(jnp.broadcast_to(last, (b, k, last.shape[-1])), targets[:, :, 0])
+        return jax.tree.map(lambda x, one: x.at[:, :, 0].set(one), found, first)
+
+    def whole(self) -> jax.Array:
+        """The states themselves, [B, K, R, D]; any value at padding."""
+        states = _layout(self.batch, self.layout).predicting(self.hidden)
+        return meshes.constrain(states, ("batch", "responses", length_axis(states.shape[2]), None))
 
 
 def predicting_states(
     apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, layout: Layout = "shared"
-) -> jax.Array:
-    """The hidden state before each response token, the one that predicts it, [B, K, R, D]; any value at padding.
-
-    Arguments as for `response_logps`.
-    """
-    at, hidden = _run(apply_fn, variables, batch, layout)
-    return meshes.constrain(at.predicting(hidden), ("batch", "responses", "length", "embed"))
+) -> PredictingStates:
+    """The hidden state before each response token. Arguments as for `response_logps`."""
+    _, hidden = _run(apply_fn, variables, batch, layout)
+    return PredictingStates(hidden, batch, layout)
 
 
 @struct.dataclass
@@ -158,12 +217,12 @@ class ResponsePredictions:
     Attributes:
       logps:   float32 [B, K, R], log-probability of each response token in nats, 0 at padding.
       entropy: float32 [B, K, R], of each prediction, in nats, 0 at padding.
-      states:  [B, K, R, D], the hidden states that predict; see `predicting_states`.
+      states:  the hidden states that predict.
     """
 
     logps: jax.Array
     entropy: jax.Array
-    states: jax.Array
+    states: PredictingStates
 
 
 def response_predictions(
@@ -177,19 +236,12 @@ def response_predictions(
     head_budget_bytes: int = 256 * 2**20,
 ) -> ResponsePredictions:
     """`response_logps` with the entropies and the states, from one forward pass. Arguments as there."""
-    b, k, r = batch.responses.shape
-    mask = batch.response_mask
+    unembedding = apply_fn(variables, method="unembedding")
+
+    def both(states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        options: dict[str, Any] = {"temperature": temperature, "vocabulary": vocabulary}
+        return token_logps_and_entropy(states, unembedding, targets, **options, budget_bytes=head_budget_bytes)
+
     states = predicting_states(apply_fn, variables, batch, layout=layout)
-    logps, entropy = token_logps_and_entropy(
-        states.reshape(b * k, r, -1),
-        apply_fn(variables, method="unembedding"),
-        _clean(batch.responses, mask).reshape(b * k, r),
-        temperature=temperature,
-        vocabulary=vocabulary,
-        budget_bytes=head_budget_bytes,
-    )
-    return ResponsePredictions(
-        logps=jnp.where(mask, logps.reshape(b, k, r), 0.0),
-        entropy=jnp.where(mask, entropy.reshape(b, k, r), 0.0),
-        states=states,
-    )
+    logps, entropy = (jnp.where(batch.response_mask, x, 0.0) for x in states.read(both))
+    return ResponsePredictions(logps, entropy, states)

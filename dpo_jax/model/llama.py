@@ -148,9 +148,12 @@ class Attention(nn.Module):
             cap=c.attention_cap,
         )
         windowed = None if layer is None else layer.windowed
+        if cache is None:
+            q, k, v = attention.whole_sequences(q, k, v)
         y = attention.attend(
             q, k, v, mask=mask, kernel=kernel, scale=c.attention_scale, cap=c.attention_cap, windowed=windowed
         )
+        y = meshes.constrain(y, ("batch", "length", "heads", "channels"))
         y = y.reshape(b, t, c.num_heads * c.head_dim)
         return Linear(c.hidden_size, name="o_proj", **bias)(y), cache
 
@@ -290,6 +293,7 @@ class Llama(nn.Module):
           [B, T, D] in `dtype`; with a cache the pair (hidden, new cache).
         """
         c = self.config
+        meshes.check_length(tokens.shape[1])
         if cache is not None:
             if positions is None or segments is not None or prefix is not None:
                 raise ValueError("with a cache, give positions, and neither segments nor prefix")

@@ -6,7 +6,6 @@ The logits z are made for one chunk of positions at a time, forwards, and made a
 gradient of W is summed over the chunks in float32, whatever the hidden states are in.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import mesh as meshes
+from dpo_jax.model.chunks import by_chunks, length_axis, split_over
 from dpo_jax.model.products import Capped, Rounded, Weight, capped, matmul, rounded
 
 Output = jax.Array | Capped
@@ -38,34 +38,14 @@ class TokenScores:
 def chunk_length(batch: int, length: int, vocab: int, budget_bytes: int) -> int:
     """Positions in one chunk: as many as `budget_bytes` of float32 logits a device hold, at most half of `length`.
 
+    Of all devices that share the positions together; see `chunks.by_chunks`.
+
     Half, so that the full array does not exist even where it would fit. `batch` and `vocab` are global sizes; the mesh
     in force says how much of them one device has.
     """
     a_position = 4 * -(-batch // meshes.parts("batch")) * -(-vocab // meshes.parts("vocab"))
-    return max(1, min(budget_bytes // a_position, -(-length // 2)))
-
-
-def by_chunks(f: Callable[..., Any], size: int, *arrays: jax.Array) -> Any:
-    """`f` of `size` positions at a time, computed again for the backward pass.
-
-    Args:
-      f: arrays [N, size, ...] -> tree of arrays [N, size]; the last piece is filled up with zeros.
-      size: positions in one piece.
-      arrays: [N, R, ...] each.
-
-    Returns:
-      The tree of arrays [N, R].
-    """
-    n, length = arrays[0].shape[:2]
-    chunks = -(-length // size)
-    pad = chunks * size - length
-
-    def split(x: jax.Array) -> jax.Array:
-        filled = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return filled.reshape(n, chunks, size, *x.shape[2:]).swapaxes(0, 1)
-
-    _, pieces = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(f)(*xs)), None, tuple(split(x) for x in arrays))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(n, chunks * size)[:, :length], pieces)
+    split = split_over(length)
+    return split * max(1, min(budget_bytes // a_position, -(-(length // split) // 2)))
 
 
 def head_of(unembedding: Output, dtype: Any) -> Any:
@@ -128,12 +108,12 @@ def token_logps(
 
     def chunk(h: jax.Array, y: jax.Array) -> jax.Array:
         z = logits_of(h, kernel) / temperature
-        z = _of_text(meshes.constrain(z, ("batch", "length", "vocab")), vocabulary)
+        z = _of_text(meshes.constrain(z, ("batch", length_axis(targets.shape[1]), "vocab")), vocabulary)
         return _at(z, y) - jax.nn.logsumexp(z, axis=-1)
 
     kernel = head_of(unembedding, hidden.dtype)
     size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets)
+    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
 
 
 def token_scores(
@@ -145,7 +125,7 @@ def token_scores(
     """
 
     def chunk(h: jax.Array, y: jax.Array) -> TokenScores:
-        z = meshes.constrain(logits_of(h, kernel), ("batch", "length", "vocab"))
+        z = meshes.constrain(logits_of(h, kernel), ("batch", length_axis(targets.shape[1]), "vocab"))
         at_target, log_sum = _at(z, y), jax.nn.logsumexp(z, axis=-1)
         fixed, log_total = jax.lax.stop_gradient((z, log_sum))
         others = jnp.where(jnp.arange(fixed.shape[-1]) == y[..., None], -jnp.inf, fixed)
@@ -158,7 +138,7 @@ def token_scores(
 
     kernel = head_of(unembedding, hidden.dtype)
     size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets)
+    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
 
 
 def token_logps_and_entropy(
@@ -176,7 +156,7 @@ def token_logps_and_entropy(
     """
 
     def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = meshes.constrain(logits_of(h, kernel) / temperature, ("batch", "length", "vocab"))
+        z = meshes.constrain(logits_of(h, kernel) / temperature, ("batch", length_axis(targets.shape[1]), "vocab"))
         z = _of_text(z, vocabulary)
         log_sum = jax.nn.logsumexp(z, axis=-1)
         probabilities = jnp.exp(z - log_sum[..., None])
@@ -184,4 +164,4 @@ def token_logps_and_entropy(
 
     kernel = head_of(unembedding, hidden.dtype)
     size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets)
+    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))

@@ -57,6 +57,7 @@ def shardings(model: Llama, mesh: Mesh) -> dict[str, Any]:
     c = model.config
     meshes.check_divisible(mesh, "attention heads", (c.num_heads,), ("heads",))
     meshes.check_divisible(mesh, "key/value heads", (c.num_kv_heads,), ("kv",))
+    meshes.check_heads(mesh, c.num_heads)
 
     def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, axes: meshes.LogicalAxes) -> NamedSharding:
         meshes.check_divisible(mesh, "/".join(p.key for p in path), x.shape, axes)

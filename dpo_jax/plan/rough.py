@@ -53,7 +53,7 @@ def rough_bytes(run: TrainingRun, shape: LlamaConfig, lengths: Lengths) -> float
     """
     mesh, train = run.mesh, run.train
     minibatches = run.ppo.minibatches if isinstance(run, PPORun) else 1
-    tokens = _tokens(run, lengths) / (mesh.data * mesh.fsdp) / minibatches / train.accumulate
+    tokens = _tokens(run, lengths) / (mesh.data * mesh.fsdp * mesh.context) / minibatches / train.accumulate
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     whole, split = {
         "full": (1, 0),
@@ -62,7 +62,7 @@ def rough_bytes(run: TrainingRun, shape: LlamaConfig, lengths: Lengths) -> float
     }[train.remat]
     width = 2 if train.dtype == "bfloat16" else 4
     kept = width * tokens * (whole * shape.hidden_size + split / mesh.tensor) * shape.num_layers * _trained_models(run)
-    shared = (state_bytes(run, shape) + gradient_bytes(run, shape)) / (mesh.fsdp * mesh.tensor)
+    shared = (state_bytes(run, shape) + gradient_bytes(run, shape)) / (mesh.fsdp * mesh.context * mesh.tensor)
     return shared + kept
 
 

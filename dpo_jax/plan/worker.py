@@ -46,7 +46,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     """The figures of one program; where the compiler refuses it for want of memory, `refused` and what it said."""
     topology = Topology.parse(job.topology)
     sizes = job.run.mesh
-    mesh = meshes.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=devices_of(topology))
+    mesh = meshes.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.context, devices=devices_of(topology))
     lengths = programs.Lengths(job.prompt, job.response)
     program = build(job, mesh, lengths)
     figures = {

@@ -216,6 +216,7 @@ def beam_search(
     """
     if config.beams is None:
         raise InputError("beam_search needs beams in its config; without them call dpo_jax.sample.generate")
+    mesh = None if mesh is None else meshes.for_sampling(mesh)
     vocab = model.config.vocab_size
     candidates = max(2, 1 + len(config.stop_tokens)) * config.beams
     ids = vocab if vocabulary is None else vocabulary

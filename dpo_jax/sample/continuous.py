@@ -178,6 +178,7 @@ def serve(
         raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
     if rows < 1:
         raise InputError(f"rows {rows} must be at least 1")
+    mesh = None if mesh is None else meshes.for_sampling(mesh)
     table, lengths = decode.pad_prompts(prompts, None, model.config.vocab_size)
     parts = 1 if mesh is None else meshes.batch_parts(mesh)
     rows = -(-min(rows, max(len(requests), 1)) // parts) * parts

@@ -103,7 +103,7 @@ def generate(
         of prompt i. The first of them is what K = 1 gives.
       vocabulary: ids from here on are never drawn, and have no part in the log-probabilities: rows of a padded
         embedding that stand for no text. Not given: every id may be drawn.
-      mesh: the mesh that `variables` are laid out on; the rows are split over it.
+      mesh: the mesh that `variables` are laid out on; the rows are split over it, over `context` too.
 
     Returns:
       `Generation`: tokens, mask and logps [B K, max_new_tokens]; the same on every process.
@@ -146,21 +146,23 @@ def lower(
 
     Args:
       variables: `jax.ShapeDtypeStruct`s with shardings on `mesh`.
-      rows, prompt: prompts, a multiple of the devices that split them, of at most so many tokens.
+      rows, prompt: prompts, rounded up to the devices that split them, of at most so many tokens.
       config, samples: as for `generate`.
 
     Raises `InputError` where the program needs copies of the weights (`config.weights`; layers unrolled for CPUs).
     """
     slots = decode.count_slots(model, prompt, config)
+    drawn = meshes.for_sampling(mesh)
+    rows += -rows % meshes.batch_parts(drawn)
     key_data, implementation = decode.key_data(jax.random.key(0))
     width = min(bucket(prompt), slots)
-    with meshes.in_force(mesh):
-        program = Program.of(model, config, implementation, mesh)
+    with meshes.in_force(drawn):
+        program = Program.of(model, config, implementation, drawn)
         if program.unrolled or config.weights is not None:
             raise InputError("generation with copies of the weights cannot be compiled ahead: leave sample.weights out")
 
         def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, meshes.batch_axes(len(shape))))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(drawn, meshes.batch_axes(len(shape))))
 
         return _generate.lower(
             variables,
@@ -191,6 +193,7 @@ def _run(
     mesh: Mesh | None,
     plain: bool,
 ) -> tuple[Generation, jax.Array | None]:
+    mesh = None if mesh is None else meshes.for_sampling(mesh)
     padded, lengths = decode.pad_prompts(prompts, prompt_lengths, model.config.vocab_size)
     count, longest = padded.shape
     ids = np.arange(count) if row_ids is None else np.asarray(row_ids)

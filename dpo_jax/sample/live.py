@@ -201,6 +201,7 @@ class Live:
         if rows < 1:
             raise InputError(f"rows {rows} must be at least 1")
         config = SampleConfig() if config is None else config
+        mesh = None if mesh is None else meshes.for_sampling(mesh)
         self.model, self.mesh = model, mesh
         self._parts = 1 if mesh is None else meshes.batch_parts(mesh)
         self.size = -(-rows // self._parts) * self._parts

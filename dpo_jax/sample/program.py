@@ -82,5 +82,6 @@ def prepare(model: llama.Llama, variables: Any, config: SampleConfig, *, mesh: M
 
     It holds a copy where `config.weights` asks for fewer bits, and on CPUs, where layers are unrolled.
     """
+    mesh = None if mesh is None else meshes.for_sampling(mesh)
     with meshes.in_force(mesh):
         return make_weights(Program.of(model, config, "", mesh), variables, config.weights)

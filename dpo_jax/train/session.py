@@ -82,7 +82,7 @@ class Training(Generic[Config]):
         _check_options(config)
         distributed.initialize(config.distributed)
         show_log()
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
         check_batch(config, mesh)
         electricity = Electricity.of(list(mesh.devices.flat), config.energy)
         main = distributed.is_main()

@@ -63,7 +63,7 @@ def test_what_is_drawn_and_what_ppo_learns_are_one_distribution(model: tuple[Any
     found = response_predictions(model[0].apply, model[1], batch, **told)
     np.testing.assert_allclose(found.logps[:, 0], out.logps, atol=1e-5)
     np.testing.assert_allclose(response_logps(model[0].apply, model[1], batch, **told), found.logps, atol=1e-6)
-    z = model[0].apply(model[1], found.states, method="logits")[..., :SIZE] / 0.7
+    z = model[0].apply(model[1], found.states.whole(), method="logits")[..., :SIZE] / 0.7
     logps = jax.nn.log_softmax(z, axis=-1)
     np.testing.assert_allclose(found.entropy, -jnp.sum(jnp.exp(logps) * logps, axis=-1), rtol=1e-4)
     whole = response_logps(model[0].apply, model[1], batch, layout="separate", temperature=0.7)

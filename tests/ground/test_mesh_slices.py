@@ -20,7 +20,7 @@ class Device:
     process_index: int = 0
 
 
-def slices_of(shape: tuple[int, int, int], slices: int) -> np.ndarray:
+def slices_of(shape: tuple[int, int, int, int], slices: int) -> np.ndarray:
     """The slice of every device of the mesh."""
     count = int(np.prod(shape))
     devices = [Device(i, i * slices // count) for i in range(count)]
@@ -28,18 +28,18 @@ def slices_of(shape: tuple[int, int, int], slices: int) -> np.ndarray:
 
 
 def test_slices_lie_along_data() -> None:
-    along = slices_of((4, 2, 2), 2)
-    assert along.shape == (4, 2, 2)
-    assert (along == np.array([0, 0, 1, 1])[:, None, None]).all()
+    along = slices_of((4, 2, 2, 2), 2)
+    assert along.shape == (4, 2, 2, 2)
+    assert (along == np.array([0, 0, 1, 1])[:, None, None, None]).all()
 
 
 def test_what_data_cannot_take_lies_along_fsdp(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="dpo_jax"):
-        along = slices_of((2, 4, 2), 4)
-    assert (along == np.array([[0, 0, 1, 1], [2, 2, 3, 3]])[:, :, None]).all()
+        along = slices_of((2, 4, 1, 2), 4)
+    assert (along == np.array([[0, 0, 1, 1], [2, 2, 3, 3]])[:, :, None, None]).all()
     assert "--mesh.data 4 keeps that within a slice" in caplog.text
 
 
-def test_tensor_never_reaches_over_slices() -> None:
+def test_context_and_tensor_never_reach_over_slices() -> None:
     with pytest.raises(InputError, match=r"set --mesh\.data to 2 or a multiple"):
-        slices_of((1, 1, 8), 2)
+        slices_of((1, 1, 2, 4), 2)

@@ -16,9 +16,9 @@ from dpo_jax import mesh
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
 
-def small_mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+def small_mesh(data: int, fsdp: int, tensor: int, context: int = 1) -> jax.sharding.Mesh:
     """As many of the eight devices as the sizes ask for: most runs of tests need one, which compiles faster."""
-    sizes = (data, fsdp, tensor)
+    sizes = (data, fsdp, tensor, context)
     return mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)] if min(sizes) > 0 else None)
 
 
