@@ -63,6 +63,13 @@ def test_log_probabilities_equal(case) -> None:
 
 
 @long
+def test_gradients_equal(case) -> None:
+    """Of the mean log-probability of a row, over all weights, relative to the largest of each tensor."""
+    name, reference, _, model, variables = case
+    assert families.gradient_error(reference, model, variables, tokens(LENGTH)) < 1e-4, name
+
+
+@long
 def test_the_cache_equals_the_full_forward(case) -> None:
     """A prompt of 6 tokens, then one at a time, past every window; within the original length of a RoPE."""
     _, _, _, model, variables = case
