@@ -80,7 +80,9 @@ def tables(cells: dict[str, Any]) -> str:
         names = [t for k, t in COLUMNS if k == kind]
         limits = [f"{t} ({Topology.parse(t).hardware.memory / GIB:.1f})" for t in names]
         lines += [f"\n{title}:\n", "| tokens | " + " | ".join(limits) + " |", "|---|" + "---|" * len(names)]
-        for n in LENGTHS:
+        for n in LENGTHS:  # rows of which nothing is compiled yet are left out
+            if not any(f"{kind}/{t}/{n}" in cells for t in names):
+                continue
             lines.append(f"| {n:,} | " + " | ".join(cell(cells.get(f"{kind}/{t}/{n}")) for t in names) + " |")
     return "\n".join(lines) + "\n"
 

@@ -62,7 +62,8 @@ def test_log_probabilities_equal(case) -> None:
         assert families.largest_error(reference, model, variables, tokens(length)) < 1e-4, (name, length)
 
 
-@long
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, indirect=True)
 def test_gradients_equal(case) -> None:
     """Of the mean log-probability of a row, over all weights, relative to the largest of each tensor."""
     name, reference, _, model, variables = case
