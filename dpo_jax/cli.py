@@ -29,7 +29,7 @@ GUESS_CUTOFF = 0.5
 PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
 """Commands that `plan` and `bench` are about."""
 
-_CONFIG = dict.fromkeys((PLAN, BENCH), " CONFIG.py|COMMAND")  # where it must be given
+_CONFIG: dict[str, str] = dict.fromkeys((PLAN, BENCH), " CONFIG.py|COMMAND")  # where it must be given
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))

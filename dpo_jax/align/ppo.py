@@ -191,7 +191,7 @@ def _values(
         trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
         states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
     if kind == "stopped":
-        states = states.replace(hidden=jax.lax.stop_gradient(states.hidden))
+        states = dataclasses.replace(states, hidden=jax.lax.stop_gradient(states.hidden))
     return states.read(lambda hidden, _: heads.apply(own, VALUE, hidden)[..., 0])[:, 0]
 
 

@@ -60,7 +60,7 @@ def bench(options: BenchRun) -> Figures:
         "response_tokens": job.response,
         "programs": {},
     }
-    console = Console()
+    console = Console(width=max(Console().width, 100))  # the table wants so much
     console.print(
         f"{job.word} of {result['model']} ({result['parameters'] / 1e9:.2f} B parameters) on {len(devices)} x"
         f" {devices[0].device_kind}: {result['rows']} rows of {job.prompt} + {job.response} tokens, random weights",

@@ -63,7 +63,7 @@ def attend(
     if kernel in ("splash", "cudnn") and mask.window is not None and windowed is not None:
         # These kernels take their window when they are built; which one runs is decided layer by layer.
         one = partial(attend, kernel=kernel, scale=scale, cap=cap)
-        whole = mask.replace(window=None, at=None)
+        whole = dataclasses.replace(mask, window=None, at=None)
         return jax.lax.cond(
             windowed, lambda q, k, v: one(q, k, v, mask=mask), lambda q, k, v: one(q, k, v, mask=whole), q, k, v
         )

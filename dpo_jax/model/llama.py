@@ -11,6 +11,7 @@ The layers are stacked on a leading L axis and scanned, so compile time does not
 the reference policy under LoRA costs no second copy of the weights.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -303,7 +304,7 @@ class Llama(nn.Module):
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         reach = tokens.shape[1] if cache is None else count_slots(cache)
         if c.sliding_window is not None and reach > c.sliding_window:
-            mask = mask.replace(window=c.sliding_window, at=at)
+            mask = dataclasses.replace(mask, window=c.sliding_window, at=at)
         angles = self._angles(at, mask, cached=cache is not None)
         x = jnp.take(self.embed_tokens.value, tokens, axis=0).astype(self.dtype)
         if c.embedding_scale != 1:

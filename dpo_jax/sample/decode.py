@@ -182,8 +182,9 @@ def count_slots(model: llama.Llama, longest: int, config: SampleConfig) -> int:
     check_context(model.config, longest, config)
     window = model.config.sliding_window
     slots = bucket(longest) + bucket(config.max_new_tokens)
-    within = window is not None and longest + config.max_new_tokens <= window
-    return min(slots, window) if within else slots
+    if window is None or longest + config.max_new_tokens > window:
+        return slots
+    return min(slots, window)
 
 
 def key_data(key: jax.Array) -> tuple[np.ndarray, str]:
