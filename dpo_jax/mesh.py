@@ -155,7 +155,7 @@ def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAx
     for size, axis, split in zip(shape, axes, _split(axes), strict=True):
         parts = math.prod(mesh.shape[n] for n in split)
         if size % parts:
-            option = " x ".join(f"--mesh.{n}" for n in split)
+            option = " x ".join(f"--mesh.{n}" for n in split if mesh.shape[n] > 1)
             raise InputError(
                 f"{name} {tuple(shape)}: its {axis} axis of {size} does not divide by {parts} ({option}); "
                 f"choose sizes that divide {size}"

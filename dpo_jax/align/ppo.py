@@ -190,6 +190,7 @@ def _values(
         # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
         trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
         states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
+    assert states is not None, "made above"
     if kind == "stopped":
         states = dataclasses.replace(states, hidden=jax.lax.stop_gradient(states.hidden))
     return states.read(lambda hidden, _: heads.apply(own, VALUE, hidden)[..., 0])[:, 0]

@@ -24,6 +24,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
+from dpo_jax.model import attention_xla
 from dpo_jax.sample import generate
 from dpo_jax.types import Rollout
 from dpo_jax.weights.heads import as_reward_model
@@ -106,9 +107,10 @@ def test_the_loss_and_gradients_of_one_device(case):
 
 
 @pytest.mark.slow
-def test_four_thousand_tokens():
-    """One pair of 4,096 tokens over eight devices; on one device attention goes through its queries in pieces."""
-    shape = dataclasses.replace(TINY, num_heads=8, head_dim=4, max_position=2**12)
+def test_four_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of 4,096 tokens in one sequence over eight devices; attention goes through its queries in pieces."""
+    monkeypatch.setattr(attention_xla, "SCORES", 2**22)
+    shape = dataclasses.replace(TINY, num_layers=1, num_heads=8, head_dim=4, max_position=2**12)
     batch = make_batch(1, prompt=2**10, response=3 * 2**9)
     config = DPOConfig(reference="live", optimizer=OPTIMIZER)
     one = trained(dpo, config, batch, make_mesh(devices=jax.devices()[:1]), shape=shape, remat="full")
