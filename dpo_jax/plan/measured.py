@@ -188,7 +188,7 @@ def sampled(
         "prefill_tokens_per_second": prompts[0] * prompts[1] / took[1]["seconds"],
         "tokens_per_second": rows * new / took[new]["seconds"],
     }
-    if new == 1:
+    each = (took[new]["seconds"] - took[1]["seconds"]) / max(new - 1, 1)
+    if each <= 0:  # one token, or a model so small that its tokens drown in the noise
         return figures
-    each = (took[new]["seconds"] - took[1]["seconds"]) / (new - 1)
     return figures | {"seconds_a_token": each, "decoded_tokens_per_second": rows / each}

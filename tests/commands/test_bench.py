@@ -54,8 +54,8 @@ def test_grpo_measures_its_sampler(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "checkpoint" not in found
     sampler = found["programs"]["generate"]
     assert sampler["tokens_per_second"] == pytest.approx(8 * 8 / sampler["seconds"])
-    assert sampler["decoded_tokens_per_second"] > 0
-    assert "decode" in capsys.readouterr().out
+    assert sampler["prefill_tokens_per_second"] == pytest.approx(4 * 16 / sampler["prefill_seconds"])
+    assert "sampler: prefill" in capsys.readouterr().out
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

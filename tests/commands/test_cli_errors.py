@@ -195,7 +195,7 @@ def change_config(folder: Path, **changes: Any) -> Path:
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ("GPT2LMHeadModel", "not supported")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu")),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("yarn",)),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}, "rope_parameters": None}, ("axial",)),
         ({"mystery": 3}, ("mystery",)),
     ],
 )

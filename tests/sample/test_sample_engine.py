@@ -200,14 +200,15 @@ def test_a_mesh_changes_nothing(small, sizes):
     np.testing.assert_allclose(split.logps, alone.logps, atol=1e-5)
 
 
-def test_sliding_window_is_a_limit_and_not_a_bucket(small):
+def test_a_sliding_window_changes_nothing_within_it(small):
     model, variables = small
     model = model.clone(config=dataclasses.replace(CONFIG, sliding_window=32))
     out = generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(12, temperature=0))
     want = generate(small[0], variables, PROMPTS, jax.random.key(0), config=SampleConfig(12, temperature=0))
     assert texts(out) == texts(want)
-    with pytest.raises(InputError, match="sliding window of 32"):
-        generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(13, temperature=0))
+    # Past it the cache holds more than the window; what it changes there, `weights/test_families.py` compares.
+    beyond = generate(model, variables, PROMPTS, jax.random.key(0), config=SampleConfig(13, temperature=0))
+    np.testing.assert_array_equal(beyond.tokens[:, :12], out.tokens)
 
 
 @pytest.mark.parametrize(
