@@ -61,7 +61,7 @@ def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
     """jax lays no axis of 8 along a torus of 4 x 4 x 4 unless it is told that it may."""
     devices = devices_of(Topology.parse("v5p:4x4x4"))
     mesh = make_mesh(fsdp=8, tensor=8, devices=devices)
-    assert mesh.devices.shape == (1, 8, 8)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 8}
     assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
