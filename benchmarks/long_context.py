@@ -78,6 +78,8 @@ def tables(cells: dict[str, Any]) -> str:
     lines = []
     for kind, title in (("lora", "DPO, LoRA of rank 16"), ("full", "DPO of all weights")):
         names = [t for k, t in COLUMNS if k == kind]
+        if not any(key.startswith(f"{kind}/") for key in cells):
+            continue
         limits = [f"{t} ({Topology.parse(t).hardware.memory / GIB:.1f})" for t in names]
         lines += [f"\n{title}:\n", "| tokens | " + " | ".join(limits) + " |", "|---|" + "---|" * len(names)]
         for n in LENGTHS:  # rows of which nothing is compiled yet are left out

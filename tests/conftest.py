@@ -25,9 +25,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # would run alone while the other workers have nothing to do.
 _LONGEST = """
 tests/sample/test_sample_smollm2.py tests/plan/test_tpu_compile.py tests/commands/test_run_kill.py
-tests/weights/test_families.py
-tests/align/test_bf16_gradients.py tests/house/test_fuzz.py tests/commands/test_run_rejection.py
-tests/commands/test_recipe_llama2_chat.py tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py
+tests/weights/test_families.py tests/align/test_bf16_gradients.py tests/house/test_fuzz.py
+tests/commands/test_run_rejection.py tests/commands/test_recipe_llama2_chat.py
+tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py
 tests/sample/test_sample_narrow.py tests/house/test_notebooks.py tests/commands/test_run_gatt.py
 tests/commands/test_full_disk.py tests/commands/test_run_reward.py tests/align/test_sft_devices.py
 tests/sample/test_sample_engine.py tests/commands/test_recipe_frontier.py tests/commands/test_prepare.py

@@ -20,7 +20,6 @@ from dpo_jax.commands import dpo, reward
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.plan import job_of
 from dpo_jax.config import ON_COMMAND_LINE, BenchRun, DPORun, RewardRun, SFTRun
-from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.tokens.templates import RAW, today, writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
@@ -30,6 +29,7 @@ from dpo_jax.plan import programs, worker
 from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.measured import made, measured, sampled, topology_here
 from dpo_jax.plan.shapes import parameters
+from dpo_jax.train.session import preference_loader
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
 from dpo_jax.weights.checkpoint import Checkpoints
@@ -47,7 +47,7 @@ def bench(options: BenchRun) -> Figures:
     """
     job = job_of(options, "")
     sizes = job.run.mesh
-    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.context)
     devices = list(mesh.devices.flat)
     result: Figures = {
         "command": job.word,
@@ -172,15 +172,7 @@ def _loader(run: DPORun | RewardRun | SFTRun, mesh: Mesh, budget: float) -> Figu
             if isinstance(run, DPORun)
             else reward.load_data(run, tokenizer, architecture.vocab_size)
         )
-        loader = PreferenceLoader(
-            data,
-            batch_size=run.train.batch_size,
-            seed=run.train.seed,
-            shuffle=run.data.shuffle,
-            buckets=run.data.buckets,
-            workers=run.data.workers,
-            epochs=1.0,
-        )
+        loader = preference_loader(run, data, epochs=1.0)
     read, rows, batches, real, laid = time.perf_counter() - start, 0, 0, 0, 0
     start = time.perf_counter()
     for batch in loader:

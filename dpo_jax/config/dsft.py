@@ -49,7 +49,7 @@ class DialogueFilterConfig(Options):
     """Drop a dialogue whose estimated similarity (MinHash) to one that was kept is at least this. None: keep all."""
     heldout: tuple[str, ...] = ()
     """Files of prompts or dialogues that are held out: a dialogue with a turn of the user nearly equal to one of theirs
-    is dropped."""
+    (--filter.near; without it, equal) is dropped."""
 
     def __post_init__(self) -> None:
         self.at_least("--filter.", least_characters=1, most_characters=1)
@@ -95,6 +95,7 @@ class DSFTRun(Options):
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        self.mesh.draws_only()
         for name in ("template", "date"):
             require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
         require_day(self.date, "--date")

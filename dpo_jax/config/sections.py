@@ -1,4 +1,7 @@
-"""Sections of options that several commands share."""
+"""Sections of options that several commands share.
+
+(One file, though long: a section is short, and whoever adds an option reads here which exist.)
+"""
 
 import math
 import re

@@ -101,28 +101,10 @@ _A100 = _target(
     cache=40 * 2**20,
     shared=167_936,
 )
-_H100 = _target(
-    "NVIDIA H100 80GB HBM3",
-    capability="9.0",
-    cores=132,
-    units=128,
-    clock=1.98,
-    bandwidth=3350e9,
-    memory=84_930_000_000,
-    cache=50 * 2**20,
-    shared=233_472,
-)
-_H200 = _target(
-    "NVIDIA H200",
-    capability="9.0",
-    cores=132,
-    units=128,
-    clock=1.98,
-    bandwidth=4800e9,
-    memory=150_000_000_000,
-    cache=50 * 2**20,
-    shared=233_472,
-)
+# The same processor, another memory.
+_HOPPER = {"capability": "9.0", "cores": 132, "units": 128, "clock": 1.98, "cache": 50 * 2**20, "shared": 233_472}
+_H100 = _target("NVIDIA H100 80GB HBM3", bandwidth=3350e9, memory=84_930_000_000, **_HOPPER)
+_H200 = _target("NVIDIA H200", bandwidth=4800e9, memory=150_000_000_000, **_HOPPER)
 
 HARDWARE = {
     "v4": Hardware("TPU v4", "tpu", 30.75 * GIB, 1200e9, 300e9),

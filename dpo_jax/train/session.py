@@ -9,6 +9,8 @@ A command asks for these in the order of a run:
     ...                                            # weights, state
     state = training.fit(state, step, loader, ...) # raises Stopped at a signal, all saved
     training.finish(model, state.variables, tokenizer, title=..., summary=..., sections=...)
+
+(One file, though long: it is the order of a run, and each part rests on what those before it left.)
 """
 
 import dataclasses
@@ -155,17 +157,8 @@ class Training(Generic[Config]):
         return loader
 
     def preference_loader(self, data: PreferenceDataset) -> PreferenceLoader:
-        """The batches of a run on preference groups, as its options say."""
-        config = self.config
-        return PreferenceLoader(
-            data,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle,
-            buckets=config.data.buckets,
-            workers=config.data.workers,
-            **self.length,
-        )
+        """The batches of the whole run on preference groups."""
+        return preference_loader(self.config, data, **self.length)
 
     def resolve(self, total: int) -> Config:
         """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
@@ -355,6 +348,19 @@ class Training(Generic[Config]):
             f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
         )
         return self.out
+
+
+def preference_loader(config: TrainingRun, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
+    """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
+    return PreferenceLoader(
+        data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        buckets=config.data.buckets,
+        workers=config.data.workers,
+        **length,
+    )
 
 
 def summaries(data: Any, heldout: Any) -> Iterator[str]:

@@ -14,6 +14,7 @@ from windows import make_sequences, packed
 from dpo_jax.align import dpo, ppo, reward, sft
 from dpo_jax.config import (
     DPOConfig,
+    DSFTRun,
     GenerateRun,
     MeshConfig,
     OptimizerConfig,
@@ -142,8 +143,9 @@ def test_uneven_sizes_are_refused_with_those_that_fit():
     step = dpo.jit_train_step(config, four)
     with pytest.raises(InputError, match=r"sequences of 18 tokens .* may be 1, 2, 3, 6, 9, 18\b"):
         step(dpo.init_state(model, variables, config), put_batch(four, make_batch(8, prompt=6, response=6)))
-    with pytest.raises(InputError, match=r"--mesh.context 2 has no effect: this command splits no sequence"):
-        GenerateRun(model="m", prompt="p", mesh=MeshConfig(context=2))
+    for refused in (partial(GenerateRun, prompt="p"), partial(DSFTRun, prompts="p.jsonl", out="o")):
+        with pytest.raises(InputError, match=r"--mesh.context 2 has no effect: this command splits no sequence"):
+            refused(model="m", mesh=MeshConfig(context=2))
 
 
 @pytest.mark.slow

@@ -23,11 +23,12 @@ def test_dpo_with_its_loader_and_a_checkpoint(tmp_path: Path, capsys: pytest.Cap
     tiny.preferences(tmp_path / "pairs.jsonl", 24)
     out = tmp_path / "bench.json"
     words = ["dpo", "--model", str(tmp_path / "m"), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(out), *FAST]
-    words += ["--data.max_length", "64", "--train.batch_size", "8", "--folder", str(tmp_path)]
+    words += ["--data.max_length", "64", "--train.batch_size", "8", "--folder", str(tmp_path), "--mesh.context", "2"]
     assert cli.main(["bench", *words]) == 0
     found = json.loads(out.read_text())
     step = found["programs"]["train step"]
     assert found["device"]["count"] == 8
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "context": 2, "tensor": 1}
     assert step["tokens"] == 8 * (32 + 32 + 32)
     assert step["tokens_per_second"] == pytest.approx(step["tokens"] / step["seconds"])
     assert 0 < step["fastest"] <= step["seconds"] <= step["p95"]

@@ -168,13 +168,12 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert last.keys() == {"params", "adapters"}
 
 
-def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped by a signal; then it is as if it had been killed later: texts and figures behind the last checkpoint."""
-    config, out = options(inputs, tmp_path / "run"), tmp_path / "run"
+def stopped_at(step: int, config: PPORun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until SIGTERM comes while the prompts of iteration `step` + 1 are taken."""
     take = PromptLoader.__next__
 
     def stopping(loader):
-        if loader.step == 4:
+        if loader.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(loader)
 
@@ -182,6 +181,12 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
         patch.setattr(PromptLoader, "__next__", stopping)
         with pytest.raises(Stopped):
             run_ppo.train(config)
+
+
+def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by a signal; then it is as if it had been killed later: texts and figures behind the last checkpoint."""
+    config, out = options(inputs, tmp_path / "run"), tmp_path / "run"
+    stopped_at(4, config, monkeypatch)
     assert len(runs.metrics(out)) == 5
     assert not (out / "model").exists()
     assert (out / "checkpoints" / "5").is_dir()
@@ -207,17 +212,8 @@ def test_held_out_prompts_and_an_end_without_gain(inputs: Path, tmp_path: Path, 
         train=TrainConfig(steps=STEPS, batch_size=BATCH, seed=1, eval_every=1, stop_after=2),
         checkpoint=CheckpointConfig(every=100, keep=1, best="eval_reward"),
     )
-    take, out = PromptLoader.__next__, tmp_path / "run"
-
-    def stopping(loader):
-        if loader.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(loader)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptLoader, "__next__", stopping)
-        with pytest.raises(Stopped):
-            run_ppo.train(config)
+    out = tmp_path / "run"
+    stopped_at(1, config, monkeypatch)
     run_ppo.train(config)
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]  # the first, and two without gain

@@ -1,7 +1,7 @@
 """Texts one after the other, each compared with those before it: equal, or nearly so.
 
-Nearly equal is as in `duplicates.py`: MinHash signatures of 64 bins that agree in at least 0.8, among
-texts that share a band. Every candidate is compared, so what is dropped does not depend on how many share a band.
+Nearly equal is as in `duplicates.py`: MinHash signatures that agree in a given share of their bins,
+among texts that share a band. Every candidate is compared, so what is dropped does not depend on how many share a band.
 """
 
 import unicodedata
@@ -21,6 +21,7 @@ class NearTexts:
     """Texts that were kept."""
 
     def __init__(self, similar: float = SIMILAR):
+        """`similar`: the share of bins from which on two texts are nearly equal, in (0, 1]."""
         self._similar = similar
         self._found: list[tuple[str, np.ndarray]] = []
         self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
