@@ -86,7 +86,7 @@ class PPOLossConfig(Options):
     ratio of the two, of the token or of the whole response, truncated at --ppo.sampler_cap (TIS) or 0 above it (MIS).
     TRL: vllm_importance_sampling_mode. Not given: none."""
     sampler_cap: float | None = not_given(3.0, sampler_correction=_CORRECTIONS)
-    """The largest such ratio (TRL: vllm_importance_sampling_cap). Not given: 3."""
+    """The largest such ratio (TRL: vllm_importance_sampling_clip_max). Not given: 3."""
     stop_kl: float | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
