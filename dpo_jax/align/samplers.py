@@ -11,9 +11,9 @@ and a cap C, what a token adds to the loss is multiplied by
 
 TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; MIS: Liu et al. 2025,
 "When speed kills stability". Without the cap, e^(Σ_t d_t) makes the gradient of what μ drew that of what π_old would
-have drawn; the token's own weight takes the prefixes as they came. In TRL (1.16) these are `vllm_importance_sampling_mode` and
-`_clip_max`; it weights the policy's term alone. Here the KL divergence and the entropy of a drawn token are weighted too:
-they are expectations over the same draws. The value loss is not.
+have drawn; the token's own weight takes the prefixes as they came. In TRL (1.16) these are
+`vllm_importance_sampling_mode` and `_clip_max`; it weights the policy's term alone. Here the KL divergence and the
+entropy of a drawn token are weighted too: they are expectations over the same draws. The value loss is not.
 """
 
 from typing import Literal
