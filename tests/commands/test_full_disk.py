@@ -51,6 +51,8 @@ def no_compilation_cache():
 def one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
+    # Of a module first imported under the limit, Python keeps what had room, and other tests would read that.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 @contextlib.contextmanager

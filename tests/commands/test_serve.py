@@ -131,7 +131,8 @@ def test_64_at_once_say_what_each_says_alone(client: openai.OpenAI, address: str
 
 def test_connections_that_are_dropped_free_their_rows(client: openai.OpenAI, address: str, talker: Talker) -> None:
     long = ASKED | {"max_completion_tokens": 200, "n": 4, "temperature": 2}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=long | {"stream": True}) as stream:
+    body = long | {"stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=120) as stream:  # it compiles first
         next(stream.iter_lines())
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/chat/completions", json=long, timeout=0.05)
