@@ -54,7 +54,7 @@ def test_splash_attention_is_split_over_heads() -> None:
     figures = compiled(job(run, "v5e:4x4", prompt=512, response=512, layers=2))
     assert figures["attention"] == "splash"
     assert figures["memory"]["peak"] < 3.0
-    assert figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 4}
+    assert figures["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 4}
 
 
 def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
