@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +12,7 @@ import pytest
 import tiny
 from test_layers import FLOORS
 
-from dpo_jax import __version__, cli
+from dpo_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,11 +35,13 @@ def test_first_screen_has_the_two_command_lines() -> None:
 
 
 def test_file_list_is_the_tree() -> None:
-    listed = re.findall(r"^\s*(?:\* )?`(\w[\w/]*\.py)`", README[README.index("## Where is what") :], re.MULTILINE)
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\s*(?:\* )?`(\w[\w/]*\.py)`", text, re.MULTILINE)
     package = ROOT / "dpo_jax"
     there = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
     # A room's own __init__.py only says what the room is for.
-    assert sorted(listed) == sorted(name for name in there if not name.endswith("/__init__.py"))
+    ours = sorted(name for name in there if not name.endswith("/__init__.py"))
+    assert sorted(listed) == ours, "docs/files.md: one line for each file of dpo_jax/"
 
 
 def test_every_room_has_a_line_in_the_architecture() -> None:
@@ -61,38 +62,6 @@ def test_numerics_names_tests_that_exist() -> None:
     for file, name in named:
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), f"docs/numerics.md: no {name} in tests/{file}"
-
-
-def test_readme_commands_parse() -> None:
-    commands = [
-        line
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("dpo-jax ") and "..." not in line
-    ]
-    assert len(commands) >= 5
-    commands += [f"{line} --model M" for line in re.findall(r"`(dpo-jax inspect [^`]*)`", README)]
-    for line in commands:
-        word, *rest = cli.split_recipe_name(shlex.split(line)[1:])
-        cli.parse(word, rest)
-
-
-def test_readme_names_options_that_exist() -> None:
-    known = {name for word in cli.COMMANDS for name in cli.option_names(word)}
-    named = set(re.findall(r"--((?:train|dpo|optimizer|mesh|data|lora|distributed|checkpoint)\.[a-z_]+)", README))
-    assert named
-    assert named <= known
-    table = README[README.index("| `--dpo.loss` |") : README.index("With any of them:")]
-    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    from dpo_jax.config import Loss
-
-    assert sorted(listed) == sorted(Loss.__args__)
-    options = {name.removeprefix("dpo.") for name in known if name.startswith("dpo.")}
-    assert {
-        name
-        for row in re.findall(r"^\| `.*", table, re.MULTILINE)
-        for name in re.findall(r"`(\w+)`", row.split("|")[-2])
-    } <= options
 
 
 @pytest.mark.slow
