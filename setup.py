@@ -69,6 +69,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `mkdocs serve` shows docs/ as a site
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",

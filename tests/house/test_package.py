@@ -44,6 +44,12 @@ def test_file_list_is_the_tree() -> None:
     assert sorted(listed) == ours, "docs/files.md: one line for each file of dpo_jax/"
 
 
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(r"^ +- (?:[^:\n]+: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages), "mkdocs.yml: one line below `nav` for each page of docs/"
+
+
 def test_every_room_has_a_line_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| (.+) \|$", text, re.MULTILINE)
