@@ -17,8 +17,8 @@ from functools import partial, reduce
 from typing import Annotated, Any, get_origin
 
 from dpo_jax import __version__, config
+from dpo_jax.config import shipped, yaml_file
 from dpo_jax.config.names import option
-from dpo_jax.config.shipped import load
 from dpo_jax.config.values import built, negated
 from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, PLAN
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
@@ -213,12 +213,26 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     if not COMMANDS[word].recipe or not args or args[0].startswith("-"):
         return None, args
     path, cls = args[0], getattr(config, COMMANDS[word].options)
-    loaded = load(path)
+    loaded = _load(path)
     if not isinstance(loaded, cls):
         raise InputError(
             f"{path}: must define `config`, a dpo_jax.config.{cls.__name__}; it is {type(loaded).__name__}"
         )
     return loaded, args[1:]
+
+
+def _load(path: str) -> Any:
+    """The options in a CONFIG.py, in a YAML file, or in the shipped recipe of that name. Raises `InputError`."""
+    if not path.endswith(yaml_file.SUFFIXES):
+        return shipped.load(path)
+    word, words = yaml_file.words_of(path)
+    known = [name for name, command in COMMANDS.items() if command.recipe]
+    if word not in known:
+        raise InputError(f"{path}: `command: {word}` is none that takes a CONFIG; those are {', '.join(known)}")
+    try:
+        return _parse(word, words, open_ended=True)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _parse_about(word: str, args: list[str]) -> Any:
@@ -228,7 +242,7 @@ def _parse_about(word: str, args: list[str]) -> Any:
         raise InputError(f"missing CONFIG.py: {PROGRAM} {word} CONFIG.py{example} ({PROGRAM} {word} --help)")
     about, theirs = args[0], []
     if about not in PLANNED:
-        loaded, theirs = load(about), [about]
+        loaded, theirs = _load(about), [about]
         words = [name for name in PLANNED if type(loaded) is getattr(config, COMMANDS[name].options)]
         if not words:
             kinds = ", ".join(PLANNED)

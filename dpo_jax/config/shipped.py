@@ -30,9 +30,16 @@ def find(name: str) -> Path:
 
 
 def load(path: str) -> Any:
-    """What a CONFIG.py calls `config`. Raises `InputError` for what is no such file."""
+    """What a CONFIG.py, or the shipped one of that name, calls `config`. Raises `InputError` for what is neither."""
     if not path.endswith(".py"):
-        raise InputError(f"{path}: CONFIG must be a Python file (.py); data and model go after --data and --model")
+        if path not in (known := shipped()):
+            near = difflib.get_close_matches(path, known, n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(
+                f"{path}: CONFIG must be a Python file (.py), a YAML file (.yaml) or a name that dpo-jax configs"
+                f" lists{guess}; data and model go after --data and --model"
+            )
+        path = str(known[path])
     if not Path(path).is_file():
         name = Path(path).stem
         copy = f"; dpo-jax configs copy {name} writes one" if name in shipped() else ""

@@ -9,6 +9,7 @@ from dpo_jax import cli
 from dpo_jax.commands.configs import whole
 from dpo_jax.config import derive
 from dpo_jax.config.shipped import shipped
+from dpo_jax.errors import InputError
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +66,67 @@ def test_one_line_errors(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+GIVEN = ["--model", "m", "--data", "d", "--out", "o"]
+
+
+def test_a_name_stands_for_its_file() -> None:
+    assert cli.parse("dpo", ["zephyr_ddpo", *GIVEN]) == cli.parse("dpo", [str(shipped()["zephyr_ddpo"]), *GIVEN])
+    assert cli.parse("plan", ["dpo_paper", "--topology", "v5e:2x2"]).training.optimizer.name == "rmsprop"
+
+
+YAML = """
+command: dpo
+from: zephyr_ddpo
+data: {files: [a.jsonl:0.7, b.jsonl:0.3], max_length: 768, date: 2026-07-26, shuffle: false}
+dpo: {beta: 5e-2, loss: hinge}
+optimizer.clip_norm: null
+lora: {rank: 8, targets: [q_proj, v_proj]}
+train.steps: 7
+"""
+
+
+def test_yaml_says_what_the_command_line_would(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(YAML)
+    words = "--data.max_length 768 --data.date 2026-07-26 --data.no_shuffle --dpo.beta 0.05 --dpo.loss hinge"
+    words += " --optimizer.clip_norm None --lora.rank 8 --lora.targets q_proj v_proj --train.steps 7"
+    given = ["--model", "m", "--data", "a.jsonl:0.7", "b.jsonl:0.3", "--out", "o"]
+    expected = cli.parse("dpo", ["zephyr_ddpo", *given, *words.split()])
+    assert cli.parse("dpo", [str(file), "--model", "m", "--out", "o"]) == expected
+    # What stands behind it counts, and what it leaves open is asked for.
+    assert cli.parse("dpo", [str(file), "--model", "m", "--out", "o", "--dpo.beta", "1"]).dpo.beta == 1
+    with pytest.raises(InputError, match="missing --model: the CONFIG"):
+        cli.parse("dpo", [str(file), "--out", "o"])
+    assert cli.parse("plan", [str(file), "--topology", "v5e:2x2"]).training.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dpo.beta: 1", "with `command: dpo`"),
+        ("- dpo", "with `command: dpo`"),
+        ("command: eval", "`command: eval` is none that takes a CONFIG"),
+        ("command: sft", "must define `config`, a dpo_jax.config.DPORun; it is SFTRun"),
+        ("command: dpo\ndpo.bta: 1", "c.yaml: unknown option --dpo.bta; did you mean --dpo.beta?"),
+        ("command: dpo\ndpo: {loss: no}", "c.yaml: invalid choice 'false' for argument '--dpo.loss'"),
+        ("command: dpo\ndpo.beta: -1", "c.yaml: --dpo.beta must be positive"),
+        ("command: dpo\nfrom: other.yaml", "`from` names a shipped recipe or a CONFIG.py"),
+        ("command: dpo\nfrom: zephyr_dpo", "did you mean zephyr_ddpo?"),
+        ("command: dpo\ntrain: {steps: 1, steps: 2}", "steps stands there twice"),
+        ("command: dpo\na: &x [1]\nb: *x", "aliases (*name) are not read"),
+        ("command: dpo\nx: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("command: dpo\n1: 2", "1 is no name of an option"),
+        ("command: dpo\nlora.targets: [[q]]", "a list holds single values"),
+        ("command: dpo\nlora.targets: [--out]", "--out in a list would be read as an option"),
+        ("command: [", "cannot be read as YAML"),
+    ],
+)
+def test_yaml_errors(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert cli.main(["dpo", str(tmp_path / "c.yaml"), *GIVEN]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert said.count("c.yaml") <= 2

@@ -71,7 +71,7 @@ OWNERS = {
     "sklearn": {"report"},
     "vaderSentiment": {"judge"},
     "httpx": {"complete", "judge"},
-    "yaml": {"judge"},
+    "yaml": {"config", "judge"},
     "tyro": {"cli"},
 }
 

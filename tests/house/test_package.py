@@ -50,6 +50,12 @@ def test_the_site_has_every_page() -> None:
     assert sorted(listed) == sorted(pages), "mkdocs.yml: one line below `nav` for each page of docs/"
 
 
+def test_the_papers_page_has_every_recipe() -> None:
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    missing = [path.stem for path in (ROOT / "configs").glob("*.py") if f"`{path.stem}`" not in text]
+    assert not missing, f"docs/papers.md: which paper are these from? {missing}"
+
+
 def test_every_room_has_a_line_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| (.+) \|$", text, re.MULTILINE)

@@ -1,0 +1,79 @@
+"""YAML in the place of a CONFIG.py: options under the names of the command line, as the words that would say them.
+
+command: dpo
+from: zephyr_ddpo            # a shipped recipe or a CONFIG.py; left out: the defaults
+data: {max_length: 768}      # or data.max_length: 768
+dpo.beta: 0.05
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_jax.errors import InputError
+
+SUFFIXES = (".yaml", ".yml")
+LARGEST = 1 << 20
+"""Bytes of a file that is read at all."""
+
+
+class _Strict(yaml.SafeLoader):
+    """Refuses what a list of options needs none of: aliases, which can multiply a file, and keys that come twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [str(key) for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+def words_of(path: str) -> tuple[str, list[str]]:
+    """The command that the YAML file is about, and its other words: a CONFIG, where it has one, and the options.
+
+    Raises `InputError` for what is no such file. Whether the options exist and go together is not looked at.
+    """
+    try:
+        if Path(path).stat().st_size > LARGEST:
+            raise InputError(f"{path}: larger than {LARGEST >> 20} MiB, which no list of options is")
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
+    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("command"), str):
+        raise InputError(f"{path}: options stand under names, with `command: dpo` (or another command) among them")
+    command, base = found.pop("command"), found.pop("from", None)
+    if base is not None and (not isinstance(base, str) or base.startswith("-") or base.endswith(SUFFIXES)):
+        raise InputError(f"{path}: `from` names a shipped recipe or a CONFIG.py, not {base}")
+    words = [] if base is None else [base]
+    for name, value in _options(path, found):
+        if isinstance(value, list):
+            listed = [_word(path, name, one) for one in value]
+            if dashed := [one for one in listed if one.startswith("-") and one.lstrip("-")[:1].isalpha()]:
+                raise InputError(f"{path}: {name}: {dashed[0]} in a list would be read as an option")
+            words += [f"--{name}", *listed]
+        else:
+            words.append(f"--{name}={_word(path, name, value)}")
+    return command, words
+
+
+def _options(path: str, section: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if not isinstance(name, str) or not name.replace("_", "").replace(".", "").isalnum():
+            raise InputError(f"{path}: {prefix}{name} is no name of an option")
+        if isinstance(value, dict):
+            yield from _options(path, value, f"{prefix}{name}.")
+        else:
+            yield (prefix + name).removesuffix(".files"), value
+
+
+def _word(path: str, name: str, value: Any) -> str:
+    """One value as it is typed: YAML's true, null and 1e-6 too."""
+    if isinstance(value, (list, dict)):
+        raise InputError(f"{path}: {name}: a list holds single values, not {type(value).__name__}s")
+    return str(value).lower() if isinstance(value, bool) else str(value)
