@@ -7,7 +7,7 @@ from typing import Literal
 from dpo_jax.config.checks import Options, not_given, require, require_day
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import FilesConfig, MeshConfig, SampleConfig
-from dpo_jax.config.training import is_url
+from dpo_jax.config.training import takes_timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class JudgeRun(Options, metaclass=RunOptions):
     function: str | None = None
     """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE.yaml."""
     reward_timeout: float | None = not_given(60.0, needs="function")
-    """Seconds to wait for one answer where --function is a URL."""
+    """Seconds to wait where --function is a URL, or for one call of your own code (600 where it is not given)."""
     model: str | None = None
     """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
     template: str | None = None
@@ -131,7 +131,10 @@ class JudgeRun(Options, metaclass=RunOptions):
             require(
                 not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
             )
-            require(self.reward_timeout is None or is_url(self.function), "--reward_timeout has no effect: no URL")
+            require(
+                self.reward_timeout is None or takes_timeout(self.function),
+                "--reward_timeout has no effect: no URL or function of yours",
+            )
         scaled = ask in ("rating", "expected", "list")
         require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
         require(self.scale is None or 2 <= self.scale <= 100, "--scale must lie in [2, 100]")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import Options, require
+from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.sections import MeshConfig
 
 
@@ -32,8 +32,8 @@ class SafetyRun(Options):
     """Of --safety_reward."""
     reward: str | None = None
     """A judge of helpfulness, likewise; its mean stands beside."""
-    reward_timeout: float = 60.0
-    """Seconds to wait for one answer of a judge that is a URL."""
+    reward_timeout: float | None = not_given(60.0)
+    """Seconds to wait for one answer of a judge that is a URL, or for your own code (600 where it is not given)."""
     out: str | None = None
     """JSON file for the figures."""
     rows: str | None = None
@@ -55,5 +55,5 @@ class SafetyRun(Options):
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
         require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
         require(self.threshold is None or math.isfinite(self.threshold), "--threshold must be a number")
-        require(self.reward_timeout > 0, "--reward_timeout must be positive")
+        self.positive("--", "reward_timeout")
         self.at_least("--", batch_size=1)

@@ -83,12 +83,20 @@ class JudgedRun(TrainingRun):
     safety_reward: str | None = None
     """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
     reward_timeout: float | None = not_given(60.0)
-    """Seconds to wait for an answer of a URL."""
+    """Seconds to wait for an answer of a URL, or for one call of your own function (600 where it is not given)."""
 
     def __post_init__(self) -> None:
-        urls = is_url(self.reward) or is_url(self.safety_reward)
-        require(self.reward_timeout is None or urls, "--reward_timeout has no effect: no reward is a URL")
+        timed = takes_timeout(self.reward) or takes_timeout(self.safety_reward)
+        require(
+            self.reward_timeout is None or timed,
+            "--reward_timeout has no effect: no reward is a URL or a function of yours",
+        )
         self.positive("--", "reward_timeout")
+
+
+def takes_timeout(judge: str | None) -> bool:
+    """Whether a reward may keep one waiting: a URL, or a function of the user."""
+    return judge is not None and (is_url(judge) or ".py:" in judge)
 
 
 def is_url(judge: str | None) -> bool:

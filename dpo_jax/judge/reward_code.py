@@ -1,23 +1,96 @@
-"""A reward that is the user's own code: FILE.py:FUNCTION.
+"""A reward that is the user's own code: FILE.py:FUNCTION, called in one of two ways.
 
     def function(prompts, responses, COLUMN, ..., **columns): return [a number for each response]
+    def function(prompts, completions, COLUMN, ..., **columns): the same, as TRL's GRPOTrainer calls it
 
-A prompt is a text, or [{"role": ..., "content": ...}, ...] where its row holds several messages. As in TRL, further
-parameters are columns of the prompts' file: a parameter of that name, or each column under `**columns`, gets a list
-with one value a response (None where its row has none), such as the right answers that responses are compared with.
+Of the first a prompt is a text, or [{"role": ..., "content": ...}, ...] where its row holds several messages. The
+second is meant where a parameter is named `completions`: all is given by keyword, and where the row's prompt is a list
+of messages, prompts are lists of messages and a completion is [{"role": "assistant", "content": ...}]; else both are
+texts. (`completion_ids` and `trainer_state` are TRL's own and are not given.)
+
+Further parameters are columns of the prompts' file, as in TRL: a parameter of that name, or each column under
+`**columns`, gets a list with one value a response (None where its row has none), such as the right answers that
+responses are compared with.
+
+The function runs in a process of its own (`judge/reward_worker.py`), loaded once, which is ended where a call takes
+longer than it may. That is no sandbox: it may do whatever the user may.
 """
 
+import contextlib
 import hashlib
-import importlib.util
-import inspect
+import json
+import os
+import queue
+import signal
+import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
+from dpo_jax.judge import reward_worker
+
+TIMEOUT = 600.0
+"""Seconds that a call may take, where the user names no other number: scores of a whole batch, tests run and all."""
+TRLS_OWN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Parameters that GRPOTrainer fills in, and nothing here does."""
+
+
+class _Worker:
+    """The process: a request at a time, each answered within so many seconds."""
+
+    def __init__(self, spec: str):
+        self._spec = spec
+        # JAX of the function computes on the CPU: the devices are taken, all of their memory often, by the training.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", reward_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # so that what it starts is ended with it, and Ctrl-C is ours alone
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+        )
+        self._answers: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+        self.end = weakref.finalize(self, _end, self._process)
+
+    def ask(self, request: Mapping[str, Any], seconds: float, doing: str) -> dict[str, Any]:
+        """The answer. Raises `InputError` where there is none in time, or the process is gone."""
+        assert self._process.stdin is not None, "it is a pipe"
+        try:
+            self._process.stdin.write(json.dumps(request, default=reward_worker.encoded).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self.end()
+            raise InputError(
+                f"--reward {self._spec}: {doing} took longer than {seconds:g} seconds and was ended"
+                " (--reward_timeout); mend the function, or give it more"
+            ) from None
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            code = self._process.wait()
+            raise InputError(f"--reward {self._spec}: {doing}: its process ended with the exit code {code}")
+        return json.loads(line)
+
+
+def _read(stream: Any, answers: "queue.Queue[bytes]") -> None:
+    for line in stream:
+        answers.put(line)
+    answers.put(b"")
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.stdin is not None, "it is a pipe"
+    with contextlib.suppress(OSError):  # what was not sent
+        process.stdin.close()
 
 
 class PythonFunction:
@@ -25,52 +98,63 @@ class PythonFunction:
 
     everywhere = False
 
-    def __init__(self, spec: str):
-        """`spec`: FILE.py:FUNCTION. Raises `InputError` for a file or function that cannot be used."""
+    def __init__(self, spec: str, timeout: float | None = None):
+        """`spec`: FILE.py:FUNCTION; `timeout`: seconds that a call may take.
+
+        Raises `InputError` for a file or function that cannot be used.
+        """
         file, _, name = spec.rpartition(":")
         self._path = path = Path(file).expanduser()
         if not path.is_file():
             raise InputError(f"--reward {spec}: {file} is no file")
-        self._spec = spec
+        self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
         self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        found = importlib.util.spec_from_file_location("dpo_jax_reward_of_the_user", path)
-        assert found is not None, "a file that ends in .py has a loader"
-        assert found.loader is not None, "likewise"
-        module = importlib.util.module_from_spec(found)
-        try:
-            sys.modules[found.name] = module  # dataclasses of the file look themselves up there
-            found.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise self._told(error) from error
-        function = getattr(module, name, None)
-        if not callable(function):
+        self._worker = _Worker(spec)
+        asked = {"load": str(path), "name": name, "sys_path": sys.path}
+        described = self._worker.ask(asked, max(self._timeout, TIMEOUT), "loading the file")  # it may import much
+        if "error" in described:
+            raise self._told(described)
+        if described.get("absent"):
             raise InputError(f"--reward {spec}: {file} has no function {name}(prompts, responses)")
-        self._function: Callable[..., Any] = function
-        self._read_signature(name)
-
-    def _read_signature(self, name: str) -> None:
-        """Which columns it wants: those it needs, those it can do without, and whether it takes all others."""
         self._taken, self._needed, self._welcome, self._all = set[str](), set[str](), set[str](), False
-        try:
-            parameters = list(inspect.signature(self._function).parameters.values())
-        except (TypeError, ValueError):
-            return  # of a function in C nobody knows; it is called with prompts and responses
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(positional) < 2 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
-            written = ", ".join(map(str, parameters))
-            raise InputError(
-                f"--reward {self._spec}: {name}({written}) cannot be called; write {name}(prompts, responses) or"
-                f" {name}(prompts, responses, **columns)"
-            )
-        self._taken = {p.name for p in positional[:2]}
-        for p in (*positional[2:], *(p for p in parameters if p.kind == p.KEYWORD_ONLY)):
-            (self._needed if p.default is p.empty else self._welcome).add(p.name)
-        self._all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        self._like_trl = False
+        if described["parameters"] is not None:
+            self._read_signature(name, described["parameters"])
+
+    def _read_signature(self, name: str, parameters: Sequence[Sequence[Any]]) -> None:
+        """How it is called, and with which columns: those it needs, those it can do without, all others.
+
+        `parameters`: (name, kind, has a default, as written) of each.
+        """
+        by_keyword = {p for p, kind, *_ in parameters if kind in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
+        self._all = any(kind == "VAR_KEYWORD" for _, kind, *_ in parameters)
+        self._like_trl = "completions" in by_keyword
+        positional = [
+            (p, has) for p, kind, has, _ in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")
+        ]
+        further = [(p, has) for p, kind, has, _ in parameters if kind == "KEYWORD_ONLY"]
+        if self._like_trl:
+            further += positional
+            self._taken = {"prompts", "completions"} & by_keyword | ({"prompts"} if self._all else set())
+        else:
+            if len(positional) < 2 and not any(kind == "VAR_POSITIONAL" for _, kind, *_ in parameters):
+                written = ", ".join(p[3] for p in parameters)
+                raise InputError(
+                    f"--reward {self._spec}: {name}({written}) cannot be called; write {name}(prompts, responses) or"
+                    f" {name}(prompts, responses, **columns), or, as TRL, {name}(completions, **columns)"
+                )
+            self._taken = {p for p, _ in positional[:2]}
+            further = [*positional[2:], *further]
+        for parameter, has in further:
+            if parameter not in self._taken:
+                (self._welcome if has else self._needed).add(parameter)
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raise `InputError` where the rows of `prompts` lack a column that the function must be given."""
         there = {name for prompt in prompts for name in prompt.columns}
         missing = sorted(self._needed - there)
+        if missing and self._like_trl and missing[0] in TRLS_OWN:
+            raise InputError(f"--reward {self._spec}: takes {missing[0]!r}, which TRL alone gives; do without it")
         if missing:
             raise InputError(
                 f"--reward {self._spec}: takes {missing[0]!r}, which is no column of the prompts; they have"
@@ -78,21 +162,27 @@ class PythonFunction:
             )
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
-        """What the function gives. Raises `InputError` for its exceptions."""
+        """What the function gives. Raises `InputError` for its exceptions, and for a call that takes too long."""
         there = {name for prompt in prompts for name in prompt.columns}
         wanted = self._needed | (there - self._taken if self._all else there & self._welcome)
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(wanted)}
-        try:
-            return self._function([prompt.plain for prompt in prompts], list(responses), **columns)
-        except (Exception, SystemExit) as error:
-            raise self._told(error) from error
+        named: dict[str, Any] = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(wanted)}
+        positional: list[Any] = []
+        if self._like_trl:
+            named["completions"] = [
+                [{"role": "assistant", "content": text}] if prompt.conversational else text
+                for prompt, text in zip(prompts, responses, strict=True)
+            ]
+            if "prompts" in self._taken:
+                named["prompts"] = [prompt.as_in_trl for prompt in prompts]
+        else:
+            positional = [[prompt.plain for prompt in prompts], list(responses)]
+        request = {"positional": positional, "named": named}
+        answer = self._worker.ask(request, self._timeout, f"scoring {len(responses)} responses")
+        if "error" in answer:
+            raise self._told(answer)
+        return answer["scores"]
 
-    def _told(self, error: BaseException) -> InputError:
-        """The exception in one line, with the last line of the user's file that it went through."""
-        own = self._path.resolve()
-        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).resolve() == own]
-        if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).resolve() == own:
-            lines.append(error.lineno)
-        where = f"{self._path}, line {lines[-1]}: " if lines else ""
-        what = " ".join(str(error).split())
-        return InputError(f"--reward {self._spec}: {where}{type(error).__name__}: {what}")
+    def _told(self, answer: Mapping[str, Any]) -> InputError:
+        """The exception in one line."""
+        where = "" if answer["line"] is None else f"{self._path}, line {answer['line']}: "
+        return InputError(f"--reward {self._spec}: {where}{answer['error']}")

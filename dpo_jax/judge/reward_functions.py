@@ -238,7 +238,7 @@ def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRu
     if is_url(judge):
         return Endpoint(judge, config.resolved("reward_timeout"))
     if ".py:" in judge:
-        return PythonFunction(judge)
+        return PythonFunction(judge, config.reward_timeout)
     try:
         check_score(judge, open_checkpoint(judge).architecture)
     except InputError as error:
@@ -282,24 +282,49 @@ def scores_of(
     """
     scores = np.zeros(len(responses), np.float32)
     if function.everywhere or distributed.is_main():
-        scores = _checked(function(prompts, responses), rows, name, finite)
+        try:
+            found = function(prompts, responses)
+        except InputError as error:
+            if not isinstance(function, PythonFunction):
+                raise
+            raise InputError(f"{error} (responses to {_told_rows(rows)} of the prompts)") from error
+        scores = _checked(found, rows, name, finite)
     return scores if function.everywhere else distributed.from_main(scores)
 
 
+def _told_rows(rows: Sequence[int] | np.ndarray, most: int = 6) -> str:
+    """`row 3`, `rows 3, 5`, and of many the first ones and how many there are."""
+    own = sorted({int(row) for row in rows})
+    more = f" and {len(own) - most} more" if len(own) > most else ""
+    return f"row{'s' * (len(own) > 1)} {', '.join(map(str, own[:most]))}{more}"
+
+
 def _checked(found: Any, rows: np.ndarray, name: str, finite: bool) -> np.ndarray:
+    if isinstance(found, list | tuple) and len(found) == len(rows):
+        words = [row for row, one in zip(rows, found, strict=True) if isinstance(one, str)]
+        if words:  # NumPy would read "1.5" as a number
+            one = next(one for one in found if isinstance(one, str))
+            raise InputError(
+                f"--reward {name}: gave something that is no list of numbers: {one[:40]!r} for responses to"
+                f" {_told_rows(words)} of the prompts"
+            )
     try:
         with np.errstate(over="ignore"):
             scores = np.asarray(found, np.float64).astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--reward {name}: gave something that is no list of numbers: {str(found)[:80]}") from error
+        raise InputError(
+            f"--reward {name}: gave something that is no list of numbers: {str(found)[:80]} (responses to"
+            f" {_told_rows(rows)} of the prompts)"
+        ) from error
     if scores.shape != rows.shape:
         raise InputError(
             f"--reward {name}: gave scores of shape {list(scores.shape)} for {len(rows)} responses; one number each"
+            f" (responses to {_told_rows(rows)} of the prompts)"
         )
-    bad = sorted({int(row) for row in rows[~np.isfinite(scores)]})
-    if bad and finite:
+    bad = rows[~np.isfinite(scores)]
+    if len(bad) and finite:
         raise InputError(
-            f"--reward {name}: the score of responses to row{'s' * (len(bad) > 1)} {', '.join(map(str, bad))} of the"
-            " prompts is not finite; the last checkpoint is intact"
+            f"--reward {name}: the score of responses to {_told_rows(bad, most=len(bad))} of the prompts is not finite;"
+            " the last checkpoint is intact"
         )
     return scores

@@ -353,7 +353,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "32"], "does not divide by 128"),
         (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
         (["--reward", "vader", "--train.eval_every", "2"], "--train.eval_every has no effect without --eval_data"),
-        (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL"),
+        (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL or a function"),
         (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 64"),
         (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),
         (["--reward", "vader", "--value_model", "{model}"], "has no reward head"),

@@ -1,5 +1,6 @@
 """What judges texts: built-in functions, the user's own, a server, a reward model."""
 
+import datetime
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -257,3 +258,53 @@ def test_a_reward_model_judges_texts(reward_model, caplog) -> None:
     assert len(set(odd.tolist())) == 3
     raw = ModelReward(reward_model, raw=True, mesh=one_device(), batch_size=2)
     assert np.isfinite(raw([ASK], [" was good"])).all()
+
+
+HOSTILE = """
+import os, signal, time, datetime
+
+def hang(prompts, responses):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True: pass
+
+def dies(prompts, responses): os._exit(7)
+def words(prompts, responses): return ["1.5"] * len(responses)
+def short(prompts, responses): return [0.0]
+def raises(prompts, responses): raise KeyError("no")
+def nan(prompts, responses): return [float("nan")] * len(responses)
+def none(prompts, responses): print("said"); return None
+
+def trl(completions, answer, prompts=None, **kwargs):
+    assert sorted(kwargs) == ["day"] and kwargs["day"][0] == datetime.date(2026, 1, 2)
+    assert prompts[0] == "the film?" and prompts[1] == [{"role": "user", "content": "the film?"}]
+    assert completions[1] == [{"role": "assistant", "content": "b"}]
+    return [float(a == (c if isinstance(c, str) else c[0]["content"])) for a, c in zip(answer, completions)]
+
+def own(prompts, completions, completion_ids): return []
+"""
+
+
+def test_hostile_functions_end_in_one_line_that_names_rows(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text(HOSTILE)
+    for name, message in (
+        ("hang", r"took longer than 0\.5 seconds and was ended .* \(responses to rows 3, 4 of the prompts\)$"),
+        ("dies", r"ended with the exit code 7 \(responses to rows 3, 4"),
+        ("words", r"no list of numbers: '1\.5' for responses to rows 3, 4"),
+        ("short", r"of shape \[1\] for 2 responses; one number each \(responses to rows 3, 4"),
+        ("raises", r"line 11: KeyError: 'no' \(responses to rows 3, 4"),
+        ("nan", r"responses to rows 3, 4 of the prompts is not finite"),
+        ("none", r"gave scores of shape \[\] for 2 responses; one number each \(responses to rows 3, 4"),
+    ):
+        function = reward_functions.PythonFunction(f"{path}:{name}", 0.5 if name == "hang" else None)
+        with pytest.raises(InputError, match=message) as caught:
+            scores_of(function, [ASK] * 2, ["a", "b"], np.asarray([3, 4]), "mine")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_function_that_is_written_for_trl_is_called_as_trl_calls_it(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text(HOSTILE)
+    asked = ASK._replace(columns={"answer": "a", "day": datetime.date(2026, 1, 2)})
+    function = reward_functions.PythonFunction(f"{path}:trl")
+    assert function([asked, asked._replace(conversational=True)], ["a", "b"]) == [1, 0]
+    with pytest.raises(InputError, match="takes 'completion_ids', which TRL alone gives"):
+        reward_functions.PythonFunction(f"{path}:own").check_columns([asked])

@@ -28,20 +28,34 @@ from dpo_jax.data.tokens.templates import RAW
 log = logging.getLogger(__name__)
 
 
+_LISTED = ("prompt", "messages", "conversations")
+"""Columns that give a prompt as messages, where they hold a list."""
+
+
 class Prompt(NamedTuple):
     """What a row asks: messages, of which a user's is the last, and the text, where the row gives one.
 
-    `columns` are the other columns of the row, as they stand in the file, for reward functions.
+    `columns` are the other columns of the row, as they stand in the file, for reward functions; `conversational`: the
+    row's prompt is a list of messages, if of one.
     """
 
     messages: tuple[Message, ...]
     text: str | None
     columns: Mapping[str, Any] = MappingProxyType({})
+    conversational: bool = False
 
     @property
     def plain(self) -> str | list[dict[str, str]]:
         """For functions of users and for files: the text, or [{"role", "content"}, ...]."""
-        return [message.as_dict() for message in self.messages] if self.text is None else self.text
+        return self._listed() if self.text is None else self.text
+
+    @property
+    def as_in_trl(self) -> str | list[dict[str, str]]:
+        """As TRL gives it to reward functions: a list of messages where the row has one, else the text."""
+        return self._listed() if self.conversational else self.plain
+
+    def _listed(self) -> list[dict[str, str]]:
+        return [message.as_dict() for message in self.messages]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +131,8 @@ def load_prompts(
         encoded = encoder.prompt_ids(text if raw and text is not None else messages)
         if not encoded:
             raise BadRow("the prompt has no token", "give it a text")
-        return Prompt(messages, text, other_columns(row)), tag, encoded
+        listed = text is None or any(isinstance(row.get(name), list) for name in _LISTED)
+        return Prompt(messages, text, other_columns(row), listed), tag, encoded
 
     def encode(chunk: Numbered[tuple[Prompt, bool, list[int]]]) -> Iterator[tuple[Prompt, bool, np.ndarray, RowCut]]:
         for number, (prompt, tag, encoded) in chunk:

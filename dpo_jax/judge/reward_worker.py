@@ -1,0 +1,127 @@
+"""The process that a reward function of the user runs in; `judge/reward_code.py` starts it and speaks with it.
+
+It is run as a script, reads the standard library alone, and speaks lines of JSON: requests on its stdin, answers on
+what was its stdout. What the function prints goes to stderr. It ends when stdin does, whatever the function is at: the
+process that started it may die at any time.
+"""
+
+import base64
+import datetime
+import decimal
+import importlib.util
+import inspect
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+KIND = "\0kind"
+"""Key of an object that stands for a value that JSON has none for."""
+
+
+def encoded(value: Any) -> Any:
+    """`default` of `json.dumps`: what columns of Parquet files hold beside JSON's values."""
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return {KIND: type(value).__name__, "value": value.isoformat()}
+    if isinstance(value, decimal.Decimal):
+        return {KIND: "Decimal", "value": str(value)}
+    if isinstance(value, bytes):
+        return {KIND: "bytes", "value": base64.b64encode(value).decode()}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def decoded(value: dict[str, Any]) -> Any:
+    """`object_hook` of `json.loads`: the inverse of `encoded`."""
+    kind = value.get(KIND)
+    if kind in ("datetime", "date", "time"):
+        return getattr(datetime, kind).fromisoformat(value["value"])
+    if kind == "Decimal":
+        return decimal.Decimal(value["value"])
+    return base64.b64decode(value["value"]) if kind == "bytes" else value
+
+
+def told(error: BaseException, path: Path) -> dict[str, Any]:
+    """The exception, with the last line of the user's file that it went through."""
+    own = path.resolve()
+    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).resolve() == own]
+    if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).resolve() == own:
+        lines.append(error.lineno)
+    what = " ".join(str(error).split())
+    return {"error": f"{type(error).__name__}: {what}", "line": lines[-1] if lines else None}
+
+
+def load(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
+    """The function `name` of the file, or None, and what is answered: its parameters as (name, kind, has a default)."""
+    found = importlib.util.spec_from_file_location("dpo_jax_reward_of_the_user", path)
+    assert found is not None, "a file that ends in .py has a loader"
+    assert found.loader is not None, "likewise"
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses of the file look themselves up there
+    found.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        return None, {"absent": True}
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return function, {"parameters": None}  # of a function in C nobody knows
+    kinds = [(p.name, p.kind.name, p.default is not p.empty, str(p)) for p in parameters]
+    return function, {"parameters": kinds}
+
+
+def numbers(found: Any) -> Any:
+    """What a function gave as JSON's values: arrays as lists, and a text in place of what is no number."""
+    found = found.tolist() if hasattr(found, "tolist") else found
+    if isinstance(found, list | tuple):
+        return [numbers(one) for one in found]
+    if found is None or isinstance(found, int | float):
+        return found
+    try:
+        return str(found) if isinstance(found, str | bytes | dict) else float(found)
+    except (TypeError, ValueError):
+        return f"{type(found).__name__} {found}"[:80]
+
+
+def serve(requests: "queue.Queue[str]", answers: Any) -> None:
+    """Answer one request after another; in the main thread, where alarms work."""
+
+    def answer(**what: Any) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    path, function = Path(), None
+    while True:
+        request = json.loads(requests.get(), object_hook=decoded)
+        try:
+            if "load" in request:
+                path, sys.path[:] = Path(request["load"]), request["sys_path"]
+                function, described = load(path, request["name"])
+                answer(**described)
+            else:
+                assert function is not None, "it was loaded"
+                answer(scores=numbers(function(*request["positional"], **request["named"])))
+        except (Exception, SystemExit) as error:
+            answer(**told(error, path))
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    requests: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    serve(requests, answers)
+
+
+if __name__ == "__main__":
+    main()
