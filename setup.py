@@ -70,6 +70,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `mkdocs serve` shows docs/ as a site
+        "math": ["math-verify>=0.8"],  # dpo-jax recipe iterative_rpo --match math_verify
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",

@@ -22,6 +22,7 @@ from dpo_jax.config.dpo import BETAS, DPOConfig, DPOLossConfig, DPORun, Loss, Ti
 from dpo_jax.config.dsft import DialogueFilterConfig, DSFTRun, SelfInstructConfig
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
 from dpo_jax.config.gatt import ConstraintKind, GattConfig, GattRun
+from dpo_jax.config.iterative_rpo import IterativeRPORun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
@@ -97,6 +98,7 @@ __all__ = [
     "GenerateRun",
     "HoldoutRun",
     "InspectRun",
+    "IterativeRPORun",
     "JudgeRun",
     "JudgedRun",
     "Layout",

@@ -166,6 +166,16 @@ COMMANDS = {
         ),
         recipe=True,
     ),
+    "recipe iterative_rpo": Command(
+        "IterativeRPORun",
+        "dpo_jax.commands.recipes.iterative_rpo:recipe",
+        "rounds of DPO + NLL on a model's own right answers against its wrong ones",
+        unused=(
+            *_inside("dpo", "reference", "holdout"),
+            *(f"sample.{name}" for name in ("temperature", "beams", "length_penalty")),
+        ),
+        recipe=True,
+    ),
     "recipe dsft": Command(
         "DSFTRun",
         "dpo_jax.commands.recipes.dsft:recipe",

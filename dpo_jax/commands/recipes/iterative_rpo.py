@@ -1,0 +1,230 @@
+"""`dpo-jax recipe iterative_rpo`: rounds of DPO with an NLL term on right answers against wrong ones.
+
+Pang et al. 2024 (arXiv 2404.19733):
+
+for t = 1 ... T, M0 the model that was given:
+    round-{t}/answers.jsonl   M(t-1) answers every problem N times
+    round-{t}/pairs.jsonl     right against wrong, at most --pairs_per_prompt of a problem; counts.json
+    round-{t}/dpo/            M(t): from M(t-1), which is the reference, too
+heldout-{t}.jsonl             what M(t) answers to the held-out problems, greedily
+summary.json, report.html
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.commands import dpo
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.commands.generate import generate
+from dpo_jax.config import GenerateRun, IterativeRPORun, SampleConfig
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.jsonl import Row, read_lines, write_lines
+from dpo_jax.files.log import show_log
+from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
+from dpo_jax.judge.right_answers import draw_pairs, known_answer, open_matcher
+from dpo_jax.report import iterative_rpo as report
+from dpo_jax.report.statistics import share_interval
+
+COUNTS = ("problems", "all right", "all wrong", "right answers are cut or blank", "used", "pairs")
+"""Of a round's problems, in the order in which they are told; the four in the middle add up to the first."""
+
+
+@with_config_keys
+def recipe(run: IterativeRPORun) -> Path:
+    """The `recipe iterative_rpo` command; returns its folder. See the module. Raises `InputError`."""
+    show_log()
+    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe iterative_rpo", as_json(run)))
+    folder.perform(IterativeRPO(run, folder.out).stages(), run)
+    folder.finish()
+    report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
+    return folder.out
+
+
+class IterativeRPO:
+    """The stages."""
+
+    def __init__(self, run: IterativeRPORun, out: Path):
+        """Raises `InputError` for problems without a right answer, and for a judge that is not there."""
+        self._run, self._out = run, out
+        self._is_right = open_matcher(run.match, run.answer_pattern)
+        self._known = {source: self._read(source) for source in (run.prompts, run.eval_prompts) if source is not None}
+
+    def _read(self, source: str) -> dict[int, str]:
+        """Row -> its right answer."""
+        found = {}
+        for number, row in read_rows(source):
+            known = known_answer(row.get(self._run.answer), self._run.answer_pattern)
+            if known is None:
+                raise InputError(
+                    f"{source}: row {number}: --answer {self._run.answer} holds no answer (a number or a text); name"
+                    f" the column, of {', '.join(row)}"
+                )
+            found[number] = known
+        if not found:
+            raise InputError(f"{source}: has no row; give it problems")
+        return found
+
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        run, stages = self._run, list[Stage]()
+        for t in range(run.rounds + 1):
+            if t:
+                folder = self._out / f"round-{t}"
+                answers, pairs, before = folder / "answers.jsonl", folder / "pairs.jsonl", self._model(t - 1)
+                work = partial(self._answer, t)
+                stages.append(Stage(f"M{t - 1} answers", (before, run.prompts), answers, work))
+                work = partial(self._pair, t)
+                stages.append(Stage(f"pairs of round {t}", (answers, run.prompts), pairs, work))
+                stages.append(Stage(f"M{t}: DPO", (before, pairs), folder / "dpo", partial(self._train, t)))
+            if run.eval_prompts is not None:
+                inputs, work = (self._model(t), run.eval_prompts), partial(self._hold, t)
+                stages.append(Stage(f"accuracy of M{t}", inputs, self._heldout(t), work))
+        counts = [self._out / f"round-{t}" / "pairs.jsonl" for t in range(1, run.rounds + 1)]
+        texts = [self._heldout(t) for t in range(run.rounds + 1)] if run.eval_prompts is not None else []
+        stages.append(Stage("table", (*counts, *texts), self._out / "summary.json", self._table))
+        return stages
+
+    def _model(self, t: int) -> str | Path:
+        return self._out / f"round-{t}" / "dpo" if t else self._run.model
+
+    def _heldout(self, t: int) -> Path:
+        return self._out / f"heldout-{t}.jsonl"
+
+    # ---------------------------------------------------------------- what a model answers
+
+    def _write(
+        self, path: Path, model: str | Path, prompts: str, *, sample: SampleConfig, samples: int, seed: int
+    ) -> list[Row]:
+        """Answers to all problems of a file."""
+        run, data = self._run, self._run.dpo.data
+        raw = data.template == RAW
+        generate(
+            GenerateRun(
+                model=str(model),
+                prompts=prompts,
+                out=str(path),
+                raw=raw,
+                template=None if raw else data.template,
+                date=None if raw else data.date,
+                batch_size=run.batch_size,
+                samples=samples,
+                seed=seed,
+                dtype=run.dpo.train.dtype,
+                sample=sample,
+                mesh=run.dpo.mesh,
+            )
+        )
+        return read_lines(path)
+
+    def _rights(self, rows: list[Row], source: str) -> list[bool]:
+        return [self._is_right(row["response"], self._known[source][row["row"]]) for row in rows]
+
+    def _answer(self, t: int) -> Figures:
+        run = self._run
+        path, seed = self._out / f"round-{t}" / "answers.jsonl", run.seed + t
+        sample = dataclasses.replace(run.sample, temperature=run.temperature(t))
+        rows = self._write(path, self._model(t - 1), run.prompts, sample=sample, samples=run.samples, seed=seed)
+        return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+
+    def _hold(self, t: int) -> Figures:
+        """The held-out problems, by each model alike: greedy answers, so that only the weights tell them apart."""
+        run = self._run
+        assert run.eval_prompts is not None
+        if not self._heldout(t).exists():
+            part = self._out / f"heldout-{t}-answers.jsonl"
+            greedy = dataclasses.replace(run.sample, temperature=0.0, top_k=None, top_p=None, min_p=None)
+            rows = self._write(part, self._model(t), run.eval_prompts, sample=greedy, samples=1, seed=0)
+            marks = self._rights(rows, run.eval_prompts)
+            write_lines(self._heldout(t), [row | {"right": right} for row, right in zip(rows, marks, strict=True)])
+        return self._accuracy(t)
+
+    def _accuracy(self, t: int) -> dict[str, float]:
+        marks = [row["right"] for row in read_lines(self._heldout(t))]
+        low, high = share_interval(float(np.mean(marks)), len(marks))
+        return {"accuracy": float(np.mean(marks)), "low": low, "high": high, "heldout": len(marks)}
+
+    # ---------------------------------------------------------------- a round
+
+    def _pair(self, t: int) -> Figures:
+        """Right against wrong answers of each problem.
+
+        A right answer that was cut at its longest wins nothing: an end where there is none would be learnt with it.
+        """
+        run, counts = self._run, Counter[str]()
+        rows = read_lines(self._out / f"round-{t}" / "answers.jsonl")
+        marks = dict(zip(map(_place, rows), self._rights(rows, run.prompts), strict=True))
+        pairs: list[Row] = []
+        problems: dict[int, list[Row]] = {}
+        for row in rows:
+            problems.setdefault(row["row"], []).append(row)
+        for number, group in problems.items():
+            right = [row for row in group if marks[_place(row)]]
+            wrong = [row for row in group if not marks[_place(row)]]
+            winners = list(dict.fromkeys(row["response"] for row in right if row["finish_reason"] != "length"))
+            losers = list(dict.fromkeys(row["response"] for row in wrong if row["response"].strip()))
+            reason = "all right" if not losers else "all wrong" if not right else "used"
+            if reason == "used" and not winners:
+                reason = "right answers are cut or blank"
+            counts[reason] += 1
+            if reason == "used":
+                rng = np.random.default_rng([run.seed, t, number])
+                drawn = draw_pairs(winners, losers, run.pairs_per_prompt, rng)
+                pairs += [_pair(number, group[0]["prompt"], chosen, rejected) for chosen, rejected in drawn]
+        told = {name: counts[name] for name in COUNTS} | {"problems": counts.total(), "pairs": len(pairs)}
+        if not pairs:
+            raise InputError(
+                f"{run.prompts}: M{t - 1} gives no problem a right and a wrong answer ({told['all right']} all right,"
+                f" {told['all wrong']} all wrong, {told['right answers are cut or blank']} whose right ones were cut);"
+                " give other problems, more --samples, or a larger --sample.max_new_tokens"
+            )
+        right = sum(marks.values()) / len(marks)
+        write_atomically(self._counts(t), json.dumps(told | {"share right": right}, indent=2) + "\n")
+        write_lines(self._out / f"round-{t}" / "pairs.jsonl", pairs)
+        return told | {"share right": right}
+
+    def _counts(self, t: int) -> Path:
+        return self._out / f"round-{t}" / "counts.json"
+
+    def _train(self, t: int) -> Figures:
+        """The reference is `model` itself, where none is named."""
+        options = self._run.dpo
+        data = dataclasses.replace(options.data, files=str(self._out / f"round-{t}" / "pairs.jsonl"))
+        dpo.train(dataclasses.replace(options, model=str(self._model(t - 1)), data=data, out=str(self._model(t))))
+        return last_figures(Path(self._model(t)), report.TRAINED)
+
+    # ---------------------------------------------------------------- the table
+
+    def _table(self) -> Figures:
+        run, rows = self._run, list[Row]()
+        for t in range(run.rounds + 1):
+            row: Row = {"model": f"M{t}"}
+            if t:
+                row |= json.loads(self._counts(t).read_text()) | {"temperature": run.temperature(t)}
+                row |= last_figures(Path(self._model(t)), report.TRAINED)
+            rows.append(row | (self._accuracy(t) if run.eval_prompts is not None else {}))
+        summary = {"model": run.model, "prompts": run.prompts, "match": run.match, "seed": run.seed, "rounds": rows}
+        report.write(self._out, summary, [Path(self._model(t)) for t in range(1, run.rounds + 1)])
+        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if run.eval_prompts is None:
+            return {f"pairs of round {t}": rows[t]["pairs"] for t in range(1, run.rounds + 1)}
+        return {f"accuracy of {row['model']}": row["accuracy"] for row in rows}
+
+
+def _place(row: Row) -> tuple[int, int]:
+    return row["row"], row["sample"]
+
+
+def _pair(number: int, prompt: str | list[dict[str, str]], chosen: str, rejected: str) -> Row:
+    if isinstance(prompt, str):
+        return {"row": number, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    sides = {"chosen": chosen, "rejected": rejected}  # a prompt of messages goes with answers of messages
+    answers = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    return {"row": number, "prompt": prompt, **answers}

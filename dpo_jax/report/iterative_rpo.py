@@ -1,0 +1,70 @@
+"""What the Iterative RPO recipe found: accuracy by round, and of what each round was made."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.files.log import read_metrics
+from dpo_jax.report import html
+
+TRAINED = {"loss": "loss", "chosen logp": "logps/chosen"}
+"""Of a round's training, its last figures: what they are called here -> there."""
+_HEAD = ("model", "held-out accuracy", "temperature", "right", "all right", "all wrong", "cut", "used", "pairs")
+_NOTE = "Shares of right answers. A problem that is all right or all wrong teaches nothing and is left out."
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found = []
+    for row in summary["rounds"]:
+        accuracy = f"{row['accuracy']:.3f} ({row['low']:.3f}, {row['high']:.3f})" if "accuracy" in row else ""
+        cells = ("", "", "", "", "", "", "")
+        if "pairs" in row:
+            counts = ("all right", "all wrong", "right answers are cut or blank", "used", "pairs")
+            cells = (f"{row['temperature']:g}", f"{row['share right']:.3f}", *(str(row[name]) for name in counts))
+        found.append((row["model"], accuracy, *cells))
+    return found
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """The outcome in one sentence, whatever it is."""
+    rows = summary["rounds"]
+    if "accuracy" not in rows[0]:
+        told = [f"{row['share right']:.3f}" for row in rows[1:]]
+        return f"Share of right answers to the problems, before each round: {', '.join(told)}; none were held out."
+    best = max(rows, key=lambda row: row["accuracy"])
+    first, last = rows[0], rows[-1]
+    return (
+        f"Of {first['heldout']} held-out problems {first['accuracy']:.3f} are right at M0 and {last['accuracy']:.3f} at"
+        f" {last['model']} (95 %: {last['low']:.3f} to {last['high']:.3f}); most at {best['model']}"
+        f" ({best['accuracy']:.3f})."
+    )
+
+
+def show(summary: Mapping[str, Any], out: Path) -> None:
+    """Print the table to stdout."""
+    table = Table(*_HEAD, title="Rounds")
+    for row in _rows(summary):
+        table.add_row(*row)
+    console = Console(width=max(Console().width, 110))
+    console.print(table)
+    console.print(verdict(summary), highlight=False, soft_wrap=True)
+    last = out / f"round-{len(summary['rounds']) - 1}" / "dpo" / "model"
+    console.print(f"Report: {out / 'report.html'}   last model: {last}", highlight=False, soft_wrap=True)
+
+
+def write(out: Path, summary: Mapping[str, Any], runs: Sequence[Path]) -> None:
+    """Write `report.html`; `runs`: the training of each round."""
+    rows = summary["rounds"]
+    places, plots = list(range(len(rows))), []
+    if "accuracy" in rows[0]:
+        band = [row["low"] for row in rows], [row["high"] for row in rows]
+        series = html.Series("held-out accuracy", places, [row["accuracy"] for row in rows], band)
+        plots.append(html.Plot("Accuracy", (series,), x_label="round"))
+    sections = [html.Section("Rounds", _NOTE, tuple(plots), table=html.Table(_HEAD, _rows(summary)))]
+    for run in runs:
+        curves = html.training_section(read_metrics(run / "metrics.jsonl"))
+        sections.append(html.Section(run.parent.name, curves.note, curves.plots))
+    html.write_report(out / "report.html", "Iterative RPO", verdict(summary), sections)
