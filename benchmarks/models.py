@@ -4,11 +4,13 @@
 
 A row is a case of tests/support/families.py. Logits' error: largest difference of log-probabilities in float32, over
 all tokens of the vocabulary, rows of 10 and of 24 tokens. Gradients': of the mean log-probability of a row, over all
-tensors, relative to the largest. Round trip: tensors read and written again have the same bits and names.
+tensors, relative to the largest. bfloat16: mean error of log-probabilities against float32, ours and `transformers`'.
+Round trip: tensors read and written again have the same bits and names.
 """
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import families
 import jax.numpy as jnp
@@ -18,8 +20,9 @@ from safetensors.numpy import load_file
 
 import dpo_jax
 from dpo_jax.errors import InputError
-from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.architecture import LlamaConfig, from_hf
 from dpo_jax.model.attention import choose_kernel
+from dpo_jax.model.families import FAMILIES
 from dpo_jax.weights.gguf_out import check_model
 
 
@@ -35,12 +38,20 @@ def _kernels(config: LlamaConfig) -> str:
     return ", ".join(found)
 
 
-def _gguf(config: LlamaConfig) -> str:
-    try:
-        check_model(config, "")
-    except InputError:
+def _gguf(case: str, config: LlamaConfig) -> str:
+    """Whether GGUF holds the family, and which of the case's flags it has no place for, tried one after another."""
+    form = FAMILIES[config.model_type].gguf
+    if form is None:
         return "no"
-    return "in and out"
+    kept: dict[str, Any] = {}
+    refused = []
+    for key, value in CASES[case][1].items():
+        try:
+            check_model(from_hf(families.configuration(case, kept | {key: value}).to_dict()), "")
+            kept[key] = value
+        except InputError:
+            refused.append(key)
+    return form.architecture + (f", not with {', '.join(refused)}" if refused else "")
 
 
 def row(case: str) -> str:
@@ -53,19 +64,21 @@ def row(case: str) -> str:
         rows = [np.random.default_rng(0).integers(3, TINY["vocab_size"], (2, n)).astype(np.int32) for n in lengths]
         error = max(families.largest_error(reference, model, variables, one) for one in rows)
         gradient = families.gradient_error(reference, model, variables, rows[-1][:1])
+        half = families.bfloat16_errors(reference, folder, np.random.default_rng(0).integers(3, 64, (8, LENGTH)))
         dpo_jax.save_pretrained(again, model, variables, None)
         before, after = (load_file(path / "model.safetensors") for path in (folder, again))
     equal = before.keys() == after.keys() and all(x.tobytes() == after[key].tobytes() for key, x in before.items())
     flags = ", ".join(key for key in CASES[case][1])
     trip = "equal" if equal else "NOT equal"
-    cells = (case, flags, f"{error:.1e}", f"{gradient:.1e}", trip, _gguf(model.config), _kernels(model.config))
+    numbers = (f"{error:.1e}", f"{gradient:.1e}", f"{half[0]:.4f}, {half[1]:.4f}")
+    cells = (case, flags, *numbers, trip, _gguf(case, model.config), _kernels(model.config))
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Print the table."""
-    print("| family | flags beside its own | log-probabilities | gradients | round trip | GGUF | kernels |")
-    print("|---|---|---|---|---|---|---|")
+    print("| family | flags beside its own | log-probabilities | gradients | bfloat16 | round trip | GGUF | kernels |")
+    print("|---|---|---|---|---|---|---|---|")
     for case in CASES:
         print(row(case), flush=True)
 

@@ -19,6 +19,30 @@ positions, under `use_sliding_window`."""
 
 
 @dataclass(frozen=True)
+class GGUF:
+    """How llama.cpp's files hold the models of a family; their tensors' names are those of the `gguf` package.
+
+    What is not listed has no place there, and a model that has it is refused when it is written.
+
+    Attributes:
+      architecture: general.architecture, which every key of its metadata begins with.
+      keys: key of config.json -> key of the metadata, of what a Llama does not have.
+      biases: the keys of config.json whose biases llama.cpp reads.
+      interleaved: the rows of q and k are kept in the order of pairs (x_2i, x_2i+1).
+      part_rotates: rope.dimension_count may be less than a head.
+      wide_layers: llama.cpp takes query_pre_attn_scalar to be the heads' size, and hidden_size / num_attention_heads in
+        models of this many layers (the largest Gemma 2 and 3).
+    """
+
+    architecture: str
+    keys: Mapping[str, str] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    interleaved: bool = False
+    part_rotates: bool = False
+    wide_layers: int = 0
+
+
+@dataclass(frozen=True)
 class Family:
     """What the checkpoints of one `model_type` have in common.
 
@@ -36,6 +60,7 @@ class Family:
       fused: tensors of several projections in one on disk, part after part: name -> parts.
       classifier: prefix of its ...ForSequenceClassification in `transformers`, where it is another; None: it has none.
       head_size: its config.json has `head_dim`; elsewhere that is written only where it does not follow from the width.
+      gguf: see `GGUF`; None: llama.cpp has no such architecture.
     """
 
     prefix: str
@@ -51,6 +76,7 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     classifier: str | None = ""
     head_size: bool = True
+    gguf: GGUF | None = None
 
     def class_name(self, *, scores: bool) -> str:
         """The class in `transformers`, as a language model or a reward model (see `classifier`)."""
@@ -102,20 +128,36 @@ _GEMMA_2 = {
 }
 _CAPS = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
+_BIASES = ("attention_bias", "mlp_bias")
+_SCALES = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_WINDOW = {"sliding_window": "attention.sliding_window"}
+_LOGIT_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
+_SCORE_CAP = {"attn_logit_softcapping": "attn_logit_softcapping"}
+_NEAR = {"rope_local_base_freq": "rope.freq_base_swa"}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", keys=("attention_bias", "mlp_bias")),
+    "llama": Family("Llama", keys=_BIASES, gguf=GGUF("llama", biases=_BIASES, interleaved=True)),
     "mistral": Family(
         "Mistral",
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
         windows="all",
+        gguf=GGUF("llama", keys=_WINDOW, interleaved=True),
     ),
-    "qwen2": Family("Qwen2", defaults=_QWEN, fields={"qkv_bias": True}, windows="later", head_size=False),
+    "qwen2": Family(
+        "Qwen2", defaults=_QWEN, fields={"qkv_bias": True}, windows="later", head_size=False, gguf=GGUF("qwen2")
+    ),
     "qwen3": Family(
         "Qwen3",
         defaults={**_QWEN, "head_dim": 128},
         fields={"qk_norm": "head"},
         keys=("attention_bias",),
         windows="later",
+        gguf=GGUF("qwen3"),
     ),
     "smollm3": Family(
         "SmolLM3",
@@ -130,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         windows="unrotated",
         unrotated=True,
         head_size=False,
+        gguf=GGUF("smollm3", interleaved=True),
     ),
     "phi3": Family(
         "Phi3",
@@ -148,6 +191,7 @@ FAMILIES: dict[str, Family] = {
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
         },
+        gguf=GGUF("phi3", keys=_WINDOW, part_rotates=True),
     ),
     "gemma": Family(
         "Gemma",
@@ -155,12 +199,14 @@ FAMILIES: dict[str, Family] = {
         fields={"norm_offset": 1.0},
         keys=("attention_bias",),
         root_embedding=True,
+        gguf=GGUF("gemma"),
     ),
     "gemma2": Family(
         "Gemma2",
         defaults={**_GEMMA_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fields={"norm_offset": 1.0, "norms": "both"},
         keys=_CAPS,
+        gguf=GGUF("gemma2", keys={**_WINDOW, **_LOGIT_CAP, **_SCORE_CAP}, wide_layers=46),
         activation="hidden_activation",
         windows="pattern",
         root_embedding=True,
@@ -181,6 +227,7 @@ FAMILIES: dict[str, Family] = {
         root_embedding=True,
         two_bases=True,
         classifier="Gemma3Text",
+        gguf=GGUF("gemma3", keys={**_WINDOW, **_LOGIT_CAP, **_NEAR}, wide_layers=62),
     ),
     "olmo2": Family(
         "Olmo2",
@@ -188,6 +235,7 @@ FAMILIES: dict[str, Family] = {
         fields={"norms": "after", "qk_norm": "projection"},
         keys=("attention_bias",),
         head_size=False,
+        gguf=GGUF("olmo2"),
     ),
     "granite": Family(
         "Granite",
@@ -199,16 +247,10 @@ FAMILIES: dict[str, Family] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        keys=(
-            "attention_bias",
-            "mlp_bias",
-            "attention_multiplier",
-            "embedding_multiplier",
-            "residual_multiplier",
-            "logits_scaling",
-        ),
+        keys=(*_BIASES, *_SCALES),
         classifier=None,
         head_size=False,
+        gguf=GGUF("granite", keys=_SCALES, biases=_BIASES, interleaved=True),
     ),
 }
 

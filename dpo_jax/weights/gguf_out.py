@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import quantize
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.model.rope import rotary_frequencies
-from dpo_jax.weights.gguf import PERMUTED, ROPE_FACTORS, gguf_name, interleaved
+from dpo_jax.model.families import FAMILIES
+from dpo_jax.weights import layout
+from dpo_jax.weights.gguf import NORM, PERMUTED, interleaved
+from dpo_jax.weights.gguf_architecture import check_expressed, factors_of, gguf_name, metadata_of
 from dpo_jax.weights.gguf_tokenizer import read_tokenizer
 from dpo_jax.weights.gguf_vocabulary import vocabulary_of
 
@@ -42,21 +44,19 @@ _PROBES = (
     "1234567 3.14 x=y*2; foo_bar(baz)",
     "Grüße, naïve café; Привет мир; 你好，世界。 こんにちは",
     "🙂👍🏽 — “quotes” … ‰ ﬁ",
+    "e\u0301 a\u030a",  # accents of their own, which some tokenizers compose first
 )
 
 
 def check_model(config: LlamaConfig, where: object) -> None:
-    """Raise `InputError` for a model that a GGUF file of architecture `llama` does not describe."""
+    """Raise `InputError` for a model that a GGUF file does not describe."""
     if config.num_labels:
         raise InputError(f"{where}: is a reward model, which is converted to --format huggingface only")
-    if config.model_type not in ("llama", "mistral"):
+    if FAMILIES[config.model_type].gguf is None:
         raise InputError(
             f"{where}: a model of type {config.model_type} is not written as GGUF; use --format huggingface"
         )
-    scaling = config.rope_scaling
-    if config.partial_rotary != 1 or (scaling is not None and scaling.kind not in ("linear", "llama3")):
-        kind = "of a part of the channels" if scaling is None else scaling.kind
-        raise InputError(f"{where}: RoPE {kind} is not written as GGUF; use --format huggingface")
+    check_expressed(config, layout.tensor_shapes(layout.parameter_slots(config)).keys(), where)
 
 
 def write_gguf(
@@ -83,29 +83,34 @@ def write_gguf(
     Raises `InputError`: a tokenizer that GGUF cannot express, a value beyond float16, a full disk.
     """
     kind, file_type = _KINDS[stored]
+    form = FAMILIES[config.model_type].gguf
+    assert form is not None
     vocabulary = vocabulary_of(tokenizer, config)
     kinds = {key: _kind(kind, shapes[key]) for key in shapes}
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, "llama")
+        writer = GGUFWriter(partial, form.architecture)
         writer.add_name(name)
         writer.add_file_type(file_type)
-        _add_architecture(writer, config)
+        for key, value in metadata_of(config).items():
+            _add(writer, key, value)
         vocabulary.add_to(writer, _ends(tokenizer, config, terminators))
-        factors = _rope_factors(config)
-        if factors is not None:
-            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        factors = factors_of(config)
+        for key, values in factors.items():
+            writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
         for key in shapes:
             size = _bytes(kinds[key], shapes[key])
-            writer.add_tensor_info(gguf_name(key), shapes[key], np.dtype(np.float32), size, raw_dtype=kinds[key])
+            own = gguf_name(key, form.architecture)
+            assert own is not None, key
+            writer.add_tensor_info(own, shapes[key], np.dtype(np.float32), size, raw_dtype=kinds[key])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
+        for values in factors.values():
+            writer.write_tensor_data(values)
         for key, values in zip(shapes, tensors, strict=True):
-            writer.write_tensor_data(_encoded(key, values, kinds[key], config.head_dim))
+            writer.write_tensor_data(_encoded(key, values, kinds[key], config))
         writer.close()
         _check_ids(read_tokenizer(partial), tokenizer)
         os.replace(partial, path)
@@ -127,11 +132,14 @@ def _bytes(kind: GGMLQuantizationType, shape: Sequence[int]) -> int:
     return math.prod(shape) // block * size
 
 
-def _encoded(key: str, values: np.ndarray, kind: GGMLQuantizationType, head_dim: int) -> np.ndarray:
-    values = np.asarray(values, np.float32)
-    if PERMUTED.search(key):
+def _encoded(key: str, values: np.ndarray, kind: GGMLQuantizationType, config: LlamaConfig) -> np.ndarray:
+    """A tensor as it lies in the file: rows in llama.cpp's order, and norms with what is added to their weights."""
+    values, form = np.asarray(values, np.float32), FAMILIES[config.model_type].gguf
+    if config.norm_offset and key.endswith(NORM):
+        values = values + np.float32(config.norm_offset)
+    if form is not None and form.interleaved and PERMUTED.search(key):
         permuted = np.empty_like(values)
-        permuted[interleaved(np.arange(len(values)), head_dim)] = values
+        permuted[interleaved(np.arange(len(values)), config.head_dim)] = values
         values = permuted
     if kind == _Q.F16 and (largest := float(np.abs(values).max(initial=0))) > _LARGEST_HALF:
         raise InputError(f"tensor {key} holds {largest:g}, and float16 ends at {_LARGEST_HALF:g}; use --dtype bfloat16")
@@ -140,33 +148,13 @@ def _encoded(key: str, values: np.ndarray, kind: GGMLQuantizationType, head_dim:
     return values.astype(np.float16) if kind == _Q.F16 else quantize(values, kind)
 
 
-def _add_architecture(writer: GGUFWriter, config: LlamaConfig) -> None:
-    writer.add_context_length(config.max_position)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    if config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_scaling.factor)
-
-
-def _rope_factors(config: LlamaConfig) -> np.ndarray | None:
-    """What Llama 3.1's scaling divides the frequencies by, as llama.cpp keeps them."""
-    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
-        return None
-    plain = rotary_frequencies(config.head_dim, config.rope_theta, None).astype(np.float64)
-    scaled = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return (plain / scaled).astype(np.float32)
+def _add(writer: GGUFWriter, key: str, value: int | float | str) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, further: Sequence[int]) -> list[int]:

@@ -24,6 +24,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -34,6 +35,12 @@ def cuts() -> dict[str, pre_tokenizers.PreTokenizer]:
         "llama-bpe": pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "qwen2": pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         ),
@@ -74,7 +81,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        model_max_length=meta.get("llama.context_length") or 10**30,
+        model_max_length=meta.get(f"{meta.get('general.architecture')}.context_length") or 10**30,
         **{name: value for name, value in special.items() if value is not None},
     )
     tokenizer.chat_template = meta.get("tokenizer.chat_template")
@@ -106,7 +113,7 @@ def _checked(path: Path) -> dict[str, Any]:
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         fields.flag(f"tokenizer.ggml.{name}", False)
     fields.text("tokenizer.chat_template")
-    fields.maybe_whole("llama.context_length", low=0)
+    fields.maybe_whole(f"{fields.text('general.architecture')}.context_length", low=0)
     return meta
 
 
@@ -140,7 +147,7 @@ def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
         raise InputError(f"{path}: tokenizer.ggml.merges holds an entry that is not two tokens")
     steps = cuts().get("llama-bpe" if cut in _LLAMA3_NAMES else cut)
     if steps is None:
-        known = ", ".join(("gpt-2", "smollm", *_LLAMA3_NAMES))
+        known = ", ".join(("gpt-2", "smollm", "qwen2", *_LLAMA3_NAMES))
         raise InputError(
             f"{path}: pre-tokenizer {told(cut)} is not supported (supported: {known}); "
             "use the model's Hugging Face folder"
@@ -152,6 +159,8 @@ def _byte_level(path: Path, meta: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     model = models.BPE(vocabulary, pairs, ignore_merges=cut in _LLAMA3_NAMES)
     backend = Tokenizer(model)
     backend.pre_tokenizer = steps
+    if cut == "qwen2":
+        backend.normalizer = normalizers.NFC()  # as in Qwen's own tokenizer
     backend.decoder = decoders.ByteLevel()
     return backend, cut in _LLAMA3_NAMES
 

@@ -77,14 +77,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def configuration(case: str, options: dict[str, Any]) -> Any:
+    """The small configuration of a case's family in `transformers`, with these options."""
+    import transformers
+
+    family = CASES[case][0]
+    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    return getattr(transformers, config_name)(**{**TINY, **options})
+
+
 def random_model(case: str, path: Path) -> Any:
     """The random model of a case, float32, saved to the folder `path` too. Needs torch."""
     import torch
     import transformers
 
     family, options = CASES[case]
-    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, config_name)(**{**TINY, **options})
+    config = configuration(case, options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
@@ -111,6 +119,35 @@ def largest_error(reference: Any, model: Any, variables: Any, tokens: Any) -> fl
     with torch.no_grad():
         theirs = torch.log_softmax(reference(torch.tensor(np.asarray(tokens, np.int64))).logits, -1).numpy()
     return float(np.abs(np.asarray(logps(variables, jnp.asarray(tokens, jnp.int32))) - theirs).max())
+
+
+def bfloat16_errors(reference: Any, folder: Path, tokens: Any) -> tuple[float, float]:
+    """Mean absolute error of log-probabilities in bfloat16 (weights too) against float32: ours, and `transformers`'.
+
+    Over all tokens of the vocabulary, on tokens [B, T] through the model `reference`, saved to `folder`.
+    """
+    import copy
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import torch
+
+    import dpo_jax
+
+    ids = torch.tensor(np.asarray(tokens, np.int64))
+    with torch.no_grad():
+        exact = torch.log_softmax(reference(ids).logits, -1).numpy()
+        theirs = torch.log_softmax(copy.deepcopy(reference).to(torch.bfloat16)(ids).logits.float(), -1).numpy()
+    model, variables = dpo_jax.load_pretrained(folder, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def logps(variables: Any, tokens: jax.Array) -> jax.Array:
+        logits = model.apply(variables, model.apply(variables, tokens), method="logits")
+        return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+    ours = np.asarray(logps(variables, jnp.asarray(tokens, jnp.int32)))
+    return float(np.abs(ours - exact).mean()), float(np.abs(theirs - exact).mean())
 
 
 def gradient_error(reference: Any, model: Any, variables: Any, tokens: Any) -> float:

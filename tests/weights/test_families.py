@@ -70,6 +70,15 @@ def test_gradients_equal(case) -> None:
     assert families.gradient_error(reference, model, variables, tokens(LENGTH)) < 1e-4, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_bfloat16_is_as_near_as_in_transformers(case) -> None:
+    """Mean error of log-probabilities against float32; one sample's figures are told apart to a few hundredths."""
+    name, reference, folder, _, _ = case
+    ours, theirs = families.bfloat16_errors(reference, folder, tokens(LENGTH, rows=8))
+    assert ours < 1.1 * theirs, name
+
+
 @long
 def test_the_cache_equals_the_full_forward(case) -> None:
     """A prompt of 6 tokens, then one at a time, past every window; within the original length of a RoPE."""
