@@ -272,7 +272,9 @@ def check_expressed(config: LlamaConfig, keys: Collection[str], where: object) -
             " huggingface"
         )
     metadata = {"general.architecture": architecture, **metadata_of(config)}
-    back = read_config(metadata, {name for name in named.values() if name}, factors.get, str(where), rows=config.vocab_size)
+    back = read_config(
+        metadata, {name for name in named.values() if name}, factors.get, str(where), rows=config.vocab_size
+    )
     back = dataclasses.replace(back, model_type=config.model_type, **{name: getattr(config, name) for name in _IDS})
     for field in dataclasses.fields(LlamaConfig):
         meant, found = getattr(config, field.name), getattr(back, field.name)
