@@ -104,7 +104,7 @@ def judge(run: JudgeRun) -> Path:
                 found = put(some, prompt, asker, seed=run.seed, criteria=run.criteria)
             else:
                 assert function is not None
-                found = _by_function(some, function, str(run.function))
+                found = by_function(some, function, str(run.function))
             file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
             bar.update(len(file.rows))
         done = file.finish()
@@ -125,7 +125,7 @@ def warn_of_family(judge_name: str, models: set[str]) -> None:
         )
 
 
-def _by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
+def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
     """A function's scores, as judgements."""
     prompts, texts, numbers = [], [], []
     for item in items:

@@ -51,6 +51,9 @@ def pairs(run: PairsRun) -> Path:
         scores = [score for score in one.scores if score is not None]
         key = f"{run.seed} {number}"
         for chosen, rejected in pick(scores, run.rule, key=key, strict=run.ties == "strict", dropped=dropped):
+            if one.found.responses[at[chosen]] == one.found.responses[at[rejected]]:
+                dropped["both responses are the same"] += 1
+                continue
             made.append(_pair(number, one, at[chosen], at[rejected]))
             names = one.models[at[chosen]], one.models[at[rejected]]
             wins[str(names[0])] += 1
@@ -61,7 +64,7 @@ def pairs(run: PairsRun) -> Path:
         raise InputError(f"{run.data.files}: no pair is left: {dict(dropped)}")
     write_lines(out, made)
     told = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}"]
-    told += [f"{count} rows dropped: {reason}" for reason, count in dropped.items()]
+    told += [f"{count} dropped: {reason}" for reason, count in dropped.items()]
     if contradictions:
         done = f"repaired, {again} of them left out: judge them again" if run.repair else "not repaired (--repair)"
         told.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")

@@ -5,6 +5,7 @@ they were not given, and `__post_init__` refuses them where they do not apply. W
 says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property.
 """
 
+from dpo_jax.config.aif import ASPECTS, AIFRun, WriterConfig
 from dpo_jax.config.average import AverageRun
 from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
 from dpo_jax.config.commands import (
@@ -58,6 +59,7 @@ from dpo_jax.config.vocabulary import ExtendVocabRun
 from dpo_jax.config.win_rate import WinRateRun
 
 __all__ = [
+    "ASPECTS",
     "BETAS",
     "FRONTIER_SIZES",
     "LINEAR_LAYERS",
@@ -65,6 +67,7 @@ __all__ = [
     "OPEN",
     "PRESETS",
     "SET_BY_RECIPE",
+    "AIFRun",
     "AssumeConfig",
     "AttentionKernel",
     "AverageRun",
@@ -139,6 +142,7 @@ __all__ = [
     "TrainConfig",
     "TrainingRun",
     "WinRateRun",
+    "WriterConfig",
     "derive",
     "is_url",
     "sft_inside",

@@ -183,6 +183,12 @@ COMMANDS = {
         unused=("sample.beams", "sample.length_penalty"),
         recipe=True,
     ),
+    "recipe aif": Command(
+        "AIFRun",
+        "dpo_jax.commands.recipes.aif:recipe",
+        "AI feedback: a pool of writers answers, a judge rates, UltraFeedback's schema and pairs come out",
+        recipe=True,
+    ),
     "generate": Command("GenerateRun", "dpo_jax.commands.generate:generate", "answer prompts"),
     "chat": Command("ChatRun", "dpo_jax.commands.chat:chat", "talk to a model in the terminal", unused=_NOT_LIVE),
     "serve": Command(

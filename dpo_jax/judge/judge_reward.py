@@ -8,24 +8,21 @@ response out. Under `list` the responses to one prompt that are judged in one ca
 beside the run, in OUT.replies, so that what goes on asks nothing twice.
 """
 
-import dataclasses
 import logging
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union
+from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 
 from dpo_jax.complete.asking import Asker
 from dpo_jax.complete.chat_client import ChatClient
 from dpo_jax.complete.local_model import LocalModel
 from dpo_jax.complete.reply_cache import ReplyCache, key_of
+from dpo_jax.complete.yaml_options import fields_of, read_yaml
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
@@ -139,59 +136,17 @@ def _reference(prompt: Prompt) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_judge(option: str) -> JudgeRun:
+def read_judge(option: str, name: str = "--reward") -> JudgeRun:
     """The options in FILE.yaml of judge:FILE.yaml, checked as those of `dpo-jax judge`.
+
+    `name`: of the option, for messages.
 
     Raises `InputError` for a file that is none, an unknown key, a value of another kind, or options that do not go
     together.
     """
-    path = Path(option.removeprefix(PREFIX)).expanduser()
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"--reward {option}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
-    try:
-        fields = _fields(JudgeRun, found, "", OPTIONS)
+        fields = fields_of(JudgeRun, read_yaml(option.removeprefix(PREFIX)), "", OPTIONS)
         # Neither has a meaning here: rows and scores are the run's.
         return JudgeRun(data="(the run's)", out="(the run's)", **fields)  # pyright: ignore[reportArgumentType]
     except InputError as error:
-        raise InputError(f"--reward {option}: {error}") from error
-
-
-def _fields(kind: type, found: Any, prefix: str, known: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(found, Mapping):
-        raise InputError(f"{prefix.rstrip('.') or 'the file'} holds no options; write NAME: VALUE lines")
-    hints = typing.get_type_hints(kind)
-    unknown = [str(name) for name in found if name not in known]
-    if unknown:
-        raise InputError(f"{prefix}{unknown[0]} is no option of a judge's file; there are {', '.join(known)}")
-    return {name: _value(hints[name], value, f"{prefix}{name}") for name, value in found.items()}
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """`value` of YAML as a field of type `hint`. Raises `InputError` for one of another kind."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        own = _fields(hint, value, f"{name}.", [field.name for field in dataclasses.fields(hint)])
-        # What is not given is as a judge has it (512 new tokens, drawn at temperature 0), not as elsewhere.
-        made: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(JudgeRun)}
-        return dataclasses.replace(made[name](), **own)
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is Union else (hint,)
-    for one in kinds:
-        origin = typing.get_origin(one)
-        if origin is Literal and value in typing.get_args(one):
-            return value
-        if origin is tuple and isinstance(value, list):
-            return tuple(_value(typing.get_args(one)[0], entry, name) for entry in value)
-        if one is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if one in (int, str, bool, NoneType) and type(value) is one:
-            return value
-    wanted = " or ".join(
-        ", ".join(map(str, typing.get_args(one))) if typing.get_origin(one) is Literal else _NAMES.get(one, "a list")
-        for one in kinds
-        if one is not NoneType
-    )
-    raise InputError(f"{name} {value!r:.60} is not {wanted}")
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        raise InputError(f"{name} {option}: {error}") from error

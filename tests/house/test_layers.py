@@ -71,7 +71,7 @@ OWNERS = {
     "sklearn": {"report"},
     "vaderSentiment": {"judge"},
     "httpx": {"complete", "judge"},
-    "yaml": {"config", "judge"},
+    "yaml": {"config", "complete"},
     "tyro": {"cli"},
 }
 

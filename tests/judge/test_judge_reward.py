@@ -83,7 +83,7 @@ def test_a_model_of_this_machine(tmp_path) -> None:
         ("- a", "the file holds no options"),
         ("a: [", "not readable as YAML"),
         ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
-        ("out: x\nmodel: m", "out is no option of a judge's file; there are ask, prompts"),
+        ("out: x\nmodel: m", "out is no option here; there are ask, prompts"),
         ("endpoint: {url: 'http://a/v1', model: m, api_key: k}", "endpoint.api_key is no option"),
         ("ask: rating", "give one judge: --endpoint.url"),
         ("model: m\nscale: '5'", "scale '5' is not a whole number"),

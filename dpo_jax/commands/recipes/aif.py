@@ -1,0 +1,329 @@
+"""`dpo-jax recipe aif`: AI feedback, the second step of Zephyr (Tunstall et al. 2023, section 3), in stages.
+
+draws.jsonl          for each prompt who answers it, and under which principle
+answers/{n}.jsonl    what writer n of the pool writes
+responses.jsonl      the prompts with their responses; dropped.jsonl: those with too few
+judged/{what}.jsonl  what the judge says, by aspect
+data.jsonl           UltraFeedback's schema
+pairs.jsonl          by the rule, for `dpo-jax dpo`
+report.json          which model wins how often; report.md
+replies/             of writers and judge, by a hash of all that decides them
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.commands.judge import by_function, warn_of_family
+from dpo_jax.commands.pairs import pairs
+from dpo_jax.complete import writer_pool as pool
+from dpo_jax.complete.answerers import Answerer
+from dpo_jax.complete.asking import answers
+from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig, is_url
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.errors import InputError
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines, write_once
+from dpo_jax.files.log import ProgressBar, say, show_log
+from dpo_jax.files.stages import Figures, Stage, Stages
+from dpo_jax.judge import feedback
+from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge
+from dpo_jax.judge.judging import Item, one_score
+from dpo_jax.judge.judging import judge as put
+from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward
+from dpo_jax.mesh import make_mesh
+from dpo_jax.report import feedback as feedback_report
+
+_AT_ONCE = 256  # rows between two writes of a judged file
+
+
+@with_config_keys
+def recipe(run: AIFRun) -> Path:
+    """The `recipe aif` command; returns its folder. See the module for the stages. Raises `InputError`."""
+    show_log()
+    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe aif", as_json(run)))
+    folder.perform(AIF(run, folder.out).stages(), run)
+    folder.finish()
+    feedback_report.show(json.loads((folder.out / "report.json").read_text()), folder.out)
+    return folder.out
+
+
+class AIF:
+    """The stages."""
+
+    def __init__(self, run: AIFRun, out: Path):
+        """Raises `InputError` for a pool or judge that is none, and options that cannot be kept to."""
+        self._run, self._out = run, out
+        self._pool = pool.read_pool(run.pool)
+        if len(self._pool) < run.samples:
+            raise InputError(
+                f"--pool {run.pool}: {len(self._pool)} writers, and each prompt is answered by --samples {run.samples}"
+                " different ones; name more, or ask for fewer"
+            )
+        self._principles = pool.read_principles(run.principles, run.language)
+        self._function: RewardFunction | None = None
+        self._judge = self._judge_run()
+        if self._judge.function is not None:
+            self._function = check_reward(self._judge.function, self._judge)
+            self._prompts = {"score": None}
+        elif self._judge.resolved("ask") == "list":
+            asked = {"critique": run.critique, "language": run.language, "templates": run.templates}
+            self._prompts = feedback.feedback_prompts(run.aspects, **asked)
+        else:
+            self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
+        self._asker: Answerer | None = None
+
+    def _judge_run(self) -> JudgeRun:
+        run = self._run
+        if not run.judge.startswith(PREFIX):
+            timeout = run.reward_timeout if is_url(run.judge) else None
+            told: dict[str, Any] = {"reward_timeout": timeout, "batch_size": run.judge_batch_size}
+            return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=run.judge_dtype, **told)  # pyright: ignore
+        found = read_judge(run.judge, "--judge")
+        asked = found.resolved("ask")
+        if found.prompts is None and asked == "list":
+            for name, instead in (("language", "--language"), ("scale", "five grades")):
+                if getattr(found, name) is not None:
+                    raise InputError(f"--judge {run.judge}: {name} has no effect with ask: list ({instead})")
+        elif found.prompts is not None or asked == "pair":
+            raise InputError(
+                f"--judge {run.judge}: asks for list, rating, expected or checklist here, and without prompts"
+                " (--templates FILE)"
+            )
+        elif run.templates is not None:
+            raise InputError(f"--templates has no effect with a judge that asks {asked}: it takes ask: list")
+        return found
+
+    def _answerer(self, name: str, options: WriterConfig | JudgeRun) -> Answerer:
+        mesh = self._run.mesh
+        return Answerer(
+            name,
+            self._out / "replies",
+            endpoint=options.endpoint,
+            model=options.model,
+            sample=options.sample,
+            mesh=lambda: make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            template=options.template,
+            date=options.date,
+        )
+
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        out, run = self._out, self._run
+        draws, responses, data = out / "draws.jsonl", out / "responses.jsonl", out / "data.jsonl"
+        files = [writer.responses for writer in self._pool if writer.responses is not None]
+        told = [run.principles] if run.principles not in ("ours", "none") else []
+        stages = [Stage("draws", (run.prompts, run.pool, *files, *told), draws, self._draw)]
+        written = []
+        for number, writer in enumerate(self._pool, 1):
+            path = out / "answers" / f"{number}.jsonl"
+            source = str(writer.model or writer.responses or writer.endpoint.url)
+            work = partial(self._write, writer, path)
+            stages.append(Stage(f"{writer.name} writes", (draws, source), path, work))
+            written.append(path)
+        stages.append(Stage("responses", (draws, *written), responses, partial(self._gather, written)))
+        judge = self._judge
+        who = str(judge.function or judge.model or judge.endpoint.url)
+        asked = [run.judge.removeprefix(PREFIX)] if judge.function is None else []
+        judged = []
+        for name in self._prompts:
+            path = out / "judged" / f"{name}.jsonl"
+            inputs = (responses, who, *asked, *([run.templates] if run.templates else []))
+            stages.append(Stage(f"judged: {name}", inputs, path, partial(self._rate, name, path)))
+            judged.append(path)
+        stages.append(Stage("UltraFeedback's schema", (responses, *judged), data, self._assemble))
+        stages.append(Stage("pairs", (data,), out / "pairs.jsonl", self._pair))
+        stages.append(Stage("report", (data, out / "pairs.jsonl"), out / "report.json", self._report))
+        return stages
+
+    # ---------------------------------------------------------------- what the pool writes
+
+    def _draw(self) -> Figures:
+        run, rows, lacking = self._run, [], 0
+        files = {w.name: pool.read_responses(w.responses) for w in self._pool if w.responses is not None}
+        for number, row in read_rows(run.prompts):
+            try:
+                found, _ = parse_prompt(row)
+            except BadRow as problem:
+                raise InputError(f"{run.prompts}: row {number}: {problem}") from problem
+            messages = [message.as_dict() for message in found]
+            able = [bool(files[w.name].get(pool.as_key(messages))) if w.name in files else True for w in self._pool]
+            who = pool.drawn(self._pool, able, run.samples, self._principles, f"{run.seed} {number}")
+            if who is None:
+                lacking += 1
+                continue
+            source = row.get("source")
+            told = {"source": source} if isinstance(source, str) else {}
+            rows.append({"row": number, **told, "messages": messages, "completions": who})
+        if not rows:
+            raise InputError(
+                f"{run.prompts}: no prompt has {run.samples} writers with a response; look at the files of {run.pool}"
+            )
+        write_lines(self._out / "draws.jsonl", rows)
+        return {"prompts": len(rows), "fewer writers than --samples": lacking}
+
+    def _write(self, writer: WriterConfig, path: Path) -> Figures:
+        draws = [
+            (row, one)
+            for row in read_lines(self._out / "draws.jsonl")
+            for one in row["completions"]
+            if one["model"] == writer.name
+        ]
+        told = ""
+        if writer.responses is not None:
+            file = pool.read_responses(writer.responses)
+            key = f"{self._run.seed} {writer.name}"
+            found = [pool.from_file(file, row["messages"], f"{key} {row['row']}") for row, _ in draws]
+        else:
+            questions = [
+                pool.question(row["messages"], one["custom_system_prompt"], self._run.seed) for row, one in draws
+            ]
+            asker = self._answerer(writer.name, writer)
+            try:
+                with ProgressBar(writer.name, len(questions)) as bar:
+                    # A model that runs into its limit has written; an endpoint's cut reply lost what came next.
+                    found = answers(asker, questions, bar.update, cut_allowed=writer.model is not None)
+            except InputError as error:
+                raise InputError(f"--pool {self._run.pool}: writer {writer.name}: {error}") from error
+            told = asker.told
+            asker.close()
+        rows = [
+            {"row": row["row"], "response": answer.text} | ({"fault": answer.fault} if answer.fault else {})
+            for (row, _), answer in zip(draws, found, strict=True)
+        ]
+        write_lines(path, rows)
+        faults = Counter(row["fault"] for row in rows if "fault" in row)
+        return {"responses": len(rows) - faults.total(), **faults} | ({"cost": told} if told else {})
+
+    def _gather(self, written: Sequence[Path]) -> Figures:
+        """A response that is missing leaves its row with fewer; UltraFeedback's templates take four, and others two."""
+        found = {
+            (writer.name, row["row"]): row
+            for writer, path in zip(self._pool, written, strict=True)
+            for row in read_lines(path)
+        }
+        least = 4 if self._run.templates is not None else 2
+        kept, dropped = [], []
+        for row in read_lines(self._out / "draws.jsonl"):
+            made = [one | found[one["model"], row["row"]] for one in row["completions"]]
+            whole = [{k: v for k, v in one.items() if k != "row"} for one in made if "fault" not in one]
+            if len(whole) < least:
+                dropped.append(row | {"dropped": [f"{one['model']}: {one.get('fault', 'whole')}" for one in made]})
+            else:
+                kept.append(row | {"completions": whole})
+        write_lines(self._out / "dropped.jsonl", dropped)
+        if not kept:
+            raise InputError(f"{self._out}: no prompt has {least} whole responses; dropped.jsonl says why")
+        write_lines(self._out / "responses.jsonl", kept)
+        return {"prompts": len(kept), "dropped": len(dropped)}
+
+    # ---------------------------------------------------------------- what the judge says
+
+    def _rate(self, name: str, path: Path) -> Figures:
+        judge, prompt = self._judge, self._prompts[name]
+        items = [
+            Item(
+                row["row"],
+                tuple(Message(m["role"], m["content"]) for m in row["messages"]),
+                tuple(one["response"] for one in row["completions"]),
+            )
+            for row in read_lines(self._out / "responses.jsonl")
+        ]
+        if judge.function is not None and self._function is None:
+            mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
+            setting: dict[str, Any] = {"batch_size": judge.batch_size, "dtype": judge.dtype}
+            self._function = ModelReward(judge.function, raw=False, mesh=mesh, **setting)
+        if judge.function is None and self._asker is None:
+            self._asker = self._answerer("judge", judge)
+            warn_of_family(str(judge.model or judge.endpoint.model), {writer.name for writer in self._pool})
+        settings = {"items": len(items), "prompt": None if prompt is None else prompt.version}
+
+        def work(file: RowsFile) -> None:
+            with ProgressBar(name, len(items), done=len(file.rows)) as bar:
+                while len(file.rows) < len(items):
+                    some = items[len(file.rows) : len(file.rows) + _AT_ONCE]
+                    if prompt is None:
+                        assert self._function is not None, "there is a function"
+                        found = by_function(some, self._function, self._run.judge)
+                    else:
+                        assert self._asker is not None, "there is an asker"
+                        found = put(some, prompt, self._asker, seed=judge.seed, criteria=judge.criteria)
+                    file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
+                    bar.update(len(file.rows))
+
+        try:
+            rows = write_once(path, lambda: settings, work)
+        except InputError as error:
+            raise InputError(f"--judge {self._run.judge}: {error}") from error
+        told = "" if self._asker is None else self._asker.told
+        return {"unparsed": sum(row["unparsed"] for row in rows)} | ({"judge": told} if told else {})
+
+    def _assemble(self) -> Figures:
+        if self._asker is not None:
+            self._asker.close()
+        judged = {name: read_lines(self._out / "judged" / f"{name}.jsonl") for name in self._prompts}
+        rows = [
+            self._row(row, {name: found[i] for name, found in judged.items()})
+            for i, row in enumerate(read_lines(self._out / "responses.jsonl"))
+        ]
+        write_lines(self._out / "data.jsonl", rows)
+        without = sum(one["fine-grained_score"] is None for row in rows for one in row["completions"])
+        return {"rows": len(rows), "responses without a score": without}
+
+    def _row(self, row: Row, judged: Mapping[str, Row]) -> Row:
+        single = [message["role"] for message in row["messages"]] == ["user"]
+        asked = {"instruction": row["messages"][0]["content"]} if single else {"messages": row["messages"]}
+        aspects: list[dict[str, Any]] = [{} for _ in row["completions"]]
+        overall: list[tuple[str, float | None]] = [("", None) for _ in row["completions"]]
+        for name, found in judged.items():
+            prompt = self._prompts[name]
+            if name == feedback.CRITIQUE:
+                overall = feedback.critiques(found)
+            elif prompt is not None and prompt.ask == "list":
+                for one, said in zip(aspects, feedback.list_annotations(name, found), strict=True):
+                    one[name] = said
+            else:
+                aspects = feedback.score_annotations(name, found)
+                overall = [("", score) for score in found["scores"]]
+        completions = [
+            one | {"annotations": said, "critique": text, "overall_score": score}
+            for one, said, (text, score) in zip(row["completions"], aspects, overall, strict=True)
+        ]
+        head = {"source": row["source"]} if "source" in row else {}
+        models = [one["model"] for one in completions]
+        return feedback.finished({**head, **asked, "models": models, "completions": completions, "row": row["row"]})
+
+    def _pair(self) -> Figures:
+        run, path = self._run, self._out / "pairs.jsonl"
+        told = {"rule": run.rule, "ties": run.ties, "repair": run.repair, "seed": run.seed}
+        pairs(PairsRun(data=str(self._out / "data.jsonl"), out=str(path), **told))  # pyright: ignore
+        return {"pairs": len(read_lines(path))}
+
+    def _report(self) -> Figures:
+        data, made = (read_lines(self._out / f"{name}.jsonl") for name in ("data", "pairs"))
+        figures = feedback_report.figures(data, made)
+        figures["judge"] = self._run.judge
+        figures["prompts"] = [prompt.name for prompt in self._prompts.values() if prompt is not None]
+        figures["dropped prompts"] = len(read_lines(self._out / "dropped.jsonl"))
+        figures["unparsed questions"] = {
+            name: sum(row["unparsed"] for row in read_lines(self._out / "judged" / f"{name}.jsonl"))
+            for name in self._prompts
+        }
+        scores = [one["fine-grained_score"] for row in data for one in row["completions"]]
+        if same := one_score(scores):
+            figures["one score"] = (
+                f"{same[1]:.0%} of the scores are {same[0]:g}: this judge tells responses hardly apart"
+            )
+            say(figures["one score"])
+        write_atomically(self._out / "report.md", feedback_report.markdown(figures))
+        write_atomically(self._out / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        return {"pairs": len(made)}

@@ -1,0 +1,108 @@
+"""Options of `dpo-jax recipe aif`, and of the writers in its pool."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.checks import Options, require, require_day
+from dpo_jax.config.judge import EndpointConfig
+from dpo_jax.config.sections import MeshConfig, SampleConfig
+
+ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+"""UltraFeedback's four (Cui et al. 2023)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterConfig(Options):
+    """One writer of a pool: an endpoint, a model of this machine, or responses that were written before."""
+
+    name: str
+    """What its responses are said to be of: `model` of a completion."""
+    weight: float = 1.0
+    """How likely it is drawn, beside the others."""
+    model: str | None = None
+    """A model of this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
+    responses: str | None = None
+    """File of prompts with responses to each; of several to one prompt the seed draws one."""
+    template: str | None = None
+    """Chat template of the model."""
+    date: str | None = None
+    """Day that its template writes."""
+    batch_size: int = 8
+    """Responses of the model at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the model."""
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=512))
+    """How the model draws."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+    def __post_init__(self) -> None:
+        given = sum(x is not None for x in (self.model, self.responses, self.endpoint.url))
+        require(given == 1, "give one of model, responses and endpoint.url")
+        require(self.name.strip(), "name is blank")
+        require(0 < self.weight < float("inf"), f"weight {self.weight} must be positive")
+        for name in ("template", "date"):
+            require(getattr(self, name) is None or self.model, f"{name} has no effect without model")
+        require_day(self.date, "date")
+        self.at_least("", batch_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AIFRun(Options):
+    """AI feedback (Tunstall et al. 2023, section 3; Cui et al. 2023): `dpo-jax recipe aif`.
+
+    For each prompt K writers are drawn from a pool, each with a principle's system prompt; a judge rates what they
+    write; out come UltraFeedback's schema, and pairs of it.
+    """
+
+    prompts: str
+    """Prompts: rows with `prompt` or another layout of `dpo-jax generate`."""
+    pool: str
+    """YAML file: a list of writers, each with `name`, `weight` and one of `model`, `responses`, `endpoint`."""
+    judge: str
+    """Who rates: judge:FILE.yaml, or anything else that --reward of `dpo-jax ppo` takes. A judge that asks `list` is
+    asked for each of --aspects and for a critique."""
+    out: str
+    """Folder of all stages: data.jsonl in UltraFeedback's schema, pairs.jsonl. The same command goes on."""
+    samples: int = 4
+    """Responses to each prompt, by as many different writers."""
+    principles: str = "ours"
+    """System prompts by principle, of which each completion draws one: ours, none, or a JSON FILE {principle: [text,
+    ...]}. They stand in the data, and not in the prompt that is learnt."""
+    language: Literal["en", "zh"] = "en"
+    """Of our principles, and of our prompts to the judge."""
+    aspects: tuple[str, ...] = ASPECTS
+    """What a judge that asks `list` rates."""
+    critique: bool = True
+    """Such a judge also writes a critique of each response, with an overall score from 1 to 10."""
+    templates: str | None = None
+    """UltraFeedback's templates (JSON), read as they are, for aspects and critique. Not given: ours."""
+    rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all"] = "zephyr"
+    """Of the pairs, as --rule of `dpo-jax pairs`."""
+    ties: Literal["draw", "strict"] = "draw"
+    """Of the pairs, as --ties of `dpo-jax pairs`."""
+    repair: Literal["ultrafeedback"] | None = None
+    """Of the pairs, as --repair of `dpo-jax pairs`."""
+    reward_timeout: float = 60.0
+    """Seconds to wait for one answer where --judge is a URL."""
+    judge_batch_size: int = 8
+    """Responses at once where --judge is a reward model."""
+    judge_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a reward model."""
+    seed: int = 0
+    """Of all draws."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        self.mesh.draws_only()
+        self.at_least("--", samples=2, judge_batch_size=1)
+        self.positive("--", "reward_timeout")
+        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        require(self.aspects, "--aspects is empty: what is the judge to rate?")
+        unknown = [name for name in self.aspects if name not in ASPECTS]
+        require(not unknown, f"--aspects {' '.join(unknown)}: known are {', '.join(ASPECTS)}")
+        require(len(set(self.aspects)) == len(self.aspects), "--aspects names one twice")
+        overall = self.rule == "ultrafeedback_binarized"
+        require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")
+        require(self.templates is None or self.samples == 4, "--templates takes four responses: --samples 4")

@@ -1,0 +1,112 @@
+"""AI feedback in UltraFeedback's schema (Cui et al. 2023): a judge's ratings of several responses, aspect by aspect.
+
+A row is {"source", "instruction" (a dialogue: "messages"), "models", "completions": [{"model", "principle",
+"custom_system_prompt", "response", "annotations": {ASPECT: {"Rating", "Rationale"}}, "fine-grained_score", "critique",
+"overall_score"}]}. As in the published data a rating is a text, "1" to "5" or "N/A", an aspect with kinds has "Type" (a
+list), "Rationale" is then about those and "Rationale For Rating" about the rating, and `fine-grained_score` is the mean
+of the ratings, N/A left out. What had no reading is null there, and counted.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from dpo_jax.complete.asking import without_reasoning
+from dpo_jax.data.rows.binarise import mean_of_aspects
+from dpo_jax.errors import InputError
+from dpo_jax.judge.judge_prompts import JudgePrompt, read_prompts
+from dpo_jax.judge.judging import Judgement
+
+CRITIQUE = "critique"
+_TYPED = ("truthfulness", "helpfulness")
+
+
+def feedback_prompts(
+    aspects: Sequence[str], *, critique: bool, language: str, templates: str | None
+) -> dict[str, JudgePrompt]:
+    """What is asked, by aspect, and `CRITIQUE`. `templates`: UltraFeedback's file; None: this project's prompts.
+
+    Raises `InputError` for a file that lacks one.
+    """
+    wanted = [*aspects, *([CRITIQUE] if critique else [])]
+    if templates is None:
+        return {name: _ours(name, language) for name in wanted}
+    found = read_prompts(templates)
+    made = {}
+    for name in wanted:
+        names = (
+            ("critique_feedback_prompt",)
+            if name == CRITIQUE
+            else (f"{name}_template", f"{name}_template_without_answer")
+        )
+        at = next((each for each in names if each in found), None)
+        if at is None:
+            raise InputError(f"--templates {templates}: holds no {names[0]}; it has {', '.join(found)}")
+        made[name] = found[at]
+    return made
+
+
+def _ours(name: str, language: str) -> JudgePrompt:
+    def read(file: str) -> Any:
+        return json.loads(resources.files("dpo_jax.judge").joinpath("prompts", file).read_text(encoding="utf-8"))
+
+    whole, like = read("aspects.json"), read(f"{language}.json")
+    own, version = whole[language], f"ours ({language}, aspects version {whole['version']})"
+    told: dict[str, Any] = {"published": False, "roles": tuple(like["roles"].items()), "text": like["text"]}
+    if name == CRITIQUE:
+        one = own["critique"]
+        return JudgePrompt(f"{version} critique", "rating", one["system"], one["template"], 1, 10, **told)
+    aspect = own["aspects"][name]
+    template = own["template"].replace("{aspect}", aspect["text"])
+    template = template.replace("{kinds}", own["kinds"] if aspect["kinds"] else "")
+    return JudgePrompt(f"{version} {name}", "list", own["system"], template, 1, 5, **told)
+
+
+def annotation(aspect: str, one: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A reading of a text of a list (`verdicts.Rating` as an object) in the schema; None: unparsed."""
+    if one is None:
+        return {"Rating": None, "Rationale": ""}
+    rating = "N/A" if one["value"] is None else f"{one['value']:g}"
+    if aspect not in _TYPED:
+        return {"Rating": rating, "Rationale": one["rationale"]}
+    types = re.findall(r"\d+", one["types"]) or ["None"]
+    return {
+        "Type": types,
+        "Rationale": one["types_rationale"],
+        "Rating": rating,
+        "Rationale For Rating": one["rationale"],
+    }
+
+
+def list_annotations(aspect: str, judgement: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each response of a row that was judged as a list, in the row's order."""
+    count = len(judgement["scores"])
+    found: list[Any] = [None] * count
+    for reply in judgement["replies"]:
+        if reply["read"] is not None:
+            for place, one in zip(reply["order"], reply["read"], strict=True):
+                found[place] = one
+    return [annotation(aspect, one) for one in found]
+
+
+def critiques(judgement: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """(critique, overall score) of each response: of the reply that was read, else of the last one, without a score."""
+    found: list[tuple[str, float | None]] = [("", None)] * len(judgement["scores"])
+    for reply in judgement["replies"]:
+        (place,) = reply["order"]
+        found[place] = (without_reasoning(reply["reply"]).strip(), judgement["scores"][place])
+    return found
+
+
+def score_annotations(name: str, judgement: Mapping[str, Any] | Judgement) -> list[dict[str, Any]]:
+    """Of each response that got one number: `Rating` is that number as it is, of whatever scale."""
+    scores = judgement.scores if isinstance(judgement, Judgement) else judgement["scores"]
+    return [{name: {"Rating": score, "Rationale": ""}} for score in scores]
+
+
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with `fine-grained_score` of each completion."""
+    made = [one | {"fine-grained_score": mean_of_aspects(one)} for one in row["completions"]]
+    return row | {"completions": made}

@@ -1,0 +1,70 @@
+"""What AI feedback came to: of each writer how many responses, their mean score, how often it wins a pair."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_jax.files.jsonl import Row
+
+_HEAD = ("model", "responses", "mean score", "pairs", "chosen", "share")
+
+
+def figures(data: Sequence[Row], pairs: Sequence[Row]) -> dict[str, Any]:
+    """JSON-able. `data`: rows in UltraFeedback's schema; `pairs`: of `dpo-jax pairs` on them."""
+    every = [one for row in data for one in row["completions"]]
+    wins = Counter(row["chosen_model"] for row in pairs)
+    seen = Counter(name for row in pairs for name in (row["chosen_model"], row["rejected_model"]))
+    models = []
+    for name, count in Counter(one["model"] for one in every).most_common():
+        given = [one["fine-grained_score"] for one in every if one["model"] == name]
+        scores = [score for score in given if score is not None]
+        models.append({
+            "model": name,
+            "responses": count,
+            "mean score": sum(scores) / len(scores) if scores else None,
+            "pairs": seen[name],
+            "chosen": wins[name],
+            "share": wins[name] / seen[name] if seen[name] else None,
+        })  # fmt: skip
+    return {
+        "rows": len(data),
+        "responses": len(every),
+        "responses without a score": sum(one["fine-grained_score"] is None for one in every),
+        "principles": dict(Counter(one["principle"] or "none" for one in every).most_common()),
+        "pairs": len(pairs),
+        "models": models,
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        "" if row[name] is None else f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name])
+        for name in _HEAD
+    ]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The report."""
+    lines = ["# AI feedback", ""]
+    lines += [f"* {name}: {value}" for name, value in found.items() if not isinstance(value, dict | list)]
+    lines += [f"* prompt to the judge: {name}" for name in found["prompts"]]
+    lines += ["", f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in found["models"]]
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            lines += ["", f"| {name} | |", "|---|---|", *(f"| {k} | {n} |" for k, n in value.items())]
+    return "\n".join(lines) + "\n"
+
+
+def show(found: Mapping[str, Any], out: Path) -> None:
+    """Print the table of the writers."""
+    table = Table(*_HEAD, title=f"{found['pairs']} pairs of {found['rows']} prompts, by {found['judge']}")
+    for row in found["models"]:
+        table.add_row(*_cells(row))
+    console = Console()
+    console.print(table)
+    console.print(f"{out / 'pairs.jsonl'}; report.md says the rest", highlight=False, soft_wrap=True)

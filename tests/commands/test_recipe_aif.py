@@ -1,0 +1,178 @@
+"""`dpo-jax recipe aif` with writers and judge on loopback: UltraFeedback's schema, pairs, nothing asked twice."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import chat_server
+import pytest
+
+from dpo_jax.cli import main
+from dpo_jax.complete import writer_pool
+from dpo_jax.config import WriterConfig
+from dpo_jax.data.rows.comparisons import parse_comparison
+from dpo_jax.files.jsonl import read_lines, write_lines
+from dpo_jax.judge import feedback
+from dpo_jax.judge.judging import Item, Reply, read
+
+GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
+
+
+def answer(body) -> str | dict:
+    """Writers say who they are; the judge knows how good each is."""
+    text = body["messages"][-1]["content"]
+    if body["model"] != "judge":
+        if body["model"] == "poor" and "prompt 3?" in text:
+            return {"content": None, "refusal": "no"}
+        return f"<think>hm</think>I am the {body['model']} one."
+    if "<answer>" in text:  # the critique
+        name = next(name for name in GRADES if f"the {name} one" in text)
+        return f"Say more.\n\nRating: [[{2 * GRADES[name]}]]"
+    if "prompt 5?" in text and "sound as sure" in text:
+        return "I had rather not say."
+    shown = text.split("<Text ")[1:]
+    said = []
+    for number, part in enumerate(shown, 1):
+        name = next(name for name in GRADES if f"the {name} one" in part)
+        grade = "N/A" if "sound as sure" in text else GRADES[name]
+        kinds = "Type: 1, 3\nRationale: both hold\n" if "Kinds of" in text else ""
+        said.append(f"Text {number}\n{kinds}Rating: {grade}\nRationale: it is {name}")
+    return "\n\n".join(said)
+
+
+def setting(folder: Path, url: str) -> list[str]:
+    """Files of a pool and a judge, and the words of the command."""
+    prompts = [{"prompt": f"What follows from prompt {i}?", "source": "made up"} for i in range(12)]
+    prompts.append({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And now?"}]})
+    write_lines(folder / "prompts.jsonl", prompts)
+    write_lines(folder / "bad.jsonl", [{"prompt": p["prompt"], "response": "I am the bad one."} for p in prompts[:11]])
+    lines = [f"- {{name: bad, weight: 0.5, responses: {folder / 'bad.jsonl'}}}"]
+    for name in ("good", "fair", "poor"):
+        lines.append(f"- {{name: {name}, endpoint: {{url: '{url}', model: {name}, temperature: 0.7}}}}")
+    (folder / "pool.yaml").write_text("\n".join(lines) + "\n")
+    (folder / "judge.yaml").write_text(f"ask: list\nendpoint: {{url: '{url}', model: judge, concurrency: 16}}\n")
+    words = ["recipe", "aif", "--prompts", str(folder / "prompts.jsonl"), "--pool", str(folder / "pool.yaml")]
+    return [*words, "--judge", f"judge:{folder / 'judge.yaml'}", "--out", str(folder / "out"), "--samples", "3"]
+
+
+def test_from_prompts_to_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, systems = tmp_path / "out", Counter()
+
+    def answered(body):
+        if body["model"] != "judge":
+            systems[body["messages"][0]["content"] if body["messages"][0]["role"] == "system" else None] += 1
+        return answer(body)
+
+    with chat_server.serving(answered) as server:
+        words = setting(tmp_path, server.url)
+        assert main(words) == 0
+        assert max(server.answered.values()) == 1
+        asked = sum(server.asked.values())
+        data, pairs = read_lines(out / "data.jsonl"), read_lines(out / "pairs.jsonl")
+        assert len(data) == 13
+        texts = {text for some in writer_pool.read_principles("ours", "en").values() for text in some}
+        assert None not in systems, "each question has its principle"
+        assert {text.partition("\n\n")[0] for text in systems} <= texts
+        for row in data:
+            assert len({one["model"] for one in row["completions"]}) == len(row["completions"]) == len(row["models"])
+            for one in row["completions"]:
+                assert one["response"] == f"I am the {one['model']} one."
+                assert (one["principle"] is None) == (one["model"] == "bad")
+                said = one["annotations"]
+                assert said["helpfulness"]["Type"] == ["1", "3"]
+                assert said["helpfulness"]["Rationale For Rating"] == f"it is {one['model']}"
+                assert said["honesty"]["Rating"] == (None if row["row"] == 6 else "N/A")
+                assert one["fine-grained_score"] == GRADES[one["model"]], "N/A leaves the mean"
+                assert one["overall_score"] == 2 * GRADES[one["model"]]
+                assert one["critique"].startswith("Say more.")
+        fourth = data[3]["completions"]
+        assert "poor" not in [one["model"] for one in fourth], "it refused twice, and its row goes on without it"
+        assert data[12]["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert any("Be brief." in text and text != "Be brief." for text in systems)
+        # What reads UltraFeedback reads it, and the pairs hold no principle.
+        assert parse_comparison(data[0]).responses == tuple(one["response"] for one in data[0]["completions"])
+        assert len(pairs) == 13
+        assert all(row["score_chosen"] > row["score_rejected"] for row in pairs)
+        assert not any(text in json.dumps(pairs) for text in texts)
+        report = json.loads((out / "report.json").read_text())
+        share = {row["model"]: row["share"] for row in report["models"]}
+        assert share["good"] == 1.0
+        assert share["bad"] == 0.0
+        assert sum(row["chosen"] for row in report["models"]) == 13
+        assert report["unparsed questions"] == {**dict.fromkeys(report["unparsed questions"], 0), "honesty": 1}
+        whole = [(out / f"{name}.jsonl").read_bytes() for name in ("data", "pairs")]
+        # As after a kill at the second writer: replies come from the disk, and it says the same.
+        gone = [out / f"{name}.jsonl" for name in ("answers/2", "responses", "data", "pairs")]
+        for path in [*gone, *out.glob("judged/*")]:
+            path.unlink()
+        marker = out / "run.json"
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": False}))
+        assert main(words) == 0
+        assert sum(server.asked.values()) == asked
+        assert [(out / f"{name}.jsonl").read_bytes() for name in ("data", "pairs")] == whole
+        # The same responses, judged by a function.
+        function = [*words[:-4], "--samples", "3", "--judge", "length", "--out", str(tmp_path / "by_length")]
+        assert main([*function, "--principles", "none"]) == 0
+        one = read_lines(tmp_path / "by_length" / "data.jsonl")[0]["completions"][0]
+        assert one["annotations"] == {"score": {"Rating": one["overall_score"], "Rationale": ""}}
+        assert one["custom_system_prompt"] is None
+    capsys.readouterr()
+
+
+def test_draws_follow_the_weights() -> None:
+    writers = [WriterConfig(name=f"w{i}", model="m", weight=w) for i, w in enumerate((6.0, 3.0, 1.0))]
+    first, both = Counter(), Counter()
+    for row in range(3000):
+        found = writer_pool.drawn(writers, [True] * 3, 2, {}, f"0 {row}")
+        assert found is not None
+        first[found[0]["model"]] += 1
+        both.update(one["model"] for one in found)
+    assert [round(first[f"w{i}"] / 3000, 1) for i in range(3)] == [0.6, 0.3, 0.1]
+    # Left out: w0 with .3 * 1/7 + .1 * 3/9, by hand.
+    assert abs(both["w0"] / 3000 - (1 - 0.3 / 7 - 0.1 / 3)) < 0.02
+    assert writer_pool.drawn(writers, [True, False, False], 2, {}, "k") is None
+
+
+@pytest.mark.skipif("DPO_JAX_DATA" not in os.environ, reason="needs the published templates")
+def test_ultrafeedbacks_own_templates() -> None:
+    file = os.path.join(os.environ["DPO_JAX_DATA"], "judge_prompts", "ultrafeedback_templates.json")
+    found = feedback.feedback_prompts(("truthfulness", "honesty"), critique=True, language="en", templates=file)
+    assert all(prompt.published for prompt in found.values())
+    text = "".join(
+        f"#### Output for Text {i}\nType: {i}\nRationale: r\nRating: {i}\nRationale: s\n\n" for i in range(1, 5)
+    )
+    order = (2, 0, 3, 1)
+    value = read(Reply(text, "stop"), order, found["truthfulness"], ())
+    said = {"scores": [0] * 4, "replies": [{"order": order, "read": value}]}
+    assert [one["Rating"] for one in feedback.list_annotations("truthfulness", said)] == ["2", "4", "1", "3"]
+    assert feedback.list_annotations("truthfulness", said)[0]["Type"] == ["2"]
+    assert read(Reply("### Feedback\nGood.\nOverall Score: 8", "stop"), (0,), found["critique"], ()) == 8
+    assert Item(1, (), ("a",)).reference is None
+
+
+@pytest.mark.parametrize(
+    ("pool", "words", "message"),
+    [
+        ("- {name: a, model: m}\n- {name: a, model: n}", [], "names a twice"),
+        ("- {name: a, model: m}", [], "1 writers, and each prompt is answered by --samples 2 different ones"),
+        ("a: b", [], "holds no list of writers"),
+        ("- {name: a}", [], "writer 1: give one of model, responses and endpoint.url"),
+        ("- {model: a}", [], "writer 1: name is missing"),
+        ("- {name: a, model: m, weight: 0}", [], "writer 1: weight 0.0 must be positive"),
+        ("- {name: a, speed: 3}", [], "speed is no option here"),
+        ("- {name: a, model: m}\n- {name: b, model: n}", ["--aspects", "beauty"], "--aspects beauty: known are"),
+        ("- {name: a, model: m}\n- {name: b, model: n}", ["--templates", "t.json"], "--templates takes four responses"),
+        ("- {name: a, model: m}\n- {name: b, model: n}", ["--repair", "ultrafeedback"], "--repair has no effect"),
+        ("- {name: a, model: m}\n- {name: b, model: n}", ["--principles", "p.json"], "p.json: not readable"),
+        ("- {name: a, model: m}\n- {name: b, model: n}", ["--judge", "judge:x.yaml"], "--judge judge:x.yaml: not read"),
+    ],
+)  # fmt: skip
+def test_one_line_errors(pool, words, message, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "pool.yaml").write_text(pool)
+    own = ["recipe", "aif", "--prompts", str(tmp_path / "p.jsonl"), "--pool", str(tmp_path / "pool.yaml")]
+    assert main([*own, "--judge", "length", "--samples", "2", "--out", str(tmp_path / "out"), *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
