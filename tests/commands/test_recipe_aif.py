@@ -104,7 +104,7 @@ def test_from_prompts_to_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         whole = [(out / f"{name}.jsonl").read_bytes() for name in ("data", "pairs")]
         # As after a kill at the second writer: replies come from the disk, and it says the same.
         gone = [out / f"{name}.jsonl" for name in ("answers/2", "responses", "data", "pairs")]
-        for path in [*gone, *out.glob("judged/*")]:
+        for path in [*gone, *out.glob("judged/*"), out / "report.json"]:
             path.unlink()
         marker = out / "run.json"
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": False}))
