@@ -222,6 +222,13 @@ def platform() -> str:
     return "gpu" if name == "cuda" else name
 
 
+def device_kind() -> str:
+    """The name of the devices that computations are compiled for, as `jax.Device.device_kind` has it."""
+    mesh = _current()
+    device = None if mesh is None else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def shard_map(function: Callable[..., Any], inputs: Sequence[LogicalAxes], output: LogicalAxes) -> Callable[..., Any]:
     """`function` applied by every device to its own shards, for code that the compiler cannot split by itself.
 

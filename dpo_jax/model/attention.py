@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -229,6 +230,12 @@ def _splash(
     return out[:, :T]
 
 
+# cuDNN's support matrix (docs.nvidia.com/cudnn, Attention, 9.18): backward passes of heads up to 128 channels, and up to
+# 256 on Hopper.
+_HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+_WIDER = " (256 on Hopper)"
+
+
 def choose_kernel(
     requested: str,
     platform: str,
@@ -240,6 +247,7 @@ def choose_kernel(
     head_dim: int,
     length: int,
     cap: float | None = None,
+    device: str = "",
 ) -> str:
     """The kernel that will run: what was asked for, or under "auto" the best that can run here; logged once.
 
@@ -248,10 +256,12 @@ def choose_kernel(
       platform: "cpu", "gpu" or "tpu": what the step is compiled for (`mesh.platform()`).
       prefix, packed, cached: the layout: shared prefix, several segments in a row, keys from a cache.
       dtype: of queries and keys; head_dim: C; length: T; cap: of the scores (`attend`).
+      device: its name (`mesh.device_kind()`).
 
     Raises:
       InputError: the kernel asked for cannot run, and why.
     """
+    widest = 256 if _HOPPER.search(device) else 128
     obstacles = {
         "splash": [
             (platform != "tpu", f"it runs on TPUs, and this is compiled for {platform}"),
@@ -264,7 +274,11 @@ def choose_kernel(
             (cap is not None, "it does not cap scores, and this model does"),
             (packed, "it cannot mask several segments in one row"),
             (dtype not in (jnp.bfloat16, jnp.float16), f"it computes in bfloat16, and this is {jnp.dtype(dtype)}"),
-            (head_dim % 8 != 0 or head_dim > 128, f"heads of {head_dim} channels: it takes multiples of 8 up to 128"),
+            (
+                head_dim % 8 != 0 or head_dim > widest,
+                f"heads of {head_dim} channels: it takes multiples of 8 up to {widest}"
+                + ("" if widest > 128 else _WIDER),
+            ),
         ],
         "xla": [],
     }

@@ -147,6 +147,7 @@ class Attention(nn.Module):
             head_dim=c.head_dim,
             length=t,
             cap=c.attention_cap,
+            device=meshes.device_kind(),
         )
         windowed = None if layer is None else layer.windowed
         if cache is None:

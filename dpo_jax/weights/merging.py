@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights import layout
+from dpo_jax.weights import fused_adapters
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """By the key of the weight W [out, in] that they are added to: B [out, r], times alpha / rank, and A [r, in]."""
@@ -47,8 +47,7 @@ class Rounding:
 
 def factors(model: Llama, adapters: Mapping[str, Any]) -> Factors:
     """The adapters on the host. Every process has to call this (see `layout.tensors`)."""
-    slots = layout.adapter_slots(model)
-    values = dict(zip(layout.tensor_shapes(slots), layout.tensors(slots, adapters, np.float32), strict=True))
+    values = dict(zip(*fused_adapters.tensors(model, adapters, np.float32), strict=True))
     found: Factors = {}
     for key, a in values.items():
         name, is_a, _ = key.removeprefix("base_model.model.").rpartition(".lora_A.weight")

@@ -14,8 +14,8 @@ from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights import base as bases
+from dpo_jax.weights import fused_adapters, huggingface, layout, shards, tokenizer_files
 from dpo_jax.weights import heads as head_files
-from dpo_jax.weights import huggingface, layout, shards, tokenizer_files
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,8 +50,14 @@ def read_lora(folder: Path) -> LoraConfig:
     raw, where = _config(folder), folder / CONFIG
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {raw.get('peft_type')!r} is not supported; only LORA is")
+    fields = Fields(raw, str(where))
+    rank, alpha = fields.whole("r"), fields.number("lora_alpha")
+    patterns = raw.get("rank_pattern"), raw.get("alpha_pattern")
+    in_blocks = fused_adapters.is_pattern(*patterns, rank, alpha)
     for key, value in raw.items():
         if key == "modules_to_save" and value in _SCORE_SAVED:
+            continue
+        if key in ("rank_pattern", "alpha_pattern") and in_blocks:
             continue
         # false, 0, "none", {} and null are how PEFT spells "not used"
         if key not in _WITHOUT_EFFECT and value not in (None, False, 0, "none", {}, []):
@@ -59,8 +65,6 @@ def read_lora(folder: Path) -> LoraConfig:
     if (start := raw.get("init_lora_weights", True)) not in (True, False, "gaussian"):
         # PiSSA and its like also changed the base weights
         raise InputError(f"{where}: init_lora_weights = {start!r} is not supported; convert it to plain LoRA with peft")
-    fields = Fields(raw, str(where))
-    rank, alpha = fields.whole("r"), fields.number("lora_alpha")
     return LoraConfig(rank=rank, alpha=alpha, targets=_targets(raw.get("target_modules"), where))
 
 
@@ -73,7 +77,8 @@ def _targets(named: Any, where: Path) -> tuple[str, ...]:
     if named == "all-linear":
         return LINEAR_LAYERS
     several = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    kinds = {name.rsplit(".", 1)[-1] for name in named} if several else set()
+    last = [name.rsplit(".", 1)[-1] for name in named] if several else []
+    kinds = {kind for name in last for kind in fused_adapters.KINDS.get(name, (name,))}
     if not kinds or not kinds <= set(LINEAR_LAYERS):
         raise InputError(
             f"{where}: target_modules {told(named)} is not supported; list some of {', '.join(LINEAR_LAYERS)}"
@@ -91,7 +96,7 @@ def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) ->
 
     `target` is that of the adapters, as for `layout.load_tree`.
     """
-    reader = shards.SafetensorsReader(folder, [WEIGHTS])
+    reader = fused_adapters.FusedReader(shards.SafetensorsReader(folder, [WEIGHTS]), model)
     slots = layout.adapter_slots(model)
     score = [layout.score_slot(model.config, _PREFIX)] if has_score(folder) else []
     layout.check_keys([*slots, *score], reader.where, reader.shapes)
@@ -130,7 +135,7 @@ def save_adapters(
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(lora.targets),
+        **fused_adapters.named(model),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -152,8 +157,7 @@ def save_adapters(
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder)
 
-    slots = layout.adapter_slots(model)
-    shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, variables["adapters"], dtype)
+    shapes, tensors = fused_adapters.tensors(model, variables["adapters"], dtype)
     if scored:
         score = [layout.score_slot(config_of_model, _PREFIX)]
         shapes |= layout.tensor_shapes(score)

@@ -17,12 +17,11 @@ from dpo_jax.config import AttentionKernel, ClassHead, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.config_keys import ignoring
-from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, merge_adapters
 from dpo_jax.weights import base as bases
-from dpo_jax.weights import heads, huggingface, layout, merging, peft, tokenizer_files
+from dpo_jax.weights import fused_adapters, heads, huggingface, layout, merging, peft, tokenizer_files
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 from dpo_jax.weights.source import config_file
 from dpo_jax.weights.tokenizer import check_published
@@ -84,12 +83,8 @@ def load_pretrained(
     }
     if lora is not None and lora.rank and place.has_adapters:
         raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
-    adapted = place.has_adapters or (lora is not None and lora.rank)
-    if adapted and (together := FAMILIES[place.architecture.model_type].fused):
-        raise InputError(
-            f"{place.path}: {next(iter(together)).split('.')[-1]} of its files holds several matrices, for which there"
-            " is no LoRA here; train all weights, without --lora.rank"
-        )
+    if lora is not None and lora.rank:
+        fused_adapters.check_targets(place.architecture.model_type, lora, place.path)
     with ignoring(ignore_config_keys):
         model, variables = place.load(chosen, lora or LoraConfig(), mesh, dtype)
     if model.lora.rank and "adapters" not in variables:

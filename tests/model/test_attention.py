@@ -198,6 +198,11 @@ def choose(requested, platform, **changes):
         ("gpu", {"cached": True}, "xla"),
         ("gpu", {"dtype": jnp.float32}, "xla"),
         ("gpu", {"head_dim": 256}, "xla"),
+        ("gpu", {"head_dim": 256, "device": "NVIDIA A100-SXM4-80GB"}, "xla"),
+        ("gpu", {"head_dim": 256, "device": "NVIDIA B200"}, "xla"),
+        ("gpu", {"head_dim": 256, "device": "NVIDIA H100 80GB HBM3"}, "cudnn"),
+        ("gpu", {"head_dim": 256, "device": "NVIDIA GH200 480GB"}, "cudnn"),
+        ("gpu", {"head_dim": 264, "device": "NVIDIA H200"}, "xla"),
     ],
 )
 def test_auto_takes_the_best_that_can_run(platform, changes, kernel):

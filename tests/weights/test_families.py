@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import CASES, LENGTH, TINY
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import dpo_jax
 from dpo_jax.config import LoraConfig, SampleConfig
@@ -22,7 +22,6 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import attention, groups
 from dpo_jax.model.architecture import from_hf, to_hf
 from dpo_jax.model.cache import init_cache
-from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.sample import decode
@@ -160,15 +159,58 @@ def _numbers(config: Any) -> dict[str, Any]:
 
 
 def test_adapters_on_every_kind_of_layer(case) -> None:
-    """LoRA finds its targets; where one tensor on disk holds several of them, it is refused with the way out."""
-    _, _, folder, model, _ = case
+    """LoRA finds its targets."""
+    _, _, _, model, _ = case
     lora = LoraConfig(rank=2)
-    if FAMILIES[model.config.model_type].fused:
-        with pytest.raises(InputError, match=r"qkv_proj.*without --lora.rank"):
-            dpo_jax.load_pretrained(folder, lora=lora)
-        return
     found = {key.split(".")[-3] for slot in layout.adapter_slots(Llama(model.config, lora=lora)) for key in slot.keys}
     assert found == set(lora.targets)
+
+
+@pytest.mark.parametrize("case", ["phi3"], indirect=True)
+def test_adapters_of_fused_matrices(case, tmp_path: Path) -> None:
+    """Out to PEFT and back, to the bit; merged; and one that PEFT made, with one A for q, k and v, in."""
+    peft = pytest.importorskip("peft")
+    _, reference, folder, _, _ = case
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    row, lora = tokens(LENGTH, rows=2), LoraConfig(rank=2, alpha=3.0)
+    with pytest.raises(InputError, match=r"names all of them or none, not q_proj v_proj alone"):
+        dpo_jax.load_pretrained(folder, lora=LoraConfig(rank=2, targets=("q_proj", "v_proj")))
+    model, variables = dpo_jax.load_pretrained(folder, lora=lora)
+    key = jax.random.key(1)
+    variables["adapters"] = jax.tree.map(lambda x: 0.3 * jax.random.normal(key, x.shape), variables["adapters"])
+    assert families.largest_error(reference, model, variables, row) > 0.1
+    dpo_jax.save_pretrained(tmp_path / "adapter", model, variables, None, source=folder, merge=False)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert families.largest_error(theirs, model, variables, row) < 1e-4
+    again, loaded = dpo_jax.load_pretrained(tmp_path / "adapter")
+    assert again.lora == lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    dpo_jax.save_pretrained(tmp_path / "merged", model, variables, None, source=folder)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert families.largest_error(merged.eval(), model, variables, row) < 1e-4
+
+    raw = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(raw.read_text())
+    raw.write_text(json.dumps(written | {"alpha_pattern": {}}))
+    with pytest.raises(InputError, match=r"rank_pattern = .* is not supported"):
+        dpo_jax.load_pretrained(tmp_path / "adapter")
+    raw.write_text(json.dumps(written))
+    dense = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    mixed = next(name for name in dense if "qkv_proj.lora_B" in name)
+    dense[mixed] = dense[mixed] + 1
+    save_file(dense, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="mixes its parts' ranks"):
+        dpo_jax.load_pretrained(tmp_path / "adapter")
+
+    options = {"r": 3, "lora_alpha": 5, "target_modules": ["qkv_proj", "down_proj"], "init_lora_weights": False}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(**options)).eval()
+    theirs.save_pretrained(tmp_path / "shared")
+    raw = tmp_path / "shared" / "adapter_config.json"
+    raw.write_text(json.dumps(json.loads(raw.read_text()) | {"base_model_name_or_path": str(folder)}))
+    model, variables = dpo_jax.load_pretrained(tmp_path / "shared")
+    assert model.lora == LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "k_proj", "v_proj", "down_proj"))
+    assert families.largest_error(theirs, model, variables, row) < 1e-4
 
 
 SMALL = {**TINY, "attn_implementation": None}
