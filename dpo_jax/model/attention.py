@@ -230,7 +230,7 @@ def _splash(
     return out[:, :T]
 
 
-# cuDNN's support matrix (docs.nvidia.com/cudnn, Attention, 9.18): backward passes of heads up to 128 channels, and up to
+# cuDNN's support matrix (docs.nvidia.com/cudnn, Attention, 9.18): backward passes of heads up to 128 channels, up to
 # 256 on Hopper.
 _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 _WIDER = " (256 on Hopper)"
