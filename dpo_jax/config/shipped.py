@@ -58,10 +58,11 @@ def derive(name: str, changes: Mapping[str, Any] | None = None) -> Any:
     `derive("llama2_ppo", {"train.accumulate": 8, "mesh.fsdp": 8})` works in a file that lies anywhere. Raises
     `InputError` for a name or an option that does not exist, and for options that do not go together.
     """
-    return _changed(runpy.run_path(str(find(name)))["config"], changes or {})
+    return changed(runpy.run_path(str(find(name)))["config"], changes or {})
 
 
-def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
+def changed(options: Any, changes: Mapping[str, Any]) -> Any:
+    """`options` with `changes`: option, as the command line calls it -> value. Raises `InputError` as `derive`."""
     whole: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     known = [field.name for field in dataclasses.fields(options)]
@@ -73,5 +74,5 @@ def _changed(options: Any, changes: Mapping[str, Any]) -> Any:
             parts.setdefault(field, {})[rest] = value
         else:
             whole[field] = value
-    whole |= {field: _changed(getattr(options, field), inner) for field, inner in parts.items()}
+    whole |= {field: changed(getattr(options, field), inner) for field, inner in parts.items()}
     return dataclasses.replace(options, **whole)

@@ -166,6 +166,25 @@ COMMANDS = {
         ),
         recipe=True,
     ),
+    "recipe llama3": Command(
+        "Llama3Run",
+        "dpo_jax.commands.recipes.llama3:recipe",
+        "Llama 3's rounds: reward model, best of K, SFT on them, DPO on the newest pairs, averaging",
+        unused=(
+            *_inside("sft", *_NOT_SFT, "holdout"),
+            *_inside("reward", "mix_data", "mix", "holdout", "reward.margin", "reward.margin_scale"),
+            *_inside(
+                "rejection",
+                "reward",
+                "safety_reward",
+                "reward_timeout",
+                *(f"rejection.{name}" for name in ("pool_from", "student", "iterations")),
+                *_NOT_REJECTION,
+            ),
+            *_inside("dpo", "reference", "holdout"),
+        ),
+        recipe=True,
+    ),
     "recipe iterative_rpo": Command(
         "IterativeRPORun",
         "dpo_jax.commands.recipes.iterative_rpo:recipe",

@@ -1,23 +1,22 @@
 """`dpo-jax recipe iterative_rpo`: its words and errors, and the whole of it on a tiny random model, killed and not."""
 
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 import runs
 import tiny
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
+from dpo_jax.commands import generate
 from dpo_jax.config import SET_BY_RECIPE
 from dpo_jax.files.jsonl import read_lines
+from dpo_jax.report import html
+from dpo_jax.train import session
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["--model", "m", "--prompts", "p.jsonl", "--out", "o"]
@@ -72,51 +71,29 @@ def words(folder: Path, out: Path) -> list[str]:
     return found.split()
 
 
-def start(folder: Path, out: Path) -> subprocess.Popen[str]:
-    """The recipe in a process of its own, on one device."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "DPO_JAX_CACHE": str(folder / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "dpo_jax", *words(folder, out)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+@pytest.fixture
+def cheaply(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The model is tiny; compiling and drawing are not."""
+    monkeypatch.setattr(html, "_svg", lambda plot: f"<svg><!-- {len(plot.series)} --></svg>")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow
-def test_the_whole_recipe_killed_and_not(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheaply")
+def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    for module in (session, generate):
+        monkeypatch.setattr(module, "make_mesh", runs.small_mesh)
     tiny.folder(tmp_path / "model", hidden=16, heads=2, kv_heads=1, layers=1)
     rng = random.Random(0)
     for name, count in (("p", 10), ("e", 6)):
         rows = [{"prompt": f"{i}: {tiny.sentence(rng, 2)}", "answer": rng.choice("abcd")} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = tmp_path / "whole"
-    process = start(tmp_path, whole)
-    wait_for(whole / "round-2" / "dpo" / "checkpoints" / "1", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (whole / "summary.json").exists()
-    said = finish(start(tmp_path, whole))
-    assert "M1: DPO: done" in said
-    assert "held-out problems" in said
+    run = words(tmp_path, whole)
+    assert cli.main(run) == 0
+    assert "held-out problems" in capsys.readouterr().out
 
     summary = json.loads((whole / "summary.json").read_text())
     assert [row["model"] for row in summary["rounds"]] == ["M0", "M1", "M2"]
@@ -141,16 +118,14 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path) -> None:
         before = tmp_path / "model" if t == 1 else whole / "round-1" / "dpo"
         assert (config["model"], config["reference"]) == (str(before), None)
 
-    # Round 2 anew, without an interruption.
-    one = tmp_path / "killed"
-    one.mkdir()
-    for name in ("round-2", "heldout-2.jsonl", "summary.json"):
-        shutil.move(whole / name, one / name)
-    record = json.loads((whole / "stages.json").read_text())
-    kept = list(record)[: list(record).index("accuracy of M1") + 1]
-    (whole / "stages.json").write_text(json.dumps({name: record[name] for name in kept}))
+    # Round 2 anew, killed in its training: the same bits.
+    one = tmp_path / "one"
+    runs.undo(whole, "accuracy of M1", one)
     (whole / "heldout-2-answers.jsonl").unlink()
-    finish(start(tmp_path, whole))
+    runs.kill_at(whole / "round-2" / "dpo" / "checkpoints" / "1", run, tmp_path / "cache")
+    assert not (whole / "summary.json").exists()
+    assert cli.main(run) == 0
+    assert "pairs of round 2: done" in capsys.readouterr().err
     for name in ("round-2/answers.jsonl", "round-2/pairs.jsonl", "heldout-2.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (whole / name).read_bytes()
     assert runs.metrics(one / "round-2" / "dpo") == runs.metrics(whole / "round-2" / "dpo")

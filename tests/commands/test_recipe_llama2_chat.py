@@ -16,7 +16,7 @@ import tiny
 from dpo_jax import cli, mesh
 from dpo_jax.commands import generate, ppo
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
-from dpo_jax.commands.recipes import llama2_chat
+from dpo_jax.commands.recipes import judged_answers, llama2_chat
 from dpo_jax.config import (
     SET_BY_RECIPE,
     ChatRecipeConfig,
@@ -185,7 +185,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
 
 @pytest.mark.slow
 def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys, monkeypatch) -> None:
-    for module in (training, generate, llama2_chat):
+    for module in (training, generate, judged_answers):
         monkeypatch.setattr(module, "make_mesh", runs.small_mesh)
     small = SimpleNamespace(make_mesh=runs.small_mesh, batch_parts=mesh.batch_parts)
     monkeypatch.setattr(loading, "meshes", small)

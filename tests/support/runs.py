@@ -1,11 +1,14 @@
 """What tests of whole training runs share."""
 
 import dataclasses
+import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,34 @@ def changed(config: Any, **changes: Any) -> Any:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run folder without the wall-clock figures."""
     return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def kill_at(path: Path, words: Sequence[str], cache: Path) -> None:
+    """Start `dpo-jax` on one device in a process of its own, and kill it as soon as `path` is there."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "DPO_JAX_CACHE": str(cache)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(jax.config.read("jax_disable_most_optimizations")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_jax", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def undo(out: Path, last: str, aside: Path) -> None:
+    """Move what the stages of a recipe after the stage `last` have made to `aside`, as if they had never been."""
+    record = json.loads((out / "stages.json").read_text())
+    kept = list(record)[: list(record).index(last) + 1]
+    (out / "stages.json").write_text(json.dumps({name: record[name] for name in kept}))
+    for name in set(record) - set(kept):
+        made = Path(record[name]["output"])
+        if made.exists():
+            (aside / made.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
+            made.rename(aside / made.relative_to(out))
 
 
 def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[str]]:

@@ -28,26 +28,20 @@ import numpy as np
 
 from dpo_jax.commands import ppo, rejection, reward, sft
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.commands.generate import generate
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
-from dpo_jax.config import DataConfig, GenerateRun, Llama2ChatRun, RewardRun, SampleConfig
-from dpo_jax.data.rows.preferences import parse_prompt
-from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.prompts import Prompt, other_columns
-from dpo_jax.data.sources.files import read_rows
-from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
+from dpo_jax.config import DataConfig, Llama2ChatRun, RewardRun
+from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import show_log
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge.continuations import make_pairs
-from dpo_jax.judge.reward_functions import check_reward, open_reward, scores_of
-from dpo_jax.mesh import batch_parts, make_mesh
+from dpo_jax.judge.reward_functions import check_reward
 from dpo_jax.report import llama2_chat as llama2_chat_report
 
 HELPFUL, SAFE = "helpful", "safety"
-_JUDGED = 256  # answers in one call of a judge
 
 
 @with_config_keys
@@ -172,41 +166,22 @@ class Llama2Chat:
             Stage(f"V{version} judged", inputs, judged, partial(self._judge, version)),
         ]
 
-    @property
-    def _raw(self) -> bool:
-        return self._run.ppo.data.template == RAW
-
     def _answer(self, version: int) -> Figures:
         run, options = self._run, self._run.recipe
-        path = self._out / f"v{version}" / "answers.jsonl"
-        if not path.exists():
-            generate(
-                GenerateRun(
-                    model=str(self._model(version)),
-                    prompts=run.prompts,
-                    out=str(path),
-                    raw=self._raw,
-                    batch_size=options.pair_batch_size,
-                    samples=options.pair_samples,
-                    seed=run.seed + version,
-                    dtype=run.ppo.train.dtype,
-                    sample=SampleConfig(run.ppo.sample.max_new_tokens, temperature=options.pair_temperature),
-                    mesh=run.ppo.mesh,
-                )
-            )
-        rows = read_lines(path)
-        return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+        return answer(
+            self._out / f"v{version}" / "answers.jsonl",
+            self._model(version),
+            run.prompts,
+            run.ppo,
+            samples=options.pair_samples,
+            temperature=options.pair_temperature,
+            batch_size=options.pair_batch_size,
+            seed=run.seed + version,
+        )
 
     @cached_property
-    def _prompts(self) -> dict[int, tuple[Prompt, bool]]:
-        """Row -> its prompt, and whether it is tagged `safety`."""
-        found = {}
-        for number, row in read_rows(self._run.prompts):
-            try:
-                found[number] = Prompt(*parse_prompt(row), other_columns(row)), row.get("safety") is True
-            except BadRow as problem:
-                raise InputError(f"{self._run.prompts}: row {number}: {problem}") from problem
-        return found
+    def _prompts(self) -> dict[int, Prompt]:
+        return read_prompts(self._run.prompts)
 
     def _judge(self, version: int) -> Figures:
         """Each answer gets the score of the judge that its prompt belongs to."""
@@ -219,22 +194,13 @@ class Llama2Chat:
                     f"{self._run.prompts}: no prompt is for the {kind.name} judge; tag some, and not all, with"
                     ' "safety": true'
                 )
-            devices = make_mesh(**dataclasses.asdict(self._run.ppo.mesh))
-            like = dataclasses.replace(self._run.ppo, out=self._run.out)  # a judge's replies are kept beside it
-            judge = open_reward(kind.judge, like, mesh=devices, batch_size=8 * batch_parts(devices))
-            for start in range(0, len(own), _JUDGED):
-                some = own[start : start + _JUDGED]
-                prompts = [self._prompts[row["row"]][0] for row in some]
-                numbers = np.asarray([row["row"] for row in some])
-                scores = scores_of(judge, prompts, [row["response"] for row in some], numbers, kind.judge)
-                judged += [
-                    row | {"score": score, "judge": kind.name} for row, score in zip(some, scores.tolist(), strict=True)
-                ]
+            scores = judge_answers(own, self._prompts, kind.judge, self._run.ppo, self._run.out)
+            judged += [row | {"score": score, "judge": kind.name} for row, score in zip(own, scores, strict=True)]
         write_lines(self._out / f"v{version}" / "judged.jsonl", judged)
         return self._scores(version)
 
     def _kind_of(self, row: Row) -> str:
-        return SAFE if len(self._kinds) > 1 and self._prompts[row["row"]][1] else HELPFUL
+        return SAFE if len(self._kinds) > 1 and self._prompts[row["row"]].columns.get("safety") is True else HELPFUL
 
     def _scores(self, version: int) -> dict[str, float]:
         """Mean score of a version's answers, by each judge."""

@@ -1,0 +1,91 @@
+"""What a version of a model answers to the prompts of a recipe, and what a judge thinks of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.commands.generate import generate
+from dpo_jax.config import GenerateRun, PPORun, RejectionRun, SampleConfig
+from dpo_jax.data.rows.preferences import parse_prompt
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.prompts import Prompt, other_columns
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import Row, read_lines
+from dpo_jax.files.stages import Figures
+from dpo_jax.judge.reward_functions import open_reward, scores_of
+from dpo_jax.mesh import batch_parts, make_mesh
+
+_JUDGED = 256
+"""Answers in one call of a judge."""
+
+
+def read_prompts(source: str) -> dict[int, Prompt]:
+    """Row -> its prompt. Raises `InputError`."""
+    found = {}
+    for number, row in read_rows(source):
+        try:
+            found[number] = Prompt(*parse_prompt(row), other_columns(row))
+        except BadRow as problem:
+            raise InputError(f"{source}: row {number}: {problem}") from problem
+    return found
+
+
+def answer(
+    path: Path,
+    model: str | Path,
+    prompts: str,
+    like: PPORun | RejectionRun,
+    *,
+    samples: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> Figures:
+    """Write `samples` answers of `model` to every prompt to `path`, or go on with it; template, dtype, mesh and length
+    of an answer are those of the run `like`."""
+    if not path.exists():
+        raw = like.data.template == RAW
+        generate(
+            GenerateRun(
+                model=str(model),
+                prompts=prompts,
+                out=str(path),
+                raw=raw,
+                template=None if raw else like.data.template,
+                date=None if raw else like.data.date,
+                batch_size=batch_size,
+                samples=samples,
+                seed=seed,
+                dtype=like.train.dtype,
+                sample=SampleConfig(like.sample.max_new_tokens, temperature=temperature),
+                mesh=like.mesh,
+            )
+        )
+    rows = read_lines(path)
+    return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+
+
+def judge_answers(
+    rows: Sequence[Row], prompts: Mapping[int, Prompt], judge: str, like: PPORun | RejectionRun, out: str
+) -> list[float]:
+    """The judge's score of each answer.
+
+    Args:
+      rows: answers, with the `row` of their prompt.
+      prompts: row -> prompt.
+      judge: as --reward of `dpo-jax ppo`.
+      like: gives time-outs, dtypes, the mesh, and whether texts are raw.
+      out: the recipe's folder; a judge's replies are kept in it.
+    """
+    devices = make_mesh(**dataclasses.asdict(like.mesh))
+    setting = dataclasses.replace(like, out=out)
+    function, scores = open_reward(judge, setting, mesh=devices, batch_size=8 * batch_parts(devices)), list[float]()
+    for start in range(0, len(rows), _JUDGED):
+        some = rows[start : start + _JUDGED]
+        asked, numbers = [prompts[row["row"]] for row in some], np.asarray([row["row"] for row in some])
+        scores += scores_of(function, asked, [row["response"] for row in some], numbers, judge).tolist()
+    return scores

@@ -1,0 +1,137 @@
+"""Options of `dpo-jax recipe llama3`."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from dpo_jax.config.checks import Options, require
+from dpo_jax.config.dpo import DPOLossConfig, DPORun
+from dpo_jax.config.llama2_chat import SET_BY_RECIPE
+from dpo_jax.config.rejection import RejectionRun
+from dpo_jax.config.reward import RewardRun
+from dpo_jax.config.sections import OptimizerConfig
+from dpo_jax.config.sft import SFTRun
+from dpo_jax.config.shipped import changed
+from dpo_jax.errors import InputError
+
+_SET: dict[str, Any] = {"model": SET_BY_RECIPE, "data": SET_BY_RECIPE, "out": SET_BY_RECIPE}
+_DPO: dict[str, Any] = {
+    **_SET,
+    "dpo": DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
+    "optimizer": OptimizerConfig(learning_rate=1e-5),
+}
+_AVERAGED = ("dpo", "optimizer", "train", "pairs")
+"""Where the options lie by which averaged models may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Run(Options):
+    """Llama 3's rounds of post-training (Llama 3 report 2024, section 4.1): `dpo-jax recipe llama3`.
+
+    In each round the newest model answers the prompts and a judge compares its answers in place of the annotators; a
+    reward model learns from all comparisons so far; the best model so far answers each prompt K times, and the
+    pre-trained model is fine-tuned on the answers that the reward model likes best; DPO on the newest pairs follows;
+    and models that differ as --average_over says are averaged. sft, reward, rejection and dpo hold the options of the
+    stages, which are runs of those commands.
+    """
+
+    model: str
+    """The pre-trained model; with --stages dpo the model that the first round answers with. A Hugging Face folder, a
+    hub id, a .gguf file, a checkpoint of ours, or smollm2."""
+    prompts: str
+    """Prompts: rows with `prompt` or `messages`."""
+    judge: str
+    """What compares the answers of the newest model, in place of annotators: as --reward of `dpo-jax ppo`, such as
+    vader, FILE.py:FUNCTION, a URL, judge:FILE.yaml, or a reward model."""
+    out: str
+    """Folder of all rounds; an interrupted recipe goes on with the same command."""
+    sft_data: str | None = None
+    """Dialogues for the first model, V0, as for `dpo-jax sft`."""
+    preferences: str | None = None
+    """Comparisons that the reward models learn from beside those of the rounds, as for `dpo-jax reward`; a row with
+    `edited` beside `chosen` and `rejected` ranks edited > chosen > rejected."""
+    rounds: int = 6
+    """Rounds (Llama 3: 6)."""
+    stages: Literal["all", "dpo"] = "all"
+    """dpo: the short form. No reward model, no fine-tuning: each round is DPO, from the best model so far."""
+    average_over: tuple[str, ...] = ()
+    """Other runs of the DPO stage, each by what is different in it, such as train.seed=1,
+    optimizer.learning_rate=5e-6, dpo.nll_coefficient=0.1 or pairs=all (the pairs of all rounds): their models and that
+    of the stage itself are averaged, uniformly. Not given: one model, and no averaging."""
+    pair_samples: int = 4
+    """Answers of the newest model to each prompt, of which the judge's best and worst make a pair."""
+    pair_temperature: float = 1.0
+    """Temperature of those."""
+    batch_size: int = 32
+    """Answers written at once for the comparisons, over all devices."""
+    heldout: float = 0.1
+    """Share of the prompts, by a hash, whose comparisons nothing learns from: they measure the reward models."""
+    seed: int = 0
+    """Seed of the answers that are compared, and of which prompts are held out."""
+    sft: SFTRun = field(default_factory=partial(SFTRun, **_SET))
+    """Of the run that gives V0."""
+    reward: RewardRun = field(default_factory=partial(RewardRun, **_SET))
+    """Of the reward models: from the pre-trained model, without a margin."""
+    rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
+    """Of the fine-tuning on the best answers: --rejection.rejection.samples is K (Llama 3: 10 to 30). Its template and
+    its length of an answer hold for the answers that are compared, too."""
+    dpo: DPORun = field(default_factory=partial(DPORun, **_DPO))
+    """Of the DPO stage."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+
+    def __post_init__(self) -> None:
+        self.at_least("--", rounds=1, pair_samples=2, batch_size=1)
+        require(self.pair_temperature > 0, "--pair_temperature must be positive: greedy samples are all equal")
+        require(0 < self.heldout < 1, f"--heldout {self.heldout} is a share of the prompts: in (0, 1)")
+        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        require(self.reward.reward.margin == "none", "--reward.reward.margin: Llama 3's reward models have none")
+        inner = self.rejection.rejection
+        require(inner.iterations == 1, "--rejection.rejection.iterations has no effect: give --rounds")
+        if self.stages == "dpo":
+            for name in ("sft_data", "preferences"):
+                require(getattr(self, name) is None, f"--{name} has no effect with --stages dpo")
+            # As plain values: on the command line the options are of a class of its own.
+            for name, plain in (("sft", SFTRun(**_SET)), ("reward", RewardRun(**_SET))):
+                same = dataclasses.asdict(getattr(self, name)) == dataclasses.asdict(plain)
+                require(same, f"--{name}.* has no effect with --stages dpo")
+        else:
+            require(self.sft_data is not None, "give --sft_data DIALOGUES: the first model, V0, is fine-tuned on them")
+        twice = [name for name in self.average_over if self.average_over.count(name) > 1]
+        require(not twice, f"--average_over names {''.join(twice[:1])} twice; an average of equal models is none")
+        for name in self.average_over:
+            self.variant(name)
+
+    def variant(self, spec: str) -> tuple[DPORun, bool]:
+        """The options of another run of the DPO stage, OPTION=VALUE, and whether it learns the pairs of all rounds.
+
+        Raises `InputError` for what is no such option, and for one that changes nothing.
+        """
+        option, equals, text = spec.partition("=")
+        section, dot, rest = option.partition(".")
+        known = ", ".join(f"{name}.*" for name in _AVERAGED[:-1])
+        require(equals and section in _AVERAGED, f"--average_over {spec}: write OPTION=VALUE, of {known} or pairs=all")
+        if section == "pairs":
+            require((option, text) == ("pairs", "all"), f"--average_over {spec}: pairs=all is the only other mix")
+            return self.dpo, True
+        inner = getattr(self.dpo, section)
+        require(dot and rest in {f.name for f in dataclasses.fields(inner)}, f"--average_over {spec}: no such option")
+        given = getattr(inner, rest)
+        value = _value(text)
+        try:
+            other = changed(self.dpo, {option: value})
+        except (InputError, TypeError) as error:
+            raise InputError(f"--average_over {spec}: {error}") from error
+        require(value != given, f"--average_over {spec}: is what --dpo.{option} is already, and changes nothing")
+        return other, False
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, none, or the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)

@@ -1,0 +1,170 @@
+"""`dpo-jax recipe llama3`: its words and errors, and the whole of it on a tiny random model, killed and not."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from safetensors.numpy import load_file
+
+from dpo_jax import cli, mesh
+from dpo_jax.commands import generate
+from dpo_jax.commands.recipes import judged_answers, llama3
+from dpo_jax.config import SET_BY_RECIPE
+from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import read_lines
+from dpo_jax.judge import loading
+from dpo_jax.report import html
+from dpo_jax.train import session
+
+ROOT = Path(__file__).resolve().parents[2]
+GIVEN = ["--model", "m", "--prompts", "p", "--judge", "vader", "--out", "o"]
+
+
+def test_the_recipe_parses() -> None:
+    words = [str(ROOT / "configs" / "llama3_rounds.py"), *GIVEN, "--sft_data", "s"]
+    run = cli.parse("recipe llama3", [*words, "--average_over", "train.seed=1", "dpo.nll_coefficient=0.1", "pairs=all"])
+    for one in (run, cli.parse("recipe llama3", [*GIVEN, "--stages", "dpo"])):
+        assert {one.sft.model, one.reward.data.files, one.rejection.reward, one.dpo.out} == {SET_BY_RECIPE}
+        assert (one.dpo.dpo.beta, one.dpo.dpo.nll_coefficient, one.dpo.dpo.mask_format_tokens) == (0.1, 0.2, True)
+        assert (one.dpo.optimizer.learning_rate, one.reward.reward.margin, one.rounds) == (1e-5, "none", 6)
+    assert run.rejection.rejection.samples == 10
+    (seed, _), (nll, _), (same, every) = [run.variant(name) for name in run.average_over]
+    assert (seed.train.seed, nll.dpo.nll_coefficient, every) == (1, 0.1, True)
+    assert (seed.train.batch_size, same) == (128, run.dpo)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --sft_data DIALOGUES"),
+        (["--stages", "dpo", "--sft_data", "s"], "--sft_data has no effect with --stages dpo"),
+        (["--stages", "dpo", "--reward.train.steps", "3"], "--reward.* has no effect with --stages dpo"),
+        (["--sft_data", "s", "--reward.reward.margin", "small"], "--reward.reward.margin has no effect"),
+        (["--sft_data", "s", "--rejection.rejection.student", "x"], "--rejection.rejection.student has no effect"),
+        (["--sft_data", "s", "--average_over", "seed=1"], "--average_over seed=1: write OPTION=VALUE"),
+        (["--sft_data", "s", "--average_over", "train.sed=1"], "--average_over train.sed=1: no such option"),
+        (["--sft_data", "s", "--average_over", "dpo.beta=0.1"], "--average_over dpo.beta=0.1: is what --dpo.dpo.beta"),
+        (["--sft_data", "s", "--average_over", "dpo.beta=-1"], "--average_over dpo.beta=-1: --dpo.beta must be"),
+        (["--sft_data", "s", "--average_over", "train.seed=1", "train.seed=1"], "names train.seed=1 twice"),
+        (["--sft_data", "s", "--heldout", "1"], "--heldout 1.0 is a share of the prompts"),
+    ],
+)
+def test_one_line_errors(words, message, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["recipe", "llama3", *GIVEN, *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_an_edit_ranks_above_the_chosen_response() -> None:
+    row = {"prompt": "p", "chosen": "b", "rejected": "c", "rating": "better"}
+    assert llama3.ranked(row | {"edited": "a"}, "f", 1) == {"prompt": "p", "responses": ["a", "b", "c"]}
+    assert llama3.ranked(row | {"edited": None}, "f", 1) == row
+    with pytest.raises(InputError, match=r"f: row 7: 'edited' stands beside 'chosen' and 'rejected'"):
+        llama3.ranked({"prompt": "p", "chosen": ["b"], "rejected": "c", "edited": "a"}, "f", 7)
+
+
+# ---- the whole recipe ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheaply(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The model is tiny; compiling and drawing are not."""
+    monkeypatch.setattr(html, "_svg", lambda plot: f"<svg><!-- {len(plot.series)} --></svg>")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def inputs(folder: Path) -> None:
+    tiny.folder(folder / "model", hidden=16, heads=2, kv_heads=1, layers=1)
+    rng = random.Random(0)
+    prompts = [{"prompt": f"{i}: {tiny.sentence(rng, 2)}"} for i in range(24)]
+    given = [{"prompt": f"given {i}", "chosen": "a good", "rejected": "bad"} for i in range(16)]
+    given = [row | {"edited": "quite a good"} if i % 2 else row for i, row in enumerate(given)]
+    files = {
+        "prompts": prompts,
+        "sft": [row | {"response": tiny.sentence(rng, 2)} for row in prompts],
+        "given": given,
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text(
+        "def letters(prompts, responses):\n    return [sum(c.islower() for c in text) / 6 for text in responses]\n"
+    )
+
+
+def words(folder: Path, out: Path) -> list[str]:
+    """Two rounds, everything tiny."""
+    found = f"recipe llama3 --model {folder}/model --prompts {folder}/prompts.jsonl --judge {folder}/mine.py:letters"
+    found += f" --sft_data {folder}/sft.jsonl --preferences {folder}/given.jsonl --out {out} --rounds 2"
+    found += " --average_over train.seed=1 --pair_samples 3 --batch_size 16 --heldout 0.25"
+    found += " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 16"
+    for stage in ("sft", "reward", "rejection", "dpo"):
+        found += f" --{stage}.train.steps 2 --{stage}.train.batch_size 4 --{stage}.data.max_length 56"
+        found += f" --{stage}.data.buckets 1 --{stage}.optimizer.learning_rate 1e-2 --{stage}.checkpoint.every 1"
+        found += f" --{stage}.mesh.data 1 --{stage}.mesh.fsdp 1 --{stage}.mesh.tensor 1"
+    for stage in ("reward", "dpo"):
+        found += f" --{stage}.data.max_prompt_length 40"
+    return found.split()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cheaply")
+def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    for module in (session, generate, judged_answers):
+        monkeypatch.setattr(module, "make_mesh", runs.small_mesh)
+    small = SimpleNamespace(make_mesh=runs.small_mesh, batch_parts=mesh.batch_parts)
+    monkeypatch.setattr(loading, "meshes", small)
+    inputs(tmp_path)
+    out = tmp_path / "out"
+    run = words(tmp_path, out)
+    assert cli.main(run) == 0
+    assert "2 models a round were averaged" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["version"] for row in summary["versions"]] == [0, 1, 2]
+    config = {
+        name: json.loads((out / "round-2" / name / "config.json").read_text()) for name in ("reward", "rejection")
+    }
+    assert config["reward"]["model"] == config["rejection"]["rejection"]["student"] == str(tmp_path / "model")
+    best = summary["versions"][2]["written_by"]
+    scores = [row["score"] for row in summary["versions"][:2]]
+    assert scores[best] == max(scores)
+    assert config["rejection"]["model"] == str(out / ("round-1/average" if best else "sft"))
+    # Reward model 2 has learnt from all that came before; DPO from the newest pairs of the upper two grades.
+    learnt = [row for name in ("given", "v0", "v1") for row in read_lines(out / name / "learnt.jsonl")]
+    assert read_lines(out / "round-2" / "comparisons.jsonl") == learnt
+    assert any(row.get("responses") == ["quite a good", "a good", "bad"] for row in learnt)
+    taught = read_lines(out / "round-2" / "dpo.jsonl")
+    assert taught == [r for r in read_lines(out / "v1" / "learnt.jsonl") if r["rating"] in llama3.RATINGS[2:]]
+    held = {row["prompt"] for row in read_lines(out / "v1" / "heldout.jsonl")}
+    assert held
+    assert not held & {row["prompt"] for row in learnt}
+    dpo = [json.loads((out / "round-2" / name / "config.json").read_text()) for name in ("dpo", "dpo-2")]
+    assert [one["train"]["seed"] for one in dpo] == [0, 1]
+    assert {one["model"] for one in dpo} == {str(out / "round-2" / "rejection")}
+    one, two, mean = (
+        load_file(out / "round-2" / name / "model.safetensors") for name in ("dpo/model", "dpo-2/model", "average")
+    )
+    for name, values in mean.items():
+        np.testing.assert_allclose(values, (one[name] + two[name]) / 2, atol=1e-6)
+
+    # From the second DPO stage of round 2 on anew, killed in it: the same bits.
+    before = tmp_path / "before"
+    runs.undo(out, "round 2: SFT on the bests", before)
+    runs.kill_at(out / "round-2" / "dpo-2" / "checkpoints" / "1", run, tmp_path / "cache")
+    assert not (out / "summary.json").exists()
+    assert cli.main(run) == 0
+    assert "round 2: DPO: done" in capsys.readouterr().err
+    assert (before / "summary.json").read_bytes() == (out / "summary.json").read_bytes()
+    assert runs.metrics(before / "round-2" / "dpo-2") == runs.metrics(out / "round-2" / "dpo-2")
+    again = load_file(out / "round-2" / "average" / "model.safetensors")
+    assert all((again[name] == mean[name]).all() for name in mean)
