@@ -47,6 +47,8 @@ INSTALL = [
     "py3langid>=0.4",  # older versions unpickle their model
 ]
 
+MATH = ["math-verify[antlr4_13_2]>=0.8"]  # --reward math:COLUMN; dpo-jax recipe iterative_rpo --match math_verify
+JSON = ["jsonschema>=4.18"]  # --reward json:SCHEMA
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 
 setup(
@@ -70,7 +72,8 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `mkdocs serve` shows docs/ as a site
-        "math": ["math-verify>=0.8"],  # dpo-jax recipe iterative_rpo --match math_verify
+        "math": MATH,
+        "json": JSON,
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",
@@ -83,6 +86,8 @@ setup(
             # libtpu compiles for TPU slices that are not here; it has wheels for this platform only.
             "jax[tpu]>=0.10,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'",
             *NOTEBOOK,
+            *MATH,
+            *JSON,
             "openai>=1.50",  # asks the endpoint of dpo-jax serve
         ],
     },

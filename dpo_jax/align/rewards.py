@@ -1,4 +1,4 @@
-"""Two rewards as one: how Llama 2 combines helpfulness and safety before PPO (Touvron et al. 2023, section 3.2.3).
+"""Several rewards as one. Two: Llama 2's helpfulness and safety before PPO (Touvron et al. 2023, section 3.2.3).
 
     R_c(g | p) = R_s(g | p)   if p is tagged as a safety prompt, or R_s(g | p) < 0.15
                  R_h(g | p)   otherwise
@@ -7,6 +7,13 @@
 
 R_h and R_s are σ of the two models' scores. logit σ(r) = r, so `whitened` works on the scores themselves: nothing is
 lost where σ is near 0 or 1. The KL term belongs to `align/ppo.py`.
+
+Several rewards r_1, ... r_F with weights w, as TRL's GRPOTrainer sums them; those that say nothing of a response are
+left out of its sum:
+
+    R = Σ_f w_f r_f                                          `weighted_sum`
+    R = Σ_f w_f (r_f − mean r_f) / (std r_f + 10⁻⁴)          `standardised` first, over the responses to
+                                                             the same prompt: GDPO (Liu et al. 2026, arXiv 2601.05242)
 """
 
 import math
@@ -80,3 +87,27 @@ def whitened(
       float32 [B], of mean 0 and unbiased variance 1 over the mask.
     """
     return masked.whiten(combined(helpful, safe, is_safety_prompt, threshold=threshold), mask)
+
+
+def standardised(scores: jax.Array, said: jax.Array, group: int) -> jax.Array:
+    """Each reward less its mean, divided by its unbiased deviation plus 10⁻⁴, over the responses to a prompt.
+
+    Args:
+      scores: [F, B] of F rewards; rows i K .. i K + K − 1 answer one prompt, K = `group`.
+      said: bool [F, B], where a reward has a score; the others are in no mean and give 0. One alone gives 0.
+      group: K.
+
+    Returns:
+      float32 [F, B].
+    """
+    r = jnp.where(said, scores, 0.0).astype(jnp.float32).reshape(len(scores), -1, group)
+    real = said.reshape(r.shape)
+    n = jnp.sum(real, axis=-1, keepdims=True)
+    d = jnp.where(real, r - jnp.sum(r, axis=-1, keepdims=True) / jnp.maximum(n, 1), 0.0)
+    std = jnp.sqrt(jnp.sum(d * d, axis=-1, keepdims=True) / jnp.maximum(n - 1, 1))
+    return (d / (std + 1e-4)).reshape(scores.shape)
+
+
+def weighted_sum(scores: jax.Array, said: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ_f w_f r_f float32 [B] over the rewards that have a score; `scores`, `said` [F, B], `weights` [F]."""
+    return jnp.sum(jnp.where(said, scores * weights[:, None], 0.0), axis=0).astype(jnp.float32)

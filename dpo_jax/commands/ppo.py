@@ -77,7 +77,7 @@ def train(config: PPORun) -> Path:
             _check_context(config, prompts, architecture)
     training.told(data, heldout)
     together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
-    judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
+    judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
     judges.try_out(data)
     if heldout is not None:
         judges.try_out(heldout)
@@ -152,7 +152,7 @@ def train(config: PPORun) -> Path:
         ppo.policy_of(final.variables),
         tokenizer,
         title=f"{config.ppo.algorithm().upper()} run",
-        summary=f"{config.model}, rewarded by {config.reward} on {config.data.files} in"
+        summary=f"{config.model}, rewarded by {config.told_reward} on {config.data.files} in"
         f" {training.told_steps} ({config.ppo.algorithm()}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,

@@ -274,7 +274,7 @@ class _Run:
         scores = write_scores(folder / "scores.jsonl", self.data, samples, self.judges, label=label)
         self.judges.close()
         number = self._first + iteration - 1  # an earlier pool has counted already
-        found, told = best_responses.bests(self.data, samples, scores, iteration=number, reward=config.reward)
+        found, told = best_responses.bests(self.data, samples, scores, iteration=number, reward=config.told_reward)
         for line in told:
             self.training.say(f"iteration {iteration}: {line}")
         earlier = read_lines(before) if config.rejection.pool == "all" and before.exists() else []
@@ -305,7 +305,7 @@ class _Run:
         if not self.training.main:
             return told
         summary = f"{config.model}, {config.rejection.samples} samples a prompt at each temperature, judged by"
-        summary += f" {config.reward} on {config.data.files}. {told}"
+        summary += f" {config.told_reward} on {config.data.files}. {told}"
         last = self.folder(iterations[-1])
         for name in ("adapter", "model"):
             if (last / "sft" / name).is_dir():

@@ -91,7 +91,10 @@ class JudgeRun(Options, metaclass=RunOptions):
     function: str | None = None
     """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE.yaml."""
     reward_timeout: float | None = not_given(60.0, needs="function")
-    """Seconds to wait where --function is a URL, or for one call of your own code (600 where it is not given)."""
+    """Seconds to wait where --function is a URL (60), or for one call of your own code (600), or of a command
+    of run: for one response (10)."""
+    reward_memory: int | None = not_given(1024)
+    """MiB that a command of run: may take for one response."""
     model: str | None = None
     """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
     template: str | None = None
@@ -135,6 +138,8 @@ class JudgeRun(Options, metaclass=RunOptions):
                 self.reward_timeout is None or takes_timeout(self.function),
                 "--reward_timeout has no effect: no URL or function of yours",
             )
+        runs = self.function is not None and self.function.startswith("run:")
+        require(self.reward_memory is None or runs, "--reward_memory has no effect: no run:COMMAND")
         scaled = ask in ("rating", "expected", "list")
         require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
         require(self.scale is None or 2 <= self.scale <= 100, "--scale must lie in [2, 100]")

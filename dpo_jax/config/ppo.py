@@ -314,6 +314,9 @@ class PPORun(JudgedRun):
     responses of an iteration.
     """
 
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
+    """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
+    and the results are summed (GDPO, arXiv 2601.05242)."""
     value_model: str | None = None
     """Reward model that the value model starts from. Not given: the policy with a fresh head."""
     rollout_batch_size: int | None = None
@@ -359,6 +362,15 @@ class PPORun(JudgedRun):
             "--safety_reward standardises the scores of a whole rollout: it does not go with --ppo.zero_variance"
             " resample or --ppo.advantage greedy, which score some responses by themselves",
         )
+        require(
+            self.reward_aggregation is None or len(self.rewards) > 1,
+            "--reward_aggregation has no effect with one --reward",
+        )
+        require(
+            self.standardised_over is None or (group > 1 and self.ppo.estimator != "greedy"),
+            "--reward_aggregation normalize_then_sum standardises over the responses to a prompt: it needs"
+            " --ppo.group_size and does not go with --ppo.advantage greedy, which scores one by itself",
+        )
         buffer = self.ppo.overlong_buffer or 0
         require(
             buffer <= self.sample.max_new_tokens,
@@ -373,6 +385,11 @@ class PPORun(JudgedRun):
                 not self.lora.rank,
                 "--value_model does not go with --lora.rank: there the values' adapters stand on the policy's weights",
             )
+
+    @property
+    def standardised_over(self) -> int | None:
+        """Neighbouring responses that each of several rewards is standardised over before the sum, if it is."""
+        return self.ppo.group if self.resolved("reward_aggregation") == "normalize_then_sum" else None
 
     @property
     def longest_prompt(self) -> int:

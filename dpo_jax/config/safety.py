@@ -33,7 +33,10 @@ class SafetyRun(Options):
     reward: str | None = None
     """A judge of helpfulness, likewise; its mean stands beside."""
     reward_timeout: float | None = not_given(60.0)
-    """Seconds to wait for one answer of a judge that is a URL, or for your own code (600 where it is not given)."""
+    """Seconds to wait for an answer of a judge that is a URL (60), for a call of your own code (600), or for a command
+    of run: on one response (10)."""
+    reward_memory: int | None = not_given(1024)
+    """MiB that a command of run: may take for one response."""
     out: str | None = None
     """JSON file for the figures."""
     rows: str | None = None
@@ -55,5 +58,7 @@ class SafetyRun(Options):
         require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
         require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
         require(self.threshold is None or math.isfinite(self.threshold), "--threshold must be a number")
-        self.positive("--", "reward_timeout")
+        runs = any(name is not None and name.startswith("run:") for name in (self.safety_reward, self.reward))
+        require(self.reward_memory is None or runs, "--reward_memory has no effect: no judge is run:COMMAND")
+        self.positive("--", "reward_timeout", "reward_memory")
         self.at_least("--", batch_size=1)

@@ -1,5 +1,6 @@
 """The options that every training command has."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,29 +75,61 @@ class JudgedRun(TrainingRun):
     eval_data: str | None = None
     """Held-out prompts, answered with the same draws before the first iteration, every --train.eval_every and at the
     end: eval_reward, eval_kl, eval_length with intervals, and the texts' health."""
-    reward: str
-    """What judges a response: vader (sentiment, -1 to 1), length (hundreds of characters), regex:PATTERN (1 where it is
-    found, else 0), language:CODE (share of letters in its script, such as language:zh), FILE.py:FUNCTION (your own
-    code: lists of prompts and responses in, and of the data's columns that it names; numbers out), a URL,
-    judge:FILE.yaml (options of `dpo-jax judge`: a score asked of an endpoint or a model), or a reward model: a folder,
-    a hub id, or a run."""
+    reward: str | tuple[str, ...]
+    """What judges a response, one or several, whose scores are summed: vader (sentiment, -1 to 1), length (hundreds of
+    characters), regex:PATTERN (1 where it is found, else 0), language:CODE, exact:COLUMN, numeric:COLUMN and
+    math:COLUMN (the row's right answer), json, json:SCHEMA, format:PATTERN, ramp:A:B, repetition:N, run:COMMAND,
+    FILE.py:FUNCTION (your own code), a URL, judge:FILE.yaml (options of `dpo-jax judge`: a score asked of an endpoint
+    or a model), or a reward model: a folder, a hub id, or a run. docs/rewards.md says what each gives."""
+    reward_weights: tuple[float, ...] = ()
+    """What each of several --reward is multiplied with, in their order. Not given: 1 each."""
     safety_reward: str | None = None
     """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
     reward_timeout: float | None = not_given(60.0)
-    """Seconds to wait for an answer of a URL, or for one call of your own function (600 where it is not given)."""
+    """Seconds to wait for an answer of a URL (60), or for one call of your own code (600), or of a command
+    of run: for one response (10)."""
+    reward_memory: int | None = not_given(1024)
+    """MiB that a command of run: may take for one response."""
 
     def __post_init__(self) -> None:
-        timed = takes_timeout(self.reward) or takes_timeout(self.safety_reward)
+        require(self.rewards, "--reward names no reward")
+        twice = [name for i, name in enumerate(self.rewards) if name in self.rewards[:i]]
+        require(not twice, f"--reward {twice[0] if twice else ''}: stands there twice; give it a weight instead")
+        several, weights = len(self.rewards) > 1, self.reward_weights
+        require(several or not weights, "--reward_weights has no effect with one --reward")
         require(
-            self.reward_timeout is None or timed,
-            "--reward_timeout has no effect: no reward is a URL or a function of yours",
+            not weights or len(weights) == len(self.rewards),
+            f"--reward_weights: {len(weights)} for {len(self.rewards)} of --reward; one number each",
         )
-        self.positive("--", "reward_timeout")
+        require(all(map(math.isfinite, weights)), "--reward_weights: a weight is no finite number")
+        require(
+            self.safety_reward is None or not several,
+            "--safety_reward is combined with one --reward as Llama 2 did, not with several",
+        )
+        require(
+            self.reward_timeout is None or any(map(takes_timeout, (*self.rewards, self.safety_reward))),
+            "--reward_timeout has no effect: no reward is a URL, a function of yours, math: or run:",
+        )
+        require(
+            self.reward_memory is None or any(name.startswith("run:") for name in self.rewards),
+            "--reward_memory has no effect: no --reward is run:COMMAND",
+        )
+        self.positive("--", "reward_timeout", "reward_memory")
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Each that --reward names."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward
+
+    @property
+    def told_reward(self) -> str:
+        """For one line: all of them."""
+        return " + ".join(self.rewards)
 
 
 def takes_timeout(judge: str | None) -> bool:
-    """Whether a reward may keep one waiting: a URL, or a function of the user."""
-    return judge is not None and (is_url(judge) or ".py:" in judge)
+    """Whether a reward may keep one waiting: a URL, a function or a command of the user, or mathematics."""
+    return judge is not None and (is_url(judge) or ".py:" in judge or judge.startswith(("run:", "math:")))
 
 
 def is_url(judge: str | None) -> bool:

@@ -54,6 +54,8 @@ def _value(name: str, kind: Any, words: list[str]) -> Any:
         (kind,) = (one for one in get_args(kind) if one is not NoneType)
         if words == ["None"]:
             return None
+    if kind == str | tuple[str, ...]:
+        kind = str if len(words) < 2 else tuple[str, ...]
     if not _is_tuple(kind):
         if len(words) > 1:
             raise ValueError(f"Unrecognized options: {', '.join(words[1:])}")

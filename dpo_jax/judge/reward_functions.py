@@ -3,7 +3,9 @@
 vader            sentiment, from -1 to 1 (Hutto & Gilbert 2014)
 length           hundreds of characters
 regex:PATTERN    1 where Python's re finds the pattern, else 0
-language:CODE    share of the letters that belong to the script of a language, such as language:zh
+language:CODE    share of the letters that belong to the script of a language, such as language:zh; of a language
+                 without a script of its own, such as language:fr, 1 where trigrams say so (py3langid), else 0
+exact: numeric: math: json format: ramp: repetition: run:    see `judge/reward_shipped.py`
 FILE.py:FUNCTION the user's own code, see `judge/reward_code.py`. The file is executed.
 http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
                  needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
@@ -13,7 +15,6 @@ anything else    a reward model: a folder, a hub id, or a run of ours
 
 import logging
 import os
-import re
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from jax.sharding import Mesh
 from dpo_jax.complete.http import RETRIED, checked_url, retry_after
 from dpo_jax.config import JudgeRun, PPORun, RejectionRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
@@ -33,6 +35,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_model import RewardModel, check_score
+from dpo_jax.judge.reward_shipped import OfColumn, OfText, compiled, shipped
 from dpo_jax.processes import distributed
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
@@ -85,18 +88,6 @@ class Vader:
     def __call__(self, text: str) -> float:
         """The compound score: -1 most negative, 0 neutral, 1 most positive."""
         return float(self._analyzer.polarity_scores(text)["compound"])
-
-
-class OfText:
-    """A function of each response alone."""
-
-    everywhere = False
-
-    def __init__(self, identity: str, function: Callable[[str], float]):
-        self.identity, self._function = identity, function
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return [self._function(text) for text in responses]
 
 
 def share_of_script(text: str, language: str) -> float:
@@ -225,16 +216,13 @@ def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRu
         asked = JudgeReward(judge, config.out or judge.removeprefix(PREFIX))
         return asked if asked.opened else None
     if kind == "regex":
-        try:
-            pattern = re.compile(rest)
-        except re.error as error:
-            raise InputError(f"--reward {judge}: {error}") from error
+        pattern = compiled(judge, rest)
         return OfText(judge, lambda text: float(pattern.search(text) is not None))
     if kind == "language":
-        if rest not in SCRIPTS:
-            known = ", ".join(SCRIPTS)
-            raise InputError(f"--reward {judge}: a script tells only {known} apart; write a Python function for others")
-        return OfText(judge, lambda text: share_of_script(text, rest))
+        return OfText(judge, _language(judge, rest))
+    found = shipped(judge, timeout=config.reward_timeout, memory=config.reward_memory)
+    if found is not None:
+        return found
     if is_url(judge):
         return Endpoint(judge, config.resolved("reward_timeout"))
     if ".py:" in judge:
@@ -242,9 +230,18 @@ def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRu
     try:
         check_score(judge, open_checkpoint(judge).architecture)
     except InputError as error:
-        known = "vader, length, regex:PATTERN, language:CODE, FILE.py:FUNCTION, judge:FILE.yaml, a URL"
+        known = "vader, length, those with a colon (docs/rewards.md), FILE.py:FUNCTION, judge:FILE.yaml, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
     return None
+
+
+def _language(judge: str, code: str) -> Callable[[str], float]:
+    """Share of the letters in the language's script, where that tells it from others; else 1 where trigrams do."""
+    if code in SCRIPTS:
+        return lambda text: share_of_script(text, code)
+    if code not in languages():
+        raise InputError(f"--reward {judge}: {code!r} is no language that is told apart; such as en, fr or zh")
+    return lambda text: float(bool(text.strip()) and identify(text)[0] == code)
 
 
 def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
@@ -254,7 +251,7 @@ def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarra
     Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
     Raises `InputError` for what would stop the run later.
     """
-    if isinstance(function, PythonFunction):
+    if isinstance(function, PythonFunction | OfColumn):
         function.check_columns(prompts)
         first = prompts[:2]
         scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)
@@ -280,33 +277,58 @@ def scores_of(
 
     Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
     """
-    scores = np.zeros(len(responses), np.float32)
+    scores, said = _asked(function, prompts, responses, rows, name)
+    return _all_finite(scores, np.ones_like(said), rows, name) if finite else scores
+
+
+def scores_and_said(
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    rows: np.ndarray,
+    name: str,
+    *,
+    finite: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `scores_of`, and bool [N]: where the function said something, not None, of which the score is NaN."""
+    scores, said = _asked(function, prompts, responses, rows, name)
+    return _all_finite(scores, said, rows, name) if finite else scores, said
+
+
+def _asked(
+    function: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [N], and bool [N]: what is not None."""
+    both = np.zeros((2, len(responses)), np.float32)
     if function.everywhere or distributed.is_main():
         try:
             found = function(prompts, responses)
         except InputError as error:
-            if not isinstance(function, PythonFunction):
+            if not isinstance(function, PythonFunction | OfColumn):
                 raise
-            raise InputError(f"{error} (responses to {_told_rows(rows)} of the prompts)") from error
-        scores = _checked(found, rows, name, finite)
-    return scores if function.everywhere else distributed.from_main(scores)
+            raise InputError(f"{error} (responses to {told_rows(rows)} of the prompts)") from error
+        said = [one is not None for one in found] if isinstance(found, list | tuple) else True
+        scores = _checked(found, rows, name)
+        both = np.stack([scores, np.broadcast_to(np.asarray(said, np.float32), scores.shape)])
+    both = both if function.everywhere else distributed.from_main(both)
+    return both[0], both[1] > 0
 
 
-def _told_rows(rows: Sequence[int] | np.ndarray, most: int = 6) -> str:
+def told_rows(rows: Sequence[int] | np.ndarray, most: int = 6) -> str:
     """`row 3`, `rows 3, 5`, and of many the first ones and how many there are."""
     own = sorted({int(row) for row in rows})
     more = f" and {len(own) - most} more" if len(own) > most else ""
     return f"row{'s' * (len(own) > 1)} {', '.join(map(str, own[:most]))}{more}"
 
 
-def _checked(found: Any, rows: np.ndarray, name: str, finite: bool) -> np.ndarray:
+def _checked(found: Any, rows: np.ndarray, name: str) -> np.ndarray:
     if isinstance(found, list | tuple) and len(found) == len(rows):
         words = [row for row, one in zip(rows, found, strict=True) if isinstance(one, str)]
         if words:  # NumPy would read "1.5" as a number
             one = next(one for one in found if isinstance(one, str))
             raise InputError(
                 f"--reward {name}: gave something that is no list of numbers: {one[:40]!r} for responses to"
-                f" {_told_rows(words)} of the prompts"
+                f" {told_rows(words)} of the prompts"
             )
     try:
         with np.errstate(over="ignore"):
@@ -314,17 +336,22 @@ def _checked(found: Any, rows: np.ndarray, name: str, finite: bool) -> np.ndarra
     except (TypeError, ValueError) as error:
         raise InputError(
             f"--reward {name}: gave something that is no list of numbers: {str(found)[:80]} (responses to"
-            f" {_told_rows(rows)} of the prompts)"
+            f" {told_rows(rows)} of the prompts)"
         ) from error
     if scores.shape != rows.shape:
         raise InputError(
             f"--reward {name}: gave scores of shape {list(scores.shape)} for {len(rows)} responses; one number each"
-            f" (responses to {_told_rows(rows)} of the prompts)"
+            f" (responses to {told_rows(rows)} of the prompts)"
         )
-    bad = rows[~np.isfinite(scores)]
-    if len(bad) and finite:
+    return scores
+
+
+def _all_finite(scores: np.ndarray, said: np.ndarray, rows: np.ndarray, name: str) -> np.ndarray:
+    """`scores`; raises `InputError` where one of those that are `said` is not finite."""
+    bad = rows[said & ~np.isfinite(scores)]
+    if len(bad):
         raise InputError(
-            f"--reward {name}: the score of responses to {_told_rows(bad, most=len(bad))} of the prompts is not finite;"
+            f"--reward {name}: the score of responses to {told_rows(bad, most=len(bad))} of the prompts is not finite;"
             " the last checkpoint is intact"
         )
     return scores

@@ -1,8 +1,8 @@
-"""The scores of responses: by one judge, or two combined as one; of a whole file, resumable in the middle."""
+"""The scores of responses: by one judge, or several combined as one; of a whole file, resumable in the middle."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,49 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import rewards
-from dpo_jax.config import PPORun, RejectionRun
+from dpo_jax.config import PPORun, RejectionRun, is_url
 from dpo_jax.data.sets.prompts import Prompt, PromptDataset
+from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, RowsFile, write_once
 from dpo_jax.files.log import ProgressBar
-from dpo_jax.judge.reward_functions import RewardFunction, check_reward, open_reward, scores_of, try_out
+from dpo_jax.judge.reward_functions import (
+    RewardFunction,
+    check_reward,
+    open_reward,
+    scores_and_said,
+    scores_of,
+    told_rows,
+    try_out,
+)
 from dpo_jax.processes import distributed
 
 SCORED = 512
 """Responses that are judged in one call; after each the scores are on the disk."""
+LLAMA2 = ("helpfulness", "safety")
+_TAKEN = (*LLAMA2, "row", "prompt", "response", "score", "kl", "tokens", "ended", "temperature", "sample")
+"""Names that mean something else in the files that scores stand in."""
 
 
 class Judges:
-    """`--reward`, and `--safety_reward` where there is one; opened when first needed, given back by `close`."""
+    """Every `--reward`, and `--safety_reward` where there is one; opened when first needed, given back by `close`."""
 
-    def __init__(self, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int, whiten: bool = False):
-        """`whiten`: see `scored`. Raises `InputError` for a judge that cannot be opened, before the weights of one are
-        read.
+    def __init__(
+        self,
+        config: PPORun | RejectionRun,
+        *,
+        mesh: Mesh,
+        batch_size: int,
+        whiten: bool = False,
+        group: int | None = None,
+    ):
+        """`whiten`: see `scored`; `group`: neighbouring responses that each of several is standardised over.
+
+        Raises `InputError` for a judge that cannot be opened, before the weights of one are read.
         """
         self._config, self._setting, self._whiten = config, {"mesh": mesh, "batch_size": batch_size}, whiten
-        self._names = [name for name in (config.reward, config.safety_reward) if name is not None]
+        self._names = [name for name in (*config.rewards, config.safety_reward) if name is not None]
+        self._weights = config.reward_weights or (1.0,) * len(config.rewards)
+        self._group, self._two = group, config.safety_reward is not None
         checked = [check_reward(name, config) for name in self._names]
         self.described = [
             name if judge is None else judge.identity for name, judge in zip(self._names, checked, strict=True)
@@ -66,14 +89,30 @@ class Judges:
 
         `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
         """
-        return scored(self._opened(), self._names, prompts, responses, rows, tagged, whiten=self._whiten)
+        return self._scored(prompts, responses, rows, tagged, whiten=self._whiten, group=self._group)
 
     def as_they_are(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `__call__`, all finite, and two not standardised: what one model's responses score beside another's."""
-        every = (self._opened(), self._names, prompts, responses, rows, tagged)
-        return scored(*every, whiten=False, finite=True)
+        """As `__call__`, all finite, none standardised: what one model's responses score beside another's."""
+        return self._scored(prompts, responses, rows, tagged, whiten=False, finite=True)
+
+    def _scored(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        rows: np.ndarray,
+        tagged: np.ndarray,
+        *,
+        whiten: bool,
+        group: int | None = None,
+        finite: bool | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        judges, names = self._opened(), self._names
+        if self._two or len(judges) == 1:
+            return scored(judges, names, prompts, responses, rows, tagged, whiten=whiten, finite=finite)
+        finite = whiten if finite is None else finite
+        return summed(judges, names, self._weights, prompts, responses, rows, group=group, finite=finite)
 
 
 def scored(
@@ -102,7 +141,71 @@ def scored(
     helpful, safe, at = (jnp.asarray(x) for x in (*found, tagged))
     every = jnp.ones(len(rows), bool)
     both = rewards.whitened(helpful, safe, at, every) if whiten else rewards.combined(helpful, safe, at)
-    return np.asarray(both), dict(zip(("helpfulness", "safety"), found, strict=True))
+    return np.asarray(both), dict(zip(LLAMA2, found, strict=True))
+
+
+def summed(
+    judges: Sequence[RewardFunction],
+    names: Sequence[str],
+    weights: Sequence[float],
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    rows: np.ndarray,
+    *,
+    group: int | None,
+    finite: bool,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The weighted sum of several judges' scores, and each judge's own: NaN where it said None, which is in no sum.
+
+    `group`: each is standardised first over so many neighbouring responses. Raises `InputError` for a response of which
+    no judge says anything, and under `finite` for scores that are not finite.
+    """
+    both = [
+        scores_and_said(judge, prompts, responses, rows, name, finite=finite)
+        for judge, name in zip(judges, names, strict=True)
+    ]
+    found, said = np.stack([x for x, _ in both]), np.stack([x for _, x in both])
+    if len(silent := rows[~said.any(axis=0)]):
+        raise InputError(
+            f"--reward: each gave None for responses to {told_rows(silent)} of the prompts; one must judge"
+        )
+    values = found if group is None else rewards.standardised(jnp.asarray(found), jnp.asarray(said), group)
+    total = rewards.weighted_sum(jnp.asarray(values), jnp.asarray(said), jnp.asarray(weights, jnp.float32))
+    return np.asarray(total), dict(zip(short_names(names), found, strict=True))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """What several judges are called in logs and files, each by itself: the function, the kind, or the folder."""
+    short: list[str] = []
+    for name in names:
+        own = name.rpartition(":")[2] if ".py:" in name else Path(name.partition(":")[0]).name
+        own = "url" if is_url(name) else own
+        own += "_" * (own in _TAKEN)
+        numbered = (own, *(f"{own}_{i}" for i in range(2, len(short) + 2)))
+        short.append(next(one for one in numbered if one not in short))
+    return short
+
+
+def part_figures(parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """TRL's `rewards/NAME/mean` and `/std` (unbiased) of each judge over the responses that it said something of.
+
+    Of Llama 2's two the means stand under `rewards/NAME`.
+    """
+    figures: dict[str, float] = {}
+    for name, values in parts.items():
+        own = np.asarray(values, np.float64)
+        own = own[np.isfinite(own)]
+        if name in LLAMA2:
+            figures[f"rewards/{name}"] = float(np.mean(values))
+        elif len(own):
+            figures[f"rewards/{name}/mean"] = float(own.mean())
+            figures[f"rewards/{name}/std"] = float(own.std(ddof=1)) if len(own) > 1 else 0.0
+    return figures
+
+
+def told_parts(parts: Mapping[str, np.ndarray], at: int) -> dict[str, float | None]:
+    """What each judge said of response `at`, for a row of a file."""
+    return {name: float(values[at]) if np.isfinite(values[at]) else None for name, values in parts.items()}
 
 
 def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges: Judges, *, label: str) -> list[Row]:

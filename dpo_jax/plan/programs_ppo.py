@@ -27,19 +27,20 @@ from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
 MULTIPLE = 8  # prompts of a rollout are padded to it, as `data/sets/prompts.py` does
-_FUNCTIONS = ("vader", "length", "regex:", "language:")
+_FUNCTIONS = ("regex", "language", "exact", "numeric", "math", "json", "format", "ramp", "repetition", "run")
 
 
 def reward_models(run: PPORun) -> int:
     """How many judges of a run are models on the devices."""
-    judges = [judge for judge in (run.reward, run.safety_reward) if judge is not None]
+    judges = [judge for judge in (*run.rewards, run.safety_reward) if judge is not None]
     return sum(_is_model(judge) for judge in judges)
 
 
 def _is_model(judge: str) -> bool:
     if judge.startswith(PREFIX):
         return read_judge(judge).model is not None
-    return not (judge.startswith(_FUNCTIONS) or is_url(judge) or ".py:" in judge)
+    plain = judge in ("vader", "length", "json") or judge.partition(":")[0] in _FUNCTIONS
+    return not (plain or is_url(judge) or ".py:" in judge)
 
 
 def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str) -> Program:

@@ -20,7 +20,7 @@ from dpo_jax.complete.responses import decode
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.files.jsonl import Row, write_lines
-from dpo_jax.judge.scores import Judges
+from dpo_jax.judge.scores import Judges, part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.report.statistics import interval, kl_estimates
@@ -98,7 +98,7 @@ class HeldOutPrompts:
             low, high = interval(values, seed=self._config.seed)
             found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
         found |= {name.removeprefix("eval_"): value for name, value in kl_estimates(logps, reference, mask).items()}
-        found |= {f"rewards/{name}": float(values.mean()) for name, values in combined.items()}
+        found |= part_figures(combined)
         told = dataclasses.asdict(health(bodies))
         return found | {"ended": float(ended.mean())} | {name: told[name] for name in _HEALTH}
 
@@ -155,7 +155,7 @@ class HeldOutPrompts:
                 "prompt": self._data.prompts[i].plain,
                 "response": text,
                 "score": float(scores[i]),
-                **{name: float(values[i]) for name, values in combined.items()},
+                **told_parts(combined, i),
                 "kl": float(kl[i]),
                 "tokens": int(lengths[i]),
                 "ended": bool(ended[i]),

@@ -23,6 +23,7 @@ from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
+from dpo_jax.judge.scores import part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import generate
@@ -124,7 +125,7 @@ class Rollouts:
         self._move_kl_coefficient(float(kl.mean()))
         first, scoring, further, measuring = np.diff(clock).tolist()
         figures: Row = {"seconds_sampling": first + further, "seconds_measuring": measuring, "seconds_scoring": scoring}
-        return rollout, figures | more | {f"rewards/{name}": float(part.mean()) for name, part in parts.items()}
+        return rollout, figures | more | part_figures(parts)
 
     def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
@@ -270,7 +271,7 @@ class Rollouts:
                     "prompt": prompts[i].plain,
                     "response": texts[i],
                     "score": float(rollout.scores[i]),
-                    **{name: float(part[i]) for name, part in parts.items()},
+                    **told_parts(parts, i),
                     "kl": float(kl[i]),
                     "tokens": int(rollout.response_lengths[i]),
                     "ended": bool(rollout.ended[i]),

@@ -107,3 +107,13 @@ def test_auxiliary_heads_are_read_from_the_options():
 def test_options_without_sense_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         RewardConfig(**options)
+
+
+def test_several_rewards_as_one() -> None:
+    scores = jnp.asarray([[1.0, 3.0, 2.0, jnp.nan], [10.0, 10.0, 4.0, 8.0]])
+    said = jnp.isfinite(scores)
+    weights = jnp.asarray([2.0, 0.5])
+    np.testing.assert_allclose(rewards.weighted_sum(scores, said, weights), [7, 11, 6, 4])
+    found = rewards.standardised(scores, said, 2)  # [1, 3]: mean 2, deviation sqrt 2; one alone, and equal ones: 0
+    r, s = 1 / (2**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)
+    np.testing.assert_allclose(found, [[-r, r, 0, 0], [0, 0, -s, s]], rtol=1e-6)

@@ -34,7 +34,7 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.reward_functions import OfText
-from dpo_jax.judge.scores import scored
+from dpo_jax.judge.scores import part_figures, scored, short_names, summed
 from dpo_jax.report.samples import read_rows
 from dpo_jax.sample import generate
 from dpo_jax.train import session as training
@@ -334,9 +334,32 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
     assert parts["helpfulness"].tolist() == [3, 3, 4, 1]
 
 
+def test_several_rewards() -> None:
+    judges = [OfText("a", len), OfText("b", lambda text: None if "b" in text else 1.0)]
+    texts, rows = ["abc", "c", "bb", "bbb"], np.arange(4)
+    every = (judges, ("vader", "m.py:score"), (1.0, 10.0), [None] * 4, texts, rows)
+    scores, parts = summed(*every, group=None, finite=True)
+    assert scores.tolist() == [3, 11, 2, 3]
+    assert list(parts) == ["vader", "score_"]
+    found = part_figures(parts)
+    assert (found["rewards/vader/mean"], found["rewards/score_/mean"], found["rewards/score_/std"]) == (2.25, 1, 0)
+    scores, _ = summed(*every, group=2, finite=True)
+    np.testing.assert_allclose(scores, [2**-0.5, -(2**-0.5), -(2**-0.5), 2**-0.5], rtol=3e-4)
+    assert short_names(["a_2", "x.py:a", "y.py:a", "http://a/b", "runs/rm"]) == ["a_2", "a", "a_3", "url", "rm"]
+    silent = [OfText("b", lambda text: None if "b" in text else 1.0)] * 2
+    with pytest.raises(InputError, match="each gave None for responses to rows 0, 2, 3 of the prompts"):
+        summed(silent, ("b", "c"), (1, 1), [None] * 4, texts, rows, group=None, finite=True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--reward", "vader", "--reward", "vader"], "vader: stands there twice"),
+        (["--reward", "vader", "length", "--reward_weights", "1"], "1 for 2 of --reward; one number each"),
+        (["--reward", "vader", "--reward_weights", "1"], "no effect with one --reward"),
+        (["--reward", "vader", "--reward_aggregation", "normalize_then_sum"], "no effect with one --reward"),
+        (["--reward", "vader", "length", "--safety_reward", "vader"], "not with several"),
+        (["--reward", "vader", "length", "--reward_aggregation", "normalize_then_sum"], "it needs --ppo.group_size"),
         (["--reward", "{mine}:nan"], "the score of responses to row 5 of the prompts is not finite"),
         (["--reward", "{mine}:absent"], "has no function absent"),
         (["--reward", "{mine}:broken"], r"mine.py, line 6: NameError: name 'undefined_name'"),
@@ -344,7 +367,9 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--sample.top_k", "5"], r"--sample.top_k does not go with PPO"),
         (["--reward", "no.py:f"], "no.py is no file"),
         (["--reward", "regex:("], "--reward regex"),
-        (["--reward", "language:en"], "a script tells only"),
+        (["--reward", "language:xx"], "no language that is told apart"),
+        (["--reward", "exact:answer"], "'answer' is no column of the prompts; they have none beside"),
+        (["--reward", "vader", "--reward_memory", "9"], "no --reward is run:COMMAND"),
         (["--reward", "http://me:secret@host/"], "leave the password out"),
         (["--reward", "{model}"], "has no reward head"),
         (["--reward", "vader", "--sample.temperature", "0"], "PPO learns from samples"),
@@ -353,7 +378,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "32"], "does not divide by 128"),
         (["--reward", "vader", "--train.layout", "separate"], "--train.layout has no effect in dpo-jax ppo"),
         (["--reward", "vader", "--train.eval_every", "2"], "--train.eval_every has no effect without --eval_data"),
-        (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL or a function"),
+        (["--reward", "vader", "--reward_timeout", "3"], "no reward is a URL, a function"),
         (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 64"),
         (["--reward", "vader", "--sample.max_new_tokens", "22"], "leaves no room for a prompt"),
         (["--reward", "vader", "--value_model", "{model}"], "has no reward head"),
@@ -386,12 +411,14 @@ def test_bad_prompts(inputs: Path, tmp_path: Path) -> None:
 def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) -> None:
     """Groups without variance are sampled again, and greedy responses scored; a second call says that it is done."""
     code = "def some(prompts, responses):\n    return [float(len(t) % 3 == 0) for t in responses]\n"
+    code += "def row(completions, **kwargs):\n    return [None if len(t) % 3 else 0.0 for t in completions]\n"
     (tmp_path / "r.py").write_text(code)
     args = ["grpo", "--model", inputs / "model", "--data", inputs / "prompts.jsonl", "--out", tmp_path / "out"]
     args += ["--reward", f"{tmp_path / 'r.py'}:some", "--ppo.preset", preset, "--train.steps", "2"]
     args += ["--train.batch_size", "8", "--sample.max_new_tokens", "6", "--data.template", "raw"]
     args += ["--data.max_length", "22", "--optimizer.learning_rate", "1e-3"]
-    args += ["--ppo.group_size", "2"] if preset == "dapo" else []
+    if preset == "dapo":
+        args += ["--ppo.group_size", "2", "--reward", f"{tmp_path / 'r.py'}:row", "--reward_weights", "2", "7"]
     narrow = ["--sample.weights", "int8", "--ppo.sampler_correction", "token_truncate"]
     args += narrow if preset == "remax" else []
     assert cli.main([str(word) for word in args]) == 0
@@ -400,6 +427,10 @@ def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) ->
     assert all(0 <= row["frac_reward_zero_std"] <= 1 for row in rows)
     assert all(("rollout/resampled" in row) == (preset == "dapo") for row in rows)
     if preset == "dapo":
+        drawn = read_rows(tmp_path / "out" / "samples.jsonl")
+        assert all(s["score"] == 2 * s["some"] and s["row_"] == (0 if s["some"] else None) for s in drawn)
+        assert rows[0]["rewards/some/mean"] == np.mean([s["some"] for s in drawn if s["step"] == 1])
+        assert rows[0]["rewards/row_/mean"] == rows[0]["rewards/row_/std"] == 0 < rows[0]["rewards/some/std"]
         assert all(row["frac_reward_zero_std"] <= row["rollout/resampled"] for row in rows)
         assert any(row["frac_reward_zero_std"] < row["rollout/resampled"] for row in rows)
         assert all(row["rollout/learned"] == 1 - row["frac_reward_zero_std"] for row in rows)

@@ -1,0 +1,125 @@
+"""Rewards that can be checked, and commands of the user."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.errors import InputError
+from dpo_jax.judge.reward_command import code_of
+from dpo_jax.judge.reward_functions import check_reward, scores_of, try_out
+from dpo_jax.judge.reward_shipped import last_number, repetition, shipped
+
+
+def scores(spec: str, texts: list[str], right: object = None, *, timeout: float | None = None) -> list[float]:
+    prompts = [Prompt((), "p", {"right": right})] * len(texts)
+    judge = shipped(spec, timeout=timeout, memory=None)
+    return scores_of(judge, prompts, texts, np.arange(1, len(texts) + 1), spec).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spec", "right", "texts", "expected"),
+    [
+        ("exact:right", "Paris", [" Paris\n", "paris", "Paris."], [1, 0, 0]),
+        ("exact:right", ["a", 3], ["3", "a", "b"], [1, 1, 0]),
+        ("numeric:right", "6 * 7\n#### 42", ["It is 42.", "42.00001", "-42", "none", "24 42.1"], [1, 1, 0, 0, 0]),
+        ("numeric:right", -1234.5, ["-1,234.5", "= -1.2345e3", "5-1234.5"], [1, 1, 0]),
+        ("format:<think>.*</think>[^<]+", None, ["<think>a\nb</think>c", "x<think>a</think>c", ""], [1, 0, 0]),
+        ("json", None, ['{"a": 1}', "[1, 2] 3", "NaN", "", "[" * 100_000], [1, 0, 0, 0, 0]),
+        ("ramp:2:6", None, ["", "ab", "abc", "abcd", "abcdefg"], [1, 1, 0.75, 0.5, 0]),
+        ("ramp:6:2", None, ["ab", "abc", "abcdefg"], [0, 0.25, 1]),
+        ("repetition:2", None, ["a b c", "a b a B", "a a a a a", "a"], [0, -1 / 3, -3 / 4, 0]),
+    ],
+)
+def test_values_by_hand(spec, right, texts, expected) -> None:
+    np.testing.assert_allclose(scores(spec, texts, right), expected, rtol=1e-6)
+
+
+def test_numbers_of_texts() -> None:
+    for text, number in (
+        ("1,234,567", 1234567),
+        ("1,2345", 2345),
+        ("x=.5", 0.5),
+        ("7-3", 3),
+        ("2 -3", -3),
+        ("no", None),
+    ):
+        assert last_number(text) == number, text
+    assert repetition("", 1) == 0
+
+
+def test_a_schema_of_json(tmp_path) -> None:
+    schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+    (path := tmp_path / "schema.json").write_text(json.dumps(schema))
+    assert scores(f"json:{path}", ['{"n": 1}', '{"n": "1"}', "{}", "n"]) == [1, 0, 0, 0]
+    for text, message in (
+        ('{"type": 3}', "is no JSON schema"),
+        ("{", "Expecting property name"),
+        ('{"$ref": "https://example.com/x.json"}', "refers to what it does not hold"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            scores(f"json:{path}", ["1"])
+
+
+def test_mathematics() -> None:
+    pytest.importorskip("math_verify")
+    texts = ["so $\\boxed{\\frac{1}{2}}$", "the answer is 0.5", "the answer is $2$"]
+    assert scores("math:right", texts, "\\frac{1}{2}") == [1, 1, 0]
+    with pytest.raises(InputError, match=r"none that math-verify reads.*responses to row 1 of the prompts"):
+        scores("math:right", ["1"], "")
+
+
+CHECK = """
+import json, os, sys, time
+asked = json.loads(sys.stdin.readline())
+code = asked["code"]
+assert "SECRET" not in os.environ and os.listdir() == []
+if "hang" in code: time.sleep(60)
+if "greedy" in code: x = bytearray(4 << 30)
+if "word" in code: print("good")
+else: print("some words"); print(float(code.strip() == asked["columns"]["right"]))
+"""
+
+
+def test_a_command_of_the_user(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    (path := tmp_path / "check.py").write_text(CHECK)
+    spec = f"run:{sys.executable} {path}"
+    texts = ["Look:\n```python\nx = 1\n```\nDone.", "x = 2", "hang", "greedy"]
+    assert scores(spec, texts, "x = 1", timeout=3) == [1, 0, 0, 0]
+    assert "of 4 responses 1 ran out of time, 1 ended with an error: they score 0" in caplog.text
+    with pytest.raises(InputError, match="no list of numbers: 'good' for responses to row 1"):
+        scores(spec, ["word"], "x")
+    assert code_of("```\na\n```\n```c\nb\n```") == "b\n"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("exact:", "name the column of the right answers, such as exact:answer"),
+        ("format:(", "missing"),
+        ("ramp:2", "write ramp:A:B"),
+        ("ramp:2:2", "write ramp:A:B"),
+        ("repetition:0", "write repetition:N"),
+        ("run:no-such-command", "is no command"),
+        ("run:'", "No closing quotation"),
+        ("json:/no/such.json", "No such file"),
+    ],
+)
+def test_one_line_errors(spec, message) -> None:
+    with pytest.raises(InputError, match=message):
+        shipped(spec, timeout=None, memory=None)
+
+
+def test_a_language_without_a_script_of_its_own_and_a_column_that_is_not_there() -> None:
+    class Options:
+        reward_timeout = reward_memory = None
+
+    judge = check_reward("language:fr", Options())
+    assert judge([], ["Le chat est assis sur la chaise.", "The cat sits on the chair.", " "]) == [1, 0, 0]
+    with pytest.raises(InputError, match="'right' is no column of the prompts; they have answer"):
+        try_out(check_reward("exact:right", Options()), [Prompt((), "p", {"answer": 1})], np.arange(1), "exact:right")
+    assert shipped("runs/rm", timeout=None, memory=None) is None
