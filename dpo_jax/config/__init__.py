@@ -58,6 +58,7 @@ from dpo_jax.config.talk import ChatRun, ServeRun, TalkOptions
 from dpo_jax.config.training import HoldoutRun, JudgedRun, TrainingRun, is_url
 from dpo_jax.config.vocabulary import ExtendVocabRun
 from dpo_jax.config.win_rate import WinRateRun
+from dpo_jax.config.zephyr import ZephyrRun
 
 __all__ = [
     "ASPECTS",
@@ -145,6 +146,7 @@ __all__ = [
     "TrainingRun",
     "WinRateRun",
     "WriterConfig",
+    "ZephyrRun",
     "derive",
     "is_url",
     "sft_inside",

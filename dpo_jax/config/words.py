@@ -60,6 +60,7 @@ _NOT_LIVE = tuple(
     f"sample.{name}"
     for name in ("repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens", "beams", "length_penalty")
 )
+_NO_BEAMS = ("sample.beams", "sample.length_penalty")
 _FIXED_DRAW = tuple(f"sample.{name}" for name in ("temperature", "top_k", "top_p", "min_p", "beams", "length_penalty"))
 
 
@@ -220,7 +221,20 @@ COMMANDS = {
         "DSFTRun",
         "dpo_jax.commands.recipes.dsft:recipe",
         "dialogues for distilled SFT: a teacher answers, refines instructions, plays both sides; filters",
-        unused=("sample.beams", "sample.length_penalty"),
+        unused=_NO_BEAMS,
+        recipe=True,
+    ),
+    "recipe zephyr": Command(
+        "ZephyrRun",
+        "dpo_jax.commands.recipes.zephyr:recipe",
+        "Zephyr: a teacher's dialogues, distilled SFT, AI feedback, distilled DPO, one report",
+        unused=(
+            *(f"dsft.{name}" for name in ("prompts", "out", "ignore_config_keys", *_NO_BEAMS)),
+            *_inside("sft", *_NOT_SFT, "holdout"),
+            *(f"aif.{name}" for name in ("prompts", "pool", "judge", "out", "ignore_config_keys")),
+            *_inside("dpo", "reference", "holdout"),
+            *_NO_BEAMS,
+        ),
         recipe=True,
     ),
     "recipe aif": Command(
@@ -292,7 +306,7 @@ COMMANDS = {
         "JudgeRun",
         "dpo_jax.commands.judge:judge",
         "judge responses by an endpoint, a model of this machine or a function: rating, pair, list, checklist",
-        unused=("sample.beams", "sample.length_penalty"),
+        unused=_NO_BEAMS,
     ),
     "average": Command(
         "AverageRun",

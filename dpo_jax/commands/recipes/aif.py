@@ -34,8 +34,9 @@ from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines, write_on
 from dpo_jax.files.log import ProgressBar, say, show_log
 from dpo_jax.files.stages import Figures, Stage, Stages
 from dpo_jax.judge import feedback
+from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt
 from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge
-from dpo_jax.judge.judging import Item, one_score
+from dpo_jax.judge.judging import Item, Judgement, one_score
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward
 from dpo_jax.mesh import make_mesh
@@ -72,10 +73,10 @@ class AIF:
         self._judge = self._judge_run()
         if self._judge.function is not None:
             self._function = check_reward(self._judge.function, self._judge)
-            self._prompts = {"score": None}
+            self._prompts: dict[str, JudgePrompt | None] = {"score": None}
         elif self._judge.resolved("ask") == "list":
             asked = {"critique": run.critique, "language": run.language, "templates": run.templates}
-            self._prompts = feedback.feedback_prompts(run.aspects, **asked)
+            self._prompts = dict(feedback.feedback_prompts(run.aspects, **asked))
         else:
             self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
         self._asker: Answerer | None = None
@@ -238,25 +239,14 @@ class AIF:
             )
             for row in read_lines(self._out / "responses.jsonl")
         ]
-        if judge.function is not None and self._function is None:
-            mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
-            setting: dict[str, Any] = {"batch_size": judge.batch_size, "dtype": judge.dtype}
-            self._function = ModelReward(judge.function, raw=False, mesh=mesh, **setting)
-        if judge.function is None and self._asker is None:
-            self._asker = self._answerer("judge", judge)
-            warn_of_family(str(judge.model or judge.endpoint.model), {writer.name for writer in self._pool})
+        warn_of_family(str(judge.model or judge.endpoint.model), {writer.name for writer in self._pool})
         settings = {"items": len(items), "prompt": None if prompt is None else prompt.version}
 
         def work(file: RowsFile) -> None:
             with ProgressBar(name, len(items), done=len(file.rows)) as bar:
                 while len(file.rows) < len(items):
                     some = items[len(file.rows) : len(file.rows) + _AT_ONCE]
-                    if prompt is None:
-                        assert self._function is not None, "there is a function"
-                        found = by_function(some, self._function, self._run.judge)
-                    else:
-                        assert self._asker is not None, "there is an asker"
-                        found = put(some, prompt, self._asker, seed=judge.seed, criteria=judge.criteria)
+                    found = self._judgements(some, prompt)
                     file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
                     bar.update(len(file.rows))
 
@@ -266,6 +256,29 @@ class AIF:
             raise InputError(f"--judge {self._run.judge}: {error}") from error
         told = "" if self._asker is None else self._asker.told
         return {"unparsed": sum(row["unparsed"] for row in rows)} | ({"judge": told} if told else {})
+
+    def _judgements(self, items: Sequence[Item], prompt: JudgePrompt | None) -> list[Judgement]:
+        """`prompt`: None of a function."""
+        judge = self._judge
+        if prompt is None:
+            if self._function is None:
+                mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
+                setting: dict[str, Any] = {"batch_size": judge.batch_size, "dtype": judge.dtype}
+                self._function = ModelReward(str(judge.function), raw=False, mesh=mesh, **setting)
+            return by_function(items, self._function, self._run.judge)
+        if self._asker is None:
+            self._asker = self._answerer("judge", judge)
+        return put(items, prompt, self._asker, seed=judge.seed, criteria=judge.criteria)
+
+    def compared(self, items: Sequence[Item]) -> list[Judgement]:
+        """Of two responses each: a verdict by the judge's scores; one that asks `list` is asked for pairs."""
+        prompt = next(iter(self._prompts.values()))
+        if prompt is not None and prompt.ask == "list":
+            prompt = our_prompt("pair", self._run.language)
+        try:
+            return self._judgements(items, prompt)
+        except InputError as error:
+            raise InputError(f"--judge {self._run.judge}: {error}") from error
 
     def _assemble(self) -> Figures:
         if self._asker is not None:
