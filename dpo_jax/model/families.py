@@ -57,6 +57,7 @@ class Family:
       unrotated: config.json may name layers without positions (`no_rope_layers`).
       longrope: the original length stands beside the RoPE's fields, which may call longrope su or yarn.
       two_bases: windowed layers have a base of their own (`rope_local_base_freq`, or RoPE fields by layer type).
+      base_key: that base has the key `rope_local_base_freq`.
       fused: tensors of several projections in one on disk, part after part: name -> parts.
       classifier: prefix of its ...ForSequenceClassification in `transformers`, where it is another; None: it has none.
       head_size: its config.json has `head_dim`; elsewhere that is written only where it does not follow from the width.
@@ -73,6 +74,7 @@ class Family:
     unrotated: bool = False
     longrope: bool = False
     two_bases: bool = False
+    base_key: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     classifier: str | None = ""
     head_size: bool = True
@@ -226,6 +228,7 @@ FAMILIES: dict[str, Family] = {
         windows="pattern",
         root_embedding=True,
         two_bases=True,
+        base_key=True,
         classifier="Gemma3Text",
         gguf=GGUF("gemma3", keys={**_WINDOW, **_LOGIT_CAP, **_NEAR}, wide_layers=62),
     ),
@@ -236,6 +239,23 @@ FAMILIES: dict[str, Family] = {
         keys=("attention_bias",),
         head_size=False,
         gguf=GGUF("olmo2"),
+    ),
+    "olmo3": Family(
+        "Olmo3",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 1,
+            "eos_token_id": 50_279,
+            "rope_theta": 500_000.0,
+            "rope_local_base_freq": 500_000.0,
+            "sliding_window": 4096,
+            "_sliding_window_pattern": 4,
+        },
+        fields={"norms": "after", "qk_norm": "projection"},
+        keys=("attention_bias",),
+        windows="pattern",
+        two_bases=True,
+        head_size=False,
     ),
     "granite": Family(
         "Granite",

@@ -195,6 +195,7 @@ def write(config: "LlamaConfig", family: Family) -> dict[str, Any]:
     if family.two_bases:
         near = {"rope_type": "default", "rope_theta": config.local_rope_theta}
         raw["rope_parameters"] = {_GLOBAL: whole, _LOCAL: near}
+    if family.base_key:
         raw["rope_local_base_freq"] = config.local_rope_theta
     return raw
 

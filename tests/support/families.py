@@ -69,6 +69,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
+    "olmo3": (
+        "Olmo3",
+        {"attention_bias": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_parameters": {"full_attention": _YARN,
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
     "granite": (
         "Granite",
         {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3, "embedding_multiplier": 6.0,
