@@ -1,16 +1,20 @@
-"""`dpo-jax pairs`: preference pairs out of scored lists, by a named rule."""
+"""`dpo-jax pairs`: preference pairs out of scored lists, by a named rule, or of solutions made wrong in one place."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.config import PairsRun
 from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
 from dpo_jax.data.rows.comparisons import Comparison
+from dpo_jax.data.rows.corrupt import corrupt, edit_distance
+from dpo_jax.data.rows.dialogues import Dialogue, parse_dialogue
+from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sources.checked_rows import CheckedRows
@@ -36,6 +40,8 @@ def pairs(run: PairsRun) -> Path:
     Returns the path. Raises `InputError`.
     """
     out = check_output(run.out)
+    if run.rule == "corrupt":
+        return _corrupted(run, out)
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
 
     def numbered(chunk: Any) -> Iterator[tuple[int, _Scored]]:
@@ -79,6 +85,50 @@ def pairs(run: PairsRun) -> Path:
     return out
 
 
+def _corrupted(run: PairsRun, out: Path) -> Path:
+    """Right solutions against themselves with one place made wrong; `edit_distance` in characters beside them."""
+    kind = run.resolved("corrupt")
+
+    def numbered(chunk: Any) -> Iterator[tuple[int, Dialogue]]:
+        yield from chunk
+
+    source = CheckedRows(run.data.files, None, columns=run.data.columns)
+    rows, _ = source.collect(parse_dialogue, numbered, run.on_bad_rows)
+    made: list[Row] = []
+    shares: list[float] = []
+    for number, one in rows:
+        *prompt, answer = one.messages
+        found = corrupt(answer.content, kind, key=f"{run.seed} {number}")
+        if found is None:
+            continue
+        distance = edit_distance(answer.content, found.text)
+        shares.append(distance / max(len(answer.content), len(found.text)))
+        told = {"row": number, "edit_distance": distance, "changed": list(found.changed)}
+        made.append(_texts(prompt, answer.content, found.text) | told)
+    if not made:
+        raise InputError(f"{run.data.files}: no solution has a {kind} to change; try the other --corrupt")
+    write_lines(out, made)
+    mean = float(np.mean([row["edit_distance"] for row in made]))
+    say(
+        f"{out}: {len(made)} pairs of {len(rows)} rows, one {kind} changed in each; edit distance {mean:.1f} characters"
+        f" on average, {np.mean(shares):.1%} of the longer text; {len(rows) - len(made)} rows have no {kind} to change"
+    )
+    return out
+
+
+def _texts(prompt: Sequence[Message], chosen: str, rejected: str) -> Row:
+    single = len(prompt) == 1 and prompt[0].role == "user"
+    pair: Row = {
+        "prompt": prompt[0].content if single else [message.as_dict() for message in prompt],
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+    if not single:  # a prompt of messages goes with answers of messages
+        for side in ("chosen", "rejected"):
+            pair[side] = [{"role": "assistant", "content": pair[side]}]
+    return pair
+
+
 def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
     """Raises `BadRow` for a row without the scores that the rule takes."""
     found = parse_responses(row)
@@ -109,19 +159,9 @@ def _number(completion: dict[str, Any]) -> float | None:
 
 
 def _pair(number: int, one: _Scored, chosen: int, rejected: int) -> Row:
-    messages = one.found.messages
-    single = len(messages) == 1 and messages[0].role == "user"
-    pair: Row = {
-        "prompt": messages[0].content if single else [message.as_dict() for message in messages],
-        "chosen": one.found.responses[chosen],
-        "rejected": one.found.responses[rejected],
-        "score_chosen": one.scores[chosen],
-        "score_rejected": one.scores[rejected],
-        "row": number,
-    }
-    if not single:  # a prompt of messages goes with answers of messages
-        for side in ("chosen", "rejected"):
-            pair[side] = [{"role": "assistant", "content": pair[side]}]
+    texts = one.found.responses
+    pair = _texts(one.found.messages, texts[chosen], texts[rejected])
+    pair |= {"score_chosen": one.scores[chosen], "score_rejected": one.scores[rejected], "row": number}
     if one.models[chosen] is not None:
         pair |= {"chosen_model": one.models[chosen], "rejected_model": one.models[rejected]}
     return pair

@@ -156,15 +156,19 @@ class JudgeRun(Options, metaclass=RunOptions):
 class PairsRun(Options, metaclass=RunOptions):
     """Preference pairs out of scored lists, by a named rule: `dpo-jax pairs`.
 
-    --data holds a prompt and several responses with a score each, or UltraFeedback's schema, its aspects averaged.
+    --data holds a prompt and several responses with a score each, or UltraFeedback's schema, its aspects averaged; for
+    --rule corrupt right solutions, as for `dpo-jax sft`.
     """
 
     data: FilesConfig = field(default_factory=FilesConfig)
     out: str
     """JSONL file to write: pairs with their scores, as `dpo-jax dpo` and `dpo-jax reward` read them."""
-    rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all"] = "zephyr"
+    rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all", "corrupt"] = "zephyr"
     """zephyr: the best against a random one that scores lower. ultrafeedback_binarized: the best by overall_score
-    against a random other one. best_worst: best against worst. all: every pair of different scores."""
+    against a random other one. best_worst: best against worst. all: every pair of different scores. corrupt: a right
+    solution against itself with one place made wrong (Smaug), its edit distance beside it."""
+    corrupt: Literal["number", "step"] | None = not_given("number", rule=("corrupt",))
+    """number: one number becomes another of as many digits. step: two neighbouring steps change places."""
     ties: Literal["draw", "strict"] = "draw"
     """What a shared best score does. draw: the seed chooses one. strict: it drops the row."""
     repair: Literal["ultrafeedback"] | None = None
@@ -175,5 +179,7 @@ class PairsRun(Options, metaclass=RunOptions):
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
 
     def __post_init__(self) -> None:
+        self.refuse_idle("--")
+        require(self.rule != "corrupt" or self.ties == "draw", "--ties has no effect with --rule corrupt")
         overall = self.rule == "ultrafeedback_binarized"
         require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")

@@ -316,7 +316,7 @@ COMMANDS = {
     "pairs": Command(
         "PairsRun",
         "dpo_jax.commands.pairs:pairs",
-        "preference pairs out of scored lists, by a named rule: zephyr, ultrafeedback_binarized, best_worst, all",
+        "preference pairs by a named rule: zephyr, ultrafeedback_binarized, best_worst, all, corrupt",
     ),
     "convert": Command(
         "ConvertRun",

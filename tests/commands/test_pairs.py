@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax.cli import main
 from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
+from dpo_jax.data.rows.corrupt import corrupt, edit_distance
 from dpo_jax.data.rows.preferences import parse_pair
 from dpo_jax.data.rows.readable import readable
 
@@ -83,3 +84,71 @@ def test_ultrafeedback_schema_and_its_repair(tmp_path, capsys) -> None:
     assert rows(out)[0]["chosen_model"] == "m6"
     assert main([*args, "--repair", "ultrafeedback"]) == 2
     assert "--repair has no effect with --rule zephyr" in capsys.readouterr().err
+
+
+# ---- right solutions made wrong in one place -----------------------------------------------------------------------
+
+
+def test_edit_distances_by_hand() -> None:
+    for a, b, n in (("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0), ("12", "21", 2), ("aXa", "aa", 1)):
+        assert edit_distance(a, b) == edit_distance(b, a) == n
+
+
+def test_one_number_changes_and_nothing_else() -> None:
+    solution = "She has 12 + 1,250 = 1,262 coins. Half is 0.5 of it: 631."
+    seen = set()
+    for key in map(str, range(200)):
+        found = corrupt(solution, "number", key=key)
+        assert found is not None
+        old, new = found.changed
+        seen.add(old)
+        assert len(old) == len(new)
+        assert float(old.replace(",", "")) != float(new.replace(",", ""))
+        assert new == "0" or not new.startswith("0") or old.startswith("0")
+        differ = sum(x != y for x, y in zip(solution, found.text, strict=True))
+        assert 0 < edit_distance(solution, found.text) <= differ <= len(old)
+        assert corrupt(solution, "number", key=key) == found
+    assert seen == {"12", "1,250", "1,262", "0.5", "631"}
+    assert corrupt("no number", "number", key="0") is None
+
+
+def test_two_neighbouring_steps_change_places() -> None:
+    lines = "one\n\ntwo\nthree\n"
+    found = {corrupt(lines, "step", key=str(i)) for i in range(40)}
+    assert {one.text for one in found if one} == {"two\n\none\nthree\n", "one\n\nthree\ntwo\n"}
+    assert {one.text for i in range(9) if (one := corrupt("A. B!  C", "step", key=str(i)))} == {"B! A.  C", "A. C  B!"}
+    for same in ("only one step", "x\nx\n", ""):
+        assert corrupt(same, "step", key="0") is None
+
+
+def test_the_command_corrupts(tmp_path, capsys) -> None:
+    given = [{"prompt": f"q{i}", "response": f"3 + {i} = {3 + i}"} for i in range(5)]
+    several = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "b"},
+    ]
+    given += [
+        {"prompt": "q", "response": "no number"},
+        {"messages": [*several, {"role": "assistant", "content": "22"}]},
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    words = ["pairs", "--data", str(tmp_path / "s.jsonl"), "--out", str(tmp_path / "p.jsonl")]
+    assert main([*words, "--rule", "corrupt"]) == 0
+    assert "6 pairs of 7 rows, one number changed in each" in (said := capsys.readouterr().err)
+    assert "1 rows have no number to change" in said
+    found = rows(tmp_path / "p.jsonl")
+    assert [row["row"] for row in found] == [1, 2, 3, 4, 5, 7]
+    assert [row["chosen"] for row in found[:5]] == [row["response"] for row in given[:5]]
+    assert found[5]["prompt"] == several
+    for row in found:
+        read = parse_pair(readable(row))
+        assert edit_distance(read.chosen, read.rejected) == row["edit_distance"] > 0
+    for more, message in (
+        (["--rule", "zephyr", "--corrupt", "step"], "--corrupt has no effect with --rule zephyr"),
+        (["--rule", "corrupt", "--ties", "strict"], "--ties has no effect with --rule corrupt"),
+        (["--rule", "corrupt", "--repair", "ultrafeedback"], "--repair has no effect with --rule corrupt"),
+        (["--rule", "corrupt", "--corrupt", "step"], "no solution has a step to change"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
