@@ -1,6 +1,8 @@
-"""The notebooks run from top to bottom, on the real SmolLM2 weights, and show what their text says they show."""
+"""The notebooks run from top to bottom and show what their text says they show: 01 on the real SmolLM2 weights."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -8,8 +10,6 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
-
-pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -30,6 +30,8 @@ def run(monkeypatch):
     return execute
 
 
+@pytest.mark.real
+@pytest.mark.slow
 def test_dpo_train_step(run):
     preference_loss, accuracy, before, after = run(
         "01_dpo_train_step.ipynb",
@@ -41,3 +43,36 @@ def test_dpo_train_step(run):
     assert preference_loss == pytest.approx(0.693147, abs=1e-5)
     assert accuracy == 1
     assert after < before / 2
+
+
+TINY = sorted(path.name for path in (ROOT / "notebooks").glob("0[2-9]*.ipynb"))
+RUNNER = """
+import json, sys, time, traceback
+
+for path in sys.argv[1:]:
+    cells = [c for c in json.load(open(path, encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), f"{path} is kept without outputs: clear them"
+    names, start = {"__name__": "__main__"}, time.process_time()
+    try:
+        for number, cell in enumerate(cells):
+            exec(compile("".join(cell["source"]), f"{path}, code cell {number + 1}", "exec"), names)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(f"{path}: failed")
+    print(f"{path}: {time.process_time() - start:.1f} s of CPU", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_tiny_notebooks(tmp_path):
+    # One process for all: JAX is imported once. Each asserts its effect in its own last cells.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    env = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    words = [sys.executable, "-c", RUNNER, *(str(ROOT / "notebooks" / name) for name in TINY)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in TINY:
+        text = (ROOT / "notebooks" / name).read_text(encoding="utf-8")
+        assert "assert " in text, f"{name}: asserts nothing"
+        assert "plt." in text, f"{name}: shows nothing"
