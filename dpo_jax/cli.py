@@ -14,7 +14,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from typing import Annotated, Any, get_origin
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 from dpo_jax import __version__, config
 from dpo_jax.config import shipped, yaml_file
@@ -378,17 +379,31 @@ def _shown(cls: Any, unused: Sequence[str], section: str = "") -> Any:
                 fresh = part if make is kind else partial(_section, part, make)
                 changed.append((field.name, part, dataclasses.field(default_factory=fresh)))
             continue
-        elif (spelled := option(name)) != f"--{name}":
-            name = spelled.removeprefix("--")
-            kind = Annotated[kind, tyro.conf.arg(name=name, prefix_name=False, help_behavior_hint=_hint)]
-        elif (stands := field.metadata.get("value")) is not None:
-            kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=f"(default: {stands})")]
         else:
-            continue
+            said: dict[str, Any] = _one_value(kind)
+            if (spelled := option(name)) != f"--{name}":
+                said |= {"name": spelled.removeprefix("--"), "prefix_name": False, "help_behavior_hint": _hint}
+            elif (stands := field.metadata.get("value")) is not None:
+                said["help_behavior_hint"] = f"(default: {stands})"
+            if not said:
+                continue
+            kind = Annotated[kind, tyro.conf.arg(**said)]
         changed.append((field.name, kind, copy.copy(field)))  # a copy: the type is written in
     if not changed:
         return cls
     return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True)
+
+
+def _one_value(kind: Any) -> dict[str, str]:
+    """What stands for the value of an option that may be left out: STR, where tyro writes {None}|STR."""
+    kinds = [one for one in get_args(kind) if one is not NoneType]
+    if NoneType not in get_args(kind) or len(kinds) != 1:
+        return {}
+    several = get_origin(kinds[0]) is tuple
+    of = get_args(kinds[0])[0] if several else kinds[0]
+    choices = ",".join(map(str, get_args(of)))
+    one = f"{{{choices}}}" if choices else of.__name__.upper()
+    return {"metavar": f"[{one} [{one} ...]]" if several else one}
 
 
 def _hint(default: str) -> str:

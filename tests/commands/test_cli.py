@@ -65,12 +65,15 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
         required.append("tokenizer")
     if word in ("judge", "mt-bench judge"):
         required.append("model")
+    if word == "recipe llama3" and "sft_data" not in required:
+        required.append("sft_data")
     first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word in ("plan", "bench") else []
     several = {"models": ("y",)}  # one model is no average
     parsed = cli.parse(word, first + [part for name in required for part in (f"--{name}", "x", *several.get(name, ()))])
     assert type(parsed) is getattr(config, cli.COMMANDS[word].options)
     assert cli.main([word, "--help"]) == 0
     text = capsys.readouterr().out
+    assert "{None}|" not in text, "of what may be left out help says what it is"
     for name in cli.option_names(word):
         assert f"--{name}" in text
     for name in cli.COMMANDS[word].unused:
