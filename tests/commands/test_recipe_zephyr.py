@@ -82,7 +82,10 @@ def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
             return None
 
         server.faults = faults
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        # What one process has compiled the next one reads.
+        env = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | env
         for at in (7, 36 + 14 + 5, None):  # within the teacher's dialogues, within what the judge says, and not
             kill_at[:] = [] if at is None else [at]
             with open(tmp_path / "said", "w") as said:
