@@ -18,7 +18,7 @@ from dpo_jax.cli import main
 from dpo_jax.files.jsonl import read_lines, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-GRADES = {"good": 5, "poor": 2, "bad": 1}
+GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
 
 
 def answer(body: dict[str, Any]) -> str:
@@ -34,21 +34,21 @@ def answer(body: dict[str, Any]) -> str:
         return "[[C]]" if "<answer A>\n</answer A>" in text else "[[A]]"
     said = []
     for number, part in enumerate(text.split("<Text ")[1:], 1):
-        grade = next((grade for name, grade in GRADES.items() if f"the {name} one" in part), 3)
+        grade = next(grade for name, grade in GRADES.items() if f"the {name} one" in part)
         said.append(f"Text {number}\nRating: {grade}\nRationale: so it is")
     return "\n\n".join(said)
 
 
 def words_of(folder: Path, url: str) -> list[str]:
-    """Everything tiny; the model so far is one of the writers."""
+    """Everything tiny."""
     tiny.folder(folder / "model", hidden=16, heads=2, kv_heads=1, layers=1)
     write_lines(folder / "seeds.jsonl", [{"prompt": f"Tell of the animal {tiny.WORDS[i]}"} for i in range(12)])
     prompts = [{"prompt": f"Where is {tiny.WORDS[i]}?"} for i in range(12)]
     write_lines(folder / "prompts.jsonl", prompts)
     write_lines(folder / "bad.jsonl", [{"prompt": p["prompt"], "response": "the bad one"} for p in prompts])
     pool = [f"- {{name: bad, responses: {folder / 'bad.jsonl'}}}"]
-    pool.append(f"- {{name: dsft, model: {folder / 'out' / 'sft'}, sample: {{max_new_tokens: 4}}}}")
-    pool += [f"- {{name: {n}, endpoint: {{url: '{url}', model: {n}, concurrency: 1}}}}" for n in ("good", "poor")]
+    for name in ("good", "fair", "poor"):
+        pool.append(f"- {{name: {name}, endpoint: {{url: '{url}', model: {name}, concurrency: 1}}}}")
     (folder / "pool.yaml").write_text("\n".join(pool) + "\n")
     (folder / "judge.yaml").write_text(f"ask: list\nendpoint: {{url: '{url}', model: judge, concurrency: 1}}\n")
     words = ["--model", "model", "--seeds", "seeds.jsonl", "--prompts", "prompts.jsonl", "--pool", "pool.yaml"]
@@ -82,10 +82,7 @@ def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
             return None
 
         server.faults = faults
-        # What one process has compiled the next one reads.
-        env = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        env = os.environ | env
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         for at in (7, 36 + 14 + 5, None):  # within the teacher's dialogues, within what the judge says, and not
             kill_at[:] = [] if at is None else [at]
             with open(tmp_path / "said", "w") as said:
@@ -101,8 +98,7 @@ def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
         own = [*words[words.index("--aif.samples") :]]
         own = [word.replace("--aif.", "--") for word in own[: own.index("--sft.data.max_length")]]
         files = words[words.index("--prompts") : words.index("--out")]
-        command = [sys.executable, "-m", "dpo_jax", "recipe", "aif", *files, *own, "--out", str(tmp_path / "again")]
-        subprocess.run(command, env=env, check=True, capture_output=True)
+        assert main(["recipe", "aif", *files, *own, "--out", str(tmp_path / "again")]) == 0
         assert (tmp_path / "again" / "data.jsonl").read_bytes() == (out / "aif" / "data.jsonl").read_bytes()
     pairs, heldout = read_lines(out / "pairs.jsonl"), read_lines(out / "heldout.jsonl")
     assert sorted(row["row"] for row in pairs + heldout) == [row["row"] for row in read_lines(out / "aif/pairs.jsonl")]
