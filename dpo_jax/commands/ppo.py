@@ -131,7 +131,8 @@ def train(config: PPORun) -> Path:
     rollouts = Rollouts(model, tokenizer, data, prompts, judges, log, **writing)
     evaluate = None
     if heldout is not None:
-        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, width=prompts.width, **writing)
+        writing |= {"width": prompts.width, "samples": config.resolved("eval_samples"), "passes": config.eval_pass}
+        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
     final = training.fit(
         state,
         ppo.jit_train_step(step_config, mesh),

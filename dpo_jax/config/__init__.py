@@ -29,7 +29,8 @@ from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2Ch
 from dpo_jax.config.llama3 import Llama3Run
 from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, BenchRun, PlanRun
-from dpo_jax.config.ppo import GRPORun, PPOConfig, PPOLossConfig, PPORun
+from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
+from dpo_jax.config.ppo_run import GRPORun, PPORun
 from dpo_jax.config.prepare import PrepareRun
 from dpo_jax.config.presets import PRESETS
 from dpo_jax.config.rejection import RejectionConfig, RejectionRun

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from dpo_jax.config.checks import require
-from dpo_jax.config.ppo import PPORun
+from dpo_jax.config.ppo_run import PPORun
 from dpo_jax.config.rejection import RejectionRun
 from dpo_jax.config.reward import RewardRun
 from dpo_jax.config.sft import SFTRun

@@ -183,6 +183,8 @@ COMMANDS = {
                 "reward_memory",
                 "reward_weights",
                 "reward_aggregation",
+                "eval_samples",
+                "eval_pass",
                 *_NOT_PPO,
             ),
         ),

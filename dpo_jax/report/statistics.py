@@ -53,6 +53,24 @@ def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
+def pass_at(k: int, right: np.ndarray, n: int) -> np.ndarray:
+    """Unbiased estimate of pass@k of each prompt: whether one of k responses is right (Chen et al. 2021, Eq. 1).
+
+    1 - C(n - c, k) / C(n, k), as the product of 1 - k / i over i = n - c + 1 ... n: binomials overflow.
+
+    Args:
+      k: at most n.
+      right: int [prompts], c: how many of the n responses to each are right.
+      n: responses to each prompt.
+
+    Returns:
+      float64 [prompts].
+    """
+    i = np.arange(1, n + 1)
+    factors = np.where(i > n - np.asarray(right)[:, None], np.maximum(1 - k / i, 0.0), 1.0)
+    return 1 - factors.prod(axis=1)
+
+
 def share_interval(share: float, n: int) -> tuple[float, float]:
     """95 % score interval of a share of `n` (Wilson 1927), which holds near 0 and 1, too."""
     middle, root = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))

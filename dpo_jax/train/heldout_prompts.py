@@ -23,7 +23,7 @@ from dpo_jax.files.jsonl import Row, write_lines
 from dpo_jax.judge.scores import Judges, part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
-from dpo_jax.report.statistics import interval, kl_estimates
+from dpo_jax.report.statistics import interval, kl_estimates, pass_at
 from dpo_jax.report.text_health import health
 from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
@@ -34,7 +34,7 @@ _STREAM = 0xE7A1  # sets these draws apart from those that are learnt from, whic
 
 
 class HeldOutPrompts:
-    """Answers all held-out prompts once and says what came out: `evaluate` of `loop.fit`."""
+    """Answers all held-out prompts and says what came out: `evaluate` of `loop.fit`."""
 
     def __init__(
         self,
@@ -51,6 +51,8 @@ class HeldOutPrompts:
         piece: int,
         width: int,
         raw: bool,
+        samples: int = 1,
+        passes: float | None = None,
     ):
         """Args:
         model, tokenizer, reference, config, sample, mesh, raw: as `Rollouts` has them.
@@ -59,12 +61,15 @@ class HeldOutPrompts:
         folder: of the run: the responses go to `eval_samples/STEP.jsonl` there.
         piece: responses sampled and measured at once, at most.
         width: of the training prompts, so that no other program is compiled where these are no longer.
+        samples: responses to each prompt, K.
+        passes: a response that scores at least this is right.
         """
         self._model, self._tokenizer, self._data, self._judges = model, tokenizer, data, judges
         self._folder, self._reference, self._config = folder / "eval_samples", reference, config
         self._sample, self._mesh, self._raw = sample, mesh, raw
         parts = meshes.batch_parts(mesh)
-        self._piece = min(piece, -(-len(data) // parts) * parts)
+        self._samples, self._passes = samples, passes
+        self._piece = min(-(-max(piece // samples, 1) // parts), -(-len(data) // parts)) * parts  # prompts at once
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
         self._measure: Callable[..., Any] = jit_measure(model, config, mesh)
         self._lengths = data.ids.lengths.astype(np.int32)
@@ -74,33 +79,44 @@ class HeldOutPrompts:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """reward, kl (nats a response, k1), length, each with a 95 % interval over prompts (NAME_low, NAME_high);
-        kl_token and kl_token_k3; ended, the share that reached a terminator; `text_health`'s figures; the parts of a
-        reward of two.
+        pass@k likewise, where it was asked for; kl_token and kl_token_k3; ended, the share that reached a terminator;
+        `text_health`'s figures; the parts of several rewards.
         """
         parts = [self._answered(state, first) for first in range(0, len(self._data), self._piece)]
         tokens, mask, logps, reference = (
-            np.concatenate(arrays)[: len(self._data)] for arrays in zip(*parts, strict=True)
+            np.concatenate(arrays)[: len(self._data) * self._samples] for arrays in zip(*parts, strict=True)
         )
         lengths = mask.sum(axis=1)
         ended = np.isin(tokens[np.arange(len(tokens)), lengths - 1], self._sample.stop_tokens)
         bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
+        of = np.repeat(np.arange(len(self._data)), self._samples)
         texts = [
-            decode(self._tokenizer, self._data.ids[i].tolist(), body, raw=self._raw) for i, body in enumerate(bodies)
+            decode(self._tokenizer, self._data.ids[i].tolist(), body, raw=self._raw)
+            for i, body in zip(of.tolist(), bodies, strict=True)
         ]
         scores, combined = self._judges.as_they_are(
-            self._data.prompts, texts, np.asarray(self._data.row_numbers), self._data.safety
+            [self._data.prompts[i] for i in of], texts, np.asarray(self._data.row_numbers)[of], self._data.safety[of]
         )
         kl = np.where(mask, logps - reference, 0.0).sum(axis=1, dtype=np.float64)
         self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, lengths, ended)
         found: dict[str, float] = {}
-        for name, values in (("reward", scores), ("kl", kl), ("length", lengths)):
-            values = np.asarray(values, np.float64)
+        every = {"reward": scores, "kl": kl, "length": lengths}
+        means = {name: np.asarray(x, np.float64).reshape(-1, self._samples).mean(axis=1) for name, x in every.items()}
+        for name, values in (means | self._passed(scores)).items():
             low, high = interval(values, seed=self._config.seed)
             found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
         found |= {name.removeprefix("eval_"): value for name, value in kl_estimates(logps, reference, mask).items()}
         found |= part_figures(combined)
         told = dataclasses.asdict(health(bodies))
         return found | {"ended": float(ended.mean())} | {name: told[name] for name in _HEALTH}
+
+    def _passed(self, scores: np.ndarray) -> dict[str, np.ndarray]:
+        """`pass@k` of each prompt, for k = 1, 2, 4, ... up to the responses to it."""
+        if self._passes is None:
+            return {}
+        right = (scores.reshape(-1, self._samples) >= self._passes).sum(axis=1)
+        every = [2**i for i in range(self._samples.bit_length())]
+        return {f"pass@{k}": pass_at(k, right, self._samples) for k in every}
 
     def _answered(self, state: TrainState, first: int) -> tuple[np.ndarray, ...]:
         """Tokens, mask, log-probabilities and the reference's of a piece, which is filled up with its own rows."""
@@ -114,10 +130,12 @@ class HeldOutPrompts:
             config=self._sample,
             prompt_lengths=self._lengths[at],
             row_ids=at,
+            samples=self._samples,
             vocabulary=self._config.vocabulary,
             mesh=self._mesh,
         )
         tokens, mask, logps = (np.asarray(x) for x in generation)
+        at = np.repeat(at, self._samples)
         arrays: dict[str, Any] = {
             "prompts": self._prompts[at],
             "prompt_lengths": self._lengths[at],
@@ -135,7 +153,8 @@ class HeldOutPrompts:
         rollout = meshes.put_batch(self._mesh, Rollout(**arrays))
         reference, old, _ = jax.device_get(self._measure(state, self._reference, rollout))
         logps = logps if old is None else old  # the sampler's weights may be narrow
-        return tokens[: len(real)], mask[: len(real)], logps[: len(real)], reference[: len(real)]
+        rows = len(real) * self._samples
+        return tokens[:rows], mask[:rows], logps[:rows], reference[:rows]
 
     def _write(
         self,
@@ -151,8 +170,9 @@ class HeldOutPrompts:
             return
         rows: list[Row] = [
             {
-                "row": int(self._data.row_numbers[i]),
-                "prompt": self._data.prompts[i].plain,
+                "row": int(self._data.row_numbers[i // self._samples]),
+                "prompt": self._data.prompts[i // self._samples].plain,
+                **({"sample": i % self._samples} if self._samples > 1 else {}),
                 "response": text,
                 "score": float(scores[i]),
                 **told_parts(combined, i),

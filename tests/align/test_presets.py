@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo_jax.types import Rollout
 EVERY = tuple(PRESETS)
 GROUP, ROWS, LONGEST, WIDTH = 4, 8, 5, 6
 V = 7
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(preset: str, **options: Any) -> PPOConfig:
@@ -425,3 +427,11 @@ def test_a_single_clip_beside_a_preset_is_both_sides() -> None:
     assert PPOLossConfig(preset="dapo", clip=0.1).clip_range == (0.1, 0.1)
     assert PPOLossConfig(preset="gspo", clip_high=1e-3).clip_range == (3e-4, 1e-3)
     assert PPOLossConfig(clip=0.3).clip_range == (0.3, 0.3)
+
+
+def test_the_documents_table_is_the_codes() -> None:
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "grpo.md").read_text().splitlines()]
+    table = {row[0].strip().strip("`"): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 3}
+    for name, preset in PRESETS.items():
+        written = ", ".join(f"{option} {value}" for option, value in preset.options.items())
+        assert table[name] == [written, preset.source], name

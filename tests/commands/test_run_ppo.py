@@ -208,6 +208,8 @@ def test_held_out_prompts_and_an_end_without_gain(inputs: Path, tmp_path: Path, 
         inputs,
         tmp_path / "run",
         eval_data=str(tmp_path / "eval.jsonl"),
+        eval_samples=2,
+        eval_pass=0.5,
         optimizer=OptimizerConfig(learning_rate=1e-12),
         train=TrainConfig(steps=STEPS, batch_size=BATCH, seed=1, eval_every=1, stop_after=2),
         checkpoint=CheckpointConfig(every=100, keep=1, best="eval_reward"),
@@ -221,7 +223,10 @@ def test_held_out_prompts_and_an_end_without_gain(inputs: Path, tmp_path: Path, 
     assert all([row["response"] for row in some] == [row["response"] for row in texts[0]] for some in texts)
     assert len({row["response"] for row in texts[0]}) > 1
     for row, some in zip(rows, texts, strict=True):
-        assert [sample["row"] for sample in some] == [1, 2, 3, 4, 5]
+        assert [(sample["row"], sample["sample"]) for sample in some] == [(i, j) for i in range(1, 6) for j in (0, 1)]
+        right = np.asarray([sample["score"] >= 0.5 for sample in some]).reshape(5, 2)
+        assert (row["eval_pass@1"], row["eval_pass@2"]) == pytest.approx((right.mean(), right.any(axis=1).mean()))
+        assert row["eval_pass@1_low"] <= row["eval_pass@1"] <= row["eval_pass@2"] <= row["eval_pass@2_high"]
         for name, column in (("reward", "score"), ("kl", "kl"), ("length", "tokens")):
             assert row[f"eval_{name}"] == pytest.approx(np.mean([sample[column] for sample in some]), abs=1e-6)
             assert row[f"eval_{name}_low"] <= row[f"eval_{name}"] <= row[f"eval_{name}_high"]
@@ -364,6 +369,7 @@ def test_several_rewards() -> None:
         (["--reward", "{mine}:absent"], "has no function absent"),
         (["--reward", "{mine}:broken"], r"mine.py, line 6: NameError: name 'undefined_name'"),
         (["--reward", "{mine}:needs"], r"takes 'answer', which is no column of the prompts; they have none beside"),
+        (["--reward", "vader", "--eval_samples", "2"], "--eval_samples has no effect without --eval_data"),
         (["--reward", "vader", "--sample.top_k", "5"], r"--sample.top_k does not go with PPO"),
         (["--reward", "no.py:f"], "no.py is no file"),
         (["--reward", "regex:("], "--reward regex"),

@@ -1,0 +1,159 @@
+"""Options of `dpo-jax ppo` and `dpo-jax grpo`: of the run around the step."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from dpo_jax.config.checks import not_given, require
+from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
+from dpo_jax.config.sections import SampleConfig
+from dpo_jax.config.training import JudgedRun
+
+_NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens")
+"""Options of sampling under which the tokens drawn have other probabilities than the model gives them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORun(JudgedRun):
+    """Let a model learn from rewards of what it writes: `dpo-jax ppo`.
+
+    --data holds prompts: rows with `prompt` (a text) or `messages`. One step is one iteration: sample responses to a
+    batch of prompts, score them, and make --ppo.epochs x --ppo.minibatches updates. --train.batch_size counts the
+    responses of an iteration.
+    """
+
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
+    """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
+    and the results are summed (GDPO, arXiv 2601.05242)."""
+    eval_samples: int | None = not_given(1)
+    """Responses to each held-out prompt."""
+    eval_pass: float | None = None
+    """A held-out response that scores at least this is right: eval_pass@1, and eval_pass@k unbiased, k = 2, 4, ... up
+    to --eval_samples (Chen et al. 2021). Not given: not reported."""
+    value_model: str | None = None
+    """Reward model that the value model starts from. Not given: the policy with a fresh head."""
+    rollout_batch_size: int | None = None
+    """Responses sampled and measured at once, to save memory; changes no text. Not given: all."""
+    ppo: PPOLossConfig = field(default_factory=PPOLossConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
+        require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
+        require(
+            self.sample.beams is None and not self.sample.stop_strings,
+            "--sample.beams and --sample.stop_strings have no effect: PPO learns from plain samples",
+        )
+        free = SampleConfig()
+        narrowing = [name for name in _NARROWING if getattr(self.sample, name) != getattr(free, name)]
+        require(
+            not narrowing,
+            f"--sample.{narrowing[0] if narrowing else ''} does not go with PPO: it changes what is drawn, and the"
+            " update compares log-probabilities of the model as it is; leave it out (rejection takes it)",
+        )
+        room = self.data.max_length - self.sample.max_new_tokens
+        require(
+            room > 0,
+            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
+            f" {self.data.max_length}",
+        )
+        require(
+            size % group == 0,
+            f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
+        )
+        require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
+        pieces = self.rollout_batch_size
+        require(
+            pieces is None or (pieces >= 1 and size % pieces == 0 and pieces % group == 0),
+            f"--rollout_batch_size {pieces} is no multiple of {group} (--ppo.group_size) that divides"
+            f" --train.batch_size {size}",
+        )
+        apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
+        require(
+            self.safety_reward is None or not apart,
+            "--safety_reward standardises the scores of a whole rollout: it does not go with --ppo.zero_variance"
+            " resample or --ppo.advantage greedy, which score some responses by themselves",
+        )
+        for name in ("eval_samples", "eval_pass"):
+            given = getattr(self, name) is not None
+            require(not given or self.eval_data is not None, f"--{name} has no effect without --eval_data")
+        self.at_least("--", eval_samples=1)
+        require(self.eval_pass is None or math.isfinite(self.eval_pass), "--eval_pass is no finite number")
+        require(
+            self.reward_aggregation is None or len(self.rewards) > 1,
+            "--reward_aggregation has no effect with one --reward",
+        )
+        require(
+            self.standardised_over is None or (group > 1 and self.ppo.estimator != "greedy"),
+            "--reward_aggregation normalize_then_sum standardises over the responses to a prompt: it needs"
+            " --ppo.group_size and does not go with --ppo.advantage greedy, which scores one by itself",
+        )
+        buffer = self.ppo.overlong_buffer or 0
+        require(
+            buffer <= self.sample.max_new_tokens,
+            f"--ppo.overlong_buffer {buffer} is longer than --sample.max_new_tokens {self.sample.max_new_tokens}",
+        )
+        if self.value_model is not None:
+            require(
+                self.ppo.critic == "separate",
+                "--value_model has no effect without --ppo.advantage gae and --ppo.value separate",
+            )
+            require(
+                not self.lora.rank,
+                "--value_model does not go with --lora.rank: there the values' adapters stand on the policy's weights",
+            )
+
+    @property
+    def standardised_over(self) -> int | None:
+        """Neighbouring responses that each of several rewards is standardised over before the sum, if it is."""
+        return self.ppo.group if self.resolved("reward_aggregation") == "normalize_then_sum" else None
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt before it is cut."""
+        room = self.data.max_length - self.sample.max_new_tokens
+        return min(self.data.prompt_room(self.sample.max_new_tokens), room)
+
+    def check_sizes(self, devices: int) -> None:
+        """Refuse sizes that do not divide over mini-batches, micro-batches and devices. Raises `InputError`."""
+        parts, pieces = self.ppo.minibatches * self.train.accumulate * devices, self.rollout_batch_size
+        require(
+            self.train.batch_size % parts == 0,
+            f"--train.batch_size {self.train.batch_size} does not divide by {parts} (--ppo.minibatches x"
+            f" --train.accumulate x devices that split the batch); choose a multiple of {parts}",
+        )
+        require(
+            pieces is None or pieces % devices == 0,
+            f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
+        )
+
+    def step_config(self) -> PPOConfig:
+        """What the step needs to know of these options."""
+        return PPOConfig(
+            **vars(self.ppo),
+            temperature=self.sample.temperature,
+            max_response=self.sample.max_new_tokens,
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            seed=self.train.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORun(PPORun):
+    """Let a model learn from rewards, without a value model: `dpo-jax grpo`.
+
+    As `dpo-jax ppo`, with --ppo.preset grpo where none is given: one pass over a rollout, groups of responses to a
+    prompt that are compared with each other.
+    """
+
+    ppo: PPOLossConfig = field(default_factory=partial(PPOLossConfig, preset="grpo"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.ppo.critic is None,
+            f"grpo has no value model, which --ppo.advantage gae needs ({self.ppo.algorithm()}); run dpo-jax ppo",
+        )
