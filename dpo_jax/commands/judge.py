@@ -32,6 +32,7 @@ from dpo_jax.judge.judge_reward import prompt_of
 from dpo_jax.judge.judging import Item, Judgement, contestants, family, one_score, side_of
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.loading import check_output
+from dpo_jax.judge.reward_bench import by_subset
 from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of
 from dpo_jax.mesh import make_mesh
 
@@ -40,24 +41,29 @@ _AT_ONCE = 256  # rows between two writes of the file
 
 
 class _Rows:
-    """The rows of the data: items, and people's places of their responses."""
+    """The rows of the data: items, people's places of their responses, and row -> `subset` where there is one."""
 
     def __init__(self, run: JudgeRun):
         self.models: set[str] = set()
         rows = CheckedRows(run.data.files, None, columns=run.data.columns)
 
-        def parse(row: dict[str, Any]) -> tuple[Comparison, str | None]:
+        def parse(row: dict[str, Any]) -> tuple[Comparison, str | None, str | None]:
             found = parse_responses(row)
             self.models |= contestants(row)
-            reference = row.get("reference")
-            return found, reference if isinstance(reference, str) else None
+            reference, subset = row.get("reference"), row.get("subset")
+            return (
+                found,
+                reference if isinstance(reference, str) else None,
+                subset if isinstance(subset, str) else None,
+            )
 
-        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None]]]:
+        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None, str | None]]]:
             yield from chunk
 
         found, read = rows.collect(parse, numbered, run.on_bad_rows)
-        self.items = [Item(n, one.messages, one.responses, reference) for n, (one, reference) in found]
-        self.places = [one.places for _, (one, _) in found]
+        self.items = [Item(n, one.messages, one.responses, reference) for n, (one, reference, _) in found]
+        self.places = [one.places for _, (one, _, _) in found]
+        self.subsets = {n: subset for n, (_, _, subset) in found if subset is not None}
         self.read = read
 
 
@@ -110,7 +116,7 @@ def judge(run: JudgeRun) -> Path:
         done = file.finish()
     _summary(out, done, prompt, asker)
     if run.agreement:
-        _agreement(run, out, done, rows.places, prompt)
+        _agreement(run, out, done, rows, prompt)
     return out
 
 
@@ -164,21 +170,23 @@ def _summary(out: Path, done: Sequence[Row], prompt: JudgePrompt | None, asker: 
         log.warning("%.0f %% of the scores are %g: this judge tells responses hardly apart", 100 * same[1], same[0])
 
 
-def _agreement(
-    run: JudgeRun, out: Path, done: Sequence[Row], places: Sequence[Any], prompt: JudgePrompt | None
-) -> None:
+def _agreement(run: JudgeRun, out: Path, done: Sequence[Row], rows: _Rows, prompt: JudgePrompt | None) -> None:
     """Figures against people, shown and written."""
     pairs: list[PairVerdict] = []
-    for row, place in zip(done, places, strict=True):
+    for row, place in zip(done, rows.places, strict=True):
         if place is not None and len(place) > 1:
             pairs += pairs_of(row["row"], place, row["scores"], row.get("flipped"))
     if not pairs:
         raise InputError(f"{run.data.files}: no row says which response is better; --agreement needs people's verdicts")
     found = figures(pairs, run.seed)
+    told = [pair for pair in pairs if pair.row in rows.subsets]
+    bench = by_subset(told, [rows.subsets[pair.row] for pair in told])
     path = out.with_name(f"{out.name}.agreement.json")
     name = "none" if prompt is None else prompt.name
     published = prompt is not None and prompt.published
-    write_atomically(path, json.dumps({"prompt": name, "comparable": published, **found}, indent=2) + "\n")
+    write_atomically(
+        path, json.dumps({"prompt": name, "comparable": published, **found} | (bench if told else {}), indent=2) + "\n"
+    )
     table = Table(title=f"{run.function or run.model or run.endpoint.model} on {run.data.files}; prompt: {name}")
     for head in ("figure", "value", "95 % interval"):
         table.add_column(head)
@@ -187,4 +195,19 @@ def _agreement(
             table.add_row(figure, f"{value[0]:.3f}", f"{value[1]:.3f} to {value[2]:.3f}")
         else:
             table.add_row(figure, str(value), "")
+    Console().print(table)
+    if told:
+        _show_subsets(bench)
+
+
+def _show_subsets(bench: dict[str, Any]) -> None:
+    """RewardBench's table."""
+    table = Table("subset", "pairs", "ties", "unparsed", "accuracy", "95 % interval", title="Ties count half")
+    for name, one in bench["subsets"].items():
+        counts = (str(one[key]) for key in ("pairs", "ties", "unparsed"))
+        table.add_row(name, *counts, f"{one['accuracy']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}")
+    for name, one in bench["sections"].items():
+        table.add_row(f"section {name}", str(one["pairs"]), "", "", f"{one['accuracy']:.3f}", "")
+    if bench["overall"] is not None:
+        table.add_row("mean of the sections", "", "", "", f"{bench['overall']:.3f}", "")
     Console().print(table)

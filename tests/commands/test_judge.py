@@ -19,6 +19,7 @@ from dpo_jax.complete.local_model import LocalModel
 from dpo_jax.complete.reply_cache import ReplyCache
 from dpo_jax.config import SampleConfig
 from dpo_jax.judge import judge_agreement as figures
+from dpo_jax.judge import reward_bench
 from dpo_jax.judge.judging import expected_score, family, one_score
 from dpo_jax.weights.pretrained import load_pretrained
 
@@ -224,3 +225,41 @@ def test_figures_by_hand() -> None:
     q = (0.5 + 0.6) / 2
     chance = 2 * q * (1 - q)
     assert figures.gwet_ac1(shares) == pytest.approx((0.7 - chance) / (1 - chance))
+
+
+def test_reward_bench_s_table_by_hand() -> None:
+    def some(subset: str, right: int, wrong: int, ties: int = 0, unparsed: int = 0) -> list:
+        verdicts = [0] * right + [1] * wrong + [2] * ties + [-1] * unparsed
+        return [(figures.PairVerdict(i, 0, verdict, None), subset) for i, verdict in enumerate(verdicts)]
+
+    given = some("alpacaeval-easy", 3, 1) + some("mt-bench-easy", 1, 0, ties=1)
+    given += some("math-prm", 1, 1) + some("hep-go", 4, 0) + some("hep-rust", 1, 2, unparsed=1) + some("mine", 1, 0)
+    given.append((figures.PairVerdict(9, 2, 0, None), "hep-go"))  # people's tie: no pair
+    found = reward_bench.by_subset(*zip(*given, strict=True))
+    accuracies = {name: one["accuracy"] for name, one in found["subsets"].items()}
+    assert accuracies == {
+        "alpacaeval-easy": 0.75,
+        "mt-bench-easy": 0.75,
+        "math-prm": 0.5,
+        "hep-go": 1,
+        "hep-rust": 0.375,
+        "mine": 1,
+    }
+    assert found["subsets"]["hep-go"]["pairs"] == 4
+    # Weights: code 4 and 4, mathematics as much as all code, 8.
+    assert found["sections"]["Reasoning"] == {"pairs": 10, "accuracy": (8 * 0.5 + 4 * 1 + 4 * 0.375) / 16}
+    assert found["sections"]["Chat"] == {"pairs": 6, "accuracy": 0.75}
+    assert found["overall"] == (0.75 + found["sections"]["Reasoning"]["accuracy"]) / 2
+    assert len([name for names in reward_bench.SECTIONS.values() for name in names]) == 23
+
+
+def test_a_function_on_subsets(tmp_path, capsys) -> None:
+    given = [("longer one", "short", "llmbar-natural"), ("short", "longer one", "hep-go"), ("same", "size", "hep-go")]
+    lines = [{"prompt": "q", "chosen": a, "rejected": b, "subset": subset} for a, b, subset in given]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    words = ["judge", "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "o.jsonl")]
+    assert main([*words, "--function", "length", "--agreement"]) == 0
+    found = json.loads((tmp_path / "o.jsonl.agreement.json").read_text())
+    assert {name: one["accuracy"] for name, one in found["sections"].items()} == {"Chat Hard": 1, "Reasoning": 0.25}
+    assert found["overall"] == 0.625
+    assert "mean of the sections" in capsys.readouterr().out
