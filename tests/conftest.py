@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -47,12 +48,20 @@ def shared_data() -> Path:
     return folder
 
 
+# Tests compile hundreds of tiny programs and run each for an instant: LLVM's costlier passes and XLA's newer emitters
+# take far longer than they save, more than half of the CPU. A device that waits for another one on a busy machine may
+# wait long.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_QUICK += " --xla_cpu_collective_call_terminate_timeout_seconds=900"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that a jaxlib does not know ends the process
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """The default tests compile hundreds of tiny programs and run each for an instant: LLVM's costlier passes take
-    longer than they save, a sixth of the whole. Slow tests are compiled in full, as all is that users run."""
-    level = "--xla_backend_optimization_level=1"
-    if "not slow" in (config.option.markexpr or "") and level not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += f" {level}"
+    """Only tests on real models, whose programs run for longer, are compiled in full, and all commands that tests
+    start as processes with flags of their own: as users run them."""
+    if "not real" in (config.option.markexpr or "") and _QUICK not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {_QUICK}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

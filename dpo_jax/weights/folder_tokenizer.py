@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import transformers
 from tokenizers import Tokenizer, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
@@ -73,7 +74,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             what = "no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
             raise InputError(f"{folder}: {what}")
         # Without the argument transformers asks on the terminal, and runs what the folder's auto_map names on "y".
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # Looked up here, since that attribute alone loads PyTorch where it is installed: two seconds for each command.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except InputError:
         raise
     except BaseException as error:  # transformers and the Rust library beneath raise bare Exceptions, or panic

@@ -1,9 +1,11 @@
 """Runs to plan, for tests of the planner and of what it compiles."""
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from dpo_jax.commands.plan import word_of
 from dpo_jax.config import DPOLossConfig, DPORun, MeshConfig, TrainConfig, TrainingRun
@@ -47,8 +49,8 @@ def job_of(run: TrainingRun, topology: str, model: LlamaConfig, *, prompt: int, 
 
 
 def compiled(one: Job) -> dict[str, Any]:
-    """Its figures, compiled anew; sizes in GiB."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Its figures, compiled anew, and in full; sizes in GiB."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XLA_FLAGS=""):
         figures = compiling.figures_of(one, Path(folder))
     memory = {name: size / GIB for name, size in figures.get("memory", {}).items()}
     return {**figures, "memory": memory}
