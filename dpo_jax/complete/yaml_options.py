@@ -9,16 +9,17 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from dpo_jax.config.yaml_file import FAULTS, Strict
 from dpo_jax.errors import InputError
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def read_yaml(file: str) -> Any:
-    """What a YAML file holds. Raises `InputError` for one that is none."""
+    """What a YAML file holds, without aliases and doubled keys. Raises `InputError` for one that is none."""
     try:
-        return yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return yaml.load(Path(file).expanduser().read_text(encoding="utf-8"), Loader=Strict)
+    except (OSError, *FAULTS) as error:
         raise InputError(f"not readable as YAML: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -19,8 +19,8 @@ LARGEST = 1 << 20
 """Bytes of a file that is read at all."""
 
 
-class _Strict(yaml.SafeLoader):
-    """Refuses what a list of options needs none of: aliases, which can multiply a file, and keys that come twice."""
+class Strict(yaml.SafeLoader):
+    """YAML without what options need none of: aliases, which can multiply a file, and keys that come twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -34,6 +34,10 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
+"""What `yaml.load` raises for a text that is none: its constructors do not expect `!!bool foo`, or `!!int ''`."""
+
+
 def words_of(path: str) -> tuple[str, list[str]]:
     """The command that the YAML file is about, and its other words: a CONFIG, where it has one, and the options.
 
@@ -42,8 +46,8 @@ def words_of(path: str) -> tuple[str, list[str]]:
     try:
         if Path(path).stat().st_size > LARGEST:
             raise InputError(f"{path}: larger than {LARGEST >> 20} MiB, which no list of options is")
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Strict)
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Strict)
+    except (OSError, *FAULTS) as error:
         raise InputError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(found, dict) or not isinstance(found.get("command"), str):
         raise InputError(f"{path}: options stand under names, with `command: dpo` (or another command) among them")

@@ -116,6 +116,7 @@ def test_yaml_says_what_the_command_line_would(tmp_path: Path) -> None:
         ("command: dpo\nfrom: zephyr_dpo", "did you mean zephyr_ddpo?"),
         ("command: dpo\ntrain: {steps: 1, steps: 2}", "steps stands there twice"),
         ("command: dpo\na: &x [1]\nb: *x", "aliases (*name) are not read"),
+        ("command: !!timestamp foo", "cannot be read as YAML"),
         ("command: dpo\nx: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
         ("command: dpo\n1: 2", "1 is no name of an option"),
         ("command: dpo\nlora.targets: [[q]]", "a list holds single values"),

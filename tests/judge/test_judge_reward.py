@@ -83,6 +83,8 @@ def test_a_model_of_this_machine(tmp_path) -> None:
         ("- a", "the file holds no options"),
         ("a: [", "not readable as YAML"),
         ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
+        ("!!bool foo", "not readable as YAML"),
+        ("ask: list\nask: rating", "ask stands there twice"),
         ("out: x\nmodel: m", "out is no option here; there are ask, prompts"),
         ("endpoint: {url: 'http://a/v1', model: m, api_key: k}", "endpoint.api_key is no option"),
         ("ask: rating", "give one judge: --endpoint.url"),

@@ -12,7 +12,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.sample import beam_search, generate, serve
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
-NEW = 64
+NEW = 32
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,10 @@ def smollm2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(smollm2, shared_data):
-    """64 of the Vicuna questions, each as the chat template puts it."""
+    """The 64 shortest of the 80 Vicuna questions, each as the chat template puts it: all are padded to the longest."""
     lines = (shared_data / "vicuna_questions" / "question.jsonl").read_text(encoding="utf-8").splitlines()
-    chats = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines[:64]]
+    questions = sorted((json.loads(line)["turns"][0] for line in lines), key=len)[:64]
+    chats = [[{"role": "user", "content": question}] for question in questions]
     chat = smollm2[3].apply_chat_template
     return [chat(messages, add_generation_prompt=True, return_dict=False) for messages in chats]
 
