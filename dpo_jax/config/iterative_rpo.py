@@ -48,13 +48,16 @@ class IterativeRPORun(Options):
     """At most so many pairs of a problem, drawn without replacement from all of a right and a wrong answer (the paper:
     10)."""
     answer: str = "answer"
-    """Column of the right answer: a number, or a text from which the answer is taken as from a response."""
+    """Column of the right answer: a number, a text with one of the marks (or the --answer_pattern) from which it is
+    taken as from a response, or, without any, one line of at most 100 characters, which is the answer."""
     answer_pattern: str | None = None
     """Regular expression: what its one group holds at its last match is the answer. Not given: what follows the last
-    `####`, `final answer:` or `answer is`, or stands in the last \\boxed{}; without any of them, the last number."""
+    `####` or stands in the last \\boxed{}; without those what follows the last `final answer:` or `answer is`; without
+    any of them, the last number."""
     match: Literal["exact", "math_verify"] = "exact"
-    """exact: equal texts without regard to case, commas, $ and a last point; numbers by value. math_verify: equal in
-    mathematics, by the package math-verify (pip install 'dpo_jax[math]')."""
+    """exact: equal texts without regard to case, commas, $, * and a last point; numbers by value, and of an answer in
+    words that has one number, that number. math_verify: equal in mathematics, by the package math-verify (pip install
+    'dpo_jax[math]')."""
     seed: int = 0
     """Seed of the answers and of which pairs are drawn; that of the training is --dpo.train.seed."""
     batch_size: int = 32

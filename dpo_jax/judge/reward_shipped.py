@@ -25,10 +25,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge import reward_math
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_command import Command
-
-_NUMBER = re.compile(
-    r"(?<![0-9])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?"
-)
+from dpo_jax.judge.right_answers import NUMBER
 
 
 class OfText:
@@ -84,7 +81,7 @@ def is_same(text: str, right: Any) -> float:
 
 def last_number(text: str) -> float | None:
     """The last number of a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
-    found = _NUMBER.findall(text)
+    found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 

@@ -1,8 +1,8 @@
 """Is a response right? Its final answer against the one that is known: equal texts, equal numbers, or math-verify.
 
 The final answer is what `--answer_pattern` says, or else what stands after the last of the field's own marks: GSM8K's
-`####`, Minerva's and Iterative RPO's `final answer:`, `answer is`, and MATH's \\boxed{}. Without any mark it is the
-last number (lm-evaluation-harness calls that `flexible-extract`).
+`####` and MATH's \\boxed{}, or, without one of those, Minerva's and Iterative RPO's `final answer:` and `answer is`.
+Without any mark it is the last number (lm-evaluation-harness calls that `flexible-extract`).
 """
 
 import importlib
@@ -13,8 +13,22 @@ from typing import Any
 
 from dpo_jax.errors import InputError
 
-_MARK = re.compile(r"####|final answer:|answer is:?|\\boxed\{", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(
+    r"(?<![0-9])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?"
+)
+"""A number in a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
+_WRITTEN = re.compile(r"####|\\boxed\{")
+_SAID = re.compile(r"final answer:|answer is\b:?", re.IGNORECASE)
+_HOPE = re.compile(r"[.\s]*I hope it is correct.*", re.IGNORECASE | re.DOTALL)
+"""How Minerva's prompt ends its answers."""
+_AROUND = re.compile(r"^(?:\\[()\[\]$]|[\s$*`])+|(?:\\[()\[\]$]|[\s$*`.])+$")
+"""What stands around an answer and belongs to the page: mathematics' and Markdown's signs, and a last point."""
+_SENTENCE = re.compile(r"[.!?](?=\s)")
+_BEFORE = re.compile(r"(?:(?:\\[$(]|[^\d\\{}^_/])*(?:\\[$(]|[^\w\\{}^/]))?")
+_BEHIND = re.compile(
+    r"(?!\s*(?:hundred|thousand|million|billion|dozen)\b|[^\W\d_](?![^\W\d_]))(?:\\[%$)]|[^\d\\{}^/])*"
+)
+"""What may stand on either side of a number in words; a single letter behind it is a variable, and two are a unit."""
 _LONGEST = 100
 """Characters of an answer that are compared by value; a longer one is no number that anybody means."""
 
@@ -24,14 +38,17 @@ def final_answer(text: str, pattern: str | None = None) -> str | None:
     if pattern is not None:
         found = list(re.finditer(pattern, text))
         return ((found[-1][1] or "").strip() or None) if found else None
-    marks = list(_MARK.finditer(text))
+    marks = list(_WRITTEN.finditer(text)) or list(_SAID.finditer(text))
     if not marks:
-        numbers = _NUMBER.findall(text)
+        numbers = NUMBER.findall(text)
         return numbers[-1] if numbers else None
     mark = marks[-1]
     rest = text[mark.end() :]
-    inside = _inside_braces(rest) if mark[0].startswith("\\") else rest.strip().partition("\n")[0]
-    return inside.strip() or None
+    if mark[0].startswith("\\"):
+        return _inside_braces(rest).strip() or None
+    # The mark may stand in bold: **Final answer:** 18
+    line = re.sub(r"^[\s*]+", "", rest).partition("\n")[0]
+    return _HOPE.sub("", line).strip() or None
 
 
 def _inside_braces(text: str) -> str:
@@ -45,28 +62,66 @@ def _inside_braces(text: str) -> str:
 
 
 def normal(answer: str) -> str | Fraction:
-    """An answer as it is compared: without case, spaces, commas, $ and a last point; a number by its value."""
-    plain = re.sub(r"\s+", " ", answer.strip().strip("$").strip()).rstrip(".").strip().casefold()
-    number = plain.replace(",", "").removeprefix("$").replace("-$", "-").strip()
-    if len(number) <= _LONGEST and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", number):
+    """An answer as it is compared: without case, spaces, commas, the signs around it and a last point; a number by its
+    value."""
+    plain = re.sub(r"\s+", " ", _AROUND.sub("", answer)).casefold()
+    number = re.sub(r"^-\\?\$", "-", plain.replace(",", ""))
+    if len(number) <= _LONGEST and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?", number):
         return Fraction(number)
     return plain
 
 
+def _only_number(answer: str) -> Fraction | None:
+    """The number of an answer's first sentence where there is one alone, among words or before a unit: 18 dollars.
+
+    None for two of them, for one in a formula (1/2, 2x, \\sqrt{2}), for one said in words (18 million), and for "not".
+    """
+    sentence = _SENTENCE.split(_AROUND.sub("", answer), maxsplit=1)[0][: 10 * _LONGEST]
+    numbers = list(NUMBER.finditer(sentence))
+    if len(numbers) != 1 or re.search(r"\bnot\b", sentence, re.IGNORECASE):
+        return None
+    (one,) = numbers
+    left, right = sentence[: one.start()], sentence[one.end() :]
+    if not _BEFORE.fullmatch(left) or not _BEHIND.fullmatch(right):
+        return None
+    value = normal(("-" if re.search(r"(?:^|\s)-\\?\$$", left) else "") + one[0])
+    return value if isinstance(value, Fraction) else None
+
+
 def exact(response: str, known: str, pattern: str | None = None) -> bool:
-    """Whether the final answer of `response` equals the `known` one, both `normal`."""
+    """Whether the final answer of `response` equals the `known` one, both `normal`.
+
+    Where the known one is a number and the other a text with one number in its first sentence, that is compared.
+    """
     found = final_answer(response, pattern)
-    return found is not None and normal(found) == normal(known)
+    if found is None:
+        return False
+    said, wanted = normal(found), normal(known)
+    if isinstance(wanted, Fraction) and not isinstance(said, Fraction):
+        return _only_number(found) == wanted
+    return said == wanted
 
 
 def known_answer(value: Any, pattern: str | None = None) -> str | None:
-    """The right answer that a column holds: a number, or a text whose final answer it is; None where it is neither."""
+    """The right answer that a column holds: a number, a text whose final answer it is, or, of one line of at most 100
+    characters without a mark, the text itself; None where it is neither number nor text.
+
+    Raises `InputError` for a longer text without a mark: no response would equal all of it.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if not isinstance(value, str):
         return str(value)
-    marked = _MARK.search(value) is not None if pattern is None else re.search(pattern, value) is not None
-    return final_answer(value, pattern) if marked else value.strip() or None
+    marks = (_WRITTEN.pattern, f"(?i:{_SAID.pattern})") if pattern is None else (pattern,)
+    if any(re.search(mark, value) for mark in marks):
+        return final_answer(value, pattern)
+    whole = value.strip()
+    if len(whole) > _LONGEST or "\n" in whole:
+        where = "none of ####, final answer:, answer is and \\boxed{}" if pattern is None else "no --answer_pattern"
+        raise InputError(
+            f"holds a text of {len(whole)} characters with {where} in it; give --answer_pattern, or another column"
+        )
+    return whole or None
 
 
 def open_matcher(match: str, pattern: str | None) -> Callable[[str, str], bool]:

@@ -40,10 +40,72 @@ def test_equal_answers() -> None:
     assert not exact(f"#### {'9' * 98}8", "9" * 99)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is $18$.",
+        "The final answer is $18$. I hope it is correct.",
+        "Final Answer: The final answer is $18$. I hope it is correct.",
+        "so the answer is **18**",
+        "**Final answer:** 18",
+        "**Final answer:**\n\n**$18.00**",
+        r"the final answer is \(18\)",
+        r"\boxed{\$18}",
+        r"$\boxed{18}$. The answer is correct.",
+        "#### 18 dollars",
+        "#### 18\nThe answer is right.",
+        "the answer is $18 a day. He sells 9 of 16 eggs.",
+        "The answer is: Janet makes **$18** every day.",
+        r"\boxed{18\%}",
+        "#### 18%",
+        "The answer is 18cm.",
+        r"\boxed{x = 18}",
+        "#### 1.8e1",
+    ],
+)
+def test_right_answers_in_their_usual_clothes(text: str) -> None:
+    assert exact(text, "18")
+    assert not exact(text, "81")
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("#### 1/2", "1"),
+        (r"\boxed{\frac{1}{2}}", "1"),
+        (r"\boxed{\sqrt{2}}", "2"),
+        (r"\boxed{2\pi}", "2"),
+        ("#### 2x", "2"),
+        ("#### x2", "2"),
+        ("#### 18 or 20", "18"),
+        ("#### 18 million", "18"),
+        ("the answer is not 18", "18"),
+        ("the answer is -$18", "18"),
+        ("#### 18 dollars", "18 euros"),
+        ("the answer is correct: it isn't 18", "17"),
+    ],
+)
+def test_a_number_in_something_else_is_not_the_answer(text: str, known: str) -> None:
+    assert not exact(text, known)
+
+
+def test_a_sign_before_the_dollar_counts() -> None:
+    assert exact("the answer is -$18 a day", "-18")
+    assert exact(r"\boxed{-\$18}", "-18")
+    assert final_answer("5-3 = 2") == "2"
+    assert final_answer("so 5-3") == "3"  # as --reward numeric: reads it
+
+
 def test_what_a_column_holds() -> None:
     assert known_answer("18 - 4 = 14\n#### 14") == "14"
     assert known_answer("12 apples") == "12 apples"  # a bare answer is itself
     assert known_answer(3.0) == "3.0"
+    for long in ("So 3 + 4 = 7\nand 7 it is", "7, since " + "3 and 4 make it " * 8):
+        with pytest.raises(InputError, match="characters with none of ####, final answer:"):
+            known_answer(long)
+        with pytest.raises(InputError, match="with no --answer_pattern in it"):
+            known_answer(long, "<a>(.*)</a>")
+        assert known_answer(long, "([0-9])")
     assert known_answer(None) is known_answer(True) is known_answer("  ") is known_answer([1]) is None
 
 

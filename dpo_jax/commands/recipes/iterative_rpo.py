@@ -61,7 +61,10 @@ class IterativeRPO:
         """Row -> its right answer."""
         found = {}
         for number, row in read_rows(source):
-            known = known_answer(row.get(self._run.answer), self._run.answer_pattern)
+            try:
+                known = known_answer(row.get(self._run.answer), self._run.answer_pattern)
+            except InputError as error:
+                raise InputError(f"{source}: row {number}: --answer {self._run.answer} {error}") from error
             if known is None:
                 raise InputError(
                     f"{source}: row {number}: --answer {self._run.answer} holds no answer (a number or a text); name"
