@@ -15,7 +15,7 @@ config = IterativeRPORun(
     out=ON_COMMAND_LINE,
     rounds=4,
     samples=30,
-    temperatures=(0.8, 0.8, 1.3, 1.3),
+    temperatures=(0.8, 0.8, 1.3),  # the last holds for all rounds after it
     pairs_per_prompt=10,
     sample=SampleConfig(max_new_tokens=512),
     dpo=derive("iterative_rpo", dict.fromkeys(("model", "data.files", "out"), SET_BY_RECIPE)),

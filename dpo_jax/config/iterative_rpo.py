@@ -27,7 +27,7 @@ class IterativeRPORun(Options):
 
     In each round the newest model answers every problem several times; right answers are paired with wrong ones, and
     DPO with an NLL term makes the next model, from the newest one and with it as the reference. Problems whose answers
-    are all right or all wrong teach nothing: they are left out, and counted.
+    are all right or all wrong teach nothing: they are left out, and counted; so are answers that are cut or blank.
     """
 
     model: str

@@ -12,17 +12,23 @@ from dpo_jax.report import html
 
 TRAINED = {"loss": "loss", "chosen logp": "logps/chosen"}
 """Of a round's training, its last figures: what they are called here -> there."""
-_HEAD = ("model", "held-out accuracy", "temperature", "right", "all right", "all wrong", "cut", "used", "pairs")
-_NOTE = "Shares of right answers. A problem that is all right or all wrong teaches nothing and is left out."
+REASONS = ("all right", "all wrong", "right answers are cut or blank", "wrong answers are cut or blank")
+"""Why a problem gives no pair."""
+_SHORT = ("all right", "all wrong", "right ones cut", "wrong ones cut")
+_HEAD = ("model", "held-out accuracy", "temperature", "right", *_SHORT, "used", "pairs")
+_NOTE = (
+    "Shares of right answers. A problem that is all right or all wrong teaches nothing and is left out, and so is one"
+    " whose right or wrong answers are all cut or blank."
+)
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     found = []
     for row in summary["rounds"]:
         accuracy = f"{row['accuracy']:.3f} ({row['low']:.3f}, {row['high']:.3f})" if "accuracy" in row else ""
-        cells = ("", "", "", "", "", "", "")
+        cells = ("",) * (len(_HEAD) - 2)
         if "pairs" in row:
-            counts = ("all right", "all wrong", "right answers are cut or blank", "used", "pairs")
+            counts = (*REASONS, "used", "pairs")
             cells = (f"{row['temperature']:g}", f"{row['share right']:.3f}", *(str(row[name]) for name in counts))
         found.append((row["model"], accuracy, *cells))
     return found

@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.commands import generate
+from dpo_jax.commands.recipes import iterative_rpo
 from dpo_jax.config import SET_BY_RECIPE
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.report import html
+from dpo_jax.report import iterative_rpo as report
 from dpo_jax.train import session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,10 @@ def test_the_recipe_parses() -> None:
     run = cli.parse("recipe iterative_rpo", [str(ROOT / "configs" / "iterative_rpo_rounds.py"), *GIVEN])
     assert (run.rounds, run.samples, run.pairs_per_prompt) == (4, 30, 10)
     assert [run.temperature(t) for t in (1, 2, 3, 4)] == [0.8, 0.8, 1.3, 1.3]
+    short = cli.parse(
+        "recipe iterative_rpo", [str(ROOT / "configs" / "iterative_rpo_rounds.py"), *GIVEN, "--rounds", "2"]
+    )
+    assert [short.temperature(t) for t in (1, 2)] == [0.8, 0.8]
     plain = cli.parse("recipe iterative_rpo", GIVEN)
     for dpo in (run.dpo, plain.dpo):
         assert {dpo.model, dpo.data.files, dpo.out} == {SET_BY_RECIPE}
@@ -45,7 +51,7 @@ def test_the_recipe_parses() -> None:
         (["--dpo.reference", "r"], "--dpo.reference has no effect in dpo-jax recipe iterative_rpo"),
         (["--sample.temperature", "0.5"], "--sample.temperature has no effect"),
         ([], "p.jsonl: row 2: --answer answer holds no answer (a number or a text); name the column, of prompt"),
-        (["--answer", "why"], "p.jsonl: row 1: --answer why holds a text of 10 characters with none of ####"),
+        (["--answer", "why"], "p.jsonl: row 1: --answer why holds a text of 11 characters with none of ####"),
         (["--answer", "gold"], "p.jsonl: row 1: --answer gold holds no answer"),
     ],
 )
@@ -56,6 +62,22 @@ def test_one_line_errors(words, message, capsys: pytest.CaptureFixture, tmp_path
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_sides_of_a_problem_by_hand() -> None:
+    def sides(*answers: str) -> tuple[str, list[str], list[str]]:
+        """An answer is right with a capital, and cut with a -."""
+        rows = [
+            {"response": text.rstrip("-"), "finish_reason": "length" if "-" in text else "stop"} for text in answers
+        ]
+        return iterative_rpo.sides(rows, [text[:1].isupper() for text in answers])
+
+    all_right, all_wrong, no_winner, no_loser = report.REASONS
+    assert sides("A", "b", "A", "c", "B-", "d-", "") == ("used", ["A"], ["b", "c"])
+    assert sides("A", "A")[0] == sides("A-", "B")[0] == all_right
+    assert sides("b", "a-", " ")[0] == sides("", " ")[0] == all_wrong  # blank answers are wrong
+    assert sides("A-", "B-", "c") == (no_winner, [], ["c"])
+    assert sides("A", " ", "b-") == (no_loser, ["A"], [])
 
 
 # ---- the whole recipe ----------------------------------------------------------------------------------------------
@@ -102,7 +124,7 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys: pytest.CaptureF
     for t in (1, 2):
         row, folder = summary["rounds"][t], whole / f"round-{t}"
         assert row["problems"] == 10
-        assert sum(row[name] for name in ("all right", "all wrong", "right answers are cut or blank", "used")) == 10
+        assert sum(row[name] for name in (*report.REASONS, "used")) == 10
         pairs = read_lines(folder / "pairs.jsonl")
         assert len(pairs) == row["pairs"] > 0
         assert len({(pair["row"], pair["chosen"], pair["rejected"]) for pair in pairs}) == len(pairs)
@@ -113,7 +135,7 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys: pytest.CaptureF
         for pair in pairs:
             last = [c for c in pair["chosen"] if c in "abcdefghijklm"][-1]
             assert last == known[pair["row"]]
-            assert (pair["row"], pair["chosen"]) in finished
+            assert {(pair["row"], pair["chosen"]), (pair["row"], pair["rejected"])} <= finished
             assert [c for c in pair["rejected"] if c in "abcdefghijklm"][-1:] != [known[pair["row"]]]
         config = json.loads((folder / "dpo" / "config.json").read_text())
         before = tmp_path / "model" if t == 1 else whole / "round-1" / "dpo"

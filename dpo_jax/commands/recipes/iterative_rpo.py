@@ -13,6 +13,7 @@ summary.json, report.html
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dpo_jax.commands import dpo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.generate import generate
 from dpo_jax.config import GenerateRun, IterativeRPORun, SampleConfig
+from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
@@ -33,8 +35,9 @@ from dpo_jax.judge.right_answers import draw_pairs, known_answer, open_matcher
 from dpo_jax.report import iterative_rpo as report
 from dpo_jax.report.statistics import share_interval
 
-COUNTS = ("problems", "all right", "all wrong", "right answers are cut or blank", "used", "pairs")
-"""Of a round's problems, in the order in which they are told; the four in the middle add up to the first."""
+COUNTS = ("problems", *report.REASONS, "used", "pairs", "cut")
+"""Of a round's problems, in the order in which they are told; those between the first and "pairs" add up to the first.
+"cut": answers that ended at their longest."""
 
 
 @with_config_keys
@@ -159,7 +162,7 @@ class IterativeRPO:
     def _pair(self, t: int) -> Figures:
         """Right against wrong answers of each problem.
 
-        A right answer that was cut at its longest wins nothing: an end where there is none would be learnt with it.
+        An answer that was cut at its longest takes no part: an end would be learnt, or unlearnt, where there is none.
         """
         run, counts = self._run, Counter[str]()
         rows = read_lines(self._out / f"round-{t}" / "answers.jsonl")
@@ -169,24 +172,20 @@ class IterativeRPO:
         for row in rows:
             problems.setdefault(row["row"], []).append(row)
         for number, group in problems.items():
-            right = [row for row in group if marks[_place(row)]]
-            wrong = [row for row in group if not marks[_place(row)]]
-            winners = list(dict.fromkeys(row["response"] for row in right if row["finish_reason"] != "length"))
-            losers = list(dict.fromkeys(row["response"] for row in wrong if row["response"].strip()))
-            reason = "all right" if not losers else "all wrong" if not right else "used"
-            if reason == "used" and not winners:
-                reason = "right answers are cut or blank"
+            reason, winners, losers = sides(group, [marks[_place(row)] for row in group])
             counts[reason] += 1
             if reason == "used":
                 rng = np.random.default_rng([run.seed, t, number])
                 drawn = draw_pairs(winners, losers, run.pairs_per_prompt, rng)
                 pairs += [_pair(number, group[0]["prompt"], chosen, rejected) for chosen, rejected in drawn]
         told = {name: counts[name] for name in COUNTS} | {"problems": counts.total(), "pairs": len(pairs)}
+        told["cut"] = sum(row["finish_reason"] == CUT for row in rows)
         if not pairs:
+            why = ", ".join(f"{told[reason]} {reason}" for reason in report.REASONS)
             raise InputError(
-                f"{run.prompts}: M{t - 1} gives no problem a right and a wrong answer ({told['all right']} all right,"
-                f" {told['all wrong']} all wrong, {told['right answers are cut or blank']} whose right ones were cut);"
-                " give other problems, more --samples, or a larger --sample.max_new_tokens"
+                f"{run.prompts}: M{t - 1} gives no problem a right and a wrong answer that end ({why}; {told['cut']} of"
+                f" {len(rows)} answers are cut); give other problems, more --samples, or a larger"
+                " --sample.max_new_tokens"
             )
         right = sum(marks.values()) / len(marks)
         write_atomically(self._counts(t), json.dumps(told | {"share right": right}, indent=2) + "\n")
@@ -219,6 +218,27 @@ class IterativeRPO:
         if run.eval_prompts is None:
             return {f"pairs of round {t}": rows[t]["pairs"] for t in range(1, run.rounds + 1)}
         return {f"accuracy of {row['model']}": row["accuracy"] for row in rows}
+
+
+def sides(group: Sequence[Row], marks: Sequence[bool]) -> tuple[str, list[str], list[str]]:
+    """(reason, right, wrong): the different whole answers to a problem, and "used", or why there is no pair of them.
+
+    marks: which of the rows `group` are right. Those that are cut or blank have no side.
+    """
+    right = [row for row, mark in zip(group, marks, strict=True) if mark]
+    wrong = [row for row, mark in zip(group, marks, strict=True) if not mark]
+    winners, losers = (
+        list(dict.fromkeys(row["response"] for row in side if row["finish_reason"] != CUT and row["response"].strip()))
+        for side in (right, wrong)
+    )
+    all_right, all_wrong, no_winner, no_loser = report.REASONS
+    if not right:
+        reason = all_wrong
+    elif not wrong:
+        reason = all_right
+    else:
+        reason = no_winner if not winners else no_loser if not losers else "used"
+    return reason, winners, losers
 
 
 def _place(row: Row) -> tuple[int, int]:
