@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -94,6 +95,21 @@ def test_edit_distances_by_hand() -> None:
         assert edit_distance(a, b) == edit_distance(b, a) == n
 
 
+def test_edit_distances_by_the_table() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        a, b = ("".join(rng.choice("abc。") for _ in range(rng.randrange(70))) for _ in range(2))
+        before = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            row = [i]
+            for j, y in enumerate(b, 1):
+                row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+            before = row
+        assert edit_distance(a, b) == before[-1]
+    long = "x" + "".join(rng.choice("abcdef") for _ in range(5000)) + "y"
+    assert edit_distance("z" + long[1:-1] + "z", long) == 2
+
+
 def test_one_number_changes_and_nothing_else() -> None:
     solution = "She has 12 + 1,250 = 1,262 coins. Half is 0.5 of it: 631."
     seen = set()
@@ -110,6 +126,7 @@ def test_one_number_changes_and_nothing_else() -> None:
         assert corrupt(solution, "number", key=key) == found
     assert seen == {"12", "1,250", "1,262", "0.5", "631"}
     assert corrupt("no number", "number", key="0") is None
+    assert corrupt("\uff15 of full width", "number", key="0") is None
 
 
 def test_two_neighbouring_steps_change_places() -> None:
@@ -117,6 +134,11 @@ def test_two_neighbouring_steps_change_places() -> None:
     found = {corrupt(lines, "step", key=str(i)) for i in range(40)}
     assert {one.text for one in found if one} == {"two\n\none\nthree\n", "one\n\nthree\ntwo\n"}
     assert {one.text for i in range(9) if (one := corrupt("A. B!  C", "step", key=str(i)))} == {"B! A.  C", "A. C  B!"}
+    wide = {corrupt("一。二！ 三？", "step", key=str(i)) for i in range(9)}
+    assert {one.text for one in wide if one} == {"二！一。 三？", "一。三？ 二！"}
+    quoted = corrupt("「一。」と二。三。", "step", key="0")
+    assert quoted is not None
+    assert quoted.text == "三。「一。」と二。"
     for same in ("only one step", "x\nx\n", ""):
         assert corrupt(same, "step", key="0") is None
 
