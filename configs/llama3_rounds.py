@@ -3,6 +3,7 @@
 Six rounds; K = 10 answers a prompt (the report: 10 to 30) of the best model so far; DPO as in `llama3_dpo.py` beside
 this file, on pairs graded better or significantly better. People graded there; here --judge does, and the four grades
 are quarters of its gaps. SFT at 1e-5 as in the report. It gives no batch sizes, schedules or lengths: those are ours.
+The short form, DPO alone, is `llama3_rounds_dpo.py`.
 
     dpo-jax recipe llama3 configs/llama3_rounds.py --model LLAMA3_BASE --sft_data DIALOGUES.jsonl \
         --preferences COMPARISONS.jsonl --prompts PROMPTS.jsonl --judge http://HOST/judge \
@@ -35,7 +36,7 @@ config = c.Llama3Run(
         **SET,
         **FINE,
         reward=c.SET_BY_RECIPE,
-        rejection=c.RejectionConfig(samples=10, pool="latest"),
+        rejection=c.RejectionConfig(samples=10),
         sample=c.SampleConfig(max_new_tokens=1024),
         data=c.SFTDataConfig(c.SET_BY_RECIPE, template="llama3", max_length=4096, packing=True, train_on="last"),
         train=TRAIN,

@@ -12,7 +12,8 @@ from dpo_jax.config.rejection import RejectionRun
 from dpo_jax.config.reward import RewardRun
 from dpo_jax.config.sections import OptimizerConfig
 from dpo_jax.config.sft import SFTRun
-from dpo_jax.config.shipped import changed
+from dpo_jax.config.values import built
+from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import InputError
 
 _SET: dict[str, Any] = {"model": SET_BY_RECIPE, "data": SET_BY_RECIPE, "out": SET_BY_RECIPE}
@@ -23,6 +24,14 @@ _DPO: dict[str, Any] = {
 }
 _AVERAGED = ("dpo", "optimizer", "train", "pairs")
 """Where the options lie by which averaged models may differ."""
+_HOW = (
+    *(f"train.{name}" for name in ("accumulate", "remat", "attention", "layout", "peak_flops")),
+    *("dpo.reference", "dpo.ties"),  # no pair is a tie
+)
+"""Options of how the same model is computed, by which nothing worth averaging differs."""
+_ASKED = ("sample", "mesh", "data.template", "data.date", "data.max_length", "train.dtype", "train.attention")
+"""Options of --rejection that are of the answers that are compared, and so have an effect with --stages dpo."""
+_SHORT = "has no effect with --stages dpo (the CONFIG of that form is llama3_rounds_dpo)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,8 @@ class Llama3Run(Options):
     """Of the reward models: from the pre-trained model, without a margin."""
     rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
     """Of the fine-tuning on the best answers: --rejection.rejection.samples is K (Llama 3: 10 to 30). Its template and
-    its length of an answer hold for the answers that are compared, too."""
+    date, its dtype, its mesh and --rejection.sample.* hold for the answers that are compared, too; with --stages dpo
+    only those have an effect."""
     dpo: DPORun = field(default_factory=partial(DPORun, **_DPO))
     """Of the DPO stage."""
     ignore_config_keys: tuple[str, ...] = ()
@@ -89,19 +99,27 @@ class Llama3Run(Options):
         require(self.reward.reward.margin == "none", "--reward.reward.margin: Llama 3's reward models have none")
         inner = self.rejection.rejection
         require(inner.iterations == 1, "--rejection.rejection.iterations has no effect: give --rounds")
+        require(inner.pool == "all", "--rejection.rejection.pool has no effect: each round has one iteration")
         if self.stages == "dpo":
             for name in ("sft_data", "preferences"):
-                require(getattr(self, name) is None, f"--{name} has no effect with --stages dpo")
+                require(getattr(self, name) is None, f"--{name} {_SHORT}")
             # As plain values: on the command line the options are of a class of its own.
             for name, plain in (("sft", SFTRun(**_SET)), ("reward", RewardRun(**_SET))):
                 same = dataclasses.asdict(getattr(self, name)) == dataclasses.asdict(plain)
-                require(same, f"--{name}.* has no effect with --stages dpo")
+                require(same, f"--{name}.* {_SHORT}")
+            plain, given = RejectionRun(**_SET, reward=SET_BY_RECIPE), _flat(dataclasses.asdict(self.rejection))
+            for name, value in _flat(dataclasses.asdict(plain)).items():
+                asked = name in _ASKED or name.partition(".")[0] in _ASKED
+                require(asked or given[name] == value, f"--rejection.{name} {_SHORT}")
         else:
             require(self.sft_data is not None, "give --sft_data DIALOGUES: the first model, V0, is fine-tuned on them")
-        twice = [name for name in self.average_over if self.average_over.count(name) > 1]
-        require(not twice, f"--average_over names {''.join(twice[:1])} twice; an average of equal models is none")
+        seen: dict[str, tuple[DPORun, bool]] = {}
         for name in self.average_over:
-            self.variant(name)
+            one = self.variant(name)
+            twice = next((other for other, known in seen.items() if known == one), None)
+            same = f"--average_over names {twice} twice, as {name}; an average of equal models is none"
+            require(twice is None, same if twice != name else same.replace(f", as {name}", ""))
+            seen[name] = one
 
     def variant(self, spec: str) -> tuple[DPORun, bool]:
         """The options of another run of the DPO stage, OPTION=VALUE, and whether it learns the pairs of all rounds.
@@ -117,21 +135,20 @@ class Llama3Run(Options):
             return self.dpo, True
         inner = getattr(self.dpo, section)
         require(dot and rest in {f.name for f in dataclasses.fields(inner)}, f"--average_over {spec}: no such option")
-        given = getattr(inner, rest)
-        value = _value(text)
+        idle = option in _HOW or f"dpo.{option}" in COMMANDS["recipe llama3"].unused
+        require(not idle, f"--average_over {spec}: changes nothing in the model")
         try:
-            other = changed(self.dpo, {option: value})
-        except (InputError, TypeError) as error:
+            other = built(type(self.dpo), {option: [text]}, self.dpo, "(--average_over takes OPTION=VALUE)")
+        except InputError as error:
             raise InputError(f"--average_over {spec}: {error}") from error
-        require(value != given, f"--average_over {spec}: is what --dpo.{option} is already, and changes nothing")
+        same = getattr(other, section).resolved(rest) == inner.resolved(rest)
+        require(not same, f"--average_over {spec}: is what --dpo.{option} is already, and changes nothing")
         return other, False
 
 
-def _value(text: str) -> Any:
-    """A number, true or false, none, or the text itself."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their names on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -79,7 +79,7 @@ class OptimizerConfig(Options):
 
     def __post_init__(self) -> None:
         self.refuse_idle("--optimizer.")
-        require(self.learning_rate > 0, f"--optimizer.learning_rate {self.learning_rate} must be positive")
+        require(0 < self.learning_rate < math.inf, f"--optimizer.learning_rate {self.learning_rate} is not in (0, inf)")
         require(
             self.warmup_steps is None or self.warmup_ratio is None,
             "give --optimizer.warmup_steps or --optimizer.warmup_ratio, not both",

@@ -30,11 +30,14 @@ GIVEN = ["--model", "m", "--prompts", "p", "--judge", "vader", "--out", "o"]
 def test_the_recipe_parses() -> None:
     words = [str(ROOT / "configs" / "llama3_rounds.py"), *GIVEN, "--sft_data", "s"]
     run = cli.parse("recipe llama3", [*words, "--average_over", "train.seed=1", "dpo.nll_coefficient=0.1", "pairs=all"])
-    for one in (run, cli.parse("recipe llama3", [*GIVEN, "--stages", "dpo"])):
+    short = [str(ROOT / "configs" / "llama3_rounds_dpo.py"), *GIVEN]
+    asked = "--rejection.sample.top_p .9 --rejection.data.template zephyr --rejection.train.dtype float32".split()
+    for one in (run, cli.parse("recipe llama3", [*GIVEN, "--stages", "dpo"]), cli.parse("recipe llama3", short)):
         assert {one.sft.model, one.reward.data.files, one.rejection.reward, one.dpo.out} == {SET_BY_RECIPE}
         assert (one.dpo.dpo.beta, one.dpo.dpo.nll_coefficient, one.dpo.dpo.mask_format_tokens) == (0.1, 0.2, True)
         assert (one.dpo.optimizer.learning_rate, one.reward.reward.margin, one.rounds) == (1e-5, "none", 6)
     assert run.rejection.rejection.samples == 10
+    assert cli.parse("recipe llama3", [*short, *asked]).rejection.sample.top_p == 0.9
     (seed, _), (nll, _), (same, every) = [run.variant(name) for name in run.average_over]
     assert (seed.train.seed, nll.dpo.nll_coefficient, every) == (1, 0.1, True)
     assert (seed.train.batch_size, same) == (128, run.dpo)
@@ -53,6 +56,34 @@ def test_the_recipe_parses() -> None:
         (["--sft_data", "s", "--average_over", "dpo.beta=0.1"], "--average_over dpo.beta=0.1: is what --dpo.dpo.beta"),
         (["--sft_data", "s", "--average_over", "dpo.beta=-1"], "--average_over dpo.beta=-1: --dpo.beta must be"),
         (["--sft_data", "s", "--average_over", "train.seed=1", "train.seed=1"], "names train.seed=1 twice"),
+        (
+            ["--sft_data", "s", "--average_over", "train.seed=1", "train.seed=01"],
+            "names train.seed=1 twice, as train.se",
+        ),
+        *(
+            (["--sft_data", "s", "--average_over", spec], f"--average_over {spec}: {message}")
+            for spec, message in {
+                "dpo.loss=foo": "invalid choice 'foo' for argument '--dpo.loss'",
+                "optimizer.name=foo": "invalid choice",
+                "optimizer.schedule=foo": "invalid choice",
+                "dpo.nll_normalization=zzz": "invalid choice",
+                "dpo.nll_normalization=sequence": "is what --dpo.dpo.nll_normalization is already",
+                "train.dtype=int8": "invalid choice",
+                "train.seed=abc": "--train.seed: invalid literal",
+                "train.seed=1.5": "--train.seed: invalid literal",
+                "optimizer.learning_rate=true": "--optimizer.learning_rate: could not convert",
+                "optimizer.learning_rate=inf": "--optimizer.learning_rate inf is not in",
+                "optimizer.learning_rate=nan": "--optimizer.learning_rate nan is not in",
+                "train.eval_every=5": "changes nothing in the model",
+                "train.remat=full": "changes nothing in the model",
+                "optimizer.decay=0.5": "--optimizer.decay has no effect with --optimizer.name adamw",
+            }.items()
+        ),
+        (["--stages", "dpo", "--rejection.optimizer.learning_rate", "1"], "--rejection.optimizer.learning_rate has no"),
+        (["--stages", "dpo", "--rejection.train.epochs", "2"], "--rejection.train.epochs has no effect with --stages"),
+        (["--stages", "dpo", "--rejection.rejection.samples", "5"], "--rejection.rejection.samples has no effect with"),
+        (["--sft_data", "s", "--rejection.rejection.pool", "latest"], "--rejection.rejection.pool has no effect"),
+        (["--sft_data", "s", "--rejection.reward_memory", "5"], "--rejection.reward_memory has no effect"),
         (["--sft_data", "s", "--heldout", "1"], "--heldout 1.0 is a share of the prompts"),
     ],
 )
@@ -70,6 +101,49 @@ def test_an_edit_ranks_above_the_chosen_response() -> None:
     assert llama3.ranked(row | {"edited": None}, "f", 1) == row
     with pytest.raises(InputError, match=r"f: row 7: 'edited' stands beside 'chosen' and 'rejected'"):
         llama3.ranked({"prompt": "p", "chosen": ["b"], "rejected": "c", "edited": "a"}, "f", 7)
+
+
+def test_answers_without_a_score_are_left_out(tmp_path: Path, monkeypatch, caplog) -> None:
+    calls: list[int] = []
+
+    def judge(prompts, responses):
+        calls.append(len(responses))
+        return [None if text == "?" else len(text) for text in responses]
+
+    judge.everywhere = True
+    monkeypatch.setattr(judged_answers, "make_mesh", runs.small_mesh)
+    monkeypatch.setattr(judged_answers, "open_reward", lambda *words, **setting: judge)
+    like = cli.parse("recipe llama3", [*GIVEN, "--stages", "dpo"]).rejection
+    prompts = {i: judged_answers.Prompt((), str(i)) for i in range(90)}
+    rows = [{"row": i, "response": "?" if (i, k) == (1, 1) else "a" * k} for i in prompts for k in range(3)]
+    found = judged_answers.judge_answers(rows, prompts, "judge:F.yaml", like, "o")
+    assert found == [row | {"score": len(row["response"])} for row in rows if row["response"] != "?"]
+    assert calls == [258, 12]  # 256 would have cut the answers to one prompt
+    assert "--judge judge:F.yaml: 1 of 270 answers got no score and are left out" in caplog.text
+    with pytest.raises(InputError, match=r"--judge judge:F.yaml: none of 1 answers got a score"):
+        judged_answers.judge_answers(rows[4:5], prompts, "judge:F.yaml", like, "o")
+
+
+def test_cut_answers_are_in_no_pair(tmp_path: Path) -> None:
+    run = cli.parse("recipe llama3", [*GIVEN, "--stages", "dpo", "--heldout", "0.5"])
+    recipe = llama3.Llama3(run, tmp_path)
+    ends = ["stop", "stop", "length", "stop", "length"]
+    texts = list(zip("abcde", (1.0, 2.0, 3.0, 0.5, 0.0), ends, strict=True))
+    rows = [
+        {"row": i, "prompt": f"p{i}", "response": text, "score": score * (1 + i), "finish_reason": end}
+        for i in range(20)
+        for text, score, end in texts
+    ]
+    (tmp_path / "v0").mkdir()
+    (tmp_path / "v0" / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert recipe._pairs(0)["answers cut"] == 40
+    made = [row for name in ("learnt", "heldout") for row in read_lines(tmp_path / "v0" / f"{name}.jsonl")]
+    assert {(row["chosen"], row["rejected"]) for row in made} == {("b", "d")}
+    assert len(made) == 20
+    cut = [row | {"finish_reason": "length"} for row in rows]
+    (tmp_path / "v0" / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cut))
+    with pytest.raises(InputError, match=r"for 0 prompts.*\(100 of 100 answers are cut\).*max_new_tokens"):
+        recipe._pairs(0)
 
 
 # ---- the whole recipe ----------------------------------------------------------------------------------------------
@@ -108,6 +182,9 @@ def words(folder: Path, out: Path) -> list[str]:
     found += f" --sft_data {folder}/sft.jsonl --preferences {folder}/given.jsonl --out {out} --rounds 2"
     found += " --average_over train.seed=1 --pair_samples 3 --batch_size 16 --heldout 0.25"
     found += " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 16"
+    found += (
+        " --rejection.sample.stop_strings e o r t"  # of random text most would be cut, and cut texts are in no pair
+    )
     for stage in ("sft", "reward", "rejection", "dpo"):
         found += f" --{stage}.train.steps 2 --{stage}.train.batch_size 4 --{stage}.data.max_length 56"
         found += f" --{stage}.data.buckets 1 --{stage}.optimizer.learning_rate 1e-2 --{stage}.checkpoint.every 1"

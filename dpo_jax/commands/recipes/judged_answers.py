@@ -1,13 +1,15 @@
 """What a version of a model answers to the prompts of a recipe, and what a judge thinks of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dpo_jax.commands.generate import generate
-from dpo_jax.config import GenerateRun, PPORun, RejectionRun, SampleConfig
+from dpo_jax.config import GenerateRun, PPORun, RejectionRun
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns
@@ -20,7 +22,9 @@ from dpo_jax.judge.reward_functions import open_reward, scores_of
 from dpo_jax.mesh import batch_parts, make_mesh
 
 _JUDGED = 256
-"""Answers in one call of a judge."""
+"""Answers in one call of a judge, and as many more as the last prompt has."""
+
+log = logging.getLogger(__name__)
 
 
 def read_prompts(source: str) -> dict[int, Prompt]:
@@ -45,8 +49,8 @@ def answer(
     batch_size: int,
     seed: int,
 ) -> Figures:
-    """Write `samples` answers of `model` to every prompt to `path`, or go on with it; template, dtype, mesh and length
-    of an answer are those of the run `like`."""
+    """Write `samples` answers of `model` to every prompt to `path`, or go on with it; template, dtype, mesh and all of
+    `sample` but the temperature are those of the run `like`."""
     if not path.exists():
         raw = like.data.template == RAW
         generate(
@@ -61,7 +65,7 @@ def answer(
                 samples=samples,
                 seed=seed,
                 dtype=like.train.dtype,
-                sample=SampleConfig(like.sample.max_new_tokens, temperature=temperature),
+                sample=dataclasses.replace(like.sample, temperature=temperature),
                 mesh=like.mesh,
             )
         )
@@ -71,21 +75,42 @@ def answer(
 
 def judge_answers(
     rows: Sequence[Row], prompts: Mapping[int, Prompt], judge: str, like: PPORun | RejectionRun, out: str
-) -> list[float]:
-    """The judge's score of each answer.
+) -> list[Row]:
+    """The rows with the judge's `score` of each answer. One without a score (a reply that cannot be read) is left out.
 
     Args:
-      rows: answers, with the `row` of their prompt.
+      rows: answers, with the `row` of their prompt; those to one prompt stand together.
       prompts: row -> prompt.
       judge: as --reward of `dpo-jax ppo`.
       like: gives time-outs, dtypes, the mesh, and whether texts are raw.
-      out: the recipe's folder; a judge's replies are kept in it.
+      out: the recipe's folder; the replies of a judge:FILE.yaml are kept beside it, in OUT.replies.
+
+    Raises `InputError` where no answer gets a score.
     """
     devices = make_mesh(**dataclasses.asdict(like.mesh))
     setting = dataclasses.replace(like, out=out)
-    function, scores = open_reward(judge, setting, mesh=devices, batch_size=8 * batch_parts(devices)), list[float]()
-    for start in range(0, len(rows), _JUDGED):
-        some = rows[start : start + _JUDGED]
+    function = open_reward(judge, setting, mesh=devices, batch_size=8 * batch_parts(devices))
+    judged: list[Row] = []
+    for some in chunks(rows):
         asked, numbers = [prompts[row["row"]] for row in some], np.asarray([row["row"] for row in some])
-        scores += scores_of(function, asked, [row["response"] for row in some], numbers, judge).tolist()
-    return scores
+        texts = [row["response"] for row in some]
+        scores = scores_of(function, asked, texts, numbers, judge, finite=False).tolist()
+        judged += [row | {"score": score} for row, score in zip(some, scores, strict=True) if math.isfinite(score)]
+    left_out = len(rows) - len(judged)
+    if not judged:
+        raise InputError(f"--judge {judge}: none of {len(rows)} answers got a score that is a number; see its replies")
+    if left_out:
+        log.warning("--judge %s: %d of %d answers got no score and are left out", judge, left_out, len(rows))
+    return judged
+
+
+def chunks(rows: Sequence[Row], most: int = _JUDGED) -> Iterator[list[Row]]:
+    """The rows in calls of about `most`; the answers to one prompt are in one, since a judge may compare them."""
+    some: list[Row] = []
+    for row in rows:
+        if len(some) >= most and row["row"] != some[-1]["row"]:
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some

@@ -194,8 +194,8 @@ class Llama2Chat:
                     f"{self._run.prompts}: no prompt is for the {kind.name} judge; tag some, and not all, with"
                     ' "safety": true'
                 )
-            scores = judge_answers(own, self._prompts, kind.judge, self._run.ppo, self._run.out)
-            judged += [row | {"score": score, "judge": kind.name} for row, score in zip(own, scores, strict=True)]
+            found = judge_answers(own, self._prompts, kind.judge, self._run.ppo, self._run.out)
+            judged += [row | {"judge": kind.name} for row in found]
         write_lines(self._out / f"v{version}" / "judged.jsonl", judged)
         return self._scores(version)
 

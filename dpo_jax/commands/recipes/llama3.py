@@ -26,6 +26,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
 from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
 from dpo_jax.config import AverageRun, DPORun, Llama3Run
+from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.ratings import RATINGS
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.sources.files import read_rows
@@ -164,9 +165,9 @@ class Llama3:
 
     def _judge(self, version: int) -> Figures:
         rows = read_lines(self._out / f"v{version}" / "answers.jsonl")
-        scores = judge_answers(rows, self._prompts, self._run.judge, self._run.rejection, self._run.out)
-        write_lines(self._judged(version), [row | {"score": x} for row, x in zip(rows, scores, strict=True)])
-        return self._score(version)
+        judged = judge_answers(rows, self._prompts, self._run.judge, self._run.rejection, self._run.out)
+        write_lines(self._judged(version), judged)
+        return self._score(version) | {"no score": len(rows) - len(judged)}
 
     def _score(self, version: int) -> dict[str, float]:
         """Mean over prompts of the score of a version's answers, with its 95 % interval."""
@@ -175,20 +176,27 @@ class Llama3:
         return {"score": float(values.mean()), "low": low, "high": high}
 
     def _pairs(self, version: int) -> Figures:
-        """Best against worst, graded by quarters of the judge's gaps."""
-        pairs = comparisons.rated(make_pairs(read_lines(self._judged(version))))
+        """Best against worst, graded by quarters of the judge's gaps.
+
+        An answer that was cut at its longest takes no part: an end would be learnt where there is none.
+        """
+        judged = read_lines(self._judged(version))
+        whole = [row for row in judged if row["finish_reason"] != CUT]
+        cut = len(judged) - len(whole)
+        pairs = comparisons.rated(make_pairs(whole))
         learnt, heldout = comparisons.parted(pairs, self._run.heldout, self._run.seed)
         taught = [row for row in learnt if row["rating"] in _TAUGHT]
         if not taught or not heldout:
             raise InputError(
                 f"V{version}: the judge {self._run.judge} tells answers apart for {len(pairs)} prompts, of which"
-                f" {len(heldout)} are held out and {len(taught)} better or significantly better; give more prompts, or"
-                " another --heldout"
+                f" {len(heldout)} are held out and {len(taught)} better or significantly better ({cut} of {len(judged)}"
+                " answers are cut); give more prompts, another --heldout, or a larger --rejection.sample.max_new_tokens"
             )
         folder = self._out / f"v{version}"
         for name, rows in (("learnt", learnt), ("taught", taught), ("heldout", heldout)):
             write_lines(folder / f"{name}.jsonl", rows)
-        return {"pairs": len(pairs), "better or significantly better": len(taught), "held out": len(heldout)}
+        found = {"pairs": len(pairs), "better or significantly better": len(taught), "held out": len(heldout)}
+        return found | {"answers cut": cut}
 
     # ---------------------------------------------------------------- a round
 
