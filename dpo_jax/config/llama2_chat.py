@@ -80,7 +80,7 @@ class Llama2ChatRun:
     rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
     """Of the rounds of rejection sampling."""
     ppo: PPORun = field(default_factory=partial(PPORun, **_SET, reward=SET_BY_RECIPE))
-    """Of the last version; its template and its length of an answer hold for the answers that are compared, too."""
+    """Of the last version; its template and --ppo.sample.* hold for the answers that are compared, too."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 

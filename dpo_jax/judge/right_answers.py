@@ -19,14 +19,12 @@ NUMBER = re.compile(
 """A number in a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
 _WRITTEN = re.compile(r"####|\\boxed\{")
 _SAID = re.compile(r"final answer:|answer is\b:?", re.IGNORECASE)
-_HOPE = re.compile(r"[.\s]*I hope it is correct.*", re.IGNORECASE | re.DOTALL)
+_HOPE = re.compile("I hope it is correct", re.IGNORECASE)
 """How Minerva's prompt ends its answers."""
-_AROUND = re.compile(r"^(?:\\[()\[\]$]|[\s$*`])+|(?:\\[()\[\]$]|[\s$*`.])+$")
-"""What stands around an answer and belongs to the page: mathematics' and Markdown's signs, and a last point."""
 _SENTENCE = re.compile(r"[.!?](?=\s)")
 _BEFORE = re.compile(r"(?:(?:\\[$(]|[^\d\\{}^_/])*(?:\\[$(]|[^\w\\{}^/]))?")
 _BEHIND = re.compile(
-    r"(?!\s*(?:hundred|thousand|million|billion|dozen)\b|[^\W\d_](?![^\W\d_]))(?:\\[%$)]|[^\d\\{}^/])*"
+    r"(?!\s*(?:hundred|thousand|million|billion|dozen)\b|(?:\s*[-*]\s*)?[^\W\d_](?![^\W\d_]))(?:\\[%$)]|[^\d\\{}^/+=<>])*"
 )
 """What may stand on either side of a number in words; a single letter behind it is a variable, and two are a unit."""
 _LONGEST = 100
@@ -48,7 +46,7 @@ def final_answer(text: str, pattern: str | None = None) -> str | None:
         return _inside_braces(rest).strip() or None
     # The mark may stand in bold: **Final answer:** 18
     line = re.sub(r"^[\s*]+", "", rest).partition("\n")[0]
-    return _HOPE.sub("", line).strip() or None
+    return _HOPE.split(line, maxsplit=1)[0].strip() or None
 
 
 def _inside_braces(text: str) -> str:
@@ -61,10 +59,23 @@ def _inside_braces(text: str) -> str:
     return ""
 
 
+def _bare(answer: str) -> str:
+    """Without what stands around an answer and belongs to the page: blanks, signs of mathematics and Markdown, a last
+    point."""
+    before = None
+    while before != answer:
+        before = answer
+        answer = answer.strip().lstrip("$*` ").rstrip("$*` .\\")
+        for sign in ("\\(", "\\[", "\\$"):
+            answer = answer.removeprefix(sign)
+        answer = answer.removesuffix("\\)").removesuffix("\\]")
+    return answer
+
+
 def normal(answer: str) -> str | Fraction:
     """An answer as it is compared: without case, spaces, commas, the signs around it and a last point; a number by its
     value."""
-    plain = re.sub(r"\s+", " ", _AROUND.sub("", answer)).casefold()
+    plain = re.sub(r"\s+", " ", _bare(answer)).casefold()
     number = re.sub(r"^-\\?\$", "-", plain.replace(",", ""))
     if len(number) <= _LONGEST and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?", number):
         return Fraction(number)
@@ -76,9 +87,9 @@ def _only_number(answer: str) -> Fraction | None:
 
     None for two of them, for one in a formula (1/2, 2x, \\sqrt{2}), for one said in words (18 million), and for "not".
     """
-    sentence = _SENTENCE.split(_AROUND.sub("", answer), maxsplit=1)[0][: 10 * _LONGEST]
+    sentence = _SENTENCE.split(_bare(answer), maxsplit=1)[0]
     numbers = list(NUMBER.finditer(sentence))
-    if len(numbers) != 1 or re.search(r"\bnot\b", sentence, re.IGNORECASE):
+    if len(sentence) > 10 * _LONGEST or len(numbers) != 1 or re.search(r"\bnot\b", sentence, re.IGNORECASE):
         return None
     (one,) = numbers
     left, right = sentence[: one.start()], sentence[one.end() :]

@@ -61,6 +61,9 @@ def test_equal_answers() -> None:
         "The answer is 18cm.",
         r"\boxed{x = 18}",
         "#### 1.8e1",
+        r"the answer is $\$18\$$. ",
+        r"the answer is \[ **18** \].",
+        "#### " + "* " * 50_000 + "18" + " *" * 50_000,
     ],
 )
 def test_right_answers_in_their_usual_clothes(text: str) -> None:
@@ -77,8 +80,12 @@ def test_right_answers_in_their_usual_clothes(text: str) -> None:
         (r"\boxed{2\pi}", "2"),
         ("#### 2x", "2"),
         ("#### x2", "2"),
+        ("#### 2 - x", "2"),
+        ("#### 2 + x", "2"),
         ("#### 18 or 20", "18"),
         ("#### 18 million", "18"),
+        ("#### 18 " + " " * 50_000 + "or 20", "18"),
+        ("#### a" + " *" * 50_000 + "b", "18"),
         ("the answer is not 18", "18"),
         ("the answer is -$18", "18"),
         ("#### 18 dollars", "18 euros"),
