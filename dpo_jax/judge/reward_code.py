@@ -45,9 +45,11 @@ class _Worker:
 
     def __init__(self, spec: str):
         self._spec = spec
+        # The kernel takes the end of the thread that starts it for the end of the whole process (prctl(2)).
+        ours = [str(os.getpid())] if threading.current_thread() is threading.main_thread() else []
         # JAX of the function computes on the CPU: the devices are taken, all of their memory often, by the training.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", reward_worker.__file__],
+            [sys.executable, "-P", reward_worker.__file__, *ours],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # so that what it starts is ended with it, and Ctrl-C is ours alone

@@ -63,8 +63,9 @@ class Command:
             raise InputError(f"--reward {spec}: {words[0] if words else 'nothing'} is no command that can be run")
         self.identity, self._spec = spec, spec
         self._seconds, self._memory = timeout or SECONDS, memory or MIB
-        # It runs in a folder of its own, so files are named from the root.
-        self._words = [str(Path(word).resolve()) if Path(word).is_file() else word for word in words]
+        # It runs in a folder of its own, so files are named from the root; links stay, as
+        # what a virtual environment's Python is called decides which environment it is.
+        self._words = [os.path.abspath(word) if Path(word).is_file() else word for word in words]
         with tempfile.TemporaryDirectory() as folder:
             tried = subprocess.run([*self._limited(), "true"], cwd=folder, capture_output=True, check=False)
         if tried.returncode:

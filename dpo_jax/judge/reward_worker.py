@@ -1,18 +1,24 @@
 """The process that a reward function of the user runs in; `judge/reward_code.py` starts it and speaks with it.
 
-It is run as a script, reads the standard library alone, and speaks lines of JSON: requests on its stdin, answers on
-what was its stdout. What the function prints goes to stderr. It ends when stdin does, whatever the function is at: the
-process that started it may die at any time.
+It is run as a script, reads the standard library alone, and speaks lines of JSON: requests on what was its stdin,
+answers on what was its stdout. What the function prints goes to stderr line by line, and its own stdin is empty.
+
+The process that started it may die at any time. On Linux the kernel then ends this one, whatever the function is at;
+elsewhere it ends when its requests do, as soon as Python runs another thread (never inside of a C function that keeps
+the interpreter's lock). What the function itself started is not ended with it.
 """
 
 import base64
+import ctypes
 import datetime
 import decimal
 import importlib.util
 import inspect
+import io
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -21,6 +27,7 @@ from typing import Any
 
 KIND = "\0kind"
 """Key of an object that stands for a value that JSON has none for."""
+_PR_SET_PDEATHSIG = 1
 
 
 def encoded(value: Any) -> Any:
@@ -108,14 +115,30 @@ def serve(requests: "queue.Queue[str]", answers: Any) -> None:
             answer(**told(error, path))
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel end this process when the thread that started it ends, or end it now where that has happened."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
 def main() -> None:
-    """Serve until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Serve until stdin ends. Argument: the process that started this one, if this is to end with it."""
+    if len(sys.argv) > 1:
+        die_with(int(sys.argv.pop(1)))
+    # Both pipes are copied to descriptors that no process inherits: what the function starts finds neither.
+    source, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # it may be ended at any time
     requests: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
-        for line in sys.stdin:
+        for line in source:
             requests.put(line)
         os._exit(0)
 

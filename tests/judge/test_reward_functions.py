@@ -2,8 +2,13 @@
 
 import datetime
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -274,6 +279,13 @@ def raises(prompts, responses): raise KeyError("no")
 def nan(prompts, responses): return [float("nan")] * len(responses)
 def none(prompts, responses): print("said"); return None
 
+def child(prompts, responses):
+    import subprocess, sys
+    heard = subprocess.run([sys.executable, "-c", "import sys; print(len(sys.stdin.read()))"], capture_output=True)
+    return [float(heard.stdout)] * len(responses)
+
+def told(prompts, responses): print("seen"); os._exit(7)
+
 def trl(completions, answer, prompts=None, **kwargs):
     assert sorted(kwargs) == ["day"] and kwargs["day"][0] == datetime.date(2026, 1, 2)
     assert prompts[0] == "the film?" and prompts[1] == [{"role": "user", "content": "the film?"}]
@@ -299,6 +311,38 @@ def test_hostile_functions_end_in_one_line_that_names_rows(tmp_path) -> None:
         with pytest.raises(InputError, match=message) as caught:
             scores_of(function, [ASK] * 2, ["a", "b"], np.asarray([3, 4]), "mine")
         assert "\n" not in str(caught.value)
+
+
+def test_what_a_function_starts_reads_nothing_and_what_it_prints_is_not_lost(tmp_path, capfd) -> None:
+    (path := tmp_path / "mine.py").write_text(HOSTILE)
+    assert reward_functions.PythonFunction(f"{path}:child", 20)([ASK], ["a"]) == [0]
+    with pytest.raises(InputError, match="ended with the exit code 7"):
+        reward_functions.PythonFunction(f"{path}:told")([ASK], ["a"])
+    assert "seen\n" in capfd.readouterr().err
+
+
+ORPHANING = """
+import os, signal, sys, threading
+from dpo_jax.judge.reward_code import PythonFunction
+
+function = PythonFunction(sys.argv[1] + ":stuck")
+print(function._worker._process.pid, flush=True)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+function([], ["a"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends it")
+def test_it_ends_with_what_started_it_inside_of_c_too(tmp_path) -> None:
+    (path := tmp_path / "mine.py").write_text(
+        "import re\ndef stuck(prompts, responses): return [float(bool(re.match('(a+)+b', 'a' * 60)))]\n"
+    )
+    started = subprocess.run([sys.executable, "-c", ORPHANING, str(path)], stdout=subprocess.PIPE, check=False)
+    assert started.returncode == -signal.SIGKILL
+    process, until = Path(f"/proc/{int(started.stdout)}/stat"), time.monotonic() + 10
+    while process.exists() and process.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it outlived what started it"
+        time.sleep(0.01)
 
 
 def test_a_function_that_is_written_for_trl_is_called_as_trl_calls_it(tmp_path) -> None:

@@ -68,6 +68,16 @@ def test_mathematics() -> None:
     pytest.importorskip("math_verify")
     texts = ["so $\\boxed{\\frac{1}{2}}$", "the answer is 0.5", "the answer is $2$"]
     assert scores("math:right", texts, "\\frac{1}{2}") == [1, 1, 0]
+    judge = shipped("math:right", timeout=None, memory=None)
+    for right, same, other in (  # of each of these a part alone was once read
+        ("2\\sqrt{3}", "$\\sqrt{12}$", "$2$"),
+        ("10\\pi", "so $10\\pi$", "$10$"),
+        ("3x+2", "$2+3x$", "$3$"),
+        ("[0, 1)", "$[0, 1)$", "$1$"),
+        ("The total is 3 dollars.", "it is 3", "it is 4"),
+        ("so \\boxed{3}", "$3$", "$4$"),
+    ):
+        assert judge([Prompt((), "p", {"right": right})] * 2, [same, other]) == [1, 0], right
     with pytest.raises(InputError, match=r"none that math-verify reads.*responses to row 1 of the prompts"):
         scores("math:right", ["1"], "")
 
@@ -94,6 +104,14 @@ def test_a_command_of_the_user(tmp_path, monkeypatch, caplog) -> None:
     with pytest.raises(InputError, match="no list of numbers: 'good' for responses to row 1"):
         scores(spec, ["word"], "x")
     assert code_of("```\na\n```\n```c\nb\n```") == "b\n"
+
+
+def test_a_command_keeps_the_name_that_it_is_given(tmp_path, monkeypatch) -> None:
+    (tmp_path / "real.sh").write_text("#!/bin/sh\ncase $0 in /*/link) echo 1;; *) echo 0;; esac\n")
+    (tmp_path / "real.sh").chmod(0o755)
+    (tmp_path / "link").symlink_to("real.sh")  # as the Python of a virtual environment is one
+    monkeypatch.chdir(tmp_path)
+    assert scores("run:./link", ["a"]) == [1]
 
 
 @pytest.mark.parametrize(
