@@ -106,13 +106,14 @@ class JudgedRun(TrainingRun):
             self.safety_reward is None or not several,
             "--safety_reward is combined with one --reward as Llama 2 did, not with several",
         )
+        judges = [name for name in (*self.rewards, self.safety_reward) if name is not None]
         require(
-            self.reward_timeout is None or any(map(takes_timeout, (*self.rewards, self.safety_reward))),
+            self.reward_timeout is None or any(map(takes_timeout, judges)),
             "--reward_timeout has no effect: no reward is a URL, a function of yours, math: or run:",
         )
         require(
-            self.reward_memory is None or any(name.startswith("run:") for name in self.rewards),
-            "--reward_memory has no effect: no --reward is run:COMMAND",
+            self.reward_memory is None or any(name.startswith("run:") for name in judges),
+            "--reward_memory has no effect: no --reward or --safety_reward is run:COMMAND",
         )
         self.positive("--", "reward_timeout", "reward_memory")
 

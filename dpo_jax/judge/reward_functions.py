@@ -333,7 +333,7 @@ def _checked(found: Any, rows: np.ndarray, name: str) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):
             scores = np.asarray(found, np.float64).astype(np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # the last of 10**400
         raise InputError(
             f"--reward {name}: gave something that is no list of numbers: {str(found)[:80]} (responses to"
             f" {told_rows(rows)} of the prompts)"

@@ -12,6 +12,7 @@ run:COMMAND        what a command of the user says, see `judge/reward_command.py
 The first three give None for a row without a value. (`vader`, `regex`, `language` are older: `reward_functions.py`.)
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -188,17 +189,33 @@ def _json(spec: str, file: str) -> OfText:
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
     from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
     try:
-        schema = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        schema = parsed_json(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--reward {spec}: {file}: {error}") from error
+    if not isinstance(schema, dict | bool):
+        raise InputError(
+            f"--reward {spec}: {file} is no JSON schema: it holds {json.dumps(schema)[:40]}, not an object"
+        )
+    named = schema.get("$schema", "") if isinstance(schema, dict) else ""
+    if not isinstance(named, str):
+        raise InputError(
+            f"--reward {spec}: {file} is no JSON schema: its $schema is {json.dumps(named)[:40]}, not a URI"
+        )
     kind = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
+        validator = kind(schema, registry=Registry())  # one that fetches nothing
+        with contextlib.suppress(Unresolvable):  # told where a response needs it
+            validator.is_valid({})
     except SchemaError as error:
         raise InputError(f"--reward {spec}: {file} is no JSON schema: {error.message[:80]}") from error
-    validator = kind(schema, registry=Registry())  # one that fetches nothing
+    except RecursionError as error:
+        raise InputError(f"--reward {spec}: {file}: refers to itself without end, or is nested too deep") from error
+    except ValueError as error:  # of an $id that is no URI
+        raise InputError(f"--reward {spec}: {file} is no JSON schema: {error}") from error
     return OfText(f"json:{json.dumps(schema, sort_keys=True)}", lambda text: float(_satisfies(spec, text, validator)))
 
 
@@ -215,3 +232,5 @@ def _satisfies(spec: str, text: str, validator: Any) -> bool:
         return validator.is_valid(value)
     except Unresolvable as error:
         raise InputError(f"--reward {spec}: the schema refers to what it does not hold: {str(error)[:80]}") from error
+    except (RecursionError, ArithmeticError):  # of the response's making: the schema was tried when it was read
+        return False

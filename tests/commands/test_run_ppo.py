@@ -375,7 +375,7 @@ def test_several_rewards() -> None:
         (["--reward", "regex:("], "--reward regex"),
         (["--reward", "language:xx"], "no language that is told apart"),
         (["--reward", "exact:answer"], "'answer' is no column of the prompts; they have none beside"),
-        (["--reward", "vader", "--reward_memory", "9"], "no --reward is run:COMMAND"),
+        (["--reward", "vader", "--reward_memory", "9"], "no --reward or --safety_reward is run:COMMAND"),
         (["--reward", "http://me:secret@host/"], "leave the password out"),
         (["--reward", "{model}"], "has no reward head"),
         (["--reward", "vader", "--sample.temperature", "0"], "PPO learns from samples"),

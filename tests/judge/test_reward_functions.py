@@ -135,6 +135,11 @@ def test_a_function_of_the_user_is_given_the_columns_that_it_names(tmp_path) -> 
         reward_functions.try_out(named, other, np.asarray([1]), "mine")
 
 
+def test_limits_of_a_command_that_judges_safety() -> None:
+    run = PPORun(model="m", out="o", reward="vader", safety_reward="run:true", reward_memory=9, data=DataConfig("d"))
+    assert run.reward_memory == 9
+
+
 def test_one_number_for_a_whole_batch_is_refused_before_anything_is_sampled(tmp_path) -> None:
     (path := tmp_path / "mine.py").write_text("def mean(prompts, responses): return [sum(map(len, responses)) / 9]\n")
     function = reward_functions.PythonFunction(f"{path}:mean")
@@ -163,7 +168,7 @@ def test_an_exception_of_the_user_names_file_and_line_before_anything_is_sampled
             reward_functions.PythonFunction(f"{bad}:f")
 
 
-@pytest.mark.parametrize("found", [[1.0], [[1.0], [2.0]], ["good", "bad"], None, {"a": 1}])
+@pytest.mark.parametrize("found", [[1.0], [[1.0], [2.0]], ["good", "bad"], None, {"a": 1}, [0, 10**400]])
 def test_anything_but_numbers_is_refused(found) -> None:
     def judge(prompts, responses):
         return found

@@ -58,10 +58,22 @@ def test_a_schema_of_json(tmp_path) -> None:
         ('{"type": 3}', "is no JSON schema"),
         ("{", "Expecting property name"),
         ('{"$ref": "https://example.com/x.json"}', "refers to what it does not hold"),
+        ("3", "is no JSON schema: it holds 3, not an object"),
+        ("null", "is no JSON schema: it holds null, not an object"),
+        ('{"$schema": 5}', r"its \$schema is 5, not a URI"),
+        ('{"$ref": "#"}', "refers to itself without end"),
+        ('{"$id": "http://[", "$ref": "x"}', "is no JSON schema: Invalid IPv6 URL"),
+        ("[" * 100_000, "nested too deep"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             scores(f"json:{path}", ["1"])
+
+
+def test_a_response_that_no_schema_foresees_scores_0(tmp_path) -> None:
+    (path := tmp_path / "schema.json").write_text('{"items": {"$ref": "#"}, "multipleOf": 0.5}')
+    texts = ["[[1.5]]", "[" * 300 + "]" * 300, "9" * 400, "1e999"]
+    assert scores(f"json:{path}", texts) == [1, 0, 0, 0]
 
 
 def test_mathematics() -> None:
