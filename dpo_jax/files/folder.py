@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,9 @@ STAGES, INPUTS = "stages.json", "inputs.json"
 
 _METRIC = "checkpoint.best"
 """Free, but where it decides when a run ends."""
+_TIMEOUT = "reward_timeout"
+"""Free, but where a command judges (`--reward run:COMMAND`): what runs out of time scores 0."""
+_JUDGES = ("reward", "safety_reward")
 
 Status = Literal["new", "unfinished", "finished"]
 
@@ -134,8 +137,9 @@ class RunFolder:
         if not finished and not _started(self.path):
             return "new"
         now = flatten(self.given)
+        commands = any(str(one).startswith("run:") for key in _JUDGES for one in _listed(now.get(key)))
         for name in sorted(before.keys() | now.keys()):
-            bound = name == _METRIC and now.get("train.stop_after") is not None
+            bound = (name == _METRIC and now.get("train.stop_after") is not None) or (name == _TIMEOUT and commands)
             if (name.startswith(FREE) and not bound) or before.get(name) == now.get(name):
                 continue
             raise InputError(
@@ -176,6 +180,10 @@ class RunFolder:
     def finish(self) -> None:
         """Mark the run as finished."""
         self._mark(finished=True)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _started(path: Path) -> bool:

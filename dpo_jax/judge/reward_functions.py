@@ -34,6 +34,7 @@ from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_code import PythonFunction
+from dpo_jax.judge.reward_command import Command
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.judge.reward_shipped import OfColumn, OfText, compiled, shipped
 from dpo_jax.processes import distributed
@@ -246,12 +247,16 @@ def _language(judge: str, code: str) -> Callable[[str], float]:
 
 def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
     """Call a function of the user once, before time is spent on sampling: with two prompts and a made-up response to
-    each, since one number for a whole batch looks right where the batch has one row.
+    each, since one number for a whole batch looks right where the batch has one row; and a command with a response that
+    holds no code.
 
     Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
     Raises `InputError` for what would stop the run later.
     """
-    if isinstance(function, PythonFunction | OfColumn):
+    if isinstance(function, Command):
+        if distributed.is_main():
+            function.try_out(prompts[0])
+    elif isinstance(function, PythonFunction | OfColumn):
         function.check_columns(prompts)
         first = prompts[:2]
         scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)

@@ -191,19 +191,7 @@ def _json(spec: str, file: str) -> OfText:
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    try:
-        schema = parsed_json(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--reward {spec}: {file}: {error}") from error
-    if not isinstance(schema, dict | bool):
-        raise InputError(
-            f"--reward {spec}: {file} is no JSON schema: it holds {json.dumps(schema)[:40]}, not an object"
-        )
-    named = schema.get("$schema", "") if isinstance(schema, dict) else ""
-    if not isinstance(named, str):
-        raise InputError(
-            f"--reward {spec}: {file} is no JSON schema: its $schema is {json.dumps(named)[:40]}, not a URI"
-        )
+    schema = _schema(spec, file)
     kind = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
@@ -217,6 +205,24 @@ def _json(spec: str, file: str) -> OfText:
     except ValueError as error:  # of an $id that is no URI
         raise InputError(f"--reward {spec}: {file} is no JSON schema: {error}") from error
     return OfText(f"json:{json.dumps(schema, sort_keys=True)}", lambda text: float(_satisfies(spec, text, validator)))
+
+
+def _schema(spec: str, file: str) -> Any:
+    """What a file holds, if it may be a schema."""
+    try:
+        schema = parsed_json(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--reward {spec}: {file}: {error}") from error
+    if not isinstance(schema, dict | bool):
+        raise InputError(
+            f"--reward {spec}: {file} is no JSON schema: it holds {json.dumps(schema)[:40]}, not an object"
+        )
+    named = schema.get("$schema", "") if isinstance(schema, dict) else ""
+    if not isinstance(named, str):
+        raise InputError(
+            f"--reward {spec}: {file} is no JSON schema: its $schema is {json.dumps(named)[:40]}, not a URI"
+        )
+    return schema
 
 
 def _satisfies(spec: str, text: str, validator: Any) -> bool:

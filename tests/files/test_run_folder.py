@@ -54,6 +54,23 @@ def test_another_mesh_or_name_may_go_on(tmp_path: Path) -> None:
     assert RunFolder(tmp_path, "dpo", {**GIVEN, "mesh": {"data": 8}, "out": "b"}).open() == "unfinished"
 
 
+def test_the_seconds_of_a_command_that_judges_stay(tmp_path: Path) -> None:
+    """They decide which responses score 0; those of a URL or a function decide nothing."""
+    for name, given in (
+        ("free", {"reward": ["vader", "https://host/"]}),
+        ("bound", {"reward": ["vader", "run:check"]}),
+        ("safe", {"reward": "vader", "safety_reward": "run:check"}),
+    ):
+        RunFolder(tmp_path / name, "ppo", {**given, "reward_timeout": 3}).claim({})
+        with_checkpoint(tmp_path / name)
+        again = RunFolder(tmp_path / name, "ppo", {**given, "reward_timeout": 4})
+        if name == "free":
+            assert again.open() == "unfinished"
+        else:
+            with pytest.raises(InputError, match=r"has --reward_timeout 3, this command has 4"):
+                again.open()
+
+
 def test_other_options_are_fine_before_the_first_checkpoint(tmp_path: Path) -> None:
     claimed(tmp_path)
     assert RunFolder(tmp_path, "dpo", {**GIVEN, "dpo": {"beta": 0.5}}).open() == "new"

@@ -1,5 +1,7 @@
 """Rewards that can be checked, and commands of the user."""
 
+import datetime
+import decimal
 import json
 import sys
 
@@ -115,7 +117,39 @@ def test_a_command_of_the_user(tmp_path, monkeypatch, caplog) -> None:
     assert "of 4 responses 1 ran out of time, 1 ended with an error: they score 0" in caplog.text
     with pytest.raises(InputError, match="no list of numbers: 'good' for responses to row 1"):
         scores(spec, ["word"], "x")
+    try_out(shipped(spec, timeout=None, memory=None), [Prompt((), "p", {"right": ""})], np.arange(1), spec)
+    with pytest.raises(InputError, match=r"no command runs in 1 MiB; give more --reward_memory"):
+        shipped(spec, timeout=None, memory=1)
     assert code_of("```\na\n```\n```c\nb\n```") == "b\n"
+
+
+def test_a_command_that_cannot_be_run_is_told_before_anything_is_sampled(caplog) -> None:
+    for command, message in (
+        ("run:env no-such-command", r"could not run \(exit status 127, for a response without code\)"),
+        ("run:sh -c 'exit 125'", r"could not run \(exit status 125"),  # what docker ends with where it does not run
+        ("run:echo good", "the last line that it prints is no number: 'good'"),
+    ):
+        judge = shipped(command, timeout=None, memory=None)
+        with pytest.raises(InputError, match=message):
+            try_out(judge, [Prompt((), "p")], np.arange(1), command)
+    # A program of a model may end so: no reason to stop.
+    assert scores(f"run:sh -c '{'# ' * 200}\nexit 127'", ["a"]) == [0]
+    assert "of 1 responses 1 could not be run" in caplog.text
+
+
+def test_what_a_command_reads_and_what_decides_its_scores(tmp_path) -> None:
+    (path := tmp_path / "check.py").write_text(
+        "import json\nread = json.loads(input())['columns']\n"
+        "print(float(read == {'at': '2026-01-02', 'b': 'YQ==', 'd': '1.50'}))"
+    )
+    spec = f"run:{sys.executable} {path}"
+    columns = {"at": datetime.date(2026, 1, 2), "b": b"a", "d": decimal.Decimal("1.50")}
+    judge = shipped(spec, timeout=None, memory=None)
+    assert judge([Prompt((), "p", columns)], ["a"]) == [1]
+    assert judge.identity == shipped(spec, timeout=10, memory=1024).identity
+    assert judge.identity != shipped(spec, timeout=9, memory=None).identity
+    path.write_text(path.read_text() + "\n")
+    assert judge.identity != shipped(spec, timeout=None, memory=None).identity
 
 
 def test_a_command_keeps_the_name_that_it_is_given(tmp_path, monkeypatch) -> None:
