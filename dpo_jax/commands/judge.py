@@ -20,7 +20,7 @@ from dpo_jax.complete.reply_cache import ReplyCache, key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.sets.comparison_sets import parse_responses
-from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
@@ -33,7 +33,7 @@ from dpo_jax.judge.judging import Item, Judgement, contestants, family, one_scor
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.loading import check_output
 from dpo_jax.judge.reward_bench import by_subset
-from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of
+from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of, try_out
 from dpo_jax.mesh import make_mesh
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Rows:
         self.models: set[str] = set()
         rows = CheckedRows(run.data.files, None, columns=run.data.columns)
 
-        def parse(row: dict[str, Any]) -> tuple[Comparison, str | None, str | None]:
+        def parse(row: dict[str, Any]) -> tuple[Comparison, str | None, str | None, dict[str, Any]]:
             found = parse_responses(row)
             self.models |= contestants(row)
             reference, subset = row.get("reference"), row.get("subset")
@@ -55,15 +55,20 @@ class _Rows:
                 found,
                 reference if isinstance(reference, str) else None,
                 subset if isinstance(subset, str) else None,
+                {} if run.function is None else other_columns(row),
             )
 
-        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None, str | None]]]:
+        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None, str | None, dict[str, Any]]]]:
             yield from chunk
 
         found, read = rows.collect(parse, numbered, run.on_bad_rows)
-        self.items = [Item(n, one.messages, one.responses, reference) for n, (one, reference, _) in found]
-        self.places = [one.places for _, (one, _, _) in found]
-        self.subsets = {n: subset for n, (_, _, subset) in found if subset is not None}
+        columns = same_columns([own for _, (*_, own) in found])
+        self.items = [
+            Item(n, one.messages, one.responses, reference, own)
+            for (n, (one, reference, *_)), own in zip(found, columns, strict=True)
+        ]
+        self.places = [one.places for _, (one, *_) in found]
+        self.subsets = {n: subset for n, (_, _, subset, _) in found if subset is not None}
         self.read = read
 
 
@@ -92,6 +97,8 @@ def judge(run: JudgeRun) -> Path:
         function = check_reward(run.function, run)
         if function is None:
             function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
+        numbers = np.asarray([item.number for item in rows.items])
+        try_out(function, list(map(_prompt, rows.items)), numbers, run.function, needed=True)
     settings = {
         "prompt": None if prompt is None else prompt.version,
         "judge": function.identity if function is not None else [run.endpoint.url, run.endpoint.model, run.model],
@@ -101,6 +108,7 @@ def judge(run: JudgeRun) -> Path:
         "criteria": run.criteria,
         "seed": run.seed,
         "data": key_of({"items": [[i.number, [m.as_dict() for m in i.messages], i.responses] for i in rows.items]}),
+        "columns": None if function is None else _key_of_columns(rows.items),
     }
     with RowsFile(out, settings) as file, ProgressBar("judged", len(rows.items)) as bar:
         while len(file.rows) < len(rows.items):
@@ -131,13 +139,22 @@ def warn_of_family(judge_name: str, models: set[str]) -> None:
         )
 
 
+def _key_of_columns(items: Sequence[Item]) -> str:
+    """Of what a function may read beside prompts and responses."""
+    return key_of({"columns": json.dumps([dict(item.columns) for item in items], default=str)})
+
+
+def _prompt(item: Item) -> Prompt:
+    """As reward functions are given it."""
+    return Prompt(item.messages, item.messages[0].content if len(item.messages) == 1 else None, item.columns)
+
+
 def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
     """A function's scores, as judgements."""
     prompts, texts, numbers = [], [], []
     for item in items:
-        text = item.messages[0].content if len(item.messages) == 1 else None
         for response in item.responses:
-            prompts.append(Prompt(item.messages, text))
+            prompts.append(_prompt(item))
             texts.append(response)
             numbers.append(item.number)
     scores = iter(scores_of(function, prompts, texts, np.asarray(numbers), name).tolist())

@@ -13,7 +13,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import SafetyRun
 from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
@@ -22,7 +22,7 @@ from dpo_jax.headers import told
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.loading import check_output
 from dpo_jax.judge.refusals import REFUSALS, labelled, refusal
-from dpo_jax.judge.reward_functions import ModelReward, check_reward, scores_of
+from dpo_jax.judge.reward_functions import ModelReward, check_reward, scores_of, try_out
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report.safety import Judged, against_people, group_figures
 
@@ -39,16 +39,17 @@ class _Row:
     label: str | None
 
 
-def _prompt(value: object, where: str) -> Prompt:
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    value, columns = row.get("prompt"), other_columns(row)
     try:
         if isinstance(value, list):
             messages = messages_of(value, "prompt")
-            return Prompt(messages, messages[0].content if len(messages) == 1 else None)
+            return Prompt(messages, messages[0].content if len(messages) == 1 else None, columns, conversational=True)
     except BadRow as problem:
         raise InputError(f"{where}: {problem}") from problem
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: `prompt` is to be a text or a list of messages")
-    return Prompt((Message("user", value),), value)
+    return Prompt((Message("user", value),), value, columns)
 
 
 def _rows(run: SafetyRun) -> list[_Row]:
@@ -68,7 +69,7 @@ def _rows(run: SafetyRun) -> list[_Row]:
                 f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
             )
         kind = None if category is None or row.get(category) is None else str(row[category])
-        found.append(_Row(number, _prompt(row.get("prompt"), where), row[name], kind, label))
+        found.append(_Row(number, _prompt(row, where), row[name], kind, label))
     return found
 
 
@@ -83,8 +84,11 @@ def _scores(run: SafetyRun, name: str | None, rows: Sequence[_Row]) -> list[floa
             judge = JudgeReward(name, run.out or name.removeprefix(PREFIX)).open(mesh)
         else:
             judge = ModelReward(name, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
-    prompts, texts = [row.prompt for row in rows], [row.response for row in rows]
-    return scores_of(judge, prompts, texts, np.asarray([row.number for row in rows]), name).tolist()
+    columns = same_columns([row.prompt.columns for row in rows])
+    prompts = [row.prompt._replace(columns=own) for row, own in zip(rows, columns, strict=True)]
+    texts, numbers = [row.response for row in rows], np.asarray([row.number for row in rows])
+    try_out(judge, prompts, numbers, name, needed=True)
+    return scores_of(judge, prompts, texts, numbers, name).tolist()
 
 
 def _is_unsafe(category: str | None, run: SafetyRun) -> bool:

@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dpo_jax.complete.asking import Asker
@@ -38,12 +39,13 @@ ONE_SCORE = 0.95
 
 
 class Item(NamedTuple):
-    """A row to be judged. `reference`: a right answer, where the prompt asks for one."""
+    """A row to be judged. `reference`: a right answer, where the prompt asks for one; `columns`: for functions."""
 
     number: int
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
     reference: str | None = None
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

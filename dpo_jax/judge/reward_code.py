@@ -43,17 +43,15 @@ TRLS_OWN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 class _Worker:
     """The process: a request at a time, each answered within so many seconds."""
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, environment: Mapping[str, str]):
         self._spec = spec
-        # The kernel takes the end of the thread that starts it for the end of the whole process (prctl(2)).
-        ours = [str(os.getpid())] if threading.current_thread() is threading.main_thread() else []
         # JAX of the function computes on the CPU: the devices are taken, all of their memory often, by the training.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", reward_worker.__file__, *ours],
+            [sys.executable, "-P", reward_worker.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # so that what it starts is ended with it, and Ctrl-C is ours alone
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
+            env={**environment, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
         )
         self._answers: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
@@ -62,8 +60,13 @@ class _Worker:
     def ask(self, request: Mapping[str, Any], seconds: float, doing: str) -> dict[str, Any]:
         """The answer. Raises `InputError` where there is none in time, or the process is gone."""
         assert self._process.stdin is not None, "it is a pipe"
+        written = json.dumps(request, default=reward_worker.encoded).encode() + b"\n"
+        if self._process.stdin.closed:
+            raise InputError(
+                f"--reward {self._spec}: {doing}: its process was ended before, in a call that took too long"
+            )
         try:
-            self._process.stdin.write(json.dumps(request, default=reward_worker.encoded).encode() + b"\n")
+            self._process.stdin.write(written)
             self._process.stdin.flush()
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
@@ -100,8 +103,8 @@ class PythonFunction:
 
     everywhere = False
 
-    def __init__(self, spec: str, timeout: float | None = None):
-        """`spec`: FILE.py:FUNCTION; `timeout`: seconds that a call may take.
+    def __init__(self, spec: str, timeout: float | None = None, *, environment: Mapping[str, str] = os.environ):
+        """`spec`: FILE.py:FUNCTION; `timeout`: seconds that a call may take; `environment`: of the process.
 
         Raises `InputError` for a file or function that cannot be used.
         """
@@ -111,8 +114,10 @@ class PythonFunction:
             raise InputError(f"--reward {spec}: {file} is no file")
         self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
         self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        self._worker = _Worker(spec)
-        asked = {"load": str(path), "name": name, "sys_path": sys.path}
+        self._worker = _Worker(spec, environment)
+        # The kernel takes the end of the thread that started it for the end of the whole process (prctl(2)).
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        asked = {"load": str(path), "name": name, "sys_path": sys.path, "parent": parent}
         described = self._worker.ask(asked, max(self._timeout, TIMEOUT), "loading the file")  # it may import much
         if "error" in described:
             raise self._told(described)

@@ -245,19 +245,27 @@ def _language(judge: str, code: str) -> Callable[[str], float]:
     return lambda text: float(bool(text.strip()) and identify(text)[0] == code)
 
 
-def try_out(function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str) -> None:
+def try_out(
+    function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str, *, needed: bool = False
+) -> None:
     """Call a function of the user once, before time is spent on sampling: with two prompts and a made-up response to
     each, since one number for a whole batch looks right where the batch has one row; and a command with a response that
     holds no code.
 
-    Its columns are looked for in all `prompts`, those of `rows` int [N] in their file; the other judges are not called.
+    Its columns are looked for in all `prompts`, those of `rows` int [N] in their file, and under `needed` the right
+    answer of each; the other judges are not called.
     Raises `InputError` for what would stop the run later.
     """
     if isinstance(function, Command):
-        if distributed.is_main():
-            function.try_out(prompts[0])
+        for prompt in prompts[: distributed.is_main()]:
+            function.try_out(prompt)
     elif isinstance(function, PythonFunction | OfColumn):
         function.check_columns(prompts)
+        if needed and isinstance(function, OfColumn) and len(silent := rows[function.without(prompts)]):
+            raise InputError(
+                f"--reward {name}: {told_rows(silent)} of the prompts: no value in {function.column!r}, and nothing"
+                " else judges the responses"
+            )
         first = prompts[:2]
         scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)
 

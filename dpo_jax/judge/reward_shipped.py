@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from dpo_jax.judge import reward_math
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_command import Command
 from dpo_jax.judge.right_answers import NUMBER
+
+_PASSED = ("PATH", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME")
+"""What Python itself may need of the environment."""
 
 
 class OfText:
@@ -51,19 +55,23 @@ class OfColumn:
         if not column:
             kind = spec.rstrip(":")
             raise InputError(f"--reward {spec}: name the column of the right answers, such as {kind}:answer")
-        self.identity, self._column, self._function = spec, column, function
+        self.identity, self.column, self._function = spec, column, function
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raise `InputError` where no row has the column."""
         there = sorted({name for prompt in prompts for name in prompt.columns})
-        if self._column not in there:
+        if self.column not in there:
             raise InputError(
-                f"--reward {self.identity}: {self._column!r} is no column of the prompts; they have"
+                f"--reward {self.identity}: {self.column!r} is no column of the prompts; they have"
                 f" {', '.join(there) or 'none beside the prompt'}"
             )
 
+    def without(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Places of the prompts of which it says None."""
+        return [i for i, prompt in enumerate(prompts) if prompt.columns.get(self.column) is None]
+
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
-        values = [prompt.columns.get(self._column) for prompt in prompts]
+        values = [prompt.columns.get(self.column) for prompt in prompts]
         at = [i for i, value in enumerate(values) if value is not None]
         found: list[float | None] = [None] * len(values)
         for i, score in zip(at, self._function([responses[i] for i in at], [values[i] for i in at]), strict=True):
@@ -171,8 +179,9 @@ def _lengths(spec: str, rest: str) -> tuple[int, int]:
 def _math(spec: str, column: str, timeout: float | None) -> OfColumn:
     if importlib.util.find_spec("math_verify") is None:
         raise InputError(f"--reward {spec}: needs math-verify: pip install 'dpo_jax[math]'")
-    # In a process of its own: simplifying an expression of the model may take for ever.
-    verified = PythonFunction(f"{reward_math.__file__}:verified", timeout)
+    # In a process of its own: simplifying an expression of the model may take for ever. No secret is in its reach.
+    environment = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    verified = PythonFunction(f"{reward_math.__file__}:verified", timeout, environment=environment)
 
     def scores(texts: list[str], values: list[Any]) -> Sequence[float]:
         nothing = Prompt((), "")

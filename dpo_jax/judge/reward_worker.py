@@ -105,6 +105,8 @@ def serve(requests: "queue.Queue[str]", answers: Any) -> None:
         request = json.loads(requests.get(), object_hook=decoded)
         try:
             if "load" in request:
+                if request["parent"] is not None:
+                    die_with(request["parent"])
                 path, sys.path[:] = Path(request["load"]), request["sys_path"]
                 function, described = load(path, request["name"])
                 answer(**described)
@@ -124,9 +126,7 @@ def die_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Serve until stdin ends. Argument: the process that started this one, if this is to end with it."""
-    if len(sys.argv) > 1:
-        die_with(int(sys.argv.pop(1)))
+    """Serve until stdin ends."""
     # Both pipes are copied to descriptors that no process inherits: what the function starts finds neither.
     source, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -64,7 +64,8 @@ class Judges:
         """Raise `InputError` where a function of the user would fail on any response to these prompts."""
         for judge, name in zip(self._checked, self._names, strict=True):
             if judge is not None:
-                try_out(judge, data.prompts, data.row_numbers, name)
+                needed = self._whiten and (self._two or len(self._names) == 1)
+                try_out(judge, data.prompts, data.row_numbers, name, needed=needed)
 
     def _opened(self) -> list[RewardFunction]:
         if not self._open:

@@ -49,7 +49,7 @@ def _form(model_type: str) -> GGUF:
 
 
 def _family(architecture: Any, keys: Collection[str], where: str) -> str:
-    """The model_type of a file: the first with its architecture that has every key, or else the last."""
+    """The model_type of a file: the first with its architecture that has every key, or else the first."""
     forms = {name: family.gguf for name, family in FAMILIES.items() if family.gguf is not None}
     fit = [name for name, form in forms.items() if form.architecture == architecture]
     if not fit:

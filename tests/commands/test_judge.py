@@ -199,8 +199,20 @@ def test_functions_and_errors(tmp_path, capsys) -> None:
     data = pairs(tmp_path / "d.jsonl")
     assert main(["judge", "--data", str(data), "--out", str(tmp_path / "o.jsonl"), "--function", "length"]) == 0
     assert [row["verdict"] for row in rows(tmp_path / "o.jsonl")][:3] == ["a", "b", "tie"]
+    # A function gets the other columns of a row, as under `dpo-jax grpo`; what it lacks is told before any row.
+    numbered = tmp_path / "n.jsonl"
+    numbered.write_text("".join(json.dumps({**row, "right": row["response_a"]}) + "\n" for row in rows(data)))
+    (mine := tmp_path / "mine.py").write_text(
+        "def f(prompts, responses, right): return [float(a == b) for a, b in zip(responses, right)]\n"
+    )
+    base = ["judge", "--data", str(numbered), "--out"]
+    for name, function in (("exact", "exact:right"), ("own", f"{mine}:f")):
+        assert main([*base, str(tmp_path / name), "--function", function]) == 0
+        assert [row["scores"] for row in rows(tmp_path / name)][:2] == [[1, 0], [1, 0]]
     base = ["judge", "--data", str(data), "--out", str(tmp_path / "p.jsonl")]
     for more, words in (
+        (["--function", "exact:right"], "'right' is no column of the prompts; they have"),
+        (["--function", f"{mine}:f"], "takes 'right', which is no column of the prompts"),
         ([], "give one judge"),
         (["--function", "length", "--ask", "pair"], "--ask has no effect with --function"),
         (["--model", "x", "--scale", "5", "--ask", "pair"], "--scale has no effect with --ask pair"),

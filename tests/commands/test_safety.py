@@ -9,6 +9,7 @@ import pytest
 from dpo_jax import cli
 from dpo_jax.commands.safety import safety
 from dpo_jax.config import SafetyRun
+from dpo_jax.errors import InputError
 from dpo_jax.judge.refusals import labelled, refusal
 from dpo_jax.report.safety import Judged, against_people
 
@@ -79,6 +80,10 @@ def test_groups_categories_violations_and_rows(tmp_path: Path) -> None:
     assert found["groups"]["safe"]["violation"]["share"] == pytest.approx(sum(below) / 3)
     assert found["groups"]["safe"]["helpfulness"]["mean"] == pytest.approx(sum(r["reward"] for r in rows[2:]) / 3)
     assert found["people"] is None
+    by_type = safety(SafetyRun(data=data, reward="exact:type"))  # a column of the rows
+    assert by_type["groups"]["safe"]["helpfulness"]["mean"] == 0
+    with pytest.raises(InputError, match="'right' is no column of the prompts; they have"):
+        safety(SafetyRun(data=data, reward="exact:right"))
     everything = safety(SafetyRun(data=data, unsafe=("all",)))
     assert list(everything["groups"]) == ["unsafe"]
 

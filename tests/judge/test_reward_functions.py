@@ -316,6 +316,18 @@ def test_hostile_functions_end_in_one_line_that_names_rows(tmp_path) -> None:
         with pytest.raises(InputError, match=message) as caught:
             scores_of(function, [ASK] * 2, ["a", "b"], np.asarray([3, 4]), "mine")
         assert "\n" not in str(caught.value)
+        if name == "hang":
+            with pytest.raises(InputError, match="its process was ended before"):
+                function([ASK], ["a"])
+
+
+def test_the_environment_of_a_function_is_the_one_that_it_is_given(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    (path := tmp_path / "mine.py").write_text(
+        "import os\ndef f(prompts, responses): return [float('SECRET' in os.environ)] * len(responses)\n"
+    )
+    assert reward_functions.PythonFunction(f"{path}:f")([ASK], ["a"]) == [1]
+    assert reward_functions.PythonFunction(f"{path}:f", environment={})([ASK], ["a"]) == [0]
 
 
 def test_what_a_function_starts_reads_nothing_and_what_it_prints_is_not_lost(tmp_path, capfd) -> None:

@@ -186,4 +186,8 @@ def test_a_language_without_a_script_of_its_own_and_a_column_that_is_not_there()
     assert judge([], ["Le chat est assis sur la chaise.", "The cat sits on the chair.", " "]) == [1, 0, 0]
     with pytest.raises(InputError, match="'right' is no column of the prompts; they have answer"):
         try_out(check_reward("exact:right", Options()), [Prompt((), "p", {"answer": 1})], np.arange(1), "exact:right")
+    some, exact = [Prompt((), "p", {"right": 1}), Prompt((), "p")], check_reward("exact:right", Options())
+    try_out(exact, some, np.asarray([1, 7]), "exact:right")  # beside others
+    with pytest.raises(InputError, match=r"exact:right: row 7 of the prompts: no value in 'right', and nothing else"):
+        try_out(exact, some, np.asarray([1, 7]), "exact:right", needed=True)
     assert shipped("runs/rm", timeout=None, memory=None) is None

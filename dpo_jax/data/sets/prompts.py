@@ -3,7 +3,7 @@
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Unpack
@@ -94,6 +94,12 @@ def other_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "prompt"}
 
 
+def same_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, each with every column that any of them has a value in."""
+    names = sorted({name for row in rows for name, value in row.items() if value is not None})
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
 def load_prompts(
     source: str,
     encoder: ConversationEncoder,
@@ -145,11 +151,10 @@ def load_prompts(
     prompts, safety, ids, cuts = zip(*found, strict=True)
     if unused := [name for name in rows.unused(PROMPTS, rendered=PROMPTS, writes=encoder.writes) if _speaks(name)]:
         log.warning("%s: the template does not write %s", source, ", ".join(unused))
-    # Those of all rows, so that every prompt has the same ones.
-    names = sorted({name for prompt in prompts for name, value in prompt.columns.items() if value is not None})
+    columns = same_columns([prompt.columns for prompt in prompts])
     return PromptDataset(
         ids=Ragged.of(ids, np.int32),
-        prompts=tuple(p._replace(columns={name: p.columns.get(name) for name in names}) for p in prompts),
+        prompts=tuple(prompt._replace(columns=own) for prompt, own in zip(prompts, columns, strict=True)),
         safety=np.asarray(safety, bool),
         cuts=cuts,
         **read,
