@@ -99,17 +99,8 @@ def judge(run: JudgeRun) -> Path:
             function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
         numbers = np.asarray([item.number for item in rows.items])
         try_out(function, list(map(_prompt, rows.items)), numbers, run.function, needed=True)
-    settings = {
-        "prompt": None if prompt is None else prompt.version,
-        "judge": function.identity if function is not None else [run.endpoint.url, run.endpoint.model, run.model],
-        "weights": [asker.weights, run.dtype] if isinstance(asker, LocalModel) else None,
-        "sample": asdict(run.sample),
-        "endpoint": [run.endpoint.temperature, run.endpoint.top_p, run.endpoint.max_tokens],
-        "criteria": run.criteria,
-        "seed": run.seed,
-        "data": key_of({"items": [[i.number, [m.as_dict() for m in i.messages], i.responses] for i in rows.items]}),
-        "columns": None if function is None else _key_of_columns(rows.items),
-    }
+    weights = asker.weights if isinstance(asker, LocalModel) else None
+    settings = deciding(run, prompt, rows.items, function=function, weights=weights)
     with RowsFile(out, settings) as file, ProgressBar("judged", len(rows.items)) as bar:
         while len(file.rows) < len(rows.items):
             start = len(file.rows)
@@ -126,6 +117,34 @@ def judge(run: JudgeRun) -> Path:
     if run.agreement:
         _agreement(run, out, done, rows, prompt)
     return out
+
+
+def deciding(
+    judge: JudgeRun,
+    prompt: JudgePrompt | None,
+    items: Sequence[Item],
+    *,
+    function: RewardFunction | None,
+    weights: str | None,
+) -> dict[str, Any]:
+    """All that decides what `judge` says of `items`: the settings of the file of its judgements.
+
+    `function`: where it is one; `weights`: fingerprint of a model of this machine.
+    """
+    endpoint = judge.endpoint
+    return {
+        "prompt": None if prompt is None else prompt.version,
+        "judge": function.identity if function is not None else [endpoint.url, endpoint.model, judge.model],
+        "weights": None if weights is None else [weights, judge.dtype, judge.template, judge.date],
+        "sample": asdict(judge.sample),
+        "endpoint": [endpoint.temperature, endpoint.top_p, endpoint.max_tokens],
+        "criteria": judge.criteria,
+        "seed": judge.seed,
+        "data": key_of(
+            {"items": [[i.number, [m.as_dict() for m in i.messages], i.responses, i.reference] for i in items]}
+        ),
+        "columns": None if function is None else _key_of_columns(items),
+    }
 
 
 def warn_of_family(judge_name: str, models: set[str]) -> None:

@@ -46,10 +46,18 @@ class Answerer:
             return []
         if self._client is not None:
             return self._client.ask(questions, done)
+        return self._opened().ask(questions, done)
+
+    def _opened(self) -> LocalModel:
         if self._local is None:
             assert self._model is not None, "there is an endpoint or a model"
             self._local = LocalModel(self._model, self._cache, self._sample, mesh=self._mesh(), **self._setting)
-        return self._local.ask(questions, done)
+        return self._local
+
+    @property
+    def weights(self) -> str | None:
+        """The fingerprint of a model's weights, which are read for it; None of an endpoint."""
+        return self._opened().weights if self._client is None else None
 
     def close(self) -> None:
         """Give the weights of a model up."""

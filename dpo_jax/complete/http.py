@@ -20,6 +20,8 @@ def checked_url(url: str, option: str, token: str) -> httpx.URL:
         raise InputError(f"{option} {url}: {error}") from error
     if parsed.userinfo:
         raise InputError(f"{option} {parsed.host}: leave the password out of the URL and set {token} instead")
+    if parsed.scheme not in ("http", "https"):
+        raise InputError(f"{option} {url}: begins with neither http:// nor https://")
     if not parsed.host:
         raise InputError(f"{option} {url}: names no host")
     return parsed

@@ -58,7 +58,8 @@ class LocalModel:
             return load_pretrained(place, mesh=mesh, dtype=dtype)
 
         self._writer = Writer(load, tokenizer, self._encoder, sample, batch_size=batch_size, mesh=mesh)
-        self._setting, self._mesh = {"dtype": dtype, "sample": asdict(sample)}, mesh
+        told = {name: value for name, value in (("template", template), ("date", date)) if value is not None}
+        self._setting, self._mesh = {"dtype": dtype, "sample": asdict(sample), **told}, mesh
         self.asked = self.cached = 0
 
     @property

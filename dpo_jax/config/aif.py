@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dpo_jax.config.checks import Options, require, require_day
+from dpo_jax.config.checks import Options, not_given, require, require_day
 from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.config.sections import MeshConfig, SampleConfig
 
@@ -68,9 +68,9 @@ class AIFRun(Options):
     principles: str = "ours"
     """System prompts by principle, of which each completion draws one: ours, none, or a JSON FILE {principle: [text,
     ...]}. They stand in the data, and not in the prompt that is learnt."""
-    language: Literal["en", "zh"] = "en"
-    """Of our principles, and of our prompts to the judge."""
-    aspects: tuple[str, ...] = ASPECTS
+    language: Literal["en", "zh"] | None = not_given("en")
+    """Of our principles, and of our prompts to a judge that asks `list`."""
+    aspects: tuple[str, ...] | None = not_given(ASPECTS)
     """What a judge that asks `list` rates."""
     critique: bool = True
     """Such a judge also writes a critique of each response, with an overall score from 1 to 10."""
@@ -82,11 +82,12 @@ class AIFRun(Options):
     """Of the pairs, as --ties of `dpo-jax pairs`."""
     repair: Literal["ultrafeedback"] | None = None
     """Of the pairs, as --repair of `dpo-jax pairs`."""
-    reward_timeout: float = 60.0
-    """Seconds to wait for one answer where --judge is a URL."""
-    judge_batch_size: int = 8
+    reward_timeout: float | None = not_given(60.0)
+    """Seconds to wait where --judge is a URL (60), or for one call of your own code (600), or of a command of run: for
+    one response (10)."""
+    judge_batch_size: int | None = not_given(8)
     """Responses at once where --judge is a reward model."""
-    judge_dtype: Literal["float32", "bfloat16"] = "float32"
+    judge_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
     """Of a reward model."""
     seed: int = 0
     """Of all draws."""
@@ -99,10 +100,11 @@ class AIFRun(Options):
         self.at_least("--", samples=2, judge_batch_size=1)
         self.positive("--", "reward_timeout")
         require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
-        require(self.aspects, "--aspects is empty: what is the judge to rate?")
-        unknown = [name for name in self.aspects if name not in ASPECTS]
+        aspects = self.resolved("aspects")
+        require(aspects, "--aspects is empty: what is the judge to rate?")
+        unknown = [name for name in aspects if name not in ASPECTS]
         require(not unknown, f"--aspects {' '.join(unknown)}: known are {', '.join(ASPECTS)}")
-        require(len(set(self.aspects)) == len(self.aspects), "--aspects names one twice")
+        require(len(set(aspects)) == len(aspects), "--aspects names one twice")
         overall = self.rule == "ultrafeedback_binarized"
         require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")
         require(self.templates is None or self.samples == 4, "--templates takes four responses: --samples 4")

@@ -106,7 +106,28 @@ def score_annotations(name: str, judgement: Mapping[str, Any] | Judgement) -> li
     return [{name: {"Rating": score, "Rationale": ""}} for score in scores]
 
 
-def finished(row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with `fine-grained_score` of each completion."""
-    made = [one | {"fine-grained_score": mean_of_aspects(one)} for one in row["completions"]]
-    return row | {"completions": made}
+def completed(
+    row: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]], prompts: Mapping[str, JudgePrompt | None]
+) -> dict[str, Any]:
+    """A row in the schema: `row` holds `messages` and `completions`, `judged` what was said of it by what was asked."""
+    single = [message["role"] for message in row["messages"]] == ["user"]
+    asked = {"instruction": row["messages"][0]["content"]} if single else {"messages": row["messages"]}
+    aspects: list[dict[str, Any]] = [{} for _ in row["completions"]]
+    overall: list[tuple[str, float | None]] = [("", None) for _ in row["completions"]]
+    for name, found in judged.items():
+        prompt = prompts[name]
+        if name == CRITIQUE:
+            overall = critiques(found)
+        elif prompt is not None and prompt.ask == "list":
+            for one, said in zip(aspects, list_annotations(name, found), strict=True):
+                one[name] = said
+        else:
+            aspects = score_annotations(name, found)
+            overall = [("", score) for score in found["scores"]]
+    made = [
+        one | {"annotations": said, "critique": text, "overall_score": score}
+        for one, said, (text, score) in zip(row["completions"], aspects, overall, strict=True)
+    ]
+    made = [one | {"fine-grained_score": mean_of_aspects(one)} for one in made]
+    head = {"source": row["source"]} if "source" in row else {}
+    return {**head, **asked, "models": [one["model"] for one in made], "completions": made, "row": row["row"]}

@@ -9,6 +9,7 @@ beside the run, in OUT.replies, so that what goes on asks nothing twice.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -149,4 +150,9 @@ def read_judge(option: str, name: str = "--reward") -> JudgeRun:
         # Neither has a meaning here: rows and scores are the run's.
         return JudgeRun(data="(the run's)", out="(the run's)", **fields)  # pyright: ignore[reportArgumentType]
     except InputError as error:
-        raise InputError(f"{name} {option}: {error}") from error
+        raise InputError(f"{name} {option}: {without_dashes(error)}") from error
+
+
+def without_dashes(error: InputError) -> str:
+    """What is wrong with options of a file, where they stand without the dashes of a command's."""
+    return re.sub(r"(?<![\w-])--(?=[a-z])", "", str(error))

@@ -9,12 +9,14 @@ import chat_server
 import pytest
 
 from dpo_jax.cli import main
+from dpo_jax.commands.recipes import aif
 from dpo_jax.complete import writer_pool
-from dpo_jax.config import WriterConfig
+from dpo_jax.config import AIFRun, WriterConfig
 from dpo_jax.data.rows.comparisons import parse_comparison
+from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.judge import feedback
-from dpo_jax.judge.judging import Item, Reply, read
+from dpo_jax.judge.judging import Item, Judgement, Reply, read
 
 GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
 
@@ -120,6 +122,46 @@ def test_from_prompts_to_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     capsys.readouterr()
 
 
+def of(
+    folder: Path, judge: str, pool: str = "- {name: a, responses: r.jsonl}\n- {name: b, responses: r.jsonl}", **more
+):
+    """The stages of a recipe with `judge` (YAML) in `folder`, and what the pool wrote."""
+    (folder / "pool.yaml").write_text(pool)
+    (folder / "judge.yaml").write_text(judge)
+    out = folder / "out"
+    files = {"prompts": "p.jsonl", "pool": str(folder / "pool.yaml"), "judge": f"judge:{folder / 'judge.yaml'}"}
+    made = aif.AIF(AIFRun(**{**files, "out": str(out), "samples": 2, **more}), out)  # pyright: ignore
+    user = [{"role": "user", "content": "a"}]
+    rows = [{"row": n, "messages": user, "completions": [{"response": "b"}, {"response": "c"}]} for n in range(1, 5)]
+    write_lines(out / "responses.jsonl", rows)
+    return made
+
+
+def test_a_judge_that_was_changed_begins_its_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of it was changed after a kill: one file never holds two judges."""
+    path, said, left = tmp_path / "out" / "judged" / "rating.jsonl", 0.0, [0]
+
+    def put(items, prompt, asker, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            raise InputError("killed")
+        return [Judgement((said, said), "tie", None, 0, ()) for _ in items]
+
+    monkeypatch.setattr(aif, "_AT_ONCE", 1)
+    monkeypatch.setattr(aif, "put", put)
+    head = "ask: rating\nendpoint: {url: 'http://127.0.0.1:9/v1', model: "
+    edits = ["m}", "m, temperature: 0.5}", "m}\nseed: 1", "m}\nscale: 5", "n}"]
+    for said, edit in enumerate(edits):
+        left[0] = 2
+        with pytest.raises(InputError, match="killed"):
+            of(tmp_path, head + edit)._rate("rating", path)
+        rows = read_lines(path.with_name("rating.jsonl.part"))[1:]
+        assert [row["scores"][0] for row in rows] == [said, said], "begun anew, and two rows done"
+    left[0] = 2
+    of(tmp_path, head + edits[-1])._rate("rating", path)
+    assert [row["scores"][0] for row in read_lines(path)] == [4.0] * 4, "and the same judge goes on"
+
+
 def test_draws_follow_the_weights() -> None:
     writers = [WriterConfig(name=f"w{i}", model="m", weight=w) for i, w in enumerate((6.0, 3.0, 1.0))]
     first, both = Counter(), Counter()
@@ -151,6 +193,45 @@ def test_ultrafeedbacks_own_templates() -> None:
     assert Item(1, (), ("a",)).reference is None
 
 
+def test_a_judge_of_the_writers_family_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By what the endpoint calls the models, and not by the names that the pool gives them."""
+    with chat_server.serving(lambda body: "[[3]]") as server:
+        end = f"endpoint: {{url: '{server.url}', model: "
+        pool = f"- {{name: gpt, {end}lama-7b}}}}\n- {{name: other, {end}openai/gpt-4o-mini}}}}"
+        made = of(tmp_path, f"ask: rating\n{end}gpt-4}}", pool)
+        for name in ("rating", "again"):
+            made._prompts[name] = made._prompts["rating"]
+            made._rate(name, tmp_path / f"{name}.jsonl")
+    assert [record.getMessage() for record in caplog.records if "family" in record.getMessage()] == [
+        "the judge gpt-4 is of the family of openai/gpt-4o-mini, which it judges: judges favour their own (Zheng et al."
+        " 2023)"
+    ]
+
+
+TWO = "- {name: a, model: /no/m}\n- {name: c, model: n}"
+FOUR = "\n".join(f"- {{name: {name}, model: m}}" for name in "abcd")
+LIST = "ask: list\nendpoint: {url: 'http://127.0.0.1:9/v1', model: m}"
+
+
+@pytest.mark.parametrize(
+    ("judge", "more", "message"),
+    [
+        (LIST, {"judge_dtype": "float32"}, "--judge_dtype has no effect with --judge .*, which has options of its own"),
+        (LIST, {"reward_timeout": 5.0}, "--reward_timeout has no effect"),
+        (LIST.replace("list", "rating"), {"critique": False}, "--critique has no effect .* asks rating and gives one"),
+        (LIST.replace("list", "rating"), {"templates": "t", "samples": 4, "pool": FOUR}, "--templates has no effect"),
+        (LIST.replace("http:", "htp:"), {}, "endpoint.url htp://127.0.0.1:9/v1: begins with neither http"),
+        ("ask: list\nmodel: /no/judge", {}, "judge.yaml: .*/no/judge"),
+        (LIST, {"pool": TWO.replace("model: n", "endpoint: {url: notaurl, model: n}")}, "writer a: .*no/m"),
+        (LIST, {"pool": "- {name: b, endpoint: {url: notaurl, model: n}}\n" + TWO}, "writer b: endpoint.url notaurl"),
+        (LIST, {"critique": False, "rule": "ultrafeedback_binarized"}, "takes the overall score of the critique"),
+    ],
+)
+def test_what_a_judge_does_not_use_is_refused(judge, more, message, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        of(tmp_path, judge, **more)
+
+
 @pytest.mark.parametrize(
     ("pool", "words", "message"),
     [
@@ -165,6 +246,14 @@ def test_ultrafeedbacks_own_templates() -> None:
         ("- {name: a, model: m}\n- {name: b, model: n}", ["--templates", "t.json"], "--templates takes four responses"),
         ("- {name: a, model: m}\n- {name: b, model: n}", ["--repair", "ultrafeedback"], "--repair has no effect"),
         ("- {name: a, model: m}\n- {name: b, model: n}", ["--principles", "p.json"], "p.json: not readable"),
+        (FOUR, ["--templates", "no.json", "--samples", "4"], "--templates has no effect with --judge length"),
+        (TWO, ["--aspects", "honesty"], "--aspects has no effect with --judge length, which gives one score"),
+        (TWO, ["--no-critique"], "--critique has no effect with --judge length"),
+        (TWO, ["--repair", "ultrafeedback", "--rule", "ultrafeedback_binarized"], "--repair has no effect with"),
+        (TWO, ["--reward_timeout", "3"], "--reward_timeout has no effect: no URL or function of yours"),
+        (TWO, ["--judge_batch_size", "1"], "--judge_batch_size has no effect with --judge length"),
+        (TWO, ["--judge_dtype", "float32"], "--judge_dtype has no effect with --judge length"),
+        (TWO, ["--principles", "none", "--language", "zh"], "--language has no effect with --judge length"),
         ("- {name: a, model: m}\n- {name: b, model: n}", ["--judge", "judge:x.yaml"], "--judge judge:x.yaml: not read"),
     ],
 )  # fmt: skip

@@ -12,35 +12,36 @@ replies/             of writers and judge, by a hash of all that decides them
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.commands.judge import by_function, warn_of_family
+from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.complete import writer_pool as pool
 from dpo_jax.complete.answerers import Answerer
 from dpo_jax.complete.asking import answers
-from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig, is_url
+from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
-from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines, write_once
+from dpo_jax.files.jsonl import RowsFile, read_lines, write_lines, write_once
 from dpo_jax.files.log import ProgressBar, say, show_log
 from dpo_jax.files.stages import Figures, Stage, Stages
 from dpo_jax.judge import feedback
 from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt
-from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge
+from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
 from dpo_jax.judge.judging import Item, Judgement, one_score
 from dpo_jax.judge.judging import judge as put
 from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report import feedback as feedback_report
+from dpo_jax.weights.opened import open_checkpoint
 
 _AT_ONCE = 256  # rows between two writes of a judged file
 
@@ -59,8 +60,11 @@ def recipe(run: AIFRun) -> Path:
 class AIF:
     """The stages."""
 
-    def __init__(self, run: AIFRun, out: Path):
-        """Raises `InputError` for a pool or judge that is none, and options that cannot be kept to."""
+    def __init__(self, run: AIFRun, out: Path, *, later: Path | None = None):
+        """`later`: a model that is made before the recipe begins, and need not be there yet.
+
+        Raises `InputError` for a pool or judge that is none, and options that cannot be kept to; nothing is asked yet.
+        """
         self._run, self._out = run, out
         self._pool = pool.read_pool(run.pool)
         if len(self._pool) < run.samples:
@@ -68,28 +72,71 @@ class AIF:
                 f"--pool {run.pool}: {len(self._pool)} writers, and each prompt is answered by --samples {run.samples}"
                 " different ones; name more, or ask for fewer"
             )
-        self._principles = pool.read_principles(run.principles, run.language)
+        self._principles = pool.read_principles(run.principles, run.resolved("language"))
         self._function: RewardFunction | None = None
         self._judge = self._judge_run()
+        self._asker: Answerer | None = None
         if self._judge.function is not None:
-            self._function = check_reward(self._judge.function, self._judge)
+            try:
+                self._function = check_reward(self._judge.function, self._judge)
+            except InputError as error:
+                raise self._of_judge(error) from error
+            if self._function is not None:
+                self._refuse("scores as a function", "judge_batch_size", "judge_dtype")
             self._prompts: dict[str, JudgePrompt | None] = {"score": None}
         elif self._judge.resolved("ask") == "list":
-            asked = {"critique": run.critique, "language": run.language, "templates": run.templates}
-            self._prompts = dict(feedback.feedback_prompts(run.aspects, **asked))
+            asked = {"language": run.resolved("language"), "templates": run.templates}
+            self._prompts = dict(feedback.feedback_prompts(run.resolved("aspects"), critique=run.critique, **asked))
         else:
             self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
-        self._asker: Answerer | None = None
+        self._warned = False
+        if self._judge.function is None:
+            try:
+                self._asker = self._answerer("judge", self._judge, later)
+            except InputError as error:
+                raise self._of_judge(error) from error
+        self._writers: dict[str, Answerer] = {}
+        for writer in self._pool:
+            if writer.responses is None:
+                try:
+                    self._writers[writer.name] = self._answerer(writer.name, writer, later)
+                except InputError as error:
+                    raise self._of_writer(writer, error) from error
+
+    def _refuse(self, judges: str, *names: str) -> None:
+        """Refuse options that were given and have no effect beside a judge that does what `judges` says."""
+        for name in names:
+            given = getattr(self._run, name)
+            if given is not None and given is not True:  # the critique is asked for where nothing is given
+                raise InputError(f"--{name} has no effect with --judge {self._run.judge}, which {judges}")
+
+    def _of_judge(self, error: InputError) -> InputError:
+        """`error` by the names that options have here: a function calls itself --reward, a file's have no dashes."""
+        judge = self._run.judge
+        told = str(error).removeprefix(f"--reward {judge}: ") if self._judge.function else without_dashes(error)
+        return InputError(f"--judge {judge}: {told}")
+
+    def _of_writer(self, writer: WriterConfig, error: InputError) -> InputError:
+        return InputError(f"--pool {self._run.pool}: writer {writer.name}: {without_dashes(error)}")
 
     def _judge_run(self) -> JudgeRun:
-        run = self._run
+        run, of_lists = self._run, ["aspects", "critique", "templates", "repair"]
+        if run.principles != "ours":
+            of_lists.append("language")
         if not run.judge.startswith(PREFIX):
-            timeout = run.reward_timeout if is_url(run.judge) else None
-            told: dict[str, Any] = {"reward_timeout": timeout, "batch_size": run.judge_batch_size}
-            return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=run.judge_dtype, **told)  # pyright: ignore
+            self._refuse("gives one score and is asked nothing", *of_lists)
+            told: dict[str, Any] = {
+                "reward_timeout": run.reward_timeout,
+                "batch_size": run.resolved("judge_batch_size"),
+            }
+            dtype = run.resolved("judge_dtype")
+            return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=dtype, **told)  # pyright: ignore
+        self._refuse("has options of its own", "reward_timeout", "judge_batch_size", "judge_dtype")
         found = read_judge(run.judge, "--judge")
         asked = found.resolved("ask")
         if found.prompts is None and asked == "list":
+            if run.rule == "ultrafeedback_binarized" and not run.critique:
+                raise InputError(f"--rule {run.rule} takes the overall score of the critique: leave --critique on")
             for name, instead in (("language", "--language"), ("scale", "five grades")):
                 if getattr(found, name) is not None:
                     raise InputError(f"--judge {run.judge}: {name} has no effect with ask: list ({instead})")
@@ -98,12 +145,17 @@ class AIF:
                 f"--judge {run.judge}: asks for list, rating, expected or checklist here, and without prompts"
                 " (--templates FILE)"
             )
-        elif run.templates is not None:
-            raise InputError(f"--templates has no effect with a judge that asks {asked}: it takes ask: list")
+        else:
+            self._refuse(f"asks {asked} and gives one score: they take ask: list", *of_lists)
         return found
 
-    def _answerer(self, name: str, options: WriterConfig | JudgeRun) -> Answerer:
+    def _answerer(self, name: str, options: WriterConfig | JudgeRun, later: Path | None) -> Answerer:
+        """Raises `InputError` for a URL or a model that is none."""
         mesh = self._run.mesh
+        if options.model is not None:
+            place = Path(options.model).expanduser().absolute()
+            if later is None or not place.is_relative_to(later):
+                open_checkpoint(options.model)
         return Answerer(
             name,
             self._out / "replies",
@@ -188,13 +240,13 @@ class AIF:
             questions = [
                 pool.question(row["messages"], one["custom_system_prompt"], self._run.seed) for row, one in draws
             ]
-            asker = self._answerer(writer.name, writer)
+            asker = self._writers[writer.name]
             try:
                 with ProgressBar(writer.name, len(questions)) as bar:
                     # A model that runs into its limit has written; an endpoint's cut reply lost what came next.
                     found = answers(asker, questions, bar.update, cut_allowed=writer.model is not None)
             except InputError as error:
-                raise InputError(f"--pool {self._run.pool}: writer {writer.name}: {error}") from error
+                raise self._of_writer(writer, error) from error
             told = asker.told
             asker.close()
         rows = [
@@ -239,8 +291,15 @@ class AIF:
             )
             for row in read_lines(self._out / "responses.jsonl")
         ]
-        warn_of_family(str(judge.model or judge.endpoint.model), {writer.name for writer in self._pool})
-        settings = {"items": len(items), "prompt": None if prompt is None else prompt.version}
+        if judge.function is None and not self._warned:
+            self._warned = True
+            models = {writer.endpoint.model or writer.model or writer.name for writer in self._pool}
+            warn_of_family(str(judge.model or judge.endpoint.model), models)
+
+        def settings() -> dict[str, Any]:
+            function = self._opened_function() if prompt is None else None
+            weights = None if self._asker is None else self._asker.weights
+            return deciding(judge, prompt, items, function=function, weights=weights)
 
         def work(file: RowsFile) -> None:
             with ProgressBar(name, len(items), done=len(file.rows)) as bar:
@@ -251,9 +310,9 @@ class AIF:
                     bar.update(len(file.rows))
 
         try:
-            rows = write_once(path, lambda: settings, work)
+            rows = write_once(path, settings, work)
         except InputError as error:
-            raise InputError(f"--judge {self._run.judge}: {error}") from error
+            raise self._of_judge(error) from error
         told = "" if self._asker is None else self._asker.told
         return {"unparsed": sum(row["unparsed"] for row in rows)} | ({"judge": told} if told else {})
 
@@ -261,59 +320,38 @@ class AIF:
         """`prompt`: None of a function."""
         judge = self._judge
         if prompt is None:
-            if self._function is None:
-                mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
-                setting: dict[str, Any] = {"batch_size": judge.batch_size, "dtype": judge.dtype}
-                self._function = ModelReward(str(judge.function), raw=False, mesh=mesh, **setting)
-            return by_function(items, self._function, self._run.judge)
-        if self._asker is None:
-            self._asker = self._answerer("judge", judge)
+            return by_function(items, self._opened_function(), self._run.judge)
+        assert self._asker is not None, "whoever is asked by a prompt"
         return put(items, prompt, self._asker, seed=judge.seed, criteria=judge.criteria)
+
+    def _opened_function(self) -> RewardFunction:
+        if self._function is None:
+            mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
+            setting: dict[str, Any] = {"batch_size": self._judge.batch_size, "dtype": self._judge.dtype}
+            self._function = ModelReward(str(self._judge.function), raw=False, mesh=mesh, **setting)
+        return self._function
 
     def compared(self, items: Sequence[Item]) -> list[Judgement]:
         """Of two responses each: a verdict by the judge's scores; one that asks `list` is asked for pairs."""
         prompt = next(iter(self._prompts.values()))
         if prompt is not None and prompt.ask == "list":
-            prompt = our_prompt("pair", self._run.language)
+            prompt = our_prompt("pair", self._run.resolved("language"))
         try:
             return self._judgements(items, prompt)
         except InputError as error:
-            raise InputError(f"--judge {self._run.judge}: {error}") from error
+            raise self._of_judge(error) from error
 
     def _assemble(self) -> Figures:
         if self._asker is not None:
             self._asker.close()
         judged = {name: read_lines(self._out / "judged" / f"{name}.jsonl") for name in self._prompts}
         rows = [
-            self._row(row, {name: found[i] for name, found in judged.items()})
+            feedback.completed(row, {name: found[i] for name, found in judged.items()}, self._prompts)
             for i, row in enumerate(read_lines(self._out / "responses.jsonl"))
         ]
         write_lines(self._out / "data.jsonl", rows)
         without = sum(one["fine-grained_score"] is None for row in rows for one in row["completions"])
         return {"rows": len(rows), "responses without a score": without}
-
-    def _row(self, row: Row, judged: Mapping[str, Row]) -> Row:
-        single = [message["role"] for message in row["messages"]] == ["user"]
-        asked = {"instruction": row["messages"][0]["content"]} if single else {"messages": row["messages"]}
-        aspects: list[dict[str, Any]] = [{} for _ in row["completions"]]
-        overall: list[tuple[str, float | None]] = [("", None) for _ in row["completions"]]
-        for name, found in judged.items():
-            prompt = self._prompts[name]
-            if name == feedback.CRITIQUE:
-                overall = feedback.critiques(found)
-            elif prompt is not None and prompt.ask == "list":
-                for one, said in zip(aspects, feedback.list_annotations(name, found), strict=True):
-                    one[name] = said
-            else:
-                aspects = feedback.score_annotations(name, found)
-                overall = [("", score) for score in found["scores"]]
-        completions = [
-            one | {"annotations": said, "critique": text, "overall_score": score}
-            for one, said, (text, score) in zip(row["completions"], aspects, overall, strict=True)
-        ]
-        head = {"source": row["source"]} if "source" in row else {}
-        models = [one["model"] for one in completions]
-        return feedback.finished({**head, **asked, "models": models, "completions": completions, "row": row["row"]})
 
     def _pair(self) -> Figures:
         run, path = self._run, self._out / "pairs.jsonl"

@@ -67,7 +67,7 @@ class Zephyr:
         told = {"prompts": run.prompts, "pool": run.pool, "judge": run.judge}
         self._aif = dataclasses.replace(run.aif, **told, out=str(out / "aif"))
         _named("dsft", lambda: dsft.DSFT(self._dsft, out / "dsft"))
-        _named("aif", lambda: aif.AIF(self._aif, out / "aif"))
+        _named("aif", lambda: aif.AIF(self._aif, out / "aif", later=out / "sft"))
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
