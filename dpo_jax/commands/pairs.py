@@ -13,7 +13,8 @@ from dpo_jax.config import PairsRun
 from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.rows.corrupt import corrupt, edit_distance
-from dpo_jax.data.rows.dialogues import Dialogue, parse_dialogue
+from dpo_jax.data.rows.dialogues import CUT, Dialogue, parse_dialogue
+from dpo_jax.data.rows.layouts import LIST_COLUMNS
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import parse_responses
@@ -32,6 +33,7 @@ class _Scored(NamedTuple):
     models: tuple[str | None, ...]
     contradictions: int
     again: int
+    cut: int = 0
 
 
 def pairs(run: PairsRun) -> Path:
@@ -47,7 +49,7 @@ def pairs(run: PairsRun) -> Path:
     def numbered(chunk: Any) -> Iterator[tuple[int, _Scored]]:
         yield from chunk
 
-    rows, _ = source.collect(lambda row: _scored(row, run), numbered, run.on_bad_rows)
+    rows, _ = source.collect(lambda row: _without_cut(row, _scored(row, run)), numbered, run.on_bad_rows)
     dropped: Counter[str] = Counter()
     wins: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -66,6 +68,8 @@ def pairs(run: PairsRun) -> Path:
             seen.update(map(str, names))
     contradictions = sum(one.contradictions for _, one in rows)
     again = sum(one.again for _, one in rows)
+    if cut := sum(one.cut for _, one in rows):
+        dropped["responses that were cut"] = cut
     if not made:
         raise InputError(f"{run.data.files}: no pair is left: {dict(dropped)}")
     write_lines(out, made)
@@ -151,6 +155,14 @@ def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
         plain = tuple(value if run.repair else _number(one) for one, (value, _, _) in zip(entries, read, strict=True))
         return _Scored(found, plain, models, contradictions, again if run.repair else 0)
     return _Scored(found, tuple(mean_of_aspects(one) for one in entries), models, contradictions, 0)
+
+
+def _without_cut(row: dict[str, Any], one: _Scored) -> _Scored:
+    """Those that were cut without a score: as pairs have whole responses, DPO would learn that they end there."""
+    found = next((row[name] for name in LIST_COLUMNS if isinstance(row.get(name), list)), [])
+    cut = {i for i, entry in enumerate(found) if isinstance(entry, dict) and entry.get("finish_reason") == CUT}
+    scores = tuple(None if i in cut else score for i, score in enumerate(one.scores))
+    return one._replace(scores=scores, cut=len(cut))
 
 
 def _number(completion: dict[str, Any]) -> float | None:

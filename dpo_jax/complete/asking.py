@@ -24,10 +24,12 @@ class Answer(NamedTuple):
     Attributes:
       text: of the answer, without reasoning and blank ends; "" where there is none.
       fault: why it is no whole answer: "cut", "refused by the endpoint", "empty", or None.
+      finish_reason: of the reply, where one is known; "length" where `text` ends where it was cut.
     """
 
     text: str
     fault: str | None
+    finish_reason: str | None = None
 
 
 def without_reasoning(reply: str) -> str:
@@ -44,7 +46,7 @@ def answer_of(reply: Reply, *, cut_allowed: bool = False) -> Answer:
         return Answer("", "refused by the endpoint")
     if not reply.whole and not (cut_allowed and reply.finish_reason == "length"):
         return Answer("", "cut")
-    return Answer(text, None) if text else Answer("", "empty")
+    return Answer(text, None, reply.finish_reason) if text else Answer("", "empty")
 
 
 def answers(

@@ -74,16 +74,19 @@ def as_key(messages: Messages) -> str:
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
-def read_responses(file: str) -> dict[str, list[str]]:
-    """Prompt -> the responses to it, of any file of responses. Raises `InputError`."""
-    found: dict[str, list[str]] = {}
+def read_responses(file: str) -> dict[str, list[Answer]]:
+    """Prompt -> the responses to it, of any file of responses; with the row's `finish_reason` where it has one of one
+    response, as `dpo-jax generate` writes it. Raises `InputError`."""
+    found: dict[str, list[Answer]] = {}
     for number, row in read_rows(file):
         try:
             one = parse_responses(row)
         except BadRow as problem:
             raise InputError(f"{file}: row {number}: {problem}") from problem
-        texts = [text for text in one.responses if text.strip()]
-        found.setdefault(as_key([m.as_dict() for m in one.messages]), []).extend(texts)
+        reason = row.get("finish_reason") if len(one.responses) == 1 else None
+        reason = reason if isinstance(reason, str) else None
+        made = [Answer(text, None, reason) for text in one.responses if text.strip()]
+        found.setdefault(as_key([m.as_dict() for m in one.messages]), []).extend(made)
     return found
 
 
@@ -122,7 +125,7 @@ def question(messages: Messages, system: str | None, seed: int) -> Question:
     return Question(tuple(told), seed=seed)
 
 
-def from_file(responses: Mapping[str, Sequence[str]], messages: Messages, key: str) -> Answer:
+def from_file(responses: Mapping[str, Sequence[Answer]], messages: Messages, key: str) -> Answer:
     """A response of a file to a prompt, drawn by `key` where there are several."""
-    texts = responses.get(as_key(messages), ())
-    return Answer(random.Random(key).choice(list(texts)), None) if texts else Answer("", "no response in the file")
+    there = responses.get(as_key(messages), ())
+    return random.Random(key).choice(list(there)) if there else Answer("", "no response in the file")

@@ -110,6 +110,21 @@ def test_edit_distances_by_the_table() -> None:
     assert edit_distance("z" + long[1:-1] + "z", long) == 2
 
 
+def test_a_response_that_was_cut_is_in_no_pair(tmp_path, capsys) -> None:
+    """By either kind of score: a pair's responses are whole, and DPO would learn that it ends there."""
+    annotated = [completion(3, "3"), completion(5, "5"), completion(1, "1")]
+    annotated[1]["finish_reason"], annotated[0]["finish_reason"] = "length", "stop"
+    scored = [{"text": text, "score": score} for text, score in (("a", 1), ("b", 9), ("c", 2))]
+    scored[1]["finish_reason"] = "length"
+    for name, row in (("completions", annotated), ("responses", scored)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "q", name: row}) + "\n")
+        out = tmp_path / "p.jsonl"
+        assert main(["pairs", "--data", str(tmp_path / f"{name}.jsonl"), "--out", str(out), "--rule", "all"]) == 0
+        (pair,) = rows(out)
+        assert (pair["score_chosen"], pair["score_rejected"]) == ((3, 1) if name == "completions" else (2, 1))
+        assert "1 dropped: responses that were cut" in capsys.readouterr().err
+
+
 def test_one_number_changes_and_nothing_else() -> None:
     solution = "She has 12 + 1,250 = 1,262 coins. Half is 0.5 of it: 631."
     seen = set()

@@ -208,6 +208,49 @@ def test_a_judge_of_the_writers_family_is_told_once(tmp_path: Path, caplog: pyte
     ]
 
 
+class Cut:
+    """A model of this machine, whose last answer runs into its limit."""
+
+    told = ""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def ask(self, questions, done=lambda _: None):
+        return [Reply(f"{self.name} {i}", "length" if i == 3 else "stop") for i, _ in enumerate(questions)]
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_was_cut_is_rated_and_in_no_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aif, "open_checkpoint", lambda source: None)
+    cut = {"prompt": "p3", "response": "of a file", "finish_reason": "length"}
+    write_lines(tmp_path / "r.jsonl", [cut, *({"prompt": f"p{i}", "response": "of a file"} for i in range(3))])
+    write_lines(tmp_path / "p.jsonl", [{"prompt": f"p{i}"} for i in range(4)])
+    pool = f"- {{name: a, model: m}}\n- {{name: b, responses: {tmp_path / 'r.jsonl'}}}\n- {{name: c, model: m}}"
+    made = of(tmp_path, "ask: rating\nmodel: m", pool, prompts=str(tmp_path / "p.jsonl"), samples=3)
+    made._writers = {name: Cut(name) for name in "ac"}  # pyright: ignore
+    made._draw()
+    out = tmp_path / "out"
+    written = [out / "answers" / f"{n}.jsonl" for n in (1, 2, 3)]
+    told = [made._write(writer, path) for writer, path in zip(made._pool, written, strict=True)]
+    assert told == [{"responses": 4, "of them cut at their limit": 1}] * 3
+    made._gather(written)
+    scores = [{"scores": [1.0, 2.0, 3.0], "unparsed": 0, "replies": []}] * 4
+    write_lines(out / "judged" / "rating.jsonl", scores)
+    made._assemble()
+    data = read_lines(out / "data.jsonl")
+    assert [[one["finish_reason"] for one in row["completions"] if one["model"] != "b"] for row in data] == [
+        *([["stop", "stop"]] * 3),
+        ["length", "length"],
+    ]
+    made._pair()
+    assert {row["row"] for row in read_lines(out / "pairs.jsonl")} == {1, 2, 3}
+    made._report()
+    assert json.loads((out / "report.json").read_text())["responses cut at their limit, in no pair"] == 3
+
+
 TWO = "- {name: a, model: /no/m}\n- {name: c, model: n}"
 FOUR = "\n".join(f"- {{name: {name}, model: m}}" for name in "abcd")
 LIST = "ask: list\nendpoint: {url: 'http://127.0.0.1:9/v1', model: m}"

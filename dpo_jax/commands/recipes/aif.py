@@ -24,6 +24,7 @@ from dpo_jax.complete import writer_pool as pool
 from dpo_jax.complete.answerers import Answerer
 from dpo_jax.complete.asking import answers
 from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
+from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
@@ -243,19 +244,23 @@ class AIF:
             asker = self._writers[writer.name]
             try:
                 with ProgressBar(writer.name, len(questions)) as bar:
-                    # A model that runs into its limit has written; an endpoint's cut reply lost what came next.
+                    # A model that runs into its limit has written, up to there: it is rated, and stands in no pair.
                     found = answers(asker, questions, bar.update, cut_allowed=writer.model is not None)
             except InputError as error:
                 raise self._of_writer(writer, error) from error
             told = asker.told
             asker.close()
-        rows = [
-            {"row": row["row"], "response": answer.text} | ({"fault": answer.fault} if answer.fault else {})
-            for (row, _), answer in zip(draws, found, strict=True)
-        ]
+        rows = []
+        for (row, _), answer in zip(draws, found, strict=True):
+            beside = {"fault": answer.fault, "finish_reason": answer.finish_reason}
+            beside = {name: value for name, value in beside.items() if value is not None}
+            rows.append({"row": row["row"], "response": answer.text, **beside})
         write_lines(path, rows)
         faults = Counter(row["fault"] for row in rows if "fault" in row)
-        return {"responses": len(rows) - faults.total(), **faults} | ({"cost": told} if told else {})
+        if cut := sum(row.get("finish_reason") == CUT for row in rows):
+            faults["of them cut at their limit"] = cut
+        whole = sum("fault" not in row for row in rows)
+        return {"responses": whole, **faults} | ({"cost": told} if told else {})
 
     def _gather(self, written: Sequence[Path]) -> Figures:
         """A response that is missing leaves its row with fewer; UltraFeedback's templates take four, and others two."""
@@ -364,6 +369,8 @@ class AIF:
         figures = feedback_report.figures(data, made)
         figures["judge"] = self._run.judge
         figures["prompts"] = [prompt.name for prompt in self._prompts.values() if prompt is not None]
+        cut = sum(one.get("finish_reason") == CUT for row in data for one in row["completions"])
+        figures["responses cut at their limit, in no pair"] = cut
         figures["dropped prompts"] = len(read_lines(self._out / "dropped.jsonl"))
         figures["unparsed questions"] = {
             name: sum(row["unparsed"] for row in read_lines(self._out / "judged" / f"{name}.jsonl"))
