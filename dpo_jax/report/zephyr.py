@@ -18,12 +18,15 @@ _EVAL = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_kl", "eval_kl_
 
 def verdict(summary: Mapping[str, Any]) -> str:
     """The outcome in one sentence, whatever it is."""
-    found = summary["win_rate"]
+    found, asked, judge = summary["win_rate"], summary["prompt"], summary["judge"]
+    if asked is not None:
+        whose = "published" if asked["published"] else "this project's"
+        judge += f" (asked for: {asked['ask']}; {whose} prompt: {asked['name']})"
     if found is None:
-        return f"The judge {summary['judge']} gave no verdict on {summary['held-out prompts']} pairs of answers."
+        return f"The judge {judge} gave no verdict on {summary['held-out prompts']} pairs of answers."
     low, high = found["interval"]
     return (
-        f"By the judge {summary['judge']} the answers after distilled DPO beat those before it in"
+        f"By the judge {judge} the answers after distilled DPO beat those before it in"
         f" {found['win_rate']:.1%} of {found['n']} held-out prompts (95 % interval {low:.1%} to {high:.1%};"
         f" {found['wins']} wins, {found['ties']} ties, {found['losses']} losses, {summary['without a verdict']} without"
         " a verdict)."

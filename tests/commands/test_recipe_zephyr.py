@@ -15,7 +15,10 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.cli import main
+from dpo_jax.commands.recipes import zephyr
+from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines, write_lines
+from dpo_jax.report import zephyr as report
 
 ROOT = Path(__file__).resolve().parents[2]
 GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
@@ -108,11 +111,38 @@ def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
     assert summary["held-out prompts"] == len(read_lines(out / "before.jsonl")) == len(heldout)
     # A judge that prefers what it sees first contradicts itself: all ties.
     assert summary["win_rate"]["win_rate"] == 0.5
+    assert (summary["prompt"]["ask"], summary["prompt"]["published"]) == ("pair", False)
     assert "eval_kl" in summary["eval"]
     config = json.loads((out / "dpo" / "config.json").read_text())
     assert config["model"] == str(out / "sft")
     report = (out / "report.html").read_text()
     assert all(text in report for text in ("held-out prompts", "Distilled DPO", "Which model wins"))
+
+
+def test_messages_name_options_of_this_command() -> None:
+    """Those that the stage's command has; a model in the pool has none of a command's."""
+    for section, said, told in (
+        ("aif", "--samples 4 of --judge x; --mesh.data", "--aif.samples 4 of --judge x; --aif.mesh.data"),
+        ("aif", "--batch_size 8 does not divide", "--batch_size 8 does not divide"),
+        ("dsft", "--batch_size 8; --prompts p", "--dsft.batch_size 8; --seeds p"),
+        ("dsft", "endpoint.url c; a--b /tmp/--out", "dsft.endpoint.url c; a--b /tmp/--out"),
+    ):
+
+        def work(said: str = said) -> None:
+            raise InputError(said)
+
+        with pytest.raises(InputError) as error:
+            zephyr._named(section, work)
+        assert str(error.value) == told
+
+
+def test_the_outcome_says_what_the_judge_was_asked() -> None:
+    summary = {"judge": "judge:j.yaml", "prompt": None, "win_rate": None, "held-out prompts": 3}
+    assert report.verdict(summary) == "The judge judge:j.yaml gave no verdict on 3 pairs of answers."
+    rate = {"win_rate": 0.5, "interval": (0.2, 0.8), "n": 2, "wins": 1, "ties": 0, "losses": 1}
+    summary |= {"prompt": {"name": "ours (en, version 1)", "ask": "pair", "published": False}, "win_rate": rate}
+    said = report.verdict(summary | {"without a verdict": 1})
+    assert "(asked for: pair; this project's prompt: ours (en, version 1)) the answers" in said
 
 
 GIVEN = ["--model", "m", "--seeds", "s", "--prompts", "p", "--pool", "pool.yaml", "--judge", "length", "--out", "o"]

@@ -336,13 +336,18 @@ class AIF:
             self._function = ModelReward(str(self._judge.function), raw=False, mesh=mesh, **setting)
         return self._function
 
-    def compared(self, items: Sequence[Item]) -> list[Judgement]:
-        """Of two responses each: a verdict by the judge's scores; one that asks `list` is asked for pairs."""
+    @property
+    def prompt_to_compare(self) -> JudgePrompt | None:
+        """What `compared` asks: this project's prompt for pairs of a judge that asks `list`, under --templates too."""
         prompt = next(iter(self._prompts.values()))
         if prompt is not None and prompt.ask == "list":
-            prompt = our_prompt("pair", self._run.resolved("language"))
+            return our_prompt("pair", self._run.resolved("language"))
+        return prompt
+
+    def compared(self, items: Sequence[Item]) -> list[Judgement]:
+        """Of two responses each: a verdict by the judge's scores; one that asks `list` is asked for pairs."""
         try:
-            return self._judgements(items, prompt)
+            return self._judgements(items, self.prompt_to_compare)
         except InputError as error:
             raise self._of_judge(error) from error
 

@@ -27,7 +27,7 @@ from dpo_jax.commands.eval import evaluate
 from dpo_jax.commands.generate import generate
 from dpo_jax.commands.recipes import aif, dsft
 from dpo_jax.commands.recipes.heldout_comparisons import parted
-from dpo_jax.config import EvalRun, GenerateRun, ZephyrRun
+from dpo_jax.config import AIFRun, DSFTRun, EvalRun, GenerateRun, ZephyrRun
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
@@ -42,7 +42,9 @@ from dpo_jax.report.win_rates import raw_figures
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 _SHARE = {"a": 1.0, "b": 0.0, "tie": 0.5}
-_OPTION = re.compile(r"(?<![\w/-])--(?!(?:prompts|pool|judge|out)\b)(?=[a-z])")
+_OPTION = re.compile(r"(?<![\w/-])--([a-z]\w*)")
+_OWN = {"dsft": {"prompts": "seeds", "out": "out"}, "aif": {name: name for name in ("prompts", "pool", "judge", "out")}}
+"""Options of a stage's command that this one has under a name of its own."""
 _ENDPOINT = re.compile(r"(?<![\w./-])endpoint\.(?=[a-z_])")
 
 
@@ -67,7 +69,9 @@ class Zephyr:
         told = {"prompts": run.prompts, "pool": run.pool, "judge": run.judge}
         self._aif = dataclasses.replace(run.aif, **told, out=str(out / "aif"))
         _named("dsft", lambda: dsft.DSFT(self._dsft, out / "dsft"))
-        _named("aif", lambda: aif.AIF(self._aif, out / "aif", later=out / "sft"))
+        judge = _named("aif", lambda: aif.AIF(self._aif, out / "aif", later=out / "sft"))
+        asked = judge.prompt_to_compare
+        self._asked = None if asked is None else {"name": asked.name, "ask": asked.ask, "published": asked.published}
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
@@ -190,6 +194,7 @@ class Zephyr:
         summary = {
             "model": run.model,
             "judge": run.judge,
+            "prompt": self._asked,
             "dialogues": len(read_lines(out / "dsft" / "data.jsonl")),
             "pairs": len(read_lines(out / "pairs.jsonl")),
             "held-out prompts": len(verdicts),
@@ -210,9 +215,18 @@ class Zephyr:
 
 
 def _named(section: str, work: Callable[[], Any]) -> Any:
-    """`work()`, whose messages name options of its own command: they are called as they are in this one."""
+    """`work()`, whose messages name options of its own command: they are called as they are in this one.
+
+    What is no option of that command (of a model in the pool, say) stays as it is.
+    """
+    options = {field.name for field in dataclasses.fields({"dsft": DSFTRun, "aif": AIFRun}[section])}
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"--{_OWN[section].get(name, f'{section}.{name}')}" if name in options else found[0]
+
     try:
         return work()
     except InputError as error:
-        text = _OPTION.sub(f"--{section}.", str(error))
+        text = _OPTION.sub(renamed, str(error))
         raise InputError(_ENDPOINT.sub("dsft.endpoint.", text) if section == "dsft" else text) from error
