@@ -507,8 +507,8 @@ def test_an_iteration_of_blank_responses_keeps_the_earlier_pool(tmp_path: Path) 
     [("same", "all 4 responses to a prompt have the same score"), ("nan", r"the prompts of rows 5 has a finite score")],
 )
 def test_rewards_that_choose_nothing(judge, message, inputs: Path, tmp_path: Path, capsys) -> None:
-    args = words(inputs, tmp_path / "out")
-    assert cli.main([*args, "--reward", f"{inputs / 'mine.py'}:{judge}"]) == 2
+    args = [word.replace(":letters", f":{judge}") for word in words(inputs, tmp_path / "out")]
+    assert cli.main(args) == 2
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
 
 

@@ -39,7 +39,9 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def kill_at(path: Path, words: Sequence[str], cache: Path) -> None:
     """Start `dpo-jax` on one device in a process of its own, and kill it as soon as `path` is there."""
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "DPO_JAX_CACHE": str(cache)}
+    # Compiled as in this process: what it leaves is gone on with here, and held to the same bits.
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "DPO_JAX_CACHE": str(cache)}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(jax.config.read("jax_disable_most_optimizations")))
     process = subprocess.Popen(
         [sys.executable, "-m", "dpo_jax", *words], env=environment, stderr=subprocess.PIPE, text=True
