@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import Response
 from dpo_jax.complete.writer import Draw, Some, Writer
-from dpo_jax.config import GenerateRun
+from dpo_jax.config import DataConfig, GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
@@ -71,6 +71,12 @@ def _check_out(out: str | None) -> Path | None:
     if path.is_dir():
         raise InputError(f"{out}: is a folder; --out names the file to write")
     return path
+
+
+def as_trained(data: DataConfig) -> dict[str, Any]:
+    """The options of a `GenerateRun` that put prompts as a training run with these options puts them."""
+    raw = data.template == RAW
+    return {"raw": raw, "template": None if raw else data.template, "date": None if raw else data.date}
 
 
 @with_config_keys

@@ -41,6 +41,8 @@ _NOT_PPO = (
     "sample.beams",
     "sample.length_penalty",
 )
+_JUDGED = ("reward", "safety_reward", "reward_timeout", "reward_memory", "reward_weights")
+"""Who judges a stage of a recipe is said of the recipe."""
 _NOT_REJECTION = (
     "train.layout",
     "train.eval_every",
@@ -167,21 +169,13 @@ COMMANDS = {
             *_inside("safety", "mix_data", "holdout"),
             *_inside(
                 "rejection",
-                "reward",
-                "safety_reward",
-                "reward_timeout",
-                "reward_memory",
-                "reward_weights",
+                *_JUDGED,
                 "rejection.pool_from",
                 *_NOT_REJECTION,
             ),
             *_inside(
                 "ppo",
-                "reward",
-                "safety_reward",
-                "reward_timeout",
-                "reward_memory",
-                "reward_weights",
+                *_JUDGED,
                 "reward_aggregation",
                 "eval_samples",
                 "eval_pass",
@@ -199,11 +193,7 @@ COMMANDS = {
             *_inside("reward", "mix_data", "mix", "holdout", "reward.margin", "reward.margin_scale"),
             *_inside(
                 "rejection",
-                "reward",
-                "safety_reward",
-                "reward_timeout",
-                "reward_memory",
-                "reward_weights",
+                *_JUDGED,
                 *(f"rejection.{name}" for name in ("pool", "pool_from", "student", "iterations")),
                 *_NOT_REJECTION,
             ),

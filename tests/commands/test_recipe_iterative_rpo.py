@@ -2,10 +2,8 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 import runs
 import tiny
@@ -16,7 +14,6 @@ from dpo_jax.commands import generate
 from dpo_jax.commands.recipes import iterative_rpo
 from dpo_jax.config import SET_BY_RECIPE
 from dpo_jax.files.jsonl import read_lines
-from dpo_jax.report import html
 from dpo_jax.report import iterative_rpo as report
 from dpo_jax.train import session
 
@@ -92,15 +89,6 @@ def words(folder: Path, out: Path) -> list[str]:
     found += " --dpo.data.max_length 48 --dpo.data.max_prompt_length 32 --dpo.checkpoint.every 1"
     found += " --dpo.mesh.data 1 --dpo.mesh.fsdp 1 --dpo.mesh.tensor 1"
     return found.split()
-
-
-@pytest.fixture
-def cheaply(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The model is tiny; compiling and drawing are not."""
-    monkeypatch.setattr(html, "_svg", lambda plot: f"<svg><!-- {len(plot.series)} --></svg>")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow

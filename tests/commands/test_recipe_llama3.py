@@ -2,11 +2,9 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import runs
@@ -20,7 +18,6 @@ from dpo_jax.config import SET_BY_RECIPE
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.judge import loading
-from dpo_jax.report import html
 from dpo_jax.train import session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,15 +144,6 @@ def test_cut_answers_are_in_no_pair(tmp_path: Path) -> None:
 
 
 # ---- the whole recipe ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cheaply(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The model is tiny; compiling and drawing are not."""
-    monkeypatch.setattr(html, "_svg", lambda plot: f"<svg><!-- {len(plot.series)} --></svg>")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs(folder: Path) -> None:

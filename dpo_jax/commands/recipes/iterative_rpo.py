@@ -21,11 +21,10 @@ import numpy as np
 
 from dpo_jax.commands import dpo
 from dpo_jax.commands.config_keys import with_config_keys
-from dpo_jax.commands.generate import generate
+from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.config import GenerateRun, IterativeRPORun, SampleConfig
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
@@ -110,16 +109,13 @@ class IterativeRPO:
         self, path: Path, model: str | Path, prompts: str, *, sample: SampleConfig, samples: int, seed: int
     ) -> list[Row]:
         """Answers to all problems of a file."""
-        run, data = self._run, self._run.dpo.data
-        raw = data.template == RAW
+        run = self._run
         generate(
             GenerateRun(
                 model=str(model),
                 prompts=prompts,
                 out=str(path),
-                raw=raw,
-                template=None if raw else data.template,
-                date=None if raw else data.date,
+                **as_trained(run.dpo.data),
                 batch_size=run.batch_size,
                 samples=samples,
                 seed=seed,

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.commands.generate import generate
+from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.config import GenerateRun, PPORun, RejectionRun
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, read_lines
 from dpo_jax.files.stages import Figures
@@ -52,15 +51,12 @@ def answer(
     """Write `samples` answers of `model` to every prompt to `path`, or go on with it; template, dtype, mesh and all of
     `sample` but the temperature are those of the run `like`."""
     if not path.exists():
-        raw = like.data.template == RAW
         generate(
             GenerateRun(
                 model=str(model),
                 prompts=prompts,
                 out=str(path),
-                raw=raw,
-                template=None if raw else like.data.template,
-                date=None if raw else like.data.date,
+                **as_trained(like.data),
                 batch_size=batch_size,
                 samples=samples,
                 seed=seed,

@@ -24,12 +24,11 @@ import numpy as np
 from dpo_jax.commands import dpo, sft
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.eval import evaluate
-from dpo_jax.commands.generate import generate
+from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.commands.recipes import aif, dsft
 from dpo_jax.commands.recipes.heldout_comparisons import parted
 from dpo_jax.config import AIFRun, DSFTRun, EvalRun, GenerateRun, ZephyrRun
 from dpo_jax.data.rows.preferences import parse_prompt
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import read_lines, write_lines
@@ -132,17 +131,14 @@ class Zephyr:
         return last_figures(out / "dpo", {"loss": "loss", "held-out accuracy": "eval_rewards/accuracies"})
 
     def _answer(self, model: Path, path: Path) -> Figures:
-        run, data = self._run, self._run.dpo.data
-        raw = data.template == RAW
+        run = self._run
         if not path.exists():
             generate(
                 GenerateRun(
                     model=str(model),
                     prompts=str(self._out / "heldout_prompts.jsonl"),
                     out=str(path),
-                    raw=raw,
-                    template=None if raw else data.template,
-                    date=data.date,
+                    **as_trained(run.dpo.data),
                     batch_size=run.batch_size,
                     seed=run.seed,
                     dtype=run.dpo.train.dtype,
