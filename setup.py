@@ -38,7 +38,6 @@ INSTALL = [
     "uvicorn>=0.30",
     "safetensors>=0.6",
     "gguf>=0.17",
-    "tyro>=1.0",
     "rich>=14",
     "tensorboardX>=2.6",
     "matplotlib>=3.9",

@@ -1,24 +1,23 @@
 """The command line: words in, one frozen dataclass of `config/` out, handed to the function that does the work.
 
 Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` and a mistyped option answer at once.
-Tyro draws the help of a command, and nothing else; `config/values.py` reads the values.
+`config/help.py` draws the help of a command, `config/values.py` reads the values.
 """
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, reduce
-from types import NoneType
-from typing import Annotated, Any, get_args, get_origin
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any, get_origin
 
-from dpo_jax import __version__, config
+from dpo_jax import __version__, config, voice
 from dpo_jax.config import shipped, yaml_file
+from dpo_jax.config.help import VOICE, help_text
 from dpo_jax.config.names import option
 from dpo_jax.config.values import built, negated
 from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, PLAN
@@ -30,7 +29,7 @@ GUESS_CUTOFF = 0.5
 PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
 """Commands that `plan` and `bench` are about."""
 
-_CONFIG: dict[str, str] = dict.fromkeys((PLAN, BENCH), " CONFIG.py|COMMAND")  # where it must be given
+_CONFIG: dict[str, str] = dict.fromkeys((PLAN, BENCH), " CONFIG|COMMAND")  # where it must be given
 
 # Options that exclude each other: one given on the command line replaces the other of a CONFIG.py.
 _EXCLUSIVE = (("train", "steps", "epochs"), ("optimizer", "warmup_steps", "warmup_ratio"))
@@ -43,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    voice.talk("lines")
     try:
         return _run(args)
     except InputError as error:
         return _failed(BAD_INPUT, f"error: {' '.join(str(error).split())}")
     except DoesNotFit as answer:
-        print(f"{PROGRAM}: {answer}", file=sys.stderr)
+        voice.say(f"{PROGRAM}: {answer}", "error", code=DOES_NOT_FIT)
         return DOES_NOT_FIT
     except Stopped as stopped:  # and it has said so
         return stopped.code
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(code: int, line: str) -> int:
     with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
-        print(f"{PROGRAM}: {line}", file=sys.stderr)
+        voice.say(f"{PROGRAM}: {line}", "error", code=code)
     if (together := _together()) is not None:
         together.leave(code, line.removeprefix("error: "))
     return code
@@ -105,10 +105,28 @@ def _run(args: list[str]) -> int:
     if {"-h", "--help"} & set(args):
         _show_help(args[0], args[1:])
         return OK
+    _, how = _split_voice(args[0], args[1:])
+    voice.talk(how)
     options = parse(args[0], args[1:])
     module, function = command.function.split(":")
     getattr(importlib.import_module(module), function)(options)
     return OK
+
+
+def _split_voice(word: str, args: Sequence[str]) -> tuple[list[str], voice.Mode]:
+    """The words without --quiet and --json, and how the command is to talk. Raises `InputError`.
+
+    Where a command has one of them as an option of its own (`win-rate --json` prints its result so), it keeps it.
+    """
+    said = [token for token in args if token.lstrip("-") in VOICE and token.startswith("--")]
+    if COMMANDS[word].silent and said:
+        raise InputError(f"{said[0]} has no effect in {PROGRAM} {word}, which says nothing but its result")
+    if len(set(said)) > 1:
+        raise InputError("--quiet or --json: one of them, for --quiet leaves no progress to write as JSON")
+    own = [] if word in _CONFIG else option_names(word)
+    kept = [token for token in args if token not in said or token.removeprefix("--") in own]
+    how: voice.Mode = "lines" if not said else "quiet" if said[0] == "--quiet" else "json"
+    return kept, how
 
 
 def names_of(group: str) -> dict[str, str]:
@@ -149,11 +167,12 @@ def _overview(words: Mapping[str, str] | None = None, first: str = "") -> str:
 def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
     """The options of command `word`: an instance of its dataclass. Raises `InputError` for what does not parse.
 
-    `open_ended`: what a CONFIG.py leaves to the command line may be missing.
+    `open_ended`: what a CONFIG.py leaves to the command line may be missing. --quiet and --json decide nothing here.
     """
+    words, _ = _split_voice(word, args)
     if word in _CONFIG:
-        return _parse_about(word, list(args))
-    return _parse(word, list(args), open_ended=open_ended)
+        return _parse_about(word, words)
+    return _parse(word, words, open_ended=open_ended)
 
 
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
@@ -330,81 +349,9 @@ def _guess(word: str, known: Any, prefix: str = "") -> str:
 
 
 def _show_help(word: str, args: list[str]) -> None:
-    import tyro
-
     default, _ = _split_recipe(word, args)
-    spelled = _shown(getattr(config, COMMANDS[word].options), COMMANDS[word].unused)
-    with contextlib.suppress(SystemExit):
-        tyro.cli(
-            spelled,
-            prog=f"{PROGRAM} {word}" + _CONFIG.get(word, " [CONFIG.py]" if COMMANDS[word].recipe else ""),
-            description=getattr(config, COMMANDS[word].options).__doc__,
-            args=["--help"],
-            use_underscores=True,
-            **({} if default is None else {"default": _as(spelled, default)}),
-        )
-
-
-def _as(cls: Any, options: Any) -> Any:
-    """The same options as an instance of `cls`, which has the same fields, and so have its sections."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type) and values[field.name] is not None:
-            values[field.name] = _as(field.type, values[field.name])
-    return cls(**values)
-
-
-def _section(cls: Any, default: Callable[[], Any]) -> Any:
-    """The default of a section, as the class `cls` that hides some of its fields."""
-    return _as(cls, default())
-
-
-def _shown(cls: Any, unused: Sequence[str], section: str = "") -> Any:
-    """`cls` with the fields that `unused` names left out of the help, and others under their names there.
-
-    It has the same defaults, and so have the sections in it. `section`: what stands before the names of its fields.
-    """
-    import tyro
-
-    changed: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(cls):
-        kind, name = field.type, section + field.name
-        if name in unused:
-            kind = tyro.conf.Suppress[kind]
-        elif dataclasses.is_dataclass(kind):
-            part, make = _shown(kind, unused, f"{name}."), field.default_factory
-            if part is not kind:
-                assert make is not dataclasses.MISSING, "a section has a default"
-                # Tyro takes the defaults of a class field by field; those of an instance have been filled in already.
-                fresh = part if make is kind else partial(_section, part, make)
-                changed.append((field.name, part, dataclasses.field(default_factory=fresh)))
-            continue
-        else:
-            said: dict[str, Any] = _one_value(kind)
-            if (spelled := option(name)) != f"--{name}":
-                said |= {"name": spelled.removeprefix("--"), "prefix_name": False, "help_behavior_hint": _hint}
-            elif (stands := field.metadata.get("value")) is not None:
-                said["help_behavior_hint"] = f"(default: {stands})"
-            if not said:
-                continue
-            kind = Annotated[kind, tyro.conf.arg(**said)]
-        changed.append((field.name, kind, copy.copy(field)))  # a copy: the type is written in
-    if not changed:
-        return cls
-    return dataclasses.make_dataclass(cls.__name__, changed, bases=(cls,), frozen=True, kw_only=True)
-
-
-def _one_value(kind: Any) -> dict[str, str]:
-    """What stands for the value of an option that may be left out: STR, where tyro writes {None}|STR."""
-    kinds = [one for one in get_args(kind) if one is not NoneType]
-    if NoneType not in get_args(kind) or len(kinds) != 1:
-        return {}
-    several = get_origin(kinds[0]) is tuple
-    of = get_args(kinds[0])[0] if several else kinds[0]
-    choices = ",".join(map(str, get_args(of)))
-    one = f"{{{choices}}}" if choices else of.__name__.upper()
-    return {"metavar": f"[{one} [{one} ...]]" if several else one}
-
-
-def _hint(default: str) -> str:
-    return "(required)" if config.ON_COMMAND_LINE in default or default == "None" else f"(default: {default})"
+    command = COMMANDS[word]
+    about = _CONFIG.get(word, " [CONFIG]" if command.recipe else "")
+    places = "".join(f" [{place.upper()}]" for place in command.positional)
+    usage = f"{PROGRAM} {word}{about}{places} [OPTIONS]"
+    print(help_text(usage, word, command, getattr(config, command.options), default))

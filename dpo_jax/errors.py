@@ -6,9 +6,12 @@ for `DoesNotFit`, which is the answer of `dpo-jax plan` where it is no, for `Sto
 disk (`full_disk`).
 """
 
+import contextlib
+import difflib
 import errno
 import os
 import signal
+from pathlib import Path
 
 _FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
@@ -55,3 +58,13 @@ def full_disk(error: BaseException) -> str | None:
                 return words[0]
         chain += [current.__cause__, current.__context__]
     return None
+
+
+def nearest(path: str | Path) -> str:
+    """`; did you mean PATH?` for a file or folder that is not there and has a neighbour of nearly that name, or ""."""
+    sought = Path(path).expanduser()
+    known: list[str] = []
+    with contextlib.suppress(OSError, ValueError):  # no such folder, no right to read it, or no name of a file at all
+        known = [one.name for one in sought.parent.iterdir()]
+    near = difflib.get_close_matches(sought.name, known, n=1, cutoff=0.75)
+    return f"; did you mean {Path(path).parent / near[0]}?" if near else ""

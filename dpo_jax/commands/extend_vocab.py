@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import ExtendVocabRun
 from dpo_jax.data.sources.files import open_bytes, read_rows
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 from dpo_jax.files.log import say
 from dpo_jax.weights import resize, vocabulary
 from dpo_jax.weights.folder import check_free
@@ -140,7 +140,7 @@ def is_held_out(text: str) -> bool:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file{nearest(path)}")
     try:
         with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
             yield from (line.rstrip("\n") for line in lines if not line.isspace())

@@ -9,6 +9,7 @@ from dpo_jax.config.aif import ASPECTS, AIFRun, WriterConfig
 from dpo_jax.config.average import AverageRun
 from dpo_jax.config.checks import ON_COMMAND_LINE, OPEN
 from dpo_jax.config.commands import (
+    CompletionRun,
     ConfigsRun,
     ConvertRun,
     DemoRun,
@@ -79,6 +80,7 @@ __all__ = [
     "ChatRun",
     "CheckpointConfig",
     "ClassHead",
+    "CompletionRun",
     "ConfigsRun",
     "ConstraintKind",
     "ConvertRun",

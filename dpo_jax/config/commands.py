@@ -215,6 +215,14 @@ class ConfigsRun:
 
 
 @dataclass(frozen=True)
+class CompletionRun:
+    """What lets a shell complete commands, options and values: `dpo-jax completion bash|zsh`."""
+
+    shell: Literal["bash", "zsh"]
+    """The shell whose script is printed; it reads it at its start."""
+
+
+@dataclass(frozen=True)
 class ConvertRun:
     """Rewrite a checkpoint in another format: `dpo-jax convert`."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -43,7 +43,7 @@ def load(path: str) -> Any:
     if not Path(path).is_file():
         name = Path(path).stem
         copy = f"; dpo-jax configs copy {name} writes one" if name in shipped() else ""
-        raise InputError(f"{path}: no such CONFIG file{copy}")
+        raise InputError(f"{path}: no such CONFIG file{nearest(path)}{copy}")
     try:
         return runpy.run_path(path).get("config")
     except InputError as error:

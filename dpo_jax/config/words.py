@@ -23,6 +23,8 @@ class Command:
     """Options whose values may stand, without a name, right behind the word."""
     recipe: bool = False
     """Whether a CONFIG.py may stand before the options."""
+    silent: bool = False
+    """Whether it says nothing but its result, so that --quiet and --json mean nothing."""
 
 
 PLAN, BENCH = "plan", "bench"
@@ -352,5 +354,13 @@ COMMANDS = {
         "dpo_jax.commands.configs:configs",
         "the recipes that come with the package: `configs show NAME`, `configs copy NAME`",
         positional=("action", "name"),
+        silent=True,
+    ),
+    "completion": Command(
+        "CompletionRun",
+        "dpo_jax.commands.completion:completion",
+        "what lets a shell complete commands, options and values: `completion bash`, `completion zsh`",
+        positional=("shell",),
+        silent=True,
     ),
 }

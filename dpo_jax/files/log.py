@@ -4,12 +4,11 @@ import functools
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import numpy as np
@@ -20,6 +19,9 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write, close_after
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.processes import distributed
+from dpo_jax.voice import mode, say, tell
+
+__all__ = ["DriftWarning", "MetricLog", "ProgressBar", "read_metrics", "say", "show_cursor", "show_log", "summary_text"]
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
 _SECONDS = ("seconds_per_step", "seconds_sampling", "seconds_measuring", "seconds_scoring")
@@ -28,16 +30,11 @@ CLOCK_KEYS = ("tokens_per_second", *_SECONDS, "tflops_per_device", "mfu")
 Row = dict[str, float | int]
 
 
-def say(text: str) -> None:
-    """One line to the person who waits, on stderr (stdout is for results)."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class _Notes(logging.Handler):
     """Says what is logged. (`StreamHandler` keeps the stderr of its first day, and writes into a running bar.)"""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        say(self.format(record), "note" if record.levelno < logging.WARNING else "warning")
 
 
 @functools.cache
@@ -68,6 +65,8 @@ def show_cursor() -> None:
 class ProgressBar:
     """A bar on a terminal; elsewhere (a file, a job's log) one plain line every ten seconds and one at the end.
 
+    Either says what time is left. With --json the same lines as JSON objects, on a terminal too; with --quiet nothing.
+
     A `transient` bar leaves nothing behind when it is done.
     """
 
@@ -84,7 +83,10 @@ class ProgressBar:
         console = _console()
         self._label, self._total, self._done, self._text = label, total, done, ""
         self._every, self._last = every_seconds, time.monotonic()
-        self._plain = shown and not console.is_terminal
+        self._began, self._start = self._last, done
+        self._figures: Mapping[str, float] = {}
+        shown = shown and mode() != "quiet"
+        self._plain = shown and (not console.is_terminal or mode() == "json")
         self._printed, self._transient = -1, transient
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -110,24 +112,39 @@ class ProgressBar:
             self._line()
         self._bar.stop()
 
-    def update(self, done: int, text: str = "") -> None:
-        """Show that `done` of `total` are done, with a few figures as `text`."""
+    def update(self, done: int, text: str = "", figures: Mapping[str, float] | None = None) -> None:
+        """Show that `done` of `total` are done, with a few figures as `text`; all `figures` are for --json."""
         distributed.sign()
-        self._done, self._text = done, text
+        self._done, self._text, self._figures = done, text, figures or {}
         self._bar.update(self._task, completed=done, text=text)
         if self._plain and time.monotonic() - self._last >= self._every:
             self._line()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, event: Literal["note", "warning"] = "note") -> None:
         """Print a line without tearing the bar."""
         if self._bar.disable:
-            say(text)
+            say(text, event)
         else:
             self._bar.console.print(text, markup=False, highlight=False)
 
     def _line(self) -> None:
-        say(f"{self._label} {self._done}/{self._total} {self._text}".rstrip())
         self._last, self._printed = time.monotonic(), self._done
+        spent, made = self._last - self._began, self._done - self._start
+        left = spent / made * (self._total - self._done) if made > 0 else None
+        if mode() == "json":
+            told = {"event": "progress", "of": self._label, "done": self._done, "total": self._total}
+            rounded = None if left is None else round(left, 1)
+            tell(told | {"seconds": round(spent, 1), "seconds_left": rounded} | {"figures": dict(self._figures)})
+            return
+        time_left = f"  {_clock(left)} left" if left and self._done < self._total else ""
+        say(f"{self._label} {self._done}/{self._total} {self._text}".rstrip() + time_left)
+
+
+def _clock(seconds: float) -> str:
+    """12 s, 3:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{rest} s" if not (hours or minutes) else f"{f'{hours}:{minutes:02}' if hours else minutes}:{rest:02}"
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -214,10 +231,10 @@ class MetricLog:
             self._events.add(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self.bar.update(int(row["step"]), summary_text(row))
+        self.bar.update(int(row["step"]), summary_text(row), row)
         warning = self._drift.add(row)
         if warning:
-            self.bar.say(f"warning: {warning}")
+            self.bar.say(f"warning: {warning}", "warning")
 
     def sync(self) -> None:
         """Make sure that what was written is on the disk (before a checkpoint claims those steps as done)."""
@@ -231,15 +248,20 @@ class MetricLog:
             raise cannot_write(self.path, error) from error
 
 
+_TELLING = (
+    ("objective/scores", "score", ".3f"),
+    ("objective/kl", "KL", ".2f"),
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".2f"),
+    ("mean_token_accuracy", "token accuracy", ".2f"),
+)
+"""Figures by what they tell of a run: metric, what it is called beside the bar, its format."""
+
+
 def summary_text(row: Mapping[str, float]) -> str:
-    """The few figures that stand beside the progress bar."""
-    shown = (
-        ("loss", "loss", ".4f"),
-        ("rewards/accuracies", "accuracy", ".2f"),
-        ("objective/scores", "score", ".3f"),
-        ("objective/kl", "KL", ".2f"),
-        ("tokens_per_second", "tokens/s", ",.0f"),
-    )
+    """What stands beside the progress bar: the two figures that tell most, and the speed."""
+    telling = [one for one in _TELLING if one[0] in row][:2]
+    shown = (*telling, ("tokens_per_second", "tokens/s", ",.0f"))
     return "  ".join(f"{label} {row[key]:{form}}" for key, label, form in shown if key in row)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dpo_jax.voice import say
+
 TRY_AGAIN = 75
 """Exit code of a process that ends because of another one (EX_TEMPFAIL of BSD's sysexits.h)."""
 
@@ -192,7 +194,7 @@ class Watch:
         told = (
             f"{line}; the last checkpoint is intact: start all processes again with the same command to go on from it"
         )
-        print(f"dpo-jax: error: {told}", file=sys.stderr, flush=True)
+        say(f"dpo-jax: error: {told}", "error", code=TRY_AGAIN)
         if tell:
             self._briefly(lambda: self._tell(line))
         self._stop(TRY_AGAIN)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -76,7 +76,7 @@ def read_pieces(path: str | Path) -> Pieces:
     """Read a `tokenizer.model`. Raises `InputError` for another file, or a model of another kind."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a SentencePiece model (tokenizer.model)")
+        raise InputError(f"{path}: no such file{nearest(path)}; give a SentencePiece model (tokenizer.model)")
     try:
         checked = SentencePieceProcessor(str(path))
     except (RuntimeError, OSError) as error:

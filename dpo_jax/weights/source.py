@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import read_json
 from dpo_jax.weights import smollm2
 from dpo_jax.weights.digests import damage_seen_here
@@ -60,7 +60,9 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
         return Source("gguf", _download_gguf(named[1], named[2], named[3], revision))
     if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
         return _folder(_download(str(source), revision=revision))
-    raise InputError(f"{source}: no such folder or file; give a model folder, a .gguf file, a hub id, or smollm2")
+    raise InputError(
+        f"{source}: no such folder or file{nearest(source)}; give a model folder, a .gguf file, a hub id, or smollm2"
+    )
 
 
 def _folder(path: Path) -> Source:
@@ -153,8 +155,8 @@ def _hub(name: str) -> Iterator[None]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionFailed, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name}: no such folder here, and the Hugging Face hub did not give it ({reason}); check the name and the "
-            "network, log in for a gated model, or use smollm2"
+            f"{name}: no such folder here{nearest(name)}, and the Hugging Face hub did not give it ({reason});"
+            " check the name and the network, log in for a gated model, or use smollm2"
         ) from error
 
 

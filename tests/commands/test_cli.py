@@ -1,15 +1,20 @@
 """The command line as words: parsing, names, recipes, one-line errors. No command does its work here."""
 
 import ast
+import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 
 from dpo_jax import __version__, cli, config
-from dpo_jax.config import DPORun
+from dpo_jax.config import DPORun, completion
 from dpo_jax.errors import InputError, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +74,24 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
         required.append("sft_data")
     first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word in ("plan", "bench") else []
     several = {"models": ("y",)}  # one model is no average
-    parsed = cli.parse(word, first + [part for name in required for part in (f"--{name}", "x", *several.get(name, ()))])
+    parsed = cli.parse(
+        word, first + [part for name in required for part in (f"--{name}", "zsh", *several.get(name, ()))]
+    )
     assert type(parsed) is getattr(config, cli.COMMANDS[word].options)
     assert cli.main([word, "--help"]) == 0
     text = capsys.readouterr().out
     assert "{None}|" not in text, "of what may be left out help says what it is"
     for name in cli.option_names(word):
         assert f"--{name}" in text
+    assert len(re.findall(r"^  --[\w.]+", text, re.MULTILINE)) == len(
+        set(re.findall(r"^  --[\w.]+", text, re.MULTILINE))
+    )
+    examples = re.findall(r"^  dpo-jax (.+)", text, re.MULTILINE)
+    assert examples
+    for line in (shlex.split(one.partition(" > ")[0]) for one in examples):
+        word_of, *rest = cli.split_recipe_name(line)
+        assert word_of == word
+        cli.parse(word, rest)
     for name in cli.COMMANDS[word].unused:
         assert f"--{name} " not in text
 
@@ -89,6 +105,69 @@ def test_every_option_is_documented() -> None:
                 if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
                     text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     assert text, f"{cls.name}.{ast.unparse(field.target)} has no text for --help"
+
+
+def test_help_begins_with_what_most_runs_need(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["dpo", "zephyr_ddpo", "--help"]) == 0
+    text = capsys.readouterr().out
+    head, first, *rest = re.split(r"\n(?=[a-z][a-z ]*:(?: .*)?\n)", text[text.index("examples:") :])
+    assert "dpo-jax dpo --model smollm2" in head
+    shown = re.findall(r"^  --([\w.]+)", first, re.MULTILINE)
+    assert shown[:3] == ["model", "data", "out"]
+    assert len(shown) == 10
+    assert {"dpo.beta", "lora.rank"} < {*shown}
+    assert "(default: 5e-07)" in first, "the CONFIG's own learning rate"
+    assert [part.partition(":")[0] for part in rest][:2] == ["other options", "data"]
+    assert max(map(len, text.replace(head, "").splitlines())) <= 100
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(completion.script("bash"))
+    ask = 'source ./script; try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _dpo_jax; echo "${COMPREPLY[*]}"; }\n'
+    cases = {
+        ("dpo-jax", "dp"): "dpo",
+        ("dpo-jax", "mt-bench", "s"): "show",
+        ("dpo-jax", "dpo", "zephyr_q"): "zephyr_qlora",
+        ("dpo-jax", "recipe", "llama3", "llama3_r"): "llama3_rounds llama3_rounds_dpo",
+        ("dpo-jax", "dpo", "--optimizer.sch"): "--optimizer.schedule",
+        ("dpo-jax", "dpo", "--optimizer.schedule", ""): "constant linear cosine",
+        ("dpo-jax", "sft", "--data.sh"): "--data.shuffle",
+        ("dpo-jax", "recipe", "llama3", "--js"): "--json",
+        ("dpo-jax", "configs", "s"): "show",
+        ("dpo-jax", "configs", "--q"): "",
+        ("dpo-jax", "dpo", "--model", "mod"): "",
+    }
+    lines = [f"try {shlex.join(words)}" for words in cases]
+    done = subprocess.run(
+        ["bash", "-c", ask + "\n".join(lines)], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.splitlines() == list(cases.values())
+    assert done.stderr == ""
+
+
+def test_how_it_talks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parse("dpo", [*GIVEN, "--quiet"]) == cli.parse("dpo", GIVEN) == cli.parse("dpo", ["--json", *GIVEN])
+    assert cli.parse("win-rate", ["--answers", "a", "--against", "b", "--judgments", "j", "--json"]).json
+    assert "one of them" in error(capsys, "dpo", *GIVEN, "--quiet", "--json")
+    assert "--quiet has no effect" in error(capsys, "configs", "--quiet")
+    assert cli.main(["dpo", *GIVEN, "--json", "--data.limit", "0"]) == 2
+    said = json.loads(capsys.readouterr().err)
+    assert (said["event"], said["code"]) == ("error", 2)
+    assert "--data.limit must be at least 1" in said["text"]
+    assert error(capsys, "dpo", *GIVEN, "--quiet", "--data.limit", "0").startswith("--data.limit")
+
+
+def test_a_mistyped_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.folder(tmp_path / "runs" / "first")
+    (tmp_path / "pairs.jsonl").write_text("")
+    (tmp_path / "mine.py").write_text("")
+    model = ["--model", str(tmp_path / "runs" / "first"), "--out", str(tmp_path / "o")]
+    said = error(capsys, "dpo", *model, "--data", str(tmp_path / "pair.josnl"))
+    assert f"did you mean {tmp_path / 'pairs.jsonl'}?" in said
+    said = error(capsys, "eval", "--model", str(tmp_path / "runs" / "frist"), "--data", str(tmp_path / "pairs.jsonl"))
+    assert f"did you mean {tmp_path / 'runs' / 'first'}?" in said
+    assert f"did you mean {tmp_path / 'mine.py'}?" in error(capsys, "dpo", str(tmp_path / "mime.py"))
 
 
 def test_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

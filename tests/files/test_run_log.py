@@ -1,14 +1,18 @@
 """The log: what is written and shown, the warning about falling chosen log-probabilities, full disks, the report."""
 
 import io
+import itertools
 import json
 import logging
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dpo_jax import voice
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import DriftWarning, MetricLog, ProgressBar, read_metrics, show_log, summary_text
 from dpo_jax.report import html
@@ -96,13 +100,65 @@ def test_progress_without_a_terminal_is_plain_lines(capfd: pytest.CaptureFixture
     with ProgressBar("training", 3, every_seconds=0.0) as bar:
         bar.update(1, "loss 0.6931")
         bar.update(3, "loss 0.5000")
-    assert capfd.readouterr().err.splitlines() == ["training 1/3 loss 0.6931", "training 3/3 loss 0.5000"]
+    assert capfd.readouterr().err.splitlines() == ["training 1/3 loss 0.6931  0 s left", "training 3/3 loss 0.5000"]
+
+
+def test_progress_says_what_time_is_left(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 20.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with ProgressBar("training", 400, done=10) as bar:
+        bar.update(11, "loss 0.5")
+    assert capfd.readouterr().err == "training 11/400 loss 0.5  4:19:20 left\n"
+
+
+@pytest.fixture
+def talking() -> Iterator[None]:
+    yield
+    voice.talk("lines")
+
+
+@pytest.mark.usefixtures("talking")
+def test_quiet_says_warnings_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    voice.talk("quiet")
+    show_log()
+    with MetricLog(tmp_path, total=200) as log:
+        log.bar._every = 0.0
+        for row in rows(200, chosen=-30, accuracy=0.4):
+            log.write({**row, "step": int(row["step"])})
+    logging.getLogger("dpo_jax.model").info("a note")
+    logging.getLogger("dpo_jax.model").warning("a warning")
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("warning: at step")
+    assert second == "a warning"
+
+
+@pytest.mark.usefixtures("talking")
+def test_json_is_one_object_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    voice.talk("json")
+    show_log()
+    with MetricLog(tmp_path, total=2) as log:
+        log.bar._every = 0.0
+        logging.getLogger("dpo_jax.model").info("a note")
+        log.write({"step": 1, "loss": 0.5})
+    note, progress = map(json.loads, capfd.readouterr().err.splitlines())
+    assert note == {"event": "note", "text": "a note"}
+    assert progress["seconds"] >= 0
+    assert progress["seconds_left"] >= 0
+    assert {name: progress[name] for name in ("event", "of", "done", "total", "figures")} == {
+        "event": "progress",
+        "of": "training",
+        "done": 1,
+        "total": 2,
+        "figures": {"step": 1, "loss": 0.5},
+    }
 
 
 def test_the_bar_shows_the_figures_that_are_there() -> None:
     row = {"loss": 0.5, "rewards/accuracies": 0.75, "tokens_per_second": 1234.5}
     assert summary_text(row) == "loss 0.5000  accuracy 0.75  tokens/s 1,234"
     assert summary_text({"loss": 0.5}) == "loss 0.5000"
+    ppo = {"loss": 0.5, "objective/scores": 1.0, "objective/kl": 2.0}
+    assert summary_text(ppo) == "score 1.000  KL 2.00", "the two that tell most"
 
 
 def test_the_report_is_self_contained_and_escaped(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """README and docs/: every command line is read by the real parser, every option and page they name is there."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,8 @@ PAGES = {
 }
 OPEN = ("...", "CONFIG", "COMMAND")
 """Words of a line that says how a command goes, rather than one that can be typed."""
+SHELL = (">", ">>", "2>", "|", "&", "&&", ";")
+"""Where the words of a command end, and the shell's own begin."""
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -28,7 +31,8 @@ def commands(text: str) -> list[list[str]]:
     """The words of every whole `dpo-jax` line in the bash blocks of a page; a backslash joins lines."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index("dpo-jax") + 1 :] for line in words if "dpo-jax" in line and not {*line} & {*OPEN}]
+    ours = [line[line.index("dpo-jax") + 1 :] for line in words if "dpo-jax" in line and not {*line} & {*OPEN}]
+    return [list(itertools.takewhile(lambda word: word not in SHELL, line)) for line in ours]
 
 
 @pytest.fixture

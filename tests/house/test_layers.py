@@ -16,6 +16,7 @@ FLOORS = {
     "masked": 0,
     "errors": 0,
     "headers": 0,
+    "voice": 0,
     "mesh": 1,
     "config": 1,
     "state": 1,
@@ -75,7 +76,6 @@ OWNERS = {
     "vaderSentiment": {"judge"},
     "httpx": {"complete", "judge"},
     "yaml": {"config", "complete"},
-    "tyro": {"cli"},
 }
 
 

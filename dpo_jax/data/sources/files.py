@@ -23,7 +23,7 @@ from dpo_jax.data.sources.hub import fetch, names_hub, read_metadata
 from dpo_jax.data.sources.parquet import read_parquet
 from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config
 from dpo_jax.data.sources.store import names_store, open_store
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 
 Row = dict[str, Any]
 
@@ -93,7 +93,9 @@ def _resolve(source: str) -> list[Path]:
         return files
     if names_hub(source) and not source.partition(":")[0].endswith(SUFFIXES):
         return fetch(source)
-    raise InputError(f"{source}: no such file; give a file of {_FORMATS}, or a hub data set as owner/name")
+    raise InputError(
+        f"{source}: no such file{nearest(source)}; give a file of {_FORMATS}, or a hub data set as owner/name"
+    )
 
 
 def _in_folder(folder: Path, split: str | None) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_jax.data.sources.splits import choose, data_files, default_config, whole
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, nearest
 
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<part>[^:]+))?")
 
@@ -87,6 +87,6 @@ def _kept(found: re.Match[str], place: str, where: dict[str, Any], error: Except
 def _unreachable(place: str, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
-        f"{place}: no such file here, and the hub data set of that name cannot be fetched ({reason}); "
+        f"{place}: no such file here{nearest(place)}, and the hub data set of that name cannot be fetched ({reason}); "
         "check the name and the network, or download a file and give its path"
     )
