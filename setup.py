@@ -48,6 +48,7 @@ INSTALL = [
 
 MATH = ["math-verify[antlr4_13_2]>=0.8"]  # --reward math:COLUMN; dpo-jax recipe iterative_rpo --match math_verify
 JSON = ["jsonschema>=4.18"]  # --reward json:SCHEMA
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]  # dpo-jax lm-eval
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 
 setup(
@@ -73,6 +74,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],  # `mkdocs serve` shows docs/ as a site
         "math": MATH,
         "json": JSON,
+        "lm_eval": LM_EVAL,
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",

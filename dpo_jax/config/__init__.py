@@ -28,6 +28,7 @@ from dpo_jax.config.iterative_rpo import IterativeRPORun
 from dpo_jax.config.judge import EndpointConfig, JudgeRun, PairsRun
 from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2ChatRun
 from dpo_jax.config.llama3 import Llama3Run
+from dpo_jax.config.lm_eval import LmEvalRun
 from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
 from dpo_jax.config.plan import AssumeConfig, BenchRun, PlanRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
@@ -112,6 +113,7 @@ __all__ = [
     "Layout",
     "Llama2ChatRun",
     "Llama3Run",
+    "LmEvalRun",
     "LogpsRun",
     "LoraConfig",
     "Loss",

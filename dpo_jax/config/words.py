@@ -288,6 +288,11 @@ COMMANDS = {
         "dpo_jax.commands.mt_bench:show",
         "means and win rates by model, turn and category, from FastChat's judgement files",
     ),
+    "lm-eval": Command(
+        "LmEvalRun",
+        "dpo_jax.commands.lm_eval:lm_eval",
+        "tasks of lm-evaluation-harness: TruthfulQA, GSM8K and the like, or your own",
+    ),
     "safety": Command(
         "SafetyRun",
         "dpo_jax.commands.safety:safety",
