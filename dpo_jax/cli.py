@@ -20,7 +20,7 @@ from dpo_jax.config import shipped, yaml_file
 from dpo_jax.config.help import VOICE, help_text
 from dpo_jax.config.names import option
 from dpo_jax.config.values import built, negated
-from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, PLAN
+from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"
@@ -90,11 +90,10 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return OK
-    if args[0] in GROUPS:
-        if args[1:2] in ([], ["-h"], ["--help"]):
-            print(_overview(names_of(args[0]), args[0]))
-            return OK if args[1:] else BAD_INPUT
-        args = split_recipe_name(args)
+    if args[0] in GROUPS and args[1:2] in ([], ["-h"], ["--help"]):
+        print(_overview(names_of(args[0]), args[0]))
+        return OK if args[1:] else BAD_INPUT
+    args = split_recipe_name(args)
     if args[0] not in COMMANDS:
         kind = "option" if args[0].startswith("-") else "command"
         known = ", ".join(COMMANDS)
@@ -135,7 +134,12 @@ def names_of(group: str) -> dict[str, str]:
 
 
 def split_recipe_name(args: Sequence[str]) -> list[str]:
-    """["recipe", NAME, ...] as ["recipe NAME", ...]; other words as they are. Raises `InputError` for unknown names."""
+    """["recipe", NAME, ...] as ["recipe NAME", ...], and ["dpo", ..., "--online", ...] as ["dpo --online", ...].
+
+    Other words as they are. Raises `InputError` for unknown names.
+    """
+    if args and f"{args[0]} {ONLINE}" in COMMANDS and ONLINE in args:
+        return [f"{args[0]} {ONLINE}", *(word for word in args[1:] if word != ONLINE)]
     if not args or args[0] not in GROUPS:
         return list(args)
     group, known, name = args[0], names_of(args[0]), args[1] if len(args) > 1 else ""

@@ -35,6 +35,8 @@ class PreferenceBatch:
       labels:           name -> labels of the responses for an auxiliary head (reward models), or None:
                         int32 [B, K]     exclusive classes: the class, -1 = not labelled;
                         int8 [B, K, C]   overlapping classes: 1 holds, 0 does not, -1 not labelled.
+      logp_weights:     float32 [B, K]   what the summed log-probability of each response adds to the loss of its row,
+                        times this (XPO's exploration, see `align/online.py`), or None.
     """
 
     prompts: jax.Array
@@ -48,6 +50,7 @@ class PreferenceBatch:
     margins: jax.Array | None = None
     ranks: jax.Array | None = None
     labels: dict[str, jax.Array] | None = None
+    logp_weights: jax.Array | None = None
 
     @property
     def present(self) -> jax.Array:

@@ -3,7 +3,7 @@
     L(θ) = Σ_i w_i ℓ(Lc_i, Lr_i, Rc_i, Rr_i) / Σ_i w_i         ℓ from `align/losses.py`, e.g. Eq. 7: −log σ(β (u − v))
     Lc = Σ_t log π_θ(y_c,t | x, y_c,<t)    Rc = Σ_t log π_ref(y_c,t | x, y_c,<t)    u = Lc − Rc    (v: the rejected)
 
-x is the prompt, w_i is 1 for a row and 0 for a filler row. The reference policy π_ref is one of
+x is the prompt, w_i is 1 for a row and 0 for a filler row; L is 0 where all are. The reference policy π_ref is one of
     cached   its log-probabilities come with the batch (`PreferenceBatch.reference_logps`, made by `reference_logps`);
     live     computed in every step: under LoRA by the same weights without their adapters (no second copy), else by a
              copy of the weights that training started from.
@@ -134,6 +134,7 @@ def _responses(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch
         response_lengths=cut(batch.response_lengths),
         format_masks=cut(batch.format_masks),
         reference_logps=cut(batch.reference_logps),
+        logp_weights=cut(batch.logp_weights),
     )
 
 
@@ -218,12 +219,15 @@ def _row_values(state: TrainState, variables: Any, batch: PreferenceBatch, whole
         mean_responses=whole.responses,
         kl=whole.kl,
     )
+    if batch.logp_weights is not None:
+        loss += jnp.sum(batch.logp_weights * sums, axis=1)
     rewards = implicit_rewards(sums, reference, lengths, config=config)
     return _Rows(loss=masked.select(loss, batch.weights > 0), policy=sums, rewards=rewards, nll=nll)
 
 
 def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig) -> _Whole:
     w, weight = pairs.weights, jnp.sum(pairs.weights)
+    weight = jnp.where(weight > 0, weight, 1.0)  # pairs that are sampled may all be ties: a loss of 0, not of 0 / 0
     kl, mismatched = _kl_point(state, batch, config) if config.loss == "kto" else (jnp.zeros(()), jnp.zeros(()))
     return _Whole(
         weight=weight,

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dpo_jax.align import ppo
@@ -15,7 +13,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import GRPORun, PPORun
-from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
+from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
@@ -26,9 +24,11 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import heldout_progress, progress, samples_section
+from dpo_jax.train.answered import reference_of
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
-from dpo_jax.train.rollouts import Rollouts
+from dpo_jax.train.prompt_data import read_prompts
+from dpo_jax.train.rollouts import Rollouts, jit_measure
 from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
@@ -56,26 +56,7 @@ def train(config: PPORun) -> Path:
         raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
-    read = partial(
-        load_prompts,
-        encoder=encoder,
-        config=config.data,
-        longest=config.longest_prompt,
-        vocab_size=architecture.vocab_size,
-        on_bad_rows=config.on_bad_rows,
-        tagged=config.safety_reward is not None,
-    )
-    data, heldout = read(config.data.files), None
-    if config.eval_data is not None:
-        heldout = read(config.eval_data)
-        known = {data.ids[i].tobytes() for i in range(len(data))}
-        shared = sum(heldout.ids[i].tobytes() in known for i in range(len(heldout)))
-        if shared:
-            training.say(f"--eval_data {config.eval_data}: {shared} of {len(heldout)} prompts are learnt from, too")
-    for prompts in (data, heldout):
-        if prompts is not None:
-            _check_context(config, prompts, architecture)
-    training.told(data, heldout)
+    data, heldout = read_prompts(training, architecture, encoder)
     together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
     judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
     judges.try_out(data)
@@ -105,7 +86,8 @@ def train(config: PPORun) -> Path:
         "the prompts": data.fingerprint,
         "the reward": reward,
     }
-    reference = _reference(config, variables)
+    dtype = jnp.dtype(config.train.kept_dtype)
+    reference = reference_of(variables, fresh_adapters=bool(config.lora.rank), dtype=dtype)
     value = None
     if config.value_model is not None:
         # Beneath adapters it shares the policy's weights; without, it is a model of its own.
@@ -121,17 +103,18 @@ def train(config: PPORun) -> Path:
     prompts = loader(steps=planned.total_steps, epochs=None)
     writing: dict[str, Any] = {
         "reference": reference,
-        "config": step_config,
         "sample": terminators(model, encoder, config.sample),
         "mesh": mesh,
         "piece": config.rollout_batch_size or config.train.batch_size,
         "raw": config.data.template == RAW,
     }
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
-    rollouts = Rollouts(model, tokenizer, data, prompts, judges, log, **writing)
+    rollouts = Rollouts(model, tokenizer, data, prompts, judges, log, config=step_config, **writing)
     evaluate = None
     if heldout is not None:
         writing |= {"width": prompts.width, "samples": config.resolved("eval_samples"), "passes": config.eval_pass}
+        writing |= {"seed": step_config.seed, "vocabulary": step_config.vocabulary}
+        writing |= {"measure": jit_measure(model, step_config, mesh)}
         evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
     final = training.fit(
         state,
@@ -163,18 +146,6 @@ def train(config: PPORun) -> Path:
 # ---------------------------------------------------------------- checks
 
 
-def _check_context(config: PPORun, data: PromptDataset, architecture: LlamaConfig) -> None:
-    """Refuse a prompt that leaves no room for its response in the model's context."""
-    longest = int(data.ids.lengths.argmax())
-    needed, room = int(data.ids.lengths[longest]) + config.sample.max_new_tokens, architecture.max_position
-    if needed > room:
-        raise InputError(
-            f"{data.source}, row {data.row_numbers[longest]}: {data.ids.lengths[longest]} tokens and"
-            f" --sample.max_new_tokens {config.sample.max_new_tokens} (--data.max_length {config.data.max_length})"
-            f" exceed the model's context of {room}; set --data.max_length to at most {room}"
-        )
-
-
 def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
     """Refuse a value model that is no reward model of the policy's shape: it runs in the policy's place."""
     if config.value_model is None:
@@ -185,16 +156,3 @@ def _check_value_model(config: PPORun, architecture: LlamaConfig) -> None:
     same = {name: getattr(architecture, name) for name in (*free, "further_stop_ids", "num_labels", "model_type")}
     if dataclasses.replace(other, **same) != architecture or other.vocab_size < architecture.vocab_size:
         raise InputError(f"--value_model {config.value_model}: has another architecture than --model {config.model}")
-
-
-# ---------------------------------------------------------------- parts
-
-
-def _reference(config: PPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What the reference policy has in place of the trained weights, as copies: those are given to the first step."""
-    if config.lora.rank:
-        return {}
-    if "adapters" in variables:
-        return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
-    dtype = jnp.dtype(config.train.kept_dtype)
-    return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}

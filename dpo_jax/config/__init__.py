@@ -30,6 +30,7 @@ from dpo_jax.config.llama2_chat import SET_BY_RECIPE, ChatRecipeConfig, Llama2Ch
 from dpo_jax.config.llama3 import Llama3Run
 from dpo_jax.config.lm_eval import LmEvalRun
 from dpo_jax.config.mt_bench import MTBenchAnswerRun, MTBenchJudgeRun, MTBenchShowRun
+from dpo_jax.config.online_dpo import OnlineConfig, OnlineDPORun
 from dpo_jax.config.plan import AssumeConfig, BenchRun, PlanRun
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.ppo_run import GRPORun, PPORun
@@ -58,7 +59,7 @@ from dpo_jax.config.sections import (
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun, sft_inside
 from dpo_jax.config.shipped import derive
 from dpo_jax.config.talk import ChatRun, ServeRun, TalkOptions
-from dpo_jax.config.training import HoldoutRun, JudgedRun, TrainingRun, is_url
+from dpo_jax.config.training import HoldoutRun, JudgedRun, SampledRun, TrainingRun, is_url
 from dpo_jax.config.vocabulary import ExtendVocabRun
 from dpo_jax.config.win_rate import WinRateRun
 from dpo_jax.config.zephyr import ZephyrRun
@@ -122,6 +123,8 @@ __all__ = [
     "MTBenchShowRun",
     "MeshConfig",
     "Narrow",
+    "OnlineConfig",
+    "OnlineDPORun",
     "OptimizerConfig",
     "PPOConfig",
     "PPOLossConfig",
@@ -142,6 +145,7 @@ __all__ = [
     "SFTRun",
     "SafetyRun",
     "SampleConfig",
+    "SampledRun",
     "ScoreRun",
     "SelfInstructConfig",
     "ServeRun",

@@ -8,14 +8,14 @@ from typing import Literal
 from dpo_jax.config.checks import not_given, require
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.sections import SampleConfig
-from dpo_jax.config.training import JudgedRun
+from dpo_jax.config.training import JudgedRun, SampledRun
 
 _NARROWING = ("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens")
 """Options of sampling under which the tokens drawn have other probabilities than the model gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPORun(JudgedRun):
+class PPORun(SampledRun, JudgedRun):
     """Let a model learn from rewards of what it writes: `dpo-jax ppo`.
 
     --data holds prompts: rows with `prompt` (a text) or `messages`. One step is one iteration: sample responses to a
@@ -33,19 +33,11 @@ class PPORun(JudgedRun):
     to --eval_samples (Chen et al. 2021). Not given: not reported."""
     value_model: str | None = None
     """Reward model that the value model starts from. Not given: the policy with a fresh head."""
-    rollout_batch_size: int | None = None
-    """Responses sampled and measured at once, to save memory; changes no text. Not given: all."""
     ppo: PPOLossConfig = field(default_factory=PPOLossConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
-        require(self.sample.temperature > 0, "--sample.temperature must be positive: PPO learns from samples")
-        require(
-            self.sample.beams is None and not self.sample.stop_strings,
-            "--sample.beams and --sample.stop_strings have no effect: PPO learns from plain samples",
-        )
         free = SampleConfig()
         narrowing = [name for name in _NARROWING if getattr(self.sample, name) != getattr(free, name)]
         require(
@@ -53,23 +45,12 @@ class PPORun(JudgedRun):
             f"--sample.{narrowing[0] if narrowing else ''} does not go with PPO: it changes what is drawn, and the"
             " update compares log-probabilities of the model as it is; leave it out (rejection takes it)",
         )
-        room = self.data.max_length - self.sample.max_new_tokens
-        require(
-            room > 0,
-            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
-            f" {self.data.max_length}",
-        )
         require(
             size % group == 0,
             f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
         )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
-        pieces = self.rollout_batch_size
-        require(
-            pieces is None or (pieces >= 1 and size % pieces == 0 and pieces % group == 0),
-            f"--rollout_batch_size {pieces} is no multiple of {group} (--ppo.group_size) that divides"
-            f" --train.batch_size {size}",
-        )
+        self.check_sampling("PPO", size, group, "--ppo.group_size")
         apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
         require(
             self.safety_reward is None or not apart,
@@ -110,24 +91,15 @@ class PPORun(JudgedRun):
         """Neighbouring responses that each of several rewards is standardised over before the sum, if it is."""
         return self.ppo.group if self.resolved("reward_aggregation") == "normalize_then_sum" else None
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of a prompt before it is cut."""
-        room = self.data.max_length - self.sample.max_new_tokens
-        return min(self.data.prompt_room(self.sample.max_new_tokens), room)
-
     def check_sizes(self, devices: int) -> None:
         """Refuse sizes that do not divide over mini-batches, micro-batches and devices. Raises `InputError`."""
-        parts, pieces = self.ppo.minibatches * self.train.accumulate * devices, self.rollout_batch_size
+        parts = self.ppo.minibatches * self.train.accumulate * devices
         require(
             self.train.batch_size % parts == 0,
             f"--train.batch_size {self.train.batch_size} does not divide by {parts} (--ppo.minibatches x"
             f" --train.accumulate x devices that split the batch); choose a multiple of {parts}",
         )
-        require(
-            pieces is None or pieces % devices == 0,
-            f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
-        )
+        self.check_pieces(devices)
 
     def step_config(self) -> PPOConfig:
         """What the step needs to know of these options."""

@@ -14,6 +14,7 @@ from dpo_jax.config.sections import (
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
+    SampleConfig,
     TrainConfig,
 )
 
@@ -66,6 +67,52 @@ class HoldoutRun(TrainingRun):
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
         return self.eval_data is not None or self.holdout is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRun(TrainingRun):
+    """A run that learns from what the model writes behind prompts, step by step."""
+
+    rollout_batch_size: int | None = None
+    """Responses sampled and measured at once, to save memory; changes no text. Not given: all."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def check_sampling(self, learner: str, responses: int, group: int, named: str) -> None:
+        """Refuse what does not go with sampling `responses` an iteration, `group` to each prompt. Raises `InputError`.
+
+        `learner`: who learns, for messages; `named`: the option that says the group.
+        """
+        require(self.sample.temperature > 0, f"--sample.temperature must be positive: {learner} learns from samples")
+        require(
+            self.sample.beams is None and not self.sample.stop_strings,
+            f"--sample.beams and --sample.stop_strings have no effect: {learner} learns from plain samples",
+        )
+        room = self.data.max_length - self.sample.max_new_tokens
+        require(
+            room > 0,
+            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
+            f" {self.data.max_length}",
+        )
+        pieces = self.rollout_batch_size
+        of = f"--train.batch_size {responses}" if responses == self.train.batch_size else f"the {responses} responses"
+        require(
+            pieces is None or (pieces >= 1 and responses % pieces == 0 and pieces % group == 0),
+            f"--rollout_batch_size {pieces} is no multiple of {group} ({named}) that divides {of}",
+        )
+
+    def check_pieces(self, devices: int) -> None:
+        """Refuse pieces that do not divide over devices. Raises `InputError`."""
+        pieces = self.rollout_batch_size
+        require(
+            pieces is None or pieces % devices == 0,
+            f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
+        )
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt before it is cut."""
+        room = self.data.max_length - self.sample.max_new_tokens
+        return min(self.data.prompt_room(self.sample.max_new_tokens), room)
 
 
 @dataclass(frozen=True, kw_only=True)

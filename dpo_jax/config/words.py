@@ -29,6 +29,8 @@ class Command:
 
 PLAN, BENCH = "plan", "bench"
 """Commands that are about another: its CONFIG.py or its word stands first, and its options may follow."""
+ONLINE = "--online"
+"""The switch that makes `dpo` another command, wherever it stands among its options."""
 GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
 """The first words of commands of two words, such as `dpo-jax recipe NAME` -> what their second words are called."""
 
@@ -95,6 +97,23 @@ COMMANDS = {
         "dpo_jax.commands.dpo:train",
         "align a model with preference pairs",
         lists=("data", "eval_data"),
+        recipe=True,
+    ),
+    f"dpo {ONLINE}": Command(
+        "OnlineDPORun",
+        "dpo_jax.commands.online_dpo:train",
+        "the same with pairs of what the model writes itself, judged as it learns: online DPO, XPO, Nash-MD's sampler",
+        unused=(
+            "data.buckets",
+            "data.workers",
+            "sample.stop_strings",
+            "sample.beams",
+            "sample.length_penalty",
+            "dpo.ties",
+            "dpo.reference",
+            "dpo.mask_format_tokens",
+        ),
+        repeated=("reward",),
         recipe=True,
     ),
     "sft": Command(

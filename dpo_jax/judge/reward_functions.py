@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.complete.http import RETRIED, checked_url, retry_after
-from dpo_jax.config import JudgeRun, PPORun, RejectionRun, SafetyRun, is_url
+from dpo_jax.config import JudgedRun, JudgeRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.data.tokens.chat_tokenizer import end_of
@@ -176,7 +176,7 @@ class ModelReward:
         return self._encoder.whole_ids(prompt.messages, response)
 
 
-def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
+def open_reward(judge: str, config: JudgedRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
     """The function that `judge` (`--reward` or `--safety_reward`) names; see the module.
 
     Args:
@@ -203,7 +203,7 @@ def open_reward(judge: str, config: PPORun | RejectionRun, *, mesh: Mesh, batch_
     )
 
 
-def check_reward(judge: str, config: JudgeRun | PPORun | RejectionRun | SafetyRun) -> RewardFunction | None:
+def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> RewardFunction | None:
     """The function that `judge` names; None for a model, whose weights are not read yet.
 
     Raises `InputError` for what `open_reward` could not open.

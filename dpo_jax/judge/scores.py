@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import rewards
-from dpo_jax.config import PPORun, RejectionRun, is_url
+from dpo_jax.config import JudgedRun, is_url
 from dpo_jax.data.sets.prompts import Prompt, PromptDataset
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, RowsFile, write_once
@@ -39,7 +39,7 @@ class Judges:
 
     def __init__(
         self,
-        config: PPORun | RejectionRun,
+        config: JudgedRun,
         *,
         mesh: Mesh,
         batch_size: int,

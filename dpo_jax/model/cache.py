@@ -58,7 +58,15 @@ class Cache:
         return k * self.key_scales[..., None].astype(dtype), v * self.value_scales[..., None].astype(dtype)
 
 
-Caches = Cache | tuple[Cache, ...]
+@struct.dataclass
+class Two:
+    """The caches of two models that write one text together."""
+
+    first: Any
+    second: Any
+
+
+Caches = Cache | tuple[Cache, ...] | Two
 
 
 def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Cache:
@@ -69,7 +77,7 @@ def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Cache:
     return Cache(zeros, zeros, scales, scales)
 
 
-def count_slots(cache: Caches) -> int:
+def count_slots(cache: Cache | tuple[Cache, ...]) -> int:
     """S."""
     return (cache[0] if isinstance(cache, tuple) else cache).keys.shape[-2]
 
@@ -81,11 +89,16 @@ def unstack(cache: Cache) -> tuple[Cache, ...]:
 
 def map_rows(function: Callable[..., jax.Array], cache: Caches, *others: Caches) -> Any:
     """function(array, ..., axis) for each array of the caches, where `axis` is that of the rows."""
+    if isinstance(cache, Two):
+        parts = zip(*((one.first, one.second) for one in (cache, *others)), strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+        return Two(*(map_rows(function, *part) for part in parts))
     axis = 0 if isinstance(cache, tuple) else 1
     return jax.tree.map(lambda *x: function(*x, axis), cache, *others)
 
 
 def constrain(cache: Caches) -> Any:
     """Lay a cache out over the mesh in force."""
+    if isinstance(cache, Two):
+        return Two(constrain(cache.first), constrain(cache.second))
     first = 1 if isinstance(cache, tuple) else 0
     return jax.tree.map(lambda x: meshes.constrain(x, _AXES[first : first + x.ndim]), cache)

@@ -6,7 +6,7 @@
 from dpo_jax.sample.beams import beam_search
 from dpo_jax.sample.continuous import Finished, Request, serve
 from dpo_jax.sample.decode import check_context
-from dpo_jax.sample.engine import Generation, generate, generate_with_plain_logps
+from dpo_jax.sample.engine import Generation, generate, generate_mixture, generate_with_plain_logps
 from dpo_jax.sample.program import prepare
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "beam_search",
     "check_context",
     "generate",
+    "generate_mixture",
     "generate_with_plain_logps",
     "prepare",
     "serve",

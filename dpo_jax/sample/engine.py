@@ -19,6 +19,7 @@ from dpo_jax.config import Narrow, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
+from dpo_jax.sample.mixture import MixedDecoder
 from dpo_jax.sample.program import Program, Weights, make_weights
 
 PAD = decode.PAD
@@ -48,6 +49,8 @@ def _generate(
     key_data: jax.Array,
     row_ids: jax.Array,
     settings: decode.Settings,
+    other: Any | Weights | None = None,
+    share: jax.Array | None = None,
     *,
     program: Program,
     narrow: Narrow | None,
@@ -59,13 +62,15 @@ def _generate(
     """Prefill and decode. Rows of length 0 are fillers and done at once.
 
     What decoding reads is made in here from plain variables: a copy of weights that change with every call, as in
-    training, is gone when it ends.
+    training, is gone when it ends. `other`, `share`: see `generate_mixture`.
     """
     weights = make_weights(program, variables, narrow)
     key = jax.random.wrap_key_data(key_data, impl=program.implementation)
     numbers = jnp.tile(jnp.arange(samples), len(prompts))
     keys = decode.row_keys(key, jnp.repeat(row_ids, samples), numbers)
     decoder = decode.Decoder(program, weights, settings)
+    if other is not None and share is not None:
+        decoder = MixedDecoder(program, weights, make_weights(program, other, narrow), share, settings)
     rows = decoder.begin(prompts, lengths, keys, samples=samples, new=new, slots=slots, plain=plain)
     rows = decode.constrain(rows)
     rows = jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), decoder.advance, rows)
@@ -139,6 +144,38 @@ def generate_with_plain_logps(
     return out, plain
 
 
+def generate_mixture(
+    model: llama.Llama,
+    variables: Any,
+    other: Any,
+    share: float,
+    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    key: jax.Array,
+    *,
+    config: SampleConfig,
+    prompt_lengths: Sequence[int] | np.ndarray | None = None,
+    row_ids: Sequence[int] | np.ndarray | None = None,
+    samples: int = 1,
+    vocabulary: int | None = None,
+    mesh: Mesh | None = None,
+) -> Generation:
+    """`generate` from π^(1−a) π_other^a / Z, token by token (`sample/mixture.py`).
+
+    Args:
+      other: the second set of variables of the same model; without `adapters` it is the model beneath them.
+      share: a, between 0 and 1, neither included.
+
+    Returns `Generation`, whose logps are the mixture's. Raises `InputError` as `generate` does, and for `share`.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"share {share} must lie between 0 and 1; at an end one of the two models writes alone")
+    of = (np.float32(share), other)
+    out, _ = _run(
+        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=False, of=of
+    )
+    return out
+
+
 def lower(
     model: llama.Llama, variables: Any, *, rows: int, prompt: int, config: SampleConfig, samples: int, mesh: Mesh
 ) -> Any:
@@ -192,6 +229,7 @@ def _run(
     vocabulary: int | None,
     mesh: Mesh | None,
     plain: bool,
+    of: tuple[np.float32, Any] | None = None,
 ) -> tuple[Generation, jax.Array | None]:
     mesh = None if mesh is None else meshes.for_sampling(mesh)
     padded, lengths = decode.pad_prompts(prompts, prompt_lengths, model.config.vocab_size)
@@ -221,7 +259,9 @@ def _run(
     with meshes.in_force(mesh):
         program = Program.of(model, config, implementation, mesh)
         tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
-        out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, program=program, **static)
+        share, other = (None, None) if of is None else of
+        mixed: Any = {"other": other, "share": share}
+        out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, **mixed, program=program, **static)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: count * samples, : config.max_new_tokens]

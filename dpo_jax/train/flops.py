@@ -160,6 +160,20 @@ def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch
     return flops
 
 
+def online_dpo_flops(model: ModelFlops, samples: int) -> Callable[[PreferenceBatch], float]:
+    """Batch of pairs -> FLOPs of its iteration: sampling, the reference, the update; not the judge.
+
+    Of `samples` responses to a prompt those that are in no pair are taken to be as long as those that are.
+    """
+
+    def flops(batch: PreferenceBatch) -> float:
+        pair = preference_work(batch, CHOSEN, REJECTED + 1)
+        written = model.forward(pair) + model.forward(pair, adapted=False)
+        return written * samples / 2 + model.training(pair)
+
+    return flops
+
+
 def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], float]:
     """Rollout -> FLOPs of its iteration: sampling, the reference, what is measured before the updates, the updates; not
     the reward.

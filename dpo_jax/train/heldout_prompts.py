@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.complete.responses import decode
-from dpo_jax.config import PPOConfig, SampleConfig
+from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.files.jsonl import Row, write_lines
 from dpo_jax.judge.scores import Judges, part_figures, told_parts
@@ -27,7 +27,6 @@ from dpo_jax.report.statistics import interval, kl_estimates, pass_at
 from dpo_jax.report.text_health import health
 from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
-from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
 _STREAM = 0xE7A1  # sets these draws apart from those that are learnt from, which the same seed decides
@@ -45,7 +44,9 @@ class HeldOutPrompts:
         folder: Path,
         *,
         reference: Mapping[str, Any],
-        config: PPOConfig,
+        measure: Callable[..., Any],
+        seed: int,
+        vocabulary: int | None,
         sample: SampleConfig,
         mesh: Mesh,
         piece: int,
@@ -55,7 +56,8 @@ class HeldOutPrompts:
         passes: float | None = None,
     ):
         """Args:
-        model, tokenizer, reference, config, sample, mesh, raw: as `Rollouts` has them.
+        model, tokenizer, reference, seed, vocabulary, sample, mesh, raw: as `Rollouts` has them.
+        measure: `rollouts.jit_measure`, or another that gives the same.
         data: the held-out prompts.
         judges: the reward; two are combined as Llama 2 did, and not standardised.
         folder: of the run: the responses go to `eval_samples/STEP.jsonl` there.
@@ -65,13 +67,13 @@ class HeldOutPrompts:
         passes: a response that scores at least this is right.
         """
         self._model, self._tokenizer, self._data, self._judges = model, tokenizer, data, judges
-        self._folder, self._reference, self._config = folder / "eval_samples", reference, config
+        self._folder, self._reference = folder / "eval_samples", reference
+        self._seed, self._vocabulary, self._measure = seed, vocabulary, measure
         self._sample, self._mesh, self._raw = sample, mesh, raw
         parts = meshes.batch_parts(mesh)
         self._samples, self._passes = samples, passes
         self._piece = min(-(-max(piece // samples, 1) // parts), -(-len(data) // parts)) * parts  # prompts at once
-        self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
-        self._measure: Callable[..., Any] = jit_measure(model, config, mesh)
+        self._key = jax.random.fold_in(jax.random.key(seed), _STREAM)
         self._lengths = data.ids.lengths.astype(np.int32)
         self._prompts = np.zeros((len(data), max(width, int(self._lengths.max()))), np.int32)
         for i, row in enumerate(self._prompts):
@@ -103,7 +105,7 @@ class HeldOutPrompts:
         every = {"reward": scores, "kl": kl, "length": lengths}
         means = {name: np.asarray(x, np.float64).reshape(-1, self._samples).mean(axis=1) for name, x in every.items()}
         for name, values in (means | self._passed(scores)).items():
-            low, high = interval(values, seed=self._config.seed)
+            low, high = interval(values, seed=self._seed)
             found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
         found |= {name.removeprefix("eval_"): value for name, value in kl_estimates(logps, reference, mask).items()}
         found |= part_figures(combined)
@@ -131,7 +133,7 @@ class HeldOutPrompts:
             prompt_lengths=self._lengths[at],
             row_ids=at,
             samples=self._samples,
-            vocabulary=self._config.vocabulary,
+            vocabulary=self._vocabulary,
             mesh=self._mesh,
         )
         tokens, mask, logps = (np.asarray(x) for x in generation)

@@ -7,7 +7,7 @@ data.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import flat_groups, next_kl_coefficient
-from dpo_jax.complete.responses import decode
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
@@ -26,15 +25,14 @@ from dpo_jax.files.log import Row
 from dpo_jax.judge.scores import part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
+from dpo_jax.train.answered import Answered
 from dpo_jax.types import Rollout
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str], np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
-_STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
 
-class Rollouts:
+class Rollouts(Answered):
     """A loader of prompts (see `loop.Loader`) whose `prepare` makes rollouts of them."""
 
     def __init__(
@@ -67,35 +65,31 @@ class Rollouts:
         piece: responses sampled and measured at once.
         raw: the texts go on where the prompts end.
         """
-        self._model, self._tokenizer, self._data, self._loader = model, tokenizer, data, loader
-        self._scorer, self._samples, self._reference = scorer, samples, reference
-        self._config, self._sample, self._mesh, self._piece, self._raw = config, sample, mesh, piece, raw
-        self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
+        super().__init__(
+            model,
+            tokenizer,
+            data,
+            loader,
+            sample=sample,
+            mesh=mesh,
+            group=config.group,
+            piece=piece,
+            raw=raw,
+            seed=config.seed,
+            vocabulary=config.vocabulary,
+        )
+        self._scorer, self._samples, self._reference, self._config = scorer, samples, reference, config
         self._measure = jit_measure(model, config, mesh)
         self.kl_coefficient = float(np.float32(config.kl_price))
-        self.steps_per_epoch = len(data) * config.group / loader.batch_size
-
-    # ---------------------------------------------------------------- the loader
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        return iter(self._loader)
 
     def get_state(self) -> dict[str, Any]:
         """The position in the prompts, and β of the next iteration."""
-        return {**self._loader.get_state(), "kl_coefficient": self.kl_coefficient}
+        return {**super().get_state(), "kl_coefficient": self.kl_coefficient}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position."""
-        self._loader.set_state(state)
+        super().set_state(state)
         self.kl_coefficient = float(state["kl_coefficient"])
-
-    def summary(self) -> str:
-        """One line for the log."""
-        return self._loader.summary()
-
-    def close(self) -> None:
-        """Release the loader."""
-        self._loader.close()
 
     # ---------------------------------------------------------------- rollouts
 
@@ -130,7 +124,8 @@ class Rollouts:
     def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
         rows = len(batch.rows)
-        tokens, mask, logps = self._drawn(state, batch, np.arange(rows), jax.random.fold_in(self._key, batch.step))
+        key, policy = jax.random.fold_in(self._key, batch.step), ppo.policy_of(state.variables)
+        tokens, mask, logps = self._drawn(policy, batch, np.arange(rows), key)
         lengths = mask.sum(axis=1).astype(np.int32)
         arrays: dict[str, Any] = {
             "prompts": batch.prompts,
@@ -147,36 +142,6 @@ class Rollouts:
             "rows": batch.rows,
         }
         return Rollout(**arrays)
-
-    def _drawn(
-        self, state: TrainState, batch: PromptBatch, rows: np.ndarray, key: jax.Array, *, greedy: bool = False
-    ) -> tuple[np.ndarray, ...]:
-        """Tokens, mask and log-probabilities of responses to `rows` of the batch, which are whole groups.
-
-        `greedy`: one response to each group, without chance.
-        """
-        group, config = self._config.group, self._sample
-        if greedy:
-            config = dataclasses.replace(config, temperature=0.0)
-        variables, parts = ppo.policy_of(state.variables), []
-        for first in range(0, len(rows), self._piece):
-            own = rows[first : first + self._piece]
-            at = np.resize(own, self._piece)[::group]  # the last piece is filled up, so that all have one shape
-            generation = generate(
-                self._model,
-                variables,
-                batch.prompts[at],
-                key,
-                config=config,
-                prompt_lengths=batch.prompt_lengths[at],
-                row_ids=at,
-                samples=1 if greedy else group,
-                vocabulary=self._config.vocabulary,
-                mesh=self._mesh,
-            )
-            parts.append([np.asarray(x)[: len(own) // (group if greedy else 1)] for x in generation])
-        tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
-        return tokens, mask, logps
 
     def _again(
         self,
@@ -198,7 +163,7 @@ class Rollouts:
             if not len(flat):
                 break
             key = jax.random.fold_in(jax.random.fold_in(self._key, batch.step), attempt + 1)
-            tokens, mask, logps = self._drawn(state, batch, flat, key)
+            tokens, mask, logps = self._drawn(ppo.policy_of(state.variables), batch, flat, key)
             new = dataclasses.replace(
                 jax.tree.map(lambda x: x[flat], rollout),  # noqa: B023 - used at once
                 responses=tokens,
@@ -220,7 +185,7 @@ class Rollouts:
     def _greedy(self, state: TrainState, batch: PromptBatch) -> np.ndarray:
         """The score of the greedy response to each row's prompt, float32 [B]: ReMax's baseline."""
         group, rows = self._config.group, np.arange(len(batch.rows))
-        tokens, mask, _ = self._drawn(state, batch, rows, self._key, greedy=True)
+        tokens, mask, _ = self._drawn(ppo.policy_of(state.variables), batch, rows, self._key, greedy=True)
         lengths, ended = mask.sum(axis=1), self._ended(tokens, mask)
         prompts = [self._data.prompts[index] for index in batch.indices[::group]]
         texts = [
@@ -229,9 +194,6 @@ class Rollouts:
         ]
         scores, _ = self._scorer(prompts, texts, batch.rows[::group], self._data.safety[batch.indices[::group]])
         return np.repeat(scores, group)
-
-    def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return np.isin(tokens[np.arange(len(tokens)), mask.sum(axis=1) - 1], self._sample.stop_tokens)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities, the policy's own, and the values."""
@@ -250,9 +212,6 @@ class Rollouts:
             )
             for i, length in enumerate(rollout.response_lengths)
         ]
-
-    def _text(self, prompt: Any, response: Any) -> str:
-        return decode(self._tokenizer, prompt.tolist(), response.tolist(), raw=self._raw)
 
     def _write(
         self,

@@ -4,6 +4,7 @@ The policy that maximises E[r] − β KL(π ‖ π_ref) is π*(a) ∝ π_ref(a) 
 the one that maximises E[r] − β KL(π_ref ‖ π) is π*(a) = β π_ref(a) / (λ − r(a)), with λ such that it sums to 1.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from pairs import quick_jit
 
-from dpo_jax.align import dpo, ppo
+from dpo_jax.align import dpo, online, ppo
 from dpo_jax.align.advantages import kl_term
 from dpo_jax.config import DPOConfig, OptimizerConfig, PPOConfig
 from dpo_jax.types import PreferenceBatch, Rollout
@@ -225,3 +226,97 @@ def test_dpo_reaches_the_same_optimum_from_pairs() -> None:
     train = quick_jit(lambda s: jax.lax.scan(lambda s, _: dpo.train_step(s, batch, config=config), s, None, steps))
     state, _ = train(state)
     assert distance(state) < 0.02
+
+
+# ---------------------------------------------------------------- online: pairs of the policy's own
+
+FIRST_ARM, SECOND_ARM = (x.reshape(-1) for x in np.meshgrid(np.arange(ARMS), np.arange(ARMS), indexing="ij"))
+
+
+def every_pair(rewards=REWARD):
+    """All 64 pairs of answers in the order drawn, each twice: the first wins, the second wins."""
+    arms = jnp.asarray(np.tile(np.stack([FIRST_ARM, SECOND_ARM], axis=1), (2, 1)), jnp.int32)
+    scores = np.repeat([[1.0, 0.0], [0.0, 1.0]], ARMS**2, axis=0)
+    scores[np.tile(FIRST_ARM == SECOND_ARM, 2)] = 0.5  # the same answer twice: a tie
+    groups = PreferenceBatch(
+        prompts=jnp.zeros((len(arms), 1), jnp.int32),
+        prompt_lengths=jnp.ones(len(arms), jnp.int32),
+        responses=arms[..., None],
+        response_lengths=jnp.ones((len(arms), 2), jnp.int32),
+        weights=jnp.ones(len(arms)),
+        rows=jnp.arange(len(arms)),
+        reference_logps=jax.nn.log_softmax(REFERENCE)[arms],
+    )
+    margin = jnp.asarray(rewards)[arms[:, 0]] - jnp.asarray(rewards)[arms[:, 1]]
+    wins = jax.nn.sigmoid(jnp.where(jnp.arange(len(arms)) < ARMS**2, margin, -margin))  # Bradley and Terry's judge
+    return groups, online.best_and_worst(jnp.asarray(scores)), wins
+
+
+def expected(groups, choice, wins, first, second, **options) -> PreferenceBatch:
+    """The batch whose loss is the expected one: a pair counts by the probability that it is drawn and judged so."""
+    pairs = online.pairs_of(groups, choice, **options)
+    arms = groups.responses[..., 0]
+    return dataclasses.replace(pairs, weights=pairs.weights * first[arms[:, 0]] * second[arms[:, 1]] * wins)
+
+
+@pytest.mark.parametrize("opponent", ["policy", "reference"])
+def test_online_dpo_reaches_the_optimum_in_expectation(opponent: str) -> None:
+    """Whoever the opponent is: the minimiser of each pair's expected loss is β (u - v) = r - r'."""
+    beta, steps = 0.5, 200
+    groups, choice, wins = every_pair()
+    assert int(choice.tie.sum()) == 2 * ARMS
+    optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear", total_steps=steps, clip_norm=None)
+    config = DPOConfig(beta=beta, optimizer=optimizer, layout="separate")
+
+    def iteration(state, _):
+        policy = jax.nn.softmax(state.variables["params"]["logits"]["kernel"][0])
+        other = policy if opponent == "policy" else jax.nn.softmax(REFERENCE)
+        return dpo.train_step(state, expected(groups, choice, wins, policy, other), config=config)
+
+    state = dpo.init_state(MODEL, start(), config)
+    state, metrics = quick_jit(lambda state: jax.lax.scan(iteration, state, None, steps))(state)
+    assert distance(state, np.asarray(jax.nn.softmax(REFERENCE + REWARD / beta))) < 0.02
+    assert float(metrics["rewards/margins"][0]) == pytest.approx(0, abs=1e-6)
+    assert float(metrics["rewards/margins"][-1]) > 0.1
+
+
+def test_exploration_is_xpos_term() -> None:
+    """Loss and gradient of XPO's objective over all pairs, the reference's answer standing on either side."""
+    alpha, beta = 0.7, 0.5
+    groups, choice, wins = every_pair()
+    reference = jax.nn.softmax(REFERENCE)
+    config = DPOConfig(beta=beta, optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=None), layout="separate")
+    params = {"params": {"logits": {"kernel": jnp.asarray(REFERENCE[None] + FIRST[:1])}}}
+    policy = jax.nn.softmax(params["params"]["logits"]["kernel"][0])
+    batch = expected(groups, choice, wins, policy, reference, exploration=alpha)
+    state = dpo.init_state(MODEL, jax.tree.map(jnp.copy, params), config)
+    _, metrics = quick_jit(lambda state, batch: dpo.train_step(state, batch, config=config))(state, batch)
+
+    def objective(logits):
+        logps, ratios = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits) - jax.nn.log_softmax(REFERENCE)
+        weights = jnp.where(jnp.eye(ARMS, dtype=bool), 0.0, policy[:, None] * reference[None, :])
+        margins, wins = beta * (ratios[:, None] - ratios[None, :]), jax.nn.sigmoid(REWARD[:, None] - REWARD[None, :])
+        pairs = -wins * jax.nn.log_sigmoid(margins) - (1 - wins) * jax.nn.log_sigmoid(-margins)
+        return jnp.sum(weights * (pairs + alpha * logps[None, :])) / jnp.sum(weights)
+
+    loss, gradient = jax.value_and_grad(objective)(params["params"]["logits"]["kernel"][0])
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(gradient)), rel=1e-5)
+
+
+def test_only_ties_teach_nothing() -> None:
+    groups, _, _ = every_pair()
+    choice = online.best_and_worst(jnp.zeros((2 * ARMS**2, 2)))
+    config = DPOConfig(optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.0), layout="separate")
+    state, metrics = quick_jit(lambda s, b: dpo.train_step(s, b, config=config))(
+        dpo.init_state(MODEL, start(), config), online.pairs_of(groups, choice)
+    )
+    assert (float(metrics["loss"]), float(metrics["grad_norm"]), int(state.step)) == (0, 0, 1)
+    assert distance(state, jax.nn.softmax(REFERENCE)) < 1e-6
+
+
+def test_best_against_worst_of_four() -> None:
+    choice = online.best_and_worst(jnp.asarray([[1.0, 3.0, 0.0, 2.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 0.0, 0.0]]))
+    assert choice.chosen.tolist() == [1, 0, 0]
+    assert choice.rejected.tolist() == [2, 0, 2]
+    assert choice.tie.tolist() == [False, True, False]

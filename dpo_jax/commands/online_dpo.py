@@ -1,0 +1,137 @@
+"""`dpo-jax dpo --online`: from a model, prompts and a judge to an aligned model, in the order in which it happens."""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from dpo_jax.align import dpo, ppo
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import BETAS, OnlineDPORun
+from dpo_jax.data.sets.prompts import PromptLoader
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.scores import Judges
+from dpo_jax.mesh import batch_parts
+from dpo_jax.report.datasets import prompts_section
+from dpo_jax.report.samples import heldout_progress, progress, samples_section
+from dpo_jax.train.answered import reference_of
+from dpo_jax.train.flops import ModelFlops, online_dpo_flops
+from dpo_jax.train.heldout_prompts import HeldOutPrompts
+from dpo_jax.train.online_pairs import OnlinePairs, jit_measure
+from dpo_jax.train.prompt_data import read_prompts
+from dpo_jax.train.session import Training
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.tokenizer import text_ids
+
+
+@with_config_keys
+def train(config: OnlineDPORun) -> Path:
+    """Run online DPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    training = Training.begin(config, "dpo --online")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+    config.check_sizes(batch_parts(mesh))
+
+    # -------------------------------------------------------------- the model's shape, the prompts, the judge
+    architecture, tokenizer = training.read_model_shape()
+    config = training.config
+    if architecture.num_labels:
+        raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
+    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    data, heldout = read_prompts(training, architecture, encoder)
+    together = math.gcd(config.rollout_batch_size or config.responses, training.eval_batch_size)
+    # Of two judges the combination is compared as it is: a standardised one would rank the same.
+    judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
+    for prompts in (data, heldout):
+        if prompts is not None:
+            judges.try_out(prompts)
+    reward = " with ".join(judges.identities())
+
+    # -------------------------------------------------------------- options that follow from the data
+    loader = partial(
+        PromptLoader,
+        data,
+        batch_size=config.responses,
+        group=config.online.samples,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+    planned = loader(**training.length)
+    step_config = training.resolve(planned.total_steps).step_config()
+    if config.dpo.beta is None and config.dpo.loss in BETAS:
+        β, source = BETAS[config.dpo.loss]
+        training.say(f"--dpo.beta {β:g}, since none is given: {config.dpo.loss}'s own ({source})")
+
+    # -------------------------------------------------------------- weights: policy and reference
+    model, variables = training.load_model()
+    # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
+    starting = {"params": variables["params"]} if config.lora.rank else variables
+    identity = {
+        "the starting model": fingerprint(starting),
+        "the prompts": data.fingerprint,
+        "the reward": reward,
+    }
+    fresh, dtype = bool(config.lora.rank), jnp.dtype(config.train.kept_dtype)
+    reference = reference_of(variables, fresh_adapters=fresh, dtype=dtype)
+    flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
+    training.say(flops.describe())
+    state = dpo.init_state(model, variables, dataclasses.replace(step_config, reference="cached"))
+    del variables, starting
+
+    # -------------------------------------------------------------- training
+    prompts = loader(steps=planned.total_steps, epochs=None)
+    writing: dict[str, Any] = {
+        "reference": reference,
+        "sample": terminators(model, encoder, config.sample),
+        "mesh": mesh,
+        "piece": config.rollout_batch_size or config.responses,
+        "raw": config.data.template == RAW,
+        "seed": config.train.seed,
+        "vocabulary": text_ids(tokenizer, architecture),
+    }
+    log = SampleLog(training.out / "samples.jsonl", writes=training.main)
+    options: dict[str, Any] = {"config": config.online, "step": step_config}
+    pairs = OnlinePairs(model, tokenizer, data, prompts, judges.as_they_are, log, **options, **writing)
+    evaluate = None
+    if heldout is not None:
+        heat = config.sample.temperature
+        measure = jit_measure(model, mesh, temperature=heat, vocabulary=writing["vocabulary"])
+        writing |= {"width": prompts.width, "measure": measure}
+        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
+    final = training.fit(
+        state,
+        dpo.jit_train_step(step_config, mesh),
+        pairs,
+        identity=identity,
+        evaluate=evaluate,
+        evaluate_first=True,
+        flops_of=online_dpo_flops(flops, config.online.samples),
+        prepare=pairs.prepare,
+    )
+
+    # -------------------------------------------------------------- the aligned model, and the report
+    rows = read_metrics(training.out / "metrics.jsonl")
+    told = " ".join(part for part in (progress(rows), heldout_progress(rows)) if part)
+    training.say(told)
+    return training.finish(
+        model,
+        ppo.policy_of(final.variables),
+        tokenizer,
+        title="Online DPO run",
+        summary=f"{config.model}, aligned with what {config.told_reward} prefers of its responses to"
+        f" {config.data.files} in {training.told_steps} ({config.dpo.loss}). {told}",
+        sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
+        terminators=encoder.terminators,
+    )

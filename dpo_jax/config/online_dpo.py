@@ -1,0 +1,108 @@
+"""Options of `dpo-jax dpo --online`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.dpo import DPOConfig, DPOLossConfig
+from dpo_jax.config.training import JudgedRun, SampledRun
+
+ONLINE_LOSSES = (
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "ipo_sum",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+    "dpop",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+)
+"""Losses that need nothing but a pair and its log-probabilities."""
+_OFFLINE = ("ties", "reference", "mask_format_tokens")
+
+
+@dataclass(frozen=True)
+class OnlineConfig(Options):
+    """Where the pairs come from. The formulas stand in `dpo_jax/align/online.py`."""
+
+    samples: int = 2
+    """Responses to each prompt; the best and the worst of them are the pair."""
+    opponent: Literal["policy", "reference", "mixture"] = "policy"
+    """Who writes one of the two responses beside the policy: the policy itself (online DPO), the reference policy
+    (XPO), or the two mixed token by token (Nash-MD)."""
+    mixture: float | None = not_given(0.125, opponent=("mixture",))
+    """Weight of the reference in the mixture's logits: near 0 the policy, near 1 the reference. Not given: 0.125."""
+    exploration: float | None = not_given(opponent=("reference",))
+    """XPO's alpha: adds this times the log-probability of the reference's response to the loss, whether that response
+    won or lost (TRL's XPOConfig: 1e-5). Not given: no such term."""
+    missing_eos_penalty: float | None = None
+    """Taken off the score of a response that was cut before its terminator, before the best is chosen."""
+
+    def __post_init__(self) -> None:
+        self.refuse_idle("--online.")
+        self.at_least("--online.", samples=2)
+        self.positive("--online.", "exploration", "missing_eos_penalty")
+        share = self.mixture
+        require(share is None or 0 < share < 1, f"--online.mixture {share} must lie between 0 and 1")
+        require(
+            self.opponent == "policy" or self.samples == 2,
+            f"--online.samples {self.samples}: with --online.opponent {self.opponent} a pair is one response of each;"
+            " leave it at 2",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPORun(SampledRun, JudgedRun):
+    """Align a model with preferences about what it writes itself: `dpo-jax dpo --online`.
+
+    --data holds prompts: rows with `prompt` (a text) or `messages`. One step is one iteration: sample responses to a
+    batch of prompts, score them, and make one update on the pairs. --train.batch_size counts the prompts of an
+    iteration.
+    """
+
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.dpo.loss in ONLINE_LOSSES,
+            f"--dpo.loss {self.dpo.loss} does not go with --online, which takes losses of a pair:"
+            f" {', '.join(ONLINE_LOSSES)}",
+        )
+        usual = DPOLossConfig()
+        for name in _OFFLINE:
+            same = getattr(self.dpo, name) == getattr(usual, name)
+            require(same, f"--dpo.{name} has no effect with --online: leave it out")
+        self.check_sampling("online DPO", self.responses, self.online.samples, "--online.samples")
+
+    @property
+    def responses(self) -> int:
+        """Responses of an iteration."""
+        return self.train.batch_size * self.online.samples
+
+    def check_sizes(self, devices: int) -> None:
+        """Refuse sizes that do not divide over devices. Raises `InputError`."""
+        self.check_pieces(devices)
+        pieces, each = self.rollout_batch_size or self.responses, self.online.samples
+        require(
+            pieces // each % devices == 0,
+            f"--rollout_batch_size {pieces} is {pieces // each} prompts (--online.samples {each}), which do not divide"
+            f" over {devices} devices",
+        )
+
+    def step_config(self) -> DPOConfig:
+        """What the step needs to know of these options."""
+        return DPOConfig(
+            **vars(self.dpo),
+            optimizer=self.optimizer,
+            accumulate=self.train.accumulate,
+            layout=self.train.layout,
+        )

@@ -1,0 +1,234 @@
+"""Between two updates of online DPO: sample responses, score them, pair them. It gives the step its batch."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax import mesh as meshes
+from dpo_jax.align import dpo, online, ppo
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import DPOConfig, OnlineConfig, SampleConfig
+from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.files.log import Row
+from dpo_jax.judge.scores import part_figures, told_parts
+from dpo_jax.model.groups import response_logps
+from dpo_jax.model.llama import Llama
+from dpo_jax.state import TrainState
+from dpo_jax.train.answered import Answered
+from dpo_jax.train.rollouts import Scorer
+from dpo_jax.types import PreferenceBatch, Rollout
+
+_OPPONENT = 0x0990  # sets the opponent's draws apart from the policy's
+
+
+class OnlinePairs(Answered):
+    """A loader of prompts (see `loop.Loader`) whose `prepare` makes a batch of pairs of them."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PromptDataset,
+        loader: PromptLoader,
+        scorer: Scorer,
+        samples: SampleLog,
+        *,
+        reference: Mapping[str, Any],
+        config: OnlineConfig,
+        step: DPOConfig,
+        sample: SampleConfig,
+        mesh: Mesh,
+        piece: int,
+        raw: bool,
+        seed: int,
+        vocabulary: int | None,
+    ):
+        """Args: as `Rollouts` has them, and:
+        config: who writes, and how pairs are made.
+        step: of the DPO step.
+        """
+        super().__init__(
+            model,
+            tokenizer,
+            data,
+            loader,
+            sample=sample,
+            mesh=mesh,
+            group=config.samples,
+            piece=piece,
+            raw=raw,
+            seed=seed,
+            vocabulary=vocabulary,
+        )
+        self._scorer, self._samples, self._reference = scorer, samples, reference
+        self._config, self._step = config, step
+
+        def measure(state: TrainState, reference: Mapping[str, Any], groups: PreferenceBatch) -> jax.Array:
+            return dpo.reference_logps(model.apply, _reference(state, reference), groups, config=step)
+
+        self._measure = meshes.jit_replicated(measure, mesh)
+
+    def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
+        """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.
+
+        Returns the batch, as host arrays that are the same in every process, and figures of the iteration under the
+        names of TRL's OnlineDPOTrainer, over the policy's own responses: objective/kl (nats a response at temperature
+        1), objective/entropy, objective/scores, objective/non_score_reward, objective/rlhf_reward,
+        val/contain_eos_token; over prompts: objective/scores_margin (0 for a tie); beta; and rollout/ties, the share of
+        prompts without a pair, rollout/wins, the share of pairs that the policy's response wins against an opponent's.
+        """
+        clock, k = [time.perf_counter()], self._group
+        tokens, mask, logps = self._responses(state, batch)
+        clock.append(time.perf_counter())
+        lengths, ended = mask.sum(axis=1).astype(np.int32), self._ended(tokens, mask)
+        prompts = [self._data.prompts[index] for index in batch.indices]
+        texts = [
+            self._text(batch.prompts[i, : batch.prompt_lengths[i]], tokens[i, : lengths[i] - int(ended[i])])
+            for i in range(len(tokens))
+        ]
+        scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
+        if self._config.missing_eos_penalty is not None:
+            scores = scores - np.float32(self._config.missing_eos_penalty) * ~ended
+        clock.append(time.perf_counter())
+        groups = PreferenceBatch(
+            prompts=batch.prompts[::k],
+            prompt_lengths=batch.prompt_lengths[::k],
+            responses=tokens.reshape(-1, k, tokens.shape[1]),
+            response_lengths=lengths.reshape(-1, k),
+            weights=np.ones(len(tokens) // k, np.float32),
+            rows=np.asarray(batch.rows[::k], np.int32),
+        )
+        reference = self._measured(state, groups)
+        clock.append(time.perf_counter())
+        groups = dataclasses.replace(groups, reference_logps=reference)
+        choice = online.best_and_worst(jnp.asarray(scores.reshape(-1, k)))
+        pairs = jax.device_get(online.pairs_of(groups, choice, exploration=self._config.exploration))
+        choice = jax.device_get(choice)
+        policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k)
+        told = _Written(batch.rows, prompts, texts, scores, parts, policy - reference, lengths, ended)
+        self._write(batch.step + 1, told, choice)
+        own = slice(None) if self._config.opponent == "policy" else slice(0, online.OPPONENT)
+        figures = self._figures(scores.reshape(-1, k), policy, reference, ended.reshape(-1, k), choice, own)
+        sampling, scoring, measuring = np.diff(clock).tolist()
+        figures |= {"seconds_sampling": sampling, "seconds_measuring": measuring, "seconds_scoring": scoring}
+        return pairs, figures | part_figures(parts)
+
+    def _responses(self, state: TrainState, batch: PromptBatch) -> tuple[np.ndarray, ...]:
+        """Tokens, mask and log-probabilities at temperature 1 (of an opponent: any) of all responses, [B K, R]."""
+        variables, rows = ppo.policy_of(state.variables), np.arange(len(batch.rows))
+        key, opponent = jax.random.fold_in(self._key, batch.step), self._config.opponent
+        if opponent == "policy":
+            return self._drawn(variables, batch, rows, key, plain=True)
+        own = self._drawn(variables, batch, rows, key, each=1, plain=True)
+        against, reference = jax.random.fold_in(key, _OPPONENT), _reference(state, self._reference)
+        if opponent == "reference":
+            other = self._drawn(reference, batch, rows, against, each=1, plain=True)
+        else:
+            mixed = (reference, self._config.resolved("mixture"))
+            other = self._drawn(variables, batch, rows, against, each=1, mixed=mixed)
+        both = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
+        return tuple(x.reshape(-1, x.shape[-1]) for x in both)
+
+    def _measured(self, state: TrainState, groups: PreferenceBatch) -> np.ndarray:
+        """The reference's summed log-probabilities, float32 [B, K]."""
+        parts, at_once = [], self._piece // self._group
+        for first in range(0, len(groups.rows), at_once):
+            part = jax.tree.map(lambda x: x[first : first + at_once], groups)  # noqa: B023 - used at once
+            parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
+        return np.concatenate(parts)
+
+    def _figures(
+        self,
+        scores: np.ndarray,
+        policy: np.ndarray,
+        reference: np.ndarray,
+        ended: np.ndarray,
+        choice: online.Choice,
+        own: slice,
+    ) -> Row:
+        """See `prepare`; arrays [B, K], of which `own` are the policy's."""
+        beta = self._step.resolved("beta")
+        kl, score = float((policy - reference)[:, own].mean()), float(scores[:, own].mean(dtype=np.float64))
+        found: Row = {
+            "objective/kl": kl,
+            "objective/entropy": float(-policy[:, own].mean()),
+            "objective/scores": score,
+            "objective/scores_margin": float((scores.max(axis=1) - scores.min(axis=1)).mean(dtype=np.float64)),
+            "objective/non_score_reward": -beta * kl,
+            "objective/rlhf_reward": score - beta * kl,
+            "val/contain_eos_token": float(ended[:, own].mean()),
+            "beta": beta,
+            "rollout/ties": float(choice.tie.mean()),
+        }
+        if own.stop is not None and not choice.tie.all():
+            found["rollout/wins"] = float((choice.chosen != online.OPPONENT)[~choice.tie].mean())
+        return found
+
+    def _write(self, step: int, told: "_Written", choice: online.Choice) -> None:
+        k, opponent = self._group, self._config.opponent
+
+        def side(prompt: int, place: int) -> str | None:
+            if choice.tie[prompt]:
+                return None
+            return {choice.chosen[prompt]: "chosen", choice.rejected[prompt]: "rejected"}.get(place)
+
+        def row(i: int) -> dict[str, Any]:
+            prompt, place = divmod(i, k)
+            own = opponent == "policy" or place != online.OPPONENT
+            return {
+                "row": int(told.rows[i]),
+                "prompt": told.prompts[i].plain,
+                "response": told.texts[i],
+                "by": "policy" if own else opponent,
+                "score": float(told.scores[i]),
+                **told_parts(told.parts, i),
+                "side": side(prompt, place),
+                **({"kl": float(told.ratios[prompt, place])} if own else {}),
+                "tokens": int(told.lengths[i]),
+                "ended": bool(told.ended[i]),
+            }
+
+        self._samples.append(step, map(row, range(len(told.texts))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """Of each response, what samples.jsonl says; `ratios` [B, K], log π / π_ref at temperature 1."""
+
+    rows: np.ndarray
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    scores: np.ndarray
+    parts: Mapping[str, np.ndarray]
+    ratios: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+
+
+def _reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference policy's variables."""
+    frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
+    return {**frozen, **reference}
+
+
+def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int | None) -> meshes.Replicated:
+    """(state, reference, rollout) -> log-probabilities of the reference and of the policy, [B, R], and None.
+
+    For `HeldOutPrompts`, at its temperature.
+    """
+
+    def measure(state: TrainState, reference: Mapping[str, Any], rollout: Rollout) -> tuple[jax.Array, jax.Array, None]:
+        def logps(variables: Mapping[str, Any]) -> jax.Array:
+            options: dict[str, Any] = {"layout": "separate", "temperature": temperature, "vocabulary": vocabulary}
+            return response_logps(model.apply, variables, rollout.groups, **options)[:, 0]
+
+        return logps(_reference(state, reference)), logps(ppo.policy_of(state.variables)), None
+
+    return meshes.jit_replicated(measure, mesh)

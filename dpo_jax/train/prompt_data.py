@@ -1,0 +1,54 @@
+"""Prompts of a run that learns from what the model writes: those that it learns from, and those that are held out."""
+
+from dpo_jax.config import JudgedRun, SampledRun
+from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.train.session import Training
+
+
+def read_prompts(
+    training: Training[SampledRun], architecture: LlamaConfig, encoder: ConversationEncoder
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """`--data`, and `--eval_data` where it is given; checked, and told.
+
+    Raises `InputError` for bad rows, and for a prompt that leaves no room for its response in the model's context.
+    """
+    config = training.config
+    tagged = isinstance(config, JudgedRun) and config.safety_reward is not None
+
+    def read(source: str) -> PromptDataset:
+        found = load_prompts(
+            source,
+            encoder,
+            config.data,
+            longest=config.longest_prompt,
+            vocab_size=architecture.vocab_size,
+            on_bad_rows=config.on_bad_rows,
+            tagged=tagged,
+        )
+        _check_context(config, found, architecture)
+        return found
+
+    data, heldout = read(config.data.files), None
+    if config.eval_data is not None:
+        heldout = read(config.eval_data)
+        known = {data.ids[i].tobytes() for i in range(len(data))}
+        shared = sum(heldout.ids[i].tobytes() in known for i in range(len(heldout)))
+        if shared:
+            training.say(f"--eval_data {config.eval_data}: {shared} of {len(heldout)} prompts are learnt from, too")
+    training.told(data, heldout)
+    return data, heldout
+
+
+def _check_context(config: SampledRun, data: PromptDataset, architecture: LlamaConfig) -> None:
+    """Refuse a prompt that leaves no room for its response in the model's context."""
+    longest = int(data.ids.lengths.argmax())
+    needed, room = int(data.ids.lengths[longest]) + config.sample.max_new_tokens, architecture.max_position
+    if needed > room:
+        raise InputError(
+            f"{data.source}, row {data.row_numbers[longest]}: {data.ids.lengths[longest]} tokens and"
+            f" --sample.max_new_tokens {config.sample.max_new_tokens} (--data.max_length {config.data.max_length})"
+            f" exceed the model's context of {room}; set --data.max_length to at most {room}"
+        )
