@@ -97,14 +97,15 @@ class OnlinePairs(Answered):
         if self._config.missing_eos_penalty is not None:
             scores = scores - np.float32(self._config.missing_eos_penalty) * ~ended
         clock.append(time.perf_counter())
-        groups = PreferenceBatch(
-            prompts=batch.prompts[::k],
-            prompt_lengths=batch.prompt_lengths[::k],
-            responses=tokens.reshape(-1, k, tokens.shape[1]),
-            response_lengths=lengths.reshape(-1, k),
-            weights=np.ones(len(tokens) // k, np.float32),
-            rows=np.asarray(batch.rows[::k], np.int32),
-        )
+        arrays: dict[str, Any] = {
+            "prompts": batch.prompts[::k],
+            "prompt_lengths": batch.prompt_lengths[::k],
+            "responses": tokens.reshape(-1, k, tokens.shape[1]),
+            "response_lengths": lengths.reshape(-1, k),
+            "weights": np.ones(len(tokens) // k, np.float32),
+            "rows": np.asarray(batch.rows[::k], np.int32),
+        }
+        groups = PreferenceBatch(**arrays)
         reference = self._measured(state, groups)
         clock.append(time.perf_counter())
         groups = dataclasses.replace(groups, reference_logps=reference)
@@ -177,7 +178,7 @@ class OnlinePairs(Answered):
         def side(prompt: int, place: int) -> str | None:
             if choice.tie[prompt]:
                 return None
-            return {choice.chosen[prompt]: "chosen", choice.rejected[prompt]: "rejected"}.get(place)
+            return {int(choice.chosen[prompt]): "chosen", int(choice.rejected[prompt]): "rejected"}.get(place)
 
         def row(i: int) -> dict[str, Any]:
             prompt, place = divmod(i, k)
