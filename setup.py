@@ -47,6 +47,7 @@ INSTALL = [
 ]
 
 MATH = ["math-verify[antlr4_13_2]>=0.8"]  # --reward math:COLUMN; dpo-jax recipe iterative_rpo --match math_verify
+WANDB = ["wandb>=0.18"]  # --log.wandb PROJECT
 JSON = ["jsonschema>=4.18"]  # --reward json:SCHEMA
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]  # dpo-jax lm-eval
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
@@ -75,6 +76,7 @@ setup(
         "math": MATH,
         "json": JSON,
         "lm_eval": LM_EVAL,
+        "wandb": WANDB,
         "notebook": [*NOTEBOOK, "jupyterlab>=4"],
         "test": [
             "pytest>=8",

@@ -1,5 +1,6 @@
 """`dpo-jax convert`: a checkpoint in another format. The work is in `weights/convert.py`."""
 
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands.config_keys import with_config_keys
@@ -7,8 +8,10 @@ from dpo_jax.config import ConvertRun
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError
+from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say, show_log
 from dpo_jax.headers import read_json
+from dpo_jax.report import card
 from dpo_jax.weights import convert as formats
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 
@@ -21,7 +24,15 @@ def convert(run: ConvertRun) -> None:
     lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **spoken(place))
     if lost is not None:
         say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
+    _describe(place, run)
     say(f"{run.to}: {run.format} checkpoint of {run.from_}")
+
+
+def _describe(place: StoredModel, run: ConvertRun) -> None:
+    """The model card: in the folder, or beside a GGUF file under its name."""
+    for name, content in card.of_conversion(place, run).items():
+        target = Path(run.to) / name if run.format != "gguf" else Path(run.to).with_suffix(f".{name}")
+        write_atomically(target, content)
 
 
 def spoken(place: StoredModel) -> dict[str, Any]:

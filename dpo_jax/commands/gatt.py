@@ -38,12 +38,13 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.encode_dialogue import DialogueEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.day import with_day
-from dpo_jax.files.folder import RunFolder, as_json
+from dpo_jax.files.folder import RunFolder, as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import say, show_log
+from dpo_jax.files.log import read_metrics, say, show_log
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report import card
 from dpo_jax.report import gatt as gatt_report
 from dpo_jax.sample.decode import limits
 from dpo_jax.weights.opened import open_checkpoint
@@ -156,7 +157,16 @@ class _Gatt:
         for name in ("adapter", "model"):
             if (folder / name).is_dir():
                 (folder / name).rename(self._out / name)
+                for file, content in self._card(folder).items():
+                    write_atomically(self._out / name / file, content)
         return last_figures(folder, {"loss": "loss"})
+
+    def _card(self, folder: Path) -> dict[str, bytes]:
+        """What tells of the model, by name."""
+        rows, fingerprints = read_metrics(folder / "metrics.jsonl"), {"the data": self._plan.fingerprint}
+        place = open_checkpoint(self._run.model)
+        told = {"steps": "", "fingerprints": fingerprints, "rows": rows}
+        return card.of_run("gatt", self._run, as_json(self._run), place, **told).files()
 
 
 # ---------------------------------------------------------------- before the first token

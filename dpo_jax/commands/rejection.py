@@ -36,6 +36,7 @@ from dpo_jax.data.tokens.templates import writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import as_json, write_atomically
 from dpo_jax.files.jsonl import Row, read_lines, write_lines, write_once
+from dpo_jax.files.log import read_metrics
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge import pool as best_responses
 from dpo_jax.judge.scores import Judges, write_scores
@@ -44,7 +45,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.session import Training
-from dpo_jax.weights.folder import new_folder
+from dpo_jax.weights.folder import new_folder, write_beside
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
@@ -70,6 +71,7 @@ def train(config: RejectionRun) -> Path:
     out = training.out
     training.say(told)
     training.say(f"{out}: finished; the model is in {out / 'model'}, the report in {out / 'report.html'}")
+    training.publish()
     return out
 
 
@@ -312,6 +314,7 @@ class _Run:
                 with new_folder(self.out / name) as folder:
                     for file in (last / "sft" / name).iterdir():
                         shutil.copy2(file, folder / file.name)
+                    write_beside(folder, self.training.card(read_metrics(last / "sft" / "metrics.jsonl")))
         pool = read_lines(last / "pool.jsonl")
         write_lines(self.out / "pool.jsonl", pool)
         found = [json.loads((self.folder(t) / "curves.json").read_text()) for t in iterations]

@@ -233,6 +233,18 @@ class EnergyConfig(Options):
 
 
 @dataclass(frozen=True)
+class LogConfig(Options):
+    """Where else the figures of a run go."""
+
+    wandb: str | None = None
+    """Project on Weights & Biases (pip install 'dpo_jax[wandb]'); WANDB_API_KEY and WANDB_MODE=offline are read from
+    the environment."""
+
+    def __post_init__(self) -> None:
+        require(self.wandb is None or self.wandb.strip(), "--log.wandb names no project")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig(Options):
     """Checkpoints of the whole training state."""
 

@@ -123,4 +123,4 @@ def sft_inside(run: TrainingRun, folder: Path, *, data: Mapping[str, Any], **cha
     """
     told: dict[str, Any] = {each.name: getattr(run, each.name) for each in fields(SFTRun) if hasattr(run, each.name)}
     told["data"] = replace(run.data, files=str(folder / "sft.jsonl"), limit=None, columns=None, **data)
-    return SFTRun(**(told | {"out": str(folder / "sft"), "eval_data": None} | changes))
+    return SFTRun(**(told | {"out": str(folder / "sft"), "eval_data": None, "push_to_hub": None} | changes))

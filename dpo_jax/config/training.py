@@ -11,6 +11,7 @@ from dpo_jax.config.sections import (
     DataConfig,
     DistributedConfig,
     EnergyConfig,
+    LogConfig,
     LoraConfig,
     MeshConfig,
     OptimizerConfig,
@@ -39,6 +40,10 @@ class TrainingRun(Options, metaclass=RunOptions):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    push_to_hub: str | None = None
+    """OWNER/NAME on the Hugging Face hub: the finished model/ goes there, into a new private repository where there is
+    none. The token is read from HF_TOKEN. Given to a finished run it sends that."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 

@@ -35,6 +35,7 @@ GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
 """The first words of commands of two words, such as `dpo-jax recipe NAME` -> what their second words are called."""
 
 _DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within", "lost_after", "stuck_after")
+_ELSEWHERE = ("log.wandb", "push_to_hub")
 _NO_LOADER = ("data.shuffle", "data.workers")
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
@@ -59,6 +60,7 @@ _NOT_REJECTION = (
     "sample.temperature",
     "sample.beams",
     "sample.length_penalty",
+    "log.wandb",
 )
 
 
@@ -82,6 +84,7 @@ def _inside(section: str, *names: str) -> tuple[str, ...]:
         "train.eval_every",
         "train.stop_after",
         "ignore_config_keys",
+        *_ELSEWHERE,
         *several,
         *names,
     )
@@ -176,6 +179,7 @@ COMMANDS = {
             "data.max_prompt_length",
             "sample.beams",
             "sample.length_penalty",
+            *_ELSEWHERE,
             *(f"distributed.{name}" for name in _DISTRIBUTED),
         ),
         recipe=True,

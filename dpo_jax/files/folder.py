@@ -30,6 +30,8 @@ FREE = (
     "reward_timeout",
     "sample_batch_size",
     "ignore_config_keys",
+    "log.",
+    "push_to_hub",
 )
 
 STAGES, INPUTS = "stages.json", "inputs.json"

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write, close_after
 from dpo_jax.files.jsonl import read_lines
+from dpo_jax.files.wandb_log import WandbLog
 from dpo_jax.processes import distributed
 from dpo_jax.voice import mode, say, tell
 
@@ -172,12 +173,13 @@ class MetricLog:
       folder: the run folder; `metrics.jsonl` and the TensorBoard events go there.
       total: steps of the whole run.
       start: steps already done (of a resumed run): rows after it are cut off, so that the run repeats them exactly.
+      also: who is told of every row, too.
     """
 
-    def __init__(self, folder: Path, *, total: int, start: int = 0, writes: bool = True):
+    def __init__(self, folder: Path, *, total: int, start: int = 0, writes: bool = True, also: WandbLog | None = None):
         self.path = folder / "metrics.jsonl"
         self.rows: list[Row] = [row for row in _of_steps(self.path) if row["step"] <= start] if start else []
-        self._writes = writes
+        self._writes, self._also = writes, also
         self._drift = DriftWarning()
         self.bar = ProgressBar("training", total, done=start, shown=writes)
         for row in self.rows:
@@ -211,6 +213,8 @@ class MetricLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
+        if self._also is not None:
+            self._also.close(error is not None)
         if self._writes:
             close_after(self._events, self.path.with_name("tensorboard"), error)
             close_after(self._file, self.path, error)
@@ -231,6 +235,8 @@ class MetricLog:
             self._events.add(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        if self._also is not None:
+            self._also.add(row)
         self.bar.update(int(row["step"]), summary_text(row), row)
         warning = self._drift.add(row)
         if warning:

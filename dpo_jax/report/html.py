@@ -188,6 +188,22 @@ def svg_of(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
+def png_of(plots: Sequence[Plot]) -> bytes:
+    """Plots beside each other, two a row, as a PNG file."""
+    columns = min(len(plots), 2)
+    rows = -(-len(plots) // columns)
+    with rc_context(LOOK):
+        figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, plot in zip(panels, plots, strict=False):
+            _panel(axes, plot)
+        for axes in panels:  # those left over
+            axes.set_axis_off()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def write_png(path: Path, plot: Plot) -> None:
     """The plot as a file of its own. Raises `InputError` when the disk is full or not writable."""
     with rc_context(LOOK):
@@ -212,7 +228,11 @@ LOOK: dict[Any, Any] = {
 
 def _figure(plot: Plot) -> Figure:
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-    axes = figure.subplots()
+    _panel(figure.subplots(), plot)
+    return figure
+
+
+def _panel(axes: Any, plot: Plot) -> None:
     for series in plot.series:
         _draw(axes, series, bars=plot.bars)
     if plot.diagonal:
@@ -223,7 +243,6 @@ def _figure(plot: Plot) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if len(plot.series) > 1:
         axes.legend(frameon=False)
-    return figure
 
 
 def _draw(axes: Any, series: Series, *, bars: bool) -> None:

@@ -16,7 +16,7 @@ A command asks for these in the order of a run:
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -37,11 +37,13 @@ from dpo_jax.files.folder import RunFolder, as_json
 from dpo_jax.files.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.processes import distributed
-from dpo_jax.report import html
+from dpo_jax.report import card, html
 from dpo_jax.state import TrainState, learning_rate_schedule
+from dpo_jax.train import publish
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.train.loop import Loader, Plan, fit
 from dpo_jax.train.stopping import best_state
@@ -66,6 +68,7 @@ class Training(Generic[Config]):
       main: whether this process writes the files and talks.
       electricity: what the estimate of its energy assumes.
       told_steps: after `fit`, in how many steps the exported weights were trained, in words.
+      identity: after `fit`, the fingerprints of what the run was made from.
     """
 
     config: Config
@@ -74,6 +77,7 @@ class Training(Generic[Config]):
     main: bool
     electricity: Electricity
     told_steps: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, config: Config, command: str) -> "Training[Config] | None":
@@ -82,6 +86,7 @@ class Training(Generic[Config]):
         Nothing is written yet. Raises `InputError` for options that do not fit the devices or the folder.
         """
         _check_options(config)
+        publish.check(config)
         distributed.initialize(config.distributed)
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
@@ -93,6 +98,7 @@ class Training(Generic[Config]):
         if training.folder.open() == "finished":
             out = training.out
             training.say(f"{out}: this run is finished (model in {out / 'model'}); to train again choose another --out")
+            training.publish()
             return None
         return training
 
@@ -234,7 +240,7 @@ class Training(Generic[Config]):
         Raises:
           Stopped: a signal asked to stop; all is saved, and said.
         """
-        config = self.config
+        config, self.identity = self.config, dict(identity)
         total = config.train.steps
         assert total is not None, "resolve() comes first"
         checkpoints = Checkpoints(
@@ -271,7 +277,11 @@ class Training(Generic[Config]):
             given = config.train.peak_flops
             meter = Meter(flops_of, len(self.devices), peak_flops(self.devices, given))
             self.say(describe_peak(self.devices, given))
-        with MetricLog(self.out, total=total, start=start, writes=self.main) as log, distributed.expecting_signs():
+        also = publish.wandb_log(config, self.out) if self.main else None
+        with (
+            MetricLog(self.out, total=total, start=start, writes=self.main, also=also) as log,
+            distributed.expecting_signs(),
+        ):
             outcome = fit(
                 state,
                 step,
@@ -326,14 +336,15 @@ class Training(Generic[Config]):
         """
         config = self.config
         tokenizer = self.exported(tokenizer)
+        rows = read_metrics(self.out / "metrics.jsonl") if self.main else []
         told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
+        told["beside"] = self.card(rows, reward=SCORE in variables.get("heads", {}))
         dtype = config.train.resolved("export_dtype")
         lost = save_pretrained(self.out / "model", model, variables, tokenizer, dtype=jnp.dtype(dtype), **told)
         notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
         if "adapters" in variables:
             save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
         if self.main:
-            rows = read_metrics(self.out / "metrics.jsonl")
             cost = cost_lines(rows, len(self.devices), self.electricity)
             for line in ("; ".join(cost), *notes):
                 self.say(line)
@@ -347,7 +358,21 @@ class Training(Generic[Config]):
         self.say(
             f"{self.out}: finished; the model is in {self.out / 'model'}, the report in {self.out / 'report.html'}"
         )
+        self.publish()
         return self.out
+
+    def card(self, rows: Sequence[Row], *, reward: bool = False) -> dict[str, bytes]:
+        """The files that tell of an exported model, by name; none in a process that writes nothing."""
+        if not self.main:
+            return {}
+        word, told = self.folder.command, {"fingerprints": self.identity, "rows": rows, "reward": reward}
+        steps = f" in {self.told_steps}" if self.told_steps else ""
+        return card.of_run(word, self.config, self.folder.given, self.start, steps=steps, **told).files()
+
+    def publish(self) -> None:
+        """Send the finished model where `--push_to_hub` says; what goes wrong is said, and the model stays here."""
+        if self.main and self.config.push_to_hub is not None:
+            publish.push(self.config.push_to_hub, self.out / "model")
 
 
 def preference_loader(config: TrainingRun, data: PreferenceDataset, **length: Any) -> PreferenceLoader:

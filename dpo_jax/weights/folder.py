@@ -3,7 +3,7 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from dpo_jax.errors import InputError
 _OURS = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|heads\.safetensors|base\.json|adapter_config\.json|adapter_model\.safetensors|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)"
+    r"|added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.(jinja|json)|README\.md|training\.png"
 )
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
@@ -56,6 +56,12 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+
+
+def write_beside(folder: Path, files: Mapping[str, bytes] | None) -> None:
+    """Write further files of a model folder, by name. Raises `OSError`."""
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
 
 
 def _remove(folder: Path) -> None:

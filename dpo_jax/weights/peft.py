@@ -16,6 +16,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.weights import base as bases
 from dpo_jax.weights import fused_adapters, huggingface, layout, shards, tokenizer_files
 from dpo_jax.weights import heads as head_files
+from dpo_jax.weights.folder import write_beside
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -115,11 +116,12 @@ def save_adapters(
     dtype: Any,
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
 
     With a head "score" among the variables it is PEFT's form for a sequence classifier, score included. `terminators`
-    are kept in a generation_config.json, for the model that `convert` makes of it.
+    are kept in a generation_config.json, for the model that `convert` makes of it. `beside`: further files, by name.
     """
     lora, collection = model.lora, variables.get("heads", {})
     scored = heads.SCORE in collection
@@ -156,6 +158,7 @@ def save_adapters(
             huggingface.write_generation(folder, config_of_model, None, terminators)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder)
+        write_beside(folder, beside)
 
     shapes, tensors = fused_adapters.tensors(model, variables["adapters"], dtype)
     if scored:

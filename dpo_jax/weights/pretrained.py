@@ -22,6 +22,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, merge_adapters
 from dpo_jax.weights import base as bases
 from dpo_jax.weights import fused_adapters, heads, huggingface, layout, merging, peft, tokenizer_files
+from dpo_jax.weights.folder import write_beside
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 from dpo_jax.weights.source import config_file
 from dpo_jax.weights.tokenizer import check_published
@@ -104,6 +105,7 @@ def save_pretrained(
     shard_bytes: int = huggingface.SHARD_BYTES,
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
+    beside: Mapping[str, bytes] | None = None,
 ) -> float | None:
     """Write a folder that `transformers` loads (or, with `merge=False`, a PEFT adapter folder).
 
@@ -126,6 +128,7 @@ def save_pretrained(
       classes: names for the outputs of auxiliary heads (`RewardConfig.heads`), which an opened checkpoint names again.
       terminators: ids that end an answer under the chat template (`ChatTokenizer.terminators`): generation_config.json
         lists them beside those of `source`.
+      beside: further files of the folder, by name (its card).
 
     Returns:
       What storing merged weights in less than float32 lost of the adapters' update, relative to it
@@ -144,7 +147,7 @@ def save_pretrained(
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         named = place.base if place.base is not None and place.has_adapters else place.lasting
         base = replace(named, fingerprint=bases.weights_hash(variables["params"]))
-        told = {"dtype": dtype or jnp.float32, "classes": classes, "terminators": terminators}
+        told = {"dtype": dtype or jnp.float32, "classes": classes, "terminators": terminators, "beside": beside}
         peft.save_adapters(path, model, variables, tokenizer, base=base, **told)
         return None
     params, adapters = variables["params"], variables.get("adapters")
@@ -163,6 +166,7 @@ def save_pretrained(
         heads.write_others(folder, collection, others, classes)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
+        write_beside(folder, beside)
 
     slots = layout.parameter_slots(config)
     shapes = layout.tensor_shapes(slots)

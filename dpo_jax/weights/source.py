@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 Kind = Literal["huggingface", "gguf", "orbax", "peft", "checkpoint"]
 
 # Weights, configuration and tokenizer; no pickles, and no code.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 _HUB_IGNORED = ["*/*", "consolidated*", "tekken.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A GGUF file of a hub repository: by its name, or by how it is quantised.

@@ -75,7 +75,8 @@ OWNERS = {
     "referencing": {"judge"},
     "vaderSentiment": {"judge"},
     "httpx": {"complete", "judge"},
-    "yaml": {"config", "complete"},
+    "yaml": {"config", "report", "complete"},
+    "wandb": {"files"},
 }
 
 

@@ -130,7 +130,7 @@ def imported() -> set[str]:
 # tokenizer files through sentencepiece.
 UNSEEN = {"jinja2", "sentencepiece"}
 # Of the extras `math` and `json`: imported where a reward asks for them. jsonschema brings referencing.
-OPTIONAL = {"math_verify", "jsonschema", "referencing"}
+OPTIONAL = {"math_verify", "jsonschema", "referencing", "wandb"}
 
 
 def test_setup_asks_for_what_is_imported() -> None:

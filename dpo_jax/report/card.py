@@ -1,0 +1,275 @@
+"""The model card: the README.md beside an exported model, as Hugging Face's hub reads one.
+
+It may be published with the model, so it names files and folders by their own names and never by where they lie, no
+address of a server and no command of the user; options that say where and how a run was computed are left out.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_jax import __version__
+from dpo_jax.config.names import option
+from dpo_jax.data.sources.hub import names_hub, read_metadata
+from dpo_jax.files.folder import FREE, as_json, flatten
+from dpo_jax.files.log import Row
+from dpo_jax.report import html
+from dpo_jax.weights.opened import StoredModel
+
+FILE, PICTURE = "README.md", "training.png"
+
+_DATA = ("data.files", "eval_data", "mix_data", "sft_data")
+_KEPT = ("license", "license_name", "license_link", "language")
+_SMOLLM2 = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PATH = re.compile(r"(?:~|\.{1,2})?(?:[\w.+@-]*/)+([^\s/,:=]*)")
+_TOLD = (
+    "loss",
+    "nll_loss",
+    "objective/scores",
+    "objective/kl",
+    "rewards/accuracies",
+    "rewards/margins",
+    "mean_token_accuracy",
+)
+"""Figures of the last step that a card names, beside all of the evaluation."""
+
+_LIMITS = {
+    "language": (
+        "What it answers was learnt from the data named here and from its base, with their errors, gaps and biases;"
+        " nobody has checked that its answers are true or harmless.",
+        "It follows the chat template of its tokenizer; in another form it answers worse.",
+        "Figures on held-out rows are of the same source as the training data, and tell little of other uses.",
+    ),
+    "reward": (
+        "It gives one number a response: higher is preferred. The numbers compare responses to one prompt; they are no"
+        " probabilities, and mean nothing between prompts or models.",
+        "It prefers what its annotators preferred, and can be misled by length and style; a policy that is trained"
+        " against it will find out how.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a model was made from: its name for readers, and the head of its card that goes on to ours."""
+
+    name: str
+    head: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, place: StoredModel) -> "Basis":
+        """Of a model on this machine: by the card beside it, or the hub's name."""
+        if place.name == "smollm2":
+            return cls("SmolLM2-135M-Instruct", _SMOLLM2)
+        head: dict[str, Any] = {}
+        for folder in (place.path, place.path / "model"):
+            if (folder / FILE).is_file():
+                found = read_metadata(folder / FILE)
+                head = {name: found[name] for name in (*_KEPT, "base_model") if isinstance(found.get(name), str | list)}
+        if not Path(place.name).expanduser().exists() and _HUB_ID.fullmatch(place.name):
+            return cls(place.name, head | {"base_model": place.name})
+        return cls(public(place.name), head)
+
+
+def public(value: str) -> str:
+    """A text of an option without where things lie: the last part of each path, no address, no command."""
+    if value.startswith("run:"):
+        return "run:COMMAND"
+    if value.startswith(("regex:", "format:")):
+        return value
+    value = re.sub(r"https?://[^\s,]+", "URL", value)
+    return ",".join(map(_last_part, value.split(",")))
+
+
+def _last_part(place: str) -> str:
+    if place.startswith("/") or Path(place).expanduser().exists():  # spaces and all
+        return place.rpartition("/")[2]
+    if names_hub(place) and not place.startswith("."):
+        return place
+    scheme, colon, rest = place.partition(":")
+    return f"{scheme}:{rest.rpartition('/')[2]}" if colon and rest[:1] in "/~." else _PATH.sub(r"\1", place)
+
+
+def command_line(word: str, given: Mapping[str, Any], config: Any) -> str:
+    """The command that was typed, with the options that differ from their defaults.
+
+    Args:
+      word: of the command.
+      given: the options as given, nested, as JSON has them (`RunFolder.given`).
+      config: the options' instance, whose class knows the defaults.
+    """
+    words = ["dpo-jax", *word.split()]
+    usual = dict(_defaults(type(config)))
+    for name, value in flatten(given).items():
+        if name in usual and usual[name] == value and type(usual[name]) is type(value):
+            continue
+        if name.startswith(FREE) and name != "out":
+            continue
+        words.append(option(name))
+        listed = value if isinstance(value, list) else [value]
+        if isinstance(value, bool):
+            words.append(str(value).lower())
+        else:
+            words += [public(str(one)) for one in _flat(listed)]
+    return shlex.join(words)
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else [value]
+
+
+def _defaults(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that has a default -> that, as JSON has it."""
+    for field in dataclasses.fields(cls):
+        made = field.default_factory
+        if made is not dataclasses.MISSING:
+            section: Any = made()
+            for name, value in flatten(as_json(section)).items():
+                yield f"{prefix}{field.name}.{name}", value
+        elif field.default is not dataclasses.MISSING:
+            yield f"{prefix}{field.name}", list(field.default) if isinstance(field.default, tuple) else field.default
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made of.
+
+    Attributes:
+      name: of the model, as its head line.
+      what: it is, in a sentence.
+      word, command: the command's word and the whole line that made it.
+      basis: what it was made from.
+      data: options -> the names of the data sets.
+      fingerprints: of the base and the data, by what they are of.
+      rows: of metrics.jsonl; none of a model that was only converted.
+      reward: whether it is a reward model.
+    """
+
+    name: str
+    what: str
+    word: str
+    command: str
+    basis: Basis
+    data: Mapping[str, str]
+    fingerprints: Mapping[str, str]
+    rows: Sequence[Row]
+    reward: bool = False
+
+    def head(self) -> dict[str, Any]:
+        """The YAML head."""
+        head: dict[str, Any] = {"library_name": "transformers"}
+        head["pipeline_tag"] = "text-classification" if self.reward else "text-generation"
+        head |= {"license": "unknown"} | dict(self.basis.head)
+        hub = [name.partition("@")[0] for names in self.data.values() for name in names.split(",")]
+        if sets := [name for name in dict.fromkeys(hub) if _HUB_ID.fullmatch(name)]:
+            head["datasets"] = sets
+        return head | {"tags": ["dpo_jax", self.word.replace(" ", "-")]}
+
+    def files(self) -> dict[str, bytes]:
+        """The card and its picture, by name."""
+        plots = html.training_section(self.rows).plots[:4] if len(self.rows) > 1 else ()
+        files = {PICTURE: html.png_of(plots)} if plots else {}
+        return files | {FILE: self.text(picture=bool(plots)).encode()}
+
+    def text(self, *, picture: bool) -> str:
+        """The whole card."""
+        head = yaml.safe_dump(self.head(), sort_keys=False, allow_unicode=True)
+        parts = [f"---\n{head}---\n\n# {self.name}\n\n{self.what}"]
+        licence = self.head()["license"]
+        parts.append(f"## Base\n\n{self.basis.name}{self._hash('the starting model')}.")
+        if self.data:
+            cells = [f"| `{name}` | {names} |" for name, names in self.data.items()]
+            parts.append("## Data\n\n| option | data |\n|---|---|\n" + "\n".join(cells))
+            rest = {name: one for name, one in self.fingerprints.items() if name != "the starting model"}
+            if rest:
+                parts[-1] += "\n\n" + "\n".join(f"Fingerprint of {name}: `{one[:16]}`." for name, one in rest.items())
+        parts.append(f"## How it was made\n\n```bash\n{self.command}\n```")
+        parts[-1] += f"\n\nWith dpo_jax {__version__}; all other options have their defaults."
+        if self.rows:
+            parts.append(self._results())
+        if picture:
+            parts.append(f"![training curves]({PICTURE})")
+        parts.append("## Use\n\n" + self._use())
+        limits = "\n".join(f"* {line}" for line in _LIMITS["reward" if self.reward else "language"])
+        parts.append(f"## Limits\n\n{limits}")
+        known = f"`{licence}`, that of its base."
+        if licence == "unknown":
+            known = "Not known: no card lay beside the base. Write it into the head of this file before you pass it on."
+        parts.append(f"## Licence\n\n{known} The licences of the data apply too.")
+        return "\n\n".join(parts) + "\n"
+
+    def _hash(self, name: str) -> str:
+        return f" (fingerprint of its weights `{self.fingerprints[name][:16]}`)" if name in self.fingerprints else ""
+
+    def _results(self) -> str:
+        last = self.rows[-1]["step"]
+        names = [name for row in self.rows for name in row if name in _TOLD or name.startswith("eval_")]
+        lines = []
+        for name in dict.fromkeys(names):
+            having = [row for row in self.rows if name in row]
+            first, end = (f"{row[name]:.4g} (step {row['step']})" for row in (having[0], having[-1]))
+            lines.append(f"| {name} | {first} | {end} |")
+        table = "| figure | first | last |\n|---|---|---|\n" + "\n".join(lines)
+        return f"## Results\n\n{last} steps; `eval_` figures are of held-out rows.\n\n{table}"
+
+    def _use(self) -> str:
+        if self.reward:
+            return (
+                "```python\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+                'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n'
+                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+            )
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            'messages = [{"role": "user", "content": "Hello!"}]\n'
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")\n```'
+        )
+
+
+def of_run(
+    word: str,
+    config: Any,
+    given: Mapping[str, Any],
+    place: StoredModel,
+    *,
+    steps: str,
+    fingerprints: Mapping[str, str],
+    rows: Sequence[Row],
+    reward: bool = False,
+) -> Card:
+    """The card of a run's model.
+
+    `given`: its options as given; `place`: what it began with; `steps`: how many, in words; the rest: see `Card`.
+    """
+    flat = flatten(as_json(config))
+    data = {option(name): public(flat[name]) for name in _DATA if isinstance(flat.get(name), str)}
+    basis, command = Basis.of(place), command_line(word, given, config)
+    what = f"{'A reward model' if reward else 'A language model'}: {basis.name} after `dpo-jax {word}`{steps}."
+    name = Path(config.out).absolute().name
+    return Card(name, what, word, command, basis, data, fingerprints, rows, reward)
+
+
+def of_conversion(place: StoredModel, config: Any) -> dict[str, bytes]:
+    """What lies beside a converted model, by name: the card that lay beside the model if it is one of ours, with what
+    was done to it; else a short one. Raises `InputError` for a card whose head cannot be read."""
+    command = command_line("convert", as_json(config), config)
+    for folder in (place.path, place.path / "model", place.path.parent.parent / "model"):
+        card = folder / FILE
+        if card.is_file() and "dpo_jax" in (read_metadata(card).get("tags") or ()):
+            files = {FILE: card.read_bytes() + f"\n## Converted\n\n```bash\n{command}\n```\n".encode()}
+            picture = folder / PICTURE
+            return files | ({PICTURE: picture.read_bytes()} if picture.is_file() else {})
+    basis = Basis.of(place)
+    reward = bool(place.architecture.num_labels)
+    what = f"{basis.name}, converted to {config.format}; its weights mean what they meant."
+    return Card(Path(config.to).absolute().name, what, "convert", command, basis, {}, {}, (), reward).files()
