@@ -6,7 +6,7 @@ from dpo_jax import config
 from dpo_jax.config.help import VOICE, shown
 from dpo_jax.config.shipped import shipped
 from dpo_jax.config.values import negated
-from dpo_jax.config.words import COMMANDS, GROUPS
+from dpo_jax.config.words import COMMANDS, GROUPS, ONLINE
 
 _SCRIPT = """\
 # Completion of dpo-jax, printed by `dpo-jax completion {shell}`.
@@ -14,6 +14,7 @@ _SCRIPT = """\
   local word="${{COMP_WORDS[1]}}" current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
   local options="" values="" place=2
   case "$word" in {groups}) word="$word ${{COMP_WORDS[2]}}"; place=3;; esac
+  case " ${{COMP_WORDS[*]}} " in *" {online} "*) word="$word {online}";; esac
   COMPREPLY=()
   if (( COMP_CWORD == 1 )); then
     values="{words} --help --version"
@@ -51,7 +52,8 @@ def script(shell: str) -> str:
         every = list(shown(getattr(config, command.options), command.unused))
         names = [f"--{name}" for one in every for name in (one.name, *([negated(one.name)] * (one.kind is bool)))]
         spoken = [] if command.silent else [f"--{name}" for name in VOICE if f"--{name}" not in names]
-        options.append(_case([word], "options", [*names, *spoken, "--help"]))
+        more = [ONLINE] if f"{word} {ONLINE}" in COMMANDS else []
+        options.append(_case([word], "options", [*names, *more, *spoken, "--help"]))
         if command.positional:
             places = [one for one in every if one.name == command.positional[0]]
             recipes += [_case([word], "values", one.choices) for one in places]
@@ -66,6 +68,7 @@ def script(shell: str) -> str:
         shell=shell,
         before=_BEFORE[shell],
         groups="|".join(GROUPS),
+        online=ONLINE,
         words=" ".join(dict.fromkeys(word.split()[0] for word in COMMANDS)),
         second="\n".join(_case([group], "values", names) for group, names in groups.items()),
         options="\n".join(options),

@@ -9,6 +9,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         " --optimizer.learning_rate 1e-4",
         "dpo zephyr_ddpo --model M --data pairs.jsonl --out runs/zephyr",
     ),
+    "dpo --online": (
+        "dpo --online --model runs/sft --data prompts.jsonl --reward runs/rm --train.steps 100 --out runs/online",
+    ),
+    "lm-eval": ("lm-eval --model runs/first --tasks gsm8k --out lm_eval.json",),
     "sft": (
         "sft --model smollm2 --data dialogues.jsonl --holdout 0.05 --out runs/sft",
         "sft --model smollm2 --data texts.txt --data.kind text --out runs/pretrained",

@@ -171,7 +171,7 @@ class Card:
         hub = [name.partition("@")[0] for names in self.data.values() for name in names.split(",")]
         if sets := [name for name in dict.fromkeys(hub) if _HUB_ID.fullmatch(name)]:
             head["datasets"] = sets
-        return head | {"tags": ["dpo_jax", self.word.replace(" ", "-")]}
+        return head | {"tags": ["dpo_jax", self.word.replace("--", "").replace(" ", "-")]}
 
     def files(self) -> dict[str, bytes]:
         """The card and its picture, by name."""

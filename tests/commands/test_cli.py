@@ -133,6 +133,8 @@ def test_completion_in_bash(tmp_path: Path) -> None:
         ("dpo-jax", "dpo", "--optimizer.sch"): "--optimizer.schedule",
         ("dpo-jax", "dpo", "--optimizer.schedule", ""): "constant linear cosine",
         ("dpo-jax", "sft", "--data.sh"): "--data.shuffle",
+        ("dpo-jax", "dpo", "--onl"): "--online",
+        ("dpo-jax", "dpo", "--online", "--online.sam"): "--online.samples",
         ("dpo-jax", "recipe", "llama3", "--js"): "--json",
         ("dpo-jax", "configs", "s"): "show",
         ("dpo-jax", "configs", "--q"): "",
