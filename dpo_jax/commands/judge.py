@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo_jax.commands.config_keys import with_config_keys
@@ -24,8 +25,9 @@ from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
-from dpo_jax.files.jsonl import Row, RowsFile
+from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
 from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge import sheet
 from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.judge_prompts import JudgePrompt
 from dpo_jax.judge.judge_reward import prompt_of
@@ -78,8 +80,14 @@ def judge(run: JudgeRun) -> Path:
 
     What could not be parsed is null, counted and said. Returns the path. Raises `InputError`.
     """
-    out = check_output(run.out)
+    out = check_output(str(run.sheet or run.out))
     rows = _Rows(run)
+    if run.sheet is not None:
+        write_atomically(out, sheet.page(rows.items, run.seed))
+        say(f"{out}: {len(rows.items):,} pairs for people; `dpo-jax judge --read` with the same --data and --seed")
+        return out
+    if run.read:
+        return _by_people(run, out, rows)
     prompt = None if run.function is not None else prompt_of(run)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     cache = ReplyCache(Path(run.cache or f"{run.out}.replies").expanduser())
@@ -116,6 +124,25 @@ def judge(run: JudgeRun) -> Path:
     _summary(out, done, prompt, asker)
     if run.agreement:
         _agreement(run, out, done, rows, prompt)
+    return out
+
+
+def _by_people(run: JudgeRun, out: Path, rows: _Rows) -> Path:
+    """Write what most of them say, and show how far they agree."""
+    verdicts = sheet.read_verdicts(run.read, rows.items, run.seed)
+    found = sheet.judgements(verdicts)
+    write_lines(out, [{"row": i.number, **one.as_row()} for i, one in zip(rows.items, found, strict=True)])
+    done = read_lines(out)
+    raters = sorted({rater for said in verdicts for rater in said})
+    without = sum(not said for said in verdicts)
+    say(f"{out}: {len(done):,} rows, {without} of them judged by nobody; raters: {', '.join(raters)}")
+    table = Table("rater", "rater", "items", "agreement", "Cohen's kappa", "Gwet's AC1", title="Between people")
+    for one, other, items, *shares in sheet.rater_agreement(verdicts):
+        table.add_row(escape(one), escape(other), str(items), *(f"{share:.3f}" for share in shares))
+    if len(raters) > 1:
+        Console().print(table)
+    if run.agreement:
+        _agreement(run, out, done, rows, None)
     return out
 
 
@@ -223,7 +250,8 @@ def _agreement(run: JudgeRun, out: Path, done: Sequence[Row], rows: _Rows, promp
     write_atomically(
         path, json.dumps({"prompt": name, "comparable": published, **found} | (bench if told else {}), indent=2) + "\n"
     )
-    table = Table(title=f"{run.function or run.model or run.endpoint.model} on {run.data.files}; prompt: {name}")
+    judge_name = run.function or run.model or run.endpoint.model or ", ".join(run.read)
+    table = Table(title=f"{judge_name} on {run.data.files}; prompt: {name}")
     for head in ("figure", "value", "95 % interval"):
         table.add_column(head)
     for figure, value in found.items():

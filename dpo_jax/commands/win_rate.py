@@ -1,5 +1,6 @@
 """`dpo-jax win-rate`: how often one file of answers beats another, raw and at equal length."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -10,12 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dpo_jax.config import WinRateRun
+from dpo_jax.commands.judge import judge as put
+from dpo_jax.config import FilesConfig, JudgeRun, WinRateRun
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
+from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
 from dpo_jax.report.win_rates import controlled_figures, raw_figures
 
@@ -83,6 +87,49 @@ def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str])
     return found, without
 
 
+def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -> None:
+    """Put the pairs to `run.judge`, and write its verdicts to `run.judgments`. Raises `InputError`."""
+    out = check_output(Path(run.judgments).expanduser())
+    pairs, verdicts = (out.with_name(f"{out.name}.{name}.jsonl") for name in ("pairs", "verdicts"))
+    if out.exists() and not verdicts.exists():
+        raise InputError(
+            f"{out}: is there, and not of this command: leave --judge out to read it, or name another file"
+        )
+    judge = str(run.judge)
+    rows = [{"prompt": _prompt(asked), "responses": [answers[asked], against[asked]]} for asked in answers]
+    settings: dict[str, Any] = {"data": FilesConfig(str(pairs)), "out": str(verdicts)}
+    if judge.startswith(PREFIX):
+        asked = dataclasses.replace(read_judge(judge, "--judge"), **settings)
+    else:
+        asked = JudgeRun(**settings, function=judge)
+    write_lines(pairs, rows)
+    said = put(asked)
+    preferences = {"a": 2.0, "b": 1.0, "tie": 1.5, None: None}
+    found = [
+        {
+            "instruction": instruction,
+            "output_1": against[instruction],
+            "output_2": answers[instruction],
+            "annotator": judge,
+            "preference": preferences[row["verdict"]],
+        }
+        for instruction, row in zip(answers, read_lines(said), strict=True)
+    ]
+    if out.suffix == ".jsonl":
+        write_lines(out, found)
+    else:
+        write_atomically(out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
+def _prompt(asked: str) -> Any:
+    """An instruction as a row's prompt: a list of messages stands in it as JSON."""
+    try:
+        found = json.loads(asked)
+    except ValueError:
+        return asked
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) and found else asked
+
+
 def win_rate(run: WinRateRun) -> dict[str, Any]:
     """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
     reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
@@ -97,6 +144,8 @@ def win_rate(run: WinRateRun) -> dict[str, Any]:
             raise InputError(
                 f"{names[1]}: has no answer to {told(missing)}, which {names[0]} has; give both the same prompts"
             )
+    if run.judge is not None:
+        _judged(run, answers, against)
     found, without = _verdicts(run, answers, against)
     if not found:
         raise InputError(f"{run.judgments}: none of its {without} rows holds a verdict")

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from dpo_jax.complete.http import RETRIED, backoff, checked_url, retry_after
+from dpo_jax.complete.http import RETRIED, KeptHTTP, backoff, checked_url, retry_after
 from dpo_jax.complete.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.errors import InputError
@@ -83,6 +82,7 @@ class ChatClient:
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._name = f"{config.url} ({config.model})"
         self._rng = random.Random(0)
+        self._http = KeptHTTP(config.resolved("timeout"), config.resolved("concurrency"))
         self.asked = self.cached = self.prompt_tokens = self.completion_tokens = self.uncounted = 0
 
     @property
@@ -133,7 +133,7 @@ class ChatClient:
         done(len(found))
         missing = {key: question for key, question in wanted.items() if key not in found}
         if missing:
-            _run(lambda: _Asking(self, missing, found, done).all())
+            self._http.run(lambda http: _Asking(self, missing, found, done).all(http))
         return [found[key] for key in keys]
 
     def _count(self, reply: Reply) -> None:
@@ -205,13 +205,10 @@ class _Asking:
         self._failure: InputError | None = None
         self._changed = asyncio.Condition()
 
-    async def all(self) -> None:
+    async def all(self, http: httpx.AsyncClient) -> None:
         """Ask them all. Raises `InputError`."""
-        most = self._config.resolved("concurrency")
-        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
-        timeout = self._config.resolved("timeout")
-        async with httpx.AsyncClient(timeout=timeout, limits=limits) as http, asyncio.TaskGroup() as group:
-            for _ in range(min(most, len(self._left))):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._config.resolved("concurrency"), len(self._left))):
                 group.create_task(self._worker(http))
         if self._failure is not None:
             raise self._failure
@@ -297,35 +294,6 @@ class _Asking:
                 return
         if self._config.per_minute is not None:
             self._next_start = time.monotonic() + 60 / self._config.per_minute
-
-
-def _run(work: Callable[[], Any]) -> None:
-    """Run a coroutine to its end, in a notebook too, whose own loop runs already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(_plain(work))
-        return
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(_plain(work))
-        except BaseException as error:  # raised below, in the thread that asked
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-
-
-async def _plain(work: Callable[[], Any]) -> None:
-    try:
-        await work()
-    except BaseExceptionGroup as group:  # of the tasks: the first says it all
-        raise group.exceptions[0] from None
 
 
 def _tokens(usage: Any) -> dict[str, int | None]:

@@ -1,8 +1,14 @@
 """What everything behind a URL needs: the URL checked, which answers are asked for again, and when."""
 
+import asyncio
+import contextlib
 import datetime
 import email.utils
 import random
+import weakref
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 
@@ -45,3 +51,47 @@ def _until(date: str, now: datetime.datetime | None) -> float | None:
 def backoff(attempt: int, first: float, longest: float, rng: random.Random) -> float:
     """Seconds before attempt `attempt` (from 1): first 2^(attempt - 1), at most `longest`, of which half is chance."""
     return min(longest, first * 2.0 ** (attempt - 1)) * (0.5 + 0.5 * rng.random())
+
+
+class KeptHTTP:
+    """An HTTP client and the event loop that it lives in, kept from one call to the next: certificates are read once,
+    and connections stay open. Both end with this object."""
+
+    def __init__(self, timeout: float, connections: int):
+        """`timeout`: seconds of a request's steps; `connections`: at once."""
+        self._options: dict[str, Any] = {
+            "timeout": timeout,
+            "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        }
+        self._runner, self._clients = asyncio.Runner(), list[httpx.AsyncClient]()
+        weakref.finalize(self, _end, self._runner, self._clients)
+
+    def run(self, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+        """Run a coroutine to its end, in a notebook too, whose own loop runs already. Raises what it raises."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._runner.run(self._plain(work))
+            return
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: self._runner.run(self._plain(work))).result()
+
+    async def _plain(self, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+        if not self._clients:
+            self._clients.append(httpx.AsyncClient(**self._options))
+        try:
+            await work(self._clients[0])
+        except BaseExceptionGroup as group:  # of the tasks: the first says it all
+            raise group.exceptions[0] from None
+
+
+def _end(runner: asyncio.Runner, clients: list[httpx.AsyncClient]) -> None:
+    async def close() -> None:
+        for client in clients:
+            await client.aclose()
+
+    closing = close()
+    with contextlib.suppress(RuntimeError):  # in a notebook another loop runs here: the process's end closes them
+        runner.run(closing)
+        runner.close()
+    closing.close()

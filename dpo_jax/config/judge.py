@@ -67,12 +67,18 @@ class JudgeRun(Options, metaclass=RunOptions):
     """Judge responses, row by row: `dpo-jax judge`.
 
     --data holds a prompt and one response or several: pairs, lists, the layouts of docs/data.md. The judge is one of
-    --endpoint.url, --model and --function.
+    --endpoint.url, --model, --function and people: --sheet writes a page for them, and --read what they said.
     """
 
     data: FilesConfig = field(default_factory=FilesConfig)
-    out: str
+    out: str | None = None
     """JSONL file to write: scores, verdicts and replies of each row, in order; an interrupted one is gone on with."""
+    sheet: str | None = None
+    """HTML file to write, instead of judging: the two responses of each row side by side, in an order drawn by the
+    seed, for people to choose from; it needs no server."""
+    read: tuple[str, ...] = ()
+    """CSV files of verdicts, from that page or filled in by hand (item,verdict,rater): the judge is what most people
+    say."""
     ask: Literal["rating", "expected", "pair", "list", "checklist"] | None = not_given("rating")
     """rating: a score for each response. expected: likewise, from the probabilities of the first token. pair: which of
     two is better, asked in both orders. list: all in one prompt, shuffled. checklist: --criteria, met or not."""
@@ -120,17 +126,28 @@ class JudgeRun(Options, metaclass=RunOptions):
     def __post_init__(self) -> None:
         self.mesh.draws_only()
         self.refuse_idle("--")
-        judges = (self.endpoint.url, self.model, self.function)
+        judges = (self.endpoint.url, self.model, self.function, self.read or None)
         given = sum(x is not None for x in judges)
-        require(given == 1, "give one judge: --endpoint.url URL, --model MODEL or --function FUNCTION")
+        if self.sheet is not None:
+            require(not given, "--sheet is for people: --endpoint.url, --model, --function and --read judge themselves")
+            require(self.out is None, "--out has no effect with --sheet, which names the file to write")
+            require(not self.agreement, "--agreement has no effect with --sheet; give it with --read")
+        else:
+            require(
+                given == 1,
+                "give one judge: --endpoint.url URL, --model MODEL, --function FUNCTION or --read VERDICTS.csv",
+            )
+            require(self.out is not None, "--out is missing: the JSONL file to write")
         require(self.prompts is None or self.prompt_name, "--prompts needs --prompt_name: which prompt of the file")
         require(self.prompts is None or self.ask is None, "--ask has no effect with --prompts, which say what is asked")
         require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
         require(self.prompts is None or self.scale is None, "--scale has no effect with --prompts")
         ask = self.resolved("ask")
-        if self.function is not None:
+        silent = "sheet" if self.sheet is not None else "read" if self.read else "function" if self.function else None
+        if silent is not None:
             for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
-                require(getattr(self, name) is None, f"--{name} has no effect with --function, which asks nothing")
+                require(getattr(self, name) is None, f"--{name} has no effect with --{silent}, which asks nothing")
+        if self.function is not None:
             require(
                 not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
             )

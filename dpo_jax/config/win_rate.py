@@ -20,7 +20,11 @@ class WinRateRun:
     judgments: str
     """Verdicts, laid out as AlpacaEval's annotations.json: `instruction`, `output_1`, `output_2` and `preference`, 1
     for output_1, 2 for output_2, 1.5 (or 0) for neither, between them by degrees, null for none. Several verdicts on
-    one pair (both orders) count as their mean."""
+    one pair (both orders) count as their mean. With --judge the file to write."""
+    judge: str | None = None
+    """Judge the answers first: judge:FILE.yaml, whose file holds options of `dpo-jax judge` (`ask: pair` asks in both
+    orders), or whatever --reward of `dpo-jax ppo` takes, whose scores are compared. A judging that was interrupted goes
+    on."""
     json: bool = False
     """Print one JSON object instead of a table."""
     out: str | None = None

@@ -47,6 +47,7 @@ _NO_LIMIT = 99
 _LIMITED = 'ulimit -v {memory} && ulimit -t {seconds} && ulimit -f 131072 && ulimit -c 0 || exit 99; exec "$@"'
 _NOT_RUN = (125, 126, 127)
 """What shells, env, timeout and docker end with where they could not run what they were told to."""
+_NOT_BEGUN = "ended with an exit status of 125 to 127"
 _WITHOUT_CODE = "```\n```"
 """The response that a command is tried out with: a program that does nothing, in any language."""
 
@@ -114,6 +115,9 @@ class Command:
         """A number each, or what was printed in the place of one. Failures are logged together."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = list(pool.map(self._one, prompts, responses))
+        not_run = next((p for p, (_, why) in zip(prompts, found, strict=True) if why == _NOT_BEGUN), None)
+        if not_run is not None:  # code that a model wrote may end so; the command itself may not
+            self.try_out(not_run)
         failed = Counter(why for _, why in found if why)
         if failed:
             told = ", ".join(f"{count} {why}" for why, count in failed.items())
@@ -125,8 +129,8 @@ class Command:
         status, printed = self._ended(prompt, response)
         if status is None:
             return 0.0, "ran out of time"
-        if status in _NOT_RUN:  # no reason to stop: code that a model wrote may end so
-            return 0.0, "could not be run (exit status 125 to 127)"
+        if status in _NOT_RUN:
+            return 0.0, _NOT_BEGUN
         return (0.0, "ended with an error") if status else (_number(printed), "")
 
     def _ended(self, prompt: Prompt, response: str) -> tuple[int | None, str]:

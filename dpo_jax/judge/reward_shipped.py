@@ -1,6 +1,7 @@
 """Rewards that can be checked, and that come with the package; each is written KIND or KIND:WHAT.
 
-exact:COLUMN       1 where the response, stripped, is the row's value in COLUMN (or one of a list), else 0
+exact:COLUMN       1 where the whole response is the row's value in COLUMN (or one of a list), else 0; what counts as
+                   equal is `right_answers.same`
 numeric:COLUMN     1 where the last numbers of the two are equal (to 1e-6), such as "#### 42" of GSM8K
 math:COLUMN        1 where math-verify finds the two answers equal (LaTeX, sets, fractions); an extra
 json, json:FILE    1 where the whole response is JSON, and satisfies the JSON schema in FILE; an extra
@@ -15,7 +16,6 @@ The first three give None for a row without a value. (`vader`, `regex`, `languag
 import contextlib
 import importlib.util
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge import reward_math
 from dpo_jax.judge.reward_code import PythonFunction
 from dpo_jax.judge.reward_command import Command
-from dpo_jax.judge.right_answers import NUMBER
+from dpo_jax.judge.right_answers import NUMBER, near, same
 
 _PASSED = ("PATH", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME")
 """What Python itself may need of the environment."""
@@ -83,21 +83,21 @@ class OfColumn:
 
 
 def is_same(text: str, right: Any) -> float:
-    """1 where the stripped text is the right answer, or one of a list of them."""
+    """1 where the text is the right answer, or one of a list of them."""
     answers = right if isinstance(right, list | tuple) else [right]
-    return float(text.strip() in {str(answer).strip() for answer in answers})
+    return float(any(same(text, str(answer)) for answer in answers))
 
 
-def last_number(text: str) -> float | None:
+def last_number(text: str) -> str | None:
     """The last number of a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
     found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return found[-1] if found else None
 
 
 def is_same_number(text: str, right: Any) -> float:
     """1 where the last numbers are equal to 1e-6 (relative, or 1e-9)."""
     said, wanted = last_number(text), last_number(str(right))
-    return float(said is not None and wanted is not None and math.isclose(said, wanted, rel_tol=1e-6, abs_tol=1e-9))
+    return float(said is not None and wanted is not None and near(said, wanted))
 
 
 def ramp(length: float, one: float, zero: float) -> float:

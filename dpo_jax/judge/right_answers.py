@@ -99,18 +99,29 @@ def _only_number(answer: str) -> Fraction | None:
     return value if isinstance(value, Fraction) else None
 
 
-def exact(response: str, known: str, pattern: str | None = None) -> bool:
-    """Whether the final answer of `response` equals the `known` one, both `normal`.
+def same(answer: str, known: str) -> bool:
+    """Whether an answer equals the `known` one, both `normal`.
 
     Where the known one is a number and the other a text with one number in its first sentence, that is compared.
     """
-    found = final_answer(response, pattern)
-    if found is None:
-        return False
-    said, wanted = normal(found), normal(known)
+    said, wanted = normal(answer), normal(known)
     if isinstance(wanted, Fraction) and not isinstance(said, Fraction):
-        return _only_number(found) == wanted
+        return _only_number(answer) == wanted
     return said == wanted
+
+
+def near(number: str, known: str) -> bool:
+    """Whether two numbers, as `NUMBER` finds them, are the `same` or differ by less than 1e-6 (relative, or 1e-9)."""
+    said, wanted = normal(number), normal(known)
+    if not isinstance(said, Fraction) or not isinstance(wanted, Fraction):
+        return said == wanted
+    return abs(said - wanted) <= max(Fraction(1, 10**6) * max(abs(said), abs(wanted)), Fraction(1, 10**9))
+
+
+def exact(response: str, known: str, pattern: str | None = None) -> bool:
+    """Whether the final answer of `response` is the `same` as the `known` one."""
+    found = final_answer(response, pattern)
+    return found is not None and same(found, known)
 
 
 def known_answer(value: Any, pattern: str | None = None) -> str | None:

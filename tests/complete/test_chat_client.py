@@ -1,6 +1,8 @@
 """The client of OpenAI-compatible endpoints against a server with every fault: each question answered exactly once."""
 
+import asyncio
 import datetime
+import gc
 import json
 
 import chat_server
@@ -158,3 +160,31 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     ):
         assert retry_after(httpx.Headers({"Retry-After": said}), now) == seconds
     assert retry_after(httpx.Headers({}), now) is None
+
+
+def test_one_http_client_serves_every_call_of_a_loop_or_a_notebook(tmp_path, monkeypatch) -> None:
+    made: list[httpx.AsyncClient] = []
+    own = httpx.AsyncClient.__init__
+
+    def counted(self: httpx.AsyncClient, *words, **options) -> None:
+        made.append(self)
+        own(self, *words, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "__init__", counted)
+    with chat_server.serving(echo) as server:
+        asker = client(server, tmp_path)
+        assert asker.ask([question("1")])[0].text == "[[1]]"
+
+        async def notebook(asker: ChatClient) -> str:
+            return asker.ask([question("2")])[0].text
+
+        assert asyncio.run(notebook(asker)) == "[[2]]"
+        server.status = 404, "gone"
+        with pytest.raises(InputError, match="HTTP 404"):
+            asker.ask([question("3")])
+        server.status = None
+        assert asker.ask([question("4")])[0].text == "[[4]]"
+        (one,) = made
+        del asker
+        gc.collect()
+        assert one.is_closed

@@ -24,8 +24,9 @@ def scores(spec: str, texts: list[str], right: object = None, *, timeout: float 
 @pytest.mark.parametrize(
     ("spec", "right", "texts", "expected"),
     [
-        ("exact:right", "Paris", [" Paris\n", "paris", "Paris."], [1, 0, 0]),
-        ("exact:right", ["a", 3], ["3", "a", "b"], [1, 1, 0]),
+        ("exact:right", "Paris", [" Paris\n", "paris", "Paris.", "in Paris"], [1, 1, 1, 0]),
+        ("exact:right", ["a", 3], ["3", "a", "b", "$3.0$", "3 or 4"], [1, 1, 0, 1, 0]),
+        ("numeric:right", "1e999", ["1e999", "1e998", "1e9999"], [1, 0, 0]),
         ("numeric:right", "6 * 7\n#### 42", ["It is 42.", "42.00001", "-42", "none", "24 42.1"], [1, 1, 0, 0, 0]),
         ("numeric:right", -1234.5, ["-1,234.5", "= -1.2345e3", "5-1234.5"], [1, 1, 0]),
         ("format:<think>.*</think>[^<]+", None, ["<think>a\nb</think>c", "x<think>a</think>c", ""], [1, 0, 0]),
@@ -41,11 +42,11 @@ def test_values_by_hand(spec, right, texts, expected) -> None:
 
 def test_numbers_of_texts() -> None:
     for text, number in (
-        ("1,234,567", 1234567),
-        ("1,2345", 2345),
-        ("x=.5", 0.5),
-        ("7-3", 3),
-        ("2 -3", -3),
+        ("1,234,567", "1,234,567"),
+        ("1,2345", "2345"),
+        ("x=.5", ".5"),
+        ("7-3", "3"),
+        ("2 -3", "-3"),
         ("no", None),
     ):
         assert last_number(text) == number, text
@@ -132,9 +133,11 @@ def test_a_command_that_cannot_be_run_is_told_before_anything_is_sampled(caplog)
         judge = shipped(command, timeout=None, memory=None)
         with pytest.raises(InputError, match=message):
             try_out(judge, [Prompt((), "p")], np.arange(1), command)
-    # A program of a model may end so: no reason to stop.
-    assert scores(f"run:sh -c '{'# ' * 200}\nexit 127'", ["a"]) == [0]
-    assert "of 1 responses 1 could not be run" in caplog.text
+    # Within a run a program of a model may end so, which is no reason to stop; that the command is gone is one.
+    assert scores("run:sh -c 'grep -q die && exit 127; echo 1'", ["die", "a"]) == [0, 1]
+    assert "of 2 responses 1 ended with an exit status of 125 to 127" in caplog.text
+    with pytest.raises(InputError, match=r"could not run \(exit status 127, for a response without code\)"):
+        scores("run:sh -c 'exit 127'", ["a"])
 
 
 def test_what_a_command_reads_and_what_decides_its_scores(tmp_path) -> None:

@@ -1,14 +1,16 @@
 """`dpo-jax win-rate`: verdicts by hand, and length control against scikit-learn on the same design."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import chat_server
 import numpy as np
 import pytest
 
 from dpo_jax import cli
-from dpo_jax.files.jsonl import write_lines
+from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.report.win_rates import controlled_figures, design, fit, fit_at, raw_figures
 
 
@@ -115,6 +117,45 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert found["length_controlled"]["interval"][0] <= found["length_controlled"]["win_rate"]
     assert cli.main(["win-rate", *given]) == 0
     assert "2 wins, 1 losses, 2 ties" in capsys.readouterr().out
+
+
+def test_a_judge_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scoring function, and an endpoint that is asked for pairs in both orders, once."""
+    given = files(tmp_path, [*PAIRS, ("same", "same")], [2] * 7)
+    there = tmp_path / "j.json"
+    assert cli.main(["win-rate", *given, "--judge", "length"]) == 2
+    assert "j.json: is there, and not of this command" in capsys.readouterr().err
+    there.unlink()
+    assert cli.main(["win-rate", *given, "--judge", "length", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert [json.loads(out[out.index("{") :])["raw"][k] for k in ("wins", "losses", "ties")] == [3, 2, 2]
+    said = json.loads(there.read_text())
+    assert [row["preference"] for row in said] == [1, 1, 1.5, 2, 2, 2, 1.5]
+    assert said[0]["output_2"] == PAIRS[0][0]
+
+    def answer(body: dict[str, Any]) -> str:
+        """The longer of two; no reading where one is aaa, and what stands first where one is bb."""
+        first, second = re.findall(r"<answer [AB]>\n(.*?)\n</answer", body["messages"][-1]["content"])
+        if "aaa" in (first, second):
+            return "I would rather not."
+        better = "A" if "bb" in (first, second) or len(first) > len(second) else "B"
+        return f"[[{'C' if len(first) == len(second) else better}]]"
+
+    with chat_server.serving(answer) as server:
+        (tmp_path / "judge.yaml").write_text(f"ask: pair\nendpoint: {{url: '{server.url}', model: m}}\n")
+        given[-1] = str(tmp_path / "asked.jsonl")
+        words = ["win-rate", *given, "--judge", f"judge:{tmp_path / 'judge.yaml'}", "--json"]
+        for _ in range(2):
+            assert cli.main(words) == 0
+            out = capsys.readouterr().out
+            found = json.loads(out[out.index("{") :])
+            said = [row["preference"] for row in read_lines(tmp_path / "asked.jsonl")]
+            assert said == [None, 1, 1.5, 2, 2, 1.5, 1.5]
+        assert set(server.answered.values()) == {1}
+        assert found["left_out"]["no_verdict"] == 1
+    (tmp_path / "judge.yaml").write_text("ask: pairs\n")
+    assert cli.main([*words[:-3], "--judge", f"judge:{tmp_path / 'judge.yaml'}"]) == 2
+    assert "--judge judge:" in capsys.readouterr().err
 
 
 def test_too_few_for_length_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,167 @@
+"""People as judges: a page with two responses side by side, and the verdicts that come back from it.
+
+The page needs no server and fetches nothing. Which response stands left is drawn from the seed and the row, and the
+page does not say whose it is. A verdict is a line of CSV: `item` (a row's number and a hash of what was shown, in which
+order), `verdict` (A, B or tie; blank: none) and, where there is one, `rater`. Such a file may be filled in by hand.
+What was shown otherwise, to another seed say, is refused by its hash.
+"""
+
+import base64
+import csv
+import hashlib
+import html
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.errors import InputError
+from dpo_jax.headers import told
+from dpo_jax.judge.judge_agreement import cohen_kappa, gwet_ac1, table
+from dpo_jax.judge.judging import Item, Judgement
+
+COLUMNS = ("item", "verdict", "rater")
+LONGEST = 16 * 2**20
+"""Bytes of a file of verdicts."""
+_NAME = 80
+_SIDES = {"a": "a", "b": "b", "tie": "tie"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
+section { border-top: 1px solid #ccc; padding: 1rem 0 } .text { white-space: pre-wrap; overflow-wrap: anywhere }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .two div { background: #f6f6f6; padding: .6rem }
+label { margin-right: 1.5rem } header { position: sticky; top: 0; background: #fff; padding: .6rem 0 }
+"""
+_SCRIPT = """
+document.getElementById("save").onclick = () => {
+  const rater = document.getElementById("rater").value.replace(/[^\\p{L}\\p{N} ._-]/gu, "").trim();
+  const lines = ["item,verdict,rater"];
+  for (const one of document.querySelectorAll("section")) {
+    const chosen = one.querySelector("input:checked");
+    lines.push([one.id, chosen ? chosen.value : "", rater].join(","));
+  }
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([lines.join("\\n") + "\\n"], { type: "text/csv" }));
+  link.download = "verdicts.csv";
+  link.click();
+};
+"""
+
+
+def shown(item: Item, seed: int) -> tuple[str, tuple[int, int]]:
+    """What an item is called on the page, and which response stands left and right."""
+    order = (0, 1) if random.Random(f"{seed} {item.number}").random() < 0.5 else (1, 0)
+    said = [[message.as_dict() for message in item.messages], [item.responses[i] for i in order], seed]
+    return f"{item.number}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]}", order
+
+
+def page(items: Sequence[Item], seed: int) -> str:
+    """The page: all items in an order drawn by the seed. Raises `InputError` where one has not two responses."""
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    parts = []
+    for number, item in enumerate(order, 1):
+        if len(item.responses) != 2:
+            raise InputError(f"row {item.number}: {len(item.responses)} responses; --sheet shows two side by side")
+        name, (left, right) = shown(item, seed)
+        asked = "\n\n".join(f"{message.role}: {message.content}" for message in item.messages)
+        two = "".join(f'<div class="text">{html.escape(item.responses[i])}</div>' for i in (left, right))
+        choices = "".join(
+            f'<label><input type="radio" name="{name}" value="{value}"> {text}</label>'
+            for value, text in (("A", "left is better"), ("B", "right is better"), ("tie", "equally good"))
+        )
+        parts.append(
+            f'<section id="{name}"><h2>{number} of {len(order)}</h2><p class="text">{html.escape(asked)}</p>'
+            f'<div class="two">{two}</div><p>{choices}</p></section>'
+        )
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{policy}"><title>Which response is better?</title><style>{_STYLE}</style>'
+        '<header><label>Your name <input id="rater"></label><button id="save">Save verdicts.csv</button></header>'
+        f"{''.join(parts)}<script>{_SCRIPT}</script></html>\n"
+    )
+
+
+def read_verdicts(files: Sequence[str], items: Sequence[Item], seed: int) -> list[dict[str, str]]:
+    """Of each item what each rater said: name -> "a" (the row's first response is better), "b" or "tie".
+
+    A file without the column `rater` is one rater's, who is called as the file. Raises `InputError`, which names file
+    and line.
+    """
+    known = {name: (i, order) for i, item in enumerate(items) for name, order in [shown(item, seed)]}
+    found: list[dict[str, str]] = [{} for _ in items]
+    for file in files:
+        for line, row in _lines(Path(file).expanduser()):
+            where = f"{file}: line {line}"
+            if row["item"] not in known:
+                raise InputError(f"{where}: item {told(row['item'])} was not shown: give --data and --seed of the page")
+            at, order = known[row["item"]]
+            said = row["verdict"].strip().lower()
+            if not said:
+                continue
+            if said not in _SIDES:
+                raise InputError(f"{where}: verdict {told(row['verdict'])} is none of A, B and tie")
+            rater = row.get("rater", "").strip() or Path(file).stem
+            if len(rater) > _NAME or rater[0] in "=+-@" or not rater.isprintable():
+                raise InputError(f"{where}: rater {told(rater)} is no name")
+            if rater in found[at]:
+                raise InputError(f"{where}: {rater} has judged item {row['item']} in an earlier line; keep one")
+            found[at][rater] = said if said == "tie" else "ab"[order["ab".index(said)]]
+    if not any(found):
+        raise InputError(f"{', '.join(files)}: no line holds a verdict")
+    return found
+
+
+def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(number, cells by column) of each line. Raises `InputError`."""
+    try:
+        if path.stat().st_size > LONGEST:
+            raise InputError(f"{path}: is larger than {LONGEST // 2**20} MiB; a file of verdicts is small")
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark in front
+            reader = csv.DictReader(file, strict=True)
+            names = [str(name).strip() for name in reader.fieldnames or ()]
+            if sorted(names) != sorted(COLUMNS[: len(names)]) or len(names) < 2:
+                raise InputError(
+                    f"{path}: the first line is to be {','.join(COLUMNS)}, and not {told(','.join(names))}"
+                )
+            reader.fieldnames = names
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
+    for number, row in rows:
+        if None in row or None in row.values():
+            raise InputError(f"{path}: line {number}: has not {len(names)} cells")
+    return rows
+
+
+def judgements(verdicts: Sequence[Mapping[str, str]]) -> list[Judgement]:
+    """Of each item what most raters said; equally many on two sides are a tie, and nobody is no verdict."""
+    found = []
+    for said in verdicts:
+        replies = tuple({"rater": rater, "read": one} for rater, one in sorted(said.items()))
+        counts = Counter(said.values()).most_common()
+        if not counts:
+            found.append(Judgement((None, None), None, None, 1, ()))
+            continue
+        verdict = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else "tie"
+        of = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}[verdict]
+        found.append(Judgement(of, verdict, None, 0, replies))
+    return found
+
+
+def rater_agreement(verdicts: Sequence[Mapping[str, str]]) -> list[tuple[str, str, int, float, float, float]]:
+    """Of each two raters with an item in common: names, items, agreement, Cohen's kappa, Gwet's AC1 (three kinds)."""
+    raters, found = sorted({rater for said in verdicts for rater in said}), []
+    kinds = list(_SIDES)
+    for one, other in combinations(raters, 2):
+        both = [(kinds.index(said[one]), kinds.index(said[other])) for said in verdicts if {one, other} <= said.keys()]
+        if both:
+            first, second = np.asarray(both, int).T
+            shares = table(first, second, len(kinds))
+            found.append((one, other, len(both), float(np.trace(shares)), cohen_kappa(shares), gwet_ac1(shares)))
+    return found
