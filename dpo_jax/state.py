@@ -26,6 +26,8 @@ class TrainState:
       frozen:    what the step reads and never trains: {}, or {"params": ...} under LoRA, or {"reference": ...} for a
                  reference policy that is computed in the step.
       opt_state: optax state.
+      carried:   what a step hands to the next one besides, without an optimizer: {} but for losses that remember (a
+                 running mean, a reference policy that moves). Part of a checkpoint.
       apply_fn:  `Llama.apply` (static).
       tx:        the optax transformation (static).
     """
@@ -36,6 +38,7 @@ class TrainState:
     opt_state: Any
     apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    carried: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def create(
     state is abstract too.
     """
     learn = {"adapters" if "adapters" in variables else "params", "heads", "value"}
-    trainable = {k: jax.tree.map(_as_float32, v) for k, v in variables.items() if k in learn}
+    trainable = {k: jax.tree.map(as_float32, v) for k, v in variables.items() if k in learn}
     frozen = {**{k: v for k, v in variables.items() if k not in learn}, **(frozen or {})}
     leaf = jax.tree.leaves(trainable)[0]
     opt_state: Any = jax.eval_shape(tx.init, trainable)
@@ -123,7 +126,8 @@ def create(
     return TrainState(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state, apply_fn=apply_fn, tx=tx)
 
 
-def _as_float32(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+def as_float32(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+    """An array or its shape as float32."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(dtype=jnp.float32)
     return x.astype(jnp.float32)

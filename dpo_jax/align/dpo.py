@@ -6,16 +6,22 @@
 x is the prompt, w_i is 1 for a row and 0 for a filler row; L is 0 where all are. The reference policy π_ref is one of
     cached   its log-probabilities come with the batch (`PreferenceBatch.reference_logps`, made by `reference_logps`);
     live     computed in every step: under LoRA by the same weights without their adapters (no second copy), else by a
-             copy of the weights that training started from.
+             copy of the weights that training started from;
+    moving   live, and every τ steps π_ref ← α π_θ + (1 − α) π_ref, weight by weight (under LoRA a second adapter, whose
+             two factors are mixed each): Gorbatovski et al. 2024 (TR-DPO, 2404.09656), α = 1 its hard update.
+
+What the sums are over may be changed: format tokens left out; the tokens of the longer response beyond the length of
+the shorter one times α (Liu et al. 2024, LD-DPO, 2409.06411). With `config.use_weighting` ℓ is multiplied by
+w(y_c) w(y_r), no gradient, log w(y) = mean_t (log π_θ(y_t) − log Σ_v π_θ(v)²): Zhou et al. 2024 (WPO, 2406.11827),
+Eq. 2, aligned by the expectation of a drawn token's probability.
 
 With `config.accumulate` = k the batch is split into k micro-batches whose gradients are summed. Everything that one
-row's loss takes from the whole batch (Σ w, the token mean of the NLL, KTO's KL point) is fixed before the split, so the
-result is that of one big batch.
+row's loss takes from the whole batch (Σ w, the token mean of the NLL, KTO's KL point, ranks and means of rewards, see
+`align/across.py`) is fixed before the split, so the result is that of one big batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,10 +31,11 @@ from flax import struct
 from dpo_jax import masked
 from dpo_jax import state as states
 from dpo_jax.align import figures, microbatches, update
-from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss
+from dpo_jax.align.across import of_batch, running_mean
+from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss, preference_terms, total
+from dpo_jax.align.pair_logps import reference_logps, reference_of, responses_of, scored_lengths, sums_of
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch
@@ -68,16 +75,38 @@ def init_state(
         the starting point.
     """
     live = config.reference == "live" and not config.reference_free
-    frozen = {}
+    moving = config.reference_sync_steps is not None
+    frozen, carried = {}, {}
     if reference is not None:
         if not live:
             raise InputError(f"a reference policy has no effect with reference {config.reference}, loss {config.loss}")
+        if moving and "adapters" in variables:
+            raise InputError("reference_sync_steps: what moves towards adapters starts from them; give no reference")
         frozen["reference"] = reference["params"]
+    elif moving:
+        start = variables["adapters" if "adapters" in variables else "params"]
+        carried["reference"] = start if _abstract(start) else jax.tree.map(jnp.copy, start)
     elif live and "adapters" not in variables:
         # A real copy: the step is given the buffers of the trained weights for good.
-        abstract = isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct)
-        frozen["reference"] = variables["params"] if abstract else jax.tree.map(jnp.copy, variables["params"])
-    return states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
+        start = variables["params"]
+        frozen["reference"] = start if _abstract(start) else jax.tree.map(jnp.copy, start)
+    if moving and "reference" in frozen:
+        carried["reference"] = frozen.pop("reference")
+    if moving:  # small steps of bfloat16 weights would be rounded away
+        carried["reference"] = jax.tree.map(states.as_float32, carried["reference"])
+    state = states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
+    if "bco_pair" in config.losses:
+        carried |= {name: _zero_like(state.step) for name in ("reward_mean", "reward_count")}
+    return dataclasses.replace(state, carried=carried)
+
+
+def _abstract(tree: Any) -> bool:
+    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+
+
+def _zero_like(step: Any) -> Any:
+    """A float32 zero that lies on the devices as `step`, 0, does."""
+    return step.update(dtype=jnp.float32) if _abstract(step) else step.astype(jnp.float32)
 
 
 @struct.dataclass
@@ -107,106 +136,48 @@ class _Rows:
 
     Attributes:
       loss:    [B], 0 for a filler row.
+      terms:   name -> [B], the losses that it is the sum of, unweighted.
+      weights: [B], WPO's of the pairs; None without them.
       policy:  [B, K] summed log-probabilities, absent responses 0.
       rewards: [B, K].
       nll:     [B] negative log-likelihood of the whole chosen response, absent ones 0.
     """
 
     loss: jax.Array
+    terms: dict[str, jax.Array]
+    weights: jax.Array | None
     policy: jax.Array
     rewards: jax.Array
     nll: jax.Array
 
 
-# ---------------------------------------------------------------- log-probabilities
-
-
-def _responses(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:
-    """The batch with responses first..last - 1 only."""
-    k = batch.responses.shape[1]
-    if k < last:
-        what = "kto takes its KL point from mismatched responses" if last > 2 else "a preference pair"
-        raise InputError(f"{what}: the batch must have {last} responses a prompt, and has {k}")
-    cut = partial(jax.tree.map, lambda x: x[:, first:last])
-    return dataclasses.replace(
-        batch,
-        responses=cut(batch.responses),
-        response_lengths=cut(batch.response_lengths),
-        format_masks=cut(batch.format_masks),
-        reference_logps=cut(batch.reference_logps),
-        logp_weights=cut(batch.logp_weights),
-    )
-
-
-def _scored(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array | None:
-    """bool [B, K, R]: the response tokens in the preference sums; None for all of them."""
-    if not mask_format_tokens:
-        return None
-    if batch.format_masks is None:
-        raise InputError("mask_format_tokens needs batches with format_masks (data made with format masks)")
-    return batch.response_mask & ~batch.format_masks
-
-
-def _lengths(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array:
-    """[B, K]: the tokens in each preference sum."""
-    scored = _scored(batch, mask_format_tokens)
-    return batch.response_lengths if scored is None else jnp.sum(scored, axis=-1)
-
-
-def _sums(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, config: DPOConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Summed log-probabilities of each response, [B, K] twice: of the tokens that are scored, and of all."""
-    logps = response_logps(apply_fn, variables, batch, layout=config.layout, head_budget_bytes=config.head_budget_bytes)
-    whole = jnp.sum(logps, axis=-1)
-    scored = _scored(batch, config.mask_format_tokens)
-    return (whole if scored is None else masked.total(logps, scored, axis=-1)), whole
-
-
-def reference_logps(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, config: DPOConfig
-) -> jax.Array:
-    """Summed log-probability of each of the K responses, float32 [B, K], in nats, as `train_step` wants it cached.
-
-    Over the tokens that the preference term scores (without format tokens where `config` masks them).
-    """
-    return _sums(apply_fn, variables, batch, config)[0]
-
-
-def _reference(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
-    """[B, K] summed log-probabilities under the reference policy, no gradient; None where the loss has none."""
-    if config.reference_free:
-        return None
-    if config.reference == "cached":
-        if batch.reference_logps is None:
-            raise InputError(
-                f'loss {config.loss} with reference "cached": the batch has no reference_logps; fill them in with '
-                'reference_logps, or use reference "live"'
-            )
-        sums = batch.reference_logps
-    else:
-        if "reference" in state.frozen:
-            params = state.frozen["reference"]
-        elif "params" in state.frozen:
-            params = state.frozen["params"]
-        else:
-            raise InputError('reference "live": the state holds no reference policy; make it with this config')
-        sums = reference_logps(state.apply_fn, {"params": params}, batch, config=config)
-    return jax.lax.stop_gradient(masked.select(sums, batch.present))
-
-
 # ---------------------------------------------------------------- the loss of each row
 
 
-def _row_values(state: TrainState, variables: Any, batch: PreferenceBatch, whole: _Whole, config: DPOConfig) -> _Rows:
-    """Loss, log-probabilities and rewards of the rows of a (micro-)batch of pairs."""
-    reference = _reference(state, batch, config)
-    sums, sums_of_all = _sums(state.apply_fn, variables, batch, config)
-    lengths = _lengths(batch, config.mask_format_tokens)
-    nll = -sums_of_all[:, CHOSEN]
-    loss = preference_loss(
-        sums[:, CHOSEN],
-        sums[:, REJECTED],
+def _row_values(
+    state: TrainState,
+    variables: Any,
+    batch: PreferenceBatch,
+    whole: _Whole,
+    config: DPOConfig,
+    across: Mapping[str, jax.Array] | None,
+    *,
+    learns: bool = True,
+) -> _Rows:
+    """Loss, log-probabilities and rewards of the rows of a (micro-)batch of pairs.
+
+    `across`: see `across.of_batch`; None where this is the whole batch.
+    """
+    reference = reference_of(state, batch, config)
+    sums = sums_of(state.apply_fn, variables, batch, config, weighted=config.use_weighting)
+    policy, nll = sums.scored, -sums.whole[:, CHOSEN]
+    if across is None and config.takes_across:
+        assert reference is not None
+        across = of_batch(policy, reference, batch.present, config, state.carried, learns=learns)
+    lengths = scored_lengths(batch, config.mask_format_tokens)
+    terms = preference_terms(
+        policy[:, CHOSEN],
+        policy[:, REJECTED],
         None if reference is None else reference[:, CHOSEN],
         None if reference is None else reference[:, REJECTED],
         chosen_lengths=lengths[:, CHOSEN],
@@ -218,11 +189,56 @@ def _row_values(state: TrainState, variables: Any, batch: PreferenceBatch, whole
         mean_chosen=whole.chosen,
         mean_responses=whole.responses,
         kl=whole.kl,
+        score_gaps=batch.margins,
+        across=across,
     )
+    counted = batch.weights > 0
+    weights = None if sums.log_weights is None else jnp.exp(jnp.sum(sums.log_weights, axis=1))
+    weights = None if weights is None else masked.select(weights, counted)
+    loss = total(terms, config, weights)
     if batch.logp_weights is not None:
-        loss += jnp.sum(batch.logp_weights * sums, axis=1)
-    rewards = implicit_rewards(sums, reference, lengths, config=config)
-    return _Rows(loss=masked.select(loss, batch.weights > 0), policy=sums, rewards=rewards, nll=nll)
+        loss += jnp.sum(batch.logp_weights * policy, axis=1)
+    return _Rows(
+        loss=masked.select(loss, counted),
+        terms={name: masked.select(value, counted) for name, value in terms.items() if name in config.losses},
+        weights=weights,
+        policy=policy,
+        rewards=implicit_rewards(policy, reference, lengths, config=config),
+        nll=nll,
+    )
+
+
+def _across(state: TrainState, pairs: PreferenceBatch, config: DPOConfig) -> dict[str, jax.Array] | None:
+    """What rows take across the micro-batches of their batch, by a forward pass before; None where one pass does."""
+    if not config.takes_across or config.accumulate == 1:
+        return None
+
+    def both(rows: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+        reference = reference_of(state, rows, config)
+        assert reference is not None
+        return sums_of(state.apply_fn, state.variables, rows, config).scored, reference
+
+    policy, reference = microbatches.map_rows(both, pairs, config.accumulate)
+    return of_batch(policy, reference, pairs.present, config, state.carried)
+
+
+def _carried(before: TrainState, after: TrainState, rows: _Rows, present: jax.Array, config: DPOConfig) -> Any:
+    """What the next step is handed; after a step that was not taken, what it was."""
+    taken, carried = after.step > before.step, dict(before.carried)
+    if "bco_pair" in config.losses:
+        new = running_mean(rows.rewards, present, before.carried)
+        carried |= {name: jnp.where(taken, value, carried[name]) for name, value in new.items()}
+    if config.reference_sync_steps is not None:
+        α, policy = config.resolved("reference_mixup_alpha"), after.trainable
+        moves = taken & (after.step % config.reference_sync_steps == 0)
+        carried["reference"] = jax.lax.cond(
+            moves,
+            lambda old, new: jax.tree.map(lambda a, b: (1 - α) * a + α * b, old, new),
+            lambda old, _: old,
+            before.carried["reference"],
+            policy["adapters"] if "adapters" in policy else policy["params"],
+        )
+    return carried
 
 
 def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig) -> _Whole:
@@ -233,7 +249,7 @@ def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, co
         weight=weight,
         nll_length=jnp.sum(w * pairs.response_lengths[:, CHOSEN]) / weight,
         chosen=jnp.sum(w * (pairs.response_lengths[:, CHOSEN] > 0)) / weight,
-        responses=jnp.sum(w * jnp.sum(_lengths(pairs, config.mask_format_tokens) > 0, axis=1)) / weight,
+        responses=jnp.sum(w * jnp.sum(scored_lengths(pairs, config.mask_format_tokens) > 0, axis=1)) / weight,
         kl=kl,
         mismatched=mismatched,
     )
@@ -244,14 +260,14 @@ def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> t
 
     Scalars, no gradient. Without any the estimate is the least that a divergence can be, 0.
     """
-    mismatched = _responses(batch, MISMATCHED, max(batch.responses.shape[1], MISMATCHED + 1))
+    mismatched = responses_of(batch, MISMATCHED, max(batch.responses.shape[1], MISMATCHED + 1))
     present = mismatched.present
     count = jnp.sum(present.astype(jnp.float32))
 
     def log_ratio(rows: PreferenceBatch) -> jax.Array:
-        reference = _reference(state, rows, config)
+        reference = reference_of(state, rows, config)
         assert reference is not None
-        return _sums(state.apply_fn, state.variables, rows, config)[0] - reference
+        return sums_of(state.apply_fn, state.variables, rows, config).scored - reference
 
     ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, config.accumulate))
     return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
@@ -275,7 +291,8 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     Returns:
       The new state, and metrics: float32 scalars over the rows that count,
         loss, grad_norm (before clipping), learning_rate (the one used in this step), nll_loss (where the loss has that
-        term), kl (KTO's z₀),
+        term), kl (KTO's z₀), loss/NAME (of each of several losses, unweighted), pair_weights (mean of WPO's),
+        rewards/running_mean (BCO's δ),
         rewards/chosen, rewards/rejected (means of β u and β v), rewards/margins (their difference),
         rewards/accuracies (share of pairs with a strictly larger chosen reward),
         logps/chosen, logps/rejected (means of the sums), logps/chosen_change (mean of u: where the reference is the
@@ -288,16 +305,23 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     Raises:
       InputError: the batch lacks what `config` asks for (at trace time).
     """
-    pairs = _responses(batch, CHOSEN, REJECTED + 1)
+    pairs = responses_of(batch, CHOSEN, REJECTED + 1)
     whole = _whole(state, batch, pairs, config)
 
-    def values(variables: Any, part: PreferenceBatch) -> _Rows:
-        return _row_values(state, variables, part, whole, config)
+    across = _across(state, pairs, config)
 
-    def share(part: PreferenceBatch, rows: _Rows) -> jax.Array:
-        return jnp.sum(part.weights * rows.loss) / whole.weight
+    def values(variables: Any, part: tuple[PreferenceBatch, Any]) -> _Rows:
+        return _row_values(state, variables, part[0], whole, config, part[1])
 
-    new_state, rows, metrics = update.descend(state, pairs, values, share, config)
+    def share(part: tuple[PreferenceBatch, Any], rows: _Rows) -> jax.Array:
+        return jnp.sum(part[0].weights * rows.loss) / whole.weight
+
+    new_state, rows, metrics = update.descend(state, (pairs, across), values, share, config)
+    if state.carried:
+        carried = _carried(state, new_state, rows, pairs.present, config)
+        new_state = dataclasses.replace(new_state, carried=carried)
+        if "reward_mean" in carried:
+            metrics["rewards/running_mean"] = carried["reward_mean"]
     return new_state, metrics | _row_metrics(pairs, rows, whole, config)
 
 
@@ -311,7 +335,12 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
             metrics |= figures.mean(f"{name}/{side}", values[:, k], present[:, k])
     metrics |= figures.difference("rewards/margins", "rewards/chosen", "rewards/rejected", metrics)
     chosen, has_chosen = metrics["rewards/chosen"], present[:, CHOSEN]
-    if config.nll_coefficient > 0 or config.loss == "orpo":
+    if len(rows.terms) > 1:
+        for name, values in rows.terms.items():
+            metrics[f"loss/{name}"] = masked.total(values, batch.weights > 0) / whole.weight
+    if rows.weights is not None:
+        metrics |= figures.mean("pair_weights", rows.weights, batch.weights > 0)
+    if config.nll_coefficient > 0 or {"orpo", "sft"} & set(config.losses):
         lengths = batch.response_lengths[:, CHOSEN].astype(jnp.float32)
         share = lengths if config.nll_normalization == "token" else jnp.ones_like(lengths)
         nll = masked.total(per_token(rows.nll, lengths) * share, has_chosen) / masked.total(share, has_chosen)
@@ -332,13 +361,13 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     Returns:
       Arrays [B]: loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected (sums), lengths/chosen,
       lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed). Values of filler rows
-      mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token), it takes from
-      this one.
+      mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token, AOT's ranks), it
+      takes from this one; BCO's mean of rewards is that of the steps before.
     """
     config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
-    pairs = _responses(batch, CHOSEN, REJECTED + 1)
+    pairs = responses_of(batch, CHOSEN, REJECTED + 1)
     whole = _whole(state, batch, pairs, config)
-    rows = _row_values(state, state.variables, pairs, whole, config)
+    rows = _row_values(state, state.variables, pairs, whole, config, None, learns=False)
     return {
         "loss": rows.loss,
         "rewards/chosen": rows.rewards[:, CHOSEN],

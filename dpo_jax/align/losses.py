@@ -28,20 +28,33 @@ reference, nc, nr the numbers of tokens summed, and
     apo_zero      1 − σ(βu) + σ(βv)                                D'Oosterlinck et al. 2024 (2408.06266), Eq. 7
     apo_down      σ(βu) + 1 − σ(βD)                                the same, Eq. 8
     discopop      (1−m) (−log σ(βD)) + m exp(−βD),  m = σ(βD/τ)    Lu et al. 2024 (2406.08414), Eq. 5
+    apo_zero_unpaired  λ_D (1 − σ(βu))  of the chosen, λ_U σ(βv)  of the rejected: apo_zero for rows like kto's
+    bco_pair      −log σ(βu − δ) − log σ(−(βv − δ))                Jung et al. 2024 (BCO, 2404.04656); δ the mean of all
+                                                                   rewards so far, this batch's too, no gradient
+    aot           −(1−ε) log σ(βD') − ε log σ(−βD'), D' = Lc − Lr of a pair less Rc − Rr of the pair of the same rank
+    aot_unpaired  the same with D' = u less v of the same rank     Melnyk et al. 2024 (AOT, 2406.05882); ranks over
+                                                                   the whole batch
+    odpo          −log σ(βD − α f(s_c − s_r))                      Amini et al. 2024 (ODPO, 2402.10571); s the scores of
+                                                                   the row's responses, f the logarithm or the identity
+    sft           NLL of the chosen (below): one of several
     divergence    in sigmoid, robust, hinge, exo_pair, discopop: D = f'(eᵘ) − f'(eᵛ), Wang et al. 2023 (f-DPO,
                   2309.16240), Eq. 9 and Table 1; see `divergence_slope`
+    several       Σ_i w_i ℓ_i                                       e.g. MPO, Wang et al. 2024 (2411.10442): .8 sigmoid,
+                                                                   .2 bco_pair, 1 sft
     + a NLL       NLL = −Lc/nc of each pair (Pang et al. 2024, Iterative RPO, 2404.19733), or over the mean
                   length of all chosen responses of the batch, which makes its batch mean a mean over tokens
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
-from dpo_jax.config import DPOLossConfig
+from dpo_jax.align.across import of_batch
+from dpo_jax.config import DPOLossConfig, Loss
 from dpo_jax.errors import InputError
 
 Numbers = ArrayLike | list[float] | list[int] | tuple[float, ...]
@@ -125,7 +138,23 @@ def nll_loss(
     return jnp.where(lengths > 0, values / jnp.where(share > 0, share, 1.0), 0.0)
 
 
-def preference_loss(
+def preference_loss(*arguments: Any, config: DPOLossConfig, **others: Any) -> jax.Array:
+    """The loss of each pair, float32 [B], by `config`: the weighted sum of its losses; the formulas stand above.
+
+    The NLL term is part of it where `config.nll_coefficient` is positive. The loss of a batch is the plain mean of the
+    result (weighted, where there are filler rows). Arguments and errors as for `preference_terms`.
+    """
+    return total(preference_terms(*arguments, config=config, **others), config)
+
+
+def total(terms: Mapping[str, jax.Array], config: DPOLossConfig, pair_weights: jax.Array | None = None) -> jax.Array:
+    """What `preference_terms` gave as one loss, [B]. `pair_weights`: [B], of all losses but the NLL term (WPO)."""
+    loss = sum((weight * terms[name] for name, weight in config.weighted), jnp.zeros(()))
+    loss = loss if pair_weights is None else pair_weights * loss
+    return loss + config.nll_coefficient * terms["nll"] if config.nll_coefficient > 0 else loss
+
+
+def preference_terms(
     policy_chosen: Numbers,
     policy_rejected: Numbers,
     reference_chosen: Numbers | None = None,
@@ -140,18 +169,17 @@ def preference_loss(
     mean_chosen: ArrayLike | None = None,
     mean_responses: ArrayLike | None = None,
     kl: ArrayLike = 0.0,
-) -> jax.Array:
-    """The loss of each pair, float32 [B], by `config.loss`; the formulas stand at the top of this file.
-
-    The NLL term is part of it where `config.nll_coefficient` is positive. The loss of a batch is the plain mean of the
-    result (weighted, where there are filler rows).
+    score_gaps: Numbers | None = None,
+    across: Mapping[str, jax.Array] | None = None,
+) -> dict[str, jax.Array]:
+    """name -> [B], float32: each loss of `config.losses`, and "nll" where `config.nll_coefficient` is positive.
 
     Args:
       policy_chosen, policy_rejected: [B], Lc and Lr, in nats.
-      reference_chosen, reference_rejected: [B], Rc and Rr; not read, and may be None, for simpo and orpo.
-      chosen_lengths, rejected_lengths: [B], nc and nr: the tokens in those sums. For kto, 0 marks an absent response,
-        whose log-probabilities are not read.
-      config: which loss, and its coefficients.
+      reference_chosen, reference_rejected: [B], Rc and Rr; not read, and may be None, where no loss has a reference.
+      chosen_lengths, rejected_lengths: [B], nc and nr: the tokens in those sums. For kto and apo_zero_unpaired, 0 marks
+        an absent response, whose log-probabilities are not read.
+      config: which losses, and their coefficients.
       chosen_nll: [B], the negative log-likelihood of the whole chosen response. Default: -policy_chosen. It differs
         where format tokens are left out of the preference sums.
       nll_lengths: [B], the tokens in `chosen_nll`. Default: chosen_lengths.
@@ -159,12 +187,15 @@ def preference_loss(
         rows are only a part of it. Default: over these rows.
       mean_chosen: scalar, for `nll_normalization="sequence"` in the same way: the share of the batch's rows that have a
         chosen response. Default: of these rows.
-      mean_responses: scalar, for kto: the mean number of responses present a row, over the whole batch. Rows are
-        divided by it, so that the batch mean is a mean over responses. Default: over these rows.
+      mean_responses: scalar, for kto and apo_zero_unpaired: the mean number of responses present a row, over the whole
+        batch. Rows are divided by it, so that the batch mean is a mean over responses. Default: over these rows.
       kl: scalar z₀ of kto, at least 0; no gradient flows into it.
+      score_gaps: [B], s_c − s_r of odpo, positive.
+      across: what bco_pair, aot and aot_unpaired take from the whole batch where these rows are only a part of it, or
+        from batches before: see `across.of_batch`. Default: from these rows alone.
 
     Raises:
-      InputError: the loss needs a reference and there is none.
+      InputError: a loss needs a reference, or scores, and there are none.
     """
     array = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
     Lc, Lr = array(policy_chosen), array(policy_rejected)
@@ -181,65 +212,99 @@ def preference_loss(
     β, ε = config.resolved("beta"), config.resolved("label_smoothing")
     u, v = Lc - Rc, Lr - Rr
     D = divergence_slope(u, config) - divergence_slope(v, config)
-    match config.loss:
-        case "sigmoid":
-            loss = -(1 - ε) * log_sigmoid(β * D) - ε * log_sigmoid(-β * D)
-        case "robust":
-            loss = (-(1 - ε) * log_sigmoid(β * D) + ε * log_sigmoid(-β * D)) / (1 - 2 * ε)
-        case "hinge":
-            loss = jax.nn.relu(1 - β * D)
-        case "ipo":
-            loss = jnp.square(per_token(u, nc) - per_token(v, nr) - 1 / (2 * β))
-        case "ipo_sum":
-            loss = jnp.square(D - 1 / (2 * β))
-        case "sigmoid_norm":
-            loss = -log_sigmoid(β * (per_token(u, nc) - per_token(v, nr)))
-        case "simpo":
-            γ = config.resolved("simpo_gamma")
-            loss = -log_sigmoid(β * (per_token(Lc, nc) - per_token(Lr, nr)) - γ)
-        case "orpo":
-            λ = config.resolved("orpo_lambda")
-            ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
-            loss = nll_loss(nll, nll_n, mean_present=mean_chosen) - λ * log_sigmoid(ratio)
-        case "kto":
-            λ_D, λ_U = config.resolved("desirable_weight"), config.resolved("undesirable_weight")
-            has_c, has_r = nc > 0, nr > 0
-            u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
-            nll = jnp.where(has_c, nll, 0.0)
-            z0 = jax.lax.stop_gradient(array(kl))
-            # 1 − σ(x) is written σ(−x), which keeps its digits where σ(x) is near 1.
-            desirable = jnp.where(has_c, λ_D * sigmoid(-β * (u - z0)), 0.0)
-            undesirable = jnp.where(has_r, λ_U * sigmoid(-β * (z0 - v)), 0.0)
-            if mean_responses is None:
-                mean_responses = jnp.mean(has_c.astype(jnp.float32) + has_r)
-            loss = (desirable + undesirable) / mean_responses
-        case "dpop":
-            λ = config.resolved("dpop_lambda")
-            loss = -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
-        case "exo_pair":
-            right, wrong = log_sigmoid(β * D), log_sigmoid(-β * D)
-            loss = sigmoid(β * D) * (right - jnp.log1p(-ε)) + sigmoid(-β * D) * (wrong - jnp.log(ε))
-        case "nca_pair":
-            loss = -log_sigmoid(β * u) - 0.5 * log_sigmoid(-β * u) - 0.5 * log_sigmoid(-β * v)
-        case "sppo_hard":
-            loss = jnp.square(u - 1 / (2 * β)) + jnp.square(v + 1 / (2 * β))
-        case "apo_zero":
-            loss = sigmoid(-β * u) + sigmoid(β * v)
-        case "apo_down":
-            loss = sigmoid(β * u) + sigmoid(-β * D)
-        case "discopop":
-            x = β * D / config.resolved("discopop_tau")
-            # m e^(−βD) in one exponent: by itself e^(−βD) overflows where m is 0.
-            loss = -sigmoid(-x) * log_sigmoid(β * D) + jnp.exp(log_sigmoid(x) - β * D)
-    if config.nll_coefficient > 0:
-        loss += config.nll_coefficient * nll_loss(
-            nll,
-            nll_n,
-            normalization=config.resolved("nll_normalization"),
-            mean_length=mean_nll_length,
-            mean_present=mean_chosen,
-        )
-    return loss
+    has_c, has_r = nc > 0, nr > 0
+    if config.unpaired:
+        u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
+        nll = jnp.where(has_c, nll, 0.0)
+        if mean_responses is None:
+            mean_responses = jnp.mean(has_c.astype(jnp.float32) + has_r)
+    if across is None and config.takes_across:
+        policy, reference = jnp.stack([Lc, Lr], 1), jnp.stack([Rc, Rr], 1)
+        across = of_batch(policy, reference, jnp.ones_like(policy, bool), config)
+
+    def logistic(x: jax.Array) -> jax.Array:
+        return -(1 - ε) * log_sigmoid(x) - ε * log_sigmoid(-x)
+
+    def halves(desirable: jax.Array, undesirable: jax.Array) -> jax.Array:
+        """The two responses of a row apart, absent ones nothing, so that the batch mean is one over responses."""
+        assert mean_responses is not None
+        λ_D, λ_U = config.resolved("desirable_weight"), config.resolved("undesirable_weight")
+        return (jnp.where(has_c, λ_D * desirable, 0.0) + jnp.where(has_r, λ_U * undesirable, 0.0)) / mean_responses
+
+    def nll_term() -> jax.Array:
+        how = {"normalization": config.resolved("nll_normalization")}
+        return nll_loss(nll, nll_n, **how, mean_length=mean_nll_length, mean_present=mean_chosen)
+
+    def term(name: Loss) -> jax.Array:
+        match name:
+            case "sigmoid":
+                return logistic(β * D)
+            case "robust":
+                return (-(1 - ε) * log_sigmoid(β * D) + ε * log_sigmoid(-β * D)) / (1 - 2 * ε)
+            case "hinge":
+                return jax.nn.relu(1 - β * D)
+            case "ipo":
+                return jnp.square(per_token(u, nc) - per_token(v, nr) - 1 / (2 * β))
+            case "ipo_sum":
+                return jnp.square(D - 1 / (2 * β))
+            case "sigmoid_norm":
+                return -log_sigmoid(β * (per_token(u, nc) - per_token(v, nr)))
+            case "simpo":
+                γ = config.resolved("simpo_gamma")
+                return -log_sigmoid(β * (per_token(Lc, nc) - per_token(Lr, nr)) - γ)
+            case "orpo":
+                λ = config.resolved("orpo_lambda")
+                ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
+                return nll_loss(nll, nll_n, mean_present=mean_chosen) - λ * log_sigmoid(ratio)
+            case "kto":
+                z0 = jax.lax.stop_gradient(array(kl))
+                # 1 − σ(x) is written σ(−x), which keeps its digits where σ(x) is near 1.
+                return halves(sigmoid(-β * (u - z0)), sigmoid(-β * (z0 - v)))
+            case "dpop":
+                λ = config.resolved("dpop_lambda")
+                return -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
+            case "exo_pair":
+                right, wrong = log_sigmoid(β * D), log_sigmoid(-β * D)
+                return sigmoid(β * D) * (right - jnp.log1p(-ε)) + sigmoid(-β * D) * (wrong - jnp.log(ε))
+            case "nca_pair":
+                return -log_sigmoid(β * u) - 0.5 * log_sigmoid(-β * u) - 0.5 * log_sigmoid(-β * v)
+            case "sppo_hard":
+                return jnp.square(u - 1 / (2 * β)) + jnp.square(v + 1 / (2 * β))
+            case "apo_zero":
+                return sigmoid(-β * u) + sigmoid(β * v)
+            case "apo_down":
+                return sigmoid(β * u) + sigmoid(-β * D)
+            case "discopop":
+                x = β * D / config.resolved("discopop_tau")
+                # m e^(−βD) in one exponent: by itself e^(−βD) overflows where m is 0.
+                return -sigmoid(-x) * log_sigmoid(β * D) + jnp.exp(log_sigmoid(x) - β * D)
+            case "apo_zero_unpaired":
+                return halves(sigmoid(-β * u), sigmoid(β * v))
+            case "bco_pair":
+                assert across is not None
+                δ = across["reward_mean"]
+                return -log_sigmoid(β * u - δ) - log_sigmoid(-(β * v - δ))
+            case "aot":
+                assert across is not None
+                return logistic(β * (Lc - Lr - across["reference_partner"]))
+            case "aot_unpaired":
+                assert across is not None
+                mine = logistic(β * (u - across["rejected_partner"]))
+                theirs = logistic(β * (across["chosen_partner"] - v))
+                # Each pair of one rank is met twice, from either row, which sees the other as fixed: the gradients add
+                # up to that of the pair, and the values to twice its own.
+                return mine + theirs - jax.lax.stop_gradient((mine + theirs) / 2)
+            case "odpo":
+                if score_gaps is None:
+                    raise InputError("loss odpo takes its offset from the scores of the responses: give score_gaps")
+                gap = array(score_gaps)
+                f = jnp.log(gap) if config.resolved("odpo_scale") == "log" else gap
+                return -log_sigmoid(β * D - config.resolved("odpo_alpha") * f)
+            case "sft":
+                return nll_term()
+
+    terms = {str(name): term(name) for name in config.losses}
+    return {**terms, "nll": nll_term()} if config.nll_coefficient > 0 else terms
 
 
 def implicit_rewards(

@@ -14,7 +14,7 @@ from dpo_jax.align import dpo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import BETAS, DPORun
 from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
-from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_mismatched_responses
+from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_mismatched_responses, with_score_gaps
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.judge.policy_logps import policy_logps
@@ -77,8 +77,9 @@ def train(config: DPORun) -> Path:
                     heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
                 )
                 heldout = heldout.with_reference(logps)
-        elif config.reference is not None or "adapters" not in variables:
-            dtype = jnp.dtype(config.train.kept_dtype)
+        elif config.reference is not None or ("adapters" not in variables and config.dpo.reference_sync_steps is None):
+            moving = config.dpo.reference_sync_steps is not None
+            dtype = jnp.dtype("float32" if moving else config.train.kept_dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.
             reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
         del judge, judge_variables
@@ -118,13 +119,20 @@ def train(config: DPORun) -> Path:
 def _check_options(config: DPORun) -> None:
     """Refuse options that would have no effect, or that contradict each other across sections."""
     live = config.dpo.reference == "live" and not config.dpo.reference_free
+    moving = config.dpo.reference_sync_steps is not None
+    if moving and config.reference is not None and config.lora.rank:
+        raise InputError(
+            "--dpo.reference_sync_steps with --lora.rank: the reference is --model with adapters of its own, which move"
+            " towards the policy's; leave out --reference"
+        )
     if config.reference is not None and config.dpo.reference_free:
         raise InputError(f"--reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
     if config.dpo.reference == "live" and config.dpo.reference_free:
         raise InputError(f"--dpo.reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
-    if config.train.frozen_dtype is not None and not config.lora.rank and not live:
+    if config.train.frozen_dtype is not None and not config.lora.rank and (moving or not live):
         raise InputError(
-            "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference"
+            "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference that"
+            " stays as it is"
         )
 
 
@@ -135,10 +143,10 @@ def load_data(
     config: DPORun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """What to train on, and what is held out."""
-    unpaired = config.dpo.loss == "kto"
+    unpaired = config.dpo.unpaired
 
     def read(source: str) -> PreferenceDataset:
-        return load_preferences(
+        data = load_preferences(
             source,
             tokenizer,
             config.data,
@@ -148,9 +156,10 @@ def load_data(
             needs_pairs=not unpaired,
             ties=config.dpo.ties,
         )
+        return with_score_gaps(data) if "odpo" in config.dpo.losses else data
 
     data, heldout = read_both(config, read, join, split_by_prompt)
-    if unpaired:  # after rows were held out: a response to another prompt is one of the same side
+    if config.dpo.loss == "kto":  # after rows were held out: a response to another prompt is one of the same side
         data = with_mismatched_responses(data, config.data.max_length)
         heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)
     return data, heldout

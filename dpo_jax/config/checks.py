@@ -54,7 +54,10 @@ class Options:
             for choice, allowed in field.metadata["only"].items():
                 chosen, belongs = self.resolved(choice), ", ".join(allowed)
                 beside = f"{prefix}{choice} {chosen}"
-                require(chosen in allowed, f"{name} has no effect with {beside}; it belongs to {belongs}")
+                require(
+                    set(allowed) & set(str(chosen).split(",")),
+                    f"{name} has no effect with {beside}; it belongs to {belongs}",
+                )
 
     def at_least(self, prefix: str, **least: int) -> None:
         """Refuse options, if they were given, that are less than so much."""

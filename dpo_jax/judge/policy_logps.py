@@ -77,6 +77,8 @@ def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, 
         "mask_format_tokens": config.mask_format_tokens,
         "dtype": np.dtype(model.dtype).name,
     }
+    if config.resolved("ld_alpha") < 1:
+        parts["ld_alpha"] = config.ld_alpha
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -10,6 +10,7 @@ Both give the same log-probabilities; "shared" does less work when prompts are l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from flax import struct
 from dpo_jax import mesh as meshes
 from dpo_jax.config import Layout
 from dpo_jax.model.chunks import length_axis, split_over
-from dpo_jax.model.logprobs import token_logps, token_logps_and_entropy
+from dpo_jax.model.logprobs import token_logps, token_logps_and_collisions, token_logps_and_entropy
 from dpo_jax.types import PreferenceBatch
 
 
@@ -160,6 +161,25 @@ def response_logps(
 
     found = predicting_states(apply_fn, variables, batch, layout=layout).read(logps)
     return jnp.where(batch.response_mask, found, 0.0)
+
+
+def response_logps_and_collisions(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batch: PreferenceBatch,
+    *,
+    layout: Layout = "shared",
+    head_budget_bytes: int = 256 * 2**20,
+) -> tuple[jax.Array, jax.Array]:
+    """`response_logps`, and log Σ_v p_v² of the prediction of each response token, without gradient.
+
+    float32 [B, K, R] each, 0 past `response_lengths`. Arguments as for `response_logps`.
+    """
+    unembedding = apply_fn(variables, method="unembedding")
+    read = partial(token_logps_and_collisions, unembedding=unembedding, budget_bytes=head_budget_bytes)
+    states = predicting_states(apply_fn, variables, batch, layout=layout)
+    found = states.read(lambda hidden, targets: read(hidden, targets=targets))
+    return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), found)
 
 
 @struct.dataclass

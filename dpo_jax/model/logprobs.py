@@ -165,3 +165,23 @@ def token_logps_and_entropy(
     kernel = head_of(unembedding, hidden.dtype)
     size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
     return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
+
+
+def token_logps_and_collisions(
+    hidden: jax.Array, unembedding: Output, targets: jax.Array, *, budget_bytes: int = 256 * 2**20
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target token, and log Σ_v p_v² of its prediction, float32 [N, R] each.
+
+    The latter is the logarithm of the probability that two draws are the same token, at most 0; no gradient flows
+    through it. Arguments as for `token_logps`.
+    """
+
+    def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = meshes.constrain(logits_of(h, kernel), ("batch", length_axis(targets.shape[1]), "vocab"))
+        logps = _at(z, y) - jax.nn.logsumexp(z, axis=-1)
+        fixed = jax.lax.stop_gradient(z)
+        return logps, jax.nn.logsumexp(2 * fixed, axis=-1) - 2 * jax.nn.logsumexp(fixed, axis=-1)
+
+    kernel = head_of(unembedding, hidden.dtype)
+    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
+    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))

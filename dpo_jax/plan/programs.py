@@ -221,10 +221,13 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
         more = {**more, "format_masks": np.zeros((rows, k, round_up(lengths.response)), bool)}
     if config.reference == "cached" and not config.reference_free:
         more = {**more, "reference_logps": np.zeros((rows, k), np.float32)}
+    if "odpo" in config.losses:
+        more = {**more, "margins": np.ones(rows, np.float32)}
     batch = full_pairs(rows, k, lengths, **more)
     model = make_model(run, shape)
     live = config.reference == "live" and not config.reference_free
-    reference = frozen_copy(run, shape, mesh) if live and not run.lora.rank else None
+    copied = live and not run.lora.rank and config.reference_sync_steps is None
+    reference = frozen_copy(run, shape, mesh) if copied else None
     state = dpo.init_state(model, trained(run, model, mesh), config, reference=reference)
     flops = ModelFlops.of(shape, run.lora)
     needed, pair = dpo_flops(flops, config)(batch), preference_work(batch, 0, 2)

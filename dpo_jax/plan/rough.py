@@ -18,12 +18,13 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     weights = parameters(shape)
     frozen = 2 if run.train.kept_dtype == "bfloat16" else 4
     moments = 8 if run.optimizer.name == "adamw" else 4
+    moving = isinstance(run, DPORun) and run.dpo.reference_sync_steps is not None  # a reference of its own, in float32
     if run.lora.rank:
         adapters = ModelFlops.of(shape, run.lora).adapters
-        return weights * frozen + adapters * (4 + moments)
+        return weights * frozen + adapters * (4 + moments + 4 * moving)
     size = weights * (4.0 + moments)
     if isinstance(run, DPORun) and run.dpo.reference == "live" and not run.dpo.reference_free:
-        size += weights * frozen
+        size += weights * (4 if moving else frozen)
     if isinstance(run, PPORun):
         size += weights * frozen + (_trained_models(run) - 1) * weights * (4 + moments)
     return size

@@ -145,16 +145,21 @@ def reward_flops(model: ModelFlops) -> Callable[[PreferenceBatch], float]:
 def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch], float]:
     """Batch -> FLOPs of a step of preference training: the policy on the pair, and the forward passes beside it.
 
-    Those are the live reference's, and for kto that of the policy over the mismatched responses.
+    Those are the live reference's, for kto that of the policy over the mismatched responses, and for losses that take
+    something across micro-batches both over the pair once more.
     """
     live = config.reference == "live" and not config.reference_free
+    moving = config.reference_sync_steps is not None
 
     def flops(batch: PreferenceBatch) -> float:
         pair = preference_work(batch, CHOSEN, REJECTED + 1)
-        total = model.training(pair) + (model.forward(pair, adapted=False) if live else 0.0)
+        beside = model.forward(pair, adapted=moving) if live else 0.0
+        total = model.training(pair) + beside
+        if config.takes_across and config.accumulate > 1:
+            total += model.forward(pair) + beside
         if config.loss == "kto":
             mismatched = preference_work(batch, MISMATCHED, batch.response_lengths.shape[1])
-            total += model.forward(mismatched) + (model.forward(mismatched, adapted=False) if live else 0.0)
+            total += model.forward(mismatched) + (model.forward(mismatched, adapted=moving) if live else 0.0)
         return total
 
     return flops

@@ -43,7 +43,8 @@ def smaller_is_better(metric: str) -> bool:
 
 def saved(state: TrainState) -> dict[str, Any]:
     """The part of a state that a checkpoint holds."""
-    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+    kept = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+    return {**kept, "carried": state.carried} if state.carried else kept
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from dpo_jax.model import variables as model_variables
 STEPS = 5
 FULL = DPOConfig(reference="live", nll_coefficient=0.1, optimizer=OptimizerConfig(learning_rate=2e-3))
 KTO = dataclasses.replace(FULL, loss="kto", nll_normalization="token", accumulate=2)
+RELATIVES = dataclasses.replace(
+    FULL, loss="bco_pair,aot,aot_unpaired", loss_weights="1,2,1", reference_sync_steps=2, accumulate=2
+)
 
 
 def losses(mesh, config: DPOConfig, lora: int = 0) -> list[float]:
@@ -54,6 +57,12 @@ def test_any_mesh_gives_the_losses_of_one_device(sizes, on_one_device):
 def test_kto_with_adapters_and_accumulation_on_a_mesh():
     one = losses(make_mesh(devices=jax.devices()[:1]), KTO, lora=4)
     np.testing.assert_allclose(losses(make_mesh(data=2, fsdp=2, tensor=2), KTO, lora=4), one, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_running_means_and_a_moving_reference_on_a_mesh():
+    one = losses(make_mesh(devices=jax.devices()[:1]), RELATIVES, lora=4)
+    np.testing.assert_allclose(losses(make_mesh(data=2, fsdp=2, tensor=2), RELATIVES, lora=4), one, atol=2e-5)
 
 
 def test_micro_batches_that_do_not_divide_over_the_devices_are_refused():

@@ -30,6 +30,8 @@ DIVERGENCES: dict[str, dict[str, Any]] = {
 
 
 def loss(config, lc=LC, lr=LR, rc=RC, rr=RR, nc=NC, nr=NR, **kwargs):
+    if config.loss == "odpo":  # a gap of 1: no offset
+        kwargs.setdefault("score_gaps", jnp.ones(len(nc)))
     return dpo.preference_loss(
         *(jnp.asarray(x, jnp.float32) for x in (lc, lr, rc, rr)),
         chosen_lengths=jnp.asarray(nc),
@@ -66,6 +68,22 @@ class CheckValues(chex.TestCase):
         ("apo_down", {"loss": "apo_down"}, [0.9751451902, 1.0248548098, 1.0]),
         ("discopop_at_dpo_s_beta", {"loss": "discopop", "beta": 0.1}, [0.8147631411, 0.8057517826, 0.8465735903]),
         ("discopop", {"loss": "discopop"}, [0.8737921187, 0.7874020058, 0.8465735903]),
+        # By hand, both halves / 2, as kto's: [s(-.1) + s(-.1), s(.1) + s(.1), 1] / 2.
+        ("apo_zero_unpaired", {"loss": "apo_zero_unpaired"}, [0.4750208125, 0.5249791875, 0.5]),
+        # Rewards .1 [1, -1, 0] and .1 [-1, 1, 0], so d = 0: -log s(b u) - log s(-b v), twice the logistic loss of .1.
+        ("bco_pair", {"loss": "bco_pair", "beta": 0.1}, [1.2887933201, 1.4887933201, 1.3862943611]),
+        # Lc - Lr = [3, -2, 1] against Rc - Rr = [1, 0, 1], sorted [0, 1, 1]: D' = [3 - 1, -2 - 0, 1 - 1].
+        ("aot", {"loss": "aot"}, [0.5981388694, 0.7981388694, LOG2]),
+        # u = [1, -1, 0] and v = [-1, 1, 0] sorted are the same.
+        ("aot_unpaired", {"loss": "aot_unpaired"}, [LOG2, LOG2, LOG2]),
+        ("odpo", {"loss": "odpo"}, [0.5981388694, 0.7981388694, LOG2]),
+        ("sft", {"loss": "sft"}, [3, 2.8571428571, 2.6666666667]),
+        # .8 sigmoid + .2 bco_pair + 1 sft.
+        (
+            "mpo",
+            {"loss": "sigmoid,bco_pair,sft", "loss_weights": "0.8,0.2,1"},
+            [3.7362697596, 3.7934169025, 3.4984432835],
+        ),
         ("forward_kl", {"divergence": "forward_kl"}, [0.5825167135, 0.8175569522, LOG2]),
         ("js", {"divergence": "js"}, [0.6443966601, 0.7443966601, LOG2]),
         ("alpha", {"divergence": "alpha"}, [0.5943491230, 0.8027872452, LOG2]),
@@ -189,6 +207,25 @@ def test_at_the_reference_the_gradient_pulls_the_two_apart():
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "takes its logarithm"),
         ({"loss": "nca_pair", "label_smoothing": 0.1}, "label_smoothing has no effect"),
         ({"beta": 0.0}, "beta must be positive"),
+        ({"loss": "dpo"}, "invalid choice 'dpo' for argument '--dpo.loss'; choose from sigmoid, robust"),
+        ({"loss": "sigmoid,sigmoid"}, "names a loss twice"),
+        ({"loss": "sigmoid,kto"}, "kto and apo_zero_unpaired judge responses apart and stand alone"),
+        ({"loss_weights": "1"}, "has no effect with one loss, sigmoid"),
+        ({"loss": "sigmoid,sft", "loss_weights": "1"}, "are 1 and the losses of sigmoid,sft are 2"),
+        ({"loss": "sigmoid,sft", "loss_weights": "1,-1"}, "write positive numbers with commas"),
+        ({"loss": "sigmoid,sft", "loss_weights": "1,x"}, "write positive numbers with commas"),
+        ({"loss": "sigmoid,exo_pair"}, "takes its logarithm"),
+        ({"odpo_alpha": 1.0}, "odpo_alpha has no effect with --dpo.loss sigmoid"),
+        ({"nll_normalization": "token"}, "has no effect without --dpo.nll_coefficient"),
+        ({"loss": "sft", "mask_format_tokens": True}, "which has no preference term"),
+        ({"loss": "aot", "use_weighting": True}, "weighs pairs, and aot has none of its own"),
+        ({"loss": "simpo", "ld_alpha": 0.5}, "ld_alpha has no effect with --dpo.loss simpo"),
+        ({"ld_alpha": 1.5}, "ld_alpha 1.5 must be at least 0 and at most 1"),
+        ({"reference_sync_steps": 4}, "cached log-probabilities would be of another; add --dpo.reference live"),
+        ({"reference_mixup_alpha": 0.5}, "has no effect without --dpo.reference_sync_steps"),
+        ({"reference": "live", "reference_sync_steps": 0}, "must be at least 1"),
+        ({"reference": "live", "reference_sync_steps": 4, "reference_mixup_alpha": 0.0}, "above 0 and at most 1"),
+        ({"loss": "simpo", "reference_sync_steps": 4}, "has no reference policy"),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(options, message):
@@ -205,7 +242,7 @@ def test_plain_lists_are_accepted():
 @pytest.mark.parametrize("name", EVERY_LOSS)
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 def test_the_nll_term_is_added_to_every_loss(name, normalization):
-    plain = loss(DPOLossConfig(loss=name))
+    plain = loss(DPOLossConfig(loss=name, nll_normalization=normalization if name == "sft" else None))
     config = DPOLossConfig(loss=name, nll_coefficient=0.2, nll_normalization=normalization)
     term = dpo.nll_loss([12.0, 20.0, 8.0], NC, normalization=normalization)
     np.testing.assert_allclose(loss(config), plain + 0.2 * term, rtol=1e-6)
@@ -343,7 +380,7 @@ def test_dpop_penalty_pushes_the_chosen_response_up():
     np.testing.assert_allclose(grad[1], -0.1 * 4.0 / (1 + np.exp(x)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["simpo", "orpo"])
+@pytest.mark.parametrize("name", ["simpo", "orpo", "sft"])
 def test_reference_free_losses_take_no_reference(name):
     config = DPOLossConfig(loss=name)
     without = dpo.preference_loss(LC, LR, None, None, chosen_lengths=NC, rejected_lengths=NR, config=config)

@@ -18,7 +18,9 @@ from dpo_jax.errors import InputError
 from dpo_jax.types import CHOSEN, REJECTED
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
-EVERY_LOSS = get_args(Loss)
+RELATIVES = ("apo_zero_unpaired", "bco_pair", "aot", "aot_unpaired", "odpo", "sft")
+"""Those of `test_dpo_relatives.py`."""
+EVERY_LOSS = [name for name in get_args(Loss) if name not in RELATIVES]
 COMMON = ("sigmoid", "ipo", "simpo", "orpo", "kto", "sppo_hard", "apo_down", "discopop")
 """Losses of unlike shapes; the others differ from one of them in one line, which `test_dpo_losses.py` holds."""
 LOSSES = [pytest.param(name, marks=[] if name in COMMON else pytest.mark.slow) for name in EVERY_LOSS]

@@ -188,6 +188,72 @@ def test_other_data_under_the_same_name_is_refused(
         run_dpo.train(options(inputs, tmp_path / "run", files=str(data)))
 
 
+def relatives(inputs: Path, out: Path) -> DPORun:
+    """Losses that remember and rank, a second adapter that moves, bfloat16, shared prompts, two micro-batches."""
+    dpo = {"loss": "sigmoid,bco_pair,aot", "loss_weights": "0.8,0.2,1", "ld_alpha": 0.5}
+    return options(
+        inputs,
+        out,
+        dpo=DPOLossConfig(**dpo, reference="live", reference_sync_steps=2),
+        lora=LoraConfig(rank=2),
+        train=TrainConfig(steps=4, batch_size=4, accumulate=2, eval_every=2, dtype="bfloat16"),
+        checkpoint=CheckpointConfig(every=1, keep=1),
+    )
+
+
+def test_what_losses_remember_is_resumed_exactly(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_dpo.train(relatives(inputs, tmp_path / "whole"))
+    rows = runs.metrics(whole)
+    assert rows[0]["loss/sigmoid"] == pytest.approx(np.log(2), abs=1e-3)
+    assert {"loss/bco_pair", "loss/aot"} <= rows[-1].keys()
+    assert "eval_loss" in rows[-1]
+    assert rows[0]["rewards/running_mean"] != rows[-1]["rewards/running_mean"]
+    arrays = json.loads((whole / "checkpoints" / "4" / "meta" / "metadata").read_text())["arrays"]
+    kept = {name for name in arrays if name.startswith("['carried']")}
+    assert any("lora_b" in name for name in kept)
+    assert {"['carried']['reward_count']", "['carried']['reward_mean']"} <= kept
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Stopped):
+            run_dpo.train(relatives(inputs, tmp_path / "run"))
+    run_dpo.train(relatives(inputs, tmp_path / "run"))
+    assert "going on after step 3 of 4" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_odpo_takes_scores_and_refuses_rows_without(inputs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+
+    def run(name: str, **scores: float) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        each = [row | (scores if i == 6 else {"good": 7, "score_rejected": 5 - i / 8}) for i, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in each))
+        return run_dpo.train(
+            options(
+                inputs,
+                tmp_path / name,
+                files=str(path),
+                data=DataConfig(str(path), max_length=96, buckets=1, columns="score_chosen=good"),
+                dpo=DPOLossConfig(loss="odpo"),
+                eval_data=None,
+                train=TrainConfig(steps=1, batch_size=20),
+            )
+        )
+
+    for name, scores, message in (
+        ("none", {}, "row 7: odpo takes its offset from the scores of both responses, and the row has none"),
+        ("tie", {"good": 3, "score_rejected": 3}, "row 7: the chosen response scores 3 and the rejected 3"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            run(name, **scores)
+        assert "\n" not in str(caught.value)
+    found = runs.metrics(run("whole", good=9, score_rejected=1))[0]["loss"]
+    gaps = [2 + i / 8 if i != 6 else 8 for i in range(20)]
+    assert found == pytest.approx(np.mean(np.log1p(np.asarray(gaps))), abs=1e-4), "-log s(0 - log gap)"
+
+
 def test_lora_exports_a_merged_model_and_an_adapter(inputs: Path, tmp_path: Path) -> None:
     config = options(
         inputs,
@@ -312,9 +378,11 @@ def test_the_cache_key_covers_all_that_decides_the_numbers(inputs: Path) -> None
         cache_key(data(), longer_rope, variables, DPOConfig()),
         cache_key(data(), model, other, DPOConfig()),
         cache_key(data(), model, variables, format_mask),
+        cache_key(data(), model, variables, DPOConfig(ld_alpha=0.5)),
+        cache_key(data(), model, variables, DPOConfig(ld_alpha=0.6)),
     ]
     assert len(set(keys)) == len(keys)
-    assert cache_key(data(), model, variables, DPOConfig(beta=0.5, loss="ipo")) == keys[0]
+    assert cache_key(data(), model, variables, DPOConfig(beta=0.5, loss="ipo", ld_alpha=1.0)) == keys[0]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "text"])
@@ -379,6 +447,14 @@ def test_an_interrupted_reference_goes_on(
         ({"files": "nowhere.jsonl"}, r"nowhere.jsonl"),
         ({"dpo": DPOLossConfig(loss="simpo"), "reference": "x"}, r"--reference has no effect"),
         ({"train": TrainConfig(batch_size=4, frozen_dtype="bfloat16")}, r"frozen_dtype has no effect"),
+        (
+            {
+                "dpo": DPOLossConfig(reference="live", reference_sync_steps=2),
+                "lora": LoraConfig(rank=2),
+                "reference": "x",
+            },
+            "reference_sync_steps with --lora.rank",
+        ),
         ({"eval_data": None}, r"eval_every has no effect"),
         ({"checkpoint": CheckpointConfig(best="loss")}, r"checkpoint.best loss"),
         (

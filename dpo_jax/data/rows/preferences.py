@@ -309,7 +309,9 @@ def _turns(text: str) -> tuple[Message, ...]:
 
 def _unpaired(row: Readable, extras: dict[str, Evidence], needs_pairs: bool) -> Pair:
     if needs_pairs:
-        detail = "'completion' and 'label' are for --dpo.loss kto; other losses need 'chosen' and 'rejected'"
+        detail = (
+            "'completion' and 'label' are for --dpo.loss kto or apo_zero_unpaired; others need 'chosen', 'rejected'"
+        )
         raise BadRow("unpaired row", detail)
     if "label" not in row:
         raise _missing(row, "label")

@@ -140,10 +140,11 @@ def load_preferences(
 
     known, limits = PAIR_COLUMNS | REPLIES_COLUMNS, {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
     data, extras = load_groups(rows, encoder, config, parse, known=known, rendered=PROMPT_COLUMNS, **limits)
+    told = rows.columns | {name for each in extras for name in each}
     dataset = replace(
         data,
         formats=data.formats if with_format_masks else None,
-        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in rows.columns},
+        extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in told},
     )
     return with_mismatched_responses(dataset, config.max_length) if with_mismatched else dataset
 
@@ -254,6 +255,31 @@ def with_mismatched_responses(dataset: PreferenceDataset, max_length: int) -> Pr
         responses=Ragged.of(responses, np.int32),
         formats=None if dataset.formats is None else Ragged.of(formats, bool),
     )
+
+
+def with_score_gaps(dataset: PreferenceDataset) -> PreferenceDataset:
+    """`margins` [N] of the pairs: how much more the chosen response scores, by the rows' own scores.
+
+    Raises `InputError` where a row has none, or where the chosen response does not score more.
+    """
+    n = len(dataset)
+    better, worse = (dataset.extras.get(name, [None] * n) for name in ("score_chosen", "score_rejected"))
+    gaps = np.zeros(n, np.float32)
+    for i, (number, mine, other) in enumerate(zip(dataset.row_numbers, better, worse, strict=True)):
+        where = f"{dataset.source}, row {number}"
+        if not isinstance(mine, float | int) or not isinstance(other, float | int):
+            raise InputError(
+                f"{where}: odpo takes its offset from the scores of both responses, and the row has none; give numbers"
+                " in 'score_chosen' and 'score_rejected' (--data.columns score_chosen=COLUMN), or choose another"
+                " --dpo.loss"
+            )
+        gaps[i] = mine - other
+        if not gaps[i] > 0:
+            raise InputError(
+                f"{where}: the chosen response scores {mine:g} and the rejected {other:g}; odpo needs a higher score of"
+                " the chosen one in every row: leave such rows out, or choose another --dpo.loss"
+            )
+    return replace(dataset, margins=gaps)
 
 
 def check_lengths(dataset: PreferenceDataset, architecture: LlamaConfig, max_length: int) -> None:

@@ -1,0 +1,125 @@
+"""Summed log-probabilities of the responses of pairs, under the policy and under its reference: what losses compare.
+
+Which tokens a sum is over, and how much each of them counts, is decided here, for policy and reference alike; where the
+reference comes from is told in `align/dpo.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpo_jax import masked
+from dpo_jax.align.losses import per_token
+from dpo_jax.config import DPOConfig
+from dpo_jax.errors import InputError
+from dpo_jax.model.groups import response_logps, response_logps_and_collisions
+from dpo_jax.state import TrainState
+from dpo_jax.types import REJECTED, PreferenceBatch
+
+
+def responses_of(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:
+    """The batch with responses first..last - 1 only."""
+    k = batch.responses.shape[1]
+    if k < last:
+        what = "kto takes its KL point from mismatched responses" if last > 2 else "a preference pair"
+        raise InputError(f"{what}: the batch must have {last} responses a prompt, and has {k}")
+    cut = partial(jax.tree.map, lambda x: x[:, first:last])
+    return dataclasses.replace(
+        batch,
+        responses=cut(batch.responses),
+        response_lengths=cut(batch.response_lengths),
+        format_masks=cut(batch.format_masks),
+        reference_logps=cut(batch.reference_logps),
+        logp_weights=cut(batch.logp_weights),
+    )
+
+
+def _scored(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array | None:
+    """bool [B, K, R]: the response tokens in the preference sums; None for all of them."""
+    if not mask_format_tokens:
+        return None
+    if batch.format_masks is None:
+        raise InputError("mask_format_tokens needs batches with format_masks (data made with format masks)")
+    return batch.response_mask & ~batch.format_masks
+
+
+def scored_lengths(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array:
+    """[B, K]: the tokens in each preference sum."""
+    scored = _scored(batch, mask_format_tokens)
+    return batch.response_lengths if scored is None else jnp.sum(scored, axis=-1)
+
+
+@struct.dataclass
+class Sums:
+    """Of each response, [B, K]: log-probability of what is scored, and of all its tokens; and log w of WPO, or None."""
+
+    scored: jax.Array
+    whole: jax.Array
+    log_weights: jax.Array | None = None
+
+
+def sums_of(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, config: DPOConfig, *, weighted: bool = False
+) -> Sums:
+    """`weighted`: with WPO's weights."""
+    how: dict[str, Any] = {"layout": config.layout, "head_budget_bytes": config.head_budget_bytes}
+    log_weights = None
+    if weighted:
+        logps, collisions = response_logps_and_collisions(apply_fn, variables, batch, **how)
+        surplus = jnp.sum(jax.lax.stop_gradient(logps) - collisions, axis=-1)
+        log_weights = per_token(surplus, batch.response_lengths)
+    else:
+        logps = response_logps(apply_fn, variables, batch, **how)
+    whole = jnp.sum(logps, axis=-1)
+    scored = _scored(batch, config.mask_format_tokens)
+    sums = whole if scored is None else masked.total(logps, scored, axis=-1)
+    α = config.resolved("ld_alpha")
+    if α < 1:
+        shorter = jnp.min(batch.response_lengths[:, : REJECTED + 1], axis=1)
+        beyond = (jnp.arange(batch.responses.shape[2]) >= shorter[:, None, None]) & batch.response_mask
+        beyond = beyond if scored is None else beyond & scored
+        sums -= (1 - α) * masked.total(logps, beyond, axis=-1)
+    return Sums(sums, whole, log_weights)
+
+
+def reference_logps(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, config: DPOConfig
+) -> jax.Array:
+    """Summed log-probability of each of the K responses, float32 [B, K], in nats, as `train_step` wants it cached.
+
+    Over the tokens that the preference term scores (without format tokens where `config` masks them), as it weighs them
+    (LD-DPO).
+    """
+    return sums_of(apply_fn, variables, batch, config).scored
+
+
+def reference_of(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
+    """[B, K] summed log-probabilities under the reference policy, no gradient; None where the loss has none."""
+    if config.reference_free:
+        return None
+    if config.reference == "cached":
+        if batch.reference_logps is None:
+            raise InputError(
+                f'loss {config.loss} with reference "cached": the batch has no reference_logps; fill them in with '
+                'reference_logps, or use reference "live"'
+            )
+        sums = batch.reference_logps
+    else:
+        params, adapters = None, {}
+        if "reference" in state.carried and "params" in state.frozen:
+            params, adapters = state.frozen["params"], {"adapters": state.carried["reference"]}
+        elif "reference" in state.carried:
+            params = state.carried["reference"]
+        elif "reference" in state.frozen:
+            params = state.frozen["reference"]
+        elif "params" in state.frozen:
+            params = state.frozen["params"]
+        else:
+            raise InputError('reference "live": the state holds no reference policy; make it with this config')
+        sums = reference_logps(state.apply_fn, {"params": params, **adapters}, batch, config=config)
+    return jax.lax.stop_gradient(masked.select(sums, batch.present))
