@@ -70,8 +70,8 @@ def of_batch(
         mean = running_mean(rewards, present if learns else jnp.zeros_like(present), before)["reward_mean"]
         found["reward_mean"] = jnp.broadcast_to(mean, u.shape)
     if "aot" in config.losses:
-        gaps = [x[:, CHOSEN] - x[:, REJECTED] for x in (policy, reference)]
-        found["reference_partner"] = _partners(*gaps, real)
+        mine, theirs = (x[:, CHOSEN] - x[:, REJECTED] for x in (policy, reference))
+        found["reference_partner"] = _partners(mine, theirs, real)
     if "aot_unpaired" in config.losses:
         found |= {"rejected_partner": _partners(u, v, real), "chosen_partner": _partners(v, u, real)}
     return {name: jnp.where(real, value, 0.0) for name, value in found.items()}
