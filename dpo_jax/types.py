@@ -110,6 +110,8 @@ class Rollout:
       old_logps:        float32 [B, R]  of each token under the policy before the first update, as the update computes
                                         them; or None where one update is all there is, so that they are its own.
       greedy_scores:    float32 [B]     the reward of the greedy response to the same prompt, or None.
+      own:              bool [B, R]     tokens that the policy wrote, where others stand among them (what an environment
+                                        says between its turns); the last real one is the policy's. None: all are.
     """
 
     prompts: jax.Array
@@ -126,6 +128,7 @@ class Rollout:
     rows: jax.Array
     old_logps: jax.Array | None = None
     greedy_scores: jax.Array | None = None
+    own: jax.Array | None = None
 
     @property
     def logps(self) -> jax.Array:
@@ -134,8 +137,9 @@ class Rollout:
 
     @property
     def response_mask(self) -> jax.Array:
-        """bool [B, R]: real tokens of real rows."""
+        """bool [B, R]: real tokens of real rows that the policy wrote."""
         real = jnp.arange(self.responses.shape[1]) < self.response_lengths[:, None]
+        real = real if self.own is None else real & self.own
         return real & (self.weights > 0)[:, None]
 
     @property

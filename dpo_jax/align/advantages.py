@@ -93,7 +93,7 @@ def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coeff
     Args:
       scores: [B], any floating dtype; an integer score is refused, for 0.7 would silently be 0.
       kl: [B, R].
-      mask: bool [B, R], True at the response's tokens, the terminator included: the first ones of each row.
+      mask: bool [B, R], True at the response's tokens, the terminator included.
       kl_coefficient: β.
 
     Returns:
@@ -102,7 +102,7 @@ def token_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, kl_coeff
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(f"scores are {scores.dtype}; they must be floating")
     mask = mask.astype(bool)
-    last = jnp.arange(mask.shape[1]) == jnp.sum(mask, axis=1, keepdims=True) - 1
+    last = mask & (jnp.cumsum(mask, axis=1) == jnp.sum(mask, axis=1, keepdims=True))
     return masked.select(-kl_coefficient * kl, mask) + jnp.where(last, scores.astype(jnp.float32)[:, None], 0.0)
 
 

@@ -118,7 +118,7 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
         "objective/scores": masked.mean(rollout.scores.astype(jnp.float32), real),
         "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
         "policy/updates": made,
-        "lengths/response": masked.mean(rollout.response_lengths.astype(jnp.float32), real),
+        "lengths/response": masked.mean(jnp.sum(targets.mask.astype(jnp.float32), axis=1), real),
         "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
         "rows/nonfinite": jnp.where(nonfinite(rollout, mask), rollout.rows, -1),
     }

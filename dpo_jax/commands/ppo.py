@@ -18,6 +18,7 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.environment import Environment
 from dpo_jax.judge.reward_model import check_score
 from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
@@ -25,6 +26,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import heldout_progress, progress, samples_section
 from dpo_jax.train.answered import reference_of
+from dpo_jax.train.episodes import Bounds, EpisodeRollouts
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.prompt_data import read_prompts
@@ -57,12 +59,17 @@ def train(config: PPORun) -> Path:
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, heldout = read_prompts(training, architecture, encoder)
-    together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
-    judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
-    judges.try_out(data)
-    if heldout is not None:
-        judges.try_out(heldout)
-    reward = " with ".join(judges.identities())
+    judges, environment = None, None
+    if config.environment is not None:
+        environment = Environment(config.environment, config.reward_timeout)
+        reward = environment.identity
+    else:
+        together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
+        judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
+        judges.try_out(data)
+        if heldout is not None:
+            judges.try_out(heldout)
+        reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
     loader = partial(
@@ -109,9 +116,26 @@ def train(config: PPORun) -> Path:
         "raw": config.data.template == RAW,
     }
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
-    rollouts = Rollouts(model, tokenizer, data, prompts, judges, log, config=step_config, **writing)
+    parts = (model, tokenizer, data, prompts)
+    if environment is None:
+        rollouts = Rollouts(*parts, judges, log, config=step_config, **writing)
+    else:
+        rollouts = EpisodeRollouts(
+            *parts,
+            environment=environment,
+            encoder=encoder,
+            bounds=Bounds(
+                turns=config.resolved("environment_turns"),
+                tokens=config.response_room,
+                prompt=config.longest_prompt,
+                on_error=config.resolved("environment_errors"),
+            ),
+            samples=log,
+            config=step_config,
+            **writing,
+        )
     evaluate = None
-    if heldout is not None:
+    if heldout is not None and judges is not None:
         writing |= {"width": prompts.width, "samples": config.resolved("eval_samples"), "passes": config.eval_pass}
         writing |= {"seed": step_config.seed, "vocabulary": step_config.vocabulary}
         writing |= {"measure": jit_measure(model, step_config, mesh)}

@@ -23,6 +23,24 @@ class PPORun(SampledRun, JudgedRun):
     responses of an iteration.
     """
 
+    reward: str | tuple[str, ...] = ()
+    """What judges a response, one or several, whose scores are summed: vader (sentiment, -1 to 1), length (hundreds of
+    characters), regex:PATTERN (1 where it is found, else 0), language:CODE, exact:COLUMN, numeric:COLUMN and
+    math:COLUMN (the row's right answer), json, json:SCHEMA, format:PATTERN, ramp:A:B, repetition:N, run:COMMAND,
+    FILE.py:FUNCTION (your own code), a URL, judge:FILE.yaml (options of `dpo-jax judge`: a score asked of an endpoint
+    or a model), or a reward model: a folder, a hub id, or a run. docs/rewards.md says what each gives. Not given: only
+    with --environment."""
+    environment: str | None = None
+    """In place of --reward, FILE.py:NAME, a class of your own that answers the model turn by turn and rewards it
+    (docs/environments.md). --reward_timeout holds for one call of it."""
+    environment_turns: int | None = not_given(8, needs="environment")
+    """The most turns of the model in an episode. Not given: 8."""
+    environment_tokens: int | None = not_given(needs="environment")
+    """The most tokens of an episode behind its first messages, the environment's among them; a turn is begun where
+    --sample.max_new_tokens of them are left. Not given: --sample.max_new_tokens x --environment_turns."""
+    environment_errors: Literal["stop", "end"] | None = not_given("stop", needs="environment")
+    """Where the environment raises an exception or gives what is no answer: stop the run, or end that episode with the
+    rewards that it had, counted in environment/errors. Not given: stop."""
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
     """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
     and the results are summed (GDPO, arXiv 2601.05242)."""
@@ -60,7 +78,8 @@ class PPORun(SampledRun, JudgedRun):
         for name in ("eval_samples", "eval_pass"):
             given = getattr(self, name) is not None
             require(not given or self.eval_data is not None, f"--{name} has no effect without --eval_data")
-        self.at_least("--", eval_samples=1)
+        self.at_least("--", eval_samples=1, environment_turns=1, environment_tokens=1)
+        self._check_environment()
         require(self.eval_pass is None or math.isfinite(self.eval_pass), "--eval_pass is no finite number")
         require(
             self.reward_aggregation is None or len(self.rewards) > 1,
@@ -71,11 +90,9 @@ class PPORun(SampledRun, JudgedRun):
             "--reward_aggregation normalize_then_sum standardises over the responses to a prompt: it needs"
             " --ppo.group_size and does not go with --ppo.advantage greedy, which scores one by itself",
         )
-        buffer = self.ppo.overlong_buffer or 0
-        require(
-            buffer <= self.sample.max_new_tokens,
-            f"--ppo.overlong_buffer {buffer} is longer than --sample.max_new_tokens {self.sample.max_new_tokens}",
-        )
+        buffer, most = self.ppo.overlong_buffer or 0, self.response_room
+        named = "--sample.max_new_tokens" if self.environment is None else "--environment_tokens"
+        require(buffer <= most, f"--ppo.overlong_buffer {buffer} is longer than {named} {most}")
         if self.value_model is not None:
             require(
                 self.ppo.critic == "separate",
@@ -85,6 +102,44 @@ class PPORun(SampledRun, JudgedRun):
                 not self.lora.rank,
                 "--value_model does not go with --lora.rank: there the values' adapters stand on the policy's weights",
             )
+
+    def _check_environment(self) -> None:
+        for name in ("turns", "tokens", "errors"):
+            given = getattr(self, f"environment_{name}") is not None
+            require(not given or self.environment, f"--environment_{name} has no effect without --environment")
+        if self.environment is None:
+            return
+        require(not self.rewards, "--reward has no effect with --environment, which rewards its episodes itself")
+        require(self.safety_reward is None, "--safety_reward does not go with --environment")
+        require(self.eval_data is None, "--eval_data does not go with --environment: held-out prompts have one turn")
+        require(
+            self.ppo.resolved("zero_variance") != "resample" and self.ppo.estimator != "greedy",
+            "--environment does not go with --ppo.zero_variance resample or --ppo.advantage greedy, which answer"
+            " prompts by themselves",
+        )
+        require(self.data.template != "raw", "--environment needs turns: not --data.template raw")
+        require(
+            self.response_room >= self.sample.max_new_tokens,
+            f"--environment_tokens {self.response_room} hold no turn of --sample.max_new_tokens"
+            f" {self.sample.max_new_tokens}",
+        )
+
+    @property
+    def response_room(self) -> int:
+        """The most tokens of a response; of an episode all behind its first messages."""
+        if self.environment is None:
+            return self.sample.max_new_tokens
+        return self.environment_tokens or self.sample.max_new_tokens * self.resolved("environment_turns")
+
+    @property
+    def judges_are_given(self) -> bool:
+        """Whether something rewards: `--reward`, or `--environment`."""
+        return bool(self.rewards) or self.environment is not None
+
+    @property
+    def told_reward(self) -> str:
+        """For one line: what rewards."""
+        return super().told_reward if self.environment is None else self.environment
 
     @property
     def standardised_over(self) -> int | None:
@@ -106,7 +161,7 @@ class PPORun(SampledRun, JudgedRun):
         return PPOConfig(
             **vars(self.ppo),
             temperature=self.sample.temperature,
-            max_response=self.sample.max_new_tokens,
+            max_response=self.response_room,
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
             seed=self.train.seed,

@@ -92,11 +92,11 @@ class SampledRun(TrainingRun):
             self.sample.beams is None and not self.sample.stop_strings,
             f"--sample.beams and --sample.stop_strings have no effect: {learner} learns from plain samples",
         )
-        room = self.data.max_length - self.sample.max_new_tokens
+        most, new = self.response_room, self.sample.max_new_tokens
+        named = f"--sample.max_new_tokens {new} leaves" if most == new else f"an episode of {most} tokens leaves"
         require(
-            room > 0,
-            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
-            f" {self.data.max_length}",
+            self.data.max_length > most,
+            f"{named} no room for a prompt in --data.max_length {self.data.max_length}",
         )
         pieces = self.rollout_batch_size
         of = f"--train.batch_size {responses}" if responses == self.train.batch_size else f"the {responses} responses"
@@ -114,10 +114,15 @@ class SampledRun(TrainingRun):
         )
 
     @property
+    def response_room(self) -> int:
+        """The most tokens of a response."""
+        return self.sample.max_new_tokens
+
+    @property
     def longest_prompt(self) -> int:
         """Tokens of a prompt before it is cut."""
-        room = self.data.max_length - self.sample.max_new_tokens
-        return min(self.data.prompt_room(self.sample.max_new_tokens), room)
+        room = self.data.max_length - self.response_room
+        return min(self.data.prompt_room(self.response_room), room)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ class JudgedRun(TrainingRun):
     """MiB that a command of run: may take for one response."""
 
     def __post_init__(self) -> None:
-        require(self.rewards, "--reward names no reward")
+        require(self.judges_are_given, "missing --reward: name what judges a response (docs/rewards.md)")
         twice = [name for i, name in enumerate(self.rewards) if name in self.rewards[:i]]
         require(not twice, f"--reward {twice[0] if twice else ''}: stands there twice; give it a weight instead")
         several, weights = len(self.rewards) > 1, self.reward_weights
@@ -160,7 +165,7 @@ class JudgedRun(TrainingRun):
         )
         judges = [name for name in (*self.rewards, self.safety_reward) if name is not None]
         require(
-            self.reward_timeout is None or any(map(takes_timeout, judges)),
+            self.reward_timeout is None or any(map(takes_timeout, judges)) or (self.judges_are_given and not judges),
             "--reward_timeout has no effect: no reward is a URL, a function of yours, math: or run:",
         )
         require(
@@ -168,6 +173,11 @@ class JudgedRun(TrainingRun):
             "--reward_memory has no effect: no --reward or --safety_reward is run:COMMAND",
         )
         self.positive("--", "reward_timeout", "reward_memory")
+
+    @property
+    def judges_are_given(self) -> bool:
+        """Whether something rewards what is written."""
+        return bool(self.rewards)
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -40,11 +40,12 @@ TRLS_OWN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 """Parameters that GRPOTrainer fills in, and nothing here does."""
 
 
-class _Worker:
+class Worker:
     """The process: a request at a time, each answered within so many seconds."""
 
-    def __init__(self, spec: str, environment: Mapping[str, str]):
-        self._spec = spec
+    def __init__(self, spec: str, environment: Mapping[str, str], *, option: str = "--reward"):
+        """`spec`: FILE.py:NAME that `option` named; `environment`: of the process."""
+        self._named = f"{option} {spec}"
         # JAX of the function computes on the CPU: the devices are taken, all of their memory often, by the training.
         self._process = subprocess.Popen(
             [sys.executable, "-P", reward_worker.__file__],
@@ -57,14 +58,19 @@ class _Worker:
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
         self.end = weakref.finalize(self, _end, self._process)
 
+    def load(self, path: Path, name: str, seconds: float) -> dict[str, Any]:
+        """What `reward_worker.load` says of the file's function or class `name`."""
+        # The kernel takes the end of the thread that started it for the end of the whole process (prctl(2)).
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        asked = {"load": str(path), "name": name, "sys_path": sys.path, "parent": parent}
+        return self.ask(asked, max(seconds, TIMEOUT), "loading the file")  # it may import much
+
     def ask(self, request: Mapping[str, Any], seconds: float, doing: str) -> dict[str, Any]:
         """The answer. Raises `InputError` where there is none in time, or the process is gone."""
         assert self._process.stdin is not None, "it is a pipe"
         written = json.dumps(request, default=reward_worker.encoded).encode() + b"\n"
         if self._process.stdin.closed:
-            raise InputError(
-                f"--reward {self._spec}: {doing}: its process was ended before, in a call that took too long"
-            )
+            raise InputError(f"{self._named}: {doing}: its process was ended before, in a call that took too long")
         try:
             self._process.stdin.write(written)
             self._process.stdin.flush()
@@ -72,14 +78,14 @@ class _Worker:
         except queue.Empty:
             self.end()
             raise InputError(
-                f"--reward {self._spec}: {doing} took longer than {seconds:g} seconds and was ended"
+                f"{self._named}: {doing} took longer than {seconds:g} seconds and was ended"
                 " (--reward_timeout); mend the function, or give it more"
             ) from None
         except BrokenPipeError:
             line = b""
         if not line:
             code = self._process.wait()
-            raise InputError(f"--reward {self._spec}: {doing}: its process ended with the exit code {code}")
+            raise InputError(f"{self._named}: {doing}: its process ended with the exit code {code}")
         return json.loads(line)
 
 
@@ -114,11 +120,8 @@ class PythonFunction:
             raise InputError(f"--reward {spec}: {file} is no file")
         self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
         self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        self._worker = _Worker(spec, environment)
-        # The kernel takes the end of the thread that started it for the end of the whole process (prctl(2)).
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
-        asked = {"load": str(path), "name": name, "sys_path": sys.path, "parent": parent}
-        described = self._worker.ask(asked, max(self._timeout, TIMEOUT), "loading the file")  # it may import much
+        self._worker = Worker(spec, environment)
+        described = self._worker.load(path, name, self._timeout)
         if "error" in described:
             raise self._told(described)
         if described.get("absent"):

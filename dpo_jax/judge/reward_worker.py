@@ -93,6 +93,26 @@ def numbers(found: Any) -> Any:
         return f"{type(found).__name__} {found}"[:80]
 
 
+def played(make: Any, episodes: dict[int, Any], request: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """What environments answer: one object of the user's class `make` an episode, each by its number.
+
+    `request["play"]` is the method, `reset` (which begins episodes, and forgets those before) or `step`, and
+    `request["episodes"]` has (number, what it is given) of each. An exception is the answer of its episode alone.
+    """
+    answers: list[dict[str, Any]] = []
+    if request["play"] == "reset":
+        episodes.clear()
+    for number, given in request["episodes"]:
+        try:
+            if request["play"] == "reset":
+                episodes[number] = make()
+            found = getattr(episodes[number], request["play"])(given)
+            answers.append({"found": json.loads(json.dumps(found, default=encoded))})
+        except (Exception, SystemExit) as error:
+            answers.append(told(error, path))
+    return answers
+
+
 def serve(requests: "queue.Queue[str]", answers: Any) -> None:
     """Answer one request after another; in the main thread, where alarms work."""
 
@@ -100,7 +120,7 @@ def serve(requests: "queue.Queue[str]", answers: Any) -> None:
         answers.write(json.dumps(what) + "\n")
         answers.flush()
 
-    path, function = Path(), None
+    path, function, episodes = Path(), None, dict[int, Any]()
     while True:
         request = json.loads(requests.get(), object_hook=decoded)
         try:
@@ -110,6 +130,9 @@ def serve(requests: "queue.Queue[str]", answers: Any) -> None:
                 path, sys.path[:] = Path(request["load"]), request["sys_path"]
                 function, described = load(path, request["name"])
                 answer(**described)
+            elif "play" in request:
+                assert function is not None, "it was loaded"
+                answer(played=played(function, episodes, request, path))
             else:
                 assert function is not None, "it was loaded"
                 answer(scores=numbers(function(*request["positional"], **request["named"])))

@@ -14,7 +14,9 @@ def samples_section(path: Path) -> html.Section:
     rows = read_rows(path)
     steps = sorted({row["step"] for row in rows})
     shown = [row for step in dict.fromkeys((*steps[:1], *steps[-1:])) for row in _of_step(rows, step)]
-    cells = [(row["step"], prompt_text(row["prompt"]), row["response"], f"{row['score']:.4g}") for row in shown]
+    cells = [
+        (row["step"], prompt_text(row["prompt"]), prompt_text(row["response"]), f"{row['score']:.4g}") for row in shown
+    ]
     head = ("step", "prompt", "response", "score")
     note = "The first responses of the first and of the last iteration; all of them are in samples.jsonl."
     return html.Section("Samples", note, table=html.Table(head, cells, texts=("prompt", "response")))
@@ -31,7 +33,7 @@ def _of_step(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """A prompt as one text, for people."""
+    """A prompt, or an episode, as one text, for people."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dpo_jax.align import ppo
-from dpo_jax.align.advantages import group_relative, kl_term, leave_one_out, next_kl_coefficient
-from dpo_jax.config import PPOLossConfig, PPORun, RejectionRun, SampleConfig
+from dpo_jax.align.advantages import group_relative, kl_term, learning_targets, leave_one_out, next_kl_coefficient
+from dpo_jax.config import PPOConfig, PPOLossConfig, PPORun, RejectionRun, SampleConfig
 from dpo_jax.errors import InputError
+from dpo_jax.types import Rollout
 
 R = jnp.array([[-0.01, 0.02, -0.03, 0.99]])
 V = jnp.array([[0.1, 0.2, 0.3, 0.4]])
@@ -196,3 +197,32 @@ def test_sampling_that_the_update_does_not_know_of_is_refused(option: dict[str, 
 def test_narrow_weights_and_caches_of_the_sampler_are_not_refused() -> None:
     sample = SampleConfig(max_new_tokens=8, weights="int8", cache="bfloat16")
     PPORun(model="m", data="d", out="o", reward="vader", sample=sample)
+
+
+def test_what_an_environment_says_carries_nothing():
+    """Tokens of others between the policy's: no reward, no KL, no advantage; the score stands on its last token."""
+    own = np.asarray([[True, True, False, False, True, False], [True, False, False, False, False, False]])
+    rollout = Rollout(
+        prompts=np.zeros((2, 1), np.int32),
+        prompt_lengths=np.ones(2, np.int32),
+        responses=np.zeros((2, 6), np.int32),
+        response_lengths=np.asarray([5, 1], np.int32),
+        ended=np.ones(2, bool),
+        sampler_logps=np.full((2, 6), -1.0, np.float32),
+        old_logps=np.full((2, 6), -1.0, np.float32),
+        reference_logps=np.asarray([[-1.5, -1.0, np.nan, 7.0, -0.5, np.nan], [-1.0] * 6], np.float32),
+        values=None,
+        scores=np.asarray([2.0, 1.0], np.float32),
+        kl_coefficient=np.full(2, 0.1, np.float32),
+        weights=np.ones(2, np.float32),
+        rows=np.arange(2, dtype=np.int32),
+        own=own,
+    )
+    config = PPOConfig(advantage="none", returns="to_go", gamma=0.5, kl_coefficient=0.1)
+    targets = learning_targets(rollout, config)
+    np.testing.assert_array_equal(targets.learned, own)
+    # KL of .5, 0 and -.5 at .1 a nat: rewards -.05, 0, 2.05; discounted by tokens of the policy alone.
+    np.testing.assert_allclose(targets.rewards, [[-0.05, 0, 0, 0, 2.05, 0], [1.0, 0, 0, 0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        targets.advantages, [[-0.05 + 0.25 * 2.05, 0.5 * 2.05, 0, 0, 2.05, 0], [1.0, 0, 0, 0, 0, 0]], atol=1e-6
+    )

@@ -66,6 +66,8 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
     required = [name for name, needed in cli.option_names(word).items() if needed]
     if word == "generate":
         required.append("prompt")
+    if word in ("ppo", "grpo"):  # or an environment
+        required.append("reward")
     if word == "extend-vocab":
         required.append("tokenizer")
     if word in ("judge", "mt-bench judge"):

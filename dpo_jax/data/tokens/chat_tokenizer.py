@@ -144,6 +144,33 @@ class ChatTokenizer:
         ids = np.asarray(self._with_bos(found), np.int32)
         return end_of(ids, len(ids) if max_length is None else max_length, self.bos).tolist()
 
+    def following_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of what stands between an answer, its terminator included, and the next one: `messages`, in which what is
+        spelled is text, and the template's words around them.
+
+        Raises `BadRow` where the template refuses them there, and `InputError` for raw texts, which have no turns.
+        """
+        if self._template is None:
+            raise InputError("--data.template raw has no turns; name a chat template")
+        hidden = self._control.hide([m.content for m in messages])
+        turns = list(messages)
+        if hidden is not None:
+            turns = [m._replace(content=content) for m, content in zip(messages, hidden, strict=True)]
+        opening = (Message("user", "a"), Message("assistant", _PROBE))
+        try:
+            before = self._render(opening)
+        except BadRow:  # a template may demand a system message
+            opening = (Message("system", "a"), *opening)
+            before = self._render(opening)
+        whole = self._render((*opening, *turns), generation=True)
+        if not whole.startswith(before):
+            detail = "what it writes of an answer depends on what follows; name another template"
+            raise BadRow("the chat template renders an answer differently in front of another turn", detail)
+        # Behind the terminator, so that a tokenizer that begins texts differently finds no beginning here.
+        end = self._control.texts.get(self._terminator, "")
+        text = end + self._tail[len(self._closing) :] + whole[len(before) :]
+        return (self._ids(text) if hidden is None else self._control.encode(text))[1 if end else 0 :]
+
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text without BOS or terminator; what spells a control token in it is text."""
         return self._control.text_ids(text)

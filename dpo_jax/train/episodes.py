@@ -1,0 +1,262 @@
+"""Rollouts of several turns: the policy and an environment speak in turn, and the policy learns from its own words.
+
+A rollout's response is everything behind the first messages; `Rollout.own` tells the policy's tokens from those that
+the environment's turns and the template put between them, which are context and carry no loss. Tokens that the policy
+drew stay as it drew them: nothing is tokenised again.
+
+Every turn is drawn with the key of the iteration and a number of the episode and the turn, so what an episode becomes
+depends on the seed, the weights and the environment, and not on which episodes were answered beside it. Episodes wait
+in one line, and each call of the sampler takes the first of them, whichever turn they are at.
+"""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.align import ppo
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.sets.prompts import PromptBatch
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import Row
+from dpo_jax.judge.environment import OPTION, Environment, Failed, Step
+from dpo_jax.sample import generate
+from dpo_jax.state import TrainState
+from dpo_jax.train.rollouts import Rollouts
+from dpo_jax.types import Rollout
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far an episode goes.
+
+    Attributes:
+      turns: of the policy, at most.
+      tokens: behind the first messages, at most, R.
+      prompt: tokens of the first messages, at most.
+      on_error: stop: the run; end: the episode.
+    """
+
+    turns: int
+    tokens: int
+    prompt: int
+    on_error: str
+
+
+@dataclass
+class _Episode:
+    """One conversation as it goes on."""
+
+    row: int
+    prompt: list[int]
+    messages: list[Message]
+    opening: int
+    ids: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    turns: int = 0
+    score: float = 0.0
+    done: bool = False
+    ended: bool = False
+    failed: bool = False
+
+
+class EpisodeRollouts(Rollouts):
+    """`Rollouts` whose responses are conversations with an environment, which scores them."""
+
+    def __init__(
+        self,
+        *args: Any,
+        environment: Environment,
+        encoder: ConversationEncoder,
+        bounds: Bounds,
+        samples: SampleLog,
+        **options: Any,
+    ):
+        """Args: as `Rollouts`, without a scorer; the environment; the template; the bounds of an episode."""
+        super().__init__(*args, environment_scores, samples, **options)
+        self._environment, self._encoder, self._bounds = environment, encoder, bounds
+
+    def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[Rollout, Row]:
+        """Episodes that begin with the rows of `batch`, with all that the step is to read; and figures.
+
+        Beside those of `Rollouts`: environment/turns (mean turns of the policy), environment/tokens (mean tokens that
+        are not the policy's), environment/done (share that the environment ended), environment/errors (share that an
+        error of the environment ended).
+        """
+        clock = [time.perf_counter()]
+        self._seconds = 0.0
+        episodes = self._played(state, batch)
+        clock.append(time.perf_counter())
+        rollout = self._measured(state, self._rollout(batch, episodes))
+        clock.append(time.perf_counter())
+        kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
+        self._samples.append(batch.step + 1, map(self._told, episodes, kl.tolist()))
+        self._move_kl_coefficient(float(kl.mean()))
+        playing, measuring = np.diff(clock).tolist()
+        figures: Row = {
+            "environment/turns": float(np.mean([e.turns for e in episodes])),
+            "environment/tokens": float(np.mean([len(e.own) - sum(e.own) for e in episodes])),
+            "environment/done": float(np.mean([e.done for e in episodes])),
+            "environment/errors": float(np.mean([e.failed for e in episodes])),
+            "seconds_sampling": playing - self._seconds,
+            "seconds_scoring": self._seconds,
+            "seconds_measuring": measuring,
+        }
+        return rollout, figures
+
+    # ---------------------------------------------------------------- playing
+
+    def _played(self, state: TrainState, batch: PromptBatch) -> list[_Episode]:
+        """All episodes of an iteration, to their ends."""
+        variables, key = ppo.policy_of(state.variables), jax.random.fold_in(self._key, batch.step)
+        episodes = self._begun(batch)
+        waiting = deque(range(len(episodes)))
+        while waiting:
+            at = [waiting.popleft() for _ in range(min(self._piece, len(waiting)))]
+            self._answered(variables, key, episodes, at)
+            answers = self._timed(lambda: self._environment.step([(i, episodes[i].messages) for i in at]))  # noqa: B023
+            for i, answer in zip(at, answers, strict=True):
+                if self._goes_on(episodes[i], answer):
+                    waiting.append(i)
+        return episodes
+
+    def _begun(self, batch: PromptBatch) -> list[_Episode]:
+        found = self._timed(lambda: self._environment.reset([self._data.prompts[i] for i in batch.indices]))
+        episodes: list[_Episode] = []
+        for row, messages in zip(batch.rows.tolist(), found, strict=True):
+            if isinstance(messages, Failed):
+                # An episode without a beginning teaches nothing, and has no prompt to stand behind.
+                raise self._error(row, messages.why)
+            try:
+                ids = self._encoder.prompt_ids(messages)
+            except BadRow as problem:
+                raise self._error(row, f"reset: {problem}") from problem
+            if len(ids) > self._bounds.prompt:
+                raise self._error(
+                    row, f"reset gave {len(ids)} tokens, and --data.max_length leaves {self._bounds.prompt}"
+                )
+            episodes.append(_Episode(row, ids, list(messages), len(messages)))
+        return episodes
+
+    def _answered(self, variables: Any, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
+        """One turn of the policy in the episodes `at`."""
+        filled = np.resize(np.asarray(at), self._piece)  # filled up, so that all calls have as many rows
+        generation = generate(
+            self._model,
+            variables,
+            [[*episodes[i].prompt, *episodes[i].ids] for i in filled],
+            key,
+            config=self._sample,
+            row_ids=[i + len(episodes) * episodes[i].turns for i in filled],
+            vocabulary=self._vocabulary,
+            mesh=self._mesh,
+        )
+        tokens, mask, logps = (np.asarray(x)[: len(at)] for x in generation)
+        ended = self._ended(tokens, mask)
+        for i, drawn, count, logp, end in zip(at, tokens, mask.sum(axis=1), logps, ended, strict=True):
+            episode = episodes[i]
+            said = drawn[: count - int(end)]
+            text = self._text(np.asarray([*episode.prompt, *episode.ids]), said)
+            episode.messages.append(Message("assistant", text))
+            episode.ids += drawn[:count].tolist()
+            episode.own += [True] * int(count)
+            episode.logps += logp[:count].tolist()
+            episode.turns, episode.ended = episode.turns + 1, bool(end)
+
+    def _goes_on(self, episode: _Episode, answer: Step | Failed) -> bool:
+        """Whether the policy has another turn, of which the episode then holds all that stands before it."""
+        if isinstance(answer, Failed):
+            if self._bounds.on_error == "stop":
+                raise self._error(episode.row, answer.why)
+            episode.failed = True
+            return False
+        episode.score += answer.reward
+        episode.done = answer.done
+        if answer.done or not episode.ended:  # what was cut has no terminator, and nothing can follow it
+            return False
+        episode.ended = False  # unless a further turn ends it
+        if episode.turns >= self._bounds.turns:
+            return False
+        try:
+            between = self._encoder.following_ids(answer.messages)
+        except BadRow as problem:
+            raise self._error(episode.row, f"step: {problem}") from problem
+        if episode.ids[-1] not in self._encoder.terminators:  # a stop token of the user ended the turn
+            between = [self._encoder.terminators[0], *between]
+        if len(episode.ids) + len(between) + self._sample.max_new_tokens > self._bounds.tokens:
+            return False
+        episode.messages += answer.messages
+        episode.ids += between
+        episode.own += [False] * len(between)
+        episode.logps += [0.0] * len(between)
+        return True
+
+    def _timed(self, call: Any) -> Any:
+        start = time.perf_counter()
+        found = call()
+        self._seconds += time.perf_counter() - start
+        return found
+
+    def _error(self, row: int, why: str) -> InputError:
+        return InputError(f"{OPTION}: row {row} of the prompts: {why}")
+
+    # ---------------------------------------------------------------- as a rollout
+
+    def _rollout(self, batch: PromptBatch, episodes: Sequence[_Episode]) -> Rollout:
+        """The episodes as arrays."""
+        rows, width = len(episodes), -(-max(len(e.prompt) for e in episodes) // 8) * 8
+        prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
+        own, logps = np.zeros(responses.shape, bool), np.zeros(responses.shape, np.float32)
+        for i, e in enumerate(episodes):
+            prompts[i, : len(e.prompt)] = e.prompt
+            responses[i, : len(e.ids)], own[i, : len(e.ids)], logps[i, : len(e.ids)] = e.ids, e.own, e.logps
+        arrays: dict[str, Any] = {
+            "prompts": prompts,
+            "prompt_lengths": np.asarray([len(e.prompt) for e in episodes], np.int32),
+            "responses": responses,
+            "response_lengths": np.asarray([len(e.ids) for e in episodes], np.int32),
+            "ended": np.asarray([e.ended for e in episodes]),
+            "sampler_logps": logps,
+            "reference_logps": np.zeros_like(logps),
+            "values": None,
+            "scores": np.asarray([e.score for e in episodes], np.float32),
+            "kl_coefficient": np.full(rows, self.kl_coefficient, np.float32),
+            "weights": np.ones(rows, np.float32),
+            "rows": batch.rows,
+            "own": own,
+        }
+        return Rollout(**arrays)
+
+    def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
+        measured = super()._measured(state, rollout)
+        assert rollout.own is not None, "episodes say whose tokens are whose"
+        reference: Any = np.where(rollout.own, measured.reference_logps, 0.0)
+        return dataclasses.replace(measured, reference_logps=reference)
+
+    def _told(self, episode: _Episode, kl: float) -> dict[str, Any]:
+        said = [message.as_dict() for message in episode.messages]
+        return {
+            "row": episode.row,
+            "prompt": said[: episode.opening],
+            "response": said[episode.opening :],
+            "score": episode.score,
+            "kl": kl,
+            "turns": episode.turns,
+            "tokens": sum(episode.own),
+            "ended": episode.ended,
+            "done": episode.done,
+        }
+
+
+def environment_scores(*_: Any) -> Any:
+    """Stands where `Rollouts` has a scorer: episodes bring their scores."""
+    raise AssertionError("episodes are scored by their environment")

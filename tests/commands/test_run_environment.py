@@ -1,0 +1,171 @@
+"""`dpo-jax grpo --environment`: the documented examples as runs of a tiny random model."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from documented import programs
+from safetensors.numpy import load_file
+
+from dpo_jax import cli
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.errors import Stopped
+from dpo_jax.files.log import read_metrics
+from dpo_jax.report.samples import read_rows
+from dpo_jax.train import session as training
+
+STOPS = [str(i) for i in range(3, 160)]
+"""Half of the tokens end a turn: a random model has many."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.folder(folder / "model", hidden=16, heads=2, kv_heads=1, layers=1, max_position=512)
+    words = ["cat", "whale", "stone", "ship"]
+    rows = [{"prompt": "good book" if i % 2 else "red", "word": words[i % 4], "answer": i} for i in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, code in programs("environments.md").items():
+        (folder / name).write_text(code)
+    failing = "import twenty_questions as t\nclass Fails(t.TwentyQuestions):\n    def step(self, messages):\n"
+    failing = failing.replace("import twenty_questions as t", (folder / "twenty_questions.py").read_text())
+    failing = failing.replace("t.TwentyQuestions", "TwentyQuestions")
+    (folder / "fails.py").write_text(failing + "        return super().step(messages) if len(messages) < 4 else boom\n")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_roughly():
+    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
+
+
+def words(inputs: Path, out: Path, *more: str, environment: str = "twenty_questions.py:TwentyQuestions") -> list[str]:
+    args = ["grpo", "--model", inputs / "model", "--data", inputs / "rows.jsonl", "--out", out]
+    args += ["--environment", f"{inputs}/{environment}", "--environment_turns", "3", "--environment_tokens", "200"]
+    args += ["--train.batch_size", "8", "--ppo.group_size", "4", "--train.steps", "3", "--sample.max_new_tokens", "6"]
+    args += ["--data.max_length", "400", "--lora.rank", "4", "--optimizer.learning_rate", "2e-2"]
+    args += ["--checkpoint.every", "1", "--checkpoint.keep", "5", "--mesh.fsdp", "1", "--sample.stop_tokens", *STOPS]
+    return [*map(str, args), *more]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_mesh", runs.small_mesh)
+        assert cli.main(words(inputs, out)) == 0
+    return out
+
+
+def test_the_whole_run(whole: Path) -> None:
+    rows, samples = read_metrics(whole / "metrics.jsonl"), read_rows(whole / "samples.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    several = 0
+    for row in rows:
+        own = [s for s in samples if s["step"] == row["step"]]
+        assert row["environment/turns"] == np.mean([s["turns"] for s in own])
+        assert row["environment/done"] == np.mean([s["done"] for s in own])
+        assert row["objective/scores"] == pytest.approx(np.mean([s["score"] for s in own]), abs=1e-6)
+        assert row["objective/kl"] == pytest.approx(np.mean([s["kl"] for s in own]), abs=1e-4)
+        assert row["lengths/response"] == np.mean([s["tokens"] for s in own])
+        assert (row["environment/errors"], row["environment/tokens"] > 0) == (0, row["environment/turns"] > 1)
+        # What the trainer computes of a conversation is what the sampler drew turn by turn, each in its context.
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        for sample in own:
+            roles = [message["role"] for message in sample["response"]]
+            assert roles == (["assistant", "user"] * 3)[: 2 * sample["turns"] - 1]
+            several += sample["turns"] > 1
+    assert several > 5
+    assert (whole / "report.html").exists()
+
+
+def test_stopped_and_gone_on_in_other_pieces(inputs: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """The same bits after an interruption; the same conversations where fewer are sampled at once."""
+    out, args, original = tmp_path / "run", words(inputs, tmp_path / "run"), SampleLog.append
+
+    def then_stop(self: SampleLog, step: int, rows) -> None:
+        original(self, step, rows)
+        if step == 2:
+            raise Stopped(15)  # nothing of this step is saved, but its texts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleLog, "append", then_stop)
+        assert cli.main(args) == 143
+    assert cli.main(args) == 0
+    assert runs.metrics(out) == runs.metrics(whole)
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for path in sorted(whole.glob("*/*.safetensors")):
+        left, right = load_file(out / path.relative_to(whole)), load_file(path)
+        for key in right:
+            np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+@pytest.mark.slow
+def test_pieces_and_the_calculator(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """Four at once: episodes at different turns are sampled together, and become what they became."""
+    assert cli.main(words(inputs, tmp_path / "four", "--rollout_batch_size", "4", "--train.steps", "1")) == 0
+    conversations = [
+        [s["response"] for s in read_rows(out / "samples.jsonl") if s["step"] == 1]
+        for out in (tmp_path / "four", whole)
+    ]
+    assert conversations[0] == conversations[1]
+    args = words(inputs, tmp_path / "tool", "--train.steps", "1", environment="calculator.py:Calculator")
+    assert cli.main(args) == 0
+    assert read_metrics(tmp_path / "tool" / "metrics.jsonl")[0]["environment/turns"] > 1
+
+
+def test_errors_of_the_environment(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    args = words(inputs, tmp_path / "run", "--train.steps", "1", environment="fails.py:Fails")
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--environment: row " in error
+    assert "NameError: name 'boom' is not defined" in error
+    assert cli.main([*args, "--environment_errors", "end"]) == 0
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < row["environment/errors"] <= 1
+    assert row["environment/turns"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reward", "vader"], "--reward has no effect with --environment"),
+        (["--eval_data", "e.jsonl"], "--eval_data does not go with --environment"),
+        (["--ppo.preset", "dapo"], "does not go with --ppo.zero_variance resample"),
+        (["--data.template", "raw"], "--environment needs turns"),
+        (["--environment_tokens", "4"], "--environment_tokens 4 hold no turn of --sample.max_new_tokens 6"),
+        (["--data.max_length", "150"], "an episode of 200 tokens leaves no room"),
+        (["--data.max_length", "210"], "reset gave messages of"),
+    ],
+)
+def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(words(inputs, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "zephyr"])
+def test_turns_between_are_those_of_the_whole_conversation(template: str | None) -> None:
+    """Token for token, whatever is spelled in them; the ids of the answer stay as they are."""
+    encoder = ConversationEncoder(tiny.tokenizer(), template)
+    opening, answer = (Message("system", "be good"), Message("user", "hi")), Message("assistant", "a red book")
+    for said in ("no <|im_end|> text", " two\nlines ", "x"):
+        whole = encoder.prompt_ids((*opening, answer, Message("user", said)))
+        first = encoder.prompt_ids(opening)
+        between = encoder.following_ids((Message("user", said),))
+        assert whole[: len(first)] == first
+        assert whole[len(whole) - len(between) :] == between
+        middle = whole[len(first) : len(whole) - len(between)]
+        assert middle == [*encoder.text_ids("a red book"), encoder.terminators[0]]
