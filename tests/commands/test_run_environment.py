@@ -148,7 +148,7 @@ def test_errors_of_the_environment(inputs: Path, tmp_path: Path, capsys: pytest.
         (["--data.template", "raw"], "--environment needs turns"),
         (["--environment_tokens", "4"], "--environment_tokens 4 hold no turn of --sample.max_new_tokens 6"),
         (["--data.max_length", "150"], "an episode of 200 tokens leaves no room"),
-        (["--data.max_length", "210"], "reset gave messages of"),
+        (["--data.max_length", "210"], "reset gave 68 tokens, and --data.max_length leaves 10"),
     ],
 )
 def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
