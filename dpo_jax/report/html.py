@@ -28,7 +28,8 @@ p.note { color: #666 } table { border-collapse: collapse; font-size: .92em }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e4e4e4 }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem } th { font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem }
-.plots figure { margin: 0 } .plots svg { max-width: 100%; height: auto }
+.plots figure { margin: 0; max-width: 100% } .plots svg { max-width: 100%; height: auto }
+.table { overflow-x: auto } h1, p { overflow-wrap: anywhere }
 """
 
 
@@ -78,7 +79,8 @@ def write_report(path: Path, title: str, summary: str, sections: Sequence[Sectio
     body = "\n".join(_section(section) for section in sections)
     write_atomically(
         path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n"
         f"{body}\n</body></html>\n",
     )
@@ -172,7 +174,8 @@ def _table(table: Table) -> str:
         "".join(f"<td{kind}>{html.escape(str(value))}</td>" for kind, value in zip(kinds, row, strict=True))
         for row in table.rows
     )
-    return f"<table><tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="table"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _svg(plot: Plot) -> str:
@@ -239,6 +242,7 @@ def _panel(axes: Any, plot: Plot) -> None:
         axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
     axes.set_title(_plain(plot.title), loc="left")
     axes.set_xlabel(_plain(plot.x_label))
+    axes.ticklabel_format(axis="y", useOffset=False)
     if all(isinstance(x, int) for series in plot.series for x in series.x):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if len(plot.series) > 1:
