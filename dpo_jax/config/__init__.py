@@ -18,6 +18,7 @@ from dpo_jax.config.commands import (
     GenerateRun,
     InspectRun,
     LogpsRun,
+    ReportRun,
     ScoreRun,
 )
 from dpo_jax.config.dpo import BETAS, DPOConfig, DPOLossConfig, DPORun, Loss, Ties
@@ -138,6 +139,7 @@ __all__ = [
     "RejectionConfig",
     "RejectionRun",
     "Remat",
+    "ReportRun",
     "RewardConfig",
     "RewardLossConfig",
     "RewardRun",

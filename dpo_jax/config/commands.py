@@ -215,6 +215,22 @@ class ConfigsRun:
 
 
 @dataclass(frozen=True)
+class ReportRun:
+    """Runs on one page: curves over each other, options that differ, last figures: `dpo-jax report RUN RUN ...`."""
+
+    runs: tuple[str, ...]
+    """Two or more run folders, finished or not."""
+    out: str = "compared.html"
+    """The page to write."""
+    overwrite: bool = False
+    """Replace the page if it is there."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 1, "report compares two or more runs; each has a report.html of its own")
+        require(len({*self.runs}) == len(self.runs), "--runs names a run twice")
+
+
+@dataclass(frozen=True)
 class CompletionRun:
     """What lets a shell complete commands, options and values: `dpo-jax completion bash|zsh`."""
 

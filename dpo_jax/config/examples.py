@@ -80,6 +80,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "bench": ("bench zephyr_ddpo --model_shape llama3_1b",),
     "inspect": ("inspect --model smollm2 --data pairs.jsonl",),
+    "report": ("report runs/beta_0.1 runs/beta_0.5 --out compared.html",),
     "configs": ("configs", "configs show zephyr_ddpo", "configs copy zephyr_ddpo --to mine.py"),
     "completion": (
         "completion bash > ~/.local/share/bash-completion/completions/dpo-jax",

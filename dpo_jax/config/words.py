@@ -377,6 +377,13 @@ COMMANDS = {
         lists=("data",),
         unused=(*_NO_LOADER, "data.buckets"),
     ),
+    "report": Command(
+        "ReportRun",
+        "dpo_jax.commands.report:report",
+        "several runs on one page: curves over each other, options that differ",
+        positional=("runs",),
+        silent=True,
+    ),
     "configs": Command(
         "ConfigsRun",
         "dpo_jax.commands.configs:configs",

@@ -86,38 +86,42 @@ def write_report(path: Path, title: str, summary: str, sections: Sequence[Sectio
     )
 
 
+FIGURES = (
+    ("Loss", ("loss", "eval_loss", "nll_loss")),
+    ("Score", ("objective/scores", "eval_reward")),
+    ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/helpfulness", "rewards/safety")),
+    ("Perplexity", ("eval_perplexity",)),
+    ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("Entropy of the predictions", ("entropy", "eval_entropy", "policy/entropy_avg")),
+    ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
+    ("KL to the reference", ("kl", "eval_kl", "objective/kl")),
+    ("Price of the KL divergence", ("kl_coefficient",)),
+    ("Length of the responses (tokens)", ("lengths/response", "eval_length")),
+    ("Value loss", ("loss/value_avg",)),
+    ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg")),
+    ("Learning rate", ("learning_rate",)),
+    ("Gradient norm before clipping", ("grad_norm",)),
+)
+"""What is drawn of a run: the title of a plot, and the figures in it."""
+
+
 def training_section(rows: Sequence[Row]) -> Section:
     """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
-    wanted = (
-        ("Loss", ("loss", "eval_loss", "nll_loss")),
-        ("Score", ("objective/scores", "eval_reward")),
-        ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/helpfulness", "rewards/safety")),
-        ("Perplexity", ("eval_perplexity",)),
-        ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
-        ("Entropy of the predictions", ("entropy", "eval_entropy", "policy/entropy_avg")),
-        ("Accuracy of the rewards", ("rewards/accuracies", "eval_rewards/accuracies")),
-        ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
-        ("Log-probability of the responses", ("logps/chosen", "logps/rejected")),
-        ("KL to the reference", ("kl", "eval_kl", "objective/kl")),
-        ("Price of the KL divergence", ("kl_coefficient",)),
-        ("Length of the responses (tokens)", ("lengths/response", "eval_length")),
-        ("Value loss", ("loss/value_avg",)),
-        ("Share of clipped tokens", ("policy/clipfrac_avg", "val/clipfrac_avg")),
-        ("Learning rate", ("learning_rate",)),
-        ("Gradient norm before clipping", ("grad_norm",)),
-    )
     plots = []
-    for title, names in wanted:
-        series = [_series(rows, name) for name in names]
+    for title, names in FIGURES:
+        series = [of_run(rows, name, name) for name in names]
         shown = tuple(s for s in series if s.x)
         if shown:
             plots.append(Plot(title, shown))
     return Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
 
 
-def _series(rows: Sequence[Row], name: str) -> Series:
+def of_run(rows: Sequence[Row], name: str, label: str) -> Series:
+    """A figure of a run as a line."""
     points = [(row["step"], row[name]) for row in rows if name in row]
-    return Series(name, [x for x, _ in points], [y for _, y in points])
+    return Series(label, [x for x, _ in points], [y for _, y in points])
 
 
 def final_section(rows: Sequence[Row]) -> Section:

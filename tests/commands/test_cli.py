@@ -75,7 +75,7 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
     if word == "recipe llama3" and "sft_data" not in required:
         required.append("sft_data")
     first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word in ("plan", "bench") else []
-    several = {"models": ("y",)}  # one model is no average
+    several = {"models": ("y",), "runs": ("y",)}  # one model is no average
     parsed = cli.parse(
         word, first + [part for name in required for part in (f"--{name}", "zsh", *several.get(name, ()))]
     )

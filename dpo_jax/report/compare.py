@@ -1,0 +1,78 @@
+"""Several runs on one page: their curves over each other, the options in which they differ, their last figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config.names import option
+from dpo_jax.errors import InputError, nearest
+from dpo_jax.files.folder import RunFolder
+from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.report import html
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run folder says.
+
+    Attributes:
+      name: in legends.
+      options: resolved, by the names of the fields.
+      rows: of metrics.jsonl.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    rows: Sequence[Row]
+
+
+def read_runs(places: Sequence[str]) -> list[Told]:
+    """The runs in these folders. Raises `InputError` for a folder that holds none, or none that has made a step."""
+    runs = []
+    for place in places:
+        path = Path(place).expanduser()
+        if not (path / "run.json").is_file():
+            raise InputError(f"{place}: is no run folder{nearest(place)}; give the --out of a training command")
+        rows = [row for row in read_metrics(path / "metrics.jsonl") if "step" in row]
+        if not rows:
+            raise InputError(f"{place}: its metrics.jsonl has no step yet")
+        same = [other for other in places if Path(other).expanduser().name == path.name]
+        runs.append(Told(path.name if len(same) == 1 else place, RunFolder(path, "", {}).resolved(), rows))
+    return runs
+
+
+def sections(runs: Sequence[Told]) -> list[html.Section]:
+    """What differs, the last figures, and the curves."""
+    return [_different(runs), _last(runs), _curves(runs)]
+
+
+def _different(runs: Sequence[Told]) -> html.Section:
+    names = dict.fromkeys(name for run in runs for name in run.options if name != "out")
+    rows = []
+    for name in names:
+        values = [run.options.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append((option(name), *("" if value is None else value for value in values)))
+    if not rows:
+        return html.Section("Options that differ", "None but --out.")
+    return html.Section("Options that differ", table=html.Table(("option", *(run.name for run in runs)), rows))
+
+
+def _last(runs: Sequence[Told]) -> html.Section:
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    cells = []
+    for name in names:
+        found = [next((row[name] for row in reversed(run.rows) if name in row), None) for run in runs]
+        cells.append((name, *("" if value is None else f"{value:.6g}" for value in found)))
+    return html.Section("Last figures", table=html.Table(("figure", *(run.name for run in runs)), cells))
+
+
+def _curves(runs: Sequence[Told]) -> html.Section:
+    plots = []
+    for title, names in html.FIGURES:
+        for name in names:
+            drawn = [html.of_run(run.rows, name, run.name) for run in runs]
+            if shown := tuple(one for one in drawn if one.x):
+                plots.append(html.Plot(title if names[0] == name else f"{title} ({name})", shown))
+    return html.Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
