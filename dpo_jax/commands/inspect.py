@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import InspectRun
+from dpo_jax.data.sets.comparison_table import comparison_table
 from dpo_jax.data.sets.dataset import check_context
 from dpo_jax.data.sets.inspect import Piece, pieces, sequence_pieces
 from dpo_jax.data.sets.sequences import load_dialogues
@@ -34,6 +38,9 @@ def inspect(run: InspectRun) -> None:
     Raises `InputError`.
     """
     console = Console(highlight=False)
+    if run.table:
+        console.print(_table(run))
+        return
     for name, _ in parse_sources(run.data.files):
         each = replace(run, data=replace(run.data, files=name))
         for heading, found in _pairs(each) if run.kind == "preferences" else _dialogues(each):
@@ -43,6 +50,20 @@ def inspect(run: InspectRun) -> None:
     for part, meaning in MEANINGS.items():
         if part != "format" or run.kind == "preferences":
             console.print(Text.assemble((f" {part} ", STYLES[part]), f" {meaning}"))
+
+
+def _table(run: InspectRun) -> Table:
+    """Comparisons by source, file by file."""
+    _, tokenizer = load_vocabulary(run.model, run.data)
+    table = Table(title=f"{run.data.files}: means, tokens without a template")
+    for name in ("source", "comparisons", "turns", "tokens of an example", "of a prompt", "of a response"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, _ in parse_sources(run.data.files):
+        told: dict[str, Any] = {"columns": run.data.columns, "limit": run.data.limit, "on_bad_rows": run.on_bad_rows}
+        for source, figures in comparison_table(name, tokenizer, **told).items():
+            count, *means = figures.figures()
+            table.add_row(escape(source), f"{count:,}", *(f"{mean:.1f}" for mean in means))
+    return table
 
 
 def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:

@@ -185,10 +185,16 @@ class InspectRun(RowsRun):
     """How many rows to show."""
     first: int = 1
     """Row number (from 1) to begin at."""
+    table: bool = False
+    """Instead of rows: comparisons, turns, and tokens of an example, a prompt and a response, by the column `source`
+    (Llama 2's Table 6)."""
 
     def __post_init__(self) -> None:
         self.at_least("--", rows=1)
         require(self.first >= 1, "--first counts rows from 1")
+        if self.table:
+            require(self.kind == "preferences", "--table counts comparisons: it has no effect with --kind dialogues")
+            require((self.rows, self.first) == (3, 1), "--rows and --first have no effect with --table")
         if self.kind == "preferences":
             require(self.train_on is None, "--train_on has no effect without --kind dialogues")
         else:

@@ -1,6 +1,7 @@
 """The commands `logps`, `eval`, `inspect` and `convert` on a tiny model, from words to files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config import DataConfig
 from dpo_jax.data.sets.dataset import load_preferences
+from dpo_jax.files import jsonl
 
 ROWS = 12
 LENGTH = 44  # cuts some responses
@@ -134,6 +136,34 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (row["prompt"], row["chosen"]):
         assert "".join(text.split()) in words
     assert "terminator" in shown
+
+
+def test_inspect_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 2's Table 6, counted by hand: a word of the letters a to d is a token of its own here, or several."""
+    two = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a b"}, {"role": "user", "content": "b"}]
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "a", "source": "x"},
+        {"prompt": two, "chosen": "a", "rejected": "a b c", "source": "x"},
+        {"prompt": "a", "responses": ["a", "b", "c"], "source": "[y]"},
+    ]
+    jsonl.write_lines(tmp_path / "rows.jsonl", rows)
+    run("inspect", "--model", place / "policy", "--data", tmp_path / "rows.jsonl", "--table")
+    found = {
+        cells[1].strip(): [c.strip() for c in cells[2:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if len(cells := re.split("[│┃]", line)) == 8
+    }
+    one = len(dpo_jax.load_tokenizer(str(place / "policy"))("a b")["input_ids"])
+    three = len(dpo_jax.load_tokenizer(str(place / "policy"))("a b c")["input_ids"])
+    # Examples: 1 + 1; 1 + one + 1 + the mean of 1 and three.
+    second = 2 + one + (1 + three) / 2
+    assert found["x"] == ["2", "1.5", f"{(2 + second) / 2:.1f}", "1.0", f"{(3 + one + three) / 5:.1f}"]
+    assert found["[y]"] == ["3", "1.0", "2.0", "1.0", "1.0"]
+    assert found["all"][0] == "5"
+    for words in (["--rows", "2"], ["--kind", "dialogues"]):
+        base = ["inspect", "--model", str(place / "policy"), "--data", str(tmp_path / "rows.jsonl"), "--table"]
+        assert cli.main([*base, *words]) == 2
+        assert "no effect with" in capsys.readouterr().err
 
 
 def test_inspect_dialogues(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,7 +201,8 @@ def test_functions_and_errors(tmp_path, capsys) -> None:
     assert [row["verdict"] for row in rows(tmp_path / "o.jsonl")][:3] == ["a", "b", "tie"]
     # A function gets the other columns of a row, as under `dpo-jax grpo`; what it lacks is told before any row.
     numbered = tmp_path / "n.jsonl"
-    numbered.write_text("".join(json.dumps({**row, "right": row["response_a"]}) + "\n" for row in rows(data)))
+    worded = [{k: v.replace("*", "x") if isinstance(v, str) else v for k, v in row.items()} for row in rows(data)]
+    numbered.write_text("".join(json.dumps({**row, "right": row["response_a"]}) + "\n" for row in worded))
     (mine := tmp_path / "mine.py").write_text(
         "def f(prompts, responses, right): return [float(a == b) for a, b in zip(responses, right)]\n"
     )
