@@ -372,12 +372,30 @@ def test_kto_mean_over_responses_holds_over_parts_of_a_batch():
     np.testing.assert_allclose(jnp.concatenate(parts), whole, rtol=1e-6)
 
 
-def test_dpop_penalty_pushes_the_chosen_response_up():
-    """Where Lc < Rc the gradient on Lc is larger than DPO's by 1 + lambda, at the same point of the sigmoid."""
-    config = DPOLossConfig(loss="dpop", dpop_lambda=3.0)
+@pytest.mark.parametrize("lam", [3.0, None])
+def test_dpop_penalty_pushes_the_chosen_response_up(lam):
+    """Where Lc < Rc the gradient on Lc is larger than DPO's by 1 + lambda, at the same point of the sigmoid.
+
+    Not given, lambda is the paper's 50: the second pair's, a nat too low, is 0.1 (1 + 50) s(5.2) = 5.07, DPO's 0.055.
+    """
+    config = DPOLossConfig(loss="dpop", dpop_lambda=lam)
     grad = jax.grad(lambda lc: jnp.sum(loss(config, lc)))(jnp.asarray(LC))
-    x = 0.1 * (-2.0 - 3.0 * 1.0)
-    np.testing.assert_allclose(grad[1], -0.1 * 4.0 / (1 + np.exp(x)), rtol=1e-5)
+    x, factor = 0.1 * (-2.0 - (lam or 50.0) * 1.0), 1 + (lam or 50.0)
+    np.testing.assert_allclose(grad[1], -0.1 * factor / (1 + np.exp(x)), rtol=1e-5)
+    np.testing.assert_allclose(grad[0], -0.1 / (1 + np.exp(0.2)), rtol=1e-5, err_msg="above the reference it is DPO's")
+
+
+def test_dpop_at_its_default_keeps_the_chosen_response_where_dpo_lets_it_fall():
+    """A step t that lowers the chosen response by .4 t and the rejected by 2 t: D = 1.6 t. DPO goes on; DPOP turns back
+    where lambda > 1.6 / .4 = 4, at the default's 50 with slope b (.4 x 50 - 1.6) s(-b (1.6 - 20) t)."""
+    t = jnp.float32(0.1)
+    slopes = {}
+    for name, options in (("dpo", {}), ("3.9", {"dpop_lambda": 3.9}), ("default", {})):
+        config = DPOLossConfig(loss="sigmoid" if name == "dpo" else "dpop", **options)
+        along = jax.grad(lambda t, c=config: loss(c, [-5 - 0.4 * t], [-6 - 2 * t], [-5.0], [-6.0], [2], [2])[0])
+        slopes[name] = float(along(t))
+    assert slopes["dpo"] < slopes["3.9"] < 0 < slopes["default"]
+    assert slopes["default"] == pytest.approx(0.1 * 18.4 / (1 + np.exp(-0.1 * 1.84)), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["simpo", "orpo", "sft"])

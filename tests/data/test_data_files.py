@@ -181,6 +181,33 @@ def test_objects_of_several_lines(tmp_path: Path, packed: Callable[[bytes], byte
     assert list(read_rows(several)) == list(enumerate(rows, 1))
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("beside", [{}, {"version": "1.0", "license": ["MIT"]}])
+def test_one_object_around_the_rows(tmp_path: Path, indent: int | None, beside: dict, monkeypatch) -> None:
+    for name in ("data", "rows", "examples", "instances"):
+        text = json.dumps({**beside, name: ROWS}, indent=indent).encode()
+        assert list(read_rows(write(tmp_path / "a.json", b"\xef\xbb\xbf" + text))) == list(enumerate(ROWS, 1))
+    viewer = {**beside, "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)]}
+    found = read_rows(write(tmp_path / "viewer.json", json.dumps(viewer, indent=indent).encode()))
+    assert list(found) == list(enumerate(ROWS, 1))
+    mixed = json.dumps({**beside, "data": [{"a": 1}, 2]}, indent=indent).encode()
+    refused(write(tmp_path / "b.json", mixed), "b.json, element 2 of 'data', holds a number")
+    splits = json.dumps({**beside, "train": ROWS, "test": ROWS}, indent=indent).encode()
+    refused(write(tmp_path / "c.json", splits), "c.json: is one object whose rows stand in 'train', 'test'; write each")
+    both = json.dumps({**beside, "data": ROWS, "rows": ROWS}, indent=indent).encode()
+    refused(write(tmp_path / "d.json", both), "rows stand in 'data', 'rows'")
+    # A list under such a name in each of several rows is a column; so are messages, or numbers, in a single one.
+    rows = [{"data": [{"x": 1}], "n": i} for i in range(2)]
+    text = "\n".join(json.dumps(row, indent=indent) for row in rows).encode()
+    assert list(read_rows(write(tmp_path / "e.json", text))) == list(enumerate(rows, 1))
+    for row in ({"messages": ROWS, **beside}, {"data": [1, 2], **beside}):
+        source = write(tmp_path / "f.json", json.dumps(row, indent=indent).encode())
+        assert list(read_rows(source)) == [(1, row)]
+    monkeypatch.setattr(files, "MAX_LINE", 40)  # as large as one likes, where the list stands first
+    if not beside:
+        assert list(read_rows(write(tmp_path / "a.json", json.dumps({"data": ROWS}).encode())))[-1] == (3, ROWS[2])
+
+
 def test_broken_objects_of_several_lines(tmp_path: Path) -> None:
     source = write(tmp_path / "a.json", b'{\n "a": 1\n}\n\n{\n "a": \n}\n{\n "a": 3\n}\n{\n "a"')
     found = list(read_rows_or_problems(source))

@@ -1,8 +1,9 @@
 """Files of rows: JSONL, JSON, Parquet and CSV, plain, gzip or zstd; folders; the hub; stores.
 
 What a file is, its first bytes say (gzip, zstd, Parquet, a JSON list, JSON objects of several lines each, else JSON
-lines), not its name; but that a text is CSV or TSV its name says. Rows stream: only a JSON list and a compressed
-Parquet file are held in memory whole.
+lines), not its name; but that a text is CSV or TSV its name says. A file of a single JSON object that holds a list of
+objects under a name such as "data" holds the rows of that list. Rows stream: only a JSON list, such an object and a
+compressed Parquet file are held in memory whole.
 """
 
 import csv
@@ -36,6 +37,8 @@ _FORMATS = "JSONL, JSON, Parquet or CSV, plain, .gz or .zst"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_HOLD_ROWS = ("data", "rows", "examples", "instances")
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 _MARKS = {";": "semicolons", "\t": "tabs", ",": "commas"}
 
 log = logging.getLogger(__name__)
@@ -167,12 +170,14 @@ def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
             yield from read_parquet(path, io.BytesIO(stream.read()) if packed else stream)
         elif start.startswith(b"["):
             yield from _json_list(path, stream.read())
+        elif re.match(rb'\{\s*"(%s)"\s*:\s*\[' % "|".join((*_HOLD_ROWS, *_SPLITS)).encode(), start):
+            yield from _json_object(path, stream.read())
         elif re.match(rb"\{[ \t]*\r?\n", start):
-            yield from _json_objects(path, stream)
+            yield from _rows_within(path, _json_objects(path, stream))
         elif (separator := _separator(path, start)) and not start.startswith(b"{"):
             yield from _table(path, stream, separator)
         else:
-            yield from _json_lines(path, stream)
+            yield from _rows_within(path, _json_lines(path, stream))
 
 
 def _checked(row: object, where: str) -> Row | BadRow:
@@ -246,6 +251,52 @@ def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
         raise InputError(f"{path}: malformed JSON: {error}") from error
     for number, row in enumerate(rows, 1):
         yield number, _checked(row, f"{path}, element {number},")
+
+
+def _json_object(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
+    """A file that begins as one object around its rows, of any size; as lines or objects where it is not one alone."""
+    try:
+        whole = _loaded(text.decode("utf-8-sig"))
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        stream = io.BytesIO(text)
+        several = _json_objects if re.match(rb"\s*\{[ \t]*\r?\n", text.removeprefix(b"\xef\xbb\xbf")) else _json_lines
+        yield from several(path, stream)
+        return
+    yield from _rows_within(path, iter([(1, whole)]))
+
+
+def _rows_within(path: Path, rows: Iterator[tuple[int, Row | BadRow]]) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows themselves; or of a single object that holds a list of objects beside what is told of it, that list's.
+
+    A list of {"row_idx": ..., "row": {...}}, as the hub's viewer gives it, is one of the rows inside. Raises
+    `InputError` where it is not plain which list is meant.
+    """
+    first, second = next(rows, None), next(rows, None)
+    if first is None:
+        return
+    number, row = first
+    lists: list[str] = []
+    if second is None and isinstance(row, dict):
+        held = {name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+        lists = [name for name in (*_HOLD_ROWS, *_SPLITS) if name in held]
+        if (lists and lists[0] in _SPLITS) or len(lists) > 1:
+            named = ", ".join(map(repr, lists))
+            raise InputError(
+                f"{path}: is one object whose rows stand in {named}; write each list to a file of its own, such as"
+                f" {lists[0]}.json"
+            )
+    if not lists:
+        yield number, row
+        if second is not None:
+            yield second
+        yield from rows
+        return
+    assert isinstance(row, dict)
+    log.info("%s: one object; its rows are those of %r", path, lists[0])
+    for at, inside in enumerate(row[lists[0]], 1):
+        if isinstance(inside, dict) and "row_idx" in inside and isinstance(inside.get("row"), dict):
+            inside = inside["row"]
+        yield at, _checked(inside, f"{path}, element {at} of {lists[0]!r},")
 
 
 def _json_objects(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
