@@ -21,6 +21,7 @@ from dpo_jax.config.commands import (
     ReportRun,
     ScoreRun,
 )
+from dpo_jax.config.distill import DistillConfig, DistillRun, DistillStepConfig
 from dpo_jax.config.dpo import BETAS, DPOConfig, DPOLossConfig, DPORun, Loss, Ties
 from dpo_jax.config.dsft import DialogueFilterConfig, DSFTRun, SelfInstructConfig
 from dpo_jax.config.frontier import FRONTIER_SIZES, FrontierConfig, FrontierRun
@@ -95,6 +96,9 @@ __all__ = [
     "DataConfig",
     "DemoRun",
     "DialogueFilterConfig",
+    "DistillConfig",
+    "DistillRun",
+    "DistillStepConfig",
     "DistributedConfig",
     "EndpointConfig",
     "EnergyConfig",

@@ -179,6 +179,16 @@ def online_dpo_flops(model: ModelFlops, samples: int) -> Callable[[PreferenceBat
     return flops
 
 
+def distill_flops(student: ModelFlops, teacher: ModelFlops) -> Callable[[PreferenceBatch], float]:
+    """Batch -> FLOPs of its iteration: the teacher's forward pass and the student's update; not the sampling."""
+
+    def flops(batch: PreferenceBatch) -> float:
+        work = preference_work(batch, 0, 1)
+        return teacher.forward(work) + student.training(work)
+
+    return flops
+
+
 def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], float]:
     """Rollout -> FLOPs of its iteration: sampling, the reference, what is measured before the updates, the updates; not
     the reward.

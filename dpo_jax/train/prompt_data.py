@@ -28,7 +28,7 @@ def read_prompts(
             on_bad_rows=config.on_bad_rows,
             tagged=tagged,
         )
-        _check_context(config, found, architecture)
+        check_context(config, found, architecture)
         return found
 
     data, heldout = read(config.data.files), None
@@ -42,13 +42,15 @@ def read_prompts(
     return data, heldout
 
 
-def _check_context(config: SampledRun, data: PromptDataset, architecture: LlamaConfig) -> None:
-    """Refuse a prompt that leaves no room for its response in the model's context."""
+def check_context(
+    config: SampledRun, data: PromptDataset, architecture: LlamaConfig, *, whose: str = "model's"
+) -> None:
+    """Refuse a prompt that leaves no room for its response in the model's context. Raises `InputError`."""
     longest = int(data.ids.lengths.argmax())
-    needed, room = int(data.ids.lengths[longest]) + config.sample.max_new_tokens, architecture.max_position
+    needed, room = int(data.ids.lengths[longest]) + config.response_room, architecture.max_position
     if needed > room:
         raise InputError(
             f"{data.source}, row {data.row_numbers[longest]}: {data.ids.lengths[longest]} tokens and"
             f" --sample.max_new_tokens {config.sample.max_new_tokens} (--data.max_length {config.data.max_length})"
-            f" exceed the model's context of {room}; set --data.max_length to at most {room}"
+            f" exceed the {whose} context of {room}; set --data.max_length to at most {room}"
         )

@@ -1,0 +1,162 @@
+"""`dpo-jax distill`: from a student, a teacher and prompts to a better student, in the order in which it happens."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from dpo_jax.align import distill, ppo
+from dpo_jax.commands.config_keys import with_config_keys
+from dpo_jax.complete.responses import terminators
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import DistillRun
+from dpo_jax.data.sets.answered_prompts import load_answered_prompts
+from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader
+from dpo_jax.data.sets.tokenised import fingerprint_of
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
+from dpo_jax.files.log import read_metrics
+from dpo_jax.mesh import batch_parts
+from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.report.datasets import prompts_section
+from dpo_jax.train.distillation import StudentResponses
+from dpo_jax.train.flops import ModelFlops, distill_flops
+from dpo_jax.train.prompt_data import check_context, read_prompts
+from dpo_jax.train.session import Training
+from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.source import to_train
+from dpo_jax.weights.tokenizer import check_vocabulary
+
+
+@with_config_keys
+def train(config: DistillRun) -> Path:
+    """Run the distillation; return the run folder. An unfinished run in `config.out` is resumed exactly.
+
+    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
+    """
+    training = Training.begin(config, "distill")
+    if training is None:
+        return Path(config.out)
+    mesh = training.mesh
+    config.check_sizes(batch_parts(mesh))
+
+    # -------------------------------------------------------------- the shapes of both models, the prompts
+    architecture, tokenizer = training.read_model_shape()
+    config = training.config
+    teacher = open_checkpoint(to_train(config.teacher))
+    for name, shape in (
+        (f"--model {config.model}", architecture),
+        (f"--teacher {config.teacher}", teacher.architecture),
+    ):
+        if shape.num_labels:
+            raise InputError(f"{name}: is a reward model; student and teacher are language models")
+    vocabulary = _one_vocabulary(config, tokenizer, teacher)
+    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    data, answers = _read(training, architecture, encoder)
+    check_context(config, data, teacher.architecture, whose="teacher's")
+
+    # -------------------------------------------------------------- options that follow from the data
+    options: dict[str, Any] = {"seed": config.train.seed, "shuffle": config.data.shuffle}
+    loader = partial(PromptLoader, data, batch_size=config.train.batch_size, group=1, **options)
+    planned = loader(**training.length)
+    step_config = training.resolve(planned.total_steps).step_config(vocabulary)
+
+    # -------------------------------------------------------------- weights: student and teacher
+    model, variables = training.load_model()
+    kept = jnp.dtype(config.teacher_dtype)
+    judge, judged_by = load_pretrained(teacher, mesh=mesh, dtype=kept, remat="none", attention=config.train.attention)
+    if "adapters" in judged_by:
+        raise InputError(f"--teacher {config.teacher}: is an adapter folder; merge it with dpo-jax convert first")
+    starting = {"params": variables["params"]} if config.lora.rank else variables
+    identity = {
+        "the starting model": fingerprint(starting),
+        "the teacher": fingerprint(judged_by),
+        "the prompts": data.fingerprint,
+    }
+    if answers is not None:
+        identity["the answers of the data"] = fingerprint_of((answers.values, answers.starts))
+    flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
+    training.say(flops.describe())
+    state = distill.init_state(model, variables, judged_by, step_config)
+    del variables, judged_by, starting
+
+    # -------------------------------------------------------------- training
+    responses = StudentResponses(
+        model,
+        tokenizer,
+        data,
+        loader(steps=planned.total_steps, epochs=None),
+        answers=answers,
+        on_policy=config.distill.on_policy,
+        samples=SampleLog(training.out / "samples.jsonl", writes=training.main),
+        sample=terminators(model, encoder, config.sample),
+        mesh=mesh,
+        piece=config.rollout_batch_size or config.train.batch_size,
+        raw=config.data.template == RAW,
+        seed=config.train.seed,
+        vocabulary=vocabulary,
+    )
+    final = training.fit(
+        state,
+        distill.jit_train_step(step_config, mesh, judge.apply),
+        responses,
+        identity=identity,
+        flops_of=distill_flops(flops, ModelFlops.of(teacher.architecture, None)),
+        prepare=responses.prepare,
+    )
+
+    # -------------------------------------------------------------- the student, and the report
+    rows = read_metrics(training.out / "metrics.jsonl")
+    told = f"Divergence {rows[0]['loss']:.4f} nats a token in the first step and {rows[-1]['loss']:.4f} in the last."
+    training.say(told)
+    return training.finish(
+        model,
+        ppo.policy_of(final.variables),
+        tokenizer,
+        title="Distillation",
+        summary=f"{config.model}, distilled from {config.teacher} on {config.data.files} in {training.told_steps}."
+        f" {told}",
+        sections=[prompts_section(data)],
+        terminators=encoder.terminators,
+    )
+
+
+def _one_vocabulary(config: DistillRun, tokenizer: Any, teacher: StoredModel) -> int:
+    """Ids of text, the same for both. Raises `InputError` where the two tokenizers are not one."""
+    theirs = teacher.tokenizer()
+    check_vocabulary(theirs, teacher.architecture)
+    ours, others = tokenizer.get_vocab(), theirs.get_vocab()
+    if ours != others:
+        differ = len(set(ours.items()) ^ set(others.items()))
+        raise InputError(
+            f"--teacher {config.teacher}: has another vocabulary than --model {config.model} ({len(others)} and"
+            f" {len(ours)} tokens, {differ} of which differ), and distributions over tokens are compared; take a"
+            " teacher with the same tokenizer, or learn its texts with dpo-jax sft"
+        )
+    return max(ours.values()) + 1
+
+
+def _read(
+    training: Training[DistillRun], architecture: LlamaConfig, encoder: ConversationEncoder
+) -> tuple[PromptDataset, Ragged | None]:
+    """The prompts, and the data's answers where they are learnt on."""
+    config = training.config
+    if config.distill.on_policy == 1:
+        return read_prompts(training, architecture, encoder)[0], None
+    data, answers = load_answered_prompts(
+        config.data.files,
+        encoder,
+        config.data,
+        longest=config.longest_prompt,
+        answer=config.response_room,
+        vocab_size=architecture.vocab_size,
+        on_bad_rows=config.on_bad_rows,
+    )
+    check_context(config, data, architecture)
+    training.told(data, None)
+    return data, answers
