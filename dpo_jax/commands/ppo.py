@@ -117,9 +117,10 @@ def train(config: PPORun) -> Path:
     }
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     parts = (model, tokenizer, data, prompts)
-    if environment is None:
+    if judges is not None:
         rollouts = Rollouts(*parts, judges, log, config=step_config, **writing)
     else:
+        assert environment is not None, "one of the two rewards"
         rollouts = EpisodeRollouts(
             *parts,
             environment=environment,

@@ -82,7 +82,7 @@ class EpisodeRollouts(Rollouts):
         **options: Any,
     ):
         """Args: as `Rollouts`, without a scorer; the environment; the template; the bounds of an episode."""
-        super().__init__(*args, environment_scores, samples, **options)
+        super().__init__(*args, scorer=environment_scores, samples=samples, **options)
         self._environment, self._encoder, self._bounds = environment, encoder, bounds
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[Rollout, Row]:

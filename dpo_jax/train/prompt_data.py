@@ -1,5 +1,7 @@
 """Prompts of a run that learns from what the model writes: those that it learns from, and those that are held out."""
 
+from typing import Any
+
 from dpo_jax.config import JudgedRun, SampledRun
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
@@ -9,13 +11,13 @@ from dpo_jax.train.session import Training
 
 
 def read_prompts(
-    training: Training[SampledRun], architecture: LlamaConfig, encoder: ConversationEncoder
+    training: Training[Any], architecture: LlamaConfig, encoder: ConversationEncoder
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """`--data`, and `--eval_data` where it is given; checked, and told.
 
     Raises `InputError` for bad rows, and for a prompt that leaves no room for its response in the model's context.
     """
-    config = training.config
+    config: SampledRun = training.config
     tagged = isinstance(config, JudgedRun) and config.safety_reward is not None
 
     def read(source: str) -> PromptDataset:
