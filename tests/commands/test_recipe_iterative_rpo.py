@@ -129,16 +129,14 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys: pytest.CaptureF
         before = tmp_path / "model" if t == 1 else whole / "round-1" / "dpo"
         assert (config["model"], config["reference"]) == (str(before), None)
 
-    # Round 2 anew, killed in its training: the same bits.
+    # The same again, killed in every stage: the same bits.
     one = tmp_path / "one"
-    runs.undo(whole, "accuracy of M1", one)
-    (whole / "heldout-2-answers.jsonl").unlink()
-    runs.kill_at(whole / "round-2" / "dpo" / "checkpoints" / "1", run, tmp_path / "cache")
-    assert not (whole / "summary.json").exists()
-    assert cli.main(run) == 0
-    assert "pairs of round 2: done" in capsys.readouterr().err
-    for name in ("round-2/answers.jsonl", "round-2/pairs.jsonl", "heldout-2.jsonl", "summary.json"):
-        assert (one / name).read_bytes() == (whole / name).read_bytes()
-    assert runs.metrics(one / "round-2" / "dpo") == runs.metrics(whole / "round-2" / "dpo")
+    whole.rename(one)
+    killed = runs.killed_everywhere(tmp_path / "killed", "rows", run, tmp_path / "cache")
+    assert killed == runs.stages_below(one) == runs.stages_below(whole)
+    for path in [*one.glob("*.jsonl"), *one.glob("round-*/*.jsonl"), one / "summary.json"]:
+        assert path.read_bytes() == (whole / path.relative_to(one)).read_bytes(), path
+    for name in ("round-1/dpo", "round-2/dpo"):
+        assert runs.metrics(one / name) == runs.metrics(whole / name)
     weights = [load_file(out / "round-2" / "dpo" / "model" / "model.safetensors") for out in (whole, one)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0] | weights[1])

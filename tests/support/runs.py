@@ -40,9 +40,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def kill_at(path: Path, words: Sequence[str], cache: Path) -> None:
     """Start `dpo-jax` on one device in a process of its own, and kill it as soon as `path` is there."""
     # Compiled as in this process: what it leaves is gone on with here, and held to the same bits.
-    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "DPO_JAX_CACHE": str(cache)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(jax.config.read("jax_disable_most_optimizations")))
+    environment = {**one_device(), "DPO_JAX_CACHE": str(cache)}
     process = subprocess.Popen(
         [sys.executable, "-m", "dpo_jax", *words], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -53,6 +51,32 @@ def kill_at(path: Path, words: Sequence[str], cache: Path) -> None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def killed_everywhere(log: Path, moment: str, words: Sequence[str], cache: Path) -> list[str]:
+    """`dpo-jax` with these words on one device, killed in each of its stages (`killed_everywhere.py`) and begun again;
+    the names of its stages, sorted."""
+    environment = {**one_device(), "DPO_JAX_CACHE": str(cache), "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+    driver = str(Path(__file__).with_name("killed_everywhere.py"))
+    command = [sys.executable, driver, str(log), moment, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return sorted(line.partition(" -> ")[0] for line in log.read_text().splitlines())
+
+
+def stages_below(out: Path) -> list[str]:
+    """The names of all stages that are recorded in a folder and in those within it, sorted."""
+    return sorted(name for path in out.rglob("stages.json") for name in json.loads(path.read_text()))
+
+
+def one_device() -> dict[str, str]:
+    """The environment of a process that compiles as this one does, for one device."""
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    less = str(int(jax.config.read("jax_disable_most_optimizations")))
+    own = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": less}
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def undo(out: Path, last: str, aside: Path) -> None:
