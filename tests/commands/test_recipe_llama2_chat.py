@@ -125,11 +125,15 @@ def compile_roughly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+ENDS = tuple(range(280, 320))
+"""Of random text most would be cut, and cut texts are in no pair."""
+
+
 def options(folder: Path, out: Path) -> Llama2ChatRun:
     """Two rounds with two judges, everything tiny."""
     tiny.folder(folder / "model", hidden=16, heads=2, kv_heads=1, layers=1)
     rng = random.Random(0)
-    prompts = [{"prompt": f"{i}: {tiny.sentence(rng, 2)}", "safety": i % 2 == 1} for i in range(24)]
+    prompts = [{"prompt": f"{i}: {tiny.sentence(rng, 2)}", "safety": i % 2 == 1} for i in range(32)]
     dialogues = [{"prompt": row["prompt"], "response": tiny.sentence(rng, 2)} for row in prompts]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dialogues))
@@ -159,7 +163,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
         out=str(out),
         safety_data=str(folder / "safety.jsonl"),
         safety_judge=f"{folder / 'mine.py'}:short",
-        recipe=ChatRecipeConfig(rounds=2, pair_samples=3, pair_batch_size=16, heldout=0.25),
+        recipe=ChatRecipeConfig(rounds=2, pair_samples=6, pair_batch_size=16, heldout=0.4),
         sft=SFTRun(**shared, train=train, data=SFTDataConfig(**lengths)),
         helpful=RewardRun(**judged),
         safety=RewardRun(**judged, mix_data=SET_BY_RECIPE, mix=0.2),
@@ -167,7 +171,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
             **shared,
             reward=SET_BY_RECIPE,
             rejection=RejectionConfig(samples=2),
-            sample=SampleConfig(max_new_tokens=6),
+            sample=SampleConfig(max_new_tokens=6, stop_tokens=ENDS),
             data=SFTDataConfig(**lengths, train_on="last"),
             train=train,
             sample_batch_size=16,
@@ -176,7 +180,7 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
             **shared,
             reward=SET_BY_RECIPE,
             ppo=PPOLossConfig(epochs=1, value="stopped"),
-            sample=SampleConfig(max_new_tokens=6),
+            sample=SampleConfig(max_new_tokens=6, stop_tokens=ENDS),
             data=DataConfig(SET_BY_RECIPE, max_length=56, max_prompt_length=40),
             train=train,
         ),
@@ -219,6 +223,11 @@ def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys, monkeypatch) ->
         held = {row["prompt"] for row in read_lines(out / name / "helpful_heldout.jsonl")}
         assert held
         assert not held & {row["prompt"] for row in rows}
+    # No answer that was cut is in a pair.
+    judged = read_lines(out / "v1" / "judged.jsonl")
+    whole = {row["response"].rstrip("\N{REPLACEMENT CHARACTER}") for row in judged if row["finish_reason"] == "stop"}
+    for row in read_lines(out / "v1" / "helpful.jsonl"):
+        assert {row["chosen"], row["rejected"]} <= whole
     tagged = {row["prompt"] for row in read_lines(Path(run.prompts)) if row["safety"]}
     assert {row["prompt"] for row in read_lines(out / "v1" / "safety.jsonl")} <= tagged
 

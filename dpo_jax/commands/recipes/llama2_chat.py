@@ -31,6 +31,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
 from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
 from dpo_jax.config import DataConfig, Llama2ChatRun, RewardRun
+from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_atomically
@@ -214,14 +215,18 @@ class Llama2Chat:
         return Stage(f"V{version} pairs", (judged,), proof, partial(self._pairs, version))
 
     def _pairs(self, version: int) -> Figures:
-        rows, figures = read_lines(self._out / f"v{version}" / "judged.jsonl"), {}
+        judged = read_lines(self._out / f"v{version}" / "judged.jsonl")
+        # What was cut has no end, and would be learnt as one that has.
+        rows = [row for row in judged if row["finish_reason"] != CUT]
+        figures: dict[str, float] = {"answers cut": len(judged) - len(rows)}
         for kind in self._kinds:
             pairs = comparisons.rated(make_pairs([row for row in rows if row["judge"] == kind.name]))
             parts = comparisons.parted(pairs, self._run.recipe.heldout, self._run.seed)
             if not all(parts):
                 raise InputError(
                     f"V{version}: the {kind.name} judge {kind.judge} tells answers apart for {len(pairs)} prompts, of"
-                    f" which {len(parts[1])} are held out; give more prompts, or another --recipe.heldout"
+                    f" which {len(parts[1])} are held out ({len(judged) - len(rows)} of {len(judged)} answers are cut);"
+                    " give more prompts, another --recipe.heldout, or more --ppo.sample.max_new_tokens"
                 )
             write_lines(self._learnt(f"v{version}", kind), parts[0])
             write_lines(self._heldout(f"v{version}", kind), parts[1])
