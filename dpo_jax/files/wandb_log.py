@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 
 def check(project: str) -> None:
     """Raise `InputError` unless wandb is installed and knows where to write."""
-    if importlib.util.find_spec("wandb") is None:
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # wandb's own folder of files in the working directory is no package
         raise InputError(f"--log.wandb {project}: wandb is not installed; pip install 'dpo_jax[wandb]'")
     mode = os.environ.get("WANDB_MODE", "online")
     if mode not in ("offline", "disabled", "dryrun") and not os.environ.get("WANDB_API_KEY"):

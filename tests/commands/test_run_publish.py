@@ -60,7 +60,7 @@ class FakeWandb:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    fake.__spec__ = importlib.util.spec_from_loader("wandb", None)  # type: ignore[attr-defined]
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="here")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     return fake
@@ -168,7 +168,9 @@ def test_what_is_refused_before_training(
     assert hub.repositories == {}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'dpo_jax[wandb]'" in refused("--log.wandb", "p")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+    assert "pip install 'dpo_jax[wandb]'" in refused("--log.wandb", "p")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     assert "the environment has no WANDB_API_KEY" in refused("--log.wandb", "p")
