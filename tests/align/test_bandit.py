@@ -259,7 +259,7 @@ def expected(groups, choice, wins, first, second, **options) -> PreferenceBatch:
     return dataclasses.replace(pairs, weights=pairs.weights * first[arms[:, 0]] * second[arms[:, 1]] * wins)
 
 
-@pytest.mark.parametrize("opponent", ["policy", "reference"])
+@pytest.mark.parametrize("opponent", ["policy", pytest.param("reference", marks=pytest.mark.slow)])
 def test_online_dpo_reaches_the_optimum_in_expectation(opponent: str) -> None:
     """Whoever the opponent is: the minimiser of each pair's expected loss is β (u - v) = r - r'."""
     beta, steps = 0.5, 200

@@ -61,6 +61,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_whole_run(whole: Path, inputs: Path) -> None:
     rows, samples = read_metrics(whole / "metrics.jsonl"), read_rows(whole / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -79,6 +80,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert (whole / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, args, original = tmp_path / "run", words(inputs, tmp_path / "run"), SampleLog.append
 

@@ -92,6 +92,7 @@ def test_the_whole_run(whole: Path) -> None:
     assert (whole / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_in_other_pieces(inputs: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
     """The same bits after an interruption; the same conversations where fewer are sampled at once."""
     out, args, original = tmp_path / "run", words(inputs, tmp_path / "run"), SampleLog.append
@@ -127,6 +128,7 @@ def test_pieces_and_the_calculator(inputs: Path, whole: Path, tmp_path: Path) ->
     assert read_metrics(tmp_path / "tool" / "metrics.jsonl")[0]["environment/turns"] > 1
 
 
+@pytest.mark.slow
 def test_errors_of_the_environment(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = words(inputs, tmp_path / "run", "--train.steps", "1", environment="fails.py:Fails")
     assert cli.main(args) == 2

@@ -53,7 +53,7 @@ def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def words(inputs: Path, out: Path, *more: str, reward: str = "some") -> list[str]:
     args = ["dpo", "--model", inputs / "model", "--online", "--data", inputs / "prompts.jsonl", "--out", out]
-    args += ["--reward", f"{inputs / 'mine.py'}:{reward}", "--train.batch_size", "8", "--train.steps", "3"]
+    args += ["--reward", f"{inputs / 'mine.py'}:{reward}", "--train.batch_size", "16", "--train.steps", "3"]
     args += ["--sample.max_new_tokens", "6", "--data.template", "raw", "--data.max_length", "22", "--lora.rank", "4"]
     args += ["--optimizer.learning_rate", "2e-2", "--checkpoint.every", "1", "--checkpoint.keep", "5"]
     return [*map(str, args), "--mesh.fsdp", "1", *more]
@@ -79,7 +79,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     for row in rows:
         own = [s for s in samples if s["step"] == row["step"]]
         by = {name: [s for s in own if s["by"] == name] for name in ("policy", "reference")}
-        assert len(by["policy"]) == len(by["reference"]) == 8
+        assert len(by["policy"]) == len(by["reference"]) == 16
         mean = {name: np.mean([s[name] for s in by["policy"]]) for name in ("score", "kl")}
         assert row["objective/scores"] == pytest.approx(mean["score"], abs=1e-6)
         assert row["objective/kl"] == pytest.approx(mean["kl"], abs=1e-5)
@@ -102,6 +102,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, args = tmp_path / "run", words(inputs, tmp_path / "run", *XPO)
     original = SampleLog.append
@@ -125,15 +126,13 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_eight_devices_and_micro_batches_make_the_same_run(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    mesh = ["--mesh.data", "2", "--mesh.fsdp", "4"]
-    pieces = ["--train.accumulate", "2", "--rollout_batch_size", "8"]
-    for name, more in {"mesh": mesh, "pieces": pieces}.items():
-        assert cli.main(words(inputs, tmp_path / name, *XPO, *more)) == 0
-        for row, other in zip(runs.metrics(tmp_path / name), runs.metrics(whole), strict=True):
-            assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
-        texts = [[s["response"] for s in read_rows(out / "samples.jsonl")] for out in (tmp_path / name, whole)]
-        assert texts[0] == texts[1]
+def test_eight_devices_micro_batches_and_pieces_make_the_same_run(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    more = ["--mesh.data", "2", "--mesh.fsdp", "4", "--train.accumulate", "2", "--rollout_batch_size", "16"]
+    assert cli.main(words(inputs, tmp_path / "run", *XPO, *more)) == 0
+    for row, other in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+    texts = [[s["response"] for s in read_rows(out / "samples.jsonl")] for out in (tmp_path / "run", whole)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
@@ -166,7 +165,7 @@ def test_best_of_four_and_the_mixture(inputs: Path, tmp_path: Path) -> None:
         (["--online.mixture", "0.5"], "--online.mixture has no effect with --online.opponent policy"),
         (["--online.opponent", "mixture", "--online.mixture", "1"], "must lie between 0 and 1"),
         (["--online.exploration", "1e-5"], "it belongs to reference"),
-        (["--rollout_batch_size", "3"], r"no multiple of 2 \(--online.samples\) that divides the 16 responses"),
+        (["--rollout_batch_size", "3"], r"no multiple of 2 \(--online.samples\) that divides the 32 responses"),
         (["--sample.temperature", "0"], "online DPO learns from samples"),
         (
             ["--train.batch_size", "3", "--train.accumulate", "2"],

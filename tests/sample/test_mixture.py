@@ -54,6 +54,7 @@ def test_probabilities_are_the_mixtures(two) -> None:
     assert np.abs(own - wanted[3]).max() > 0.01, "the mixture is told from the policy"
 
 
+@pytest.mark.slow
 def test_what_is_drawn_and_its_log_probabilities(two) -> None:
     model, variables, base = two
     config = SampleConfig(max_new_tokens=3, temperature=0.7)
