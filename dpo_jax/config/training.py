@@ -93,10 +93,10 @@ class SampledRun(TrainingRun):
             f"--sample.beams and --sample.stop_strings have no effect: {learner} learns from plain samples",
         )
         most, new = self.response_room, self.sample.max_new_tokens
-        named = f"--sample.max_new_tokens {new} leaves" if most == new else f"an episode of {most} tokens leaves"
+        takes = f"--sample.max_new_tokens {new} leaves" if most == new else f"an episode of {most} tokens leaves"
         require(
             self.data.max_length > most,
-            f"{named} no room for a prompt in --data.max_length {self.data.max_length}",
+            f"{takes} no room for a prompt in --data.max_length {self.data.max_length}",
         )
         pieces = self.rollout_batch_size
         of = f"--train.batch_size {responses}" if responses == self.train.batch_size else f"the {responses} responses"
