@@ -1,7 +1,6 @@
 """`dpo-jax recipe zephyr` with a tiny student, teacher and judge on loopback, killed in two of its stages."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 
 import chat_server
 import pytest
+import runs
 import tiny
 
 from dpo_jax import cli
@@ -69,7 +69,8 @@ def words_of(folder: Path, url: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheaply")
+def test_killed_in_every_stage_it_asks_nothing_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with chat_server.serving(answer) as server:
         words = ["recipe", "zephyr", *words_of(tmp_path, server.url)]
@@ -85,16 +86,16 @@ def test_killed_twice_it_asks_nothing_again(tmp_path: Path) -> None:
             return None
 
         server.faults = faults
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        for at in (7, 36 + 14 + 5, None):  # within the teacher's dialogues, within what the judge says, and not
-            kill_at[:] = [] if at is None else [at]
-            with open(tmp_path / "said", "w") as said:
-                command = [sys.executable, "-m", "dpo_jax", *words]
-                running.append(subprocess.Popen(command, env=env, stdout=said, stderr=said))
-                code = running[-1].wait()
-            assert code == (0 if at is None else -signal.SIGKILL), (tmp_path / "said").read_text()[-3000:]
+        # Within the teacher's dialogues, and then once in each stage, those of the teacher and of the feedback too.
+        kill_at.append(7)
+        env = {**runs.one_device(), "DPO_JAX_CACHE": str(tmp_path / "cache")}
+        with open(tmp_path / "said", "w") as said:
+            running.append(subprocess.Popen([sys.executable, "-m", "dpo_jax", *words], env=env, stderr=said))
+            assert running[-1].wait() == -signal.SIGKILL, (tmp_path / "said").read_text()[-3000:]
+        killed = runs.killed_everywhere(tmp_path / "killed", "done", words, tmp_path / "cache")
+        assert sorted([*killed, "seed prompts"]) == runs.stages_below(out), "that one was done before the first kill"
+        assert {"dSFT", "dDPO", "AI feedback", "good writes", "judged: helpfulness", "verdicts"} <= set(killed)
         assert max(server.answered.values()) == 1, "no request was answered twice"
-        assert "dDPO" in (tmp_path / "said").read_text()
 
         # What an uninterrupted run of the stages writes, from the start, is the same.
         server.answered.clear()
