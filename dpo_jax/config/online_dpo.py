@@ -25,7 +25,14 @@ ONLINE_LOSSES = (
     "discopop",
 )
 """Losses that need nothing but a pair and its log-probabilities."""
-_OFFLINE = ("ties", "reference", "mask_format_tokens")
+_OFFLINE = (
+    "ties",
+    "reference",
+    "mask_format_tokens",
+    "ld_alpha",
+    "reference_sync_steps",
+    "reference_mixup_alpha",
+)
 
 
 @dataclass(frozen=True)

