@@ -4,11 +4,9 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,22 +35,6 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
 
 
-def kill_at(path: Path, words: Sequence[str], cache: Path) -> None:
-    """Start `dpo-jax` on one device in a process of its own, and kill it as soon as `path` is there."""
-    # Compiled as in this process: what it leaves is gone on with here, and held to the same bits.
-    environment = {**one_device(), "DPO_JAX_CACHE": str(cache)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_jax", *words], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 300
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
 def killed_everywhere(log: Path, moment: str, words: Sequence[str], cache: Path) -> list[str]:
     """`dpo-jax` with these words on one device, killed in each of its stages (`killed_everywhere.py`) and begun again;
     the names of its stages, sorted."""
@@ -77,18 +59,6 @@ def one_device() -> dict[str, str]:
     own = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": less}
     root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-
-
-def undo(out: Path, last: str, aside: Path) -> None:
-    """Move what the stages of a recipe after the stage `last` have made to `aside`, as if they had never been."""
-    record = json.loads((out / "stages.json").read_text())
-    kept = list(record)[: list(record).index(last) + 1]
-    (out / "stages.json").write_text(json.dumps({name: record[name] for name in kept}))
-    for name in set(record) - set(kept):
-        made = Path(record[name]["output"])
-        if made.exists():
-            (aside / made.relative_to(out)).parent.mkdir(parents=True, exist_ok=True)
-            made.rename(aside / made.relative_to(out))
 
 
 def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[str]]:
