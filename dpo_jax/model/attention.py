@@ -17,17 +17,14 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
-from dpo_jax.model import attention_xla
-from dpo_jax.model.attention_mask import AttentionMask, Prefix
+from dpo_jax.model import attention_splash, attention_xla
+from dpo_jax.model.attention_mask import AttentionMask
 
 logger = logging.getLogger("dpo_jax")
 
@@ -69,7 +66,11 @@ def attend(
             windowed, lambda q, k, v: one(q, k, v, mask=mask), lambda q, k, v: one(q, k, v, mask=whole), q, k, v
         )
     if kernel == "splash":
-        return _splash(q, k, v, mask, scale, cap)
+        splash = partial(attention_splash.attend, scale=scale, cap=cap)
+        if mask.prefix is not None and mask.window is not None:
+            # The kernel masks by places in a row, and padding stands between a prompt and its responses.
+            return _row_a_response(q, k, v, mask, splash)
+        return splash(q, k, v, mask)
     if kernel == "cudnn":
         if cap is not None:
             raise ValueError("cuDNN's attention does not cap scores")
@@ -146,88 +147,6 @@ def _row_a_response(
     places = (prompt + jnp.arange(R))[:, None, :, None, None]  # of a response's tokens in its row
     responses = jnp.take_along_axis(out, jnp.broadcast_to(places, (B, K, R, 1, 1)), axis=2)
     return jnp.concatenate([out[:, 0, :P], responses.reshape(B, K * R, *q.shape[2:])], axis=1)
-
-
-LANES = 128  # a TPU's vector registers are 128 wide, and splash attention's blocks are multiples of that
-
-
-def _block(length: int) -> int:
-    """The largest block of at most 512 that divides `length` (a multiple of 128). Larger ones keep the TPU busier."""
-    return max(size for size in range(LANES, 512 + 1, LANES) if length % size == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _PrefixMask(splash_attention.Mask):
-    """The shared-prefix layout, computed where it is looked at: the whole mask of a long sequence is large.
-
-    What follows the last response (padding) counts as more responses.
-    """
-
-    length: int
-    prefix: Prefix
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.length, self.length
-
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        prompt, _, response = self.prefix
-        t, s = (np.arange(self.length)[part] for part in index)
-        block_t, block_s = (np.where(x < prompt, 0, 1 + (x - prompt) // response) for x in (t, s))
-        return (s <= t[:, None]) & ((block_s == 0) | (block_s == block_t[:, None]))
-
-
-def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float, cap: float | None = None
-) -> jax.Array:
-    """Splash attention on every device's own rows and heads; off TPUs, in Pallas' interpreter (for tests)."""
-    if mask.prefix is not None and mask.window is not None:
-        # The kernel masks by places in a row, and padding stands between a prompt and its responses.
-        return _row_a_response(q, k, v, mask, partial(_splash, scale=scale, cap=cap))
-    T, H = q.shape[1:3]
-    length = -(-T // LANES) * LANES
-    heads = H // meshes.parts("query_heads")
-    interpret = meshes.platform() != "tpu"
-    block = _block(length)
-    sizes = splash_attention.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    causal: Any = splash_attention.CausalMask((length, length))
-    if mask.window is not None:
-        causal = splash_attention.LocalMask((length, length), window_size=(mask.window - 1, 0), offset=0)
-    one_head = causal if mask.prefix is None else _PrefixMask(length, mask.prefix)
-    static = splash_attention.MultiHeadMask([one_head] * heads)
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        kernel: Any = splash_attention.make_splash_mha(
-            static,
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=cap,
-            interpret=interpret,
-        )
-        ids = None if segments is None else splash_attention.SegmentIds(q=segments, kv=segments)
-        return jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), ids).swapaxes(1, 2)
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, length - T)] + [(0, 0)] * (x.ndim - 2))
-
-    # The kernel itself does not scale. Padding needs no segment of its own: it stands last, and the mask is causal.
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    segments = None if mask.segments is None else pad(mask.segments)
-    axes = (
-        ("batch", "queries", "query_heads", None),
-        *[("batch", "keys", "key_heads", None)] * 2,
-        ("batch", "queries"),
-    )
-    out = meshes.shard_map(local, axes, axes[0])(pad(q), pad(k), pad(v), segments)
-    return out[:, :T]
 
 
 # cuDNN's support matrix (docs.nvidia.com/cudnn, Attention, 9.18): backward passes of heads up to 128 channels, up to

@@ -1,5 +1,6 @@
 """The attention seam against a reference written in numpy, token by token, for every layout and kernel."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, platform
-from dpo_jax.model import attention
+from dpo_jax.model import attention, attention_splash
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
 
 
@@ -118,10 +119,13 @@ def test_a_wrong_prefix_is_refused():
         attend(q, k, v, mask=AttentionMask(prefix=(4, 2, 5)), kernel="xla")
 
 
-@pytest.mark.parametrize("name", ["causal", "packed", "prefix", "prefix padded"])
+@pytest.mark.parametrize("name", ["causal", "packed", "prefix", "prefix padded", "window"])
 def test_splash_equals_xla(name):
     """In Pallas' interpreter: 22 tokens are padded to one block of 128."""
-    mask, _, real = layout(name)
+    mask, _, real = layout("packed" if name == "window" else name)
+    if name == "window":  # positions begin anew with each segment, and a window of places means the same
+        at = jnp.broadcast_to(jnp.arange(22), (2, 22))
+        mask = dataclasses.replace(mask, window=4, at=at)
     q, k, v = qkv(3, 2, 22, 22, 4, 2, 8)
     keep = jnp.asarray(real)[..., None, None]
 
@@ -131,6 +135,41 @@ def test_splash_equals_xla(name):
         return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel=kernel, scale=0.3)), 0))
 
     chex.assert_trees_all_close(f(q, k, v, "splash"), f(q, k, v, "xla"), atol=1e-5, rtol=1e-5)
+
+
+MASKS = {
+    "causal": (attention_splash.Causal((768, 768)), lambda t, s: s <= t),
+    "window": (attention_splash.Window(768, 200), lambda t, s: (s <= t) & (t - s < 200)),
+    "window of one": (attention_splash.Window(768, 1), lambda t, s: s == t),
+    **{
+        f"shared {prefix}": (
+            attention_splash.Shared(768, prefix),
+            lambda t, s, p=prefix: (s <= t) & ((s < p[0]) | ((s - p[0]) // p[2] == (t - p[0]) // p[2])),
+        )
+        for prefix in ((128, 2, 256), (100, 3, 200), (16, 5, 150), (700, 1, 60))
+    },
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_splash_block_by_block(name):
+    """Blocks said to be empty or full are, and all others are as the definition has them."""
+    mask, visible = MASKS[name]
+    whole = np.broadcast_to(visible(np.arange(768)[:, None], np.arange(768)[None, :]), (768, 768))
+    for block in (64, 96, 128, 256, 768):
+        for t in range(0, 768, block):
+            for s in range(0, 768, block):
+                part = slice(t, t + block), slice(s, s + block)
+                np.testing.assert_array_equal(mask[part], whole[part], err_msg=f"{name} {part}")
+
+
+def test_a_mask_of_a_quarter_million_tokens_builds_few_blocks(monkeypatch):
+    """What JAX does with a mask looks at each of its 230,400 blocks several times; all but the mixed ones are free."""
+    mask, built = attention_splash.Shared(245_760, (16_384, 2, 114_688)), []
+    monkeypatch.setattr(np, "arange", lambda *args, real=np.arange: built.append(args) or real(*args))
+    row = [mask[slice(t, t + 512), slice(s, s + 512)] for t in (0, 131_072, 245_248) for s in range(0, 245_760, 512)]
+    assert len({id(block) for block in row}) == 2 + 3  # all empty, all full, and one on the diagonal of each row
+    assert len(built) == 2 * 3
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix padded"])
