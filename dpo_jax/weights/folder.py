@@ -19,6 +19,11 @@ _OURS = re.compile(
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
+def is_ours(path: Path) -> bool:
+    """Whether `path` is, by its name, a file of a model folder of ours."""
+    return _OURS.fullmatch(path.name) is not None and path.is_file()
+
+
 def check_free(path: Path, *, replace: bool) -> None:
     """Raise `InputError` unless `path` is absent, an empty folder, or (with `replace`) an earlier model folder."""
     if not path.exists():
@@ -26,7 +31,7 @@ def check_free(path: Path, *, replace: bool) -> None:
     if not path.is_dir():
         raise InputError(f"{path}: is a file; name a folder that does not exist yet")
     entries = list(path.iterdir())
-    if entries and not (replace and all(_OURS.fullmatch(e.name) and e.is_file() for e in entries)):
+    if entries and not (replace and all(map(is_ours, entries))):
         raise InputError(f"{path}: is not empty; name a new folder, or remove this one first")
 
 

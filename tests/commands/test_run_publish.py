@@ -176,6 +176,43 @@ def test_what_is_refused_before_training(
     assert "the environment has no WANDB_API_KEY" in refused("--log.wandb", "p")
 
 
+def test_a_token_with_a_line_end_works_and_is_told_nowhere(
+    monkeypatch: pytest.MonkeyPatch, hub: hub_server.Hub
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"{hub.token}\r\n")
+    hub_upload.check("owner/model")
+    for wrong in ("hf_geheim\nmore", "hf_geheim m", "hf_gehéim"):
+        monkeypatch.setenv("HF_TOKEN", wrong)
+        with pytest.raises(InputError, match="no token has") as raised:
+            hub_upload.check("owner/model")
+        assert "geh" not in str(raised.value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.role = "read"
+    with pytest.raises(InputError, match="may only read"):
+        hub_upload.check("owner/model")
+
+
+@pytest.mark.parametrize("name", ["owner/a--b", "owner/x.git", f"owner/{'x' * 97}", "owné/r", "a/b/c", "model"])
+def test_names_that_the_hub_refuses_are_refused_at_once(name: str) -> None:
+    with pytest.raises(InputError, match="on the hub"):
+        hub_upload.check(name)
+
+
+def test_what_is_sent_is_the_model_and_takes_the_place_of_an_earlier_one(tmp_path: Path, hub: hub_server.Hub) -> None:
+    sent = {"config.json": b"{}", "model-00001-of-00001.safetensors": b"new", "model.safetensors.index.json": b"{}"}
+    sent |= {"README.md": b"---\ntags:\n- dpo_jax\n---\n"}
+    for name, content in (sent | {".env": b"KEY", "optimizer.pt": b"0", "pairs.jsonl": b"{}", "x.py~": b""}).items():
+        (tmp_path / name).write_bytes(content)
+    hub.repositories["owner/model"] = False
+    hub.files = {"model.safetensors": b"old", "adapter_config.json": b"{}", "notes.txt": b"theirs"}
+    with pytest.raises(InputError, match="not of a model pushed from here"):
+        hub_upload.check("owner/model")
+    hub.files["README.md"] = sent["README.md"]
+    hub_upload.check("owner/model")
+    assert hub_upload.push("owner/model", tmp_path) is None
+    assert hub.files == sent | {"notes.txt": b"theirs"}
+
+
 def test_no_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_test")

@@ -16,12 +16,13 @@ class Hub:
       url: of the server.
       token: that it takes.
       repositories: name -> whether it is private.
-      files: path -> content, of the last commit; of a large file its content too.
+      files: path -> content, of all repositories; of a large file its content too.
+      role: of the token.
       broken: answer uploads with 500.
     """
 
     def __init__(self, url: str, token: str):
-        self.url, self.token, self.broken = url, token, False
+        self.url, self.token, self.broken, self.role = url, token, False, "write"
         self.repositories: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
         self.large: dict[str, bytes] = {}
@@ -44,6 +45,8 @@ def hub(token: str = "hf_test") -> Iterator[Hub]:
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
+            if code == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.end_headers()
             self.wfile.write(content)
 
@@ -56,8 +59,21 @@ def hub(token: str = "hf_test") -> Iterator[Hub]:
             return False
 
         def do_GET(self) -> None:
-            if self._allowed():
-                self._answer({"name": "owner", "type": "user", "orgs": []})
+            if not self._allowed():
+                return
+            if "/tree/" in self.path:
+                sizes = [(path, len(content)) for path, content in here.files.items()]
+                self._answer([{"type": "file", "path": path, "size": size, "oid": "0"} for path, size in sizes])
+            elif self.path.startswith("/api/models/"):
+                name = self.path.removeprefix("/api/models/").partition("?")[0]
+                tags = ["dpo_jax"] if b"- dpo_jax" in here.files.get("README.md", b"") else []
+                files = [{"rfilename": path} for path in (".gitattributes", *here.files)]
+                found = name in here.repositories
+                told = {"id": name, "tags": tags, "siblings": files} if found else {"error": "Repository not found"}
+                self._answer(told, 200 if found else 404)
+            else:
+                role = {"accessToken": {"role": here.role}}
+                self._answer({"name": "owner", "type": "user", "orgs": [], "auth": role})
 
         def do_PUT(self) -> None:
             here.large[self.path.rpartition("/")[2]] = self._body()
@@ -97,13 +113,14 @@ def hub(token: str = "hf_test") -> Iterator[Hub]:
                 ]
                 self._answer({"transfer": "basic", "objects": made})
             elif "/commit/" in self.path:
-                here.files = {}
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
                     if line["key"] == "file":
                         here.files[value["path"]] = base64.b64decode(value["content"])
                     elif line["key"] == "lfsFile":
                         here.files[value["path"]] = here.large[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        del here.files[value["path"]]
                 self._answer({"commitUrl": f"{here.url}/owner/model/commit/{'1' * 40}", "commitOid": "1" * 40})
             else:
                 self._answer({})
