@@ -295,9 +295,10 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
         rewards/running_mean (BCO's δ),
         rewards/chosen, rewards/rejected (means of β u and β v), rewards/margins (their difference),
         rewards/accuracies (share of pairs with a strictly larger chosen reward),
-        logps/chosen, logps/rejected (means of the sums), logps/chosen_change (mean of u: where the reference is the
-        starting policy, the change since step 0 on these very rows), lengths/chosen, lengths/rejected (mean tokens),
-        tokens (in the batch: prompts once, and both responses),
+        logps/chosen, logps/rejected (means of the sums that the loss compares: of LD-DPO's weighted tokens, without
+        masked ones), logps/chosen_change (mean of u: where the reference is the starting policy, the change since step
+        0 on these very rows; not where the reference moves, which u is relative to),
+        lengths/chosen, lengths/rejected (mean tokens), tokens (in the batch: prompts once, and both responses),
       weights/NAME for those that a batch may leave undefined (of unpaired rows): see `align/figures.py`,
       and rows/nonfinite, int32 [B]: the file row number (`batch.rows`) of each row whose loss or log-probabilities are
       not finite, -1 for all others. Where it names no row though grad_norm is not finite, the backward pass overflowed.
@@ -345,7 +346,7 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
         share = lengths if config.nll_normalization == "token" else jnp.ones_like(lengths)
         nll = masked.total(per_token(rows.nll, lengths) * share, has_chosen) / masked.total(share, has_chosen)
         metrics |= figures.figure("nll_loss", nll, jnp.sum(has_chosen))
-    if not config.reference_free:
+    if not config.reference_free and config.reference_sync_steps is None:
         metrics |= figures.figure("logps/chosen_change", chosen / config.resolved("beta"), jnp.sum(has_chosen))
     if config.loss == "kto":
         metrics |= figures.figure("kl", whole.kl, whole.mismatched)
@@ -359,10 +360,10 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     """The loss and its parts for each row; nothing is trained.
 
     Returns:
-      Arrays [B]: loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected (sums), lengths/chosen,
-      lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed). Values of filler rows
-      mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token, AOT's ranks), it
-      takes from this one; BCO's mean of rewards is that of the steps before.
+      Arrays [B]: loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected (sums, as in `train_step`),
+      lengths/chosen, lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed). Values of
+      filler rows mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token, AOT's
+      ranks), it takes from this one; BCO's mean of rewards is that of the steps before.
     """
     config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
     pairs = responses_of(batch, CHOSEN, REJECTED + 1)

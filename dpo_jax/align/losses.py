@@ -55,6 +55,7 @@ from jax.typing import ArrayLike
 
 from dpo_jax.align.across import of_batch
 from dpo_jax.config import DPOLossConfig, Loss
+from dpo_jax.config.dpo import MARGIN
 from dpo_jax.errors import InputError
 
 Numbers = ArrayLike | list[float] | list[int] | tuple[float, ...]
@@ -211,7 +212,6 @@ def preference_terms(
 
     β, ε = config.resolved("beta"), config.resolved("label_smoothing")
     u, v = Lc - Rc, Lr - Rr
-    D = divergence_slope(u, config) - divergence_slope(v, config)
     has_c, has_r = nc > 0, nr > 0
     if config.unpaired:
         u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
@@ -236,6 +236,8 @@ def preference_terms(
         return nll_loss(nll, nll_n, **how, mean_length=mean_nll_length, mean_present=mean_chosen)
 
     def term(name: Loss) -> jax.Array:
+        # f-DPO is about losses of nothing but the margin; others beside them keep theirs.
+        D = divergence_slope(u, config) - divergence_slope(v, config) if name in MARGIN else u - v
         match name:
             case "sigmoid":
                 return logistic(β * D)

@@ -67,6 +67,9 @@ def sums_of(
     apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, config: DPOConfig, *, weighted: bool = False
 ) -> Sums:
     """`weighted`: with WPO's weights."""
+    α, k = config.resolved("ld_alpha"), batch.responses.shape[1]
+    if α < 1 and k != REJECTED + 1:
+        raise InputError(f"ld_alpha compares the two responses of a pair: the batch has {k} responses a prompt")
     how: dict[str, Any] = {"layout": config.layout, "head_budget_bytes": config.head_budget_bytes}
     log_weights = None
     if weighted:
@@ -78,9 +81,8 @@ def sums_of(
     whole = jnp.sum(logps, axis=-1)
     scored = _scored(batch, config.mask_format_tokens)
     sums = whole if scored is None else masked.total(logps, scored, axis=-1)
-    α = config.resolved("ld_alpha")
     if α < 1:
-        shorter = jnp.min(batch.response_lengths[:, : REJECTED + 1], axis=1)
+        shorter = jnp.min(batch.response_lengths, axis=1)
         beyond = (jnp.arange(batch.responses.shape[2]) >= shorter[:, None, None]) & batch.response_mask
         beyond = beyond if scored is None else beyond & scored
         sums -= (1 - α) * masked.total(logps, beyond, axis=-1)
@@ -93,7 +95,10 @@ def reference_logps(
     """Summed log-probability of each of the K responses, float32 [B, K], in nats, as `train_step` wants it cached.
 
     Over the tokens that the preference term scores (without format tokens where `config` masks them), as it weighs them
-    (LD-DPO).
+    (LD-DPO: K must be 2).
+
+    Raises:
+      InputError: with LD-DPO, K is not 2.
     """
     return sums_of(apply_fn, variables, batch, config).scored
 

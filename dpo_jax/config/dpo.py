@@ -47,7 +47,7 @@ BETAS: dict[str, tuple[float, str]] = {
 }
 """Of the losses that take their paper's own beta where none is given: beta and its source. All others take 0.1, and
 several at once too, as MPO does."""
-_MARGIN = ("sigmoid", "robust", "hinge", "exo_pair", "discopop")
+MARGIN = ("sigmoid", "robust", "hinge", "exo_pair", "discopop")
 """Losses of nothing but beta times the margin of two rewards."""
 _UNPAIRED = ("kto", "apo_zero_unpaired")
 _REFERENCE_FREE = ("simpo", "orpo", "sft")
@@ -70,9 +70,10 @@ class DPOLossConfig(Options):
     bco_pair .01, discopop .05."""
     label_smoothing: float | None = not_given(0.0, loss=("sigmoid", "robust", "exo_pair", *_SORTED))
     """Probability that a label is flipped. For sigmoid (then it is cDPO), robust, aot, aot_unpaired and exo_pair
-    (default .001)."""
-    divergence: Divergence | None = not_given("reverse_kl", loss=_MARGIN)
-    """f-DPO: what keeps the policy near the reference. For sigmoid, robust, hinge, exo_pair, discopop."""
+    (default .001); of several losses, for each of these."""
+    divergence: Divergence | None = not_given("reverse_kl", loss=MARGIN)
+    """f-DPO: what keeps the policy near the reference. For sigmoid, robust, hinge, exo_pair, discopop; others beside
+    them keep the reverse KL divergence."""
     divergence_alpha: float | None = not_given(0.5, divergence=("alpha",))
     """Order of the alpha divergence: near 0 the reverse KL divergence, near 1 the forward one."""
     discopop_tau: float | None = not_given(0.05, loss=("discopop",))
@@ -100,7 +101,8 @@ class DPOLossConfig(Options):
     """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
     ld_alpha: float | None = not_given(1.0, loss=_OF_PAIRS)
     """LD-DPO: tokens of the longer response beyond the length of the shorter one count this much in the preference
-    sums, from 0 (not at all) to 1."""
+    sums, from 0 (not at all) to 1. Not beside simpo and orpo either,
+    which compare means over whole responses."""
     use_weighting: bool = False
     """WPO: each pair weighs as much as the policy itself would be likely to write its two responses."""
     ties: Ties = "error"
@@ -114,6 +116,7 @@ class DPOLossConfig(Options):
 
     def __post_init__(self) -> None:
         names, known = self.losses, get_args(Loss)
+        object.__setattr__(self, "loss", ",".join(names))  # "sigmoid, sft" is what "sigmoid,sft" is, everywhere
         for name in names:
             require(name in known, f"invalid choice '{name}' for argument '--dpo.loss'; choose from {', '.join(known)}")
         require(len(set(names)) == len(names), f"--dpo.loss {self.loss} names a loss twice; give it one weight")
@@ -183,6 +186,11 @@ class DPOLossConfig(Options):
             given = getattr(self, name)
             fits = given is None or (0 <= given <= 1 and (given > 0 or name == "ld_alpha"))
             require(fits, f"--dpo.{name} {given} must be {least} and at most 1")
+        whole = [name for name in names if name in ("simpo", "orpo")]
+        require(
+            self.ld_alpha is None or not whole,
+            f"--dpo.ld_alpha does not go with {' and '.join(whole)}, of means over whole responses; leave one out",
+        )
         no_pairs = [name for name in names if name in (*_SORTED, *_UNPAIRED)]
         require(
             not self.use_weighting or not no_pairs,

@@ -222,7 +222,7 @@ class MetricLog:
     def write(self, row: Row) -> None:
         """Append the row of one step ("step" and the metrics): to the file (flushed), TensorBoard and the bar."""
         if "logps/chosen" in row and "logps/chosen_change" not in row:
-            # Without a reference: against the first step, whose metrics are those of the untrained model.
+            # Without a reference that stays: against the first step, whose metrics are those of the untrained model.
             first = next((earlier for earlier in self.rows if "logps/chosen" in earlier), row)
             row = {**row, "logps/chosen_change": row["logps/chosen"] - first["logps/chosen"]}
         self.rows.append(row)

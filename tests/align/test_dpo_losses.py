@@ -10,7 +10,7 @@ import pytest
 from absl.testing import parameterized
 
 from dpo_jax.align import dpo
-from dpo_jax.align.losses import implicit_rewards, log_odds
+from dpo_jax.align.losses import implicit_rewards, log_odds, preference_terms
 from dpo_jax.config import BETAS, DPOLossConfig, Loss
 from dpo_jax.errors import InputError
 
@@ -165,6 +165,25 @@ def test_divergences_are_those_of_f_dpo(name, divergence):
     np.testing.assert_allclose(values, by_numpy(name, lc - rc, lr - rr, 0.1, SLOPES[divergence]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ipo_sum", "dpop", "odpo", "apo_down"])
+def test_losses_beside_those_of_f_dpo_keep_their_margin(name):
+    numbers = [jnp.asarray(x) for x in (LC, LR, RC, RR)]
+    rest = {"chosen_lengths": NC, "rejected_lengths": NR, "score_gaps": jnp.asarray([0.5, 1, 2])}
+    both = preference_terms(*numbers, config=DPOLossConfig(loss=f"sigmoid,{name}", divergence="js"), **rest)
+    for config in (DPOLossConfig(loss=name), DPOLossConfig(divergence="js")):
+        alone = preference_terms(*numbers, config=config, **rest)[config.loss]
+        np.testing.assert_array_equal(both[config.loss], alone)
+
+
+def test_blanks_around_the_names_of_losses_mean_nothing():
+    for spelt, plain in ((" kto", "kto"), ("bco_pair ", "bco_pair"), ("sigmoid, simpo", "sigmoid,simpo")):
+        more = {"simpo_gamma": 1.0} if "simpo" in plain else {}
+        config = DPOLossConfig(loss=spelt, **more)
+        assert config == DPOLossConfig(loss=plain, **more)
+        assert config.unpaired == (plain == "kto")
+        assert config.resolved("beta") == (0.01 if plain == "bco_pair" else 0.1)
+
+
 def test_alpha_lies_between_the_two_kl_divergences():
     for alpha, limit in ((1e-4, "reverse_kl"), (0.9999, "forward_kl")):
         near = loss(DPOLossConfig(divergence="alpha", divergence_alpha=alpha))
@@ -211,6 +230,7 @@ def test_at_the_reference_the_gradient_pulls_the_two_apart():
         ({"loss": "sigmoid,sigmoid"}, "names a loss twice"),
         ({"loss": "sigmoid,kto"}, "kto and apo_zero_unpaired judge responses apart and stand alone"),
         ({"loss_weights": "1"}, "has no effect with one loss, sigmoid"),
+        ({"loss": "sigmoid,orpo", "ld_alpha": 0.5}, "--dpo.ld_alpha does not go with orpo"),
         ({"loss": "sigmoid,sft", "loss_weights": "1"}, "are 1 and the losses of sigmoid,sft are 2"),
         ({"loss": "sigmoid,sft", "loss_weights": "1,-1"}, "write positive numbers with commas"),
         ({"loss": "sigmoid,sft", "loss_weights": "1,x"}, "write positive numbers with commas"),

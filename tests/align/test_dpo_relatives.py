@@ -11,6 +11,7 @@ from pairs import TINY, gradients, make_batch, model_and_variables, quick_jit, t
 
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig
+from dpo_jax.errors import InputError
 from dpo_jax.types import CHOSEN, REJECTED
 
 torch = pytest.importorskip("torch")
@@ -173,6 +174,9 @@ def test_ld_alpha_of_one_and_equal_lengths_change_nothing():
         sums = [dpo.reference_logps(model.apply, variables, where, config=c) for c in (plain, changed)]
         np.testing.assert_array_equal(*sums)
     by_hand = DPOConfig(layout="separate", ld_alpha=0.0)
+    three = dataclasses.replace(batch, responses=batch.responses[:, [0, 1, 1]])
+    with pytest.raises(InputError, match="the batch has 3 responses a prompt"):
+        dpo.reference_logps(model.apply, variables, three, config=by_hand)
     cut = batch.response_lengths.min(axis=1, keepdims=True).repeat(2, axis=1)
     shared = dataclasses.replace(batch, response_lengths=cut)
     np.testing.assert_allclose(
@@ -203,6 +207,7 @@ def test_a_reference_that_moves(lora):
         reference = state.carried["reference"]
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
+        assert "logps/chosen_change" not in metrics  # the log takes the first step's logps/chosen off
         of_three = map(jax.tree.leaves, (state.carried["reference"], reference, trained(state)))
         for new, old, now in zip(*of_three, strict=True):
             np.testing.assert_array_equal(new, now if i % 2 else old)
