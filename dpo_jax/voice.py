@@ -25,6 +25,11 @@ def talk(how: Mode) -> None:
     _mode = how
 
 
+def shows_bars() -> bool:
+    """Whether bars that other libraries draw may stand: on a terminal, where people read."""
+    return _mode == "lines" and sys.stderr.isatty()
+
+
 def say(text: str, event: Literal["note", "warning", "error"] = "note", **more: Any) -> None:
     """One line. `more`: what a JSON object says beside it. Raises `OSError` where stderr cannot be written."""
     if _mode == "json":

@@ -55,7 +55,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     if run.judge is not None or run.report is not None:
         raise InputError(f"--judge and --report have no effect: {run.model} is no reward model")
     setting = Setting.of(run.mesh, run.data, run)
-    out = None if run.out is None else check_output(run.out)
+    out = None if run.out is None else check_output(run.out, run.data.files)
     tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
     beta = run.resolved("beta")
 

@@ -22,6 +22,7 @@ from dpo_jax.data.tokens.templates import RAW, check_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
 from dpo_jax.files.log import say
+from dpo_jax.judge.loading import check_output
 from dpo_jax.mesh import make_mesh
 from dpo_jax.sample import check_context
 from dpo_jax.weights.opened import open_checkpoint
@@ -64,15 +65,6 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
     return heads, ids
 
 
-def _check_out(out: str | None) -> Path | None:
-    if out is None:
-        return None
-    path = Path(out).expanduser()
-    if path.is_dir():
-        raise InputError(f"{out}: is a folder; --out names the file to write")
-    return path
-
-
 def as_trained(data: DataConfig) -> dict[str, Any]:
     """The options of a `GenerateRun` that put prompts as a training run with these options puts them."""
     raw = data.template == RAW
@@ -82,7 +74,7 @@ def as_trained(data: DataConfig) -> dict[str, Any]:
 @with_config_keys
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
-    out = _check_out(run.out)
+    out = None if run.out is None else check_output(Path(run.out).expanduser(), run.prompts)
     place = open_checkpoint(run.model)
     tokenizer = place.tokenizer()
     check_date(tokenizer, run.template, run.date)

@@ -26,7 +26,7 @@ from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
-from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.files.log import ProgressBar, say, show_log
 from dpo_jax.judge import sheet
 from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.judge_prompts import JudgePrompt
@@ -80,7 +80,12 @@ def judge(run: JudgeRun) -> Path:
 
     What could not be parsed is null, counted and said. Returns the path. Raises `InputError`.
     """
-    out = check_output(str(run.sheet or run.out))
+    show_log()
+    out = check_output(str(run.sheet or run.out), run.data.files, run.prompts, *run.read)
+    if out.exists() and run.sheet is not None and not sheet.is_page(out):
+        raise InputError(f"{out}: is there, and is no page of --sheet; remove it, or name another file")
+    if out.exists() and run.read and not _is_by_people(out):
+        raise InputError(f"{out}: is there, and not written by --read; remove it, or name another file")
     rows = _Rows(run)
     if run.sheet is not None:
         write_atomically(out, sheet.page(rows.items, run.seed))
@@ -125,6 +130,12 @@ def judge(run: JudgeRun) -> Path:
     if run.agreement:
         _agreement(run, out, done, rows, prompt)
     return out
+
+
+def _is_by_people(out: Path) -> bool:
+    """Whether a file was written by `_by_people`, which may write it anew."""
+    replies = [reply for row in read_lines(out) for reply in row.get("replies", [None])]
+    return bool(replies) and all(isinstance(reply, dict) and "rater" in reply for reply in replies)
 
 
 def _by_people(run: JudgeRun, out: Path, rows: _Rows) -> Path:

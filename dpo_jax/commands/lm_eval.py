@@ -7,22 +7,54 @@ from typing import Any
 
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import LmEvalRun
+from dpo_jax.data.tokens.templates import TemplateError
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
-from dpo_jax.files.log import say
-from dpo_jax.judge.lm_eval_model import ScoredModel, adapter, check_installed
+from dpo_jax.judge.lm_eval_model import ScoredModel, adapter, check_installed, harness
 from dpo_jax.judge.loading import check_output
 from dpo_jax.mesh import make_mesh
+from dpo_jax.weights.opened import open_checkpoint
 
 
 @with_config_keys
 def lm_eval(run: LmEvalRun) -> dict[str, Any]:
-    """Evaluate, and print the harness's table. Returns its results, by task and metric. Raises `InputError`."""
-    outputs = [check_output(path) for path in (run.out, run.rows) if path is not None]
+    """Evaluate, and print the harness's tables. Returns its results, by task and metric. Raises `InputError`."""
+    outputs = [check_output(path, run.model) for path in (run.out, run.rows) if path is not None]
+    if len(outputs) == 2:
+        check_output(outputs[1], str(outputs[0]))
     check_installed()
     if run.include_path is not None and not Path(run.include_path).is_dir():
         raise InputError(f"{run.include_path}: no such folder; --include_path holds tasks as YAML")
-    manager = import_module("lm_eval.tasks").TaskManager(include_path=run.include_path)
+    place = open_checkpoint(run.model)
+    if run.apply_chat_template:
+        _check_template(run, place.tokenizer())
+    with harness() as manager_of:
+        manager = manager_of(include_path=run.include_path)
+        wanted = _loaded(run, manager)
+        mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        scored = ScoredModel(place, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype, name=run.model)
+        found = import_module("lm_eval").simple_evaluate(
+            model=adapter(scored),
+            tasks=wanted,
+            task_manager=manager,
+            num_fewshot=run.num_fewshot,
+            limit=run.limit,
+            apply_chat_template=run.apply_chat_template,
+            system_instruction=run.system_instruction,
+            log_samples=run.rows is not None,
+        )
+    rows, _ = found.pop("samples", {}), found.pop("git_hash", None)
+    for path, content in zip(outputs, _contents(run, found, rows), strict=True):
+        write_atomically(path, content)
+    table = import_module("lm_eval.utils").make_table
+    print(table(found))
+    if found.get("groups"):
+        print(table(found, "groups"))
+    return found["results"]
+
+
+def _loaded(run: LmEvalRun, manager: Any) -> list[Any]:
+    """What --tasks names, ready to be put: tasks, and groups with all that is inside them. Raises `InputError`."""
     names = {task: manager.match_tasks([task]) for task in run.tasks}
     if unknown := [task for task, found in names.items() if not found]:
         raise InputError(f"--tasks {' '.join(unknown)}: lm-eval knows no such task; `lm_eval ls tasks` lists them")
@@ -32,25 +64,22 @@ def lm_eval(run: LmEvalRun) -> dict[str, Any]:
     except Exception as problem:  # whatever a task's file, its code or its data does
         said = " ".join(str(problem).split())[:300]
         raise InputError(f"--tasks {' '.join(wanted)}: cannot be loaded: {type(problem).__name__}: {said}") from problem
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    scored = ScoredModel(run.model, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
-    if run.apply_chat_template and not scored.tokenizer.chat_template:
+    groups = loaded["groups"].values()
+    inside = {one.name for group in groups for one in group.get_all_groups()}
+    inside |= {one.task_name for group in groups for one in group.get_all_tasks()}
+    return [one for name, one in (*loaded["groups"].items(), *loaded["tasks"].items()) if name not in inside]
+
+
+def _check_template(run: LmEvalRun, tokenizer: Any) -> None:
+    """Raise `InputError` unless the tokenizer's chat template takes what this run begins each question with."""
+    if not tokenizer.chat_template:
         raise InputError(f"{run.model}: its tokenizer has no chat template; leave --apply_chat_template out")
-    found = import_module("lm_eval").simple_evaluate(
-        model=adapter(scored),
-        tasks=[*loaded["groups"].values()] or [*loaded["tasks"].values()],
-        task_manager=manager,
-        num_fewshot=run.num_fewshot,
-        limit=run.limit,
-        apply_chat_template=run.apply_chat_template,
-        system_instruction=run.system_instruction,
-        log_samples=run.rows is not None,
-    )
-    say(import_module("lm_eval.utils").make_table(found))
-    rows = found.pop("samples", {})
-    for path, content in zip(outputs, _contents(run, found, rows), strict=True):
-        write_atomically(path, content)
-    return found["results"]
+    system = [] if run.system_instruction is None else [{"role": "system", "content": run.system_instruction}]
+    try:
+        tokenizer.apply_chat_template([*system, {"role": "user", "content": "?"}], tokenize=False)
+    except TemplateError as problem:
+        advice = "--system_instruction" if system else "--apply_chat_template"
+        raise InputError(f"{run.model}: its chat template refuses this: {problem}; leave {advice} out") from problem
 
 
 def _contents(run: LmEvalRun, found: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:

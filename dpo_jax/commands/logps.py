@@ -20,7 +20,7 @@ def logps(run: LogpsRun) -> Path:
     Rows that cannot be used are left out, and said, as in training. Returns the path. Raises `InputError`.
     """
     setting = Setting.of(run.mesh, run.data, run)
-    out = check_output(run.out)
+    out = check_output(run.out, run.data.files)
     place = open_checkpoint(run.model)
     tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
     model, variables = setting.load(place, tokenizer)

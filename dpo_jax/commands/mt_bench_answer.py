@@ -24,7 +24,7 @@ def answer(run: MTBenchAnswerRun) -> Path:
 
     Raises `InputError`.
     """
-    out = check_output(Path(run.out).expanduser())
+    out = check_output(Path(run.out).expanduser(), run.questions)
     questions = read_questions(run.questions)
     place = open_checkpoint(run.model)
     tokenizer, architecture = place.tokenizer(), place.architecture

@@ -29,7 +29,7 @@ def judge(run: MTBenchJudgeRun) -> Path:
 
     Every request is made before the first is sent. Raises `InputError`.
     """
-    out = check_output(Path(run.out).expanduser())
+    out = check_output(Path(run.out).expanduser(), run.questions, *run.answers, run.references, run.prompts)
     questions = read_questions(run.questions)
     answers = read_answers(run.answers, questions)
     check_complete(answers, questions)

@@ -99,7 +99,11 @@ def _is_unsafe(category: str | None, run: SafetyRun) -> bool:
 def safety(run: SafetyRun) -> dict[str, Any]:
     """Print and return the figures: `groups` (safe and unsafe prompts), `categories`, and `people`, where rows have a
     label. Raises `InputError`."""
-    outs = {name: check_output(path) for name, path in (("out", run.out), ("rows", run.rows)) if path is not None}
+    outs = {
+        name: check_output(path, run.data) for name, path in (("out", run.out), ("rows", run.rows)) if path is not None
+    }
+    if len(outs) == 2:
+        check_output(outs["rows"], str(outs["out"]))
     rows = _rows(run)
     safe_scores, helpful = _scores(run, run.safety_reward, rows), _scores(run, run.reward, rows)
     judged = [

@@ -35,7 +35,7 @@ def score(run: ScoreRun) -> Path:
     Rows that cannot be used are left out, and said. Raises `InputError`.
     """
     setting = Setting.of(run.mesh, run.data, run)
-    out = check_output(run.out)
+    out = check_output(run.out, run.data.files)
     place = open_checkpoint(run.model)
     architecture, tokenizer = load_vocabulary(place, run.data)
     check_score(run.model, architecture)

@@ -17,7 +17,7 @@ from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.jsonl import read_lines, write_lines
-from dpo_jax.files.log import say
+from dpo_jax.files.log import say, show_log
 from dpo_jax.headers import told
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
@@ -89,7 +89,7 @@ def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str])
 
 def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -> None:
     """Put the pairs to `run.judge`, and write its verdicts to `run.judgments`. Raises `InputError`."""
-    out = check_output(Path(run.judgments).expanduser())
+    out = check_output(Path(run.judgments).expanduser(), run.answers, run.against)
     pairs, verdicts = (out.with_name(f"{out.name}.{name}.jsonl") for name in ("pairs", "verdicts"))
     if out.exists() and not verdicts.exists():
         raise InputError(
@@ -133,7 +133,8 @@ def _prompt(asked: str) -> Any:
 def win_rate(run: WinRateRun) -> dict[str, Any]:
     """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
     reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
-    out = None if run.out is None else check_output(run.out)
+    show_log()
+    out = None if run.out is None else check_output(run.out, run.answers, run.against, run.judgments)
     answers, against = _answers(run.answers), _answers(run.against)
     for some, others, names in (
         (answers, against, (run.answers, run.against)),

@@ -1,5 +1,6 @@
 """Options of judges."""
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -147,6 +148,7 @@ class JudgeRun(Options, metaclass=RunOptions):
         if silent is not None:
             for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
                 require(getattr(self, name) is None, f"--{name} has no effect with --{silent}, which asks nothing")
+        self._refuse_of_models()
         if self.function is not None:
             require(
                 not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
@@ -167,6 +169,20 @@ class JudgeRun(Options, metaclass=RunOptions):
             require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
         require_day(self.date, "--date")
         self.at_least("--", batch_size=1)
+
+    def _refuse_of_models(self) -> None:
+        """What only a model of this machine takes, with another judge."""
+        other = next((n for n in ("sheet", "read", "function") if getattr(self, n)), None)
+        other = "endpoint.url" if self.endpoint.url is not None else other
+        idle = [] if other is None else ["sample"] if other == "function" else ["sample", "batch_size", "dtype", "mesh"]
+        usual = {one.name: one for one in dataclasses.fields(self)}
+        for name in idle:
+            made = usual[name].default_factory
+            default = usual[name].default if made is dataclasses.MISSING else made()
+            require(
+                getattr(self, name) == default,
+                f"--{name} has no effect with --{other}: it is of a model on this machine",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,13 +44,17 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
-def show_log() -> None:
-    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quiet orbax."""
-    notes = logging.getLogger("dpo_jax")
-    if not notes.handlers:
-        notes.addHandler(_Notes())
-        notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
-        notes.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+def show_log(*libraries: str) -> None:
+    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quiet orbax.
+
+    libraries: whose warnings are to be ours, too.
+    """
+    for name, level in (("dpo_jax", logging.INFO), *((name, logging.WARNING) for name in libraries)):
+        notes = logging.getLogger(name)
+        if not any(isinstance(handler, _Notes) for handler in notes.handlers):
+            notes.addHandler(_Notes())
+            notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
+            notes.setLevel(level if jax.process_index() == 0 else logging.ERROR)
     # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
     # event loop and the thread pool in which it writes, for each of the other files.
     for name in ("absl", "asyncio", "concurrent.futures"):

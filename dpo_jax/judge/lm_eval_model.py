@@ -8,7 +8,9 @@ Texts become ids, and windows are laid, by the rules of the harness's own `hf` m
 figures; a test compares both. The harness is imported where an adapter is made: `pip install 'dpo_jax[lm_eval]'`.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import Any
 
@@ -21,14 +23,16 @@ from dpo_jax import mesh as meshes
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.data.tokens.templates import RAW, TemplateError
 from dpo_jax.errors import InputError
-from dpo_jax.files.log import ProgressBar
+from dpo_jax.files.log import ProgressBar, show_log
 from dpo_jax.model.logprobs import TokenScores, token_scores
-from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.voice import shows_bars
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
 
+_log = logging.getLogger(__name__)
 _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
 _TOKENS = 256  # written at most where a task does not say it, as by the harness's `hf`
 
@@ -42,12 +46,23 @@ class ScoredModel:
       max_length: tokens that it was made for.
     """
 
-    def __init__(self, source: str, *, mesh: Mesh, batch_size: int = 8, dtype: str = "float32"):
-        """Reads the weights. Raises `InputError` for what is no model, or a batch that does not divide."""
+    def __init__(
+        self,
+        source: str | StoredModel,
+        *,
+        mesh: Mesh,
+        batch_size: int = 8,
+        dtype: str = "float32",
+        name: str | None = None,
+    ):
+        """Reads the weights. `name`: of a model that is open already.
+
+        Raises `InputError` for what is no model, or a batch that does not divide.
+        """
         if batch_size % (parts := meshes.batch_parts(mesh)):
             raise InputError(f"--batch_size {batch_size} does not divide over {parts} devices; take a multiple of it")
         place = open_checkpoint(source)
-        self.name = source
+        self.name = str(source) if name is None else name
         self.tokenizer: Any = place.tokenizer()  # of Hugging Face, whose annotations cover every way to call it
         check_vocabulary(self.tokenizer, place.architecture)
         self.max_length, self._batch_size, self._mesh = place.architecture.max_position, batch_size, mesh
@@ -65,18 +80,22 @@ class ScoredModel:
         self._scores = meshes.jit_replicated(scores, mesh)
 
     def loglikelihoods(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], label: str = "scored"
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        label: str = "scored",
+        *,
+        called: Callable[[int], str] = lambda i: f"pair {i}",
     ) -> list[tuple[float, bool]]:
         """Of each (context, continuation) in ids: log p(continuation | context) in nats, and whether it is greedy.
 
         A context is cut at its beginning to what the model was made for. Raises `InputError` for one that is empty, and
-        for a continuation that is empty or longer than the model's context.
+        for a continuation that is empty or longer than the model's context; `called`: what it calls pair i.
         """
-        for context, continuation in pairs:
+        for i, (context, continuation) in enumerate(pairs):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise InputError(
-                    f"a context of {len(context)} tokens and a continuation of {len(continuation)}: both need a token, "
-                    f"and the model has a context of {self.max_length}"
+                    f"{called(i)}: a context of {len(context)} tokens and a continuation of {len(continuation)}: both "
+                    f"need a token, and the model has a context of {self.max_length}"
                 )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
@@ -135,6 +154,29 @@ def check_installed() -> None:
         raise InputError(f"lm-eval {version} is installed, and its interface is known here for 0.4.x: {advice}")
 
 
+@contextmanager
+def harness() -> Iterator[Any]:
+    """The harness's `TaskManager`, while it talks as our commands do: its warnings are ours, and it draws bars only on
+    a terminal and only in plain words. What it looks up of this machine and of the folder's git is left out."""
+    show_log("lm_eval")
+    shown, bar = shows_bars(), import_module("tqdm.std").tqdm
+    evaluator: Any = import_module("lm_eval.evaluator")
+    drawn, looked_up = bar.__init__, (evaluator.add_env_info, evaluator.get_git_commit_hash)
+
+    def silent(self: Any, *args: Any, **told: Any) -> None:
+        drawn(self, *args, **told | {"disable": True})
+
+    try:
+        version = {"lm_eval_version": metadata.version("lm_eval")}
+        evaluator.add_env_info, evaluator.get_git_commit_hash = lambda found: found.update(version), lambda: None
+        if not shown:
+            bar.__init__ = silent
+        yield import_module("lm_eval.tasks").TaskManager
+    finally:
+        bar.__init__ = drawn
+        evaluator.add_env_info, evaluator.get_git_commit_hash = looked_up
+
+
 def sampling(given: dict[str, Any], longest: int) -> SampleConfig:
     """A task's generation arguments, as the harness normalises them, for a context of `longest` tokens.
 
@@ -169,6 +211,7 @@ def adapter(scored: ScoredModel) -> Any:
             super().__init__()
             self.tokenizer = scored.tokenizer
             self.batch_size = scored._batch_size
+            self._told, self._names = False, list[str]()
 
         @property
         def eot_token_id(self) -> Any:
@@ -194,15 +237,32 @@ def adapter(scored: ScoredModel) -> Any:
             return self.tokenizer.encode(string, **told)
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+            setting: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            setting["continue_final_message"] = not add_generation_prompt
+            try:
+                return self.tokenizer.apply_chat_template(chat_history, **setting)
+            except TemplateError as problem:
+                # A task's own description: the harness's `hf` goes on without it, and so does its figure.
+                rest = [message for message in chat_history if message["role"] != "system"]
+                try:
+                    text = self.tokenizer.apply_chat_template(rest, **setting)
+                except TemplateError:
+                    raise InputError(f"{scored.name}: its chat template refuses a question: {problem}") from problem
+                if not self._told:
+                    _log.warning("the chat template refuses system messages, and tasks' own are left out: %s", problem)
+                    self._told = True
+                return text
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self._names = [f"task {one.task_name}, row {one.doc_id}, choice {one.idx}" for one in requests]
+            for name, request in zip(self._names, requests, strict=True):
+                if not request.args[1]:
+                    raise InputError(f"{name}: is an empty text, which has no likelihood; mend the task's rows")
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            found = scored.loglikelihoods([(context, continuation) for _, context, continuation in requests])
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            found = scored.loglikelihoods(pairs, called=self._names.__getitem__)
             for request, answer in zip(requests, found, strict=True):
                 self.cache_hook.add_partial("loglikelihood", request[0], answer)
             return found

@@ -94,8 +94,10 @@ def load_data(
     return tokenizer, dataset
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, *read: str | None) -> Path:
     """The file that a command will write, checked before any work: a regular file, in a folder that can be written.
+
+    read: what the command reads (files, sets of files as --data takes them) or writes beside it, and so must not be it.
 
     Raises `InputError` otherwise.
     """
@@ -105,4 +107,16 @@ def check_output(path: str | Path) -> Path:
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {folder} is not a writable folder; choose another --out")
+    for source in filter(None, read):
+        for one in (source, *source.split(",")):
+            if path.resolve() in (_resolved(one), _resolved(one.rpartition(":")[0])):
+                raise InputError(f"{path}: would be written over {one}, which this command needs; choose another name")
     return path
+
+
+def _resolved(place: str) -> Path | None:
+    """Where it lies, were it a path; None for what is none."""
+    try:
+        return Path(place).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):
+        return None

@@ -34,7 +34,9 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     if run.reference is not None or run.samples is not None:
         raise InputError("--reference and --samples have no effect: --model is a reward model, which writes no texts")
     setting = Setting.of(run.mesh, run.data, run)
-    out, page = (None if path is None else check_output(path) for path in (run.out, run.report))
+    out, page = (None if path is None else check_output(path, run.data.files) for path in (run.out, run.report))
+    if out is not None and page is not None:
+        check_output(page, str(out))
     data, scores = _judged(run, run.model, setting)
     lengths, ranks = data.response_lengths, data.ranks
     result: dict[str, Any] = {

@@ -7,23 +7,25 @@ What was shown otherwise, to another seed say, is refused by its hash.
 """
 
 import base64
-import csv
 import hashlib
 import html
 import json
+import logging
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.errors import InputError
+from dpo_jax.data.sources.files import read_rows
+from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import told
 from dpo_jax.judge.judge_agreement import cohen_kappa, gwet_ac1, table
 from dpo_jax.judge.judging import Item, Judgement
 
+log = logging.getLogger(__name__)
 COLUMNS = ("item", "verdict", "rater")
 LONGEST = 16 * 2**20
 """Bytes of a file of verdicts."""
@@ -36,19 +38,44 @@ section { border-top: 1px solid #ccc; padding: 1rem 0 } .text { white-space: pre
 label { margin-right: 1.5rem } header { position: sticky; top: 0; background: #fff; padding: .6rem 0 }
 """
 _SCRIPT = """
+const sections = [...document.querySelectorAll("section")], rater = document.getElementById("rater");
+const kept = "dpo-jax " + document.documentElement.dataset.page;
+let unsaved = false;
+const chosen = one => one.querySelector("input:checked")?.value ?? "";
+const count = () => {
+  document.getElementById("count").textContent = `${sections.filter(chosen).length} of ${sections.length} chosen`;
+};
+try {
+  const [name, said] = JSON.parse(localStorage.getItem(kept) ?? '["", {}]');
+  rater.value = name;
+  for (const one of sections)
+    for (const input of one.querySelectorAll("input")) input.checked = input.value === said[one.id];
+} catch { /* nothing is kept where the browser does not allow it */ }
+document.addEventListener("input", () => {
+  unsaved = true;
+  count();
+  const said = Object.fromEntries(sections.map(one => [one.id, chosen(one)]));
+  try { localStorage.setItem(kept, JSON.stringify([rater.value, said])); } catch {}
+});
+addEventListener("beforeunload", event => { if (unsaved) event.preventDefault(); });
+count();
 document.getElementById("save").onclick = () => {
-  const rater = document.getElementById("rater").value.replace(/[^\\p{L}\\p{N} ._-]/gu, "").trim();
-  const lines = ["item,verdict,rater"];
-  for (const one of document.querySelectorAll("section")) {
-    const chosen = one.querySelector("input:checked");
-    lines.push([one.id, chosen ? chosen.value : "", rater].join(","));
-  }
+  const name = rater.value.replace(/[^\\p{L}\\p{N} ._-]/gu, "").replace(/^[ -]+/, "").trim();
+  const lines = ["item,verdict,rater", ...sections.map(one => [one.id, chosen(one), name].join(","))];
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([lines.join("\\n") + "\\n"], { type: "text/csv" }));
   link.download = "verdicts.csv";
   link.click();
+  unsaved = false;
 };
 """
+_TITLE = "<title>Which response is better?</title>"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page, which may be written anew."""
+    with path.open("rb") as file:
+        return _TITLE.encode() in file.read(1024)
 
 
 def shown(item: Item, seed: int) -> tuple[str, tuple[int, int]]:
@@ -79,10 +106,12 @@ def page(items: Sequence[Item], seed: int) -> str:
         )
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    own = hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{policy}"><title>Which response is better?</title><style>{_STYLE}</style>'
-        '<header><label>Your name <input id="rater"></label><button id="save">Save verdicts.csv</button></header>'
+        f'<!doctype html><html lang="en" data-page="{own}"><meta charset="utf-8"><meta '
+        f'http-equiv="Content-Security-Policy" content="{policy}">{_TITLE}<style>{_STYLE}</style>'
+        f'<header><label>Your name <input id="rater" maxlength="{_NAME}"></label>'
+        '<button id="save">Save verdicts.csv</button> <span id="count"></span></header>'
         f"{''.join(parts)}<script>{_SCRIPT}</script></html>\n"
     )
 
@@ -96,47 +125,46 @@ def read_verdicts(files: Sequence[str], items: Sequence[Item], seed: int) -> lis
     known = {name: (i, order) for i, item in enumerate(items) for name, order in [shown(item, seed)]}
     found: list[dict[str, str]] = [{} for _ in items]
     for file in files:
-        for line, row in _lines(Path(file).expanduser()):
-            where = f"{file}: line {line}"
+        path = Path(file).expanduser()
+        for number, row in _rows(path):
+            where = f"{file}: row {number} below the names"
             if row["item"] not in known:
                 raise InputError(f"{where}: item {told(row['item'])} was not shown: give --data and --seed of the page")
             at, order = known[row["item"]]
-            said = row["verdict"].strip().lower()
+            said = row["verdict"].lower()
             if not said:
                 continue
             if said not in _SIDES:
                 raise InputError(f"{where}: verdict {told(row['verdict'])} is none of A, B and tie")
-            rater = row.get("rater", "").strip() or Path(file).stem
+            rater = row["rater"] or Path(path.name.removesuffix(".gz").removesuffix(".zst")).stem
             if len(rater) > _NAME or rater[0] in "=+-@" or not rater.isprintable():
                 raise InputError(f"{where}: rater {told(rater)} is no name")
             if rater in found[at]:
-                raise InputError(f"{where}: {rater} has judged item {row['item']} in an earlier line; keep one")
+                raise InputError(f"{where}: {rater} has judged item {row['item']} in an earlier row; keep one")
             found[at][rater] = said if said == "tie" else "ab"[order["ab".index(said)]]
     if not any(found):
         raise InputError(f"{', '.join(files)}: no line holds a verdict")
     return found
 
 
-def _lines(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(number, cells by column) of each line. Raises `InputError`."""
-    try:
-        if path.stat().st_size > LONGEST:
-            raise InputError(f"{path}: is larger than {LONGEST // 2**20} MiB; a file of verdicts is small")
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark in front
-            reader = csv.DictReader(file, strict=True)
-            names = [str(name).strip() for name in reader.fieldnames or ()]
-            if sorted(names) != sorted(COLUMNS[: len(names)]) or len(names) < 2:
-                raise InputError(
-                    f"{path}: the first line is to be {','.join(COLUMNS)}, and not {told(','.join(names))}"
-                )
-            reader.fieldnames = names
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV: {error}") from error
-    for number, row in rows:
-        if None in row or None in row.values():
-            raise InputError(f"{path}: line {number}: has not {len(names)} cells")
-    return rows
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number, cells of `COLUMNS`) of each row that is not blank, as spreadsheets write them. Raises `InputError`."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file{nearest(str(path))}; --read takes files of verdicts")
+    if path.stat().st_size > LONGEST:
+        raise InputError(f"{path}: is larger than {LONGEST // 2**20} MiB; a file of verdicts is small")
+    for number, row in read_rows(str(path)):
+        named: dict[str, str] = {}
+        for name, cell in row.items():
+            if (key := name.strip().lower()) in named:
+                raise InputError(f"{path}: its first line names the column {key!r} twice")
+            named[key] = "" if cell is None else str(cell).strip()
+        if not {"item", "verdict"} <= named.keys():
+            raise InputError(f"{path}: the first line is to be {','.join(COLUMNS)}, and not {told(','.join(row))}")
+        if number == 1 and (others := named.keys() - {*COLUMNS, ""}):
+            log.warning("%s: not read: %s", path, told(", ".join(sorted(others))))
+        if any(named.values()):
+            yield number, {name: named.get(name, "") for name in COLUMNS}
 
 
 def judgements(verdicts: Sequence[Mapping[str, str]]) -> list[Judgement]:

@@ -189,3 +189,31 @@ def test_the_command_corrupts(tmp_path, capsys) -> None:
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pairs --data rows.jsonl --out rows.jsonl",
+        "pairs --data tests.jsonl:0.5,rows.jsonl:0.5 --out ./rows.jsonl",
+        "judge --data rows.jsonl --function length --out rows.jsonl",
+        "win-rate --answers rows.jsonl --against b.json --judgments v.json --out rows.jsonl",
+        "win-rate --answers rows.jsonl --against rows.jsonl --judge length --judgments rows.jsonl",
+        "generate --model m --prompts rows.jsonl --out link.jsonl",
+        "logps --model m --data rows.jsonl --out rows.jsonl",
+        "score --model m --data rows.jsonl --out rows.jsonl",
+        "safety --data rows.jsonl --out rows.jsonl",
+        "safety --data rows.jsonl --out new.jsonl --rows new.jsonl",
+        "mt-bench answer --model m --questions rows.jsonl --out rows.jsonl",
+        "mt-bench judge --model m --questions q.jsonl --answers a.jsonl rows.jsonl --out rows.jsonl --mode single",
+    ],
+)
+def test_no_command_writes_over_what_it_reads(words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps({"prompt": "q", "response": "a", "chosen": "a", "rejected": "b"}) + "\n"
+    Path("rows.jsonl").write_text(text)
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    assert main(words.split()) == 2
+    assert "jsonl: would be written over " in capsys.readouterr().err
+    assert Path("rows.jsonl").read_text() == text
+    assert {path.name for path in Path().iterdir()} == {"rows.jsonl", "link.jsonl"}

@@ -133,6 +133,16 @@ def tasks(tmp_path: Path) -> Path:
         if name == "rolling":
             text = text.replace('"{{question}}"', '""')
         (folder / f"{name}.yaml").write_text(text)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("".join(json.dumps({"question": "q", "choices": [c, "a"], "answer": 1}) + "\n" for c in ("b", "")))
+    text = CHOICE.format(
+        task="empty",
+        rows=empty,
+        output="multiple_choice",
+        target="answer",
+        more="doc_to_choice: choices\ntarget_delimiter: ''",
+    )
+    (folder / "empty.yaml").write_text(text)
     (folder / "broken.yaml").write_text(CHOICE.format(task="broken", rows="no.jsonl", output="x", target="a", more=""))
     return folder
 
@@ -183,7 +193,61 @@ def test_the_harness_says_the_same_of_us_and_of_its_own_model(
                     np.asarray(values[0], float).ravel()[0], np.asarray(values[1], float).ravel()[0], atol=1e-3
                 )
                 assert name != "local_choice" or str(one[0][1]) == str(two[0][1])
-    capsys.readouterr()
-    for task, message in (("nothing_of_this_name", "no such task"), ("broken", "cannot be loaded")):
+    screen = capsys.readouterr()
+    assert "|local_choice" in screen.out
+    assert not ours.keys() & {"pretty_env_info", "git_hash", "upper_git_hash"}
+    for task, message in (
+        ("nothing_of_this_name", "no such task"),
+        ("broken", "cannot be loaded"),
+        ("empty", "task empty, row 1, choice 0: is an empty text"),
+    ):
         assert main([*words[:5], "--tasks", task]) == 2
         assert message in capsys.readouterr().err
+    rows.unlink()
+    assert main([*words[:7], "--rows", str(out), "--tasks", "empty"]) == 2
+    assert "would be written over" in capsys.readouterr().err
+
+
+def test_groups_inside_groups_and_beside_tasks(
+    folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'dpo_jax[lm_eval]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, inside in (("inner", ["local_choice"]), ("outer", ["inner", "local_rolling"])):
+        mean = [{"metric": "acc", "weight_by_size": True}] if name == "inner" else []
+        group = {"group": name, "task": inside, "aggregate_metric_list": mean}
+        (tasks / f"{name}.yaml").write_text(json.dumps(group))
+    words = ["lm-eval", "--model", str(folder), "--include_path", str(tasks), "--limit", "3", "--json"]
+    own = {"local_choice", "local_rolling", "local_written"}
+    for names, left_out in ((["inner", "local_written"], "local_rolling"), (["outer"], "local_written")):
+        out = tmp_path / "groups.json"
+        assert main([*words, "--tasks", *names, "--out", str(out)]) == 0
+        assert own & json.loads(out.read_text())["results"].keys() == own - {left_out}
+        screen = capfd.readouterr()
+        assert "|Groups|" in screen.out.replace(" ", "")
+        assert all(json.loads(line)["event"] in ("note", "progress", "warning") for line in screen.err.splitlines())
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_that_refuses_system_messages(
+    scored: ScoredModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'dpo_jax[lm_eval]'")
+    own = tiny.folder(tmp_path / "model", max_position=CONTEXT)
+    (own / "chat_template.jinja").write_text(REFUSES)
+    words = ["lm-eval", "--model", str(own), "--tasks", "gsm8k", "--apply_chat_template"]
+    assert main([*words, "--system_instruction", "Be brief."]) == 2
+    said = capsys.readouterr().err
+    assert "refuses this: no system; leave --system_instruction out" in said
+    assert said.count("\n") == 1
+    monkeypatch.setattr(scored.tokenizer, "chat_template", REFUSES)
+    asked = [{"role": "system", "content": "of the task"}, {"role": "user", "content": "ask"}]
+    assert lm_eval_model.adapter(scored).apply_chat_template(asked) == "ask"  # as the harness's `hf`
+    monkeypatch.setattr(scored.tokenizer, "chat_template", "{{ raise_exception('never') }}")
+    with pytest.raises(InputError, match="refuses a question"):
+        lm_eval_model.adapter(scored).apply_chat_template(asked)

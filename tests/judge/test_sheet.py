@@ -1,7 +1,10 @@
 """People as judges: the page, what comes back from it, by hand."""
 
+import gzip
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -86,16 +89,17 @@ def test_agreement_between_raters() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("item,verdict\n{item},C\n", "line 2: verdict 'C' is none of A, B and tie"),
-        ("item,verdict\n{item},=HYPERLINK(1)\n", "line 2: verdict '=HYPERLINK(1)' is none of"),
-        ("item,verdict,rater\n{item},A,=1+1\n", "line 2: rater '=1+1' is no name"),
+        ("item,verdict\n{item},C\n", "row 1 below the names: verdict 'C' is none of A, B and tie"),
+        ("item,verdict\n{item},=HYPERLINK(1)\n", "row 1 below the names: verdict '=HYPERLINK(1)' is none of"),
+        ("item,verdict,rater\n{item},A,=1+1\n", "row 1 below the names: rater '=1+1' is no name"),
         ("item,verdict\n{item},A\n{item},A\n", "has judged item"),
-        ("item,verdict\n1-000000000000,A\n", "line 2: item '1-000000000000' was not shown"),
-        ("item,verdict\n{item}\n", "line 2: has not 2 cells"),
-        ("item,verdict\n{item},A,B\n", "line 2: has not 2 cells"),
+        ("item,verdict\n1-000000000000,A\n", "row 1 below the names: item '1-000000000000' was not shown"),
+        ("item,verdict\n{item}\n", "line 2: 1, and the first line names 2 columns"),
+        ("item,verdict\n{item},A,B\n", "line 2: 3, and the first line names 2 columns"),
+        ("item,verdict,Verdict\n{item},A,B\n", "names the column 'verdict' twice"),
         ("verdict\nA\n", "the first line is to be item,verdict,rater"),
         ("item,verdict\n{item},\n", "no line holds a verdict"),
-        ('item,verdict\n"{item}', "cannot be read as CSV"),
+        ('item,verdict\n"{item}', "not readable as CSV"),
         ("item,verdict\n{item},A\n\x00\n", "line"),
     ],
 )
@@ -119,10 +123,82 @@ def test_hostile_cells(content: str, message: str, pairs: Path, capsys: pytest.C
         (["--read", "v.csv"], "--out is missing"),
         (["--read", "v.csv", "--out", "o", "--ask", "pair"], "--ask has no effect with --read"),
         (["--read", "v.csv", "--out", "o", "--function", "length"], "give one judge"),
-        (["--read", "none.csv", "--out", "o"], "none.csv: cannot be read as CSV"),
+        (["--read", "v.csv", "--out", "o", "--batch_size", "3"], "--batch_size has no effect with --read"),
+        (["--sheet", "p.html", "--dtype", "bfloat16"], "--dtype has no effect with --sheet"),
+        (
+            ["--sheet", "p.html", "--sample.top_k", "3", "--sample.temperature", "1"],
+            "--sample has no effect with --she",
+        ),
+        (["--out", "o", "--function", "length", "--sample.max_new_tokens", "3"], "--sample has no effect with --func"),
+        (
+            ["--out", "o", "--endpoint.url", "http://x", "--endpoint.model", "m", "--batch_size", "3"],
+            "with --endpoint.url",
+        ),
+        (["--sheet", "pairs.jsonl"], "pairs.jsonl: would be written over pairs.jsonl"),
+        (["--sheet", "./there.txt"], "there.txt: is there, and is no page of --sheet"),
+        (["--read", "there.txt", "--out", "there.txt"], "would be written over there.txt"),
+        (["--read", "v.csv", "--out", "scores.jsonl"], "scores.jsonl: is there, and not written by --read"),
+        (["--read", "none.csv", "--out", "o"], "none.csv: no such file"),
     ],
 )
 def test_options(words: list[str], message: str, pairs: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(pairs.parent)
-    assert main(["judge", "--data", str(pairs), *words]) == 2
+    Path("there.txt").write_text("item,verdict\n")
+    Path("scores.jsonl").write_text('{"row": 1, "verdict": "a", "replies": [{"text": "[[A]]", "read": "a"}]}\n')
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    assert main(["judge", "--data", "pairs.jsonl", *words]) == 2
     assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_what_spreadsheets_write(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (item, *_), (second, *_) = lines(page(pairs))[:2]
+    files = {
+        "german.csv": f"Item;Verdict;Rater;;\n {item} ;A;Änne;;\n;;;;\n{second};;Änne;;\n",
+        "tabs.tsv": f'verdict\tnotes\titem\nb\tit\'s "odd"\t{item}\n',
+        "packed.csv.gz": f"\ufeffitem,verdict\r\n{item},tie\r\n,\r\n",
+    }
+    for name, text in files.items():
+        data = text.encode()
+        pairs.with_name(name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    out = pairs.with_name("o.jsonl")
+    read = [str(pairs.with_name(name)) for name in files]
+    assert main(["judge", "--data", str(pairs), "--out", str(out), "--read", *read]) == 0
+    (said,) = [row["replies"] for row in read_lines(out) if row["replies"]]
+    assert [one["rater"] for one in said] == ["packed", "tabs", "Änne"]
+    assert sorted(one["read"] for one in said) == ["a", "b", "tie"]
+    assert "tabs.tsv: not read: 'notes'" in capsys.readouterr().err
+
+
+NODE = """
+const make = (id, values) => ({
+  id, inputs: values.map(value => ({ value, checked: false })), querySelectorAll() { return this.inputs; },
+  querySelector() { return this.inputs.find(one => one.checked) ?? null; } });
+const sections = ["1-x", "2-y"].map(id => make(id, ["A", "B", "tie"])), on = {}, store = { item: PLACE };
+const named = { rater: { value: "" }, count: {}, save: {} };
+globalThis.addEventListener = (name, call) => { on[name] = call; };
+globalThis.document = { documentElement: { dataset: { page: "p" } }, getElementById: id => named[id],
+  querySelectorAll: () => sections, addEventListener, createElement: () => ({ click() {} }) };
+globalThis.localStorage = { getItem: () => store.item, setItem: (_, text) => { store.item = text; } };
+let saved; globalThis.Blob = class { constructor(parts) { saved = parts.join(""); } }; URL.createObjectURL = () => "";
+const leaves = () => { let asked = false; on.beforeunload({ preventDefault() { asked = true; } }); return asked; };
+{SCRIPT}
+const found = [named.count.textContent, leaves()];
+sections[1].inputs[2].checked = true; named.rater.value = "-=Ann, <b>"; on.input();
+found.push(named.count.textContent, leaves()); named.save.onclick(); found.push(leaves(), saved, store.item);
+console.log(JSON.stringify(found));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_page_counts_keeps_and_warns() -> None:
+    def run(kept: str | None) -> list[object]:
+        text = NODE.replace("PLACE", json.dumps(kept)).replace("SCRIPT", sheet._SCRIPT)
+        done = subprocess.run(["node", "-e", f"(() => {{{text}}})()"], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    kept = json.dumps(["-=Ann, <b>", {"1-x": "", "2-y": "tie"}], separators=(",", ":"))
+    saved = "item,verdict,rater\n1-x,,Ann b\n2-y,tie,Ann b\n"
+    assert run(None) == ["0 of 2 chosen", False, "1 of 2 chosen", True, False, saved, kept]
+    assert run(kept)[0] == "1 of 2 chosen"  # as after a reload
+    assert run("no JSON")[0] == "0 of 2 chosen"

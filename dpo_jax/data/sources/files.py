@@ -345,7 +345,7 @@ def _table(path: Path, stream: BinaryIO, separator: str) -> Iterator[tuple[int, 
     number = 0
     try:
         names = next(records, [])
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"{path}: its first line names the column {repeated[0]!r} twice; it must name each column")
         for cells in records:
             if not cells:
