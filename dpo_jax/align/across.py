@@ -69,9 +69,12 @@ def of_batch(
         rewards = config.resolved("beta") * ratios
         mean = running_mean(rewards, present if learns else jnp.zeros_like(present), before)["reward_mean"]
         found["reward_mean"] = jnp.broadcast_to(mean, u.shape)
+    finite = jnp.all(jnp.isfinite(policy) & jnp.isfinite(reference), axis=1)
+    ranked = real & finite  # of a row that is not, that row's loss alone is not finite
     if "aot" in config.losses:
         mine, theirs = (x[:, CHOSEN] - x[:, REJECTED] for x in (policy, reference))
-        found["reference_partner"] = _partners(mine, theirs, real)
+        found["reference_partner"] = _partners(mine, theirs, ranked)
     if "aot_unpaired" in config.losses:
-        found |= {"rejected_partner": _partners(u, v, real), "chosen_partner": _partners(v, u, real)}
+        found |= {"rejected_partner": _partners(u, v, ranked), "chosen_partner": _partners(v, u, ranked)}
+    found |= {name: jnp.where(finite, found[name], jnp.nan) for name in found if name != "reward_mean"}
     return {name: jnp.where(real, value, 0.0) for name, value in found.items()}

@@ -28,6 +28,7 @@ from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.plan import programs, worker
 from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.measured import made, measured, sampled, topology_here
+from dpo_jax.plan.programs_ppo import sampler_calls
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.train.session import preference_loader
 from dpo_jax.train.sft_dialogues import Dialogues
@@ -118,10 +119,10 @@ def _sampler(job: Job, mesh: Mesh, budget: float) -> Figures:
     run: Any = job.run
     model = programs.make_model(run, job.shape)
     variables = made(programs.trained(run, model, mesh))
-    group = run.step_config().group
+    lengths, group, _ = sampler_calls(run, programs.Lengths(job.prompt, job.response))
     rows = (run.rollout_batch_size or run.train.batch_size) // group
-    config = dataclasses.replace(run.sample, max_new_tokens=job.response)
-    return sampled(model, variables, (rows, job.prompt), mesh, config=config, samples=group, budget=budget)
+    config = dataclasses.replace(run.sample, max_new_tokens=lengths.response)
+    return sampled(model, variables, (rows, lengths.prompt), mesh, config=config, samples=group, budget=budget)
 
 
 def _checkpoint(state: Any, folder: str | None) -> Figures:

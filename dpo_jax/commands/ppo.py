@@ -26,7 +26,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import heldout_progress, progress, samples_section
 from dpo_jax.train.answered import reference_of
-from dpo_jax.train.episodes import Bounds, EpisodeRollouts
+from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.prompt_data import read_prompts
@@ -62,6 +62,7 @@ def train(config: PPORun) -> Path:
     judges, environment = None, None
     if config.environment is not None:
         environment = Environment(config.environment, config.reward_timeout)
+        try_out(environment, encoder, config.longest_prompt, data)
         reward = environment.identity
     else:
         together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 from typing import Any
 
 from dpo_jax.errors import InputError
@@ -66,7 +67,8 @@ class Options:
             require(given is None or given >= bound, f"{prefix}{name} must be at least {bound}")
 
     def positive(self, prefix: str, *names: str) -> None:
-        """Refuse options, if they were given, that are not above 0."""
+        """Refuse options, if they were given, that are not above 0, or not finite."""
         for name in names:
             given = getattr(self, name)
             require(given is None or given > 0, f"{prefix}{name} must be positive")
+            require(given is None or given < math.inf, f"{prefix}{name} must be finite")

@@ -25,7 +25,7 @@ class DistillConfig(Options):
         for name in ("on_policy", "beta"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"--distill.{name} {value} must lie in [0, 1]")
-        require(self.temperature > 0, "--distill.temperature must be positive")
+        self.positive("--distill.", "temperature")
 
 
 @dataclass(frozen=True)

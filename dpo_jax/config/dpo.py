@@ -104,7 +104,8 @@ class DPOLossConfig(Options):
     sums, from 0 (not at all) to 1. Not beside simpo and orpo either,
     which compare means over whole responses."""
     use_weighting: bool = False
-    """WPO: each pair weighs as much as the policy itself would be likely to write its two responses."""
+    """WPO: each pair weighs as much as the policy itself would be likely to write its two responses; in loss sft too,
+    but not in the term of nll_coefficient."""
     ties: Ties = "error"
     """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
     reference: Literal["cached", "live"] = "cached"
@@ -134,7 +135,8 @@ class DPOLossConfig(Options):
         )
         require(
             "exo_pair" not in names or self.resolved("label_smoothing") != 0,
-            "--dpo.label_smoothing 0: exo_pair takes its logarithm; give a small positive one, such as 0.001",
+            f"--dpo.label_smoothing {self.resolved('label_smoothing'):g}: exo_pair takes its logarithm; give a small"
+            " positive one, such as 0.001" + (", for all losses" if len(names) > 1 else ""),
         )
         require(
             self.divergence_alpha is None or 0 < self.divergence_alpha < 1,
@@ -144,7 +146,10 @@ class DPOLossConfig(Options):
             self.discopop_tau is None or 0 < self.discopop_tau <= 1,
             f"--dpo.discopop_tau {self.discopop_tau} must lie in (0, 1]",
         )
-        require(self.nll_coefficient >= 0, f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative")
+        require(
+            0 <= self.nll_coefficient < math.inf,
+            f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative, and finite",
+        )
         require(
             self.nll_normalization is None or self.nll_coefficient or "sft" in names,
             "--dpo.nll_normalization has no effect without --dpo.nll_coefficient",

@@ -37,10 +37,11 @@ class PPORun(SampledRun, JudgedRun):
     """The most turns of the model in an episode. Not given: 8."""
     environment_tokens: int | None = not_given(needs="environment")
     """The most tokens of an episode behind its first messages, the environment's among them; a turn is begun where
-    --sample.max_new_tokens of them are left. Not given: --sample.max_new_tokens x --environment_turns."""
+    --sample.max_new_tokens of them are left. Not given: --sample.max_new_tokens x --environment_turns, but at most half
+    of --data.max_length."""
     environment_errors: Literal["stop", "end"] | None = not_given("stop", needs="environment")
     """Where the environment raises an exception or gives what is no answer: stop the run, or end that episode with the
-    rewards that it had, counted in environment/errors. Not given: stop."""
+    rewards that it had, counted in environment/errors (a first message always stops the run). Not given: stop."""
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
     """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
     and the results are summed (GDPO, arXiv 2601.05242)."""
@@ -67,6 +68,7 @@ class PPORun(SampledRun, JudgedRun):
             size % group == 0,
             f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
         )
+        self._check_environment()
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
         self.check_sampling("PPO", size, group, "--ppo.group_size")
         apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
@@ -78,8 +80,7 @@ class PPORun(SampledRun, JudgedRun):
         for name in ("eval_samples", "eval_pass"):
             given = getattr(self, name) is not None
             require(not given or self.eval_data is not None, f"--{name} has no effect without --eval_data")
-        self.at_least("--", eval_samples=1, environment_turns=1, environment_tokens=1)
-        self._check_environment()
+        self.at_least("--", eval_samples=1)
         require(self.eval_pass is None or math.isfinite(self.eval_pass), "--eval_pass is no finite number")
         require(
             self.reward_aggregation is None or len(self.rewards) > 1,
@@ -107,6 +108,7 @@ class PPORun(SampledRun, JudgedRun):
         for name in ("turns", "tokens", "errors"):
             given = getattr(self, f"environment_{name}") is not None
             require(not given or self.environment, f"--environment_{name} has no effect without --environment")
+        self.at_least("--", environment_turns=1, environment_tokens=1)
         if self.environment is None:
             return
         require(not self.rewards, "--reward has no effect with --environment, which rewards its episodes itself")
@@ -129,7 +131,10 @@ class PPORun(SampledRun, JudgedRun):
         """The most tokens of a response; of an episode all behind its first messages."""
         if self.environment is None:
             return self.sample.max_new_tokens
-        return self.environment_tokens or self.sample.max_new_tokens * self.resolved("environment_turns")
+        if self.environment_tokens is not None:
+            return self.environment_tokens
+        turn = self.sample.max_new_tokens
+        return max(turn, min(turn * self.resolved("environment_turns"), self.data.max_length // 2))
 
     @property
     def judges_are_given(self) -> bool:

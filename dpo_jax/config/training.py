@@ -93,7 +93,11 @@ class SampledRun(TrainingRun):
             f"--sample.beams and --sample.stop_strings have no effect: {learner} learns from plain samples",
         )
         most, new = self.response_room, self.sample.max_new_tokens
-        takes = f"--sample.max_new_tokens {new} leaves" if most == new else f"an episode of {most} tokens leaves"
+        takes = (
+            f"--sample.max_new_tokens {new} leaves"
+            if most == new
+            else f"an episode of {most} tokens (--environment_tokens) leaves"
+        )
         require(
             self.data.max_length > most,
             f"{takes} no room for a prompt in --data.max_length {self.data.max_length}",

@@ -9,23 +9,28 @@ which the last message is the model's, and returns what it says next (the new me
 done), a number, and whether the episode is done. Rewards of an episode are added.
 
 The class runs in a process of its own, as reward functions do (`judge/reward_code.py`), which is ended where a call for
-all episodes of a turn takes too long. That is no sandbox.
+all episodes of a turn takes too long. That is no sandbox. Of several processes of a run, the first one's plays.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
 from dpo_jax.judge.reward_code import TIMEOUT, Worker
+from dpo_jax.judge.reward_worker import KIND
+from dpo_jax.processes import distributed
 
 OPTION = "--environment"
+LARGEST = float(np.finfo(np.float32).max)
+"""Of rewards, and of their sum in an episode."""
 
 
 class Step(NamedTuple):
@@ -52,8 +57,8 @@ class Environment:
         """
         file, colon, name = spec.rpartition(":")
         self._path = path = Path(file).expanduser()
-        if not colon or not path.is_file():
-            raise InputError(f"{OPTION} {spec}: {file or spec} is no file; write FILE.py:NAME")
+        if not colon or path.suffix != ".py" or not path.is_file():
+            raise InputError(f"{OPTION} {spec}: {file or spec} is no file of Python; write FILE.py:NAME")
         self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
         self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
         self._worker = Worker(spec, environment, option=OPTION)
@@ -75,7 +80,10 @@ class Environment:
 
     def _play(self, method: str, episodes: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
         request = {"play": method, "episodes": list(episodes)}
-        answer = self._worker.ask(request, self._timeout, f"{method} of {len(episodes)} episodes")
+        # Of several processes one plays: another answer elsewhere would be another prompt of the sampler there.
+        answer = distributed.json_from_main(
+            lambda: self._worker.ask(request, self._timeout, f"{method} of {len(episodes)} episodes")
+        )
         if "played" not in answer:
             raise InputError(f"{OPTION} {self._spec}: {self._told(answer)}")
         return answer["played"]
@@ -110,11 +118,13 @@ class Environment:
         said, reward, done = found
         if not isinstance(done, bool):
             return Failed(f"step gave {_kind(done)} for done in place of True or False")
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            return Failed(f"step gave {reward!r:.40} for a reward, which is no finite number")
+        if not isinstance(reward, int | float) or not abs(reward) <= LARGEST:
+            return Failed(f"step gave {reward!r:.40} for a reward, which is no finite number of float32")
         messages = self._messages({"found": said}, "step", none=done)
         return messages if isinstance(messages, Failed) else Step(messages, float(reward), done)
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, dict) and KIND in value:  # what JSON has none for
+        return str(value[KIND])
     return "None" if value is None else f"{type(value).__name__} {value!r:.40}"

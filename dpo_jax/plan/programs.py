@@ -95,7 +95,7 @@ def lengths_of(run: TrainingRun, prompt: int | None, response: int | None) -> Le
     if isinstance(run, SFTRun):
         return Lengths(0, response or run.data.max_length)
     if isinstance(run, PPORun):
-        return Lengths(prompt or run.longest_prompt, response or run.sample.max_new_tokens)
+        return Lengths(prompt or run.longest_prompt, response or run.response_room)
     longest = run.data.prompt_room(run.data.max_length) if prompt is None else prompt
     return Lengths(longest, run.data.max_length - longest if response is None else response)
 

@@ -56,12 +56,12 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
     held = sum(map(programs.device_bytes, (state, reference))) + reward_models(run) * programs.device_bytes(judge)
     piece = run.rollout_batch_size or run.train.batch_size
     flops = ModelFlops.of(shape, run.lora)
-    pieces = run.train.batch_size // piece
+    pieces, plays = run.train.batch_size // piece, run.environment is not None
     if name == "train step":
-        rollout = _rollout(run.train.batch_size, lengths, config, measured=True)
+        rollout = _rollout(run.train.batch_size, lengths, config, measured=True, plays=plays)
         step, arguments, count = ppo.jit_train_step(config, mesh), (state, rollout), _update(run, flops)
     elif name == "measure":
-        rollout = _rollout(piece, lengths, config, measured=False)
+        rollout = _rollout(piece, lengths, config, measured=False, plays=plays)
         step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
     elif name == "generate":
         return _sampler(run, model, state, mesh, lengths, flops, config, piece, held)
@@ -83,17 +83,18 @@ def _sampler(
     piece: int,
     held: float,
 ) -> Program:
-    """The sampler of a rollout, `piece` responses at a time."""
+    """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call."""
+    lengths, group, turns = sampler_calls(run, lengths)
     work = preference_work(_rollout(piece, lengths, config, measured=False).groups, 0, 1)
 
     def lower() -> Any:
         return engine.lower(
             model,
             ppo.policy_of(state.variables),
-            rows=piece // config.group,
+            rows=piece // group,
             prompt=lengths.prompt,
             config=dataclasses.replace(run.sample, max_new_tokens=lengths.response),
-            samples=config.group,
+            samples=group,
             mesh=mesh,
         )
 
@@ -105,8 +106,16 @@ def _sampler(
         work.tokens,
         held,
         trips=lengths.response - 1,
-        repeats=run.train.batch_size // piece,
+        repeats=run.train.batch_size // piece * turns,
     )
+
+
+def sampler_calls(run: PPORun, lengths: Lengths) -> tuple[Lengths, int, int]:
+    """What a call of the sampler is given and writes; responses to each of its prompts; calls for each rollout."""
+    if run.environment is None:
+        return lengths, run.ppo.group, 1
+    new = min(run.sample.max_new_tokens, lengths.response)
+    return Lengths(lengths.prompt + lengths.response - new, new), 1, run.resolved("environment_turns")
 
 
 def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
@@ -136,8 +145,8 @@ def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, fl
     return count
 
 
-def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) -> Rollout:
-    """Full responses to full prompts; `measured`: with what is stored before the first update."""
+def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool, plays: bool = False) -> Rollout:
+    """Full responses to full prompts; `measured`: with what is stored before the first update; `plays`: episodes."""
     p, r = programs.round_up(lengths.prompt, MULTIPLE), lengths.response
     of_tokens, of_rows = np.zeros((rows, r), np.float32), np.zeros(rows, np.float32)
     arrays: dict[str, Any] = {
@@ -154,6 +163,7 @@ def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool) 
         "weights": np.ones(rows, np.float32),
         "rows": np.arange(rows, dtype=np.int32),
         "old_logps": of_tokens if measured and config.stores_old_logps else None,
+        "own": np.ones((rows, r), bool) if plays else None,
         "greedy_scores": of_rows if config.estimator == "greedy" else None,
     }
     return Rollout(**arrays)

@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
+import json
 import re
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -110,6 +112,27 @@ def from_main(tree: Any) -> Any:
 def flag_from_main(value: bool) -> bool:
     """Process 0's `value`, in every process."""
     return bool(from_main(np.asarray(value)))
+
+
+def json_from_main(make: Callable[[], Any]) -> Any:
+    """What `make` gives in process 0, where alone it is called, in every process; or the `InputError` that it raises.
+
+    It gives what JSON holds.
+    """
+    if jax.process_count() == 1:
+        return make()
+    told = b""
+    if is_main():
+        try:
+            told = json.dumps({"made": make()}).encode()
+        except InputError as error:
+            told = json.dumps({"error": str(error)}).encode()
+    size = 1 << int(from_main(np.asarray(len(told).bit_length(), np.int32)))  # few sizes, few programs
+    sent = np.frombuffer(told.ljust(size), np.uint8)
+    answer = json.loads(np.asarray(from_main(sent), np.uint8).tobytes())
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return answer["made"]
 
 
 def barrier(name: str) -> None:

@@ -23,15 +23,18 @@ from dpo_jax.align import ppo
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.prompts import PromptBatch
+from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
-from dpo_jax.judge.environment import OPTION, Environment, Failed, Step
+from dpo_jax.judge.environment import LARGEST, OPTION, Environment, Failed, Step
 from dpo_jax.sample import generate
 from dpo_jax.state import TrainState
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.types import Rollout
+
+_TRIED = 2
+"""Rows of the prompts that an environment is tried out on, before the weights are read."""
 
 
 @dataclass(frozen=True)
@@ -130,22 +133,8 @@ class EpisodeRollouts(Rollouts):
         return episodes
 
     def _begun(self, batch: PromptBatch) -> list[_Episode]:
-        found = self._timed(lambda: self._environment.reset([self._data.prompts[i] for i in batch.indices]))
-        episodes: list[_Episode] = []
-        for row, messages in zip(batch.rows.tolist(), found, strict=True):
-            if isinstance(messages, Failed):
-                # An episode without a beginning teaches nothing, and has no prompt to stand behind.
-                raise self._error(row, messages.why)
-            try:
-                ids = self._encoder.prompt_ids(messages)
-            except BadRow as problem:
-                raise self._error(row, f"reset: {problem}") from problem
-            if len(ids) > self._bounds.prompt:
-                raise self._error(
-                    row, f"reset gave {len(ids)} tokens, and --data.max_length leaves {self._bounds.prompt}"
-                )
-            episodes.append(_Episode(row, ids, list(messages), len(messages)))
-        return episodes
+        prompts, rows = [self._data.prompts[i] for i in batch.indices], batch.rows.tolist()
+        return self._timed(lambda: _begun(self._environment, self._encoder, self._bounds.prompt, prompts, rows))
 
     def _answered(self, variables: Any, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
         """One turn of the policy in the episodes `at`."""
@@ -175,10 +164,11 @@ class EpisodeRollouts(Rollouts):
     def _goes_on(self, episode: _Episode, answer: Step | Failed) -> bool:
         """Whether the policy has another turn, of which the episode then holds all that stands before it."""
         if isinstance(answer, Failed):
-            if self._bounds.on_error == "stop":
-                raise self._error(episode.row, answer.why)
-            episode.failed = True
-            return False
+            return self._failed(episode, answer.why)
+        if abs(episode.score + answer.reward) > LARGEST:
+            return self._failed(
+                episode, f"rewards add up to {episode.score + answer.reward:g}, more than float32 holds"
+            )
         episode.score += answer.reward
         episode.done = answer.done
         if answer.done or not episode.ended:  # what was cut has no terminator, and nothing can follow it
@@ -189,7 +179,7 @@ class EpisodeRollouts(Rollouts):
         try:
             between = self._encoder.following_ids(answer.messages)
         except BadRow as problem:
-            raise self._error(episode.row, f"step: {problem}") from problem
+            return self._failed(episode, f"step: {problem}")
         if episode.ids[-1] not in self._encoder.terminators:  # a stop token of the user ended the turn
             between = [self._encoder.terminators[0], *between]
         if len(episode.ids) + len(between) + self._sample.max_new_tokens > self._bounds.tokens:
@@ -200,20 +190,24 @@ class EpisodeRollouts(Rollouts):
         episode.logps += [0.0] * len(between)
         return True
 
+    def _failed(self, episode: _Episode, why: str) -> bool:
+        """The environment gave what is no answer: the run stops, or the episode does, and False comes back."""
+        if self._bounds.on_error == "stop":
+            raise _error(episode.row, why)
+        episode.failed = True
+        return False
+
     def _timed(self, call: Any) -> Any:
         start = time.perf_counter()
         found = call()
         self._seconds += time.perf_counter() - start
         return found
 
-    def _error(self, row: int, why: str) -> InputError:
-        return InputError(f"{OPTION}: row {row} of the prompts: {why}")
-
     # ---------------------------------------------------------------- as a rollout
 
     def _rollout(self, batch: PromptBatch, episodes: Sequence[_Episode]) -> Rollout:
         """The episodes as arrays."""
-        rows, width = len(episodes), -(-max(len(e.prompt) for e in episodes) // 8) * 8
+        rows, width = len(episodes), padded(max(len(e.prompt) for e in episodes), self._bounds.prompt)
         prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
         own, logps = np.zeros(responses.shape, bool), np.zeros(responses.shape, np.float32)
         for i, e in enumerate(episodes):
@@ -255,6 +249,45 @@ class EpisodeRollouts(Rollouts):
             "ended": episode.ended,
             "done": episode.done,
         }
+
+
+def padded(longest: int, most: int) -> int:
+    """Width of prompts of `longest` tokens, and of no more than `most`: one of few, since each compiles anew."""
+    return min(max(1 << (longest - 1).bit_length(), 16), -(-most // 8) * 8)
+
+
+def try_out(environment: Environment, encoder: ConversationEncoder, longest: int, data: PromptDataset) -> None:
+    """Begin episodes of the first rows, whose messages may have `longest` tokens, and throw them away.
+
+    Raises `InputError` where one has no beginning, or where the template cannot go on behind an answer.
+    """
+    _begun(environment, encoder, longest, data.prompts[:_TRIED], [int(row) for row in data.row_numbers[:_TRIED]])
+    try:
+        encoder.following_ids((Message("user", "go on"),))
+    except BadRow as problem:
+        raise InputError(f"{OPTION} needs turns: {problem}") from problem
+
+
+def _begun(
+    environment: Environment, encoder: ConversationEncoder, longest: int, prompts: Sequence[Prompt], rows: Sequence[int]
+) -> list[_Episode]:
+    episodes: list[_Episode] = []
+    for row, messages in zip(rows, environment.reset(prompts), strict=True):
+        if isinstance(messages, Failed):
+            # An episode without a beginning teaches nothing, and has no prompt to stand behind.
+            raise _error(row, messages.why)
+        try:
+            ids = encoder.prompt_ids(messages)
+        except BadRow as problem:
+            raise _error(row, f"reset: {problem}") from problem
+        if len(ids) > longest:
+            raise _error(row, f"reset gave {len(ids)} tokens, and --data.max_length leaves {longest}")
+        episodes.append(_Episode(row, ids, list(messages), len(messages)))
+    return episodes
+
+
+def _error(row: int, why: str) -> InputError:
+    return InputError(f"{OPTION}: row {row} of the prompts: {why}")
 
 
 def environment_scores(*_: Any) -> Any:

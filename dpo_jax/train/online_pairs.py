@@ -95,7 +95,7 @@ class OnlinePairs(Answered):
         ]
         scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
         if self._config.missing_eos_penalty is not None:
-            scores = scores - np.float32(self._config.missing_eos_penalty) * ~ended
+            scores = np.where(ended, scores, scores - np.float32(self._config.missing_eos_penalty))
         clock.append(time.perf_counter())
         arrays: dict[str, Any] = {
             "prompts": batch.prompts[::k],

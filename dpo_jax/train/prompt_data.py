@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from dpo_jax.config import JudgedRun, SampledRun
+from dpo_jax.config import JudgedRun, PPORun, SampledRun
+from dpo_jax.data.rows.messages import MAX_TEXT
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
@@ -19,13 +20,14 @@ def read_prompts(
     """
     config: SampledRun = training.config
     tagged = isinstance(config, JudgedRun) and config.safety_reward is not None
+    plays = isinstance(config, PPORun) and config.environment is not None
 
     def read(source: str) -> PromptDataset:
         found = load_prompts(
             source,
             encoder,
             config.data,
-            longest=config.longest_prompt,
+            longest=MAX_TEXT if plays else config.longest_prompt,  # an environment is given rows whole
             vocab_size=architecture.vocab_size,
             on_bad_rows=config.on_bad_rows,
             tagged=tagged,
@@ -48,6 +50,11 @@ def check_context(
     config: SampledRun, data: PromptDataset, architecture: LlamaConfig, *, whose: str = "model's"
 ) -> None:
     """Refuse a prompt that leaves no room for its response in the model's context. Raises `InputError`."""
+    if isinstance(config, PPORun) and config.environment is not None:
+        most, room = config.data.max_length, architecture.max_position
+        if most > room:  # its first messages are not those of the data, and may be as long as is left
+            raise InputError(f"--data.max_length {most} exceeds the {whose} context of {room}; lower it")
+        return
     longest = int(data.ids.lengths.argmax())
     needed, room = int(data.ids.lengths[longest]) + config.response_room, architecture.max_position
     if needed > room:

@@ -10,6 +10,7 @@ import pytest
 from pairs import TINY, gradients, make_batch, model_and_variables, quick_jit, toy_policy, with_sgd
 
 from dpo_jax.align import dpo
+from dpo_jax.align.across import of_batch
 from dpo_jax.config import DPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.types import CHOSEN, REJECTED
@@ -151,6 +152,25 @@ def test_evaluation_takes_the_mean_of_the_steps_before_and_changes_nothing():
     rows = quick_jit(dpo.eval_step, config=config)(state, batch)
     x, y = np.asarray(rows["rewards/chosen"]) - 0.4, np.asarray(rows["rewards/rejected"]) - 0.4
     np.testing.assert_allclose(rows["loss"], np.log1p(np.exp(-x)) + np.log1p(np.exp(y)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_row_that_is_not_finite_has_no_rank(name):
+    """The others' partners are as if it were not there, and it alone is not finite."""
+    rng = np.random.default_rng(3)
+    policy, reference = rng.normal(size=(2, 6, 2)).astype(np.float32)
+    present = np.ones((6, 2), bool)
+    present[4] = False
+    without = present & (np.arange(6) != 1)[:, None]
+    expected = of_batch(policy, reference, without, DPOConfig(loss=name))
+    for spoilt in (policy, reference):
+        kept = spoilt[1, 0]
+        spoilt[1, 0] = np.nan
+        found = of_batch(policy, reference, present, DPOConfig(loss=name))
+        spoilt[1, 0] = kept
+        for key, value in found.items():
+            np.testing.assert_array_equal(np.isnan(value), np.arange(6) == 1)
+            np.testing.assert_array_equal(np.delete(value, 1), np.delete(expected[key], 1))
 
 
 def test_wpo_by_hand():

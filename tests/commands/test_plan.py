@@ -14,13 +14,22 @@ import tiny
 
 from dpo_jax import cli, config
 from dpo_jax.commands import plan as planning
-from dpo_jax.config import AssumeConfig, MeshConfig, PlanRun
+from dpo_jax.config import (
+    AssumeConfig,
+    DataConfig,
+    GRPORun,
+    MeshConfig,
+    PlanRun,
+    PPOLossConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dpo_jax.config.shipped import load
 from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.plan import compiling, hlo, jobs, programs, worker
+from dpo_jax.plan import compiling, hlo, jobs, programs, programs_ppo, worker
 from dpo_jax.plan.config_text import config_text
 from dpo_jax.plan.estimate import assumptions, estimate
 from dpo_jax.plan.hardware import HARDWARE, Topology
@@ -292,6 +301,23 @@ def test_runs_go_through_json_and_through_text(path: Path, tmp_path: Path) -> No
     assert dataclasses.replace(job, run=smaller).key != job.key
     (tmp_path / "c.py").write_text(config_text(smaller, "A test."))
     assert loaded(tmp_path / "c.py") == smaller
+
+
+def test_episodes_are_planned_whole() -> None:
+    """The step reads all turns of an episode; the sampler writes one behind the others, each row by itself."""
+    sizes = {"data": DataConfig("d", max_length=256), "train": TrainConfig(batch_size=8)}
+    run = GRPORun(model="m", out="o", environment="e.py:E", environment_turns=4, **sizes)
+    run = dataclasses.replace(run, sample=SampleConfig(max_new_tokens=16), ppo=PPOLossConfig("grpo", group_size=4))
+    lengths, mesh = programs.lengths_of(run, None, None), make_mesh(devices=jax.devices()[:1])
+    assert lengths == programs.Lengths(run.longest_prompt, 64)
+    shape = dataclasses.replace(SHAPES["smollm2_135m"], num_layers=1)
+    step, measure, sampler = (programs_ppo.build(run, shape, mesh, lengths, name) for name in programs.names(run))
+    for program in (step, measure):
+        assert program.arguments[-1].responses.shape == program.arguments[-1].own.shape == (8, 64)
+    assert programs_ppo.sampler_calls(run, lengths) == (programs.Lengths(lengths.prompt + 48, 16), 1, 4)
+    assert (sampler.repeats, sampler.trips) == (4, 15)
+    plain = dataclasses.replace(run, environment=None, environment_turns=None, reward="vader")
+    assert programs_ppo.sampler_calls(plain, lengths) == (lengths, 4, 1)
 
 
 def test_what_is_computed_agrees_with_xla() -> None:

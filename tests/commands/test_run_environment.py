@@ -1,5 +1,6 @@
 """`dpo-jax grpo --environment`: the documented examples as runs of a tiny random model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.config import GRPORun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
+from dpo_jax.train.episodes import padded
 
 STOPS = [str(i) for i in range(3, 160)]
 """Half of the tokens end a turn: a random model has many."""
@@ -38,6 +41,33 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     failing = failing.replace("t.TwentyQuestions", "TwentyQuestions")
     (folder / "fails.py").write_text(failing + "        return super().step(messages) if len(messages) < 4 else boom\n")
     return folder
+
+
+CHANCE = """
+import os, random
+
+class Chance:
+    def reset(self, row):
+        with open({calls!r}, "a") as file:
+            file.write(f"{{os.getpid()}}\\n")
+        return [{{"role": "user", "content": "red " * random.SystemRandom().randint(1, 12)}}]
+
+    def step(self, messages):
+        if os.environ["DPO_JAX_FAILS"]:
+            raise RuntimeError("broken")
+        chance = random.SystemRandom()
+        return [{{"role": "user", "content": "book " * chance.randint(1, 12)}}], chance.random(), chance.random() < 0.3
+"""
+
+
+REFUSED = """
+class Refused:
+    def reset(self, row):
+        return [{"role": "user", "content": "red"}]
+
+    def step(self, messages):
+        return [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], 0.5, False
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,10 +165,38 @@ def test_errors_of_the_environment(inputs: Path, tmp_path: Path, capsys: pytest.
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--environment: row " in error
     assert "NameError: name 'boom' is not defined" in error
+    (inputs / "refused.py").write_text(REFUSED)
+    answers = ["--environment", f"{inputs}/refused.py:Refused", "--data.template", "llama2"]
+    assert cli.main([*args, *answers]) == 2
+    assert "step: " in capsys.readouterr().err.strip().splitlines()[-1]
+    assert cli.main([*args, *answers, "--environment_errors", "end", "--out", str(tmp_path / "refused")]) == 0
+    (row,) = read_metrics(tmp_path / "refused" / "metrics.jsonl")
+    assert row["environment/errors"] > 0
     assert cli.main([*args, "--environment_errors", "end"]) == 0
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert 0 < row["environment/errors"] <= 1
     assert row["environment/turns"] <= 2
+
+
+@pytest.mark.multiprocess
+def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
+    """Of an environment that answers by chance both read the same; its error ends both in the same line."""
+    (inputs / "chance.py").write_text(CHANCE.format(calls=str(tmp_path / "calls")))
+    said: list[str] = []
+    for fails in ("", "1"):
+        more = ("--mesh.fsdp", "2", "--environment", f"{inputs}/chance.py:Chance", "--train.steps", "1")
+        args = words(inputs, tmp_path / f"run{fails}", *more)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DPO_JAX_FAILS", fails)
+            together = runs.start_together(args, 2)
+        said = [process.communicate(timeout=600)[1] for process in together]
+        assert [process.returncode for process in together] == [2 * bool(fails)] * 2, said
+    assert "RuntimeError: broken" in said[0].splitlines()[-1], said
+    assert len(set((tmp_path / "calls").read_text().split())) == 2, "one process of each run"
+    samples = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert len({message["content"] for s in samples for message in s["prompt"]}) > 4
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -148,14 +206,24 @@ def test_errors_of_the_environment(inputs: Path, tmp_path: Path, capsys: pytest.
         (["--eval_data", "e.jsonl"], "--eval_data does not go with --environment"),
         (["--ppo.preset", "dapo"], "does not go with --ppo.zero_variance resample"),
         (["--data.template", "raw"], "--environment needs turns"),
+        (["--environment_tokens", "0"], "--environment_tokens must be at least 1"),
+        (["--data.max_length", "600"], "--data.max_length 600 exceeds the model's context of 512; lower it"),
         (["--environment_tokens", "4"], "--environment_tokens 4 hold no turn of --sample.max_new_tokens 6"),
-        (["--data.max_length", "150"], "an episode of 200 tokens leaves no room"),
+        (["--data.max_length", "150"], "an episode of 200 tokens (--environment_tokens) leaves no room"),
         (["--data.max_length", "210"], "reset gave 68 tokens, and --data.max_length leaves 10"),
     ],
 )
 def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(words(inputs, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_lengths_of_episodes() -> None:
+    run = GRPORun(model="m", out="o", environment="e.py:E")
+    assert (run.response_room, run.longest_prompt) == (512, 512), "half of --data.max_length is left for the beginning"
+    few = dataclasses.replace(run, environment_turns=2)
+    assert few.response_room == 2 * run.sample.max_new_tokens == 256
+    assert [padded(n, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 104, 104]
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "zephyr"])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from documented import programs
 
@@ -9,6 +11,7 @@ from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
 from dpo_jax.judge.environment import Environment, Failed, Step
+from dpo_jax.processes import distributed
 
 
 def row(prompt: str, **columns) -> Prompt:
@@ -49,7 +52,8 @@ HOSTILE = """
 class Hostile:
     def reset(self, row):
         self.how = row["prompt"]
-        return {"no list": 3, "no message": ["a"], "its own": [{"role": "assistant", "content": "b"}]}.get(
+        own = [{"role": "assistant", "content": "b"}]
+        return {"no list": 3, "no message": ["a"], "bytes": b"x", "its own": own}.get(
             self.how, [{"role": "user", "content": "go"}])
 
     def step(self, messages):
@@ -62,7 +66,8 @@ class Hostile:
             import time
             time.sleep(60)
         role = [{"role": "x", "content": ""}]
-        return {"nan": (more, float("nan"), False), "text": (more, "1", False), "none": None, "two": (more, 1.0),
+        return {"nan": (more, float("nan"), False), "text": (more, "1", False),
+                "big": (more, 10**400, False), "huge": (more, 1e39, False), "none": None, "two": (more, 1.0),
                 "done": (more, 1.0, "yes"), "silent": ([], 1.0, False), "role": (role, 0, False),
                 "object": (more, object(), False), "bool": (more, True, True)}[self.how]
 """
@@ -76,15 +81,18 @@ def test_hostile_environments_are_one_line(tmp_path: Path) -> None:
         "no list": "reset gave int 3 in place of a list of messages",
         "no message": "reset: 'reset' holds something that is no message",
         "its own": "reset gave a message of the assistant last",
+        "bytes": "reset gave bytes in place of",
     }.items():
         (found,) = hostile.reset([row(how)])
         assert isinstance(found, Failed)
         assert message in found.why
     expected = {
-        "raises": "hostile.py, line 11: NameError: name 'undefined'",
+        "raises": "hostile.py, line 12: NameError: name 'undefined'",
         "exits": "SystemExit: 1",
         "nan": "step gave nan for a reward, which is no finite number",
         "text": "step gave '1' for a reward",
+        "big": "for a reward, which is no finite number",
+        "huge": "step gave 1e+39 for a reward, which is no finite number of float32",
         "none": "step gave None in place of (messages, reward, done)",
         "two": "in place of (messages, reward, done)",
         "done": "step gave str 'yes' for done",
@@ -108,13 +116,46 @@ def test_hostile_environments_are_one_line(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("absent.py:E", "is no file"),
-        ("env.py", "is no file; write FILE.py:NAME"),
+        ("env.txt:E", "is no file of Python; write FILE.py:NAME"),
+        ("env.py", "is no file of Python; write FILE.py:NAME"),
         ("env.py:Absent", r"has no class Absent with reset\(row\) and step\(messages\)"),
         ("broken.py:E", r"broken.py, line 1: SyntaxError"),
     ],
 )
 def test_files_that_cannot_be_used(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "env.py").write_text("class E: pass\n")
+    (tmp_path / "env.txt").write_text("class E: pass\n")
     (tmp_path / "broken.py").write_text("class E pass\n")
     with pytest.raises(InputError, match=message):
         Environment(str(tmp_path / name))
+
+
+def test_of_several_processes_one_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first sends is all that the others know: answers, what went wrong in one, and a call's end."""
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    sent: list[np.ndarray] = []
+    found = []
+    for me in (0, 1):
+        environment = Environment(f"{tmp_path / 'hostile.py'}:Hostile", timeout=2.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(jax, "process_index", lambda me=me: me)
+            if me:
+                patch.setattr(environment._worker, "ask", None)
+                patch.setattr(distributed, "from_main", lambda mine: _of_one_shape(sent.pop(0), mine))
+            else:
+                patch.setattr(distributed, "from_main", lambda mine: sent.append(mine) or mine)
+            told = [environment.reset([row("bool"), row("none"), row("no list")])]
+            told.append(environment.step([(0, said("go", "\ud800 é")), (1, said("go", "x"))]))
+            environment.reset([row("hangs")])
+            with pytest.raises(InputError, match="took longer than 2 seconds") as ended:
+                environment.step([(0, said("go", "x"))])
+        found.append((told, str(ended.value)))
+    assert found[0] == found[1]
+    assert sent == []
+    assert [type(answer) for answer in found[0][0][1]] == [Step, Failed]
+
+
+def _of_one_shape(sent: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    assert (sent.shape, sent.dtype) == (mine.shape, mine.dtype)
+    return sent
