@@ -60,7 +60,7 @@ def _table(run: InspectRun) -> Table:
         table.add_column(name, justify="left" if name == "source" else "right")
     for name, _ in parse_sources(run.data.files):
         told: dict[str, Any] = {"columns": run.data.columns, "limit": run.data.limit, "on_bad_rows": run.on_bad_rows}
-        for source, figures in comparison_table(name, tokenizer, **told).items():
+        for source, figures in comparison_table(name, tokenizer, **told):
             count, *means = figures.figures()
             table.add_row(escape(source), f"{count:,}", *(f"{mean:.1f}" for mean in means))
     return table

@@ -195,6 +195,10 @@ class InspectRun(RowsRun):
         if self.table:
             require(self.kind == "preferences", "--table counts comparisons: it has no effect with --kind dialogues")
             require((self.rows, self.first) == (3, 1), "--rows and --first have no effect with --table")
+            usual = DataConfig()
+            for name in ("template", "date", "max_length", "max_prompt_length"):
+                same = getattr(self.data, name) == getattr(usual, name)
+                require(same, f"--data.{name} has no effect with --table, which counts whole texts without a template")
         if self.kind == "preferences":
             require(self.train_on is None, "--train_on has no effect without --kind dialogues")
         else:

@@ -145,22 +145,21 @@ def test_inspect_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         {"prompt": "a", "chosen": "b", "rejected": "a", "source": "x"},
         {"prompt": two, "chosen": "a", "rejected": "a b c", "source": "x"},
         {"prompt": "a", "responses": ["a", "b", "c"], "source": "[y]"},
+        {"prompt": "a", "chosen": "b", "rejected": "a", "source": "all"},
     ]
     jsonl.write_lines(tmp_path / "rows.jsonl", rows)
     run("inspect", "--model", place / "policy", "--data", tmp_path / "rows.jsonl", "--table")
-    found = {
-        cells[1].strip(): [c.strip() for c in cells[2:-1]]
-        for line in capsys.readouterr().out.splitlines()
-        if len(cells := re.split("[│┃]", line)) == 8
-    }
+    shown = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)] for line in shown]
+    assert [one[2] for one in cells if len(one) == 8 and one[1] == "all"] == ["1", "6"]  # a source, and the total
+    found = {one[1]: one[2:-1] for one in cells if len(one) == 8}
     one = len(dpo_jax.load_tokenizer(str(place / "policy"))("a b")["input_ids"])
     three = len(dpo_jax.load_tokenizer(str(place / "policy"))("a b c")["input_ids"])
     # Examples: 1 + 1; 1 + one + 1 + the mean of 1 and three.
     second = 2 + one + (1 + three) / 2
     assert found["x"] == ["2", "1.5", f"{(2 + second) / 2:.1f}", "1.0", f"{(3 + one + three) / 5:.1f}"]
     assert found["[y]"] == ["3", "1.0", "2.0", "1.0", "1.0"]
-    assert found["all"][0] == "5"
-    for words in (["--rows", "2"], ["--kind", "dialogues"]):
+    for words in (["--rows", "2"], ["--kind", "dialogues"], ["--data.max_length", "64"], ["--data.template", "raw"]):
         base = ["inspect", "--model", str(place / "policy"), "--data", str(tmp_path / "rows.jsonl"), "--table"]
         assert cli.main([*base, *words]) == 2
         assert "no effect with" in capsys.readouterr().err

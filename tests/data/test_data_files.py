@@ -208,6 +208,25 @@ def test_one_object_around_the_rows(tmp_path: Path, indent: int | None, beside: 
         assert list(read_rows(write(tmp_path / "a.json", json.dumps({"data": ROWS}).encode())))[-1] == (3, ROWS[2])
 
 
+def test_one_row_with_lists_of_objects_is_a_row(tmp_path: Path) -> None:
+    inside = [{"x": 1}, {"x": 2}]
+    own = {"a.json": {"prompt": "q", "examples": inside, "response": "a"}, "b.jsonl": {"data": inside}}
+    for name, row in {**own, "c.jsonl.gz": {"rows": inside, "n": 1}, "d.json": {"test": inside, "task_id": 3}}.items():
+        text = json.dumps(row).encode() + b"\n"
+        assert list(read_rows(write(tmp_path / name, gzip.compress(text) if "gz" in name else text))) == [(1, row)]
+    assert [row for _, row in read_rows(write(tmp_path / "e.json", json.dumps({"dev": inside}).encode()))] == inside
+
+
+def test_what_the_viewer_has_cut_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"row_idx": i, "row": row, "truncated_cells": ["text"] * (i == 1)} for i, row in enumerate(ROWS)]
+    source = write(tmp_path / "v.json", json.dumps({"rows": rows, "num_rows_total": 5000}).encode())
+    with caplog.at_level("WARNING", "dpo_jax"):
+        found = [row for _, row in read_rows_or_problems(source)]
+    assert found[0] == ROWS[0]
+    assert "element 2 of 'rows', says so of ['text']" in str(found[1])
+    assert "holds 3 rows of the 5,000" in caplog.text
+
+
 def test_broken_objects_of_several_lines(tmp_path: Path) -> None:
     source = write(tmp_path / "a.json", b'{\n "a": 1\n}\n\n{\n "a": \n}\n{\n "a": 3\n}\n{\n "a"')
     found = list(read_rows_or_problems(source))

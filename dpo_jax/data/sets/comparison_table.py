@@ -43,12 +43,12 @@ class SourceFigures:
 
 def comparison_table(
     source: str, tokenizer: PreTrainedTokenizerBase, *, columns: str | None, limit: int | None, on_bad_rows: OnBadRows
-) -> dict[str, SourceFigures]:
-    """Of each value of the column `source`, and of all rows under "all"; ties are no comparisons.
+) -> list[tuple[str, SourceFigures]]:
+    """Of each value of the column `source`, by name, and at the end under "all" of all rows; ties are no comparisons.
 
     Raises `InputError` for rows that cannot be used.
     """
-    found: dict[str, SourceFigures] = {}
+    found, total = dict[str, SourceFigures](), SourceFigures()
 
     def encode(chunk: Sequence[tuple[int, Comparison]]) -> list[None]:
         texts = [text for _, row in chunk for text in (*(m.content for m in row.messages), *row.responses)]
@@ -58,13 +58,13 @@ def comparison_table(
             said = [(message.role, next(lengths)) for message in row.messages]
             responses = [next(lengths) for _ in row.responses]
             name = row.evidence.get("source")
-            for key in (str(name) if name is not None else UNNAMED, "all"):
-                _add(found.setdefault(key, SourceFigures()), row, said, responses)
+            for to in (found.setdefault(str(name) if name is not None else UNNAMED, SourceFigures()), total):
+                _add(to, row, said, responses)
         return [None for _ in chunk]
 
     rows = CheckedRows(source, limit, columns=columns, compared=True)
     rows.collect(parse_comparison, encode, on_bad_rows)
-    return {name: found[name] for name in sorted(found, key=lambda name: (name == "all", name))}
+    return [*sorted(found.items()), ("all", total)] if found else []
 
 
 def _add(to: SourceFigures, row: Comparison, said: list[tuple[str, int]], responses: list[int]) -> None:

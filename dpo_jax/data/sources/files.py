@@ -2,8 +2,8 @@
 
 What a file is, its first bytes say (gzip, zstd, Parquet, a JSON list, JSON objects of several lines each, else JSON
 lines), not its name; but that a text is CSV or TSV its name says. A file of a single JSON object that holds a list of
-objects under a name such as "data" holds the rows of that list. Rows stream: only a JSON list, such an object and a
-compressed Parquet file are held in memory whole.
+objects under a name such as "data", and no field of a row, holds the rows of that list, unless it is called .jsonl.
+Rows stream: only a JSON list, such an object and a compressed Parquet file are held in memory whole.
 """
 
 import csv
@@ -25,6 +25,7 @@ from dpo_jax.data.sources.parquet import read_parquet
 from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config
 from dpo_jax.data.sources.store import names_store, open_store
 from dpo_jax.errors import InputError, nearest
+from dpo_jax.headers import told
 
 Row = dict[str, Any]
 
@@ -39,6 +40,11 @@ _OTHER = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zX": "xz"}
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _HOLD_ROWS = ("data", "rows", "examples", "instances")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+_OF_A_ROW = frozenset(
+    "prompt messages chosen rejected response responses completion completions conversations conversation dialogue"
+    " instruction instructions question input output answer text id task_id".split()
+)
+"""Where an object has one of these fields it is a row, whatever lists it has beside it."""
 _MARKS = {";": "semicolons", "\t": "tabs", ",": "commas"}
 
 log = logging.getLogger(__name__)
@@ -268,18 +274,19 @@ def _json_object(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
 def _rows_within(path: Path, rows: Iterator[tuple[int, Row | BadRow]]) -> Iterator[tuple[int, Row | BadRow]]:
     """The rows themselves; or of a single object that holds a list of objects beside what is told of it, that list's.
 
-    A list of {"row_idx": ..., "row": {...}}, as the hub's viewer gives it, is one of the rows inside. Raises
-    `InputError` where it is not plain which list is meant.
+    A list of {"row_idx": ..., "row": {...}}, as the hub's viewer gives it, is one of the rows inside; a row whose cells
+    the viewer has cut is bad. Raises `InputError` where it is not plain which list is meant.
     """
     first, second = next(rows, None), next(rows, None)
     if first is None:
         return
     number, row = first
     lists: list[str] = []
-    if second is None and isinstance(row, dict):
+    lines = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+    if second is None and isinstance(row, dict) and not lines and not _OF_A_ROW & row.keys():
         held = {name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
         lists = [name for name in (*_HOLD_ROWS, *_SPLITS) if name in held]
-        if (lists and lists[0] in _SPLITS) or len(lists) > 1:
+        if len(lists) > 1:
             named = ", ".join(map(repr, lists))
             raise InputError(
                 f"{path}: is one object whose rows stand in {named}; write each list to a file of its own, such as"
@@ -293,10 +300,18 @@ def _rows_within(path: Path, rows: Iterator[tuple[int, Row | BadRow]]) -> Iterat
         return
     assert isinstance(row, dict)
     log.info("%s: one object; its rows are those of %r", path, lists[0])
+    whole, given = row.get("num_rows_total"), len(row[lists[0]])
+    if isinstance(whole, int) and whole > given:
+        log.warning("%s: holds %s rows of the %s that the set has, as it says", path, f"{given:,}", f"{whole:,}")
     for at, inside in enumerate(row[lists[0]], 1):
+        where = f"{path}, element {at} of {lists[0]!r},"
         if isinstance(inside, dict) and "row_idx" in inside and isinstance(inside.get("row"), dict):
+            if cut := inside.get("truncated_cells"):
+                detail = f"{where} says so of {told(cut)}; give the data set itself, by its id or its files"
+                yield at, BadRow("texts that the hub's viewer has cut", detail)
+                continue
             inside = inside["row"]
-        yield at, _checked(inside, f"{path}, element {at} of {lists[0]!r},")
+        yield at, _checked(inside, where)
 
 
 def _json_objects(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
