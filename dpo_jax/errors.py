@@ -60,11 +60,18 @@ def full_disk(error: BaseException) -> str | None:
     return None
 
 
+def exists(place: str | Path) -> bool:
+    """Whether a file or folder of this name is there; a text that cannot be a name (~nobody/x, 300 letters) is none."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        return Path(place).expanduser().exists()
+    return False
+
+
 def nearest(path: str | Path) -> str:
     """`; did you mean PATH?` for a file or folder that is not there and has a neighbour of nearly that name, or ""."""
-    sought = Path(path).expanduser()
-    known: list[str] = []
-    with contextlib.suppress(OSError, ValueError):  # no such folder, no right to read it, or no name of a file at all
+    sought, known = Path(path), list[str]()
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no such folder or user, no right, no name of a file
+        sought = sought.expanduser()
         known = [one.name for one in sought.parent.iterdir()]
     near = difflib.get_close_matches(sought.name, known, n=1, cutoff=0.75)
     return f"; did you mean {Path(path).parent / near[0]}?" if near else ""

@@ -29,10 +29,10 @@ def convert(run: ConvertRun) -> None:
 
 
 def _describe(place: StoredModel, run: ConvertRun) -> None:
-    """The model card: in the folder, or beside a GGUF file under its name."""
+    """The model card: in the folder, or beside a GGUF file, called after it."""
     for name, content in card.of_conversion(place, run).items():
-        target = Path(run.to) / name if run.format != "gguf" else Path(run.to).with_suffix(f".{name}")
-        write_atomically(target, content)
+        folder = Path(run.to) if run.format != "gguf" else Path(run.to).parent
+        write_atomically(folder / name, content)
 
 
 def spoken(place: StoredModel) -> dict[str, Any]:

@@ -12,6 +12,7 @@ A stage that is done is not done again (`files/stages.py`); texts go on in the m
 checkpoint.
 """
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -157,16 +158,16 @@ class _Gatt:
         for name in ("adapter", "model"):
             if (folder / name).is_dir():
                 (folder / name).rename(self._out / name)
-                for file, content in self._card(folder).items():
+                for file, content in self._card(folder, adapter=name == "adapter").items():
                     write_atomically(self._out / name / file, content)
         return last_figures(folder, {"loss": "loss"})
 
-    def _card(self, folder: Path) -> dict[str, bytes]:
+    def _card(self, folder: Path, *, adapter: bool) -> dict[str, bytes]:
         """What tells of the model, by name."""
         rows, fingerprints = read_metrics(folder / "metrics.jsonl"), {"the data": self._plan.fingerprint}
-        place = open_checkpoint(self._run.model)
+        basis, options = card.Basis.of(open_checkpoint(self._run.model)), as_json(self._run)
         told = {"steps": "", "fingerprints": fingerprints, "rows": rows}
-        return card.of_run("gatt", self._run, as_json(self._run), place, **told).files()
+        return dataclasses.replace(card.of_run("gatt", options, options, basis, **told), adapter=adapter).files()
 
 
 # ---------------------------------------------------------------- before the first token

@@ -309,12 +309,13 @@ class _Run:
         summary = f"{config.model}, {config.rejection.samples} samples a prompt at each temperature, judged by"
         summary += f" {config.told_reward} on {config.data.files}. {told}"
         last = self.folder(iterations[-1])
+        trained = read_metrics(last / "sft" / "metrics.jsonl")
         for name in ("adapter", "model"):
             if (last / "sft" / name).is_dir():
                 with new_folder(self.out / name) as folder:
                     for file in (last / "sft" / name).iterdir():
                         shutil.copy2(file, folder / file.name)
-                    write_beside(folder, self.training.card(read_metrics(last / "sft" / "metrics.jsonl")))
+                    write_beside(folder, self.training.card(trained, adapter=name == "adapter"))
         pool = read_lines(last / "pool.jsonl")
         write_lines(self.out / "pool.jsonl", pool)
         found = [json.loads((self.folder(t) / "curves.json").read_text()) for t in iterations]

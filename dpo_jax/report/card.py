@@ -4,6 +4,7 @@ It may be published with the model, so it names files and folders by their own n
 address of a server and no command of the user; options that say where and how a run was computed are left out.
 """
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -15,15 +16,24 @@ from typing import Any
 import yaml
 
 from dpo_jax import __version__
+from dpo_jax import config as options
 from dpo_jax.config.names import option
+from dpo_jax.config.words import COMMANDS
 from dpo_jax.data.sources.hub import names_hub, read_metadata
+from dpo_jax.errors import InputError, exists
 from dpo_jax.files.folder import FREE, as_json, flatten
-from dpo_jax.files.log import Row
+from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.headers import read_json
 from dpo_jax.report import html
-from dpo_jax.weights.opened import StoredModel
+from dpo_jax.weights.opened import RunCheckpoint, StoredModel
 
 FILE, PICTURE = "README.md", "training.png"
 
+PLACES = frozenset(
+    "model reference teacher value_model data data.files eval_data mix_data sft_data reward safety_reward environment"
+    " out from_ to models tokenizer base_tokenizer rejection.student rejection.pool_from gatt.instructions".split()
+)
+"""Options whose words are files, folders, addresses or commands: they are told by `public`, all others as typed."""
 _DATA = ("data.files", "eval_data", "mix_data", "sft_data")
 _KEPT = ("license", "license_name", "license_link", "language")
 _SMOLLM2 = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
@@ -45,6 +55,12 @@ _LIMITS = {
         "What it answers was learnt from the data named here and from its base, with their errors, gaps and biases;"
         " nobody has checked that its answers are true or harmless.",
         "It follows the chat template of its tokenizer; in another form it answers worse.",
+        "Figures on held-out rows are of the same source as the training data, and tell little of other uses.",
+    ),
+    "text": (
+        "What it writes was learnt from the data named here and from its base, with their errors, gaps and biases;"
+        " nobody has checked that it is true or harmless.",
+        "It goes on with texts as they stand: messages, questions and instructions are no form it was taught here.",
         "Figures on held-out rows are of the same source as the training data, and tell little of other uses.",
     ),
     "reward": (
@@ -73,7 +89,7 @@ class Basis:
             if (folder / FILE).is_file():
                 found = read_metadata(folder / FILE)
                 head = {name: found[name] for name in (*_KEPT, "base_model") if isinstance(found.get(name), str | list)}
-        if not Path(place.name).expanduser().exists() and _HUB_ID.fullmatch(place.name):
+        if not exists(place.name) and _HUB_ID.fullmatch(place.name):
             return cls(place.name, head | {"base_model": place.name})
         return cls(public(place.name), head)
 
@@ -89,24 +105,28 @@ def public(value: str) -> str:
 
 
 def _last_part(place: str) -> str:
-    if place.startswith("/") or Path(place).expanduser().exists():  # spaces and all
-        return place.rpartition("/")[2]
+    if place.startswith("/") or exists(place):  # spaces and all
+        return place.rstrip("/").rpartition("/")[2]
+    name, colon, part = place.rpartition(":")
+    if colon and exists(name.partition(":")[0]):  # a split or a weight behind a folder or a file
+        return f"{_last_part(name)}:{part}"
+    if name and re.fullmatch(r"[\d.]+", part):
+        return f"{_last_part(name)}:{part}"
     if names_hub(place) and not place.startswith("."):
         return place
     scheme, colon, rest = place.partition(":")
     return f"{scheme}:{rest.rpartition('/')[2]}" if colon and rest[:1] in "/~." else _PATH.sub(r"\1", place)
 
 
-def command_line(word: str, given: Mapping[str, Any], config: Any) -> str:
+def command_line(word: str, given: Mapping[str, Any]) -> str:
     """The command that was typed, with the options that differ from their defaults.
 
     Args:
       word: of the command.
       given: the options as given, nested, as JSON has them (`RunFolder.given`).
-      config: the options' instance, whose class knows the defaults.
     """
     words = ["dpo-jax", *word.split()]
-    usual = dict(_defaults(type(config)))
+    usual = dict(_defaults(getattr(options, COMMANDS[word].options)))
     for name, value in flatten(given).items():
         if name in usual and usual[name] == value and type(usual[name]) is type(value):
             continue
@@ -117,7 +137,7 @@ def command_line(word: str, given: Mapping[str, Any], config: Any) -> str:
         if isinstance(value, bool):
             words.append(str(value).lower())
         else:
-            words += [public(str(one)) for one in _flat(listed)]
+            words += [public(str(one)) if name in PLACES else str(one) for one in _flat(listed)]
     return shlex.join(words)
 
 
@@ -151,6 +171,8 @@ class Card:
       fingerprints: of the base and the data, by what they are of.
       rows: of metrics.jsonl; none of a model that was only converted.
       reward: whether it is a reward model.
+      chat: whether it answers messages by a template, rather than going on with texts.
+      adapter: whether only adapters are told of, in PEFT's layout.
     """
 
     name: str
@@ -162,13 +184,15 @@ class Card:
     fingerprints: Mapping[str, str]
     rows: Sequence[Row]
     reward: bool = False
+    chat: bool = True
+    adapter: bool = False
 
     def head(self) -> dict[str, Any]:
         """The YAML head."""
-        head: dict[str, Any] = {"library_name": "transformers"}
+        head: dict[str, Any] = {"library_name": "peft" if self.adapter else "transformers"}
         head["pipeline_tag"] = "text-classification" if self.reward else "text-generation"
         head |= {"license": "unknown"} | dict(self.basis.head)
-        hub = [name.partition("@")[0] for names in self.data.values() for name in names.split(",")]
+        hub = [re.split("[@:]", name)[0] for names in self.data.values() for name in names.split(",")]
         if sets := [name for name in dict.fromkeys(hub) if _HUB_ID.fullmatch(name)]:
             head["datasets"] = sets
         return head | {"tags": ["dpo_jax", self.word.replace("--", "").replace(" ", "-")]}
@@ -198,7 +222,8 @@ class Card:
         if picture:
             parts.append(f"![training curves]({PICTURE})")
         parts.append("## Use\n\n" + self._use())
-        limits = "\n".join(f"* {line}" for line in _LIMITS["reward" if self.reward else "language"])
+        kind = "reward" if self.reward else "language" if self.chat else "text"
+        limits = "\n".join(f"* {line}" for line in _LIMITS[kind])
         parts.append(f"## Limits\n\n{limits}")
         known = f"`{licence}`, that of its base."
         if licence == "unknown":
@@ -221,26 +246,28 @@ class Card:
         return f"## Results\n\n{last} steps; `eval_` figures are of held-out rows.\n\n{table}"
 
     def _use(self) -> str:
-        if self.reward:
-            return (
-                "```python\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-                'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")\n'
-                'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-            )
-        return (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-            'messages = [{"role": "user", "content": "Hello!"}]\n'
-            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")\n```'
-        )
+        kind = "SequenceClassification" if self.reward else "CausalLM"
+        library, model = ("peft", "AutoPeftModelFor") if self.adapter else ("transformers", "AutoModelFor")
+        lines = [f"from {library} import {model}{kind}", "from transformers import AutoTokenizer", ""]
+        if not self.adapter:
+            lines = [f"from transformers import {model}{kind}, AutoTokenizer", ""]
+        lines += [f'model = {model}{kind}.from_pretrained("FOLDER")']
+        lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+        if self.chat and not self.reward:
+            asked = "messages, add_generation_prompt=True"
+            lines += ['messages = [{"role": "user", "content": "Hello!"}]']
+            lines += [f'inputs = tokenizer.apply_chat_template({asked}, return_tensors="pt")']
+        elif not self.reward:
+            lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+        code = "\n".join(lines)
+        return f"```python\n{code}\n```"
 
 
 def of_run(
     word: str,
-    config: Any,
+    resolved: Mapping[str, Any],
     given: Mapping[str, Any],
-    place: StoredModel,
+    basis: Basis,
     *,
     steps: str,
     fingerprints: Mapping[str, str],
@@ -249,27 +276,63 @@ def of_run(
 ) -> Card:
     """The card of a run's model.
 
-    `given`: its options as given; `place`: what it began with; `steps`: how many, in words; the rest: see `Card`.
+    `resolved`, `given`: its options as `as_json` has them, nested; `basis`: what it began with; `steps`: how many, in
+    words; the rest: see `Card`.
     """
-    flat = flatten(as_json(config))
+    flat = flatten(resolved)
     data = {option(name): public(flat[name]) for name in _DATA if isinstance(flat.get(name), str)}
-    basis, command = Basis.of(place), command_line(word, given, config)
     what = f"{'A reward model' if reward else 'A language model'}: {basis.name} after `dpo-jax {word}`{steps}."
-    name = Path(config.out).absolute().name
-    return Card(name, what, word, command, basis, data, fingerprints, rows, reward)
+    chat = flat.get("data.kind") != "text" and flat.get("data.template") != "raw"
+    name = Path(flat["out"]).absolute().name
+    return Card(name, what, word, command_line(word, given), basis, data, fingerprints, rows, reward, chat)
 
 
 def of_conversion(place: StoredModel, config: Any) -> dict[str, bytes]:
     """What lies beside a converted model, by name: the card that lay beside the model if it is one of ours, with what
     was done to it; else a short one. Raises `InputError` for a card whose head cannot be read."""
-    command = command_line("convert", as_json(config), config)
-    for folder in (place.path, place.path / "model", place.path.parent.parent / "model"):
+    target = Path(config.to).absolute()
+    command = command_line("convert", as_json(config))
+    done = f"\n## Converted\n\n```bash\n{command}\n```\n"
+    if isinstance(place, RunCheckpoint):
+        files = _of_checkpoint(place).files()
+        files[FILE] += done.encode()
+        return _beside(files, target, config.format)
+    for folder in (place.path, place.path / "model"):
         card = folder / FILE
         if card.is_file() and "dpo_jax" in (read_metadata(card).get("tags") or ()):
-            files = {FILE: card.read_bytes() + f"\n## Converted\n\n```bash\n{command}\n```\n".encode()}
+            files = {FILE: card.read_bytes() + done.encode()}
             picture = folder / PICTURE
-            return files | ({PICTURE: picture.read_bytes()} if picture.is_file() else {})
-    basis = Basis.of(place)
+            files |= {PICTURE: picture.read_bytes()} if picture.is_file() else {}
+            return _beside(files, target, config.format)
+    basis, chat = Basis.of(place), False
+    with contextlib.suppress(InputError):  # a folder without a tokenizer
+        chat = bool(getattr(place.tokenizer(), "chat_template", None))
     reward = bool(place.architecture.num_labels)
     what = f"{basis.name}, converted to {config.format}; its weights mean what they meant."
-    return Card(Path(config.to).absolute().name, what, "convert", command, basis, {}, {}, (), reward).files()
+    card = Card(target.name, what, "convert", command, basis, {}, {}, (), reward, chat, config.format == "peft")
+    return _beside(card.files(), target, config.format)
+
+
+def _of_checkpoint(place: RunCheckpoint) -> Card:
+    """The card of a run's model as it was at one of its checkpoints, from what the run folder says."""
+    begun, step = read_json(place.folder / "run.json"), int(place.path.name)
+    resolved = read_json(place.folder / "config.json")
+    rows = [row for row in read_metrics(place.folder / "metrics.jsonl") if row["step"] <= step]
+    try:
+        basis = Basis.of(place.beneath)
+    except InputError:  # it lay elsewhere then
+        basis = Basis(public(str(resolved.get("model"))), {})
+    told = {"steps": f", at step {step}", "fingerprints": {}, "rows": rows, "reward": place.adds_score}
+    return of_run(begun["command"], resolved, begun["given"], basis, **told)
+
+
+def _beside(files: dict[str, bytes], target: Path, to: str) -> dict[str, bytes]:
+    """The files beside a GGUF file are called after it, and its card speaks of it."""
+    if to != "gguf":
+        return files
+    named = {name: target.with_suffix(f".{name}").name for name in files}
+    text = files[FILE].decode().replace(f"]({PICTURE})", f"]({named.get(PICTURE, PICTURE)})")
+    text = re.sub(r"^library_name: .*\n", "", text, count=1, flags=re.MULTILINE)
+    use = f"## Use\n\n```bash\nllama-cli -m {target.name} -cnv\n```\n"
+    text = re.sub(r"^## Use\n.*?(?=^## )", lambda _: f"{use}\n", text, count=1, flags=re.MULTILINE | re.DOTALL)
+    return {named[name]: text.encode() if name == FILE else content for name, content in files.items()}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ class Training(Generic[Config]):
       main: whether this process writes the files and talks.
       electricity: what the estimate of its energy assumes.
       told_steps: after `fit`, in how many steps the exported weights were trained, in words.
+      best: after `fit`, the step of the exported weights where it need not be the last.
       identity: after `fit`, the fingerprints of what the run was made from.
     """
 
@@ -77,6 +78,7 @@ class Training(Generic[Config]):
     main: bool
     electricity: Electricity
     told_steps: str = ""
+    best: int | None = None
     identity: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -117,10 +119,10 @@ class Training(Generic[Config]):
         """All devices of the mesh, of every process."""
         return list(self.mesh.devices.flat)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, event: Literal["note", "warning"] = "note") -> None:
         """One line to the person who waits, from the main process only."""
         if self.main:
-            say(text)
+            say(text, event)
 
     # ---------------------------------------------------------------- before the weights
 
@@ -301,6 +303,7 @@ class Training(Generic[Config]):
                 many = f"{patience} evaluation{'s' * (patience != 1)} without gain in {metric}"
                 self.say(f"{self.out}: ended after step {outcome.step} of {total}: {many}")
             final, best = best_state(final, outcome.step, checkpoints, log.rows, metric, self.say)
+            self.best = best
             self.told_steps = self.told_steps if best == total else f"{best} of {total} steps"
         checkpoints.close()
         loader.close()
@@ -338,12 +341,21 @@ class Training(Generic[Config]):
         tokenizer = self.exported(tokenizer)
         rows = read_metrics(self.out / "metrics.jsonl") if self.main else []
         told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
-        told["beside"] = self.card(rows, reward=SCORE in variables.get("heads", {}))
+        scores = SCORE in variables.get("heads", {})
         dtype = config.train.resolved("export_dtype")
-        lost = save_pretrained(self.out / "model", model, variables, tokenizer, dtype=jnp.dtype(dtype), **told)
+        lost = save_pretrained(
+            self.out / "model",
+            model,
+            variables,
+            tokenizer,
+            dtype=jnp.dtype(dtype),
+            beside=self.card(rows, reward=scores),
+            **told,
+        )
         notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
         if "adapters" in variables:
-            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
+            beside = self.card(rows, reward=scores, adapter=True)
+            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, beside=beside, **told)
         if self.main:
             cost = cost_lines(rows, len(self.devices), self.electricity)
             for line in ("; ".join(cost), *notes):
@@ -361,13 +373,25 @@ class Training(Generic[Config]):
         self.publish()
         return self.out
 
-    def card(self, rows: Sequence[Row], *, reward: bool = False) -> dict[str, bytes]:
-        """The files that tell of an exported model, by name; none in a process that writes nothing."""
+    def card(self, rows: Sequence[Row], *, reward: bool = False, adapter: bool = False) -> dict[str, bytes]:
+        """The files that tell of an exported model, by name; none in a process that writes nothing.
+
+        A card that cannot be written is said, and ends no run: what was trained is worth more.
+        """
         if not self.main:
             return {}
-        word, told = self.folder.command, {"fingerprints": self.identity, "rows": rows, "reward": reward}
-        steps = f" in {self.told_steps}" if self.told_steps else ""
-        return card.of_run(word, self.config, self.folder.given, self.start, steps=steps, **told).files()
+        try:
+            shown = [row for row in rows if self.best is None or row["step"] <= self.best]
+            told = {"fingerprints": self.identity, "rows": shown, "reward": reward}
+            told["steps"] = f" in {self.told_steps}" if self.told_steps else ""
+            basis, given = card.Basis.of(self.start), self.folder.given
+            made = card.of_run(self.folder.command, as_json(self.config), given, basis, **told)
+            return dataclasses.replace(made, adapter=adapter).files()
+        except Exception as error:
+            self.say(
+                f"warning: {self.out}: no model card could be written ({type(error).__name__}: {error})", "warning"
+            )
+            return {}
 
     def publish(self) -> None:
         """Send the finished model where `--push_to_hub` says; what goes wrong is said, and the model stays here."""

@@ -1,8 +1,11 @@
 """Where a run goes besides its folder: its card, Weights & Biases, the Hugging Face hub (on loopback)."""
 
+import dataclasses
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -16,16 +19,16 @@ import pytest
 import runs
 import tiny
 
-from dpo_jax import cli
-from dpo_jax.config import DPORun, PPORun
+from dpo_jax import cli, config
+from dpo_jax.config import ConvertRun, DPORun, PPORun
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import as_json
+from dpo_jax.files.folder import FREE, as_json
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.wandb_log import WandbLog
 from dpo_jax.report import card
 from dpo_jax.train import session
 from dpo_jax.weights import hub_upload
-from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.opened import RunCheckpoint, open_checkpoint
 
 
 class FakeWandb:
@@ -75,6 +78,12 @@ def hub(monkeypatch: pytest.MonkeyPatch):
         yield there
 
 
+def command_of(text: str) -> str:
+    """The command in a card, without the program's name."""
+    (command,) = re.findall(r"^dpo-jax (dpo .+)$", text, re.MULTILINE)
+    return command
+
+
 @pytest.mark.slow
 def test_a_run_is_published(
     tmp_path: Path,
@@ -106,11 +115,12 @@ def test_a_run_is_published(
     assert found.tags == ["dpo_jax", "dpo"]
     assert (model / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "![training curves](training.png)" in text
-    assert (tmp_path / "ours" / "adapter" / "README.md").read_text() == text
+    adapter = (tmp_path / "ours" / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in adapter
+    assert command_of(adapter) == command_of(text)
     assert str(tmp_path) not in text
     assert "secret" not in text
-    (command,) = re.findall(r"^dpo-jax (dpo .+)$", text, re.MULTILINE)
-    again = cli.parse("dpo", shlex.split(command)[1:])
+    again = cli.parse("dpo", shlex.split(command_of(text))[1:])
     typed = as_json(cli.parse("dpo", words[1:]))
     told = {"model": "tiny", "out": "ours", "push_to_hub": None, "mesh": as_json(again)["mesh"]}
     assert as_json(again) == typed | told | {"data": typed["data"] | {"files": "pairs.jsonl"}}
@@ -275,7 +285,7 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found == rows
 
 
-def test_a_card_tells_no_place_and_no_secret(tmp_path: Path) -> None:
+def test_a_card_tells_no_place_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card.public("owner/name") == "owner/name"
     assert card.public(f"{tmp_path}/a.jsonl,~/b.jsonl,owner/set:train,../c") == "a.jsonl,b.jsonl,owner/set:train,c"
     assert card.public("tfds:/my files/prefs") == "tfds:prefs"
@@ -286,22 +296,94 @@ def test_a_card_tells_no_place_and_no_secret(tmp_path: Path) -> None:
     assert card.public(r"regex:\d+/\d+") == r"regex:\d+/\d+"
     run = cli.parse("ppo", ["--model", "m/n", "--data", "a/b", "--out", "/x/o", "--reward", "vader", "https://h/s"])
     assert isinstance(run, PPORun)
-    line = card.command_line("ppo", as_json(run), run)
+    line = card.command_line("ppo", as_json(run))
     assert line == "dpo-jax ppo --model m/n --data a/b --out o --reward vader URL"
+    text = ["--model", "m/n", "--data", "a/b", "--data.kind", "text", "--data.separator", "</s>~~/", "--out", "o"]
+    assert card.command_line("sft", as_json(cli.parse("sft", text))) == "dpo-jax sft " + shlex.join(text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret" / "folder").mkdir(parents=True)
+    (tmp_path / "secret" / "a.jsonl").touch()
+    told = "folder:train,a.jsonl:0.7,a.jsonl:train:0.3,owner/set:0.2"
+    assert card.public("secret/folder:train,secret/a.jsonl:0.7,secret/a.jsonl:train:0.3,owner/set:0.2") == told
+    assert [card.public(text) for text in ("~~~", "~~", "a" * 300)] == ["~~~", "~~", "a" * 300]
+
+
+def test_every_option_that_names_a_place_is_known_as_one() -> None:
+    words = ("sft", "dpo", "dpo --online", "reward", "ppo", "grpo", "distill", "rejection", "gatt", "convert")
+    texts = {
+        prefix + field.name
+        for word in words
+        for prefix, field in cli._walk(getattr(config, cli.COMMANDS[word].options))
+        if "str" in str(field.type) and "Literal" not in str(field.type)
+    }
+    assert texts - card.PLACES - {name for name in texts if name.startswith(FREE)} == {
+        *("data.columns", "data.template", "data.date", "data.separator", "lora.targets", "dpo.loss"),
+        *("dpo.loss_weights", "sample.stop_strings", "reward.multi_class", "reward.multi_label", "gatt.languages"),
+    }
+
+
+def finished(folder: Path, base: Path) -> Path:
+    """A run folder with what a card asks of it: two checkpoints by name, and the card of its end."""
+    run = cli.parse("dpo", ["--model", str(base), "--data", "a/b", "--out", str(folder)])
+    for part in ("model", "checkpoints/2", "checkpoints/4"):
+        (folder / part).mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"command": "dpo", "finished": True, "given": as_json(run)}))
+    (folder / "config.json").write_text(json.dumps(as_json(run)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2, 3, 4)))
+    (folder / "model" / "README.md").write_text("---\ntags: [dpo_jax]\n---\nof step 4\n")
+    return folder
+
+
+def test_a_converted_checkpoint_has_the_card_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.folder(tmp_path / "tiny", hidden=16, heads=2, kv_heads=1, layers=1)
+    run = finished(tmp_path / "run", base)
+    monkeypatch.setattr(RunCheckpoint, "adds_score", False)
+    monkeypatch.setattr(RunCheckpoint, "beneath", open_checkpoint(base))
+    place = RunCheckpoint(run / "checkpoints" / "2", str(run / "checkpoints" / "2"))
+    files = card.of_conversion(place, ConvertRun(from_=place.name, to=str(tmp_path / "m.gguf"), format="gguf"))
+    assert files.keys() == {"m.README.md", "m.training.png"}
+    text = files["m.README.md"].decode()
+    assert "after `dpo-jax dpo`, at step 2." in text
+    assert "| loss | 1 (step 1) | 0.5 (step 2) |" in text
+    assert "![training curves](m.training.png)" in text
+    assert "llama-cli -m m.gguf" in text
+    assert "transformers" not in text
+    assert text.endswith("--format gguf\n```\n")
+
+    # A model that only lies two folders below another's card is no checkpoint of it.
+    (run / "checkpoints" / "2").rmdir()
+    (run / "model" / "config.json").write_bytes((base / "config.json").read_bytes())
+    shutil.copytree(base, run / "checkpoints" / "2")
+    elsewhere = open_checkpoint(run / "checkpoints" / "2")
+    (written,) = card.of_conversion(elsewhere, ConvertRun(from_=elsewhere.name, to=str(tmp_path / "h"))).values()
+    assert "of step 4" not in written.decode()
+
+
+def test_a_card_says_how_its_kind_of_model_is_used(tmp_path: Path) -> None:
+    run = cli.parse("sft", ["--model", "a/b", "--data", "a.txt", "--data.kind", "text", "--out", "o"])
+    told = {"steps": "", "fingerprints": {}, "rows": []}
+    made = card.of_run("sft", as_json(run), as_json(run), card.Basis("a/b", {"base_model": "a/b"}), **told)
+    text = made.text(picture=False)
+    assert "apply_chat_template" not in text
+    assert "follows the chat template" not in text
+    adapter = huggingface_hub.ModelCard(dataclasses.replace(made, adapter=True).text(picture=False))
+    assert (adapter.data.library_name, adapter.data.base_model) == ("peft", "a/b")
+    assert "AutoPeftModelForCausalLM" in adapter.text
 
 
 def test_a_card_of_a_reward_model_and_of_an_unknown_base(tmp_path: Path) -> None:
     place = open_checkpoint(tiny.folder(tmp_path / "tiny", hidden=16, heads=2, kv_heads=1, layers=1))
-    run = DPORun(model=str(tmp_path / "tiny"), data="owner/set", out=str(tmp_path / "o"))  # pyright: ignore[reportArgumentType]
+    run = DPORun(model=str(tmp_path / "tiny"), data="owner/set:train,other/set@main:test:0.3", out=str(tmp_path / "o"))  # pyright: ignore[reportArgumentType]
     rows = [{"step": 1, "loss": 1.0}]
-    made = card.of_run("reward", run, as_json(run), place, steps="", fingerprints={}, rows=rows, reward=True)
+    told = {"steps": "", "fingerprints": {}, "rows": rows}
+    made = card.of_run("reward", as_json(run), as_json(run), card.Basis.of(place), **told, reward=True)
     files = made.files()
     assert files.keys() == {"README.md"}, "one step draws no curve"
     found = huggingface_hub.ModelCard(files["README.md"].decode())
     assert (found.data.pipeline_tag, found.data.license, found.data.datasets) == (
         "text-classification",
         "unknown",
-        ["owner/set"],
+        ["owner/set", "other/set"],
     )
     assert found.data.base_model is None
     assert "AutoModelForSequenceClassification" in found.text

@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Unpack
 
 import numpy as np
@@ -26,7 +25,7 @@ from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.packing import Windows
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, exists
 from dpo_jax.types import TokenBatch
 
 Documents = Literal["masked", "joined"]
@@ -51,7 +50,7 @@ def parse_sources(text: str, option: str = "--data") -> list[tuple[str, float | 
     Raises `InputError` for a weight that is not a positive number, that only some of the sources have, or that a lone
     source has.
     """
-    if Path(text).expanduser().exists():
+    if exists(text):
         return [(text, None)]
     sources = [_source(part.strip(), option) for part in text.split(",")]
     weighted = [weight is not None for _, weight in sources]
@@ -65,7 +64,7 @@ def parse_sources(text: str, option: str = "--data") -> list[tuple[str, float | 
 
 def _source(part: str, option: str) -> tuple[str, float | None]:
     name, colon, tail = part.rpartition(":")
-    if not colon or Path(part).expanduser().exists():
+    if not colon or exists(part):
         return part, None
     if _SEVERAL.search(part):
         raise InputError(
