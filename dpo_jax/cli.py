@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    voice.talk("lines")
+    voice.talk("json" if "--json" in args else "lines")  # for what is wrong before the command is known
     try:
         return _run(args)
     except InputError as error:
@@ -106,6 +106,7 @@ def _run(args: list[str]) -> int:
         return OK
     _, how = _split_voice(args[0], args[1:])
     voice.talk(how)
+    voice.listen()
     options = parse(args[0], args[1:])
     module, function = command.function.split(":")
     getattr(importlib.import_module(module), function)(options)
@@ -117,15 +118,33 @@ def _split_voice(word: str, args: Sequence[str]) -> tuple[list[str], voice.Mode]
 
     Where a command has one of them as an option of its own (`win-rate --json` prints its result so), it keeps it.
     """
-    said = [token for token in args if token.lstrip("-") in VOICE and token.startswith("--")]
-    if COMMANDS[word].silent and said:
-        raise InputError(f"{said[0]} has no effect in {PROGRAM} {word}, which says nothing but its result")
-    if len(set(said)) > 1:
-        raise InputError("--quiet or --json: one of them, for --quiet leaves no progress to write as JSON")
     own = [] if word in _CONFIG else option_names(word)
-    kept = [token for token in args if token not in said or token.removeprefix("--") in own]
-    how: voice.Mode = "lines" if not said else "quiet" if said[0] == "--quiet" else "json"
-    return kept, how
+    kept: list[str] = []
+    on: dict[str, bool] = {}
+    rest = list(args)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        switch = name.removeprefix("no_")
+        if not token.startswith("--") or switch not in VOICE:
+            kept.append(token)
+            continue
+        if COMMANDS[word].silent:
+            raise InputError(f"{token} has no effect in {PROGRAM} {word}, which says nothing but its result")
+        if switch in own:
+            kept.append(token)
+            on[switch] = name == switch and (value or (rest[:1] or ["true"])[0]) != "false"
+            continue
+        if not equals and rest[:1] in (["true"], ["false"]):
+            equals, value = "=", rest.pop(0)
+        if equals and (value not in ("true", "false") or name != switch):
+            raise InputError(f"--{switch} is a switch: --{switch}, or --{switch} true or false, not {token}")
+        on[switch] = value != "false" and name == switch
+    said: list[voice.Mode] = [how for how in ("quiet", "json") if on.get(how)]
+    if len(said) > 1:
+        raise InputError("--quiet or --json: one of them, for --quiet leaves no progress to write as JSON")
+    return kept, said[0] if said else "lines"
 
 
 def names_of(group: str) -> dict[str, str]:

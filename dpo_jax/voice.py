@@ -6,10 +6,17 @@ json    everything as JSON objects, one a line (`--json`), with what it is as "e
 """
 
 import json
+import logging
+import math
+import os
 import sys
+import warnings
 from typing import Any, Literal
 
 Mode = Literal["lines", "quiet", "json"]
+
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Variables by which libraries are asked for no bars and no remarks of their own."""
 
 _mode: Mode = "lines"
 
@@ -39,5 +46,36 @@ def say(text: str, event: Literal["note", "warning", "error"] = "note", **more: 
 
 
 def tell(what: dict[str, Any]) -> None:
-    """One JSON object. Raises `OSError` where stderr cannot be written."""
-    print(json.dumps(what, ensure_ascii=False), file=sys.stderr, flush=True)
+    """One JSON object; what is no number (a diverged loss) is null. Raises `OSError` where stderr cannot be written."""
+    print(json.dumps(_finite(what), ensure_ascii=False, allow_nan=False), file=sys.stderr, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Notes(logging.Handler):
+    """Says what is logged. (`StreamHandler` keeps the stderr of its first day, and writes into a running bar.)"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), "note" if record.levelno < logging.WARNING else "warning")
+
+
+def listen(*libraries: str) -> None:
+    """Say what the package logs, and warnings of `libraries`. With --json and --quiet Python's warnings too, and ask
+    the libraries for nothing more.
+
+    For the command line, before anything else is imported: what asks the environment asks it then.
+    """
+    for name, level in (("dpo_jax", logging.INFO), *((name, logging.WARNING) for name in libraries)):
+        notes = logging.getLogger(name)
+        if not any(isinstance(handler, Notes) for handler in notes.handlers):
+            notes.addHandler(Notes())
+            notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
+            notes.setLevel(level)
+    if _mode != "lines":
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", "warning")

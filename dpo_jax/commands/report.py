@@ -12,6 +12,8 @@ def report(run: ReportRun) -> None:
     target = Path(run.out)
     if target.exists() and not run.overwrite:
         raise InputError(f"{target}: is there already; choose another --out, or give --overwrite")
+    if target.is_dir() or (target.exists() and not target.read_bytes().startswith(html.HEAD.encode())):
+        raise InputError(f"{target}: is no page of dpo_jax, and is not overwritten; choose another --out")
     runs = compare.read_runs(run.runs)
     summary = f"{len(runs)} runs: {', '.join(told.name for told in runs)}."
     html.write_report(target, "Runs compared", summary, compare.sections(runs))

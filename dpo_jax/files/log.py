@@ -20,7 +20,7 @@ from dpo_jax.files.folder import cannot_write, close_after
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.wandb_log import WandbLog
 from dpo_jax.processes import distributed
-from dpo_jax.voice import mode, say, tell
+from dpo_jax.voice import listen, mode, say, tell
 
 __all__ = ["DriftWarning", "MetricLog", "ProgressBar", "read_metrics", "say", "show_cursor", "show_log", "summary_text"]
 
@@ -29,13 +29,6 @@ _SECONDS = ("seconds_per_step", "seconds_sampling", "seconds_measuring", "second
 CLOCK_KEYS = ("tokens_per_second", *_SECONDS, "tflops_per_device", "mfu")
 
 Row = dict[str, float | int]
-
-
-class _Notes(logging.Handler):
-    """Says what is logged. (`StreamHandler` keeps the stderr of its first day, and writes into a running bar.)"""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record), "note" if record.levelno < logging.WARNING else "warning")
 
 
 @functools.cache
@@ -49,12 +42,10 @@ def show_log(*libraries: str) -> None:
 
     libraries: whose warnings are to be ours, too.
     """
-    for name, level in (("dpo_jax", logging.INFO), *((name, logging.WARNING) for name in libraries)):
-        notes = logging.getLogger(name)
-        if not any(isinstance(handler, _Notes) for handler in notes.handlers):
-            notes.addHandler(_Notes())
-            notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
-            notes.setLevel(level if jax.process_index() == 0 else logging.ERROR)
+    listen(*libraries)
+    if jax.process_index() > 0:
+        for name in ("dpo_jax", *libraries):
+            logging.getLogger(name).setLevel(logging.ERROR)
     # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
     # event loop and the thread pool in which it writes, for each of the other files.
     for name in ("absl", "asyncio", "concurrent.futures"):
@@ -178,12 +169,15 @@ class MetricLog:
       total: steps of the whole run.
       start: steps already done (of a resumed run): rows after it are cut off, so that the run repeats them exactly.
       also: who is told of every row, too.
+
+    Attributes:
+      stopped: set where a signal ends the run before its last step.
     """
 
     def __init__(self, folder: Path, *, total: int, start: int = 0, writes: bool = True, also: WandbLog | None = None):
         self.path = folder / "metrics.jsonl"
         self.rows: list[Row] = [row for row in _of_steps(self.path) if row["step"] <= start] if start else []
-        self._writes, self._also = writes, also
+        self._writes, self._also, self.stopped = writes, also, False
         self._drift = DriftWarning()
         self.bar = ProgressBar("training", total, done=start, shown=writes)
         for row in self.rows:
@@ -218,7 +212,7 @@ class MetricLog:
     ) -> None:
         self.bar.__exit__(kind, error, trace)
         if self._also is not None:
-            self._also.close(error is not None)
+            self._also.close(error is not None or self.stopped)
         if self._writes:
             close_after(self._events, self.path.with_name("tensorboard"), error)
             close_after(self._file, self.path, error)

@@ -45,8 +45,10 @@ class WandbLog:
         known = folder / _ID
         if not known.exists():
             write_atomically(known, secrets.token_hex(4) + "\n")
-        quiet = wandb.Settings(console="off", disable_git=True, save_code=False, silent=True)
-        self._failed = False
+        # Nothing of this machine goes there: no host, user or program, no source and no other process' figures.
+        quiet = wandb.Settings(
+            console="off", disable_git=True, save_code=False, silent=True, x_disable_meta=True, x_disable_stats=True
+        )
         self._run: Any = None
         try:
             self._run = wandb.init(

@@ -104,6 +104,15 @@ def public(value: str) -> str:
     return ",".join(map(_last_part, value.split(",")))
 
 
+def told(name: str, value: Any) -> Any:
+    """The value of option `name` as it may be told to others."""
+    if name not in PLACES:
+        return value
+    if isinstance(value, list):
+        return [told(name, one) for one in value]
+    return public(value) if isinstance(value, str) else value
+
+
 def _last_part(place: str) -> str:
     if place.startswith("/") or exists(place):  # spaces and all
         return place.rstrip("/").rpartition("/")[2]
@@ -137,7 +146,7 @@ def command_line(word: str, given: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(str(value).lower())
         else:
-            words += [public(str(one)) if name in PLACES else str(one) for one in _flat(listed)]
+            words += [str(told(name, one)) for one in _flat(listed)]
     return shlex.join(words)
 
 
@@ -221,7 +230,7 @@ class Card:
             parts.append(self._results())
         if picture:
             parts.append(f"![training curves]({PICTURE})")
-        parts.append("## Use\n\n" + self._use())
+        parts.append("## Use\n\n" + _use(reward=self.reward, chat=self.chat, adapter=self.adapter))
         kind = "reward" if self.reward else "language" if self.chat else "text"
         limits = "\n".join(f"* {line}" for line in _LIMITS[kind])
         parts.append(f"## Limits\n\n{limits}")
@@ -245,22 +254,24 @@ class Card:
         table = "| figure | first | last |\n|---|---|---|\n" + "\n".join(lines)
         return f"## Results\n\n{last} steps; `eval_` figures are of held-out rows.\n\n{table}"
 
-    def _use(self) -> str:
-        kind = "SequenceClassification" if self.reward else "CausalLM"
-        library, model = ("peft", "AutoPeftModelFor") if self.adapter else ("transformers", "AutoModelFor")
-        lines = [f"from {library} import {model}{kind}", "from transformers import AutoTokenizer", ""]
-        if not self.adapter:
-            lines = [f"from transformers import {model}{kind}, AutoTokenizer", ""]
-        lines += [f'model = {model}{kind}.from_pretrained("FOLDER")']
-        lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
-        if self.chat and not self.reward:
-            asked = "messages, add_generation_prompt=True"
-            lines += ['messages = [{"role": "user", "content": "Hello!"}]']
-            lines += [f'inputs = tokenizer.apply_chat_template({asked}, return_tensors="pt")']
-        elif not self.reward:
-            lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
-        code = "\n".join(lines)
-        return f"```python\n{code}\n```"
+
+def _use(*, reward: bool, chat: bool, adapter: bool) -> str:
+    """Code that loads the model, as a block of Python."""
+    kind = "SequenceClassification" if reward else "CausalLM"
+    library, model = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")
+    lines = [f"from {library} import {model}{kind}", "from transformers import AutoTokenizer", ""]
+    if not adapter:
+        lines = [f"from transformers import {model}{kind}, AutoTokenizer", ""]
+    lines += [f'model = {model}{kind}.from_pretrained("FOLDER")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
+    if chat and not reward:
+        asked = "messages, add_generation_prompt=True"
+        lines += ['messages = [{"role": "user", "content": "Hello!"}]']
+        lines += [f'inputs = tokenizer.apply_chat_template({asked}, return_tensors="pt")']
+    elif not reward:
+        lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```"
 
 
 def of_run(
@@ -309,7 +320,7 @@ def of_conversion(place: StoredModel, config: Any) -> dict[str, bytes]:
         chat = bool(getattr(place.tokenizer(), "chat_template", None))
     reward = bool(place.architecture.num_labels)
     what = f"{basis.name}, converted to {config.format}; its weights mean what they meant."
-    card = Card(target.name, what, "convert", command, basis, {}, {}, (), reward, chat, config.format == "peft")
+    card = Card(target.name, what, "convert", command, basis, {}, {}, (), reward, chat)
     return _beside(card.files(), target, config.format)
 
 
@@ -327,12 +338,21 @@ def _of_checkpoint(place: RunCheckpoint) -> Card:
 
 
 def _beside(files: dict[str, bytes], target: Path, to: str) -> dict[str, bytes]:
-    """The files beside a GGUF file are called after it, and its card speaks of it."""
+    """The files as they are to lie beside a model of the format `to`, whatever format they told of.
+
+    Those beside a GGUF file are called after it.
+    """
+    text = files[FILE].decode()
+    library = "" if to == "gguf" else "library_name: transformers\n"
+    text = re.sub(r"^library_name: .*\n", library, text, count=1, flags=re.MULTILINE)
+    reward, chat = "text-classification" in text, "apply_chat_template" in text
+    use = _use(reward=reward, chat=chat, adapter=False)
+    if to == "gguf":
+        use = f"```bash\nllama-cli -m {shlex.quote(target.name)}\n```"
+    pattern = re.compile(r"^## Use\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+    text = pattern.sub(lambda _: f"## Use\n\n{use}\n\n", text, count=1)
     if to != "gguf":
-        return files
+        return files | {FILE: text.encode()}
     named = {name: target.with_suffix(f".{name}").name for name in files}
-    text = files[FILE].decode().replace(f"]({PICTURE})", f"]({named.get(PICTURE, PICTURE)})")
-    text = re.sub(r"^library_name: .*\n", "", text, count=1, flags=re.MULTILINE)
-    use = f"## Use\n\n```bash\nllama-cli -m {target.name} -cnv\n```\n"
-    text = re.sub(r"^## Use\n.*?(?=^## )", lambda _: f"{use}\n", text, count=1, flags=re.MULTILINE | re.DOTALL)
+    text = text.replace(f"]({PICTURE})", f"]({named.get(PICTURE, PICTURE)})")
     return {named[name]: text.encode() if name == FILE else content for name, content in files.items()}

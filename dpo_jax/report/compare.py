@@ -29,17 +29,27 @@ class Told:
 
 def read_runs(places: Sequence[str]) -> list[Told]:
     """The runs in these folders. Raises `InputError` for a folder that holds none, or none that has made a step."""
-    runs = []
+    runs, seen = [], dict[Path, str]()
     for place in places:
         path = Path(place).expanduser()
+        if path.resolve() in seen:
+            raise InputError(f"{seen[path.resolve()]} and {place} are one run; name each once")
+        seen[path.resolve()] = place
         if not (path / "run.json").is_file():
             raise InputError(f"{place}: is no run folder{nearest(place)}; give the --out of a training command")
         rows = [row for row in read_metrics(path / "metrics.jsonl") if "step" in row]
         if not rows:
             raise InputError(f"{place}: its metrics.jsonl has no step yet")
         same = [other for other in places if Path(other).expanduser().name == path.name]
-        runs.append(Told(path.name if len(same) == 1 else place, RunFolder(path, "", {}).resolved(), rows))
+        runs.append(Told(path.name if len(same) == 1 else place, _options(path), rows))
     return runs
+
+
+def _options(path: Path) -> dict[str, Any]:
+    try:
+        return RunFolder(path, "", {}).resolved()
+    except InputError as error:
+        raise InputError(f"{path / 'config.json'}: not readable as the options of a run; leave this run out") from error
 
 
 def sections(runs: Sequence[Told]) -> list[html.Section]:

@@ -74,12 +74,16 @@ class Section:
     table: Table | None = None
 
 
+HEAD = '<!doctype html>\n<html lang="en"><head>'
+"""How every page of ours begins."""
+
+
 def write_report(path: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
     """Write the HTML file. Raises `InputError` when the disk is full or not writable."""
     body = "\n".join(_section(section) for section in sections)
     write_atomically(
         path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'{HEAD}<meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n"
         f"{body}\n</body></html>\n",
@@ -270,5 +274,5 @@ def _draw(axes: Any, series: Series, *, bars: bool) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text without matplotlib's formula signs."""
-    return text.replace("$", r"\$")
+    """Text without matplotlib's formula signs, nor the `_` at its head that keeps a line out of the legend."""
+    return text.replace("$", r"\$") if not text.startswith("_") else "\u200b" + text.replace("$", r"\$")

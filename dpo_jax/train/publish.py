@@ -6,7 +6,10 @@ from dpo_jax.config import TrainingRun
 from dpo_jax.files import wandb_log as wandb
 from dpo_jax.files.folder import as_json, flatten
 from dpo_jax.files.log import say
+from dpo_jax.report import card
 from dpo_jax.weights import hub_upload
+
+_COORDINATOR = "distributed.coordinator"
 
 
 def check(config: TrainingRun) -> None:
@@ -18,10 +21,11 @@ def check(config: TrainingRun) -> None:
 
 
 def wandb_log(config: TrainingRun, folder: Path) -> wandb.WandbLog | None:
-    """Who is told of the figures; None where nobody is asked for."""
+    """Who is told of the figures, and of the options as a model card tells them; None where nobody is asked for."""
     if config.log.wandb is None:
         return None
-    log = wandb.WandbLog(folder, config.log.wandb, flatten(as_json(config)))
+    told = {name: card.told(name, value) for name, value in flatten(as_json(config)).items() if name != _COORDINATOR}
+    log = wandb.WandbLog(folder, config.log.wandb, told)
     if log.place is not None:
         say(f"Weights & Biases: {log.place}")
     return log

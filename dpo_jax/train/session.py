@@ -296,6 +296,7 @@ class Training(Generic[Config]):
                 meter=meter,
                 prepare=prepare,
             )
+            log.stopped = outcome.stopped_by is not None
         final, self.told_steps = outcome.state, f"{total} steps"
         patience, metric = config.train.stop_after, config.checkpoint.best
         if outcome.stopped_by is None and patience is not None and metric is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 
-from dpo_jax import __version__, cli, config
+from dpo_jax import __version__, cli, config, voice
 from dpo_jax.config import DPORun, completion
 from dpo_jax.errors import InputError, Stopped
 
@@ -153,13 +153,32 @@ def test_completion_in_bash(tmp_path: Path) -> None:
 def test_how_it_talks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.parse("dpo", [*GIVEN, "--quiet"]) == cli.parse("dpo", GIVEN) == cli.parse("dpo", ["--json", *GIVEN])
     assert cli.parse("win-rate", ["--answers", "a", "--against", "b", "--judgments", "j", "--json"]).json
-    assert "one of them" in error(capsys, "dpo", *GIVEN, "--quiet", "--json")
+    assert cli.main(["dpo", *GIVEN, "--quiet", "--json"]) == 2
+    assert "one of them" in json.loads(capsys.readouterr().err)["text"]
     assert "--quiet has no effect" in error(capsys, "configs", "--quiet")
     assert cli.main(["dpo", *GIVEN, "--json", "--data.limit", "0"]) == 2
     said = json.loads(capsys.readouterr().err)
     assert (said["event"], said["code"]) == ("error", 2)
     assert "--data.limit must be at least 1" in said["text"]
     assert error(capsys, "dpo", *GIVEN, "--quiet", "--data.limit", "0").startswith("--data.limit")
+    for words in (["--json", "true"], ["--json=true"], ["--json", "--no_quiet"]):
+        assert cli._split_voice("lm-eval", ["--tasks", "gsm8k", *words]) == (["--tasks", "gsm8k"], "json")
+    for words in (["--json", "false"], ["--json=false"], ["--json", "--no-json"]):
+        assert cli._split_voice("dpo", words) == ([], "lines")
+    assert "is a switch" in error(capsys, "dpo", *GIVEN, "--quiet=2")
+    assert "unknown option ---quiet" in error(capsys, "dpo", *GIVEN, "---quiet")
+    assert cli.main(["dpp", "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["code"] == 2
+    voice.tell({"event": "progress", "figures": {"loss": float("nan"), "a": -float("inf"), "step": 1}})
+    assert json.loads(capsys.readouterr().err)["figures"] == {"loss": None, "a": None, "step": 1}
+
+
+def test_what_is_logged_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "semi.csv").write_text("prompt;chosen;rejected\na;b;c\n")
+    words = ["--data", str(tmp_path / "semi.csv"), "--function", "length", "--out", str(tmp_path / "o"), "--json"]
+    assert cli.main(["judge", *words]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert any("semicolons" in one.get("text", "") for one in said)
 
 
 def test_a_mistyped_file_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,8 @@ def test_a_run_is_published(
     # Weights & Biases: every row of metrics.jsonl.
     (started,) = wandb.started
     assert (started["project"], started["name"], started["config"]["dpo.loss"]) == ("tests", "ours", "sigmoid")
+    assert "secret" not in json.dumps(started["config"])
+    assert started["settings"].x_disable_meta
     assert wandb.rows == read_metrics(tmp_path / "ours" / "metrics.jsonl")
     assert wandb.finished == [0]
 
@@ -346,7 +348,7 @@ def test_a_converted_checkpoint_has_the_card_of_its_own_step(tmp_path: Path, mon
     assert "after `dpo-jax dpo`, at step 2." in text
     assert "| loss | 1 (step 1) | 0.5 (step 2) |" in text
     assert "![training curves](m.training.png)" in text
-    assert "llama-cli -m m.gguf" in text
+    assert "llama-cli -m m.gguf\n" in text
     assert "transformers" not in text
     assert text.endswith("--format gguf\n```\n")
 

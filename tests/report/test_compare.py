@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_jax import cli
-from dpo_jax.report import compare
+from dpo_jax.report import compare, html
 
 
 def run(folder: Path, beta: float, metric: str = "loss") -> Path:
@@ -54,6 +54,14 @@ def test_equal_options_and_other_figures(tmp_path: Path) -> None:
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = run(tmp_path / "first", 0.1)
+    mine = tmp_path / "mine.json"
+    mine.write_text("{}")
+    assert cli.main(["report", str(here), str(run(tmp_path / "_r3", 0.1)), "--out", str(mine), "--overwrite"]) == 2
+    assert "is no page of dpo_jax" in capsys.readouterr().err
+    assert mine.read_text() == "{}"
+    series = html.Series("_r3", [1, 2], [1, 2])
+    (axes,) = html._figure(html.Plot("t", (series, series))).axes
+    assert len(axes.get_legend().get_texts()) == 2, "matplotlib leaves out what begins with _"
 
     def refused(*places: Path) -> str:
         assert cli.main(["report", *map(str, places), "--out", str(tmp_path / "x.html")]) == 2
