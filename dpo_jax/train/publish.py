@@ -1,13 +1,16 @@
 """Where a run's figures and its model go besides its own folder: Weights & Biases, the Hugging Face hub."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.config import TrainingRun
 from dpo_jax.files import wandb_log as wandb
-from dpo_jax.files.folder import as_json, flatten
+from dpo_jax.files.folder import RunFolder, as_json, flatten
 from dpo_jax.files.log import say
 from dpo_jax.report import card
 from dpo_jax.weights import hub_upload
+from dpo_jax.weights.opened import StoredModel
 
 _COORDINATOR = "distributed.coordinator"
 
@@ -29,6 +32,22 @@ def wandb_log(config: TrainingRun, folder: Path) -> wandb.WandbLog | None:
     if log.place is not None:
         say(f"Weights & Biases: {log.place}")
     return log
+
+
+def card_of(
+    config: TrainingRun, folder: RunFolder, start: StoredModel, *, adapter: bool, **told: Any
+) -> dict[str, bytes]:
+    """The model card's files, by name. One that cannot be written is said, and ends no run.
+
+    `folder`: of the run; `start`: what it began with; `adapter`, `told`: see `card.Card` and `card.of_run`.
+    """
+    try:
+        basis, options = card.Basis.of(start), as_json(config)
+        made = card.of_run(folder.command, options, folder.given, basis, **told)
+        return dataclasses.replace(made, adapter=adapter).files()
+    except Exception as error:  # whatever it is, what was trained is worth more than its description
+        say(f"warning: {folder.path}: no model card could be written ({type(error).__name__}: {error})", "warning")
+        return {}
 
 
 def push(repository: str, model: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +119,10 @@ class Training(Generic[Config]):
         """All devices of the mesh, of every process."""
         return list(self.mesh.devices.flat)
 
-    def say(self, text: str, event: Literal["note", "warning"] = "note") -> None:
+    def say(self, text: str) -> None:
         """One line to the person who waits, from the main process only."""
         if self.main:
-            say(text, event)
+            say(text)
 
     # ---------------------------------------------------------------- before the weights
 
@@ -375,24 +375,13 @@ class Training(Generic[Config]):
         return self.out
 
     def card(self, rows: Sequence[Row], *, reward: bool = False, adapter: bool = False) -> dict[str, bytes]:
-        """The files that tell of an exported model, by name; none in a process that writes nothing.
-
-        A card that cannot be written is said, and ends no run: what was trained is worth more.
-        """
+        """The files that tell of an exported model, by name; none in a process that writes nothing."""
         if not self.main:
             return {}
-        try:
-            shown = [row for row in rows if self.best is None or row["step"] <= self.best]
-            told = {"fingerprints": self.identity, "rows": shown, "reward": reward}
-            told["steps"] = f" in {self.told_steps}" if self.told_steps else ""
-            basis, given = card.Basis.of(self.start), self.folder.given
-            made = card.of_run(self.folder.command, as_json(self.config), given, basis, **told)
-            return dataclasses.replace(made, adapter=adapter).files()
-        except Exception as error:
-            self.say(
-                f"warning: {self.out}: no model card could be written ({type(error).__name__}: {error})", "warning"
-            )
-            return {}
+        rows = [row for row in rows if self.best is None or row["step"] <= self.best]
+        steps = f" in {self.told_steps}" if self.told_steps else ""
+        told = {"steps": steps, "fingerprints": self.identity, "rows": rows, "reward": reward, "adapter": adapter}
+        return publish.card_of(self.config, self.folder, self.start, **told)
 
     def publish(self) -> None:
         """Send the finished model where `--push_to_hub` says; what goes wrong is said, and the model stays here."""

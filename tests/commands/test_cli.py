@@ -72,6 +72,8 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
         required.append("tokenizer")
     if word in ("judge", "mt-bench judge"):
         required.append("model")
+    if word == "judge":  # or --sheet
+        required.append("out")
     if word == "recipe llama3" and "sft_data" not in required:
         required.append("sft_data")
     first = [str(ROOT / "configs" / "zephyr_ddpo.py")] if word in ("plan", "bench") else []

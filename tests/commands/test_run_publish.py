@@ -22,11 +22,11 @@ import tiny
 from dpo_jax import cli, config
 from dpo_jax.config import ConvertRun, DPORun, PPORun
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import FREE, as_json
+from dpo_jax.files.folder import FREE, RunFolder, as_json
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.wandb_log import WandbLog
 from dpo_jax.report import card
-from dpo_jax.train import session
+from dpo_jax.train import publish, session
 from dpo_jax.weights import hub_upload
 from dpo_jax.weights.opened import RunCheckpoint, open_checkpoint
 
@@ -359,6 +359,16 @@ def test_a_converted_checkpoint_has_the_card_of_its_own_step(tmp_path: Path, mon
     elsewhere = open_checkpoint(run / "checkpoints" / "2")
     (written,) = card.of_conversion(elsewhere, ConvertRun(from_=elsewhere.name, to=str(tmp_path / "h"))).values()
     assert "of step 4" not in written.decode()
+
+
+def test_a_card_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run = cli.parse("dpo", ["--model", "m", "--data", "d", "--out", "o"])
+    folder = RunFolder(tmp_path, "dpo", as_json(run))
+    told = {"steps": "", "fingerprints": {}, "rows": [], "reward": False}
+    monkeypatch.setattr(card, "of_run", lambda *_, **__: 1 / 0)
+    start = open_checkpoint(tiny.folder(tmp_path / "tiny", hidden=16, heads=2, kv_heads=1, layers=1))
+    assert publish.card_of(run, folder, start, adapter=False, **told) == {}
+    assert "no model card could be written (ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_card_says_how_its_kind_of_model_is_used(tmp_path: Path) -> None:
