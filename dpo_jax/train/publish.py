@@ -35,15 +35,16 @@ def wandb_log(config: TrainingRun, folder: Path) -> wandb.WandbLog | None:
 
 
 def card_of(
-    config: TrainingRun, folder: RunFolder, start: StoredModel, *, adapter: bool, **told: Any
+    config: TrainingRun, folder: RunFolder, start: StoredModel, *, steps: str, adapter: bool, **told: Any
 ) -> dict[str, bytes]:
     """The model card's files, by name. One that cannot be written is said, and ends no run.
 
-    `folder`: of the run; `start`: what it began with; `adapter`, `told`: see `card.Card` and `card.of_run`.
+    `folder`: of the run; `start`: what it began with; `steps`: how many, in words, if any; `adapter`, `told`: see
+    `card.Card` and `card.of_run`.
     """
     try:
         basis, options = card.Basis.of(start), as_json(config)
-        made = card.of_run(folder.command, options, folder.given, basis, **told)
+        made = card.of_run(folder.command, options, folder.given, basis, steps=f" in {steps}" if steps else "", **told)
         return dataclasses.replace(made, adapter=adapter).files()
     except Exception as error:  # whatever it is, what was trained is worth more than its description
         say(f"warning: {folder.path}: no model card could be written ({type(error).__name__}: {error})", "warning")

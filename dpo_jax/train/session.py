@@ -41,7 +41,7 @@ from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.processes import distributed
-from dpo_jax.report import card, html
+from dpo_jax.report import html
 from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train import publish
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
@@ -68,7 +68,7 @@ class Training(Generic[Config]):
       main: whether this process writes the files and talks.
       electricity: what the estimate of its energy assumes.
       told_steps: after `fit`, in how many steps the exported weights were trained, in words.
-      best: after `fit`, the step of the exported weights where it need not be the last.
+      best: after `fit`, the step of the exported weights, if not the last.
       identity: after `fit`, the fingerprints of what the run was made from.
     """
 
@@ -242,8 +242,7 @@ class Training(Generic[Config]):
         Raises:
           Stopped: a signal asked to stop; all is saved, and said.
         """
-        config, self.identity = self.config, dict(identity)
-        total = config.train.steps
+        config, self.identity, total = self.config, dict(identity), self.config.train.steps
         assert total is not None, "resolve() comes first"
         checkpoints = Checkpoints(
             self.out / "checkpoints",
@@ -342,7 +341,7 @@ class Training(Generic[Config]):
         tokenizer = self.exported(tokenizer)
         rows = read_metrics(self.out / "metrics.jsonl") if self.main else []
         told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
-        scores = SCORE in variables.get("heads", {})
+        reward = SCORE in variables.get("heads", {})
         dtype = config.train.resolved("export_dtype")
         lost = save_pretrained(
             self.out / "model",
@@ -350,13 +349,13 @@ class Training(Generic[Config]):
             variables,
             tokenizer,
             dtype=jnp.dtype(dtype),
-            beside=self.card(rows, reward=scores),
+            beside=self.card(rows, reward=reward),
             **told,
         )
         notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
         if "adapters" in variables:
-            beside = self.card(rows, reward=scores, adapter=True)
-            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, beside=beside, **told)
+            told["beside"] = self.card(rows, reward=reward, adapter=True)
+            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
         if self.main:
             cost = cost_lines(rows, len(self.devices), self.electricity)
             for line in ("; ".join(cost), *notes):
@@ -378,10 +377,9 @@ class Training(Generic[Config]):
         """The files that tell of an exported model, by name; none in a process that writes nothing."""
         if not self.main:
             return {}
-        rows = [row for row in rows if self.best is None or row["step"] <= self.best]
-        steps = f" in {self.told_steps}" if self.told_steps else ""
-        told = {"steps": steps, "fingerprints": self.identity, "rows": rows, "reward": reward, "adapter": adapter}
-        return publish.card_of(self.config, self.folder, self.start, **told)
+        rows = [row for row in rows if row["step"] <= (self.best or row["step"])]
+        told = {"fingerprints": self.identity, "rows": rows, "reward": reward, "steps": self.told_steps}
+        return publish.card_of(self.config, self.folder, self.start, adapter=adapter, **told)
 
     def publish(self) -> None:
         """Send the finished model where `--push_to_hub` says; what goes wrong is said, and the model stays here."""
