@@ -29,7 +29,7 @@ class PreferenceBatch:
       rows:             int32 [B]        number of the row in its data set (for error messages); -1 for a filler row.
       format_masks:     bool [B, K, R]   True at header and turn-end tokens, or None where nobody asked for it.
       reference_logps:  float32 [B, K]   cached summed log-probabilities under the reference policy, or None.
-      margins:          float32 [B]      least difference of the scores of a pair (reward models), or None; or
+      margins:          float32 [B]      difference of the scores of a pair (reward models, odpo), or None; or
                         float32 [B, K]   marks of the responses: the margin of a pair is the difference of its marks.
       ranks:            int32 [B, K]     place of each response, 0 the best, equal for ties; None: in the order given.
       labels:           name -> labels of the responses for an auxiliary head (reward models), or None:

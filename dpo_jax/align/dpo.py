@@ -116,8 +116,8 @@ class _Whole:
     Attributes:
       weight:     Σ w.
       nll_length: mean tokens of a chosen response, absent ones counting 0.
-      chosen:     mean chosen responses in a row (1, except for unpaired KTO rows).
-      responses:  mean responses present in a row (2, except for unpaired KTO rows).
+      chosen:     mean chosen responses in a row (1, except for unpaired rows).
+      responses:  mean responses present in a row (2, except for unpaired rows).
       kl:         KTO's z₀.
       mismatched: responses that z₀ is the mean over.
     """

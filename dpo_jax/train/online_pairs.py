@@ -70,8 +70,16 @@ class OnlinePairs(Answered):
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
 
-        def measure(state: TrainState, reference: Mapping[str, Any], groups: PreferenceBatch) -> jax.Array:
-            return dpo.reference_logps(model.apply, _reference(state, reference), groups, config=step)
+        narrow = sample.weights is not None or sample.cache is not None
+
+        def measure(
+            state: TrainState, reference: Mapping[str, Any], groups: PreferenceBatch
+        ) -> tuple[jax.Array, jax.Array | None]:
+            def sums(variables: Mapping[str, Any]) -> jax.Array:
+                return dpo.reference_logps(model.apply, variables, groups, config=step)
+
+            # What narrow weights or caches drew is not quite as likely under the policy as they say.
+            return sums(_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
 
         self._measure = meshes.jit_replicated(measure, mesh)
 
@@ -106,13 +114,13 @@ class OnlinePairs(Answered):
             "rows": np.asarray(batch.rows[::k], np.int32),
         }
         groups = PreferenceBatch(**arrays)
-        reference = self._measured(state, groups)
+        reference, policy = self._measured(state, groups)
         clock.append(time.perf_counter())
         groups = dataclasses.replace(groups, reference_logps=reference)
         choice = online.best_and_worst(jnp.asarray(scores.reshape(-1, k)))
         pairs = jax.device_get(online.pairs_of(groups, choice, exploration=self._config.exploration))
         choice = jax.device_get(choice)
-        policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k)
+        policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k) if policy is None else policy
         told = _Written(batch.rows, prompts, texts, scores, parts, policy - reference, lengths, ended)
         self._write(batch.step + 1, told, choice)
         own = slice(None) if self._config.opponent == "policy" else slice(0, online.OPPONENT)
@@ -137,13 +145,14 @@ class OnlinePairs(Answered):
         both = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
         return tuple(x.reshape(-1, x.shape[-1]) for x in both)
 
-    def _measured(self, state: TrainState, groups: PreferenceBatch) -> np.ndarray:
-        """The reference's summed log-probabilities, float32 [B, K]."""
+    def _measured(self, state: TrainState, groups: PreferenceBatch) -> tuple[np.ndarray, np.ndarray | None]:
+        """The reference's summed log-probabilities, float32 [B, K], and the policy's where its sampler is narrow."""
         parts, at_once = [], self._piece // self._group
         for first in range(0, len(groups.rows), at_once):
             part = jax.tree.map(lambda x: x[first : first + at_once], groups)  # noqa: B023 - used at once
             parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
-        return np.concatenate(parts)
+        reference, policy = zip(*parts, strict=True)
+        return np.concatenate(reference), None if policy[0] is None else np.concatenate(policy)
 
     def _figures(
         self,

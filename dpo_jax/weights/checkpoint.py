@@ -1,12 +1,13 @@
 """Checkpoints of a whole run, by orbax: asynchronous, atomic, restorable on another mesh.
 
-What is in one: the step, the trained weights and the optimizer state; the position in the data; the identity of the run
-(which model, data and options: a checkpoint of anything else is refused); a hash of the arrays.
-What is not: frozen weights. Under LoRA they are the base model and with a live reference the reference model, both of
-which are loaded again from where they came; their hash is part of the identity.
+What is in one: the step, the trained weights and the optimizer state; what a loss remembers of the steps before
+(`TrainState.carried`: a mean of rewards; a reference that moves, in float32); the position in the data; the identity of
+the run (which model, data and options: a checkpoint of anything else is refused); a hash of the arrays.
+What is not: frozen weights. Under LoRA they are the base model and with a live reference that stays the reference
+model, both of which are loaded again from where they came; their hash is part of the identity.
 
-Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state), `meta/` (JSON), and `files.json`, size and checksum
-of every file (`weights/digests.py`), written before the checkpoint gets its final name.
+Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state, carried), `meta/` (JSON), and `files.json`, size and
+checksum of every file (`weights/digests.py`), written before the checkpoint gets its final name.
 """
 
 import shutil

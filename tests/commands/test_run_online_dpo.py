@@ -137,9 +137,12 @@ def test_eight_devices_micro_batches_and_pieces_make_the_same_run(inputs: Path, 
 
 @pytest.mark.slow
 def test_best_of_four_and_the_mixture(inputs: Path, tmp_path: Path) -> None:
-    """Four of the policy's own with SimPO's loss; and the mixture's opponent, held-out prompts beside it."""
-    four = ["--online.samples", "4", "--dpo.loss", "simpo", "--train.steps", "1"]
+    """Four of the policy's own with SimPO's loss, drawn narrowly, which is not the policy's divergence; and the
+    mixture's opponent, held-out prompts beside it."""
+    four = ["--sample.weights", "int8", "--online.samples", "4", "--dpo.loss", "simpo", "--train.steps", "1"]
     assert cli.main(words(inputs, tmp_path / "four", *four)) == 0
+    (row,) = read_metrics(tmp_path / "four" / "metrics.jsonl")
+    assert row["objective/kl"] == pytest.approx(0, abs=1e-5)
     samples = read_rows(tmp_path / "four" / "samples.jsonl")
     for i in range(0, len(samples), 4):
         sides = {s["side"]: s["score"] for s in samples[i : i + 4]}
@@ -164,6 +167,7 @@ def test_best_of_four_and_the_mixture(inputs: Path, tmp_path: Path) -> None:
         (["--online.samples", "4", "--online.opponent", "reference"], "a pair is one response of each"),
         (["--online.mixture", "0.5"], "--online.mixture has no effect with --online.opponent policy"),
         (["--online.opponent", "mixture", "--online.mixture", "1"], "must lie between 0 and 1"),
+        (["--online.missing_eos_penalty", "inf"], "--online.missing_eos_penalty must be finite"),
         (["--online.exploration", "1e-5"], "it belongs to reference"),
         (["--rollout_batch_size", "3"], r"no multiple of 2 \(--online.samples\) that divides the 32 responses"),
         (["--sample.temperature", "0"], "online DPO learns from samples"),

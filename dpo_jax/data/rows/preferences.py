@@ -10,7 +10,7 @@ Understood layouts (a column that is null counts as absent):
 * `instruction` with an optional `input` or `context` (Alpaca, Dolly), or `question`, with `context`, in place of
   `prompt`.
 * `history` (LLaMA-Factory): a list of [user, assistant], what was said before such a prompt.
-* `prompt`, `completion`, `label` (true or false): unpaired rows, for the KTO loss only.
+* `prompt`, `completion`, `label` (true or false): unpaired rows, for losses kto and apo_zero_unpaired only.
 * With any of them, `as_spelled`: {"prompt", "chosen", "rejected"}, the texts that `--data.template raw` is to see. A
   store (see `store_schema.py`) holds it where they cannot be told from the messages.
 
