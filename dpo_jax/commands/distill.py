@@ -49,6 +49,8 @@ def train(config: DistillRun) -> Path:
     architecture, tokenizer = training.read_model_shape()
     config = training.config
     teacher = open_checkpoint(to_train(config.teacher))
+    if teacher.has_adapters:
+        raise InputError(f"--teacher {config.teacher}: is an adapter folder; merge it with dpo-jax convert first")
     for name, shape in (
         (f"--model {config.model}", architecture),
         (f"--teacher {config.teacher}", teacher.architecture),
@@ -70,8 +72,6 @@ def train(config: DistillRun) -> Path:
     model, variables = training.load_model()
     kept = jnp.dtype(config.teacher_dtype)
     judge, judged_by = load_pretrained(teacher, mesh=mesh, dtype=kept, remat="none", attention=config.train.attention)
-    if "adapters" in judged_by:
-        raise InputError(f"--teacher {config.teacher}: is an adapter folder; merge it with dpo-jax convert first")
     starting = {"params": variables["params"]} if config.lora.rank else variables
     identity = {
         "the starting model": fingerprint(starting),

@@ -1,10 +1,10 @@
 """Options of `dpo-jax distill`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from dpo_jax.config.checks import Options, require
-from dpo_jax.config.sections import OptimizerConfig
+from dpo_jax.config.sections import OptimizerConfig, SampleConfig
 from dpo_jax.config.training import SampledRun
 
 
@@ -61,7 +61,16 @@ class DistillRun(SampledRun):
 
     def __post_init__(self) -> None:
         self.check_sampling("distillation", self.train.batch_size, 1, "one each")
+        if self.distill.on_policy == 0:
+            self._check_unsampled()
         require(self.eval_data is None, "--eval_data has no effect in dpo-jax distill: leave it out")
+
+    def _check_unsampled(self) -> None:
+        free, beside = SampleConfig(max_new_tokens=self.sample.max_new_tokens), "--distill.on_policy 0"
+        for option in fields(SampleConfig):
+            same = getattr(self.sample, option.name) == getattr(free, option.name)
+            require(same, f"--sample.{option.name} has no effect with {beside}: nothing is sampled; leave it out")
+        require(self.rollout_batch_size is None, f"--rollout_batch_size has no effect with {beside}; leave it out")
 
     def check_sizes(self, devices: int) -> None:
         """Refuse sizes that do not divide over devices. Raises `InputError`."""

@@ -426,6 +426,8 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model_shape x: is none of llama2_7b" in error(capsys, *words("--model_shape", "x"))
     assert "does not have the options" not in error(capsys, *words("--data.max_length", 9000))
     frontier = str(ROOT / "configs" / "smollm2_gatt.py")
+    assert "dpo --online cannot be planned; a plan is about sft" in error(capsys, "plan", "dpo", "--online")
+    assert "distill cannot be planned" in error(capsys, "plan", "distill", "--topology", "v5e:4x4")
     assert "GattRun cannot be planned" in error(capsys, "plan", frontier, "--topology", "v5e:4x4")
 
 

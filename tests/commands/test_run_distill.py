@@ -108,6 +108,11 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path, monkeypa
         (["--teacher", "{inputs}/none"], "{inputs}/none"),
         (["--distill.beta", "1.5"], "--distill.beta 1.5 must lie in [0, 1]"),
         (["--eval_data", "e.jsonl"], "--eval_data has no effect in dpo-jax distill"),
+        (
+            ["--distill.on_policy", "0", "--sample.top_p", "0.9"],
+            "--sample.top_p has no effect with --distill.on_policy 0",
+        ),
+        (["--distill.temperature", "inf"], "--distill.temperature must be finite"),
         (["--sample.temperature", "0"], "distillation learns from samples"),
         (["--data.max_length", "6"], "leaves no room for a prompt"),
     ],
