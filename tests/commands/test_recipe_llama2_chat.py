@@ -98,6 +98,7 @@ def test_the_recipes_parse(name: str) -> None:
     [
         (["--sft.model", "m"], "--sft.model has no effect in dpo-jax recipe llama2_chat"),
         (["--rejection.rejection.pool_from", "x"], "--rejection.rejection.pool_from has no effect"),
+        (["--ppo.environment", "e.py:E"], "--ppo.environment has no effect in dpo-jax recipe llama2_chat"),
         (["--ppo.train.layout", "separate"], "--ppo.train.layout has no effect"),
         (["--safety_judge", "vader"], "give --safety_data and --safety_judge together"),
         (["--safety.mix", "0.2"], "--safety.* has no effect without --safety_data"),

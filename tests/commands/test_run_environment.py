@@ -14,14 +14,15 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.complete.sample_log import SampleLog
-from dpo_jax.config import GRPORun
+from dpo_jax.config import GRPORun, SampleConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.errors import Stopped
+from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
+from dpo_jax.judge.environment import Step
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
-from dpo_jax.train.episodes import padded
+from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _Episode, padded
 
 STOPS = [str(i) for i in range(3, 160)]
 """Half of the tokens end a turn: a random model has many."""
@@ -219,6 +220,28 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
 def test_one_line_errors(more, message, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(words(inputs, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_ends_an_episode_without_ending_the_run() -> None:
+    """Messages that the template refuses, and rewards whose sum float32 does not hold; unless errors stop it."""
+    two = Step((Message("user", "a"), Message("user", "b")), 0.5, False)
+    much = Step((Message("user", "a"),), 3e38, False)
+    for answers, why in (((two,), "step: "), ((much, much), "rewards add up to 6e\\+38")):
+        for on_error in ("end", "stop"):
+            rollouts = EpisodeRollouts.__new__(EpisodeRollouts)
+            rollouts._encoder = ConversationEncoder(tiny.tokenizer(), "llama2")
+            rollouts._bounds, rollouts._sample = Bounds(9, 999, 99, on_error), SampleConfig(max_new_tokens=4)
+            episode = _Episode(7, [1], [], 1, ids=[5, rollouts._encoder.terminators[0]], turns=1)
+            for answer in answers[:-1]:
+                episode.ended = True
+                assert rollouts._goes_on(episode, answer)
+            episode.ended = True
+            if on_error == "end":
+                assert not rollouts._goes_on(episode, answers[-1])
+                assert episode.failed
+            else:
+                with pytest.raises(InputError, match=f"row 7 of the prompts: {why}"):
+                    rollouts._goes_on(episode, answers[-1])
 
 
 def test_lengths_of_episodes() -> None:
