@@ -81,6 +81,35 @@ def test_tables_of_losses_are_whole() -> None:
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[-2])} <= options
 
 
+ALGORITHMS = [
+    f"docs/{name}.md" for name in "dpo online_dpo sft pretraining reward ppo grpo distill rejection gatt".split()
+]
+ORDER = ["Example", "Data", "Equation, code, metric", "Options that matter", "Memory and speed", "What goes wrong"]
+SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "dpo_jax").rglob("*.py"))}
+
+
+@pytest.mark.parametrize("page", ALGORITHMS)
+def test_algorithm_pages_have_one_order(page: str) -> None:
+    title, *parts = re.split(r"^## ", PAGES[page], flags=re.MULTILINE)
+    assert [part.partition("\n")[0] for part in parts] == ORDER
+    assert title.count("\n") <= 2, "the example comes first"
+    example, maths = parts[0], parts[2]
+    first = example.partition("```bash\n")[2].partition("```")[0]
+    assert 1 <= len(first.splitlines()) <= 5
+    assert commands(f"```bash\n{first}```"), "that can be typed"
+    assert "report.html" in example, "where its curve is"
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", maths.partition("\n\n")[2].partition("\n\n")[0], re.MULTILINE)
+    assert rows[0] == ("equation", "code in `dpo_jax/`", "metric")
+    for _, code, told in rows[2:]:
+        file, *names = re.findall(r"`([\w/.]+)`", code)
+        for name in names:
+            assert re.search(rf"^(def|class) {name}\b", SOURCES[ROOT / "dpo_jax" / file], re.MULTILINE), code
+        assert ROOT / "dpo_jax" / file in SOURCES, code
+        for metric in re.findall(r"`([\w/]+)`", told):
+            key = metric.removeprefix("eval_")
+            assert any(f'"{key}"' in text or f"/{key.rpartition('/')[2]}" in text for text in SOURCES.values()), metric
+
+
 def anchors(text: str) -> set[str]:
     """What `#...` behind a page may name: its headings, as GitHub and MkDocs spell them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
