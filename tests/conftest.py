@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import tempfile
@@ -37,6 +38,16 @@ tests/commands/test_cli_commands.py
 """.split()
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package logs too, which a command says itself from its first call on."""
+    from dpo_jax import voice
+
+    voice.listen()
+    monkeypatch.setattr(logging.getLogger("dpo_jax"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -145,6 +145,6 @@ def chat(run: ChatRun) -> None:
             except InputError as problem:
                 if not shown:
                     raise InputError(str(problem)) from problem
-                print(f"error: {problem}", file=sys.stderr)
+                say(f"error: {problem}", "error")
     finally:
         talk.close()

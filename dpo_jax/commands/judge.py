@@ -26,7 +26,7 @@ from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
-from dpo_jax.files.log import ProgressBar, say, show_log
+from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge import sheet
 from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.judge_prompts import JudgePrompt
@@ -80,7 +80,6 @@ def judge(run: JudgeRun) -> Path:
 
     What could not be parsed is null, counted and said. Returns the path. Raises `InputError`.
     """
-    show_log()
     out = check_output(str(run.sheet or run.out), run.data.files, run.prompts, *run.read)
     if out.exists() and run.sheet is not None and not sheet.is_page(out):
         raise InputError(f"{out}: is there, and is no page of --sheet; remove it, or name another file")

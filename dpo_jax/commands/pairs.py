@@ -21,7 +21,7 @@ from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, write_lines
-from dpo_jax.files.log import say, show_log
+from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
 
 
@@ -41,7 +41,6 @@ def pairs(run: PairsRun) -> Path:
 
     Returns the path. Raises `InputError`.
     """
-    show_log()
     out = check_output(run.out, run.data.files)
     if run.rule == "corrupt":
         return _corrupted(run, out)

@@ -17,7 +17,7 @@ from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.jsonl import read_lines, write_lines
-from dpo_jax.files.log import say, show_log
+from dpo_jax.files.log import say
 from dpo_jax.headers import told
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
@@ -133,7 +133,6 @@ def _prompt(asked: str) -> Any:
 def win_rate(run: WinRateRun) -> dict[str, Any]:
     """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
     reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
-    show_log()
     out = None if run.out is None else check_output(run.out, run.answers, run.against, run.judgments)
     answers, against = _answers(run.answers), _answers(run.against)
     for some, others, names in (

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dpo_jax import voice
 from dpo_jax.cli import main
 from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
 from dpo_jax.data.rows.corrupt import corrupt, edit_distance
@@ -189,6 +191,25 @@ def test_the_command_corrupts(tmp_path, capsys) -> None:
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", ["pairs --out out", "judge --function length --out out", "safety", "judge --sheet p.html"]
+)
+def test_every_line_beside_json_is_json(words: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "prompt;response;chosen;rejected\nq;a;longer;b\n"
+    Path("rows.csv").write_text(rows)
+    try:
+        code = main([*words.split(), "--data", "rows.csv", "--json"])
+        warnings.warn("of Python", stacklevel=1)
+    finally:
+        voice.talk("lines")
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert code in (0, 2)
+    said = {one["text"]: one["event"] for one in told if "text" in one}
+    assert said["rows.csv: semicolons stand between its cells, as in its first line"] == "warning"
+    assert said["warning: of Python"] == "warning"
 
 
 @pytest.mark.parametrize(
