@@ -25,6 +25,7 @@ from dpo_jax.files.folder import FREE, as_json, flatten
 from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.headers import read_json
 from dpo_jax.report import html
+from dpo_jax.voice import say
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel
 
 FILE, PICTURE = "README.md", "training.png"
@@ -87,11 +88,25 @@ class Basis:
         head: dict[str, Any] = {}
         for folder in (place.path, place.path / "model"):
             if (folder / FILE).is_file():
-                found = read_metadata(folder / FILE)
-                head = {name: found[name] for name in (*_KEPT, "base_model") if isinstance(found.get(name), str | list)}
+                found = _head(folder / FILE)
+                head = {name: found[name] for name in _KEPT if isinstance(found.get(name), str | list)}
+                # Else a path of the machine that it was made on, or a file that lies there alone.
+                if isinstance(found.get("base_model"), str) and _HUB_ID.fullmatch(found["base_model"]):
+                    head["base_model"] = found["base_model"]
+                if not str(head.get("license_link", "https://")).startswith(("https://", "http://")):
+                    del head["license_link"]
         if not exists(place.name) and _HUB_ID.fullmatch(place.name):
             return cls(place.name, head | {"base_model": place.name})
         return cls(public(place.name), head)
+
+
+def _head(card: Path) -> dict[str, Any]:
+    """The head of a card that somebody else may have written; one that cannot be read is said, and empty."""
+    try:
+        return read_metadata(card)
+    except InputError as error:
+        say(f"warning: {error}; the new card has nothing of it", "warning")
+        return {}
 
 
 def public(value: str) -> str:
@@ -300,7 +315,7 @@ def of_run(
 
 def of_conversion(place: StoredModel, config: Any) -> dict[str, bytes]:
     """What lies beside a converted model, by name: the card that lay beside the model if it is one of ours, with what
-    was done to it; else a short one. Raises `InputError` for a card whose head cannot be read."""
+    was done to it; else a short one."""
     target = Path(config.to).absolute()
     command = command_line("convert", as_json(config))
     done = f"\n## Converted\n\n```bash\n{command}\n```\n"
@@ -310,7 +325,7 @@ def of_conversion(place: StoredModel, config: Any) -> dict[str, bytes]:
         return _beside(files, target, config.format)
     for folder in (place.path, place.path / "model"):
         card = folder / FILE
-        if card.is_file() and "dpo_jax" in (read_metadata(card).get("tags") or ()):
+        if card.is_file() and "dpo_jax" in (_head(card).get("tags") or ()):
             files = {FILE: card.read_bytes() + done.encode()}
             picture = folder / PICTURE
             files |= {PICTURE: picture.read_bytes()} if picture.is_file() else {}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +119,10 @@ class Training(Generic[Config]):
         """All devices of the mesh, of every process."""
         return list(self.mesh.devices.flat)
 
-    def say(self, text: str) -> None:
-        """One line to the person who waits, from the main process only."""
+    def say(self, text: str, event: Literal["note", "warning"] = "note") -> None:
+        """One line to the person who waits, from the main process only. A warning is said with --quiet, too."""
         if self.main:
-            say(text)
+            say(text, event)
 
     # ---------------------------------------------------------------- before the weights
 
@@ -309,9 +309,8 @@ class Training(Generic[Config]):
         loader.close()
         if outcome.stopped_by is None:
             return final
-        self.say(
-            f"{self.out}: stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
-        )
+        told = f"stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
+        self.say(f"{self.out}: {told}", "warning")
         raise Stopped(outcome.stopped_by)
 
     # ---------------------------------------------------------------- results

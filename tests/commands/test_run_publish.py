@@ -361,6 +361,18 @@ def test_a_converted_checkpoint_has_the_card_of_its_own_step(tmp_path: Path, mon
     assert "of step 4" not in written.decode()
 
 
+def test_the_card_of_a_base_is_read_with_care(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny.folder(tmp_path / "tiny", hidden=16, heads=2, kv_heads=1, layers=1)
+    place, theirs = open_checkpoint(base), base / "README.md"
+    theirs.write_text("---\nlicense: other\nlicense_link: LICENSE\nbase_model: /home/me/secret client/llama\n---\n")
+    assert card.Basis.of(place).head == {"license": "other"}
+    theirs.write_text("---\nlicense_link: https://x.org/l\nbase_model: a/b\n---\n")
+    assert card.Basis.of(place).head == {"license_link": "https://x.org/l", "base_model": "a/b"}
+    theirs.write_text("---\nlicense: [\n---\n")
+    assert card.Basis.of(place).head == {}
+    assert "the new card has nothing of it" in capsys.readouterr().err
+
+
 def test_a_card_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     run = cli.parse("dpo", ["--model", "m", "--data", "d", "--out", "o"])
     folder = RunFolder(tmp_path, "dpo", as_json(run))

@@ -165,7 +165,13 @@ def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
 
 
 def test_version_is_in_the_changelog() -> None:
-    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    text = (ROOT / "CHANGELOG.md").read_text()
+    unreleased, *versions = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert unreleased.startswith("Unreleased\n")
+    assert re.match(rf"{re.escape(__version__)} - \d{{4}}-\d\d-\d\d\n", versions[0])
+    for part in (unreleased, *versions):
+        headings = re.findall(r"^### (.+)$", part, re.MULTILINE)
+        assert headings == [name for name in ("Added", "Changed", "Fixed") if name in headings], headings
 
 
 def test_licence() -> None:
