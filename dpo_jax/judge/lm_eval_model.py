@@ -188,6 +188,9 @@ def sampling(given: dict[str, Any], longest: int) -> SampleConfig:
     draws &= temperature > 0
     names = ("top_k", "top_p", "min_p", "repetition_penalty")
     cuts = {name: own.pop(name) for name in names if own.get(name) is not None}
+    neutral = {"num_beams": 1, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    cuts = {name: value for name, value in cuts.items() if value != neutral.get(name)}
+    own = {name: value for name, value in own.items() if value is not None and value != neutral.get(name)}
     if own:
         raise InputError(f"a task asks for {', '.join(sorted(own))} in its generation_kwargs, which is not known here")
     if tokens >= longest:
@@ -294,7 +297,8 @@ def adapter(scored: ScoredModel) -> Any:
             for some in groups.values():
                 sample = sampling(shared.normalize_gen_kwargs(requests[some[0]].args[1], _TOKENS), self.max_length)
                 room = self.max_length - sample.max_new_tokens
-                prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in some]
+                texts = [self.tok_encode(requests[i].args[0])[-room:] for i in some]
+                prompts = [ids or [self.prefix_token_id] for ids in texts]  # nothing to go on from: as log-likelihoods
                 for i, text in zip(some, scored.continuations(prompts, sample), strict=True):
                     found[i] = shared.postprocess_generated_text(text, list(sample.stop_strings), None)
                     self.cache_hook.add_partial("generate_until", requests[i].args, found[i])

@@ -64,6 +64,8 @@ def test_generation_arguments() -> None:
     drawn = sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 5}, 512)
     assert (drawn.temperature, drawn.top_p, drawn.max_new_tokens) == (0.7, 0.9, 5)
     assert sampling({"do_sample": False, "top_p": 0.9}, 512).top_p is None
+    neutral = {"num_beams": 1, "top_k": 0, "top_p": 1.0, "min_p": None, "do_sample": True, "temperature": 0.5}
+    assert sampling(neutral, 512) == SampleConfig(max_new_tokens=256, temperature=0.5)
     with pytest.raises(InputError, match="num_beams"):
         sampling({"num_beams": 4}, 512)
     with pytest.raises(InputError, match="256 new tokens"):
