@@ -8,6 +8,7 @@ import random
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -90,8 +91,16 @@ def _end(runner: asyncio.Runner, clients: list[httpx.AsyncClient]) -> None:
         for client in clients:
             await client.aclose()
 
-    closing = close()
-    with contextlib.suppress(RuntimeError):  # in a notebook another loop runs here: the process's end closes them
-        runner.run(closing)
+    def end() -> None:
+        runner.run(close())
         runner.close()
-    closing.close()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        end()
+        return
+    with contextlib.suppress(RuntimeError):  # no thread begins any more where the process ends: its end closes them
+        thread = Thread(target=end)  # in a notebook, whose own loop runs here
+        thread.start()
+        thread.join()

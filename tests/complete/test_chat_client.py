@@ -188,3 +188,11 @@ def test_one_http_client_serves_every_call_of_a_loop_or_a_notebook(tmp_path, mon
         del asker
         gc.collect()
         assert one.is_closed
+
+        async def dropped() -> None:
+            client(server, tmp_path).ask([question("5")])
+            gc.collect()
+
+        asyncio.run(dropped())
+        assert made[-1] is not one
+        assert made[-1].is_closed
