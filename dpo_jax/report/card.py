@@ -103,7 +103,7 @@ class Basis:
 def _head(card: Path) -> dict[str, Any]:
     """The head of a card that somebody else may have written; one that cannot be read is said, and empty."""
     try:
-        return read_metadata(card)
+        return dict(read_metadata(card))
     except InputError as error:
         say(f"warning: {error}; the new card has nothing of it", "warning")
         return {}
