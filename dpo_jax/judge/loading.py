@@ -103,7 +103,8 @@ def check_output(path: str | Path, *read: str | None) -> Path:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a file that can be written; choose another --out")
+        what = "is a folder" if path.is_dir() else "is not a file that can be written"
+        raise InputError(f"{path}: {what}; choose another --out")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{path}: {folder} is not a writable folder; choose another --out")

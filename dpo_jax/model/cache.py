@@ -66,7 +66,9 @@ class Two:
     second: Any
 
 
-Caches = Cache | tuple[Cache, ...] | Two
+ModelCache = Cache | tuple[Cache, ...]
+"""What one model keeps: its layers stacked, or one by one."""
+Caches = ModelCache | Two
 
 
 def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Cache:
@@ -77,7 +79,7 @@ def init_cache(config: LlamaConfig, rows: int, slots: int, dtype: Any) -> Cache:
     return Cache(zeros, zeros, scales, scales)
 
 
-def count_slots(cache: Cache | tuple[Cache, ...]) -> int:
+def count_slots(cache: ModelCache) -> int:
     """S."""
     return (cache[0] if isinstance(cache, tuple) else cache).keys.shape[-2]
 

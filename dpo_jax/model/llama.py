@@ -28,7 +28,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import attention, narrow, rope
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.attention import AttentionMask
-from dpo_jax.model.cache import Cache, Caches, count_slots
+from dpo_jax.model.cache import Cache, ModelCache, count_slots
 from dpo_jax.model.products import SAVED, Capped, capped, matmul, precision, scaled, shifted
 from dpo_jax.model.rope import Layer, Places, rotate
 
@@ -276,7 +276,7 @@ class Llama(nn.Module):
         *,
         prefix: tuple[int, int, int] | None = None,
         packed: bool = True,
-        cache: Caches | None = None,
+        cache: ModelCache | None = None,
     ) -> Any:
         """Hidden states after the final norm.
 
@@ -355,8 +355,8 @@ class Llama(nn.Module):
         return None if windowed is None and rotated is None else Layer(windowed, rotated)
 
     def _through_layers(
-        self, x: jax.Array, cache: Caches | None, each: Layer | None, *rest: Any
-    ) -> tuple[jax.Array, Caches | None]:
+        self, x: jax.Array, cache: ModelCache | None, each: Layer | None, *rest: Any
+    ) -> tuple[jax.Array, ModelCache | None]:
         if not self.unrolled:
             return self.layers(x, cache, each, *rest)
         assert not isinstance(cache, Cache)

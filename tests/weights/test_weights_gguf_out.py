@@ -34,7 +34,7 @@ def folder(path: Path, **config: Any) -> Path:
 def test_every_tensor_is_where_llama_cpp_looks_for_it(tmp_path: Path, kind: str) -> None:
     source, file = folder(tmp_path / "hf"), tmp_path / "new" / "m.gguf"
     assert cli.main(["convert", "--from", str(source), "--to", str(file), "--format", "gguf", "--dtype", kind]) == 0
-    assert [path.name for path in file.parent.iterdir()] == ["m.gguf"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["m.README.md", "m.gguf"]
     stored = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}[kind]
     quantised = gguf.GGMLQuantizationType[stored]
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
