@@ -198,7 +198,7 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
     assert "RuntimeError: broken" in said[0].splitlines()[-1], said
     assert len(set((tmp_path / "calls").read_text().split())) == 1, "one process plays"
     samples = read_rows(out / "samples.jsonl")
-    assert len({message["content"] for s in samples for message in s["prompt"]}) > 4
+    assert len({message["content"] for s in samples for message in s["prompt"]}) > 1, "it answers by chance"
     (row,) = read_metrics(out / "metrics.jsonl")
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
 
