@@ -14,6 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+# As many workers as cores: more threads of PyTorch's than one each would wait for each other's cores (a test on a real
+# model took 436 s so, and takes 74).
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Many tests run the same programs: what one of them compiled serves the others, and the processes that they start. Each
 # worker of pytest-xdist has a folder of its own, since jax writes there without a lock.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
