@@ -1,4 +1,7 @@
-"""The words of the command line: what each takes, and who does its work. `cli.py` reads them."""
+"""The words of the command line: what each takes, and who does its work. `cli.py` reads them.
+
+(One file, though long: it is one table, with a few lines to each word.)
+"""
 
 from dataclasses import dataclass
 

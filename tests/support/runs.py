@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
 
-from dpo_jax import mesh
+from dpo_jax import cli, mesh
+from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.errors import Stopped
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
 
@@ -33,6 +38,31 @@ def changed(config: Any, **changes: Any) -> Any:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run folder without the wall-clock figures."""
     return [{k: v for k, v in row.items() if k not in CLOCK_KEYS} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def stopped_and_gone_on(args: Sequence[str], out: Path, whole: Path, step: int) -> None:
+    """Run `dpo-jax` with these words, stopped once the texts of `step` are written and before anything else of it is
+    saved, and again: `out` holds the same bits as the run `whole`, which nobody stopped."""
+    original = SampleLog.append
+
+    def then_stop(self: SampleLog, at: int, rows: Any) -> None:
+        original(self, at, rows)
+        if at == step:
+            raise Stopped(15)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleLog, "append", then_stop)
+        assert cli.main(list(args)) == 143
+    assert cli.main(list(args)) == 0
+    assert metrics(out) == metrics(whole)
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    paths = sorted(whole.glob("*/*.safetensors"))
+    assert paths, "weights are compared"
+    for path in paths:
+        left, right = load_file(out / path.relative_to(whole)), load_file(path)
+        assert left.keys() == right.keys()
+        for key in right:
+            np.testing.assert_array_equal(left[key], right[key], err_msg=key)
 
 
 def killed_everywhere(log: Path, moment: str, words: Sequence[str], cache: Path) -> list[str]:
