@@ -21,7 +21,7 @@ from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
-from dpo_jax.report.samples import heldout_progress, progress, samples_section
+from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.answered import reference_of
 from dpo_jax.train.flops import ModelFlops, online_dpo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
@@ -122,8 +122,7 @@ def train(config: OnlineDPORun) -> Path:
     )
 
     # -------------------------------------------------------------- the aligned model, and the report
-    rows = read_metrics(training.out / "metrics.jsonl")
-    told = " ".join(part for part in (progress(rows), heldout_progress(rows)) if part)
+    told = progress(read_metrics(training.out / "metrics.jsonl"))
     training.say(told)
     return training.finish(
         model,

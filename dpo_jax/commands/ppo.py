@@ -24,7 +24,7 @@ from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
-from dpo_jax.report.samples import heldout_progress, progress, samples_section
+from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.answered import reference_of
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
 from dpo_jax.train.flops import ModelFlops, ppo_flops
@@ -154,8 +154,7 @@ def train(config: PPORun) -> Path:
     )
 
     # -------------------------------------------------------------- the model, and the report
-    rows = read_metrics(training.out / "metrics.jsonl")
-    told = " ".join(part for part in (progress(rows), heldout_progress(rows)) if part)
+    told = progress(read_metrics(training.out / "metrics.jsonl"))
     training.say(told)
     return training.finish(
         model,

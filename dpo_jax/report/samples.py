@@ -38,17 +38,18 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
 
 
 def progress(rows: list[Row]) -> str:
-    """Score and KL divergence at the beginning and at the end, in one sentence."""
+    """Score and KL divergence at the beginning and at the end, in a sentence; in another those of held-out prompts."""
     learnt = [row for row in rows if "objective/scores" in row]  # not that of an evaluation before the first step
     first, last = learnt[0], learnt[-1]
-    return (
+    told = (
         f"Mean score {first['objective/scores']:.3f} in the first iteration and {last['objective/scores']:.3f} in the"
         f" last, at a KL divergence of {last['objective/kl']:.2f} nats a response."
     )
+    return " ".join(filter(None, (told, _heldout_progress(rows))))
 
 
-def heldout_progress(rows: list[Row]) -> str:
-    """The same of held-out prompts, with the intervals; nothing where there was no evaluation."""
+def _heldout_progress(rows: list[Row]) -> str:
+    """With the intervals; nothing where there was no evaluation."""
     evaluated = [row for row in rows if "eval_reward" in row]
     if not evaluated:
         return ""
