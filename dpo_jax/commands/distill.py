@@ -23,6 +23,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.train.distillation import StudentResponses
+from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
 from dpo_jax.train.prompt_data import check_context, read_prompts
 from dpo_jax.train.session import Training
@@ -60,6 +61,7 @@ def train(config: DistillRun) -> Path:
     vocabulary = _one_vocabulary(config, tokenizer, teacher)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, answers = _read(training, architecture, encoder)
+    samples = FixedPrompts.of(config, tokenizer, architecture, data)
     check_context(config, data, teacher.architecture, whose="teacher's")
 
     # -------------------------------------------------------------- options that follow from the data
@@ -108,6 +110,7 @@ def train(config: DistillRun) -> Path:
         identity=identity,
         flops_of=distill_flops(flops, ModelFlops.of(teacher.architecture, None)),
         prepare=responses.prepare,
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
     )
 
     # -------------------------------------------------------------- the student, and the report

@@ -20,6 +20,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
+from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, dpo_flops
 from dpo_jax.train.heldout import of_rows, policy_figures
 from dpo_jax.train.session import Training, read_both
@@ -48,6 +49,7 @@ def train(config: DPORun) -> Path:
     if config.reference is not None:
         vocabulary = min(vocabulary, open_checkpoint(config.reference).architecture.vocab_size)
     data, heldout = load_data(config, tokenizer, vocabulary)
+    samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     planned = training.preferences(data, heldout, architecture)
     step_config = training.config.step_config()
 
@@ -99,6 +101,7 @@ def train(config: DPORun) -> Path:
         identity=identity,
         evaluate=evaluate,
         flops_of=dpo_flops(flops, step_config),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
     )
 
     # -------------------------------------------------------------- the aligned model, and the report

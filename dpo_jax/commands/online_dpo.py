@@ -23,6 +23,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.answered import reference_of
+from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, online_dpo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.online_pairs import OnlinePairs, jit_measure
@@ -51,6 +52,7 @@ def train(config: OnlineDPORun) -> Path:
         raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, heldout = read_prompts(training, architecture, encoder)
+    samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     together = math.gcd(config.rollout_batch_size or config.responses, training.eval_batch_size)
     # Of two judges the combination is compared as it is: a standardised one would rank the same.
     judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
@@ -118,6 +120,7 @@ def train(config: OnlineDPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=online_dpo_flops(flops, config.online.samples),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
         prepare=pairs.prepare,
     )
 

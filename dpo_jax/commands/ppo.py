@@ -27,6 +27,7 @@ from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.answered import reference_of
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
+from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.prompt_data import read_prompts
@@ -59,6 +60,7 @@ def train(config: PPORun) -> Path:
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, heldout = read_prompts(training, architecture, encoder)
+    samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     judges, environment = None, None
     if config.environment is not None:
         environment = Environment(config.environment, config.reward_timeout)
@@ -150,6 +152,7 @@ def train(config: PPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=ppo_flops(flops, step_config),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
         prepare=rollouts.prepare,
     )
 

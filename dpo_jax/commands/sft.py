@@ -7,6 +7,7 @@ from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import SFTRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, sft_flops
 from dpo_jax.train.heldout import of_language_model
 from dpo_jax.train.session import Training
@@ -32,6 +33,7 @@ def train(config: SFTRun) -> Path:
     material = Documents if config.data.kind == "text" else Dialogues
     data, heldout = material.load_both(config, tokenizer, architecture)
     training.told(data, heldout)
+    samples = FixedPrompts.of(config, tokenizer, architecture, None if heldout is None else heldout.first, data.first)
     windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
 
     # -------------------------------------------------------------- options that follow from the data
@@ -57,6 +59,7 @@ def train(config: SFTRun) -> Path:
         evaluate=None if windows is None else of_language_model(windows, config=step_config, mesh=mesh),
         evaluate_first=True,
         flops_of=sft_flops(flops),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
     )
 
     # -------------------------------------------------------------- the model, and the report

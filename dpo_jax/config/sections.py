@@ -191,12 +191,21 @@ class TrainConfig(Options):
     stop_after: int | None = None
     """End after so many evaluations in a row in which the metric of --checkpoint.best has not become better than it
     was. model/ then holds the weights of the best evaluation."""
+    sample_every: int | None = None
+    """Let the policy answer a few fixed prompts before the first step, every so many steps and at the end, greedily:
+    text by step, in training_samples.jsonl and the report."""
+    sample_prompts: str | None = not_given(needs="sample_every")
+    """File of these prompts, at most 32. Not given: the first four of the held-out data, or of --data."""
+    sample_tokens: int | None = not_given(64, needs="sample_every")
+    """Longest of these answers in tokens."""
     peak_flops: float | None = None
     """Peak FLOP/s of a device, against which mfu is logged. Not given: a known TPU's or GPU's, dense bfloat16."""
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
         self.at_least("--train.", steps=1, batch_size=1, accumulate=1, eval_every=1, stop_after=1)
+        self.at_least("--train.", sample_every=1, sample_tokens=1)
+        self.refuse_idle("--train.")
         require(
             self.stop_after is None or self.eval_every is not None,
             "--train.stop_after counts evaluations: give --train.eval_every, too",

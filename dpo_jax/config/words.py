@@ -40,6 +40,8 @@ GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
 _DISTRIBUTED = ("auto", "coordinator", "processes", "process_id", "start_within", "lost_after", "stuck_after")
 _ELSEWHERE = ("log.wandb", "push_to_hub")
 _NO_LOADER = ("data.shuffle", "data.workers")
+_NO_SAMPLES = ("train.sample_every", "train.sample_prompts", "train.sample_tokens")
+"""A reward model writes nothing."""
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
     "train.layout",
@@ -117,6 +119,7 @@ COMMANDS = {
         "RewardRun",
         "dpo_jax.commands.reward:train",
         "train a reward model on comparisons",
+        unused=_NO_SAMPLES,
         lists=("data", "eval_data"),
         recipe=True,
     ),
@@ -214,8 +217,8 @@ COMMANDS = {
         "Llama 2-Chat: SFT, reward models, rounds of rejection sampling, PPO",
         unused=(
             *_inside("sft", *_NOT_SFT, "holdout"),
-            *_inside("helpful", "mix_data", "mix", "holdout"),
-            *_inside("safety", "mix_data", "holdout"),
+            *_inside("helpful", *_NO_SAMPLES, "mix_data", "mix", "holdout"),
+            *_inside("safety", *_NO_SAMPLES, "mix_data", "holdout"),
             *_inside(
                 "rejection",
                 *_JUDGED,
@@ -243,7 +246,7 @@ COMMANDS = {
         "Llama 3's rounds: reward model, best of K, SFT on them, DPO on the newest pairs, averaging",
         unused=(
             *_inside("sft", *_NOT_SFT, "holdout"),
-            *_inside("reward", "mix_data", "mix", "holdout", "reward.margin", "reward.margin_scale"),
+            *_inside("reward", *_NO_SAMPLES, "mix_data", "mix", "holdout", "reward.margin", "reward.margin_scale"),
             *_inside(
                 "rejection",
                 *_JUDGED,

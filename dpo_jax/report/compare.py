@@ -10,6 +10,7 @@ from dpo_jax.errors import InputError, nearest
 from dpo_jax.files.folder import RunFolder
 from dpo_jax.files.log import Row, read_metrics
 from dpo_jax.report import html
+from dpo_jax.report.samples import compared_section, training_samples
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Told:
       name: in legends.
       options: resolved, by the names of the fields.
       rows: of metrics.jsonl.
+      samples: what it wrote to fixed prompts (`--train.sample_every`), by step.
     """
 
     name: str
     options: Mapping[str, Any]
     rows: Sequence[Row]
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 def read_runs(places: Sequence[str]) -> list[Told]:
@@ -41,7 +44,7 @@ def read_runs(places: Sequence[str]) -> list[Told]:
         if not rows:
             raise InputError(f"{place}: its metrics.jsonl has no step yet")
         same = [other for other in places if Path(other).expanduser().name == path.name]
-        runs.append(Told(path.name if len(same) == 1 else place, _options(path), rows))
+        runs.append(Told(path.name if len(same) == 1 else place, _options(path), rows, training_samples(path)))
     return runs
 
 
@@ -53,8 +56,9 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def sections(runs: Sequence[Told]) -> list[html.Section]:
-    """What differs, the last figures, and the curves."""
-    return [_different(runs), _last(runs), _curves(runs)]
+    """What differs, the last figures, the curves, and the last samples of those that wrote some while they learnt."""
+    wrote = {run.name: run.samples for run in runs if run.samples}
+    return [_different(runs), _last(runs), _curves(runs), *([compared_section(wrote)] if wrote else [])]
 
 
 def _different(runs: Sequence[Told]) -> html.Section:

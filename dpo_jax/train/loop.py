@@ -83,6 +83,7 @@ class Plan:
     """Metric of the evaluation whose best checkpoint is kept: there is one after every evaluation."""
     stop_after: int | None = None
     """End after so many evaluations in which `best` has not become better."""
+    sample_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     meter: Meter | None = None,
     prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
+    sample: Callable[[TrainState], None] | None = None,
 ) -> Outcome:
     """Train from `state.step` to `plan.steps`.
 
@@ -120,6 +122,7 @@ def fit(
       meter: gives the figures of the devices' use for the row of each step.
       prepare: makes the step's batch of the loader's one and of the state before the step (PPO's rollout), and figures
         for the row of that step. With it the host waits for every step before it goes on to the next.
+      sample: lets the policy of a state write, before the first step too, and keeps what it wrote.
 
     Returns:
       An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
@@ -135,6 +138,8 @@ def fit(
     with StopRequest() as stop:
         if evaluate is not None and plan.eval_first and done == 0:
             log.write({"step": 0, **_evaluated(0, evaluate(state), plan.best)})
+        if sample is not None and done == 0:
+            sample(state)
         mark = time.perf_counter()
         for batch in itertools.islice(iter(loader), 0 if ended else plan.steps - done):
             figures: Row = {}
@@ -156,14 +161,18 @@ def fit(
             stopping = stop.here()
             last = done == plan.steps
             evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
+            sampling = sample is not None and (last or (plan.sample_every and done % plan.sample_every == 0))
             saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.best is not None)
-            if not (evaluating or saving or prepare is not None):
+            if not (evaluating or sampling or saving or prepare is not None):
                 continue
             row = pending.fetch(mark)
             if evaluating:
                 assert evaluate is not None
                 row |= _evaluated(done, evaluate(state), plan.best)
             log.write(row)
+            if sampling:
+                assert sample is not None
+                sample(state)
             if saving or stopping:
                 _refuse_nonfinite(state, pending)
                 log.sync()

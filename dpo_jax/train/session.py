@@ -42,6 +42,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.processes import distributed
 from dpo_jax.report import html
+from dpo_jax.report.samples import fixed_section, training_samples
 from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train import publish
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
@@ -223,6 +224,7 @@ class Training(Generic[Config]):
         evaluate_first: bool = False,
         flops_of: Callable[[Any], float] | None = None,
         prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
+        sample: Callable[[TrainState], None] | None = None,
     ) -> TrainState:
         """Go on from the newest checkpoint, or begin, and train to the end.
 
@@ -234,7 +236,7 @@ class Training(Generic[Config]):
           evaluate: figures of a state on held-out data.
           evaluate_first: also before the first step.
           flops_of: model FLOPs of the step on a batch (`train/flops.py`).
-          prepare: see `loop.fit`.
+          prepare, sample: see `loop.fit`.
 
         Returns:
           The last state.
@@ -272,6 +274,7 @@ class Training(Generic[Config]):
             eval_first=evaluate_first,
             best=config.checkpoint.best,
             stop_after=config.train.stop_after,
+            sample_every=config.train.sample_every,
         )
         meter = None
         if flops_of is not None:
@@ -294,6 +297,7 @@ class Training(Generic[Config]):
                 evaluate=evaluate,
                 meter=meter,
                 prepare=prepare,
+                sample=sample,
             )
             log.stopped = outcome.stopped_by is not None
         final, self.told_steps = outcome.state, f"{total} steps"
@@ -361,7 +365,10 @@ class Training(Generic[Config]):
                 self.say(line)
             section = cost_section(self.devices, *cost)
             sections = [*sections, *(html.Section("Rounding", note) for note in notes)]
-            parts = [html.final_section(rows), html.training_section(rows), *sections, section]
+            parts = [html.final_section(rows), html.training_section(rows)]
+            if wrote := training_samples(self.out):
+                parts.append(fixed_section(wrote))
+            parts += [*sections, section]
             parts.append(html.options_section(as_json(config)))
             html.write_report(self.out / "report.html", title, summary, parts)
         distributed.barrier("run finished")

@@ -62,6 +62,11 @@ class Dialogues:
         return self.data.terminators
 
     @property
+    def first(self) -> SequenceDataset:
+        """The sequences whose prompts are answered during training."""
+        return self.data
+
+    @property
     def packed(self) -> bool:
         """Whether several sequences share a window."""
         return self.config.data.packing

@@ -79,6 +79,11 @@ class Documents:
         return ()
 
     @property
+    def first(self) -> DocumentDataset:
+        """The source whose documents are gone on with during training."""
+        return self.sources[0]
+
+    @property
     def packed(self) -> bool:
         """Whether a window holds several sequences."""
         return self.config.data.documents != "joined"
