@@ -17,7 +17,8 @@ from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
 from dpo_jax.train.heldout import of_rows, reward_figures
-from dpo_jax.train.session import Training, read_both
+from dpo_jax.train.row_data import read_both
+from dpo_jax.train.session import Training
 from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 

@@ -15,7 +15,7 @@ A command asks for these in the order of a run:
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +26,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import ClassHead, HoldoutRun, LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
 from dpo_jax.data.sets.loader import PreferenceLoader
-from dpo_jax.data.sets.row_mixture import Rows, read_mixture
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.day import with_day
@@ -47,6 +46,7 @@ from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train import publish
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.train.loop import Loader, Plan, fit
+from dpo_jax.train.row_data import summaries
 from dpo_jax.train.stopping import best_state
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
@@ -404,33 +404,6 @@ def preference_loader(config: TrainingRun, data: PreferenceDataset, **length: An
         workers=config.data.workers,
         **length,
     )
-
-
-def summaries(data: Any, heldout: Any) -> Iterator[str]:
-    """What was read, for the log: of what is learnt from and of what is held out, each under its own name."""
-    for name, part in (("training rows", data), ("held-out rows", heldout)):
-        if part is not None:
-            yield f"{name}: {part.summary()}"
-
-
-def read_both(
-    config: HoldoutRun,
-    read: Callable[[str], Rows],
-    join: Callable[[Rows, Rows], Rows],
-    split: Callable[[Rows, float, int], tuple[Rows, Rows]],
-) -> tuple[Rows, Rows | None]:
-    """All rows of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
-
-    `read`: one source. `join` and `split` (by a share and a seed): data sets of its kind. Raises `InputError`, for
-    weights that are wrong too.
-    """
-    seed, share = config.train.seed, config.holdout
-    data, heldout = read_mixture(
-        config.data.files, read, join, holdout=share, split=lambda rows: split(rows, share or 0.0, seed)
-    )
-    if config.eval_data is not None:
-        heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)
-    return data, heldout
 
 
 def _check_options(config: TrainingRun) -> None:

@@ -11,7 +11,7 @@ from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_di
 from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
-from dpo_jax.train.session import read_both
+from dpo_jax.train.row_data import read_both
 from dpo_jax.types import TokenBatch
 
 

@@ -19,7 +19,7 @@ from dpo_jax.data.sets.row_mixture import RowMixture, read_mixture
 from dpo_jax.data.sets.sequences import join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError
-from dpo_jax.train.session import summaries
+from dpo_jax.train.row_data import summaries
 
 TOKENIZER = tiny.tokenizer()
 DATA = DataConfig(max_length=64)
