@@ -92,7 +92,7 @@ class Rollout:
     """Responses that a policy sampled, with all that was measured when they were. The update reads it and adds nothing.
 
     Arrays of responses are right-padded; lengths alone say what is real. Log-probabilities are in nats, at the sampling
-    temperature. With G > 1 responses to a prompt, they stand in neighbouring rows.
+    temperature. With K > 1 responses to a prompt, they stand in neighbouring rows, each of which repeats it.
 
     Attributes:
       prompts:          int32 [B, P]
@@ -142,14 +142,17 @@ class Rollout:
         real = real if self.own is None else real & self.own
         return real & (self.weights > 0)[:, None]
 
-    @property
-    def groups(self) -> PreferenceBatch:
-        """The same prompts and responses as groups of one response."""
+    def groups(self, k: int = 1) -> PreferenceBatch:
+        """The same prompts and responses as B / k groups, of k neighbouring rows that answer one prompt."""
+
+        def split(x: jax.Array) -> jax.Array:
+            return x.reshape(x.shape[0] // k, k, *x.shape[1:])
+
         return PreferenceBatch(
-            prompts=self.prompts,
-            prompt_lengths=self.prompt_lengths,
-            responses=self.responses[:, None],
-            response_lengths=self.response_lengths[:, None],
-            weights=self.weights,
-            rows=self.rows,
+            prompts=split(self.prompts)[:, 0],
+            prompt_lengths=split(self.prompt_lengths)[:, 0],
+            responses=split(self.responses),
+            response_lengths=split(self.response_lengths),
+            weights=split(self.weights).max(axis=1),
+            rows=split(self.rows)[:, 0],
         )

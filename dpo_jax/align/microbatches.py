@@ -16,6 +16,14 @@ from dpo_jax.errors import InputError
 Batch = TypeVar("Batch")
 
 
+def together(rows: int, group: int, pieces: int) -> int:
+    """How many neighbouring rows of each group of `group` stay together where `rows` rows are cut into equal pieces.
+
+    The largest divisor of `group` with which every piece holds whole blocks: 2 of 8 where 16 rows make 8 pieces.
+    """
+    return next((k for k in range(group, 1, -1) if group % k == 0 and rows % (k * pieces) == 0), 1)
+
+
 def _split(batch: Batch, k: int) -> Batch:
     """[B, ...] -> [k, B / k, ...]; micro-batch i takes rows i, i + k, ..., so that each row stays on its device."""
     b, parts = jax.tree.leaves(batch)[0].shape[0], meshes.parts("batch")

@@ -11,6 +11,8 @@ other weights is weighted (`align/samplers.py`).
     L^V  = ½ mean_t max((V_t − R_t)², (clip(V_t, V_old ± ε_V) − R_t)²)
     L    = L^π + c_V L^V − c_H mean_t H_t  (+ β mean_t k_t where the KL divergence is a term of the loss)
 
+K = `config.group` neighbouring rows answer one prompt, which is computed once for them (`config.layout`).
+
 Means are over all response tokens of a mini-batch, over devices and micro-batches, or as `config.averaging` says, which
 holds for all terms alike. A_t and R_t: `align/advantages.py`; other ratios, surrogates and averages:
 `align/surrogates.py`. `config.preset` names the published combinations (`config/presets.py`).
@@ -24,6 +26,7 @@ The value model is one of
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,10 +49,10 @@ from dpo_jax.align.advantages import (
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
 from dpo_jax.align.samplers import importance_weights
 from dpo_jax.align.surrogates import Rule, beyond, log_ratios, policy_terms, row_weights
-from dpo_jax.config import PPOConfig
+from dpo_jax.config import Layout, PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
-from dpo_jax.model.groups import PredictingStates, predicting_states, response_predictions
+from dpo_jax.model.groups import PredictingStates, predicting_states, response_logps, response_predictions
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
@@ -61,6 +64,8 @@ __all__ = [
     "kl_estimate",
     "measure",
     "policy_loss",
+    "reference_logps",
+    "sharing",
     "token_rewards",
     "train_step",
     "value_loss",
@@ -174,12 +179,23 @@ def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: variables[name] for name in ("params", "adapters") if name in variables}
 
 
+def _layout(config: PPOConfig, k: int) -> Layout:
+    """How groups of k responses are laid out: with one there is nothing to share."""
+    return config.layout if k > 1 else "separate"
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """What is said of groups, [B / k, k, R], of their responses: [B, R]."""
+    return meshes.constrain(x.reshape(-1, *x.shape[2:]), meshes.batch_axes(x.ndim - 1))
+
+
 def _values(
     state: TrainState,
     variables: Mapping[str, Any],
     rollout: Rollout,
     states: PredictingStates | None,
     config: PPOConfig,
+    k: int,
 ) -> jax.Array | None:
     """[B, R], or None without a value model. `states`: the policy's, where they are at hand already."""
     kind = config.critic
@@ -189,37 +205,68 @@ def _values(
     if not of_policy or states is None:
         # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
         trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
-        states = predicting_states(state.apply_fn, trunk, rollout.groups, layout="separate")
+        states = predicting_states(state.apply_fn, trunk, rollout.groups(k), layout=_layout(config, k))
     assert states is not None, "made above"
     if kind == "stopped":
         states = dataclasses.replace(states, hidden=jax.lax.stop_gradient(states.hidden))
-    return states.read(lambda hidden, _: heads.apply(own, VALUE, hidden)[..., 0])[:, 0]
+    return _rows(states.read(lambda hidden, _: heads.apply(own, VALUE, hidden)[..., 0]))
 
 
-def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig) -> _Predictions:
+def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOConfig, k: int) -> _Predictions:
+    """Of a rollout whose rows answer one prompt by k neighbours."""
     variables = dataclasses.replace(state, trainable=trainable).variables
     out = response_predictions(
         state.apply_fn,
         policy_of(variables),
-        rollout.groups,
-        layout="separate",  # with one response there is nothing to share, and every kernel runs whole sequences
+        rollout.groups(k),
+        layout=_layout(config, k),
         temperature=config.temperature,
         vocabulary=config.vocabulary,
         head_budget_bytes=config.head_budget_bytes,
     )
-    return _Predictions(out.logps[:, 0], out.entropy[:, 0], _values(state, variables, rollout, out.states, config))
+    values = _values(state, variables, rollout, out.states, config, k)
+    return _Predictions(_rows(out.logps), _rows(out.entropy), values)
 
 
-def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> Rollout:
+def sharing(config: PPOConfig, rows: int, pieces: int, group: int | None = None) -> int:
+    """How many neighbouring responses have their prompt computed once, where `rows` rows are cut into equal pieces.
+
+    All of a group (`group`, by default of `config`) where that leaves every piece whole ones, else as many as do
+    (`microbatches.together`); 1 with the layout "separate". The numbers are the same whatever it is.
+    """
+    group = config.group if group is None else group
+    return microbatches.together(rows, group, pieces) if config.layout == "shared" else 1
+
+
+def reference_logps(
+    apply_fn: Any, variables: Mapping[str, Any], rollout: Rollout, config: PPOConfig, *, group: int | None = None
+) -> jax.Array:
+    """float32 [B, R]: log-probabilities of the responses under another policy. `group`: as for `measure`."""
+    k = sharing(config, rollout.responses.shape[0], meshes.parts("batch"), group)
+    found = response_logps(
+        apply_fn,
+        variables,
+        rollout.groups(k),
+        layout=_layout(config, k),
+        temperature=config.temperature,
+        vocabulary=config.vocabulary,
+        head_budget_bytes=config.head_budget_bytes,
+    )
+    return _rows(found)
+
+
+def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig, group: int | None = None) -> Rollout:
     """The rollout with `values` and `old_logps`, as the models give them now: what is stored before the first update.
 
-    Either stays None where `config` needs none.
+    Either stays None where `config` needs none. `group`: neighbouring rows that answer one prompt; not given:
+    `config.group`.
     """
+    k = sharing(config, rollout.responses.shape[0], meshes.parts("batch"), group)
     if config.stores_old_logps:
-        found = _predict(state, state.trainable, rollout, config)
+        found = _predict(state, state.trainable, rollout, config, k)
         logps, values = found.logps, found.values
     else:
-        logps, values = None, _values(state, state.variables, rollout, None, config)
+        logps, values = None, _values(state, state.variables, rollout, None, config, k)
     mask = rollout.response_mask
     old, values = (None if x is None else masked.select(x, mask) for x in (logps, values))
     return dataclasses.replace(rollout, old_logps=old, values=values if values is not None else rollout.values)
@@ -235,11 +282,11 @@ def rule_of(config: PPOConfig) -> Rule:
 
 
 def _losses(
-    state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, weights: jax.Array, config: PPOConfig
+    state: TrainState, trainable: Any, rollout: Rollout, targets: Targets, weights: jax.Array, config: PPOConfig, k: int
 ) -> tuple[jax.Array, TokenParts]:
     """L of a (micro-)batch's share of its mini-batch, and its parts. `weights` [B]: what a token of each row counts."""
     mask, rule = targets.learned, rule_of(config)
-    new = _predict(state, trainable, rollout, config)
+    new = _predict(state, trainable, rollout, config, k)
     logps = masked.select(new.logps, mask)
     # Of a single update the policy before it is the policy that it is made for.
     old = jax.lax.stop_gradient(logps) if rollout.old_logps is None else masked.select(rollout.old_logps, mask)
@@ -280,8 +327,9 @@ def _losses(
 def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tuple[TrainState, Metrics]:
     """All updates of one rollout: `config.passes` passes over it in `config.minibatches` mini-batches each.
 
-    Pure: the order of rows is a function of `config.seed` and `state.step`. With a rollout that is not finite the state
-    comes back as it was. Where a loss or gradient is not finite, neither that update nor a later one is made, and
+    Pure: the order of rows is a function of `config.seed` and `state.step`. A mini-batch takes whole groups where they
+    divide over the mini-batches, and else as many rows of one together as do. With a rollout that is not finite the
+    state comes back as it was. Where a loss or gradient is not finite, neither that update nor a later one is made, and
     `step` stays: to undo those before it too, a copy of all weights and moments would have to be held all the time.
 
     Args:
@@ -325,25 +373,31 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         )
     targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    orders = [jax.random.permutation(jax.random.fold_in(key, e), b).reshape(m, b // m) for e in range(config.passes)]
+    unit = microbatches.together(b, config.group, m)
+    orders = [_order(jax.random.fold_in(key, e), b, unit).reshape(m, b // m) for e in range(config.passes)]
+    k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
     lr, averaging = states.learning_rate_schedule(config.optimizer)(state.step), config.resolved("averaging")
 
     def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry
-        part, aims = _rows((rollout, targets), rows)
+        part, aims = _taken((rollout, targets), rows)
         tokens = jnp.sum(aims.learned.astype(jnp.float32), axis=1)
         counts = row_weights(averaging, tokens, aims.group_tokens, aims.group_rows, config.max_response)
 
-        def gradients(micro: tuple[Rollout, Targets, jax.Array]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
+        def gradients(blocks: tuple[Rollout, Targets, jax.Array]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
+            micro = jax.tree.map(_rows, blocks)
+
             def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, TokenParts]]:
-                loss, parts = _losses(state, weights, *micro, config)
+                loss, parts = _losses(state, weights, *micro, config, k)
                 return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
 
-            return jax.grad(objective, has_aux=True)(trainable)
+            slopes, found = jax.grad(objective, has_aux=True)(trainable)
+            return slopes, jax.tree.map(partial(_blocks, k=k), found)
 
-        found, (shares, parts) = microbatches.sum_gradients(
-            gradients, (part, aims, counts), config.accumulate, like=trainable
-        )
+        # Micro-batches are made of blocks, so that responses that share a prompt stay together.
+        blocks = jax.tree.map(partial(_blocks, k=k), (part, aims, counts))
+        found, blocks = microbatches.sum_gradients(gradients, blocks, config.accumulate, like=trainable)
+        shares, parts = jax.tree.map(_rows, blocks)
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.stop_kl is not None:
@@ -359,7 +413,18 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates, config)}
 
 
-def _rows(tree: Any, rows: jax.Array) -> Any:
+def _order(key: jax.Array, rows: int, unit: int) -> jax.Array:
+    """int32 [rows]: their numbers shuffled, `unit` neighbours at a time."""
+    first = unit * jax.random.permutation(key, rows // unit)
+    return (first[:, None] + jnp.arange(unit)).reshape(rows)
+
+
+def _blocks(x: jax.Array, k: int) -> jax.Array:
+    """[B, ...] as blocks of k neighbours, [B / k, k, ...]: what `_rows` undoes."""
+    return meshes.constrain(x.reshape(x.shape[0] // k, k, *x.shape[1:]), meshes.batch_axes(x.ndim + 1))
+
+
+def _taken(tree: Any, rows: jax.Array) -> Any:
     """The rows [n] of every array of a tree, laid out over the devices again."""
     return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
 

@@ -93,6 +93,12 @@ def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
     return (rollout.weights > 0) & ~good
 
 
+def _prompt_tokens(rollout: Rollout, config: PPOConfig) -> jax.Array:
+    """Of real prompts, each once for its responses."""
+    group = rollout.groups(config.group)
+    return masked.total(group.prompt_lengths.astype(jnp.float32), group.weights > 0)
+
+
 def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: PPOConfig) -> dict[str, jax.Array]:
     real, mask = rollout.weights > 0, targets.mask
     first = jax.tree.map(lambda x: x[: config.minibatches], updates.sampled)  # each response is there once
@@ -119,7 +125,7 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
         "val/num_eos_tokens": jnp.sum((rollout.ended & real).astype(jnp.float32)),
         "policy/updates": made,
         "lengths/response": masked.mean(jnp.sum(targets.mask.astype(jnp.float32), axis=1), real),
-        "tokens": masked.total((rollout.prompt_lengths + rollout.response_lengths).astype(jnp.float32), real),
+        "tokens": masked.total(rollout.response_lengths.astype(jnp.float32), real) + _prompt_tokens(rollout, config),
         "rows/nonfinite": jnp.where(nonfinite(rollout, mask), rollout.rows, -1),
     }
     found |= sampler_figures(first, config)

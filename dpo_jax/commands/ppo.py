@@ -12,7 +12,7 @@ from dpo_jax.align import ppo
 from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
-from dpo_jax.config import GRPORun, PPORun
+from dpo_jax.config import GRPORun, PPOConfig, PPORun
 from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
@@ -106,6 +106,8 @@ def train(config: PPORun) -> Path:
         identity["the value model"] = fingerprint(value)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
     training.say(flops.describe())
+    if config.ppo.group > 1:
+        training.say(_told_sharing(step_config, config.train.batch_size, batch_parts(mesh)))
     state = ppo.init_state(model, ppo.policy_of(variables), step_config, value=value)
     del variables, starting, value
 
@@ -142,7 +144,8 @@ def train(config: PPORun) -> Path:
     if heldout is not None and judges is not None:
         writing |= {"width": prompts.width, "samples": config.resolved("eval_samples"), "passes": config.eval_pass}
         writing |= {"seed": step_config.seed, "vocabulary": step_config.vocabulary}
-        writing |= {"measure": jit_measure(model, step_config, mesh)}
+        each = config.resolved("eval_samples")
+        writing |= {"measure": jit_measure(model, step_config, mesh, group=each)}
         evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
     final = training.fit(
         state,
@@ -168,6 +171,19 @@ def train(config: PPORun) -> Path:
         f" {training.told_steps} ({config.ppo.algorithm()}). {told}",
         sections=[samples_section(training.out / "samples.jsonl"), prompts_section(data)] if training.main else [],
         terminators=encoder.terminators,
+    )
+
+
+def _told_sharing(config: PPOConfig, rows: int, devices: int) -> str:
+    """For the log: for how many of its responses the updates compute a prompt once."""
+    pieces = config.minibatches * config.accumulate * devices
+    k = ppo.sharing(config, rows, pieces)
+    told = f"updates: a prompt is computed once for {k} of its {config.group} responses"
+    if k == config.group or config.layout == "separate":
+        return told
+    return (
+        f"{told}, because {rows // config.group} prompts do not divide over {pieces} parts (--ppo.minibatches x"
+        " --train.accumulate x devices that split the batch)"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dpo_jax.config.checks import Options, not_given, require
 from dpo_jax.config.presets import PRESETS, WORDS
-from dpo_jax.config.sections import OptimizerConfig
+from dpo_jax.config.sections import Layout, OptimizerConfig
 
 _CRITIC_FREE = ("rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy")
 _WITH_RATIO = ("clipped", "cispo")
@@ -281,6 +281,8 @@ class PPOConfig(PPOLossConfig):
     """Seed of the mini-batches."""
     accumulate: int = 1
     """Split each mini-batch into this many micro-batches; the result is the same."""
+    layout: Layout = "shared"
+    """shared: a prompt is computed once for the responses to it that stand together. separate: once for each."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits."""
 

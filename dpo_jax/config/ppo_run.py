@@ -69,6 +69,10 @@ class PPORun(SampledRun, JudgedRun):
             f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
         )
         self._check_environment()
+        require(
+            group > 1 or self.train.layout == "shared",
+            "--train.layout separate has no effect with one response to a prompt (--ppo.group_size)",
+        )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
         self.check_sampling("PPO", size, group, "--ppo.group_size")
         apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
@@ -169,6 +173,7 @@ class PPORun(SampledRun, JudgedRun):
             max_response=self.response_room,
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
+            layout=self.train.layout,
             seed=self.train.seed,
         )
 

@@ -44,7 +44,6 @@ _NO_SAMPLES = ("train.sample_every", "train.sample_prompts", "train.sample_token
 """A reward model writes nothing."""
 _NOT_SFT = ("train.layout", "data.max_prompt_length")
 _NOT_PPO = (
-    "train.layout",
     "data.buckets",
     "data.workers",
     "sample.stop_strings",

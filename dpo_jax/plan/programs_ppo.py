@@ -56,20 +56,24 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
     held = sum(map(programs.device_bytes, (state, reference))) + reward_models(run) * programs.device_bytes(judge)
     piece = run.rollout_batch_size or run.train.batch_size
     flops = ModelFlops.of(shape, run.lora)
-    pieces, plays = run.train.batch_size // piece, run.environment is not None
+    plays = run.environment is not None
     if name == "train step":
         rollout = _rollout(run.train.batch_size, lengths, config, measured=True, plays=plays)
         step, arguments, count = ppo.jit_train_step(config, mesh), (state, rollout), _update(run, flops)
+        pieces = config.minibatches * config.accumulate * batch_parts(mesh)
     elif name == "measure":
         rollout = _rollout(piece, lengths, config, measured=False, plays=plays)
         step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
+        pieces = batch_parts(mesh)
     elif name == "generate":
         return _sampler(run, model, state, mesh, lengths, flops, config, piece, held)
     else:
         raise InputError(f"ppo has no program {name}")
-    work = preference_work(rollout.groups, 0, 1)
-    repeats = pieces if name == "measure" else 1
-    return Program.of(step, mesh, arguments, *count(work), work.tokens, held=held, repeats=repeats)
+    work = preference_work(rollout.groups(config.group), 0, config.group)
+    k = ppo.sharing(config, rollout.responses.shape[0], pieces)
+    needed, computed = count(work, preference_work(rollout.groups(k), 0, k))
+    repeats = run.train.batch_size // piece if name == "measure" else 1
+    return Program.of(step, mesh, arguments, needed, computed, work.tokens, held=held, repeats=repeats)
 
 
 def _sampler(
@@ -85,7 +89,7 @@ def _sampler(
 ) -> Program:
     """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call."""
     lengths, group, turns = sampler_calls(run, lengths)
-    work = preference_work(_rollout(piece, lengths, config, measured=False).groups, 0, 1)
+    work = preference_work(_rollout(piece, lengths, config, measured=False).groups(group), 0, group)
 
     def lower() -> Any:
         return engine.lower(
@@ -118,31 +122,36 @@ def sampler_calls(run: PPORun, lengths: Lengths) -> tuple[Lengths, int, int]:
     return Lengths(lengths.prompt + lengths.response - new, new), 1, run.resolved("environment_turns")
 
 
-def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
-    """As `flops.ppo_flops` counts the updates: the policy, and a separate value model's trunk."""
+def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work, Work], tuple[float, float]]:
+    """As `flops.ppo_flops` counts the updates: the policy, and a separate value model's trunk.
 
-    def count(work: Work) -> tuple[float, float]:
+    (work, the same as it is laid out) -> FLOPs that are needed, and those that are computed.
+    """
+    separate = run.ppo.critic == "separate"
+
+    def passes(work: Work) -> float:
         trunk = dataclasses.replace(work, predicted=0.0)
-        needed = flops.training(work) + (flops.training(trunk) if run.ppo.critic == "separate" else 0.0)
-        twice = programs.again(flops, run.train.remat, work) * (2 if run.ppo.critic == "separate" else 1)
-        return run.ppo.passes * needed, run.ppo.passes * (needed + twice)
+        return run.ppo.passes * (flops.training(work) + (flops.training(trunk) if separate else 0.0))
+
+    def count(work: Work, laid: Work) -> tuple[float, float]:
+        twice = programs.again(flops, run.train.remat, laid) * (2 if separate else 1)
+        return passes(work), passes(laid) + run.ppo.passes * twice
 
     return count
 
 
-def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work], tuple[float, float]]:
-    """The reference, and what else is measured before the first update: the policy, and the values."""
+def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work, Work], tuple[float, float]]:
+    """The reference, and what else is measured before the first update: the policy, and the values. As `_update`."""
 
-    def count(work: Work) -> tuple[float, float]:
+    def forward(work: Work) -> float:
         trunk = dataclasses.replace(work, predicted=0.0)
         policy = flops.forward(work) if run.ppo.stores_old_logps else 0.0
         # A head on the policy's own trunk reads what the policy has computed.
         own = run.ppo.critic is not None and (run.ppo.critic == "separate" or not policy)
         values = flops.forward(trunk) if own else 0.0
-        needed = flops.forward(work, adapted=False) + policy + values
-        return needed, needed
+        return flops.forward(work, adapted=False) + policy + values
 
-    return count
+    return lambda work, laid: (forward(work), forward(laid))
 
 
 def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool, plays: bool = False) -> Rollout:

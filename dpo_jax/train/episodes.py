@@ -207,6 +207,8 @@ class EpisodeRollouts(Rollouts):
 
     def _rollout(self, batch: PromptBatch, episodes: Sequence[_Episode]) -> Rollout:
         """The episodes as arrays."""
+        if self._config.layout == "shared":
+            _check_beginnings(episodes, self._config.group)
         rows, width = len(episodes), padded(max(len(e.prompt) for e in episodes), self._bounds.prompt)
         prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
         own, logps = np.zeros(responses.shape, bool), np.zeros(responses.shape, np.float32)
@@ -249,6 +251,16 @@ class EpisodeRollouts(Rollouts):
             "ended": episode.ended,
             "done": episode.done,
         }
+
+
+def _check_beginnings(episodes: Sequence[_Episode], group: int) -> None:
+    """Refuse episodes of one row of the prompts that begin unlike each other, where one prompt is to stand for all."""
+    for i, episode in enumerate(episodes):
+        if episode.prompt != episodes[i - i % group].prompt:
+            raise _error(
+                episode.row,
+                "reset gave other first messages to another episode of the same row; add --train.layout separate",
+            )
 
 
 def padded(longest: int, most: int) -> int:

@@ -199,7 +199,7 @@ def ppo_flops(model: ModelFlops, config: PPOLossConfig) -> Callable[[Rollout], f
     shared = config.critic is not None and not separate
 
     def flops(rollout: Rollout) -> float:
-        work = preference_work(rollout.groups, 0, 1)
+        work = preference_work(rollout.groups(config.group), 0, config.group)
         trunk = replace(work, predicted=0.0)
         measured = model.forward(work) + model.forward(work, adapted=False)
         if config.stores_old_logps:

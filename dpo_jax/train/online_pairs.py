@@ -237,7 +237,7 @@ def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int
     def measure(state: TrainState, reference: Mapping[str, Any], rollout: Rollout) -> tuple[jax.Array, jax.Array, None]:
         def logps(variables: Mapping[str, Any]) -> jax.Array:
             options: dict[str, Any] = {"layout": "separate", "temperature": temperature, "vocabulary": vocabulary}
-            return response_logps(model.apply, variables, rollout.groups, **options)[:, 0]
+            return response_logps(model.apply, variables, rollout.groups(), **options)[:, 0]
 
         return logps(_reference(state, reference)), logps(ppo.policy_of(state.variables)), None
 

@@ -23,7 +23,6 @@ from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.judge.scores import part_figures, told_parts
-from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered
@@ -256,23 +255,18 @@ def _with_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
     return x
 
 
-def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh) -> meshes.Replicated:
-    """(state, reference, rollout) -> the reference's log-probabilities, and what `ppo.measure` stores; each [B, R]."""
+def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | None = None) -> meshes.Replicated:
+    """(state, reference, rollout) -> the reference's log-probabilities, and what `ppo.measure` stores; each [B, R].
+
+    `group`: neighbouring rows that answer one prompt; not given: `config.group`.
+    """
 
     def measure(
         state: TrainState, reference: Mapping[str, Any], rollout: Rollout
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
-        logps = response_logps(
-            model.apply,
-            {**frozen, **reference},
-            rollout.groups,
-            layout="separate",
-            temperature=config.temperature,
-            vocabulary=config.vocabulary,
-            head_budget_bytes=config.head_budget_bytes,
-        )
-        measured = ppo.measure(state, rollout, config=config)
-        return logps[:, 0], measured.old_logps, measured.values
+        logps = ppo.reference_logps(model.apply, {**frozen, **reference}, rollout, config, group=group)
+        measured = ppo.measure(state, rollout, config=config, group=group)
+        return logps, measured.old_logps, measured.values
 
     return meshes.jit_replicated(measure, mesh)

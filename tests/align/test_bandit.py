@@ -25,7 +25,7 @@ REFERENCE = _RNG.standard_normal(ARMS).astype(np.float32)
 OPTIMUM = np.asarray(jax.nn.softmax(REFERENCE + REWARD / BETA))
 
 
-def apply(variables, *args, method=None, packed=False):
+def apply(variables, *args, method=None, packed=False, prefix=None):
     """A hidden state of 1 everywhere, and the logits of the answers as the output matrix."""
     if method == "unembedding":
         return variables["params"]["logits"]["kernel"]

@@ -153,7 +153,7 @@ def test_rewards_are_shaped_in_the_order_that_is_said() -> None:
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])
 def test_a_constant_reward_stays_finite(advantage) -> None:
-    options = config(epochs=1, advantage=advantage, whiten_advantages=True, kl_coefficient=0.0)
+    options = config(epochs=1, advantage=advantage, whiten_advantages=True, kl_coefficient=0.0, layout="separate")
     state, rollout = start(options)
     flat = dataclasses.replace(rollout, scores=np.full(B, 0.7, np.float32), kl_coefficient=np.zeros(B, np.float32))
     new, metrics = run(options, state, flat)
@@ -223,6 +223,8 @@ def test_a_reward_model_as_the_beginning_of_the_values() -> None:
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo"])
 def test_accumulation_padding_and_fillers_change_nothing(advantage) -> None:
     group = {} if advantage == "gae" else {"group_size": 2}
+    # The toy policy knows whole rows only; what shares a prompt: test_ppo_shared.py.
+    group |= {"layout": "separate"}
     options = config(epochs=2, minibatches=2, advantage=advantage, entropy_coefficient=0.01, **group)
     state, rollout = start(options)
     one, metrics = run(options, state, rollout)

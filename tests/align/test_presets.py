@@ -39,7 +39,7 @@ def config(preset: str, **options: Any) -> PPOConfig:
 # ---------------------------------------------------------------- a policy whose logits depend on the token before
 
 
-def apply(variables, *args, method=None, packed=False):
+def apply(variables, *args, method=None, packed=False, prefix=None):
     """The token before as a one-hot state; the table of logits as the output matrix."""
     if method == "unembedding":
         return variables["params"]["table"]["kernel"]

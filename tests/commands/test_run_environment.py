@@ -20,7 +20,7 @@ from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.environment import Step
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
-from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _Episode, padded
+from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _check_beginnings, _Episode, padded
 
 STOPS = [str(i) for i in range(3, 160)]
 """Half of the tokens end a turn: a random model has many."""
@@ -224,6 +224,18 @@ def test_what_ends_an_episode_without_ending_the_run() -> None:
             else:
                 with pytest.raises(InputError, match=f"row 7 of the prompts: {why}"):
                     rollouts._goes_on(episode, answers[-1])
+
+
+def test_one_prompt_stands_for_a_group_only_where_all_begin_alike() -> None:
+    episodes = [
+        _Episode(3, [1, 2], [], 1),
+        _Episode(3, [1, 2], [], 1),
+        _Episode(4, [1], [], 1),
+        _Episode(4, [2], [], 1),
+    ]
+    _check_beginnings(episodes[:2], 2)
+    with pytest.raises(InputError, match=r"row 4 .*another episode of the same row; add --train\.layout separate"):
+        _check_beginnings(episodes, 2)
 
 
 def test_lengths_of_episodes() -> None:
