@@ -20,14 +20,12 @@ from dpo_jax.config import shipped, yaml_file
 from dpo_jax.config.help import VOICE, help_text
 from dpo_jax.config.names import option
 from dpo_jax.config.values import built, negated
-from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN
+from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN, PLANNED
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
 GUESS_CUTOFF = 0.5
-PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
-"""Commands that `plan` and `bench` are about."""
 
 _CONFIG: dict[str, str] = dict.fromkeys((PLAN, BENCH), " CONFIG|COMMAND")  # where it must be given
 

@@ -242,9 +242,9 @@ class ReportRun:
 
 @dataclass(frozen=True)
 class CompletionRun:
-    """What lets a shell complete commands, options and values: `dpo-jax completion bash|zsh`."""
+    """What lets a shell complete commands, options and values: `dpo-jax completion bash|zsh|fish`."""
 
-    shell: Literal["bash", "zsh"]
+    shell: Literal["bash", "zsh", "fish"]
     """The shell whose script is printed; it reads it at its start."""
 
 

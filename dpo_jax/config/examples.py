@@ -86,6 +86,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "completion": (
         "completion bash > ~/.local/share/bash-completion/completions/dpo-jax",
         "completion zsh > ~/.dpo-jax.zsh && echo 'source ~/.dpo-jax.zsh' >> ~/.zshrc",
+        "completion fish > ~/.config/fish/completions/dpo-jax.fish",
     ),
 }
 

@@ -32,6 +32,8 @@ class Command:
 
 PLAN, BENCH = "plan", "bench"
 """Commands that are about another: its CONFIG.py or its word stands first, and its options may follow."""
+PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
+"""Commands that these two are about."""
 ONLINE = "--online"
 """The switch that makes `dpo` another command, wherever it stands among its options."""
 GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}

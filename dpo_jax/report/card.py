@@ -32,7 +32,8 @@ FILE, PICTURE = "README.md", "training.png"
 
 PLACES = frozenset(
     "model reference teacher value_model data data.files eval_data mix_data sft_data reward safety_reward environment"
-    " out from_ to models tokenizer base_tokenizer rejection.student rejection.pool_from gatt.instructions".split()
+    " out from_ to models tokenizer base_tokenizer rejection.student rejection.pool_from gatt.instructions"
+    " train.sample_prompts".split()
 )
 """Options whose words are files, folders, addresses or commands: they are told by `public`, all others as typed."""
 _DATA = ("data.files", "eval_data", "mix_data", "sft_data")

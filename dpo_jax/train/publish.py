@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import TrainingRun
+from dpo_jax.errors import InputError
 from dpo_jax.files import wandb_log as wandb
 from dpo_jax.files.folder import RunFolder, as_json, flatten
 from dpo_jax.files.log import say
@@ -52,13 +53,11 @@ def card_of(
 
 
 def push(repository: str, model: Path) -> None:
-    """Send a model folder to the hub, and say how it went."""
+    """Send a model folder to the hub, and say so. Raises `InputError` where that fails: the run itself is whole."""
     failed = hub_upload.push(repository, model)
-    if failed is None:
-        say(f"{model}: is now {repository} on the hub")
-        return
-    say(
-        f"warning: {model}: could not be sent to {repository} ({failed}); it stays here, and the same command again"
-        " tries once more",
-        "warning",
-    )
+    if failed is not None:
+        raise InputError(
+            f"--push_to_hub {repository}: {model} could not be sent ({failed}); the run is whole and stays here, and"
+            " the same command again tries once more"
+        )
+    say(f"{model}: is now {repository} on the hub")

@@ -388,7 +388,7 @@ class Training(Generic[Config]):
         return publish.card_of(self.config, self.folder, self.start, adapter=adapter, **told)
 
     def publish(self) -> None:
-        """Send the finished model where `--push_to_hub` says; what goes wrong is said, and the model stays here."""
+        """Send the finished model where `--push_to_hub` says, from process 0. Raises `InputError` where that fails."""
         if self.main and self.config.push_to_hub is not None:
             publish.push(self.config.push_to_hub, self.out / "model")
 

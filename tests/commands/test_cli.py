@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +128,68 @@ def test_help_begins_with_what_most_runs_need(capsys: pytest.CaptureFixture[str]
     assert max(map(len, text.replace(head, "").splitlines())) <= 100
 
 
+COMPLETED = {
+    "dpo-jax dp": "dpo",
+    "dpo-jax dpo --optimizer.sch": "--optimizer.schedule",
+    "dpo-jax dpo --optimizer.schedule=con": "--optimizer.schedule=constant",
+    "dpo-jax dpo --dpo.loss apo_d": "apo_down",
+    "dpo-jax dpo --lora.targets q_proj v": "v_proj",
+    "dpo-jax dpo --lora.rank 8 --lora.al": "--lora.alpha",
+    "dpo-jax dpo --data.shuffle t": "true",
+    "dpo-jax dpo zephyr_q": "zephyr_qlora",
+    "dpo-jax dpo --online --online.sam": "--online.samples",
+    "dpo-jax mt-bench s": "show",
+    "dpo-jax configs show llama3_rounds_": "llama3_rounds_dpo",
+    "dpo-jax plan dp": "dpo dpo_llama2",
+    "dpo-jax plan dpo --online --online.sam": "--online.samples",
+    "dpo-jax plan grpo --ppo.group_s": "--ppo.group_size",
+}
+
+
+def nobody(folder: Path) -> dict[str, str]:
+    """The environment of someone without settings."""
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "TERM": "dumb"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here: apt-get install fish")
+def test_completion_in_fish(tmp_path: Path) -> None:
+    (tmp_path / ".script").write_text(completion.script("fish"))
+    ask = "source .script; for c in $argv; complete -C $c | string join ' '; end; true"
+    done = subprocess.run(
+        ["fish", "-c", ask, *COMPLETED], capture_output=True, text=True, cwd=tmp_path, env=nobody(tmp_path), check=True
+    )
+    told = dict(zip(COMPLETED, (line.replace("\t", " ") for line in done.stdout.splitlines()), strict=True))
+    for typed, expected in COMPLETED.items():
+        assert told[typed].startswith(expected), typed
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty inner "zsh -f -i"
+zpty -w inner "PS1='> '; source ./script; print rea''dy"
+zpty -r inner seen '*ready*> *'
+for typed in "$@"; do
+  zpty -n -w inner "$typed"$'\\t'"#end"
+  zpty -r inner seen '*#end*'
+  print -r -- ${(V)seen//[[:cntrl:]]/ }
+  zpty -n -w inner $'\\x15'
+done
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here: apt-get install zsh")
+def test_completion_in_zsh(tmp_path: Path) -> None:
+    """A zsh that is typed into: what stands on its line after the tabulator key."""
+    (tmp_path / "script").write_text(completion.script("zsh"))
+    typed = [words for words, expected in COMPLETED.items() if " " not in expected]
+    done = subprocess.run(
+        ["zsh", "-f", "-c", ZSH, "zsh", *typed],
+        capture_output=True, text=True, cwd=tmp_path, env=nobody(tmp_path), check=True, timeout=60,
+    )  # fmt: skip
+    for words, line in zip(typed, done.stdout.splitlines(), strict=True):
+        assert f"{words.rpartition(' ')[0]} {COMPLETED[words]}" in line, words
+
+
 def test_completion_in_bash(tmp_path: Path) -> None:
     (tmp_path / "script").write_text(completion.script("bash"))
     ask = 'source ./script; try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _dpo_jax; echo "${COMPREPLY[*]}"; }\n'
@@ -141,6 +205,19 @@ def test_completion_in_bash(tmp_path: Path) -> None:
         ("dpo-jax", "dpo", "--online", "--online.sam"): "--online.samples",
         ("dpo-jax", "recipe", "llama3", "--js"): "--json",
         ("dpo-jax", "configs", "s"): "show",
+        ("dpo-jax", "configs", "show", "llama3_r"): "llama3_rounds llama3_rounds_dpo",
+        ("dpo-jax", "completion", ""): "bash zsh fish",
+        ("dpo-jax", "reward", "tulu3_"): "tulu3_rm",
+        ("dpo-jax", "dpo", "--optimizer.schedule", "="): "constant linear cosine",
+        ("dpo-jax", "dpo", "--optimizer.schedule", "=", "co"): "constant cosine",
+        ("dpo-jax", "dpo", "--optimizer.schedule=l"): "--optimizer.schedule=linear",
+        ("dpo-jax", "dpo", "--dpo.loss", "apo"): "apo_zero apo_down apo_zero_unpaired",
+        ("dpo-jax", "dpo", "--lora.targets", "q_proj", "v"): "v_proj",
+        ("dpo-jax", "dpo", "--lora.rank", "8", "--lora.al"): "--lora.alpha",
+        ("dpo-jax", "dpo", "--lora.rank", "8", "--dpo.bet"): "--dpo.beta",
+        ("dpo-jax", "dpo", "--data.shuffle", ""): "true false",
+        ("dpo-jax", "plan", "rm_llama2_7"): "rm_llama2_7b_v5e16",
+        ("dpo-jax", "plan", "dpo", "--online", "--online.sam"): "--online.samples",
         ("dpo-jax", "configs", "--q"): "",
         ("dpo-jax", "dpo", "--model", "mod"): "",
     }

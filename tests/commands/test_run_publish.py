@@ -141,11 +141,11 @@ def test_a_run_is_published(
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
     assert "is now owner/model on the hub" in capsys.readouterr().err
     hub.broken = True
-    assert cli.main(words) == 0
+    assert cli.main(words) == 2
     said = capsys.readouterr().err.splitlines()
     assert "this run is finished" in said[0]
-    assert re.match(r"warning: .*could not be sent to owner/model \(.*500", said[1])
-    assert "it stays here, and the same command again tries once more" in said[1]
+    assert re.match(r"dpo-jax: error: --push_to_hub owner/model: .*model could not be sent \(.*500", said[1])
+    assert "the run is whole and stays here, and the same command again tries once more" in said[1]
     assert len(said) == 2
     assert hub.files == {path.name: path.read_bytes() for path in model.iterdir()}
 
