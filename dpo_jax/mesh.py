@@ -246,21 +246,27 @@ def batch_axes(ndim: int) -> LogicalAxes:
     return ("batch",) + (None,) * (ndim - 1)
 
 
-def for_sampling(mesh: Mesh) -> Mesh:
+def for_sampling(mesh: Mesh, *, whole_rows: bool = False) -> Mesh:
     """The mesh on which tokens are drawn one by one: `context` joins `fsdp`, its devices take rows of their own.
 
-    A weight lies on it exactly as on `mesh`, piece by piece (`RULES`): nothing is moved.
+    A weight lies on it exactly as on `mesh`, piece by piece (`RULES`): nothing is moved. With `whole_rows` both join
+    `tensor`: their devices share every layer, and all have the same rows.
     """
-    if mesh.shape["context"] == 1:
-        return mesh
     data, fsdp, context, tensor = mesh.devices.shape
-    devices = mesh.devices.reshape(data, fsdp * context, 1, tensor)
-    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+    shape = (data, 1, 1, fsdp * context * tensor) if whole_rows else (data, fsdp * context, 1, tensor)
+    if shape == mesh.devices.shape:
+        return mesh
+    return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def batch_parts(mesh: Mesh) -> int:
     """How many pieces a batch is split into on `mesh`: a batch size must be a multiple of it."""
     return math.prod(mesh.shape[n] for n in RULES["batch"])
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

@@ -22,6 +22,7 @@ from dpo_jax.files.log import read_metrics
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
+from dpo_jax.sample import with_layout
 from dpo_jax.train.distillation import StudentResponses
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
@@ -86,6 +87,8 @@ def train(config: DistillRun) -> Path:
     training.say(flops.describe())
     state = distill.init_state(model, variables, judged_by, step_config)
     del variables, judged_by, starting
+    writer = terminators(model, encoder, config.sample)
+    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=state)
 
     # -------------------------------------------------------------- training
     responses = StudentResponses(
@@ -96,7 +99,7 @@ def train(config: DistillRun) -> Path:
         answers=answers,
         on_policy=config.distill.on_policy,
         samples=SampleLog(training.out / "samples.jsonl", writes=training.main),
-        sample=terminators(model, encoder, config.sample),
+        sample=sampling,
         mesh=mesh,
         piece=config.rollout_batch_size or config.train.batch_size,
         raw=config.data.template == RAW,

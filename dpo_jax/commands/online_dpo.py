@@ -22,6 +22,7 @@ from dpo_jax.judge.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
+from dpo_jax.sample import with_layout
 from dpo_jax.train.answered import reference_of
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, online_dpo_flops
@@ -91,12 +92,15 @@ def train(config: OnlineDPORun) -> Path:
     training.say(flops.describe())
     state = dpo.init_state(model, variables, dataclasses.replace(step_config, reference="cached"))
     del variables, starting
+    writer = terminators(model, encoder, config.sample)
+    held = (state, reference, judges.weights())
+    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=held)
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
     writing: dict[str, Any] = {
         "reference": reference,
-        "sample": terminators(model, encoder, config.sample),
+        "sample": sampling,
         "mesh": mesh,
         "piece": config.rollout_batch_size or config.responses,
         "raw": config.data.template == RAW,

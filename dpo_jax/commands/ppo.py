@@ -25,6 +25,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
+from dpo_jax.sample import with_layout
 from dpo_jax.train.answered import reference_of
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
 from dpo_jax.train.fixed_prompts import FixedPrompts
@@ -110,12 +111,16 @@ def train(config: PPORun) -> Path:
         training.say(_told_sharing(step_config, config.train.batch_size, batch_parts(mesh)))
     state = ppo.init_state(model, ppo.policy_of(variables), step_config, value=value)
     del variables, starting, value
+    held = (state, reference, [] if judges is None else judges.weights())
+    writer = terminators(model, encoder, config.sample)
+    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=held)
+    training.say(f"sampling: weights {sampling.layout} (--sample.layout)")
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
     writing: dict[str, Any] = {
         "reference": reference,
-        "sample": terminators(model, encoder, config.sample),
+        "sample": sampling,
         "mesh": mesh,
         "piece": config.rollout_batch_size or config.train.batch_size,
         "raw": config.data.template == RAW,

@@ -57,6 +57,7 @@ from dpo_jax.config.sections import (
     OptimizerConfig,
     Remat,
     SampleConfig,
+    SampleLayout,
     TrainConfig,
 )
 from dpo_jax.config.sft import Proposal, SFTConfig, SFTDataConfig, SFTLossConfig, SFTRun, sft_inside
@@ -153,6 +154,7 @@ __all__ = [
     "SFTRun",
     "SafetyRun",
     "SampleConfig",
+    "SampleLayout",
     "SampledRun",
     "ScoreRun",
     "SelfInstructConfig",

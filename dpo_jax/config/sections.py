@@ -13,6 +13,7 @@ from dpo_jax.config.checks import ON_COMMAND_LINE, Options, not_given, require, 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 Narrow = Literal["bfloat16", "int8"]
+SampleLayout = Literal["gathered", "tensor", "training"]
 Layout = Literal["shared", "separate"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -374,6 +375,10 @@ class SampleConfig(Options):
     weights: Narrow | None = None
     """Read the weights rounded to so few bits for every token after the prompt: faster, and not quite the model's
     probabilities. Not given: as they are."""
+    layout: SampleLayout | None = None
+    """Where the weights lie that tokens are drawn with. gathered: a copy, whole on every device. tensor: a copy of
+    which every device has a part of each layer. training: as they lie; under --mesh.fsdp every token gathers every
+    layer. Not given: the first of them that fits."""
     cache: Literal["float32", "bfloat16", "int8"] | None = None
     """What keys and values are kept in. Not given: what the model computes in."""
 
@@ -407,6 +412,10 @@ class SampleConfig(Options):
             f"min_new_tokens {self.min_new_tokens} must lie in [0, max_new_tokens {self.max_new_tokens})",
         )
         require(self.weights in (None, *get_args(Narrow)), f"weights {self.weights} must be bfloat16 or int8, or None")
+        require(
+            self.layout in (None, *get_args(SampleLayout)),
+            f"layout {self.layout} must be gathered, tensor or training, or None",
+        )
         require(
             self.cache in (None, "float32", *get_args(Narrow)),
             f"cache {self.cache} must be float32, bfloat16 or int8, or None",

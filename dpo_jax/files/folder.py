@@ -29,6 +29,7 @@ FREE = (
     "train.peak_flops",
     "reward_timeout",
     "sample_batch_size",
+    "sample.layout",
     "ignore_config_keys",
     "log.",
     "push_to_hub",

@@ -155,6 +155,7 @@ class ModelReward:
         """`raw`: prompt and response are one text; `date`: what day it is; `setting`: as for `RewardModel.load`."""
         place = open_checkpoint(source)
         self._model, tokenizer = RewardModel.load(place, **setting), place.tokenizer()
+        self.variables = self._model.variables
         check_vocabulary(tokenizer, self._model.model.config)
         self._encoder, self._raw = ScoredEncoder(tokenizer, RAW if raw else None, date), raw
         self.identity = fingerprint(self._model.variables)

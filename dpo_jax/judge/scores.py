@@ -17,6 +17,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, RowsFile, write_once
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge.reward_functions import (
+    ModelReward,
     RewardFunction,
     check_reward,
     open_reward,
@@ -74,6 +75,10 @@ class Judges:
                 for name, judge in zip(self._names, self._checked, strict=True)
             ]
         return self._open
+
+    def weights(self) -> list[Any]:
+        """What reward models among them keep on the devices."""
+        return [judge.variables for judge in self._opened() if isinstance(judge, ModelReward)]
 
     def close(self) -> None:
         """Make room on the devices."""

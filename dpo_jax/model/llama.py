@@ -134,9 +134,10 @@ class Attention(nn.Module):
         k = meshes.constrain(k, ("batch", "length", "kv", "channels"))
         v = meshes.constrain(v, ("batch", "length", "kv", "channels"))
         if cache is not None:
-            assert mask.positions is not None
-            cache = cache.write(k, v, mask.positions[:, 0])
-            k, v = cache.read(self.dtype)
+            first = jnp.zeros(b, jnp.int32) if mask.positions is None else mask.positions[:, 0]
+            cache = cache.write(k, v, first)
+            if mask.positions is not None:
+                k, v = cache.read(self.dtype)
         kernel = attention.choose_kernel(
             self.kernel,
             meshes.platform(),
@@ -282,8 +283,9 @@ class Llama(nn.Module):
 
         Args:
           tokens: int32 [B, T].
-          positions: int32 [B, T], rotary positions; default 0..T-1. With a cache they are required, consecutive in
-            each row, and also name the slots that the new keys are written to.
+          positions: int32 [B, T], rotary positions; default 0..T-1. With a cache they are consecutive in each row,
+            and also name the slots that the new keys are written to; the default then says that the cache is empty, so
+            that the tokens see themselves alone and every kernel can run.
           segments: int32 [B, T]; 0 is padding, and a token sees only its own segment. Default: all one segment.
           packed: static; False promises that each row is one segment followed by padding, which more kernels can run.
           prefix: static (P, K, R): the sequence is a prompt block of P and K response blocks of R that all see the
@@ -297,9 +299,9 @@ class Llama(nn.Module):
         c = self.config
         meshes.check_length(tokens.shape[1])
         if cache is not None:
-            if positions is None or segments is not None or prefix is not None:
-                raise ValueError("with a cache, give positions, and neither segments nor prefix")
-            mask = AttentionMask(positions=positions)
+            if segments is not None or prefix is not None:
+                raise ValueError("with a cache, give neither segments nor prefix")
+            mask = AttentionMask(packed=False) if positions is None else AttentionMask(positions=positions)
         else:
             mask = AttentionMask(segments=segments, prefix=prefix, packed=packed)
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions

@@ -36,20 +36,25 @@ def abstract_variables(model: Llama, dtype: Any = jnp.float32) -> dict[str, Any]
     return tree
 
 
+def axes_of(path: tuple[Any, ...]) -> meshes.LogicalAxes:
+    """The logical axes (see `mesh.RULES`) of the array that stands at `path` in the variables; of narrow and of
+    unrolled ones too."""
+    keys = [p.key for p in path]
+    module, leaf = keys[-2], keys[-1]
+    if leaf == "scale":
+        inner: meshes.LogicalAxes = (None,)
+    elif keys[0] == "narrow":  # kernels transposed, under the name "kernel" (model/narrow.py)
+        first, last = ("embed", "vocab") if keys[1] == "lm_head" else _KERNEL_AXES[keys[-3]]
+        inner = (last, first) if leaf == "values" else (last,)
+    else:
+        first, last = _KERNEL_AXES[module]
+        inner = {"bias": (last,), "lora_a": (first, "rank"), "lora_b": ("rank", last)}.get(leaf, (first, last))
+    return ("layers", *inner) if "layers" in keys else inner
+
+
 def logical_axes(model: Llama) -> dict[str, Any]:
     """A tree like the variables whose leaves are tuples of logical axis names (see `mesh.RULES`)."""
-
-    def axes(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> meshes.LogicalAxes:
-        keys = [p.key for p in path]
-        module, leaf = keys[-2], keys[-1]
-        if leaf == "scale":
-            inner: meshes.LogicalAxes = (None,)
-        else:
-            first, last = _KERNEL_AXES[module]
-            inner = {"bias": (last,), "lora_a": (first, "rank"), "lora_b": ("rank", last)}.get(leaf, (first, last))
-        return ("layers", *inner) if "layers" in keys else inner
-
-    return jax.tree_util.tree_map_with_path(axes, abstract_variables(model))
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes_of(path), abstract_variables(model))
 
 
 def shardings(model: Llama, mesh: Mesh) -> dict[str, Any]:

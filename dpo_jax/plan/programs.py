@@ -6,7 +6,6 @@ with --train.remat full, with dots their attention), and prompts once for each r
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +140,6 @@ def trained(run: TrainingRun, model: Llama, mesh: Mesh) -> dict[str, Any]:
 def frozen_copy(run: TrainingRun, shape: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
     """A model that nothing trains."""
     return abstract(make_model(run, shape, LoraConfig()), mesh, frozen_dtype(run))
-
-
-def device_bytes(tree: Any) -> float:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 # ---------------------------------------------------------------- batches

@@ -16,12 +16,14 @@ from dpo_jax.align import ppo
 from dpo_jax.config import PPOConfig, PPORun, is_url
 from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
-from dpo_jax.mesh import batch_parts
+from dpo_jax.mesh import batch_parts, device_bytes
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.plan import programs
 from dpo_jax.plan.programs import Lengths, Program
 from dpo_jax.sample import engine
+from dpo_jax.sample import layout as layouts
+from dpo_jax.sample.program import prepared_shapes
 from dpo_jax.train.flops import ModelFlops, Work, preference_work
 from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
@@ -43,8 +45,8 @@ def _is_model(judge: str) -> bool:
     return not (plain or is_url(judge) or ".py:" in judge)
 
 
-def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str) -> Program:
-    """The program `name` of a run."""
+def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str, memory: float) -> Program:
+    """The program `name` of a run on devices of `memory` bytes."""
     config = run.step_config()
     run.check_sizes(batch_parts(mesh))
     model = programs.make_model(run, shape)
@@ -53,7 +55,7 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
     frozen = programs.frozen_copy(run, shape, mesh)
     reference = {} if run.lora.rank else {"params": frozen["params"]}
     judge = {key: leaf for key, leaf in frozen["params"].items() if key != "lm_head"}
-    held = sum(map(programs.device_bytes, (state, reference))) + reward_models(run) * programs.device_bytes(judge)
+    held = device_bytes((state, reference)) + reward_models(run) * device_bytes(judge)
     piece = run.rollout_batch_size or run.train.batch_size
     flops = ModelFlops.of(shape, run.lora)
     plays = run.environment is not None
@@ -66,7 +68,7 @@ def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: s
         step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
         pieces = batch_parts(mesh)
     elif name == "generate":
-        return _sampler(run, model, state, mesh, lengths, flops, config, piece, held)
+        return _sampler(run, model, state, mesh, lengths, flops, config, piece, held, memory)
     else:
         raise InputError(f"ppo has no program {name}")
     work = preference_work(rollout.groups(config.group), 0, config.group)
@@ -86,18 +88,28 @@ def _sampler(
     config: PPOConfig,
     piece: int,
     held: float,
+    memory: float,
 ) -> Program:
-    """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call."""
+    """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call.
+
+    The copy of the weights that it reads is there already (`sample/layout.py`); making it, once a rollout, is not
+    counted.
+    """
     lengths, group, turns = sampler_calls(run, lengths)
+    policy = ppo.policy_of(state.variables)
+    sample = layouts.resolved(run.sample, model, policy, mesh, held=held, limit=memory)
+    sample = dataclasses.replace(sample, max_new_tokens=lengths.response)
+    weights = prepared_shapes(model, policy, sample, mesh)
+    held += device_bytes(weights.own) + (device_bytes(weights.prompt) if weights.layout == "tensor" else 0.0)
     work = preference_work(_rollout(piece, lengths, config, measured=False).groups(group), 0, group)
 
     def lower() -> Any:
         return engine.lower(
             model,
-            ppo.policy_of(state.variables),
+            weights,
             rows=piece // group,
             prompt=lengths.prompt,
-            config=dataclasses.replace(run.sample, max_new_tokens=lengths.response),
+            config=sample,
             samples=group,
             mesh=mesh,
         )

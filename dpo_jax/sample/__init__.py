@@ -7,12 +7,14 @@ from dpo_jax.sample.beams import beam_search
 from dpo_jax.sample.continuous import Finished, Request, serve
 from dpo_jax.sample.decode import check_context
 from dpo_jax.sample.engine import Generation, generate, generate_mixture, generate_with_plain_logps
-from dpo_jax.sample.program import prepare
+from dpo_jax.sample.layout import resolved as with_layout
+from dpo_jax.sample.program import Weights, prepare
 
 __all__ = [
     "Finished",
     "Generation",
     "Request",
+    "Weights",
     "beam_search",
     "check_context",
     "generate",
@@ -20,4 +22,5 @@ __all__ = [
     "generate_with_plain_logps",
     "prepare",
     "serve",
+    "with_layout",
 ]

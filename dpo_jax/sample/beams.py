@@ -216,7 +216,8 @@ def beam_search(
     """
     if config.beams is None:
         raise InputError("beam_search needs beams in its config; without them call dpo_jax.sample.generate")
-    mesh = None if mesh is None else meshes.for_sampling(mesh)
+    program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh, variables)
+    mesh = program.mesh
     vocab = model.config.vocab_size
     candidates = max(2, 1 + len(config.stop_tokens)) * config.beams
     ids = vocab if vocabulary is None else vocabulary
@@ -236,7 +237,6 @@ def beam_search(
     }
     settings = decode.settings(config, vocab, vocabulary)
     with meshes.in_force(mesh):
-        program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh)
         weights = make_weights(program, variables, config.weights)
         table, sizes = batch if mesh is None else meshes.put_batch(mesh, batch)
         out = _search(weights, table, sizes, penalty, settings, program=program, **static)

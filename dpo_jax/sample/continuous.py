@@ -178,13 +178,13 @@ def serve(
         raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
     if rows < 1:
         raise InputError(f"rows {rows} must be at least 1")
-    mesh = None if mesh is None else meshes.for_sampling(mesh)
+    bits, implementation = decode.key_data(key)
+    program = Program.of(model, config, implementation, mesh, variables)
+    mesh = program.mesh
     table, lengths = decode.pad_prompts(prompts, None, model.config.vocab_size)
     parts = 1 if mesh is None else meshes.batch_parts(mesh)
     rows = -(-min(rows, max(len(requests), 1)) // parts) * parts
-    bits, implementation = decode.key_data(key)
     with meshes.in_force(mesh):
-        program = Program.of(model, config, implementation, mesh)
         weights = make_weights(program, variables, config.weights)
     units, settings = _units(requests, rows), decode.settings(config, model.config.vocab_size, vocabulary)
     new = decode.bucket(config.max_new_tokens)

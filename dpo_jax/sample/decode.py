@@ -241,10 +241,9 @@ class Decoder:
 
     def prefill(self, prompts: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, caches.Caches]:
         """float32 [B, V], the logits behind each prompt [B, P], and a cache that holds it."""
-        positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
         model, variables = self.program.model, self.weights.prompt
         cache: Any = caches.init_cache(model.config, len(prompts), slots, self.program.cache)
-        hidden, cache = _apply(model, variables, prompts, positions, cache=cache)
+        hidden, cache = _apply(model, variables, prompts, cache=cache)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         logits = _apply(model, variables, jnp.take_along_axis(hidden, last, axis=1)[:, 0], method="logits")
         return self._of_text(logits), caches.unstack(cache) if self.program.unrolled else cache
@@ -336,7 +335,7 @@ class Decoder:
 
     def record(self, rows: Rows, logits: jax.Array) -> Rows:
         """Draw the next token of every row that is not done from logits [B, V], and write it down."""
-        s, live, at = self.settings, ~rows.done, jnp.arange(len(rows.count))
+        s, live = self.settings, ~rows.done
 
         def noise(bits: jax.Array, count: jax.Array) -> jax.Array:
             key = jax.random.wrap_key_data(bits, impl=self.program.implementation)
@@ -351,22 +350,26 @@ class Decoder:
             min_p=s.min_p,
             adjusted=self.adjusted(rows, logits),
         )
-        column = jnp.where(live, rows.count, rows.tokens.shape[1])  # a row that is done writes outside: dropped
         plain, text, seen = rows.plain, rows.text, rows.seen
+
+        def put(x: jax.Array, place: jax.Array, value: jax.Array) -> jax.Array:
+            """`value` [B] at `place` [B] of x [B, N] in rows that live; no scatter: over devices it would gather."""
+            here = live[:, None] & (jnp.arange(x.shape[1]) == place[:, None])
+            return jnp.where(here, value[:, None], x)
+
         if plain is not None:
-            plain = plain.at[at, column].set(filters.token_logps(logits, token, jnp.float32(1)), mode="drop")
+            plain = put(plain, rows.count, filters.token_logps(logits, token, jnp.float32(1)))
         if text is not None:
-            place = jnp.where(live, rows.lengths + rows.count, text.shape[1])
-            text = text.at[at, place].set(token, mode="drop")
+            text = put(text, rows.lengths + rows.count, token)
         if seen is not None:
-            seen = seen.at[at, token].max(live)
+            seen = put(seen, token, live)
         count = rows.count + live
         stopped = jnp.any(token[:, None] == s.stop, axis=1)
         return rows._replace(
             count=count,
             done=rows.done | stopped | (count >= s.limit),
-            tokens=rows.tokens.at[at, column].set(token, mode="drop"),
-            logps=rows.logps.at[at, column].set(logp, mode="drop"),
+            tokens=put(rows.tokens, rows.count, token),
+            logps=put(rows.logps, rows.count, logp),
             plain=plain,
             text=text,
             seen=seen,

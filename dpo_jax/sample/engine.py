@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import Narrow, SampleConfig
+from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
@@ -41,36 +41,30 @@ class Generation(NamedTuple):
     logps: jax.Array
 
 
-@partial(jax.jit, static_argnames=("program", "narrow", "new", "slots", "samples", "plain"))
+@partial(jax.jit, static_argnames=("program", "new", "slots", "samples", "plain"))
 def _generate(
-    variables: Any | Weights,
+    weights: Weights,
     prompts: jax.Array,
     lengths: jax.Array,
     key_data: jax.Array,
     row_ids: jax.Array,
     settings: decode.Settings,
-    other: Any | Weights | None = None,
+    other: Weights | None = None,
     share: jax.Array | None = None,
     *,
     program: Program,
-    narrow: Narrow | None,
     new: int,
     slots: int,
     samples: int,
     plain: bool,
 ) -> tuple[Generation, jax.Array | None]:
-    """Prefill and decode. Rows of length 0 are fillers and done at once.
-
-    What decoding reads is made in here from plain variables: a copy of weights that change with every call, as in
-    training, is gone when it ends. `other`, `share`: see `generate_mixture`.
-    """
-    weights = make_weights(program, variables, narrow)
+    """Prefill and decode. Rows of length 0 are fillers and done at once. `other`, `share`: see `generate_mixture`."""
     key = jax.random.wrap_key_data(key_data, impl=program.implementation)
     numbers = jnp.tile(jnp.arange(samples), len(prompts))
     keys = decode.row_keys(key, jnp.repeat(row_ids, samples), numbers)
     decoder = decode.Decoder(program, weights, settings)
     if other is not None and share is not None:
-        decoder = MixedDecoder(program, weights, make_weights(program, other, narrow), share, settings)
+        decoder = MixedDecoder(program, weights, other, share, settings)
     rows = decoder.begin(prompts, lengths, keys, samples=samples, new=new, slots=slots, plain=plain)
     rows = decode.constrain(rows)
     rows = jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), decoder.advance, rows)
@@ -177,39 +171,34 @@ def generate_mixture(
 
 
 def lower(
-    model: llama.Llama, variables: Any, *, rows: int, prompt: int, config: SampleConfig, samples: int, mesh: Mesh
+    model: llama.Llama, weights: Weights, *, rows: int, prompt: int, config: SampleConfig, samples: int, mesh: Mesh
 ) -> Any:
     """The `jax.stages.Lowered` of `generate`, for compiling ahead of time.
 
     Args:
-      variables: `jax.ShapeDtypeStruct`s with shardings on `mesh`.
+      weights: of `program.prepared_shapes`.
       rows, prompt: prompts, rounded up to the devices that split them, of at most so many tokens.
       config, samples: as for `generate`.
-
-    Raises `InputError` where the program needs copies of the weights (`config.weights`; layers unrolled for CPUs).
     """
     slots = decode.count_slots(model, prompt, config)
-    drawn = meshes.for_sampling(mesh)
-    rows += -rows % meshes.batch_parts(drawn)
     key_data, implementation = decode.key_data(jax.random.key(0))
+    program = Program.of(model, config, implementation, mesh, weights)
+    drawn: Any = program.mesh
+    rows += -rows % meshes.batch_parts(drawn)
     width = min(bucket(prompt), slots)
     with meshes.in_force(drawn):
-        program = Program.of(model, config, implementation, drawn)
-        if program.unrolled or config.weights is not None:
-            raise InputError("generation with copies of the weights cannot be compiled ahead: leave sample.weights out")
 
         def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(drawn, meshes.batch_axes(len(shape))))
 
         return _generate.lower(
-            variables,
+            weights,
             array(rows, width),
             array(rows),
             key_data,
             array(rows, dtype=jnp.uint32),
             decode.settings(config, model.config.vocab_size),
             program=program,
-            narrow=None,
             new=bucket(config.max_new_tokens),
             slots=slots,
             samples=samples,
@@ -231,7 +220,9 @@ def _run(
     plain: bool,
     of: tuple[np.float32, Any] | None = None,
 ) -> tuple[Generation, jax.Array | None]:
-    mesh = None if mesh is None else meshes.for_sampling(mesh)
+    key_data, implementation = decode.key_data(key)
+    program = Program.of(model, config, implementation, mesh, variables)
+    mesh = program.mesh
     padded, lengths = decode.pad_prompts(prompts, prompt_lengths, model.config.vocab_size)
     count, longest = padded.shape
     ids = np.arange(count) if row_ids is None else np.asarray(row_ids)
@@ -247,21 +238,20 @@ def _run(
     fillers = -count % (1 if mesh is None else meshes.batch_parts(mesh))
     padded = np.pad(padded, ((0, fillers), (0, min(bucket(longest), slots) - longest)))
     batch = (padded, np.pad(lengths, (0, fillers)), np.pad(ids.astype(np.uint32), (0, fillers)))
-    key_data, implementation = decode.key_data(key)
     settings = decode.settings(config, model.config.vocab_size, vocabulary)
     static = {
-        "narrow": config.weights,
         "new": bucket(config.max_new_tokens),
         "slots": slots,
         "samples": samples,
         "plain": plain,
     }
     with meshes.in_force(mesh):
-        program = Program.of(model, config, implementation, mesh)
         tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
-        share, other = (None, None) if of is None else of
-        mixed: Any = {"other": other, "share": share}
-        out, logps = _generate(variables, tokens, lengths, key_data, ids, settings, **mixed, program=program, **static)
+        weights = make_weights(program, variables, config.weights)
+        mixed: Any = {}
+        if of is not None:
+            mixed = {"share": of[0], "other": make_weights(program, of[1], config.weights)}
+        out, logps = _generate(weights, tokens, lengths, key_data, ids, settings, **mixed, program=program, **static)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: count * samples, : config.max_new_tokens]

@@ -196,21 +196,21 @@ class Live:
         rows: B, rounded up to what the mesh splits.
         longest: prompt and new tokens of a request have at most so many tokens together; not given: the context.
         vocabulary: ids from here on are never drawn.
-        config: `weights` and `cache` of it say what is read and kept in fewer bits.
+        config: `weights`, `layout` and `cache` of it say what is read, where, and kept in fewer bits.
         """
         if rows < 1:
             raise InputError(f"rows {rows} must be at least 1")
         config = SampleConfig() if config is None else config
-        mesh = None if mesh is None else meshes.for_sampling(mesh)
+        bits, implementation = decode.key_data(jax.random.key(0))
+        self._program = Program.of(model, config, implementation, mesh, variables)
+        mesh = self._program.mesh
         self.model, self.mesh = model, mesh
         self._parts = 1 if mesh is None else meshes.batch_parts(mesh)
         self.size = -(-rows // self._parts) * self._parts
         limits = (*decode.limits(model.config).values(), longest)
         self.longest = min(limit for limit in limits if limit is not None)
         self._vocabulary = vocabulary
-        bits, implementation = decode.key_data(jax.random.key(0))
         with meshes.in_force(mesh):
-            self._program = Program.of(model, config, implementation, mesh)
             self._weights = make_weights(self._program, variables, config.weights)
         self._words = len(bits)
         self._settings: list[Settings | None] = [None] * self.size

@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import Narrow, SampleConfig
+from dpo_jax.config import Narrow, SampleConfig, SampleLayout
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama, narrow
 from dpo_jax.model import variables as model_variables
+from dpo_jax.sample import layout as layouts
 
 
 class Program(NamedTuple):
@@ -22,33 +24,50 @@ class Program(NamedTuple):
       unrolled:       whether the tokens after them go through unrolled layers; see `Llama.unrolled`.
       cache:          dtype of the cache, by name.
       implementation: of the random numbers, by name.
-      mesh:           or None.
+      layout:         where the weights lie; see `sample/layout.py`.
+      mesh:           the one of that layout, or None.
     """
 
     model: llama.Llama
     unrolled: bool
     cache: str
     implementation: str
+    layout: SampleLayout
     mesh: Mesh | None
 
     @classmethod
-    def of(cls, model: llama.Llama, config: SampleConfig, implementation: str, mesh: Mesh | None) -> "Program":
-        """For a mesh that is in force, or none."""
+    def of(
+        cls, model: llama.Llama, config: SampleConfig, implementation: str, mesh: Mesh | None, variables: Any
+    ) -> "Program":
+        """For the mesh that `variables` lie on, or none; `Weights` have chosen their layout."""
+        chosen = variables.layout if isinstance(variables, Weights) else None
+        if chosen is None:
+            chosen = layouts.resolved(config, model, variables, mesh).layout
+        elif config.layout not in (None, chosen):
+            raise InputError(f"these weights were laid out as {chosen}, and config.layout is {config.layout}")
+        assert chosen is not None, "resolved"
+        mesh = None if mesh is None else meshes.for_sampling(mesh, whole_rows=chosen == "tensor")
+        with meshes.in_force(mesh):
+            # What is copied anyway may be copied layer by layer: a scan moves every slot of its caches for each token.
+            unrolled = chosen != "training" or meshes.platform() == "cpu"
         cache = jnp.dtype(config.cache or model.dtype).name
-        return cls(model, meshes.platform() == "cpu", cache, implementation, mesh)
+        return cls(model, unrolled, cache, implementation, chosen, mesh)
 
 
-class Weights(NamedTuple):
+@struct.dataclass
+class Weights:
     """What a compiled program is given.
 
     Attributes:
       prompt: variables for the prompts.
       own:    those for the tokens after them, where they are unrolled or narrow; None: the same, which then are one
               argument of the program and not two.
+      layout: where they lie; static.
     """
 
     prompt: Any
     own: Any = None
+    layout: SampleLayout = struct.field(pytree_node=False, default="training")
 
     @property
     def token(self) -> Any:
@@ -57,31 +76,89 @@ class Weights(NamedTuple):
 
 
 def make_weights(program: Program, variables: Any, to: Narrow | None) -> Weights:
-    """Made once for many tokens: what is unrolled or narrow is a copy. What is made already stays as it is.
+    """Made once for many tokens: what is laid out anew, unrolled or narrow is a copy. What is made stays as it is.
 
-    Raises `InputError` where that was made for another `to`, which is `SampleConfig.weights`.
+    With `program.mesh` in force. Raises `InputError` where that was made for another `to`, which is
+    `SampleConfig.weights`.
     """
     if isinstance(variables, Weights):
         made = narrow.kind(variables.token)
         if made != to:
             raise InputError(f"these weights were prepared as {made}, and config.weights is {to}")
         return variables
-    if not program.unrolled and to is None:
-        return Weights(variables)
-    return Weights(variables, _token_weights(variables, to=to, unrolled=program.unrolled))
+    own = _token_weights(variables, program=program, to=to) if program.unrolled or to is not None else None
+    # Prompts are computed at once and may gather a layer at a time, where each device has rows of its own.
+    if program.layout == "tensor":
+        return Weights(_laid_out(variables, program=program), own, "tensor")
+    return Weights(_in_place(program, variables), own, program.layout)
 
 
-@partial(jax.jit, static_argnames=("to", "unrolled"))
-def _token_weights(variables: Any, *, to: Narrow | None, unrolled: bool) -> Any:
+def _in_place(program: Program, variables: Any) -> Any:
+    """The variables as they lie, by the names of the program's mesh: nothing is moved."""
+
+    def name(path: tuple[Any, ...], x: Any) -> Any:
+        where = x.sharding
+        if program.mesh is None or not isinstance(where, NamedSharding) or where.mesh == program.mesh:
+            return x
+        where = meshes.sharding(program.mesh, model_variables.axes_of(path))
+        return x.update(sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
+
+    return jax.tree_util.tree_map_with_path(name, variables)
+
+
+@partial(jax.jit, static_argnames=("program", "to"))
+def _token_weights(variables: Any, *, program: Program, to: Narrow | None) -> Any:
     made = variables if to is None else narrow.narrow_variables(variables, to)
-    return model_variables.unroll(made) if unrolled else made
+    made = model_variables.unroll(made) if program.unrolled else made
+    return made if program.layout == "training" else _laid_out(made, program=program)
+
+
+@partial(jax.jit, static_argnames=("program",))
+def _laid_out(variables: Any, *, program: Program) -> Any:
+    """The variables in the layout of the program, matrices in the dtype that its model computes in."""
+    c = program.model.config
+
+    def lay(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        name, head = path[-1].key, path[1].key in ("embed_tokens", "lm_head")
+        # A head that is scaled before it is rounded stays as it is.
+        if name in ("kernel", "embedding") and not (head and c.logit_scale != 1):
+            x = x.astype(program.model.dtype)
+        return meshes.constrain(x, _axes(path))
+
+    return jax.tree_util.tree_map_with_path(lay, variables)
+
+
+def _axes(path: tuple[Any, ...]) -> meshes.LogicalAxes:
+    """Logical axes of a weight that every device has the whole width of."""
+    return tuple(None if axis == "embed" else axis for axis in model_variables.axes_of(path))
+
+
+def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, mesh: Mesh) -> Weights:
+    """What `prepare` gives for `variables` of shapes with shardings on `mesh`: shapes too, with theirs."""
+    program = Program.of(model, config, "", mesh, variables)
+    drawn = program.mesh
+    assert drawn is not None
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = model_variables.axes_of(path) if program.layout == "training" else _axes(path)
+        return x.update(sharding=meshes.sharding(drawn, axes))
+
+    def made(function: Any, **options: Any) -> Any:
+        with meshes.in_force(drawn):
+            shapes = jax.eval_shape(partial(function, program=program, **options), variables)
+        return jax.tree_util.tree_map_with_path(place, shapes)
+
+    own = made(_token_weights, to=config.weights) if program.unrolled or config.weights is not None else None
+    prompt = made(_laid_out) if program.layout == "tensor" else _in_place(program, variables)
+    return Weights(prompt, own, program.layout)
 
 
 def prepare(model: llama.Llama, variables: Any, config: SampleConfig, *, mesh: Mesh | None = None) -> Weights:
     """What generation reads, made once for many calls: pass it on in place of `variables`.
 
-    It holds a copy where `config.weights` asks for fewer bits, and on CPUs, where layers are unrolled.
+    It holds a copy where the layout or `config.weights` ask for one, and on CPUs, where layers are unrolled; whoever
+    has it gives it up.
     """
-    mesh = None if mesh is None else meshes.for_sampling(mesh)
-    with meshes.in_force(mesh):
-        return make_weights(Program.of(model, config, "", mesh), variables, config.weights)
+    program = Program.of(model, config, "", mesh, variables)
+    with meshes.in_force(program.mesh):
+        return make_weights(program, variables, config.weights)

@@ -17,7 +17,7 @@ from dpo_jax.complete.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import generate, generate_mixture, generate_with_plain_logps
+from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare
 
 STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
@@ -81,9 +81,13 @@ class Answered:
 
     # ---------------------------------------------------------------- responses
 
+    def _prepared(self, variables: Mapping[str, Any]) -> Weights:
+        """What `_drawn` reads, laid out for it once; whoever has it gives it up before the devices do anything else."""
+        return prepare(self._model, variables, self._sample, mesh=self._mesh)
+
     def _drawn(
         self,
-        variables: Mapping[str, Any],
+        weights: Weights,
         batch: PromptBatch,
         rows: np.ndarray,
         key: jax.Array,
@@ -91,15 +95,16 @@ class Answered:
         each: int | None = None,
         greedy: bool = False,
         plain: bool = False,
-        mixed: tuple[Mapping[str, Any], float] | None = None,
+        mixed: tuple[Weights, float] | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Tokens, mask and log-probabilities of responses to `rows` of the batch, which are whole groups.
 
         Args:
+          weights: of `_prepared`.
           each: responses to each group; None: one a row.
           greedy: one response to each group, without chance.
           plain: log-probabilities at temperature 1.
-          mixed: other variables and their share of the mixture that writes (`sample/mixture.py`).
+          mixed: other weights and their share of the mixture that writes (`sample/mixture.py`).
         """
         group, config = self._group, self._sample
         if greedy:
@@ -118,12 +123,12 @@ class Answered:
             }
             prompts = batch.prompts[at]
             if mixed is not None:
-                found = generate_mixture(self._model, variables, *mixed, prompts, key, **options)
+                found = generate_mixture(self._model, weights, *mixed, prompts, key, **options)
             elif plain:
-                found, logps = generate_with_plain_logps(self._model, variables, prompts, key, **options)
+                found, logps = generate_with_plain_logps(self._model, weights, prompts, key, **options)
                 found = found._replace(logps=logps)
             else:
-                found = generate(self._model, variables, prompts, key, **options)
+                found = generate(self._model, weights, prompts, key, **options)
             parts.append([np.asarray(x)[: len(own) // group * each] for x in found])
         tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
         return tokens, mask, logps

@@ -46,7 +46,7 @@ class StudentResponses(Answered):
         figures: Row = {"rollout/on_policy": float(own)}
         if own:
             key = jax.random.fold_in(self._key, batch.step)
-            tokens, mask, logps = self._drawn(ppo.policy_of(state.variables), batch, rows, key)
+            tokens, mask, logps = self._drawn(self._prepared(ppo.policy_of(state.variables)), batch, rows, key)
             figures["objective/entropy"] = float(-logps.sum(axis=1, dtype=np.float64).mean())
         else:
             tokens, mask = self._given(batch)

@@ -28,7 +28,7 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
 from dpo_jax.judge.environment import LARGEST, OPTION, Environment, Failed, Step
-from dpo_jax.sample import generate
+from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.types import Rollout
@@ -120,12 +120,12 @@ class EpisodeRollouts(Rollouts):
 
     def _played(self, state: TrainState, batch: PromptBatch) -> list[_Episode]:
         """All episodes of an iteration, to their ends."""
-        variables, key = ppo.policy_of(state.variables), jax.random.fold_in(self._key, batch.step)
+        weights, key = self._prepared(ppo.policy_of(state.variables)), jax.random.fold_in(self._key, batch.step)
         episodes = self._begun(batch)
         waiting = deque(range(len(episodes)))
         while waiting:
             at = [waiting.popleft() for _ in range(min(self._piece, len(waiting)))]
-            self._answered(variables, key, episodes, at)
+            self._answered(weights, key, episodes, at)
             answers = self._timed(lambda: self._environment.step([(i, episodes[i].messages) for i in at]))  # noqa: B023
             for i, answer in zip(at, answers, strict=True):
                 if self._goes_on(episodes[i], answer):
@@ -136,12 +136,12 @@ class EpisodeRollouts(Rollouts):
         prompts, rows = [self._data.prompts[i] for i in batch.indices], batch.rows.tolist()
         return self._timed(lambda: _begun(self._environment, self._encoder, self._bounds.prompt, prompts, rows))
 
-    def _answered(self, variables: Any, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
+    def _answered(self, weights: Weights, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
         """One turn of the policy in the episodes `at`."""
         filled = np.resize(np.asarray(at), self._piece)  # filled up, so that all calls have as many rows
         generation = generate(
             self._model,
-            variables,
+            weights,
             [[*episodes[i].prompt, *episodes[i].ids] for i in filled],
             key,
             config=self._sample,

@@ -33,7 +33,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.report.samples import TRAINING_SAMPLES
-from dpo_jax.sample import generate
+from dpo_jax.sample import generate, with_layout
 from dpo_jax.state import TrainState
 from dpo_jax.weights.tokenizer import text_ids
 
@@ -108,10 +108,12 @@ class FixedPrompts:
 
     def _answer(self, model: Llama, config: SampleConfig, mesh: Mesh, path: Path, state: TrainState) -> None:
         parts = meshes.batch_parts(mesh)
+        policy = ppo.policy_of(state.variables)
+        config = with_layout(config, model, policy, mesh, held=(state.trainable, state.frozen, state.opt_state))
         at = np.resize(np.arange(len(self.ids)), -(-len(self.ids) // parts) * parts)  # filled up with its own rows
         generation = generate(
             model,
-            ppo.policy_of(state.variables),
+            policy,
             [self.ids[i].tolist() for i in at.tolist()],
             jax.random.key(0),  # greedy: nothing is drawn with it
             config=config,

@@ -25,7 +25,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.report.statistics import interval, kl_estimates, pass_at
 from dpo_jax.report.text_health import health
-from dpo_jax.sample import generate
+from dpo_jax.sample import Weights, generate, prepare
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
 
@@ -84,7 +84,9 @@ class HeldOutPrompts:
         pass@k likewise, where it was asked for; kl_token and kl_token_k3; ended, the share that reached a terminator;
         `text_health`'s figures; the parts of several rewards.
         """
-        parts = [self._answered(state, first) for first in range(0, len(self._data), self._piece)]
+        weights = prepare(self._model, ppo.policy_of(state.variables), self._sample, mesh=self._mesh)
+        parts = [self._answered(state, weights, first) for first in range(0, len(self._data), self._piece)]
+        del weights
         tokens, mask, logps, reference = (
             np.concatenate(arrays)[: len(self._data) * self._samples] for arrays in zip(*parts, strict=True)
         )
@@ -120,13 +122,13 @@ class HeldOutPrompts:
         every = [2**i for i in range(self._samples.bit_length())]
         return {f"pass@{k}": pass_at(k, right, self._samples) for k in every}
 
-    def _answered(self, state: TrainState, first: int) -> tuple[np.ndarray, ...]:
+    def _answered(self, state: TrainState, weights: Weights, first: int) -> tuple[np.ndarray, ...]:
         """Tokens, mask, log-probabilities and the reference's of a piece, which is filled up with its own rows."""
         real = np.arange(first, min(first + self._piece, len(self._data)))
         at = np.resize(real, self._piece)
         generation = generate(
             self._model,
-            ppo.policy_of(state.variables),
+            weights,
             self._prompts[at],
             self._key,
             config=self._sample,

@@ -131,17 +131,18 @@ class OnlinePairs(Answered):
 
     def _responses(self, state: TrainState, batch: PromptBatch) -> tuple[np.ndarray, ...]:
         """Tokens, mask and log-probabilities at temperature 1 (of an opponent: any) of all responses, [B K, R]."""
-        variables, rows = ppo.policy_of(state.variables), np.arange(len(batch.rows))
+        weights, rows = self._prepared(ppo.policy_of(state.variables)), np.arange(len(batch.rows))
         key, opponent = jax.random.fold_in(self._key, batch.step), self._config.opponent
         if opponent == "policy":
-            return self._drawn(variables, batch, rows, key, plain=True)
-        own = self._drawn(variables, batch, rows, key, each=1, plain=True)
+            return self._drawn(weights, batch, rows, key, plain=True)
+        own = self._drawn(weights, batch, rows, key, each=1, plain=True)
         against, reference = jax.random.fold_in(key, _OPPONENT), _reference(state, self._reference)
         if opponent == "reference":
-            other = self._drawn(reference, batch, rows, against, each=1, plain=True)
+            del weights
+            other = self._drawn(self._prepared(reference), batch, rows, against, each=1, plain=True)
         else:
-            mixed = (reference, self._config.resolved("mixture"))
-            other = self._drawn(variables, batch, rows, against, each=1, mixed=mixed)
+            mixed = (self._prepared(reference), self._config.resolved("mixture"))
+            other = self._drawn(weights, batch, rows, against, each=1, mixed=mixed)
         both = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
         return tuple(x.reshape(-1, x.shape[-1]) for x in both)
 

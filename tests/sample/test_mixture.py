@@ -35,7 +35,9 @@ def exact(two, ids, temperature: float = 1.0) -> np.ndarray:
 def test_probabilities_are_the_mixtures(two) -> None:
     """Of every token, behind the prompt and behind one token more, to 1e-6."""
     model, variables, base = two
-    program = Program(model, unrolled=True, cache="float32", implementation="threefry2x32", mesh=None)
+    program = Program(
+        model, unrolled=True, cache="float32", implementation="threefry2x32", layout="training", mesh=None
+    )
     settings = decode.settings(SampleConfig(max_new_tokens=4), model.config.vocab_size)
 
     @quick_jit

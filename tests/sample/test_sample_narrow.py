@@ -56,7 +56,7 @@ def test_products_of_narrow_weights(to, bound, rows):
 def step_logits(small, config, unrolled=True):
     """float32 [tokens, V]: logits of a text, its first half computed at once, the rest token by token."""
     model, variables = small
-    program = programs.Program.of(model, config, "threefry2x32", None)._replace(unrolled=unrolled)
+    program = programs.Program.of(model, config, "threefry2x32", None, variables)._replace(unrolled=unrolled)
     weights = programs.make_weights(program, variables, config.weights)
     decoder = decode.Decoder(program, weights, decode.settings(config, model.config.vocab_size))
     text = jnp.asarray(np.random.default_rng(1).integers(3, 30, (1, 24)), jnp.int32)
