@@ -169,12 +169,12 @@ def sampled(
     endless = model.clone(config=dataclasses.replace(model.config, eos_token_ids=(), further_stop_ids=()))
     rows, new = prompts[0] * samples, config.max_new_tokens
     took = {}
+    weights = prepare(endless, variables, config, mesh=mesh)
     for length in (1, new):
         one = dataclasses.replace(config, max_new_tokens=length)
-        weights = prepare(endless, variables, one, mesh=mesh) if one.weights else variables
         count = iter(range(1000))
         took[length] = seconds_of(
-            lambda one=one, weights=weights, count=count: (
+            lambda one=one, count=count: (
                 generate(
                     endless, weights, ids, jax.random.key(next(count)), config=one, samples=samples, mesh=mesh
                 ).tokens

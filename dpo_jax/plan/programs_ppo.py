@@ -45,8 +45,10 @@ def _is_model(judge: str) -> bool:
     return not (plain or is_url(judge) or ".py:" in judge)
 
 
-def build(run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str, memory: float) -> Program:
-    """The program `name` of a run on devices of `memory` bytes."""
+def build(
+    run: PPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths, name: str, memory: float | None = None
+) -> Program:
+    """The program `name` of a run on devices of `memory` bytes; None: on those that are here."""
     config = run.step_config()
     run.check_sizes(batch_parts(mesh))
     model = programs.make_model(run, shape)
@@ -88,7 +90,7 @@ def _sampler(
     config: PPOConfig,
     piece: int,
     held: float,
-    memory: float,
+    memory: float | None,
 ) -> Program:
     """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call.
 

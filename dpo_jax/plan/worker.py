@@ -74,7 +74,7 @@ def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     check_batch(job.run, mesh)
     run = programs.with_schedule(job.run)
     if isinstance(run, PPORun):
-        memory = Topology.parse(job.topology).hardware.memory
+        memory = Topology.parse(job.topology).hardware.memory if job.topology else None
         return programs_ppo.build(run, job.shape, mesh, lengths, job.program, memory)
     if isinstance(run, SFTRun):
         return programs.build_sft(run, job.shape, mesh, lengths)

@@ -95,12 +95,15 @@ def make_weights(program: Program, variables: Any, to: Narrow | None) -> Weights
 
 def _in_place(program: Program, variables: Any) -> Any:
     """The variables as they lie, by the names of the program's mesh: nothing is moved."""
+    mesh = program.mesh
+    if mesh is None:
+        return variables
 
     def name(path: tuple[Any, ...], x: Any) -> Any:
         where = x.sharding
-        if program.mesh is None or not isinstance(where, NamedSharding) or where.mesh == program.mesh:
+        if not isinstance(where, NamedSharding) or where.mesh == mesh:
             return x
-        where = meshes.sharding(program.mesh, model_variables.axes_of(path))
+        where = meshes.sharding(mesh, model_variables.axes_of(path))
         return x.update(sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
 
     return jax.tree_util.tree_map_with_path(name, variables)
