@@ -385,11 +385,11 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         counts = row_weights(averaging, tokens, aims.group_tokens, aims.group_rows, config.max_response)
 
         def gradients(blocks: tuple[Rollout, Targets, jax.Array]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
-            micro = jax.tree.map(_rows, blocks)
+            micro, goals, counts = jax.tree.map(_rows, blocks)
 
             def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, TokenParts]]:
-                loss, parts = _losses(state, weights, *micro, config, k)
-                return loss, (jnp.full(micro[0].weights.shape, loss / micro[0].weights.shape[0]), parts)
+                loss, parts = _losses(state, weights, micro, goals, counts, config, k)
+                return loss, (jnp.full(counts.shape, loss / counts.shape[0]), parts)
 
             slopes, found = jax.grad(objective, has_aux=True)(trainable)
             return slopes, jax.tree.map(partial(_blocks, k=k), found)

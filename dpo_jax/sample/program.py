@@ -1,11 +1,11 @@
 """What compiled generation depends on beside shapes, and the weights that it reads."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from dpo_jax import mesh as meshes
@@ -54,7 +54,8 @@ class Program(NamedTuple):
         return cls(model, unrolled, cache, implementation, chosen, mesh)
 
 
-@struct.dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=["prompt", "own"], meta_fields=["layout"])
+@dataclass(frozen=True)
 class Weights:
     """What a compiled program is given.
 
@@ -67,7 +68,7 @@ class Weights:
 
     prompt: Any
     own: Any = None
-    layout: SampleLayout = struct.field(pytree_node=False, default="training")
+    layout: SampleLayout = "training"
 
     @property
     def token(self) -> Any:
