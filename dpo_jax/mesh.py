@@ -259,9 +259,14 @@ def for_sampling(mesh: Mesh, *, whole_rows: bool = False) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def pieces(mesh: Mesh, axis: str) -> int:
+    """How many pieces a logical axis is split into on `mesh`."""
+    return math.prod(mesh.shape[n] for n in RULES[axis])
+
+
 def batch_parts(mesh: Mesh) -> int:
     """How many pieces a batch is split into on `mesh`: a batch size must be a multiple of it."""
-    return math.prod(mesh.shape[n] for n in RULES["batch"])
+    return pieces(mesh, "batch")
 
 
 def device_bytes(tree: Any) -> float:

@@ -42,7 +42,10 @@ from dpo_jax.config.rejection import RejectionConfig, RejectionRun
 from dpo_jax.config.reward import ClassHead, RewardConfig, RewardLossConfig, RewardRun
 from dpo_jax.config.safety import SafetyRun
 from dpo_jax.config.sections import (
+    GATHERED,
     LINEAR_LAYERS,
+    TENSOR,
+    TRAINING,
     AttentionKernel,
     CheckpointConfig,
     DataConfig,
@@ -72,11 +75,14 @@ __all__ = [
     "ASPECTS",
     "BETAS",
     "FRONTIER_SIZES",
+    "GATHERED",
     "LINEAR_LAYERS",
     "ON_COMMAND_LINE",
     "OPEN",
     "PRESETS",
     "SET_BY_RECIPE",
+    "TENSOR",
+    "TRAINING",
     "AIFRun",
     "AssumeConfig",
     "AttentionKernel",

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import ppo
-from dpo_jax.config import PPOConfig, PPORun, is_url
+from dpo_jax.config import TENSOR, PPOConfig, PPORun, is_url
 from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.mesh import batch_parts, device_bytes
@@ -102,7 +102,7 @@ def _sampler(
     sample = layouts.resolved(run.sample, model, policy, mesh, held=held, limit=memory)
     sample = dataclasses.replace(sample, max_new_tokens=lengths.response)
     weights = prepared_shapes(model, policy, sample, mesh)
-    held += device_bytes(weights.own) + (device_bytes(weights.prompt) if weights.layout == "tensor" else 0.0)
+    held += device_bytes(weights.own) + (device_bytes(weights.prompt) if weights.layout == TENSOR else 0.0)
     work = preference_work(_rollout(piece, lengths, config, measured=False).groups(group), 0, group)
 
     def lower() -> Any:

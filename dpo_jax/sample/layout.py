@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import SampleConfig, SampleLayout
+from dpo_jax.config import GATHERED, TENSOR, TRAINING, SampleConfig, SampleLayout
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -52,7 +52,7 @@ def resolved(
 
     Raises `InputError` where the model does not divide as the layout that is given wants.
     """
-    if config.layout == "tensor":
+    if config.layout == TENSOR:
         problem = None if mesh is None else _indivisible(model.config, mesh)
         if problem is not None:
             raise InputError(f"--sample.layout tensor: {problem}; take gathered or training")
@@ -66,26 +66,26 @@ def _fitting(
 ) -> SampleLayout:
     leaves = jax.tree.leaves(variables["params"])
     width = {None: jnp.dtype(model.dtype).itemsize, "bfloat16": 2, "int8": 1}[config.weights]
-    shared = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["context"]
+    shared = 1 if mesh is None else meshes.pieces(mesh, "embed")
     narrow = config.weights is not None or max(x.dtype.itemsize for x in leaves) <= width
     with meshes.in_force(mesh):
         apart = meshes.platform() == "cpu"
     if shared == 1 and narrow and (held is None or apart):
-        return "training"  # whole and narrow enough as they are; a CPU copies its layers apart anyway
+        return TRAINING  # whole and narrow enough as they are; a CPU copies its layers apart anyway
     held = variables if held is None else held
     taken = held if isinstance(held, float | int) else meshes.device_bytes(held)
     room = SHARE * (USED * (memory() if limit is None else limit) - taken)
-    size = width * sum(x.size for x in leaves) / (1 if mesh is None else mesh.shape["tensor"])
+    size = width * sum(x.size for x in leaves) / (1 if mesh is None else meshes.pieces(mesh, "heads"))
     if size <= room:
-        return "gathered"
+        return GATHERED
     if mesh is not None and size / shared <= room and _indivisible(model.config, mesh) is None:
-        return "tensor"
-    return "training"
+        return TENSOR
+    return TRAINING
 
 
 def _indivisible(shape: LlamaConfig, mesh: Mesh) -> str | None:
     """What does not divide over all devices that share the weights, in words; None where all does."""
-    parts = meshes.for_sampling(mesh, whole_rows=True).shape["tensor"]
+    parts = meshes.pieces(meshes.for_sampling(mesh, whole_rows=True), "heads")
     sizes = {
         "attention heads": shape.num_heads,
         "key/value heads": shape.num_kv_heads,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import Narrow, SampleConfig, SampleLayout
+from dpo_jax.config import TENSOR, TRAINING, Narrow, SampleConfig, SampleLayout
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama, narrow
 from dpo_jax.model import variables as model_variables
@@ -46,10 +46,10 @@ class Program(NamedTuple):
         elif config.layout not in (None, chosen):
             raise InputError(f"these weights were laid out as {chosen}, and config.layout is {config.layout}")
         assert chosen is not None, "resolved"
-        mesh = None if mesh is None else meshes.for_sampling(mesh, whole_rows=chosen == "tensor")
+        mesh = None if mesh is None else meshes.for_sampling(mesh, whole_rows=chosen == TENSOR)
         with meshes.in_force(mesh):
             # What is copied anyway may be copied layer by layer: a scan moves every slot of its caches for each token.
-            unrolled = chosen != "training" or meshes.platform() == "cpu"
+            unrolled = chosen != TRAINING or meshes.platform() == "cpu"
         cache = jnp.dtype(config.cache or model.dtype).name
         return cls(model, unrolled, cache, implementation, chosen, mesh)
 
@@ -68,7 +68,7 @@ class Weights:
 
     prompt: Any
     own: Any = None
-    layout: SampleLayout = "training"
+    layout: SampleLayout = TRAINING
 
     @property
     def token(self) -> Any:
@@ -89,8 +89,8 @@ def make_weights(program: Program, variables: Any, to: Narrow | None) -> Weights
         return variables
     own = _token_weights(variables, program=program, to=to) if program.unrolled or to is not None else None
     # Prompts are computed at once and may gather a layer at a time, where each device has rows of its own.
-    if program.layout == "tensor":
-        return Weights(_laid_out(variables, program=program), own, "tensor")
+    if program.layout == TENSOR:
+        return Weights(_laid_out(variables, program=program), own, TENSOR)
     return Weights(_in_place(program, variables), own, program.layout)
 
 
@@ -114,7 +114,7 @@ def _in_place(program: Program, variables: Any) -> Any:
 def _token_weights(variables: Any, *, program: Program, to: Narrow | None) -> Any:
     made = variables if to is None else narrow.narrow_variables(variables, to)
     made = model_variables.unroll(made) if program.unrolled else made
-    return made if program.layout == "training" else _laid_out(made, program=program)
+    return made if program.layout == TRAINING else _laid_out(made, program=program)
 
 
 @partial(jax.jit, static_argnames=("program",))
@@ -144,7 +144,7 @@ def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, me
     assert drawn is not None
 
     def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = model_variables.axes_of(path) if program.layout == "training" else _axes(path)
+        axes = model_variables.axes_of(path) if program.layout == TRAINING else _axes(path)
         return x.update(sharding=meshes.sharding(drawn, axes))
 
     def made(function: Any, **options: Any) -> Any:
@@ -153,7 +153,7 @@ def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, me
         return jax.tree_util.tree_map_with_path(place, shapes)
 
     own = made(_token_weights, to=config.weights) if program.unrolled or config.weights is not None else None
-    prompt = made(_laid_out) if program.layout == "tensor" else _in_place(program, variables)
+    prompt = made(_laid_out) if program.layout == TENSOR else _in_place(program, variables)
     return Weights(prompt, own, program.layout)
 
 
