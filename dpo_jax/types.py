@@ -2,7 +2,7 @@
 
 Glossary of axes, the same everywhere in this code base:
 B batch (prompts), K responses a prompt, P prompt tokens, R response tokens, T sequence tokens, D width,
-H heads, G key/value heads, C channels of a head, F feed-forward width, V vocabulary, L layers.
+H heads, G key/value heads, C channels of a head, F feed-forward width, V vocabulary, L layers, W windows.
 """
 
 import jax
@@ -11,6 +11,62 @@ from flax import struct
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
 """Positions on the K axis of a preference group. MISMATCHED and on are there only for KTO (see `align/dpo.py`)."""
+
+
+@struct.dataclass
+class Views:
+    """What attention sees of windows of T places: sequences of their own, each a plain causal one, right-padded.
+
+    A place may stand in several sequences (a prompt stands in those of all its responses), and then what attention
+    gives there is taken from the first: it is the same in all. Sequences of like length share a class.
+
+    Attributes:
+      places:  a class each: int32 [W, n, L], the place in the window of each token of n sequences; any at padding.
+      lengths: a class each: int32 [W, n], tokens of each sequence; 0 for one that is not there.
+      homes:   int32 [W, T, J], where each place stands in the sequences of its window, all classes one behind the
+               other; the sum of all n L where there are fewer than J.
+    """
+
+    places: tuple[jax.Array, ...]
+    lengths: tuple[jax.Array, ...]
+    homes: jax.Array
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have."""
+        return max(places.shape[2] for places in self.places)
+
+
+@struct.dataclass
+class Windows:
+    """The real tokens of preference groups, packed: each window holds B / W rows of a batch, one behind the other.
+
+    Window w holds rows w B / W and on: the prompt of a row once, then its responses `first` to `last` - 1. Rows are
+    read as one list of places each, P prompt tokens and then R of each of these responses; `source` and `spread` count
+    through the rows of a window, `spread` through responses alone.
+
+    Attributes:
+      source:    int32 [W, T]  the place in the rows that a place of the window holds; any at padding.
+      positions: int32 [W, T]  in its sequence.
+      real:      bool [W, T]   False at padding.
+      views:     the sequences that attention sees: a prompt and one response each.
+      reads:     int32 [W, M]  the places whose states predict response tokens, of all of them.
+      targets:   int32 [W, M]  the place in the rows of each of these tokens; any at padding.
+      spread:    int32 [W, B / W (last - first) R]  of each response token, where in `reads` it is; any at padding.
+      ends:      int32 [W, B / W (last - first)]  the place of the last token of each response; any where absent.
+      first, last: static; which responses.
+    """
+
+    source: jax.Array
+    positions: jax.Array
+    real: jax.Array
+    views: Views
+    reads: jax.Array
+    targets: jax.Array
+    spread: jax.Array
+    ends: jax.Array
+    first: int = struct.field(pytree_node=False)
+    last: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -37,6 +93,7 @@ class PreferenceBatch:
                         int8 [B, K, C]   overlapping classes: 1 holds, 0 does not, -1 not labelled.
       logp_weights:     float32 [B, K]   what the summed log-probability of each response adds to the loss of its row,
                         times this (XPO's exploration, see `align/online.py`), or None.
+      windows:          how its tokens are packed for the forward pass, all responses or some at a time; or None.
     """
 
     prompts: jax.Array
@@ -51,6 +108,7 @@ class PreferenceBatch:
     ranks: jax.Array | None = None
     labels: dict[str, jax.Array] | None = None
     logp_weights: jax.Array | None = None
+    windows: tuple[Windows, ...] | None = None
 
     @property
     def present(self) -> jax.Array:

@@ -24,25 +24,40 @@ def together(rows: int, group: int, pieces: int) -> int:
     return next((k for k in range(group, 1, -1) if group % k == 0 and rows % (k * pieces) == 0), 1)
 
 
+def _units(batch: Any) -> int:
+    """What a batch is split by: its rows or, where some of its arrays are of windows, these with the rows they hold."""
+    return min(x.shape[0] for x in jax.tree.leaves(batch))
+
+
 def _split(batch: Batch, k: int) -> Batch:
-    """[B, ...] -> [k, B / k, ...]; micro-batch i takes rows i, i + k, ..., so that each row stays on its device."""
-    b, parts = jax.tree.leaves(batch)[0].shape[0], meshes.parts("batch")
-    if b % k or (b // k) % parts:
+    """[B, ...] -> [k, B / k, ...]; micro-batch i takes rows i, i + k, ..., so that each row stays on its device.
+
+    Of a batch with windows it takes windows i, i + k, ..., and the rows in them.
+    """
+    units, parts = _units(batch), meshes.parts("batch")
+    if units % k or (units // k) % parts:
         raise InputError(
-            f"a batch of {b} rows does not split into {k} micro-batches over {parts} devices; "
+            f"a batch of {units} rows does not split into {k} micro-batches over {parts} devices; "
             f"choose --train.batch_size as a multiple of {k * parts}, or lower --train.accumulate"
         )
 
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(b // k, k, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(units // k, k, x.shape[0] // units, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(k, -1, *x.shape[3:])
         return meshes.constrain(x, (None, *meshes.batch_axes(x.ndim - 1)))
 
     return jax.tree.map(split, batch)
 
 
-def _join(rows: Any) -> Any:
+def _join(rows: Any, units: int) -> Any:
     """The inverse of `_split`, for arrays of rows: [k, B / k, ...] -> [B, ...]."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+
+    def join(x: jax.Array) -> jax.Array:
+        k, some = x.shape[:2]
+        x = x.reshape(k, units // k, some * k // units, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(k * some, *x.shape[3:])
+
+    return jax.tree.map(join, rows)
 
 
 def map_rows(f: Callable[[Batch], Any], batch: Batch, k: int) -> Any:
@@ -50,7 +65,7 @@ def map_rows(f: Callable[[Batch], Any], batch: Batch, k: int) -> Any:
 
     Raises `InputError` when the rows do not divide over k micro-batches and the devices.
     """
-    return f(batch) if k == 1 else _join(jax.lax.map(f, _split(batch, k)))
+    return f(batch) if k == 1 else _join(jax.lax.map(f, _split(batch, k)), _units(batch))
 
 
 def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *, like: Any) -> tuple[Any, Any]:
@@ -73,4 +88,4 @@ def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *
         return jax.tree.map(jnp.add, total, gradients), rows
 
     gradients, rows = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), _split(batch, k))
-    return gradients, _join(rows)
+    return gradients, _join(rows, _units(batch))

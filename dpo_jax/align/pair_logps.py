@@ -19,7 +19,7 @@ from dpo_jax.config import DPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model.groups import response_logps, response_logps_and_collisions
 from dpo_jax.state import TrainState
-from dpo_jax.types import REJECTED, PreferenceBatch
+from dpo_jax.types import REJECTED, PreferenceBatch, Windows
 
 
 def responses_of(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:
@@ -36,7 +36,17 @@ def responses_of(batch: PreferenceBatch, first: int, last: int) -> PreferenceBat
         format_masks=cut(batch.format_masks),
         reference_logps=cut(batch.reference_logps),
         logp_weights=cut(batch.logp_weights),
+        windows=of_responses(batch.windows, first, last),
     )
+
+
+def of_responses(windows: tuple[Windows, ...] | None, first: int, last: int) -> tuple[Windows, ...] | None:
+    """Those windows that hold these responses alone, for a batch that is cut to them."""
+    found = [one.replace(first=0, last=last - first) for one in windows or () if (one.first, one.last) == (first, last)]
+    if windows is not None and not found:
+        held = [(one.first, one.last) for one in windows]
+        raise ValueError(f"responses {first} to {last - 1} are packed nowhere: the windows hold {held}")
+    return tuple(found) or None
 
 
 def _scored(batch: PreferenceBatch, mask_format_tokens: bool) -> jax.Array | None:

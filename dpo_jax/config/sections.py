@@ -15,7 +15,7 @@ AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 Narrow = Literal["bfloat16", "int8"]
 SampleLayout = Literal["gathered", "tensor", "training"]
 GATHERED, TENSOR, TRAINING = get_args(SampleLayout)
-Layout = Literal["shared", "separate"]
+Layout = Literal["windows", "shared", "separate"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dpo_jax import mesh as meshes
 from dpo_jax.errors import InputError
-from dpo_jax.model import attention_splash, attention_xla
+from dpo_jax.model import attention_splash, attention_views, attention_xla
 from dpo_jax.model.attention_mask import AttentionMask
 
 logger = logging.getLogger("dpo_jax")
@@ -54,6 +54,9 @@ def attend(
       [B, T, H, C], the dtype of q.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if mask.views is not None:
+        plain = partial(attend, kernel=kernel, scale=scale, cap=cap, windowed=windowed)
+        return attention_views.attend(q, k, v, mask, plain)
     if mask.prefix is not None:
         prompt, responses, length = mask.prefix
         if q.shape[1] != prompt + responses * length:
@@ -160,6 +163,7 @@ def choose_kernel(
     platform: str,
     *,
     prefix: bool,
+    views: bool = False,
     packed: bool,
     cached: bool,
     dtype: jnp.dtype,
@@ -173,7 +177,8 @@ def choose_kernel(
     Args:
       requested: "auto", "xla", "cudnn" or "splash".
       platform: "cpu", "gpu" or "tpu": what the step is compiled for (`mesh.platform()`).
-      prefix, packed, cached: the layout: shared prefix, several segments in a row, keys from a cache.
+      prefix, views, packed, cached: the layout: shared prefix, sequences packed in windows, several segments in a row
+        that no views take apart, keys from a cache.
       dtype: of queries and keys; head_dim: C; length: T; cap: of the scores (`attend`).
       device: its name (`mesh.device_kind()`).
 
@@ -202,7 +207,8 @@ def choose_kernel(
         "xla": [],
     }
     reasons = {kernel: [reason for true, reason in checks if true] for kernel, checks in obstacles.items()}
-    layout = "cached" if cached else "shared-prefix" if prefix else "packed" if packed else "plain"
+    layouts = {"cached": cached, "shared-prefix": prefix, "the windows'": views, "packed": packed, "plain": True}
+    layout = next(name for name, holds in layouts.items() if holds)
     # One token is the model's initialisation, or a further step of a decode whose prefill has been logged.
     log = _log_once if length > 1 else lambda message: None
     if requested == "auto":

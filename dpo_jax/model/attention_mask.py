@@ -6,6 +6,8 @@ B rows, T query tokens, S key tokens, G key/value heads, C channels of a head.
 import jax
 from flax import struct
 
+from dpo_jax.types import Views
+
 Prefix = tuple[int, int, int]
 
 
@@ -24,6 +26,8 @@ class AttentionMask:
       at:        int32 [B, T]  where each token stands in its sequence; given with a window.
       prefix:    (P, K, R)     static; the shared-prefix layout of T = P + K R tokens: a prompt block of P tokens, then
                                K response blocks of R. A response sees the prompt and itself, never another response.
+      views:                   rows are windows of several sequences, which these say; nothing else is said then but
+                               a window.
     """
 
     segments: jax.Array | None = None
@@ -32,3 +36,4 @@ class AttentionMask:
     packed: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     at: jax.Array | None = None
+    views: Views | None = None

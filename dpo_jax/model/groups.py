@@ -5,7 +5,11 @@
                block 0 is the prompt, block 1 + k the k-th response; a response sees the prompt and itself, and its
                positions go on from the prompt's length, so each response gets the numbers it would get alone.
 
-Both give the same log-probabilities; "shared" does less work when prompts are long.
+    windows    B / W groups a sequence, real tokens only:            [W, T]
+               as `PreferenceBatch.windows` says; a batch without is laid out as shared.
+
+All give the same log-probabilities. "shared" does less work than "separate" when prompts are long, and "windows" does
+none for padding, neither in the layers nor in the head.
 """
 
 from collections.abc import Callable
@@ -21,7 +25,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import Layout
 from dpo_jax.model.chunks import length_axis, split_over
 from dpo_jax.model.logprobs import token_logps, token_logps_and_collisions, token_logps_and_entropy
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.types import PreferenceBatch, Windows
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,53 @@ class _Sequences:
       predicting: [S, T, D] -> [B, K, R, D]: the states that predict each response token.
       following: int32 [S, T]: the response token after each one, where there is one.
       spread: [S, T] of what is said of `following` at each token -> [B, K, R]. In the shared layout the last token of a
-        prompt is followed by several; what is said of those is filled in afterwards.
+        prompt is followed by several; what is said of those is filled in afterwards. Of windows: [S, M] of what is said
+        of `picked`.
       last: int32 [S, n]: index of the last token of each response that stands in the sequence.
+      picked: of windows: [S, T, D] -> the states [S, M, D] that predict response tokens, and these tokens [S, M].
     """
 
     tokens: jax.Array
     positions: jax.Array
-    segments: jax.Array
+    segments: jax.Array | None
     options: dict[str, Any]
     predicting: Callable[[jax.Array], jax.Array]
-    following: jax.Array
+    following: jax.Array | None
     spread: Callable[[jax.Array], jax.Array]
     last: jax.Array
+    picked: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None
+
+
+def _windows(batch: PreferenceBatch, windows: Windows) -> _Sequences:
+    """B / W groups a sequence."""
+    (b, p), (_, k, r), w = batch.prompts.shape, batch.responses.shape, windows.source.shape[0]
+    if (windows.first, windows.last) != (0, k):
+        raise ValueError(f"windows of responses {windows.first} to {windows.last - 1} for a batch of {k}")
+    rows = jnp.concatenate([batch.prompts, batch.responses.reshape(b, k * r)], axis=1).reshape(w, b // w * (p + k * r))
+
+    def at(x: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    def picked(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        states = meshes.constrain(at(hidden, windows.reads), ("batch", None, None))
+        return states, at(rows, windows.targets)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return at(x, windows.spread).reshape(b, k, r, *x.shape[2:])
+
+    tokens = _clean(at(rows, windows.source), windows.real)
+    options = {"packed": False, "views": windows.views}
+    return _Sequences(
+        tokens=tokens,
+        positions=windows.positions,
+        segments=None,
+        options=options,
+        predicting=lambda hidden: spread(at(hidden, windows.reads)),
+        following=None,
+        spread=spread,
+        last=windows.ends,
+        picked=picked,
+    )
 
 
 def _shared(batch: PreferenceBatch) -> _Sequences:
@@ -106,7 +145,10 @@ def _clean(tokens: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _layout(batch: PreferenceBatch, layout: Layout) -> _Sequences:
-    return _shared(batch) if layout == "shared" else _separate(batch)
+    if layout == "windows" and batch.windows is not None:
+        (windows,) = batch.windows
+        return _windows(batch, windows)
+    return _separate(batch) if layout == "separate" else _shared(batch)
 
 
 def _run(
@@ -148,7 +190,7 @@ def response_logps(
       apply_fn: `Llama.apply`.
       variables: {"params": ...} and, for an adapted policy, {"adapters": ...}.
       batch: see `types.PreferenceBatch`.
-      layout: "shared" or "separate", see above.
+      layout: "windows", "shared" or "separate", see above.
       temperature: divides the logits.
       vocabulary: see `logprobs.token_logps`.
       head_budget_bytes: see `logprobs.token_logps`.
@@ -206,9 +248,12 @@ class PredictingStates:
         batch = self.batch
         b, k, r = batch.responses.shape
         at, targets = _layout(batch, self.layout), _clean(batch.responses, batch.response_mask)
+        if at.picked is not None:
+            return jax.tree.map(at.spread, f(*at.picked(self.hidden)))
         if split_over(self.hidden.shape[1]) == 1:
             found = f(self.whole().reshape(b * k, r, -1), targets.reshape(b * k, r))
             return jax.tree.map(lambda x: x.reshape(b, k, r), found)
+        assert at.following is not None
         found = jax.tree.map(at.spread, f(self.hidden, at.following))
         if self.layout == "separate":
             return found

@@ -31,6 +31,7 @@ from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, ModelCache, count_slots
 from dpo_jax.model.products import SAVED, Capped, capped, matmul, precision, scaled, shifted
 from dpo_jax.model.rope import Layer, Places, rotate
+from dpo_jax.types import Views
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -142,6 +143,7 @@ class Attention(nn.Module):
             self.kernel,
             meshes.platform(),
             prefix=mask.prefix is not None,
+            views=mask.views is not None,
             packed=mask.segments is not None and mask.packed,
             cached=mask.positions is not None,
             dtype=self.dtype,
@@ -277,6 +279,7 @@ class Llama(nn.Module):
         *,
         prefix: tuple[int, int, int] | None = None,
         packed: bool = True,
+        views: Views | None = None,
         cache: ModelCache | None = None,
     ) -> Any:
         """Hidden states after the final norm.
@@ -290,6 +293,8 @@ class Llama(nn.Module):
           packed: static; False promises that each row is one segment followed by padding, which more kernels can run.
           prefix: static (P, K, R): the sequence is a prompt block of P and K response blocks of R that all see the
             prompt and not one another (`model/groups.py`).
+          views: each row holds several sequences, which these say; positions are required, and segments are needed
+            only by a RoPE that follows the length of a sequence.
           cache: keys and values of earlier tokens; a token at position p sees slots 0..p of its row, or those of
             them that the window leaves.
 
@@ -299,13 +304,13 @@ class Llama(nn.Module):
         c = self.config
         meshes.check_length(tokens.shape[1])
         if cache is not None:
-            if segments is not None or prefix is not None:
-                raise ValueError("with a cache, give neither segments nor prefix")
+            if any(x is not None for x in (segments, prefix, views)):
+                raise ValueError("with a cache, give neither segments nor prefix nor views")
             mask = AttentionMask(packed=False) if positions is None else AttentionMask(positions=positions)
         else:
-            mask = AttentionMask(segments=segments, prefix=prefix, packed=packed)
+            mask = AttentionMask(segments=segments, prefix=prefix, packed=packed, views=views)
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
-        reach = tokens.shape[1] if cache is None else count_slots(cache)
+        reach = (tokens.shape[1] if views is None else views.longest) if cache is None else count_slots(cache)
         if c.sliding_window is not None and reach > c.sliding_window:
             mask = dataclasses.replace(mask, window=c.sliding_window, at=at)
         angles = self._angles(at, mask, cached=cache is not None)
@@ -329,11 +334,12 @@ class Llama(nn.Module):
         c, lengths = self.config, None
         scaling = c.rope_scaling
         follows = scaling is not None and scaling.follows_length and not cached
-        if scaling is not None and follows and at.shape[1] > scaling.original_max_position:
-            if mask.prefix is not None:
+        longest = at.shape[1] if mask.views is None else mask.views.longest
+        if scaling is not None and follows and longest > scaling.original_max_position:
+            if mask.prefix is not None or (mask.views is not None and mask.segments is None):
                 raise InputError(
                     f"the model's RoPE changes beyond {scaling.original_max_position} tokens, so a prompt cannot be"
-                    f" shared by responses on both sides of that ({at.shape[1]} tokens); set --train.layout separate"
+                    f" shared by responses on both sides of that ({longest} tokens); set --train.layout separate"
                 )
             lengths = rope.sequence_lengths(at, mask.segments)
         angles = rope.rotary_angles(at, lengths, c.rotary_dim, c.rope_theta, scaling)

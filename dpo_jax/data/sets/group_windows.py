@@ -1,0 +1,450 @@
+"""Preference groups packed into windows of real tokens: which rows share a batch and a window, and in which shapes.
+
+Padding goes through every product of a model as tokens do, so there is to be none: a window holds as many whole groups
+as every other one, B / W of them, and of nearly as many tokens. So each device and each micro-batch has the same work,
+and one shape or a few hold all windows of a run.
+
+    which rows share a batch   All rows, longest first, are cut into B strata of one row for each batch, and each batch
+                               gets a row of each stratum: the longest of it goes where the fewest tokens are so far.
+                               With `shuffle`, ties, and which batches count as emptier in all strata but the last two,
+                               are drawn anew every epoch. What does not fill a batch is taken from all lengths alike
+                               and comes last. Neither devices nor micro-batches decide anything here.
+    which share a window       The same, of the rows of a batch.
+    which shapes there are     (places, response tokens) of the windows of some epochs, by `batches.plan_buckets`; and a
+                               last shape that holds whatever strata may give, which is rarely used.
+
+All of it is a pure function of the lengths, the seed and the epoch.
+
+N rows, B rows a batch, W windows a batch, g = B / W groups a window, K responses a row, T places of a window, M of its
+response tokens.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.sets.batches import Shape, permutation, plan_buckets
+from dpo_jax.types import PreferenceBatch, Views, Windows
+
+CLASSES = 4
+"""Most lengths that attention's sequences of a window are padded to."""
+_SAMPLE = 128  # batches whose shapes are looked at beforehand, at least, and those of one epoch
+_EPOCHS = 16  # most epochs of them
+_LOOSE = 0.25  # of all batches: how far one may seem emptier than it is, in the order of emptiness
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """The sizes of a window of some of a row's responses.
+
+    Attributes:
+      size: T.
+      reads: M.
+      views: (n, L) a class, longest first: attention sees n sequences of at most L tokens.
+    """
+
+    size: int
+    reads: int
+    views: tuple[Shape, ...]
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """int [n of all classes]: tokens that each sequence may have, longest first."""
+        return np.repeat([length for _, length in self.views], [n for n, _ in self.views])
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What windows of some responses need; leading axes as the rows were given.
+
+    Attributes:
+      size, reads: tokens; response tokens.
+      views: [..., g K], tokens of each sequence that attention sees, longest first; 0 where there is none.
+    """
+
+    size: np.ndarray
+    reads: np.ndarray
+    views: np.ndarray
+
+    def within(self, shape: WindowShape) -> np.ndarray:
+        """bool [...]: whether `shape` holds them."""
+        slots = np.zeros(max(self.views.shape[-1], len(shape.slots)), int)
+        slots[: len(shape.slots)] = shape.slots
+        fit = (self.views <= slots[: self.views.shape[-1]]).all(axis=-1)
+        return fit & (self.size <= shape.size) & (self.reads <= shape.reads)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Tokens of N rows, and behind them of one that is not there, -1: prompts int [N + 1], responses int [N + 1, K]."""
+
+    prompts: np.ndarray
+    responses: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: np.ndarray, responses: np.ndarray) -> "_Lengths":
+        return cls(np.append(prompts, 0), np.concatenate([responses, np.zeros_like(responses[:1])]))
+
+    def span(self, first: int, last: int) -> "_Lengths":
+        """With some of the responses only; a prompt without any of them is not computed."""
+        responses = self.responses[:, first:last]
+        return _Lengths(np.where((responses > 0).any(axis=1), self.prompts, 0), responses)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """int [N + 1]: prompt once, and all responses."""
+        return self.prompts + self.responses.sum(axis=1)
+
+    def need(self, rows: np.ndarray) -> _Need:
+        """Of windows of these rows, int [..., g]."""
+        responses = self.responses[rows]
+        views = np.where(responses > 0, self.prompts[rows][..., None] + responses, 0)
+        views = -np.sort(-views.reshape(*rows.shape[:-1], -1), axis=-1)
+        return _Need(self.totals[rows].sum(axis=-1), responses.sum(axis=(-1, -2)), views)
+
+
+# ---------------------------------------------------------------- which rows come together
+
+
+def compose(totals: np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[np.ndarray]:
+    """The ceil(N / B) batches of an epoch, in order: int [B] each, of the last one perhaps fewer; see the module.
+
+    totals: int [N], tokens of each row.
+    """
+    n, many = len(totals), len(totals) // batch_size
+    order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
+    order = order[np.argsort(-totals[order], kind="stable")]
+    rest = n - many * batch_size
+    last = ((2 * np.arange(rest) + 1) * n) // (2 * max(rest, 1))
+    whole = np.delete(order, last).reshape(batch_size, many)
+    words = np.random.Philox(key=[seed, 2**63 + epoch]).random_raw(whole.size).reshape(whole.shape)
+    loose = (words >> np.uint64(11)) * 2.0**-53 * _LOOSE * many if shuffle else np.zeros(whole.shape)
+    loose[-2:] = 0
+    batches, sums = np.empty_like(whole), np.zeros(many, int)
+    for stratum, rows in enumerate(whole):
+        emptiness = np.argsort(np.argsort(sums, kind="stable")) + loose[stratum]
+        batches[stratum, np.argsort(emptiness, kind="stable")] = rows
+        sums += totals[batches[stratum]]
+    found = list(batches.T)
+    if shuffle:
+        found = [found[i] for i in permutation(many, seed, epoch, 1)]
+    return [*found, *([order[last]] if rest else [])]
+
+
+def arrange(totals: np.ndarray, rows: np.ndarray, windows: int) -> np.ndarray:
+    """The rows of batches, int [M, B], in windows of as many rows and nearly as many tokens: int [M, W, B / W].
+
+    totals: int [N + 1], tokens of each row, and of -1, a row that is not there.
+    """
+    rows = np.take_along_axis(rows, np.lexsort((rows, -totals[rows]), axis=-1), axis=1)
+    many, batch_size = rows.shape
+    made = np.empty((many, windows, batch_size // windows), rows.dtype)
+    sums = np.zeros((many, windows), int)
+    for i in range(batch_size // windows):
+        emptiest = np.argsort(sums, axis=1, kind="stable")
+        next_ = rows[:, i * windows : (i + 1) * windows]
+        np.put_along_axis(made[:, :, i], emptiest, next_, axis=1)
+        sums += totals[made[:, :, i]]
+    return made
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """How the rows of a data set are packed, batch by batch.
+
+    Attributes:
+      shapes: cheapest first; of each the shapes of all spans.
+      spans: (first, last): the responses first to last - 1 of each row are packed together, each span apart.
+      prompt, response: P, R of the batches' arrays of rows, which no product reads.
+      windows: W; batch_size: B.
+      used: indices into `shapes` of those that the first epoch needs.
+      real: share of real tokens in the places of the first epoch's windows.
+      read: share of response tokens in what its windows read.
+    """
+
+    lengths: _Lengths
+    shapes: tuple[tuple[WindowShape, ...], ...]
+    spans: tuple[Shape, ...]
+    prompt: int
+    response: int
+    windows: int
+    batch_size: int
+    used: tuple[int, ...]
+    real: float
+    read: float
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[np.ndarray]:
+        """The rows of the batches of an epoch; `order`: int [N], the rows that a mixture draws for it."""
+        return epoch_of(self.lengths, self.batch_size, seed, epoch, shuffle=shuffle, order=order)
+
+    def arranged(self, rows: np.ndarray) -> np.ndarray:
+        """int [B]: the rows of a batch, window after window; -1 where there are fewer."""
+        return self._windows(rows[None]).reshape(-1)
+
+    def _windows(self, rows: np.ndarray) -> np.ndarray:
+        return _arranged(self.lengths, rows, self.batch_size, self.windows)
+
+    def shape_of(self, arranged: np.ndarray) -> int:
+        """Which of the shapes a batch of arranged rows has: the cheapest that holds it."""
+        windows = arranged.reshape(self.windows, -1)
+        needs = [self.lengths.span(*span).need(windows) for span in self.spans]
+        return next(i for i, shapes in enumerate(self.shapes) if _holds(shapes, needs).all())
+
+    def pack(self, arranged: np.ndarray) -> tuple[Windows, ...]:
+        """The windows of a batch, of each span."""
+        shapes, lengths = self.shapes[self.shape_of(arranged)], (self.prompt, self.response)
+        own = [self.lengths.span(*span) for span in self.spans]
+        return tuple(
+            pack(of.prompts[arranged], of.responses[arranged], shape, self.windows, lengths, span)
+            for of, shape, span in zip(own, shapes, self.spans, strict=True)
+        )
+
+
+def epoch_of(
+    lengths: _Lengths, batch_size: int, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None
+) -> list[np.ndarray]:
+    """See `WindowPlan.epoch`."""
+    drawn = np.arange(len(lengths.prompts) - 1) if order is None else order
+    return [drawn[rows] for rows in compose(lengths.totals[drawn], batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
+
+
+def _arranged(lengths: _Lengths, rows: np.ndarray, batch_size: int, windows: int) -> np.ndarray:
+    """Rows of batches, int [M, <= B] -> int [M, W, g]."""
+    missing = np.full((len(rows), batch_size - rows.shape[1]), -1)
+    return arrange(lengths.totals, np.concatenate([rows, missing], axis=1), windows)
+
+
+def _holds(shapes: Sequence[WindowShape], needs: Sequence[_Need]) -> np.ndarray:
+    """bool [...]: whether the shapes of all spans hold what windows need of each."""
+    return np.logical_and.reduce([need.within(shape) for need, shape in zip(needs, shapes, strict=True)])
+
+
+def plan_windows(
+    prompt_lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    *,
+    batch_size: int,
+    windows: int,
+    spans: Sequence[Shape] = (),
+    seed: int = 0,
+    shuffle: bool = False,
+    buckets: int = 4,
+    multiple: int = 16,
+    drawn: Callable[[int], np.ndarray | None] = lambda epoch: None,
+) -> WindowPlan:
+    """Choose at most `buckets` shapes for the batches of a run.
+
+    Args:
+      prompt_lengths: int [N].
+      response_lengths: int [N, K].
+      batch_size, windows: B, W; W divides B.
+      spans: see `WindowPlan`; none: all responses together.
+      seed, shuffle: of the run.
+      buckets: most shapes.
+      multiple: places, response tokens and tokens of attention's sequences are multiples of this.
+      drawn: the rows of an epoch, int [N], where that is not each once.
+    """
+    n, k = response_lengths.shape
+    spans = tuple(spans) or ((0, k),)
+    lengths = _Lengths.of(prompt_lengths, response_lengths)
+    redrawn = drawn(0) is not None
+    alike = not shuffle and not redrawn  # all epochs are
+    count = 1 if alike else min(_EPOCHS, -(-_SAMPLE // -(-n // batch_size)))
+    epochs = [epoch_of(lengths, batch_size, seed, i, shuffle=shuffle, order=drawn(i)) for i in range(count)]
+    rows = [np.append(rows, np.full(batch_size - len(rows), -1)) for rows in itertools.chain(*epochs)]
+    made = _arranged(lengths, np.stack(rows), batch_size, windows)
+    needs = [lengths.span(*span).need(made) for span in spans]
+    shapes = _usual(needs, buckets if alike else max(1, buckets - 1), multiple)
+    if not alike:
+        always = _always(lengths, spans, batch_size, windows, multiple, redrawn=redrawn)
+        shapes = [always] if buckets == 1 else [*shapes, always]
+    first = [replace(need, **{f.name: getattr(need, f.name)[: len(epochs[0])] for f in fields(need)}) for need in needs]
+    fits = np.stack([_holds(shape, first).all(axis=1) for shape in shapes]).argmax(axis=0)  # [batches of an epoch]
+    places, reads = (windows * sum(getattr(one, name) for i in fits for one in shapes[i]) for name in ("size", "reads"))
+    return WindowPlan(
+        lengths=lengths,
+        shapes=tuple(shapes),
+        spans=spans,
+        prompt=_up(int(prompt_lengths.max()), multiple),
+        response=_up(int(response_lengths.max()), multiple),
+        windows=windows,
+        batch_size=batch_size,
+        used=tuple(np.unique(fits).tolist()),
+        real=float(sum(need.size.sum() for need in first) / places),
+        read=float(sum(need.reads.sum() for need in first) / reads),
+    )
+
+
+def _up(length: int, multiple: int) -> int:
+    """`length` rounded up, at least to one `multiple`."""
+    return max(1, -(-length // multiple)) * multiple
+
+
+def _usual(needs: Sequence[_Need], most: int, multiple: int) -> list[tuple[WindowShape, ...]]:
+    """At most so many shapes that hold all these windows, [batches, W] of each span, cheapest first."""
+    sizes, reads = ([getattr(need, name).max(axis=1) for need in needs] for name in ("size", "reads"))
+    chosen = plan_buckets(sizes[0], reads[0][:, None], buckets=most, batch_size=1, multiple=multiple)
+    views = [_classes(need.views.max(axis=(0, 1)), multiple) for need in needs]
+    found = []
+    for bucket, shape in enumerate(chosen.shapes):
+        of = chosen.rows == bucket
+        rest = [
+            tuple(_up(int(x[of].max(initial=0)), multiple) for x in (size, read))
+            for size, read in zip(sizes[1:], reads[1:], strict=True)
+        ]
+        found.append(tuple(WindowShape(*one, view) for one, view in zip([shape, *rest], views, strict=True)))
+    return found
+
+
+def _always(
+    lengths: _Lengths, spans: Sequence[Shape], batch_size: int, windows: int, multiple: int, *, redrawn: bool
+) -> tuple[WindowShape, ...]:
+    """A shape that holds every window of every epoch.
+
+    The i-th longest row of a window is the (i W)-th longest of its batch or a shorter one, and that is of stratum i W;
+    where a mixture draws the rows it may be any.
+    """
+    n, g = len(lengths.prompts) - 1, batch_size // windows
+    order = np.argsort(-lengths.totals[:-1], kind="stable")
+    starts = np.arange(g) * windows * max(1, n // batch_size) * (not redrawn)
+    found = []
+    for span in spans:
+        own = lengths.span(*span)
+        one = own.need(order[:, None])  # of each row alone, longest first
+        size, reads, views = (
+            np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
+            for x in (one.size, one.reads, one.views)
+        )
+        envelope = -np.sort(-views.reshape(-1))
+        found.append(
+            WindowShape(_up(int(size.sum()), multiple), _up(int(reads.sum()), multiple), _classes(envelope, multiple))
+        )
+    return tuple(found)
+
+
+def _classes(longest: np.ndarray, multiple: int) -> tuple[Shape, ...]:
+    """(n, L) of at most `CLASSES` classes for sequences of these lengths, longest first, with the least n L^2.
+
+    longest: int [n], descending.
+    """
+    sizes, counts = np.unique(-(-np.maximum(longest, 1) // multiple) * multiple, return_counts=True)
+    sizes, before = sizes[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(np.iinfo(np.int64).max, ())] * len(sizes)
+    for _ in range(CLASSES):
+        best = [
+            min(
+                [best[end]]
+                + [
+                    (
+                        best[start][0] + int(before[end] - before[start]) * int(sizes[start]) ** 2,
+                        (*best[start][1], start),
+                    )
+                    for start in range(end)
+                    if best[start][0] < np.iinfo(np.int64).max
+                ]
+            )
+            for end in range(len(sizes) + 1)
+        ]
+    starts = [*best[-1][1], len(sizes)]
+    return tuple((int(before[b] - before[a]), int(sizes[a])) for a, b in itertools.pairwise(starts))
+
+
+# ---------------------------------------------------------------- the windows of a batch
+
+
+def pack(
+    prompt_lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    shape: WindowShape,
+    windows: int,
+    padded: Shape,
+    span: Shape,
+) -> Windows:
+    """The windows of a batch's rows, in their order.
+
+    Args:
+      prompt_lengths: int [B], 0 where a row is not there or has no response here.
+      response_lengths: int [B, K], of the responses of `span` alone; 0 for one that is not there.
+      shape: that holds them.
+      windows: W.
+      padded: (P, R), the sizes of the batch's arrays.
+      span: (first, last), which of the batch's responses these are.
+    """
+    (p, r), (b, k) = padded, response_lengths.shape
+    g, slots = b // windows, shape.slots
+    offsets, total = np.concatenate([[0], np.cumsum(slots)]), int(slots.sum())
+    source, positions = (np.zeros((windows, shape.size), np.int32) for _ in range(2))
+    real = np.zeros((windows, shape.size), bool)
+    reads, targets = (np.zeros((windows, shape.reads), np.int32) for _ in range(2))
+    spread, ends = np.zeros((windows, g * k * r), np.int32), np.zeros((windows, g * k), np.int32)
+    along, homes = np.zeros((windows, total), np.int32), np.full((windows, shape.size, k), total, np.int32)
+    held = np.zeros((windows, len(slots)), np.int32)
+    for w in range(windows):
+        at = read = 0
+        views: list[tuple[int, int, int, int, int]] = []  # length, prompt's place and length, response's place, which
+        for i in range(g):
+            prompt = int(prompt_lengths[w * g + i])
+            row, start = i * (p + k * r), at
+            source[w, at : at + prompt] = row + np.arange(prompt)
+            positions[w, at : at + prompt] = np.arange(prompt)
+            at += prompt
+            for j, length in enumerate(response_lengths[w * g + i].tolist()):
+                if not length:
+                    continue
+                own = row + p + j * r + np.arange(length)
+                source[w, at : at + length] = own
+                positions[w, at : at + length] = prompt + np.arange(length)
+                reads[w, read] = start + prompt - 1
+                reads[w, read + 1 : read + length] = at + np.arange(length - 1)
+                targets[w, read : read + length] = own
+                spread[w, (i * k + j) * r :][:length] = read + np.arange(length)
+                ends[w, i * k + j] = at + length - 1
+                views.append((prompt + length, start, prompt, at, sum(one[1] == start for one in views)))
+                at, read = at + length, read + length
+        real[w, :at] = True
+        for slot, (length, start, prompt, response, which) in enumerate(sorted(views, key=lambda one: -one[0])):
+            places = np.concatenate([start + np.arange(prompt), response + np.arange(length - prompt)])
+            where = offsets[slot] + np.arange(length)
+            along[w, where] = places
+            homes[w, places[:prompt], which] = where[:prompt]
+            homes[w, places[prompt:], 0] = where[prompt:]
+            held[w, slot] = length
+    ns = np.cumsum([n for n, _ in shape.views])[:-1]
+    cuts = np.cumsum([n * length for n, length in shape.views])[:-1]
+    classes = zip(np.split(along, cuts, axis=1), shape.views, strict=True)
+    arrays: dict[str, Any] = {
+        "source": source,
+        "positions": positions,
+        "real": real,
+        "views": Views(
+            places=tuple(part.reshape(windows, *view) for part, view in classes),  # type: ignore[arg-type]
+            lengths=tuple(np.split(held, ns, axis=1)),  # type: ignore[arg-type]
+            homes=homes,  # type: ignore[arg-type]
+        ),
+        "reads": reads,
+        "targets": targets,
+        "spread": spread,
+        "ends": ends,
+    }
+    return Windows(**arrays, first=span[0], last=span[1])
+
+
+def pack_batch(batch: PreferenceBatch, windows: int, *, multiple: int = 16) -> PreferenceBatch:
+    """A batch of host arrays with its responses packed, its rows in the order in which they stand, in W windows.
+
+    For batches that no data set's plan holds: their shapes are those that they need.
+    """
+    (b, k), there = batch.response_lengths.shape, np.asarray(batch.weights)[:, None] > 0
+    own = _Lengths.of(np.asarray(batch.prompt_lengths), np.where(there, batch.response_lengths, 0)).span(0, k)
+    need = own.need(np.arange(b).reshape(windows, -1))
+    views = _classes(need.views.max(axis=0), multiple)
+    shape = WindowShape(*(_up(int(x.max()), multiple) for x in (need.size, need.reads)), views)
+    sizes = batch.prompts.shape[1], batch.responses.shape[2]
+    return replace(batch, windows=(pack(own.prompts[:-1], own.responses[:-1], shape, windows, sizes, (0, k)),))
