@@ -110,6 +110,9 @@ def reference_logps(
     Raises:
       InputError: with LD-DPO, K is not 2.
     """
+    if batch.windows is not None and len(batch.windows) > 1:
+        spans = [responses_of(batch, one.first, one.last) for one in batch.windows]
+        return jnp.concatenate([reference_logps(apply_fn, variables, x, config=config) for x in spans], axis=1)
     return sums_of(apply_fn, variables, batch, config).scored
 
 

@@ -173,7 +173,7 @@ def _loader(run: DPORun | RewardRun | SFTRun, mesh: Mesh, budget: float) -> Figu
             if isinstance(run, DPORun)
             else reward.load_data(run, tokenizer, architecture.vocab_size)
         )
-        loader = preference_loader(run, data, epochs=1.0)
+        loader = preference_loader(run, mesh, data, epochs=1.0)
     read, rows, batches, real, laid = time.perf_counter() - start, 0, 0, 0, 0
     start = time.perf_counter()
     for batch in loader:
@@ -198,6 +198,8 @@ def _tokens(batch: Any) -> tuple[int, int]:
     """Real tokens of a batch, and the places that it has for them."""
     if hasattr(batch, "segments"):
         return int((batch.segments > 0).sum()), batch.tokens.size
+    if batch.windows is not None:
+        return sum(int(one.real.sum()) for one in batch.windows), sum(one.real.size for one in batch.windows)
     real = int(batch.prompt_lengths.sum() + batch.response_lengths.sum())
     return real, batch.prompts.size + batch.responses.size
 

@@ -62,7 +62,7 @@ def train(config: DPORun) -> Path:
     model, variables = training.load_model()
     starting = _fixed_part(config, variables)
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
-    evaluation = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
+    evaluation = training.evaluation(heldout)
     reference = None
     if not step_config.reference_free:
         judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)

@@ -54,9 +54,10 @@ def train(config: RewardRun) -> Path:
     del variables, starting
     evaluate = None
     if heldout is not None:
-        shapes = {"batch_size": training.eval_batch_size, "buckets": config.data.buckets}
         figures = partial(reward_figures, dataset=heldout, config=step_config)
-        evaluate = of_rows(reward.jit_eval_step(step_config, mesh), figures, heldout, mesh=mesh, **shapes)
+        evaluate = of_rows(
+            reward.jit_eval_step(step_config, mesh), figures, heldout, mesh=mesh, **training.evaluation(heldout)
+        )
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),

@@ -186,8 +186,9 @@ class TrainConfig(Options):
     """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
-    layout: Layout = "shared"
-    """shared: the prompt is computed once for all its responses. separate: once for each."""
+    layout: Layout = "windows"
+    """windows: the prompt is computed once for all its responses, and nothing for padding. shared: the prompt once.
+    separate: once for each response."""
     eval_every: int | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
     stop_after: int | None = None

@@ -66,8 +66,8 @@ def _windows(batch: PreferenceBatch, windows: Windows) -> _Sequences:
         return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
     def picked(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = meshes.constrain(at(hidden, windows.reads), ("batch", None, None))
-        return states, at(rows, windows.targets)
+        states = at(hidden, windows.reads)
+        return meshes.constrain(states, ("batch", length_axis(states.shape[1]), None)), at(rows, windows.targets)
 
     def spread(x: jax.Array) -> jax.Array:
         return at(x, windows.spread).reshape(b, k, r, *x.shape[2:])

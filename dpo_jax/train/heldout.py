@@ -16,6 +16,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.align import sft
 from dpo_jax.config import RewardConfig, SFTConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge import reward_figures as reward_judgement
@@ -44,9 +45,13 @@ def of_rows(
     mesh: Mesh,
     batch_size: int,
     buckets: int,
+    packing: Packing | None = None,
 ) -> Evaluator:
-    """`figures`, such as `policy_figures`, of what a jitted `eval_step` gives for every row of `dataset`."""
-    batches = eval_batches(dataset, batch_size, buckets)
+    """`figures`, such as `policy_figures`, of what a jitted `eval_step` gives for every row of `dataset`.
+
+    `batch_size`, `buckets`, `packing`: see `PreferenceLoader`.
+    """
+    batches = eval_batches(dataset, batch_size, buckets, packing=packing)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         parts = list(_evaluated(partial(step, state), batches, mesh, len(dataset)))

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, DPORun, LoraConfig, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
+from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError, Stopped
@@ -48,6 +49,7 @@ from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_sectio
 from dpo_jax.train.loop import Loader, Plan, fit
 from dpo_jax.train.row_data import summaries
 from dpo_jax.train.stopping import best_state
+from dpo_jax.types import REJECTED
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
@@ -167,7 +169,12 @@ class Training(Generic[Config]):
 
     def preference_loader(self, data: PreferenceDataset) -> PreferenceLoader:
         """The batches of the whole run on preference groups."""
-        return preference_loader(self.config, data, **self.length)
+        return preference_loader(self.config, self.mesh, data, **self.length)
+
+    def evaluation(self, heldout: PreferenceDataset | None) -> dict[str, Any]:
+        """How the rows that are held out are batched: `batch_size`, `buckets` and `packing` of `eval_batches`."""
+        packing = None if heldout is None else packing_of(self.config, self.mesh, heldout, accumulate=1)
+        return {"batch_size": self.eval_batch_size, "buckets": self.config.data.buckets, "packing": packing}
 
     def resolve(self, total: int) -> Config:
         """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
@@ -393,7 +400,20 @@ class Training(Generic[Config]):
             publish.push(self.config.push_to_hub, self.out / "model")
 
 
-def preference_loader(config: TrainingRun, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
+def packing_of(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, *, accumulate: int) -> Packing | None:
+    """How preference groups are packed for the devices: a window for each micro-batch of each; None where they aren't.
+
+    KTO's mismatched responses, from the third on, are not packed with those of their rows.
+    """
+    if config.train.layout != "windows":
+        return None
+    k = data.responses_per_prompt
+    apart = isinstance(config, DPORun) and k > REJECTED + 1
+    spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
+    return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, mesh.shape["context"]))
+
+
+def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
     """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
     return PreferenceLoader(
         data,
@@ -402,6 +422,7 @@ def preference_loader(config: TrainingRun, data: PreferenceDataset, **length: An
         shuffle=config.data.shuffle,
         buckets=config.data.buckets,
         workers=config.data.workers,
+        packing=packing_of(config, mesh, data, accumulate=config.train.accumulate),
         **length,
     )
 

@@ -44,6 +44,11 @@ class BucketPlan:
     larger: tuple[int, ...]
     padding: float
 
+    def summary(self) -> str:
+        """Shapes and padding, for the log."""
+        shapes = ", ".join(f"{p}+{r}" for p, r in self.shapes)
+        return f"batch shapes (prompt+response tokens) {shapes}; {self.padding:.2f} padded tokens for each real one"
+
 
 def plan_buckets(
     prompt_lengths: np.ndarray, response_lengths: np.ndarray, *, buckets: int, batch_size: int, multiple: int = 16
@@ -195,14 +200,22 @@ def epoch_batches(
     return sorted(batches, key=lambda batch: int(batch.indices.min()))
 
 
+def completed(indices: np.ndarray, batch_size: int) -> np.ndarray:
+    """int [B]: the rows of a batch, and -1 for each that is missing."""
+    return np.append(indices, np.full(batch_size - len(indices), -1))
+
+
 def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch_size: int) -> PreferenceBatch:
     """The rows `indices` as one batch of NumPy arrays in the shape (P, R), completed to `batch_size` by filler rows.
 
-    A filler row repeats the first row, with weight 0 and row number -1: its loss is finite and does not count.
+    A filler row, or an index of -1, repeats one of the rows, with weight 0 and row number -1: its loss is finite and
+    does not count.
     """
     k = dataset.responses_per_prompt
     p, r = shape
-    rows = np.concatenate([indices, np.repeat(indices[:1], batch_size - len(indices))])
+    rows = completed(indices, batch_size)
+    real = rows >= 0
+    rows = np.where(real, rows, rows[real.argmax()])
     prompts = np.zeros((batch_size, p), np.int32)
     responses = np.zeros((batch_size, k, r), np.int32)
     formats = None if dataset.formats is None else np.zeros((batch_size, k, r), bool)
@@ -214,7 +227,6 @@ def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch
             responses[b, j, : len(ids)] = ids
             if formats is not None and dataset.formats is not None:
                 formats[b, j, : len(ids)] = dataset.formats[row * k + j]
-    real = np.arange(batch_size) < len(indices)
     arrays: dict[str, Any] = {
         "prompts": prompts,
         "prompt_lengths": dataset.prompt_lengths[rows].astype(np.int32),

@@ -23,11 +23,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import Shape, permutation, plan_buckets
+from dpo_jax.data.sets.batches import Shape, completed, permutation, plan_buckets
 from dpo_jax.types import PreferenceBatch, Views, Windows
 
 CLASSES = 4
@@ -35,6 +35,19 @@ CLASSES = 4
 _SAMPLE = 128  # batches whose shapes are looked at beforehand, at least, and those of one epoch
 _EPOCHS = 16  # most epochs of them
 _LOOSE = 0.25  # of all batches: how far one may seem emptier than it is, in the order of emptiness
+
+
+class Packing(NamedTuple):
+    """How a run wants its batches packed.
+
+    windows: W, in which its rows are: one for each micro-batch of each device.
+    spans: see `WindowPlan`; none: all responses together.
+    multiple: see `plan_windows`.
+    """
+
+    windows: int
+    spans: tuple[Shape, ...] = ()
+    multiple: int = 16
 
 
 @dataclass(frozen=True)
@@ -180,16 +193,23 @@ class WindowPlan:
     real: float
     read: float
 
+    def summary(self) -> str:
+        """Shapes and real tokens, for the log."""
+        kinds = [" and ".join(f"{one.size}+{one.reads}" for one in self.shapes[i]) for i in self.used]
+        rows = self.batch_size // self.windows
+        return (
+            f"{self.windows} window{'s' * (self.windows > 1)} a batch with {rows} row{'s' * (rows > 1)} each, in"
+            f" {len(kinds)} shape{'s' * (len(kinds) > 1)} (tokens+predicted) {', '.join(kinds)}; {self.real:.1%} of the"
+            f" tokens and {self.read:.1%} of the predicted ones are real"
+        )
+
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[np.ndarray]:
         """The rows of the batches of an epoch; `order`: int [N], the rows that a mixture draws for it."""
         return epoch_of(self.lengths, self.batch_size, seed, epoch, shuffle=shuffle, order=order)
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
         """int [B]: the rows of a batch, window after window; -1 where there are fewer."""
-        return self._windows(rows[None]).reshape(-1)
-
-    def _windows(self, rows: np.ndarray) -> np.ndarray:
-        return _arranged(self.lengths, rows, self.batch_size, self.windows)
+        return arrange(self.lengths.totals, completed(rows, self.batch_size)[None], self.windows).reshape(-1)
 
     def shape_of(self, arranged: np.ndarray) -> int:
         """Which of the shapes a batch of arranged rows has: the cheapest that holds it."""
@@ -215,12 +235,6 @@ def epoch_of(
     return [drawn[rows] for rows in compose(lengths.totals[drawn], batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
 
 
-def _arranged(lengths: _Lengths, rows: np.ndarray, batch_size: int, windows: int) -> np.ndarray:
-    """Rows of batches, int [M, <= B] -> int [M, W, g]."""
-    missing = np.full((len(rows), batch_size - rows.shape[1]), -1)
-    return arrange(lengths.totals, np.concatenate([rows, missing], axis=1), windows)
-
-
 def _holds(shapes: Sequence[WindowShape], needs: Sequence[_Need]) -> np.ndarray:
     """bool [...]: whether the shapes of all spans hold what windows need of each."""
     return np.logical_and.reduce([need.within(shape) for need, shape in zip(needs, shapes, strict=True)])
@@ -231,12 +245,10 @@ def plan_windows(
     response_lengths: np.ndarray,
     *,
     batch_size: int,
-    windows: int,
-    spans: Sequence[Shape] = (),
+    packing: Packing,
     seed: int = 0,
     shuffle: bool = False,
     buckets: int = 4,
-    multiple: int = 16,
     drawn: Callable[[int], np.ndarray | None] = lambda epoch: None,
 ) -> WindowPlan:
     """Choose at most `buckets` shapes for the batches of a run.
@@ -244,22 +256,21 @@ def plan_windows(
     Args:
       prompt_lengths: int [N].
       response_lengths: int [N, K].
-      batch_size, windows: B, W; W divides B.
-      spans: see `WindowPlan`; none: all responses together.
+      batch_size: B, which W divides.
+      packing: its `multiple` divides places, response tokens, and tokens of attention's sequences.
       seed, shuffle: of the run.
       buckets: most shapes.
-      multiple: places, response tokens and tokens of attention's sequences are multiples of this.
       drawn: the rows of an epoch, int [N], where that is not each once.
     """
-    n, k = response_lengths.shape
-    spans = tuple(spans) or ((0, k),)
+    (n, k), (windows, spans, multiple) = response_lengths.shape, packing
+    spans = spans or ((0, k),)
     lengths = _Lengths.of(prompt_lengths, response_lengths)
     redrawn = drawn(0) is not None
     alike = not shuffle and not redrawn  # all epochs are
     count = 1 if alike else min(_EPOCHS, -(-_SAMPLE // -(-n // batch_size)))
     epochs = [epoch_of(lengths, batch_size, seed, i, shuffle=shuffle, order=drawn(i)) for i in range(count)]
-    rows = [np.append(rows, np.full(batch_size - len(rows), -1)) for rows in itertools.chain(*epochs)]
-    made = _arranged(lengths, np.stack(rows), batch_size, windows)
+    rows = np.stack([completed(rows, batch_size) for rows in itertools.chain(*epochs)])
+    made = arrange(lengths.totals, rows, windows)
     needs = [lengths.span(*span).need(made) for span in spans]
     shapes = _usual(needs, buckets if alike else max(1, buckets - 1), multiple)
     if not alike:

@@ -9,13 +9,14 @@ with it a run's numbers, depend on the number of processes.
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import BucketPlan, RowBatch, collate, epoch_batches, plan_buckets
+from dpo_jax.data.sets.batches import BucketPlan, RowBatch, collate, completed, epoch_batches, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.group_windows import Packing, WindowPlan, compose, plan_windows
 from dpo_jax.data.sets.row_mixture import mixture_identity
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.types import PreferenceBatch
@@ -29,12 +30,16 @@ class IndexedBatches:
     """
 
     dataset: PreferenceDataset
-    plan: BucketPlan
+    plan: BucketPlan | WindowPlan
     batch_size: int
     many: list[RowBatch]
 
     def of(self, rows: np.ndarray) -> "IndexedBatches":
         """Batches of some rows of the data set (positions), in the shapes of this plan."""
+        if isinstance(self.plan, WindowPlan):
+            totals = self.plan.lengths.totals[rows]
+            many = [RowBatch(0, rows[i]) for i in compose(totals, self.batch_size, seed=0, epoch=0, shuffle=False)]
+            return replace(self, many=many)
         many = [
             RowBatch(bucket, part)
             for bucket in range(len(self.plan.shapes))
@@ -42,7 +47,7 @@ class IndexedBatches:
             for part in np.split(members, range(self.batch_size, len(members), self.batch_size))
             if len(part)
         ]
-        return IndexedBatches(self.dataset, self.plan, self.batch_size, many)
+        return replace(self, many=many)
 
     @property
     def rows(self) -> np.ndarray:
@@ -50,9 +55,20 @@ class IndexedBatches:
         return np.concatenate([rows for _, rows in self.many])
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, PreferenceBatch]]:
-        for bucket, rows in self.many:
-            indices = np.concatenate([rows, np.full(self.batch_size - len(rows), -1)])
-            yield indices, collate(self.dataset, rows, self.plan.shapes[bucket], self.batch_size)
+        for one in self.many:
+            yield _batch(self.dataset, self.plan, one, self.batch_size)
+
+
+def _batch(
+    dataset: PreferenceDataset, plan: BucketPlan | WindowPlan, one: RowBatch, batch_size: int
+) -> tuple[np.ndarray, PreferenceBatch]:
+    """(indices int [B], -1 for filler rows; the batch)."""
+    if isinstance(plan, BucketPlan):
+        batch = collate(dataset, one.indices, plan.shapes[one.bucket], batch_size)
+        return completed(one.indices, batch_size), batch
+    rows = plan.arranged(one.indices)
+    batch = collate(dataset, rows, (plan.prompt, plan.response), batch_size)
+    return rows, replace(batch, windows=plan.pack(rows))
 
 
 class PreferenceLoader(StepsLoader[PreferenceBatch]):
@@ -67,6 +83,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         shuffle: bool = True,
         buckets: int = 4,
         multiple: int = 16,
+        packing: Packing | None = None,
         **run: Unpack[RunOptions],
     ):
         """Args: see `RunOptions`, and:
@@ -75,16 +92,28 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         seed: of the shuffle, at least 0.
         shuffle: a new order every epoch; else the same in all.
         buckets, multiple: see `batches.plan_buckets`.
+        packing: in windows of real tokens (see `group_windows.py`), of which which rows share a batch does not depend
+          on how many there are; None: rows of like lengths share a batch, each in the places of the longest.
         """
         check_seed(seed)
-        self.plan = plan = plan_buckets(
-            dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
-        )
         self._dataset, self._batch_size, self._mixture = dataset, batch_size, dataset.mixture
 
+        def drawn(epoch: int) -> np.ndarray | None:
+            return None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
+
+        lengths = dataset.prompt_lengths, dataset.response_lengths
+        plan: BucketPlan | WindowPlan
+        if packing is None:
+            plan = plan_buckets(*lengths, buckets=buckets, batch_size=batch_size, multiple=multiple)
+        else:
+            how = {"seed": seed, "shuffle": shuffle, "buckets": buckets, "drawn": drawn}
+            plan = plan_windows(*lengths, batch_size=batch_size, packing=packing, **how)
+        self.plan = plan
+
         def batches_of(epoch: int) -> list[RowBatch]:
-            drawn = None if self._mixture is None else self._mixture.epoch(epoch, seed=seed, shuffle=shuffle)
-            return epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=drawn)
+            if isinstance(plan, WindowPlan):
+                return [RowBatch(0, rows) for rows in plan.epoch(seed, epoch, shuffle=shuffle, order=drawn(epoch))]
+            return epoch_batches(plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=drawn(epoch))
 
         self._epoch = functools.lru_cache(maxsize=2)(batches_of)
         steps_per_epoch = math.ceil(len(dataset) / batch_size)
@@ -97,7 +126,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
                 "batch_size": batch_size,
                 "seed": seed,
                 "shuffle": shuffle,
-                "shapes": [list(shape) for shape in plan.shapes],
+                "shapes": "windows" if isinstance(plan, WindowPlan) else [list(shape) for shape in plan.shapes],
                 **mixture_identity(self._mixture),
             },
             **run,
@@ -108,8 +137,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         return self._epoch(epoch)[index]
 
     def _batch_of(self, step: int) -> PreferenceBatch:
-        batch = self._rows_of(step)
-        return collate(self._dataset, batch.indices, self.plan.shapes[batch.bucket], self._batch_size)
+        return _batch(self._dataset, self.plan, self._rows_of(step), self._batch_size)[1]
 
     def every_row(self) -> IndexedBatches:
         """Batches of each row that the run will ever see, once: those of its first epoch, where that holds them."""
@@ -125,12 +153,8 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
 
     def summary(self) -> str:
         """One line for the log: batch shapes and padding."""
-        shapes = ", ".join(f"{p}+{r}" for p, r in self.plan.shapes)
-        lines = [
-            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; batch shapes (prompt+response tokens) "
-            f"{shapes}; {self.plan.padding:.2f} padded tokens for each real one"
-        ]
-        return "\n".join([*lines, *(f"{name}: {told}" for name, told in self.told())])
+        steps = f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all"
+        return "\n".join([f"{steps}; {self.plan.summary()}", *(f"{name}: {told}" for name, told in self.told())])
 
     def told(self) -> list[tuple[str, str]]:
         """(source, what the run takes of it), where there are several."""
@@ -138,8 +162,15 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         return [] if self._mixture is None else self._mixture.told(rows)
 
 
-def eval_batches(dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16) -> IndexedBatches:
-    """Every row once, in a fixed order."""
+def eval_batches(
+    dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16, packing: Packing | None = None
+) -> IndexedBatches:
+    """Every row once, in a fixed order; the arguments are those of `PreferenceLoader`."""
+    if packing is not None:
+        lengths = dataset.prompt_lengths, dataset.response_lengths
+        windows = plan_windows(*lengths, batch_size=batch_size, packing=packing, buckets=buckets)
+        many = [RowBatch(0, rows) for rows in windows.epoch(0, 0, shuffle=False)]
+        return IndexedBatches(dataset, windows, batch_size, many)
     plan = plan_buckets(
         dataset.prompt_lengths, dataset.response_lengths, buckets=buckets, batch_size=batch_size, multiple=multiple
     )
