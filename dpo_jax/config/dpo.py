@@ -246,8 +246,8 @@ class DPOConfig(DPOLossConfig):
     accumulate: int = 1
     """Split the batch into this many micro-batches; the result equals one big batch."""
     layout: Layout = "windows"
-    """windows: real tokens only, as the batch's windows say; a batch without is laid out as shared. shared: the prompt is
-    computed once for its K responses. separate: K whole sequences."""
+    """windows: real tokens only, as the batch's windows say; a batch without them is laid out as shared. shared: the
+    prompt is computed once for its K responses. separate: K whole sequences."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits; the chunk length follows from it."""
 

@@ -114,8 +114,8 @@ class RewardConfig(RewardLossConfig):
     accumulate: int = 1
     """Split the batch into this many micro-batches; the result equals one big batch."""
     layout: Layout = "windows"
-    """windows: real tokens only, as the batch's windows say; a batch without is laid out as shared. shared: the prompt is
-    computed once for its K responses. separate: K whole sequences."""
+    """windows: real tokens only, as the batch's windows say; a batch without them is laid out as shared. shared: the
+    prompt is computed once for its K responses. separate: K whole sequences."""
     seed: int = 0
     """Seed of fresh heads and of drawn classes."""
 

@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, reward, sft
 from dpo_jax.config import DPORun, LoraConfig, PPORun, RewardRun, SFTRun, TrainingRun
+from dpo_jax.data.sets.group_windows import Packing, plan_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.train.flops import ModelFlops, Work, dpo_flops, preference_work, reward_flops, sft_flops, token_work
+from dpo_jax.train.session import packing_of
 from dpo_jax.types import PreferenceBatch, TokenBatch
 from dpo_jax.weights.heads import as_reward_model
 
@@ -159,7 +161,9 @@ def placed(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(place, batch)
 
 
-def full_pairs(rows: int, responses: int, lengths: Lengths, **more: Any) -> PreferenceBatch:
+def full_pairs(
+    rows: int, responses: int, lengths: Lengths, *, packing: Packing | None = None, **more: Any
+) -> PreferenceBatch:
     """Groups of full prompts and responses; `more` arrays of a `PreferenceBatch`."""
     p, r = round_up(lengths.prompt), round_up(lengths.response)
     arrays: dict[str, Any] = {
@@ -170,6 +174,11 @@ def full_pairs(rows: int, responses: int, lengths: Lengths, **more: Any) -> Pref
         "weights": np.ones(rows, np.float32),
         "rows": np.arange(rows, dtype=np.int32),
     }
+    if packing is not None:
+        windows = plan_windows(
+            arrays["prompt_lengths"], arrays["response_lengths"], batch_size=rows, packing=packing, buckets=1
+        )
+        more["windows"] = windows.pack(windows.arranged(np.arange(rows)))
     return PreferenceBatch(**arrays, **more)
 
 
@@ -217,7 +226,8 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
         more = {**more, "reference_logps": np.zeros((rows, k), np.float32)}
     if "odpo" in config.losses:
         more = {**more, "margins": np.ones(rows, np.float32)}
-    batch = full_pairs(rows, k, lengths, **more)
+    packing = packing_of(run, mesh, k, accumulate=run.train.accumulate)
+    batch = full_pairs(rows, k, lengths, packing=packing, **more)
     model = make_model(run, shape)
     live = config.reference == "live" and not config.reference_free
     copied = live and not run.lora.rank and config.reference_sync_steps is None
@@ -247,7 +257,8 @@ def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Length
             else np.zeros((rows, 2), np.int32)
             for head in config.heads
         }
-    batch = full_pairs(rows, 2, lengths, **more)
+    packing = packing_of(run, mesh, 2, accumulate=run.train.accumulate)
+    batch = full_pairs(rows, 2, lengths, packing=packing, **more)
     language_model = make_model(run, shape)
     model, variables = as_reward_model(language_model, trained(run, language_model, mesh))
     state = reward.init_state(model, variables, config)

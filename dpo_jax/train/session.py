@@ -173,7 +173,7 @@ class Training(Generic[Config]):
 
     def evaluation(self, heldout: PreferenceDataset | None) -> dict[str, Any]:
         """How the rows that are held out are batched: `batch_size`, `buckets` and `packing` of `eval_batches`."""
-        packing = None if heldout is None else packing_of(self.config, self.mesh, heldout, accumulate=1)
+        packing = None if heldout is None else packing_of(self.config, self.mesh, heldout.responses_per_prompt, accumulate=1)
         return {"batch_size": self.eval_batch_size, "buckets": self.config.data.buckets, "packing": packing}
 
     def resolve(self, total: int) -> Config:
@@ -400,14 +400,13 @@ class Training(Generic[Config]):
             publish.push(self.config.push_to_hub, self.out / "model")
 
 
-def packing_of(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, *, accumulate: int) -> Packing | None:
-    """How preference groups are packed for the devices: a window for each micro-batch of each; None where they aren't.
+def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> Packing | None:
+    """How groups of `k` responses are packed for the devices: a window for each micro-batch of each; None: they aren't.
 
     KTO's mismatched responses, from the third on, are not packed with those of their rows.
     """
     if config.train.layout != "windows":
         return None
-    k = data.responses_per_prompt
     apart = isinstance(config, DPORun) and k > REJECTED + 1
     spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
     return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, mesh.shape["context"]))
@@ -422,7 +421,7 @@ def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, 
         shuffle=config.data.shuffle,
         buckets=config.data.buckets,
         workers=config.data.workers,
-        packing=packing_of(config, mesh, data, accumulate=config.train.accumulate),
+        packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
         **length,
     )
 

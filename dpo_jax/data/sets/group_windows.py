@@ -108,9 +108,14 @@ class _Lengths:
         return _Lengths(np.where((responses > 0).any(axis=1), self.prompts, 0), responses)
 
     @property
+    def reads(self) -> np.ndarray:
+        """int [N + 1]: of all responses."""
+        return self.responses.sum(axis=1)
+
+    @property
     def totals(self) -> np.ndarray:
         """int [N + 1]: prompt once, and all responses."""
-        return self.prompts + self.responses.sum(axis=1)
+        return self.prompts + self.reads
 
     def need(self, rows: np.ndarray) -> _Need:
         """Of windows of these rows, int [..., g]."""
@@ -123,46 +128,56 @@ class _Lengths:
 # ---------------------------------------------------------------- which rows come together
 
 
-def compose(totals: np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[np.ndarray]:
+def compose(
+    totals: np.ndarray, reads: np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[np.ndarray]:
     """The ceil(N / B) batches of an epoch, in order: int [B] each, of the last one perhaps fewer; see the module.
 
-    totals: int [N], tokens of each row.
+    totals, reads: int [N], tokens of each row, and those in its responses.
     """
     n, many = len(totals), len(totals) // batch_size
     order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
     order = order[np.argsort(-totals[order], kind="stable")]
     rest = n - many * batch_size
     last = ((2 * np.arange(rest) + 1) * n) // (2 * max(rest, 1))
-    whole = np.delete(order, last).reshape(batch_size, many)
-    words = np.random.Philox(key=[seed, 2**63 + epoch]).random_raw(whole.size).reshape(whole.shape)
-    loose = (words >> np.uint64(11)) * 2.0**-53 * _LOOSE * many if shuffle else np.zeros(whole.shape)
-    loose[-2:] = 0
-    batches, sums = np.empty_like(whole), np.zeros(many, int)
-    for stratum, rows in enumerate(whole):
-        emptiness = np.argsort(np.argsort(sums, kind="stable")) + loose[stratum]
-        batches[stratum, np.argsort(emptiness, kind="stable")] = rows
-        sums += totals[batches[stratum]]
-    found = list(batches.T)
+    strata = np.delete(order, last).reshape(batch_size, many)
+    words = np.random.Philox(key=[seed, 2**63 + epoch]).random_raw(strata.size).reshape(strata.shape)
+    loose = (words >> np.uint64(11)) * 2.0**-53 * _LOOSE * many * shuffle
+    found = list(_dealt(totals, reads, strata[None], loose)[0].T)
     if shuffle:
         found = [found[i] for i in permutation(many, seed, epoch, 1)]
     return [*found, *([order[last]] if rest else [])]
 
 
-def arrange(totals: np.ndarray, rows: np.ndarray, windows: int) -> np.ndarray:
+def arrange(totals: np.ndarray, reads: np.ndarray, rows: np.ndarray, windows: int) -> np.ndarray:
     """The rows of batches, int [M, B], in windows of as many rows and nearly as many tokens: int [M, W, B / W].
 
-    totals: int [N + 1], tokens of each row, and of -1, a row that is not there.
+    totals, reads: as for `compose`, int [N + 1]: at -1 stands a row that is not there.
     """
     rows = np.take_along_axis(rows, np.lexsort((rows, -totals[rows]), axis=-1), axis=1)
-    many, batch_size = rows.shape
-    made = np.empty((many, windows, batch_size // windows), rows.dtype)
-    sums = np.zeros((many, windows), int)
-    for i in range(batch_size // windows):
-        emptiest = np.argsort(sums, axis=1, kind="stable")
-        next_ = rows[:, i * windows : (i + 1) * windows]
-        np.put_along_axis(made[:, :, i], emptiest, next_, axis=1)
-        sums += totals[made[:, :, i]]
-    return made
+    return _dealt(totals, reads, rows.reshape(len(rows), -1, windows), np.zeros((rows.shape[1], 1))).swapaxes(1, 2)
+
+
+def _dealt(totals: np.ndarray, reads: np.ndarray, strata: np.ndarray, loose: np.ndarray) -> np.ndarray:
+    """Strata of rows, int [M, S, n], longest first -> the same in another order each: int [M, S, n], [:, :, i] for i.
+
+    So that the i have as many tokens: the longest row of a stratum goes to the one with the fewest so far. Rows of the
+    strata in between are nearly of one length, and are dealt out by the tokens that they have in responses. `loose`
+    [S, n]: by how many places one seems fuller than it is; not in the last two strata.
+    """
+    dealt, count = np.empty_like(strata), strata.shape[1]
+    sums, read = (np.zeros((len(strata), strata.shape[2]), int) for _ in range(2))
+    for i in range(count):
+        rows, within = strata[:, i], count // 2 <= i < count - 2
+        fullness = np.argsort(np.argsort(read if within else sums, axis=1, kind="stable"), axis=1, kind="stable")
+        if within:
+            rows = np.take_along_axis(rows, np.argsort(-reads[rows], axis=1, kind="stable"), axis=1)
+        if i < count - 2:
+            fullness = fullness + loose[i]
+        np.put_along_axis(dealt[:, i], np.argsort(fullness, axis=1, kind="stable"), rows, axis=1)
+        sums += totals[dealt[:, i]]
+        read += reads[dealt[:, i]]
+    return dealt
 
 
 # ---------------------------------------------------------------- shapes
@@ -209,7 +224,7 @@ class WindowPlan:
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
         """int [B]: the rows of a batch, window after window; -1 where there are fewer."""
-        return arrange(self.lengths.totals, completed(rows, self.batch_size)[None], self.windows).reshape(-1)
+        return _arranged(self.lengths, completed(rows, self.batch_size)[None], self.windows).reshape(-1)
 
     def shape_of(self, arranged: np.ndarray) -> int:
         """Which of the shapes a batch of arranged rows has: the cheapest that holds it."""
@@ -232,7 +247,12 @@ def epoch_of(
 ) -> list[np.ndarray]:
     """See `WindowPlan.epoch`."""
     drawn = np.arange(len(lengths.prompts) - 1) if order is None else order
-    return [drawn[rows] for rows in compose(lengths.totals[drawn], batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
+    totals, reads = lengths.totals[drawn], lengths.reads[drawn]
+    return [drawn[rows] for rows in compose(totals, reads, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
+
+
+def _arranged(lengths: _Lengths, rows: np.ndarray, windows: int) -> np.ndarray:
+    return arrange(lengths.totals, lengths.reads, rows, windows)
 
 
 def _holds(shapes: Sequence[WindowShape], needs: Sequence[_Need]) -> np.ndarray:
@@ -270,7 +290,7 @@ def plan_windows(
     count = 1 if alike else min(_EPOCHS, -(-_SAMPLE // -(-n // batch_size)))
     epochs = [epoch_of(lengths, batch_size, seed, i, shuffle=shuffle, order=drawn(i)) for i in range(count)]
     rows = np.stack([completed(rows, batch_size) for rows in itertools.chain(*epochs)])
-    made = arrange(lengths.totals, rows, windows)
+    made = _arranged(lengths, rows, windows)
     needs = [lengths.span(*span).need(made) for span in spans]
     shapes = _usual(needs, buckets if alike else max(1, buckets - 1), multiple)
     if not alike:
@@ -447,15 +467,19 @@ def pack(
     return Windows(**arrays, first=span[0], last=span[1])
 
 
-def pack_batch(batch: PreferenceBatch, windows: int, *, multiple: int = 16) -> PreferenceBatch:
-    """A batch of host arrays with its responses packed, its rows in the order in which they stand, in W windows.
+def pack_batch(batch: PreferenceBatch, packing: Packing) -> PreferenceBatch:
+    """A batch of host arrays with its responses packed, its rows in the order in which they stand.
 
     For batches that no data set's plan holds: their shapes are those that they need.
     """
     (b, k), there = batch.response_lengths.shape, np.asarray(batch.weights)[:, None] > 0
-    own = _Lengths.of(np.asarray(batch.prompt_lengths), np.where(there, batch.response_lengths, 0)).span(0, k)
-    need = own.need(np.arange(b).reshape(windows, -1))
-    views = _classes(need.views.max(axis=0), multiple)
-    shape = WindowShape(*(_up(int(x.max()), multiple) for x in (need.size, need.reads)), views)
+    whole = _Lengths.of(np.asarray(batch.prompt_lengths), np.where(there, batch.response_lengths, 0))
     sizes = batch.prompts.shape[1], batch.responses.shape[2]
-    return replace(batch, windows=(pack(own.prompts[:-1], own.responses[:-1], shape, windows, sizes, (0, k)),))
+    made = []
+    for span in packing.spans or ((0, k),):
+        own = whole.span(*span)
+        need = own.need(np.arange(b).reshape(packing.windows, -1))
+        places, reads = (_up(int(x.max()), packing.multiple) for x in (need.size, need.reads))
+        shape = WindowShape(places, reads, _classes(need.views.max(axis=0), packing.multiple))
+        made.append(pack(own.prompts[:-1], own.responses[:-1], shape, packing.windows, sizes, span))
+    return replace(batch, windows=tuple(made))

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_jax.data.sets.batches import BucketPlan, RowBatch, collate, completed, epoch_batches, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
-from dpo_jax.data.sets.group_windows import Packing, WindowPlan, compose, plan_windows
+from dpo_jax.data.sets.group_windows import Packing, WindowPlan, plan_windows
 from dpo_jax.data.sets.row_mixture import mixture_identity
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.types import PreferenceBatch
@@ -37,9 +37,7 @@ class IndexedBatches:
     def of(self, rows: np.ndarray) -> "IndexedBatches":
         """Batches of some rows of the data set (positions), in the shapes of this plan."""
         if isinstance(self.plan, WindowPlan):
-            totals = self.plan.lengths.totals[rows]
-            many = [RowBatch(0, rows[i]) for i in compose(totals, self.batch_size, seed=0, epoch=0, shuffle=False)]
-            return replace(self, many=many)
+            return replace(self, many=[RowBatch(0, some) for some in self.plan.epoch(0, 0, shuffle=False, order=rows)])
         many = [
             RowBatch(bucket, part)
             for bucket in range(len(self.plan.shapes))
