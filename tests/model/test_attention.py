@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.data.sets.group_windows import Packing, pack_batch
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, platform
 from dpo_jax.model import attention, attention_splash
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
+from dpo_jax.types import PreferenceBatch
 
 
 def qkv(seed, B, T, S, H, G, C, dtype=jnp.float32):
@@ -189,6 +191,65 @@ def test_a_row_for_each_response_equals_the_shared_prefix(name, monkeypatch):
         return jnp.sum(jnp.where(keep, jnp.sin(attend(q, k, v, mask=mask, kernel=kernel, scale=0.3)), 0))
 
     chex.assert_trees_all_close(f(q, k, v, "cudnn"), f(q, k, v, "xla"), atol=1e-5, rtol=1e-5)
+
+
+def packed_groups():
+    """Windows of 40 places with two groups of prompts (5, 3) and responses (4, 2; 6, 0), and their segments-like truth.
+
+    (mask, visible [2, 40, 40], real [2, 40]), the second window with the responses the other way round.
+    """
+    prompts, ids = np.array([5, 3, 5, 3], np.int32), np.zeros((4, 5), np.int32)
+    lengths = np.array([[4, 2], [6, 0], [2, 4], [0, 6]], np.int32)
+    batch = PreferenceBatch(ids, prompts, np.zeros((4, 2, 6), np.int32), lengths, np.ones(4, np.float32), ids[:, 0])
+    (windows,) = pack_batch(batch, Packing(2, multiple=40)).windows
+    visible = np.zeros((2, 40, 40), bool)
+    for w in range(2):
+        start = 0
+        for p, row in zip(prompts[2 * w :], lengths[2 * w : 2 * w + 2], strict=False):
+            prompt = np.arange(start, start + p)
+            at = start + p
+            for r in row:
+                own = np.arange(at, at + r)
+                for i, t in enumerate([*prompt, *own]):
+                    visible[w, t, [*prompt, *own][: i + 1]] = True
+                at += r
+            start = at
+    return AttentionMask(views=windows.views), visible, windows.real
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
+def test_packed_groups_equal_the_reference_in_every_kernel(kernel, window, monkeypatch):
+    """cuDNN's by XLA's causal, right-padded rows in its place; what is not a number at padding stays there."""
+    in_place = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **options: in_place(*args, **options)
+    )
+    mask, visible, real = packed_groups()
+    if window is not None:
+        mask = dataclasses.replace(mask, window=window)
+        for w, t in np.argwhere(real):
+            seen = np.flatnonzero(visible[w, t])
+            visible[w, t, seen[:-window]] = False
+    assert real.sum() == 2 * (5 + 4 + 2 + 3 + 6)
+    q, k, v = (jnp.where(real[..., None, None], x, jnp.nan) for x in qkv(7, 2, 40, 40, 4, 2, 8))
+    out, back = jax.jit(
+        lambda q, k, v: (lambda f: (f(q, k, v), jax.vjp(f, q, k, v)[1](jnp.cos(jnp.ones(q.shape)))))(
+            lambda q, k, v: attend(q, k, v, mask=mask, kernel=kernel)
+        )
+    )(q, k, v)
+    clean = [np.where(real[..., None, None], x, 0) for x in (q, k, v)]
+    np.testing.assert_allclose(np.asarray(out)[real], reference(*clean, visible | np.eye(40, dtype=bool))[real], atol=2e-6)
+    assert not np.asarray(out)[~real].any()
+    scale = 1 / np.sqrt(8)
+
+    def plain(q, k, v):
+        scores = scale * jnp.einsum("bthc,bshc->bhts", q, jnp.repeat(k, 2, axis=2))
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -1e30), axis=-1)
+        return jnp.where(real[..., None, None], jnp.einsum("bhts,bshc->bthc", weights, jnp.repeat(v, 2, axis=2)), 0)
+
+    expected = jax.vjp(plain, *map(jnp.asarray, clean))[1](jnp.cos(jnp.ones(q.shape)))
+    chex.assert_trees_all_close(back, expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -29,8 +29,15 @@ def test_llama_2_7b_trains_on_8_a100() -> None:
     assert memory["peak"] < 18.0
 
 
-@pytest.mark.parametrize(("topology", "layout"), [("a100:8", "shared"), ("h100:8", "shared"), ("h100:8", "separate")])
-def test_both_layouts_use_cudnn_attention(topology: str, layout: Layout) -> None:
+def test_windows_are_the_default_layout() -> None:
+    assert dpo_run(pairs=16).train.layout == "windows"
+
+
+@pytest.mark.parametrize(
+    ("topology", "layout"),
+    [("a100:8", "windows"), ("h100:8", "windows"), ("a100:8", "shared"), ("h100:8", "shared"), ("h100:8", "separate")],
+)
+def test_every_layout_uses_cudnn_attention(topology: str, layout: Layout) -> None:
     run = dpo_run(pairs=16, layout=layout)
     figures = compiled(job(run, topology, prompt=512, response=512, layers=2))
     assert figures["attention"] == "cudnn"

@@ -1,0 +1,253 @@
+"""Preference groups in windows: who shares one, in which shapes, and what stands where."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.group_windows import CLASSES, Packing, WindowPlan, compose, pack_batch, plan_windows
+from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
+from dpo_jax.data.sets.row_mixture import RowMixture
+from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.types import PreferenceBatch
+
+
+def skewed(n: int, k: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt lengths [N] and response lengths [N, K] as in dialogues: many short, a few long, prompts cut at 256."""
+    rng = np.random.default_rng(seed)
+    prompts = np.minimum(np.exp(rng.normal(4.7, 0.7, n)).astype(int) + 1, 256)
+    return prompts, np.minimum(np.exp(rng.normal(3.4, 0.9, (n, k))).astype(int) + 1, 256)
+
+
+def dataset(n: int = 103, k: int = 2, seed: int = 0) -> PreferenceDataset:
+    """Prompt i holds i + 1 throughout, and its response k (i + 1) K + k + 1000, without end."""
+    prompts, responses = skewed(n, k, seed)
+    parts = [np.full(length, i // k * k + i % k + 1000 + k) for i, length in enumerate(responses.reshape(-1))]
+    return PreferenceDataset(
+        prompts=Ragged.of([np.full(length, i + 1) for i, length in enumerate(prompts)], np.int32),
+        responses=Ragged.of(parts, np.int32),
+        formats=None,
+        row_numbers=np.arange(1001, 1001 + n, dtype=np.int32),
+        extras={},
+        dropped={},  # type: ignore[arg-type]
+        rows_read=n,
+        unused_columns=(),
+        terminators=(),
+        source=f"made up {seed}",
+    )
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("n", [3, 8, 103])
+def test_an_epoch_holds_every_row_once_and_one_partial_batch_at_most(n: int, shuffle: bool) -> None:
+    prompts, responses = skewed(n)
+    reads = responses.sum(axis=1)
+    batches = compose(prompts + reads, reads, 8, seed=3, epoch=1, shuffle=shuffle)
+    assert sorted(i for rows in batches for i in rows) == list(range(n))
+    assert [len(rows) for rows in batches] == [8] * (n // 8) + [n % 8] * (n % 8 > 0)
+
+
+def test_batches_have_nearly_as_many_tokens() -> None:
+    prompts, responses = skewed(2000)
+    reads = responses.sum(axis=1)
+    totals = prompts + reads
+    for size, near in ((8, 0.12), (64, 0.01)):
+        batches = np.stack(compose(totals, reads, size, seed=0, epoch=0, shuffle=True)[: 2000 // size])
+        sums = totals[batches].sum(axis=1)
+        assert np.abs(sums / sums.mean() - 1).max() < near
+        assert reads[batches].sum(axis=1).std() < 0.1 * reads[batches].sum(axis=1).mean()
+
+
+def test_batches_are_a_function_of_seed_and_epoch() -> None:
+    prompts, responses = skewed(64)
+    reads = responses.sum(axis=1)
+
+    def order(seed: int, epoch: int) -> str:
+        return str([sorted(rows) for rows in compose(prompts + reads, reads, 8, seed=seed, epoch=epoch, shuffle=True)])
+
+    assert order(0, 0) == order(0, 0)
+    assert len({order(s, e) for s in (0, 1, 2) for e in (0, 1, 2)}) == 9
+    # Pinned, so that a resumed run meets the batches it was started with, whatever NumPy's version.
+    small = np.arange(10, 18)
+    assert [rows.tolist() for rows in compose(small, small - 5, 4, seed=0, epoch=0, shuffle=True)] == [
+        [6, 5, 2, 1],
+        [7, 4, 3, 0],
+    ]
+
+
+def test_devices_and_micro_batches_do_not_decide_which_rows_share_a_batch() -> None:
+    data = dataset()
+    of = [
+        [
+            sorted(batch.rows.tolist())
+            for batch in PreferenceLoader(data, batch_size=8, seed=0, packing=Packing(w), workers=0)
+        ]
+        for w in (1, 2, 8)
+    ]
+    assert of[0] == of[1] == of[2]
+
+
+def test_resuming_gives_the_same_batches_bit_for_bit() -> None:
+    def loader(packing: Packing) -> PreferenceLoader:
+        return PreferenceLoader(dataset(), batch_size=8, seed=0, packing=packing, epochs=2.0, workers=0)
+
+    whole = list(loader(Packing(2)))
+    begun = loader(Packing(2))
+    for _ in range(5):
+        next(begun)
+    again = loader(Packing(2))
+    again.set_state(begun.get_state())
+    for expected, got in zip(whole[5:], again, strict=True):
+        for a, b in zip(*map(leaves, (expected, got)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    other = loader(Packing(4))  # on other devices
+    other.set_state(begun.get_state())
+    assert sorted(next(other).rows.tolist()) == sorted(whole[5].rows.tolist())
+
+
+def leaves(batch: PreferenceBatch) -> list[np.ndarray]:
+    return jax.tree.leaves(batch)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("windows", [1, 4, 8])
+@pytest.mark.parametrize("n", [5, 64, 1000])
+def test_every_batch_of_every_epoch_has_one_of_few_shapes(n: int, windows: int) -> None:
+    prompts, responses = skewed(n)
+    plan = plan_windows(prompts, responses, batch_size=8, packing=Packing(windows), shuffle=True, seed=1)
+    assert 1 <= len(plan.shapes) <= 4
+    for epoch in (0, 1, 17, 400):
+        for rows in plan.epoch(1, epoch, shuffle=True):
+            plan.shape_of(plan.arranged(rows))  # StopIteration where none holds it
+
+
+def test_a_mixture_may_draw_any_rows() -> None:
+    prompts, responses = skewed(40)
+    longest = np.argsort(prompts + responses.sum(axis=1))[-8:]
+    drawn = [np.arange(40), np.repeat(longest, 5)]
+    plan = plan_windows(
+        prompts, responses, batch_size=8, packing=Packing(2), drawn=lambda epoch: drawn[0], shuffle=False
+    )
+    for rows in plan.epoch(0, 1, shuffle=False, order=drawn[1]):
+        plan.shape_of(plan.arranged(rows))
+
+
+@pytest.mark.parametrize(("size", "share"), [(8, 0.95), (64, 0.99)])
+def test_nearly_all_places_are_real_tokens(size: int, share: float) -> None:
+    data = dataset(500)
+    loader = PreferenceLoader(data, batch_size=size, seed=0, packing=Packing(1), workers=0)
+    assert isinstance(loader.plan, WindowPlan)
+    batches = list(loader)
+    real, places = (sum(f(one.windows[0].real) for one in batches if one.windows) for f in (np.sum, np.size))
+    assert real / places > share
+    assert loader.plan.real == pytest.approx(real / places)
+    assert real == (data.prompt_lengths + data.response_lengths.sum(axis=1)).sum()
+    shapes = {tuple(x.shape for x in leaves(batch)) for batch in batches}
+    assert len(shapes) == len(loader.plan.used) <= 4
+    assert f"in {len(shapes)} shape" in loader.summary()
+    assert f"{loader.plan.real:.1%} of the tokens" in loader.summary()
+
+
+def test_attention_pads_little() -> None:
+    prompts, responses = skewed(1000)
+    plan = plan_windows(prompts, responses, batch_size=8, packing=Packing(1), shuffle=True)
+    for shapes in plan.shapes:
+        assert 1 <= len(shapes[0].views) <= CLASSES
+        assert sum(n for n, _ in shapes[0].views) == 16
+    views = plan.shapes[0][0].views
+    real = np.square(prompts[:, None] + responses).sum() / 125
+    assert sum(n * length**2 for n, length in views) < 2.5 * real
+
+
+# ---------------------------------------------------------------- what stands where
+
+
+def sequences(batch: PreferenceBatch) -> list[list[int]]:
+    """The tokens of each sequence that attention sees, of all windows."""
+    (windows,) = batch.windows or ()
+    flat = np.concatenate([batch.prompts, batch.responses.reshape(len(batch.prompts), -1)], axis=1)
+    found = []
+    for w, rows in enumerate(flat.reshape(len(windows.source), -1)):
+        tokens = rows[windows.source[w]]
+        for places, lengths in zip(windows.views.places, windows.views.lengths, strict=True):
+            for at, length in zip(places[w], lengths[w], strict=True):
+                if length:
+                    assert (windows.positions[w, at[:length]] == np.arange(length)).all()
+                    assert windows.real[w, at[:length]].all()
+                    found.append(tokens[at[:length]].tolist())
+    return found
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_windows_hold_each_prompt_once_and_attention_sees_each_response_behind_its_own(windows: int) -> None:
+    rng = np.random.default_rng(0)
+    batch = some_batch(rng)
+    packed = pack_batch(batch, Packing(windows, multiple=8))
+    (one,) = packed.windows or ()
+    expected = [
+        [*batch.prompts[b, : batch.prompt_lengths[b]], *batch.responses[b, k, : batch.response_lengths[b, k]]]
+        for b in range(8)
+        for k in range(3)
+        if batch.response_lengths[b, k] and batch.weights[b]
+    ]
+    assert sorted(sequences(packed)) == sorted([[int(x) for x in row] for row in expected])
+    there = batch.weights > 0
+    alone = there & (batch.response_lengths.sum(axis=1) > 0)
+    assert one.real.sum() == batch.prompt_lengths[alone].sum() + batch.response_lengths[there].sum()
+    # What predicts a response token stands before it: the one before in its sequence.
+    flat = np.concatenate([batch.prompts, batch.responses.reshape(8, -1)], axis=1).reshape(windows, -1)
+    for b in range(8):
+        w, i = divmod(b, 8 // windows)
+        for k in range(3):
+            length = int(batch.response_lengths[b, k] * there[b])
+            spread = one.spread[w].reshape(8 // windows, 3, -1)[i, k, :length]
+            assert (flat[w, one.targets[w, spread]] == batch.responses[b, k, :length]).all()
+            before = [*batch.prompts[b, : batch.prompt_lengths[b]][-1:], *batch.responses[b, k, : max(length - 1, 0)]]
+            assert (flat[w, one.source[w, one.reads[w, spread]]] == before[:length]).all()
+            if length:
+                end = one.source[w, one.ends[w].reshape(-1, 3)[i, k]]
+                assert flat[w, end] == batch.responses[b, k, length - 1]
+
+
+def some_batch(rng: Any) -> PreferenceBatch:
+    """Eight rows of three responses, some absent, one row a filler."""
+    lengths = rng.integers(0, 9, (8, 3)).astype(np.int32)
+    lengths[5] = 0
+    weights = np.ones(8, np.float32)
+    weights[2] = 0
+    ids = rng.permutation(8 * 10 + 8 * 3 * 8).astype(np.int32)
+    arrays: dict[str, Any] = {
+        "prompts": ids[:80].reshape(8, 10),
+        "prompt_lengths": rng.integers(1, 11, 8).astype(np.int32),
+        "responses": ids[80:].reshape(8, 3, 8),
+        "response_lengths": lengths,
+        "weights": weights,
+        "rows": np.arange(8, dtype=np.int32),
+    }
+    return PreferenceBatch(**arrays)
+
+
+def test_evaluation_holds_every_row_once() -> None:
+    data = dataset(21)
+    found = np.zeros(21, int)
+    for indices, batch in eval_batches(data, 4, 3, packing=Packing(2)):
+        real = indices >= 0
+        assert (batch.weights > 0).tolist() == real.tolist()
+        found[indices[real]] = batch.rows[real]
+    assert found.tolist() == data.row_numbers.tolist()
+
+
+def test_rows_of_a_short_run_of_a_mixture() -> None:
+    data = dataclasses.replace(dataset(40), mixture=RowMixture(("a", "b"), (30, 10), (1.0, 3.0)))
+    loader = PreferenceLoader(data, batch_size=8, seed=0, packing=Packing(2), steps=2, workers=0)
+    seen = np.unique(np.concatenate([batch.rows for batch in loader]))
+    again = np.concatenate([batch.rows[indices >= 0] for indices, batch in loader.every_row()])
+    assert sorted(again) == seen.tolist()
