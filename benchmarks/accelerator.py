@@ -13,6 +13,7 @@ says where all 32 and their optimizer do not fit.
     attention  cuDNN's flash attention beside plain XLA: error against float32, time
     numerics   log-probabilities in bfloat16 against float32
     dpo, sft, reward, ppo   steps as the command runs them (`plan/programs.py`), built from its options
+    windows    an epoch of DPO on rows of unequal lengths, in each layout: what padding costs
     large      the DPO step at 7B shape: all weights of some layers, LoRA of all
     sample     tokens a second, beside the bound that reading the weights sets
 
@@ -38,6 +39,7 @@ SECTIONS = {
     "attention": 70,
     "numerics": 90,
     "dpo": 150,
+    "windows": 240,
     "large": 90,
     "sample": 100,
     "sft": 60,
@@ -76,6 +78,16 @@ TRAINING = {
         ),
     },
 }  # fmt: skip
+WINDOWS = {
+    f"1B {name}, {layout}": f"--train.layout {layout} {options}"
+    for name, options in {
+        "cached": "",
+        "live": "--dpo.reference live",
+        "LoRA live": "--dpo.reference live --lora.rank 16",
+    }.items()
+    for layout in ("windows", "shared", "separate")
+    if name != "LoRA live" or layout != "shared"
+}
 COMMON = """--model M --data D --out O --train.dtype bfloat16 --train.steps 100 --train.batch_size 16
 --optimizer.learning_rate 1e-6"""
 
@@ -120,11 +132,12 @@ def work(options: argparse.Namespace) -> None:
 
     device = jax.devices()[0]
     simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample}
+    trained = {"windows": (WINDOWS, windows)}
     if options.section in simple:
         cases = simple[options.section](options.toy)
     else:
-        wanted = {k: v for k, v in TRAINING[options.section].items() if any(word in k for word in options.cases)}
-        cases = steps(wanted, options.toy)
+        table, run = trained.get(options.section) or (TRAINING[options.section], steps)
+        cases = run({k: v for k, v in table.items() if any(word in k for word in options.cases)}, options.toy)
     file = options.out / "accelerator.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     found["device"] = {"kind": device.device_kind, "jax": jax.__version__, "memory": memory_limit(device)}
@@ -319,6 +332,104 @@ def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, d
                     raise
                 figures = {"refused": str(failure).splitlines()[0][:300]}
             yield label, figures | {"options": " ".join(words[6:])}
+
+
+# ---------------------------------------------------------------- rows of unequal lengths
+
+
+def ragged(rows: int, longest: int, vocab: int) -> Any:
+    """Pairs of random tokens whose lengths are spread as those of Anthropic's HH pairs are, the same in every run.
+
+    Log-normal: half of the prompts beyond `longest` / 8 tokens, half of the responses beyond `longest` / 16; prompts
+    and responses are at most `longest` / 2.
+    """
+    import numpy as np
+
+    from dpo_jax.data.sets.dataset import PreferenceDataset
+    from dpo_jax.data.tokens.ragged import Ragged
+
+    random = np.random.default_rng(0)
+
+    def texts(n: int, middle: float, spread: float) -> Any:
+        lengths = np.clip(np.exp(random.normal(np.log(middle), spread, n)).astype(int), 4, longest // 2)
+        return Ragged.of([random.integers(3, vocab, length) for length in lengths], np.int32)
+
+    told: dict[str, Any] = {"formats": None, "extras": {}, "dropped": {}, "unused_columns": (), "terminators": ()}
+    data = PreferenceDataset(
+        prompts=texts(rows, longest / 8, 0.8),
+        responses=texts(2 * rows, longest / 16, 0.9),
+        row_numbers=np.arange(1, rows + 1, dtype=np.int32),
+        rows_read=rows,
+        source="random",
+        **told,
+    )
+    return data.with_reference(np.full((rows, 2), -100.0, np.float32))
+
+
+def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An epoch of 8 steps of 16 pairs, as the loader of the command makes them; every shape compiled before."""
+    import jax
+
+    from dpo_jax import cli
+    from dpo_jax import mesh as meshes
+    from dpo_jax.align import dpo
+    from dpo_jax.plan import programs
+    from dpo_jax.plan.measured import made
+    from dpo_jax.train.accounting import peak_flops
+    from dpo_jax.train.flops import ModelFlops, dpo_flops, preference_work
+    from dpo_jax.train.session import preference_loader
+
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    shape = shape_of("1b", None, toy)
+    size, longest = (4, 128) if toy else (16, 1024)
+    data = ragged(8 * size, longest, shape.vocab_size)
+    for name, options in cases.items():
+        words = f"{COMMON} --train.batch_size {size} --data.max_length {longest} {options}"
+        run = cli.parse("dpo", (words + " --data.buckets 1" * toy).split())
+        batches = list(preference_loader(run, mesh, data, epochs=1.0))
+        config, model = run.step_config(), programs.make_model(run, shape)
+        live = config.reference == "live" and not run.lora.rank
+        reference = programs.frozen_copy(run, shape, mesh) if live else None
+        state = made(dpo.init_state(model, programs.trained(run, model, mesh), config, reference=reference))
+        step, flops = dpo.jit_train_step(config, mesh), dpo_flops(ModelFlops.of(shape, run.lora), config)
+        placed = [meshes.put_batch(mesh, batch) for batch in batches]
+        start = time.perf_counter()
+        kinds = {str(jax.tree.map(lambda x: x.shape, batch)): batch for batch in placed}
+        for batch in kinds.values():
+            state, _ = jax.block_until_ready(step(state, batch))
+        compiling, epochs = time.perf_counter() - start, []
+        for _ in range(1 if toy else 3):
+            start = time.perf_counter()
+            for batch in placed:
+                state, metrics = step(state, batch)
+            jax.block_until_ready(state)
+            epochs.append(time.perf_counter() - start)
+        seconds, work = sorted(epochs)[len(epochs) // 2], [preference_work(batch, 0, 2) for batch in batches]
+        rate, peak = sum(map(flops, batches)) / seconds, peak_flops(list(mesh.devices.flat), None)
+        yield (
+            name,
+            {
+                "seconds_a_step": seconds / len(batches),
+                "pairs_per_second": len(data) / seconds,
+                "tokens_per_second": sum(one.tokens for one in work) / seconds,
+                "real_tokens": sum(one.tokens for one in work),
+                "places": sum(places(batch, run.train.layout) for batch in batches),
+                "shapes": len(kinds),
+                "warming_up_seconds": compiling,
+                "mfu": None if peak is None else rate / peak,
+                "loss": float(metrics["loss"]),
+                "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+                "options": options,
+            },
+        )
+        del state, placed, kinds
+
+
+def places(batch: Any, layout: str) -> int:
+    """How many places go through the layers."""
+    if batch.windows is not None:
+        return sum(one.real.size for one in batch.windows)
+    return batch.prompts.size * (batch.responses.shape[1] if layout == "separate" else 1) + batch.responses.size
 
 
 # ---------------------------------------------------------------- sampling

@@ -173,7 +173,9 @@ class Training(Generic[Config]):
 
     def evaluation(self, heldout: PreferenceDataset | None) -> dict[str, Any]:
         """How the rows that are held out are batched: `batch_size`, `buckets` and `packing` of `eval_batches`."""
-        packing = None if heldout is None else packing_of(self.config, self.mesh, heldout.responses_per_prompt, accumulate=1)
+        packing = (
+            None if heldout is None else packing_of(self.config, self.mesh, heldout.responses_per_prompt, accumulate=1)
+        )
         return {"batch_size": self.eval_batch_size, "buckets": self.config.data.buckets, "packing": packing}
 
     def resolve(self, total: int) -> Config:

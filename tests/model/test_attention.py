@@ -239,7 +239,9 @@ def test_packed_groups_equal_the_reference_in_every_kernel(kernel, window, monke
         )
     )(q, k, v)
     clean = [np.where(real[..., None, None], x, 0) for x in (q, k, v)]
-    np.testing.assert_allclose(np.asarray(out)[real], reference(*clean, visible | np.eye(40, dtype=bool))[real], atol=2e-6)
+    np.testing.assert_allclose(
+        np.asarray(out)[real], reference(*clean, visible | np.eye(40, dtype=bool))[real], atol=2e-6
+    )
     assert not np.asarray(out)[~real].any()
     scale = 1 / np.sqrt(8)
 
