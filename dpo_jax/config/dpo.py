@@ -275,5 +275,5 @@ class DPORun(HoldoutRun):
             **vars(self.dpo),
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
-            layout=self.train.layout,
+            layout=self.train.layout_of(sampled=False),
         )

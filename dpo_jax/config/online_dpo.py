@@ -111,5 +111,5 @@ class OnlineDPORun(SampledRun, JudgedRun):
             **vars(self.dpo),
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
-            layout=self.train.layout,
+            layout=self.train.layout_of(sampled=True),
         )

@@ -70,7 +70,7 @@ class PPORun(SampledRun, JudgedRun):
         )
         self._check_environment()
         require(
-            group > 1 or self.train.layout == "shared",
+            self.train.layout_of(sampled=True) == "shared" or group > 1,
             "--train.layout separate has no effect with one response to a prompt (--ppo.group_size)",
         )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
@@ -173,7 +173,7 @@ class PPORun(SampledRun, JudgedRun):
             max_response=self.response_room,
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
-            layout=self.train.layout,
+            layout=self.train.layout_of(sampled=True),
             seed=self.train.seed,
         )
 

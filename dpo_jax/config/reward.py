@@ -150,5 +150,5 @@ class RewardRun(HoldoutRun):
             seed=self.train.seed,
             optimizer=self.optimizer,
             accumulate=self.train.accumulate,
-            layout=self.train.layout,
+            layout=self.train.layout_of(sampled=False),
         )

@@ -186,9 +186,9 @@ class TrainConfig(Options):
     """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
-    layout: Layout = "windows"
-    """windows: the prompt is computed once for all its responses, and nothing for padding. shared: the prompt once.
-    separate: once for each response."""
+    layout: Layout | None = None
+    """windows: real tokens only, each prompt once. shared: each prompt once, padded. separate: once for each response.
+    Not given: windows where rows hold the responses, shared where these are sampled."""
     eval_every: int | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
     stop_after: int | None = None
@@ -219,6 +219,14 @@ class TrainConfig(Options):
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
         require(self.peak_flops is None or 0 < self.peak_flops < math.inf, "--train.peak_flops must be positive")
+
+    def layout_of(self, *, sampled: bool) -> Layout:
+        """The layout of preference groups; `sampled`: whether their responses are sampled. Raises `InputError`."""
+        require(
+            not sampled or self.layout != "windows",
+            "--train.layout windows packs responses known beforehand; where they are sampled, give shared or separate",
+        )
+        return self.layout or ("shared" if sampled else "windows")
 
     @property
     def kept_dtype(self) -> Literal["float32", "bfloat16"]:

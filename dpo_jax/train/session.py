@@ -407,7 +407,7 @@ def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> P
 
     KTO's mismatched responses, from the third on, are not packed with those of their rows.
     """
-    if config.train.layout != "windows":
+    if config.train.layout_of(sampled=False) != "windows":
         return None
     apart = isinstance(config, DPORun) and k > REJECTED + 1
     spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()

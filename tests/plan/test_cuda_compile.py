@@ -30,7 +30,7 @@ def test_llama_2_7b_trains_on_8_a100() -> None:
 
 
 def test_windows_are_the_default_layout() -> None:
-    assert dpo_run(pairs=16).train.layout == "windows"
+    assert dpo_run(pairs=16).step_config().layout == "windows"
 
 
 @pytest.mark.parametrize(
