@@ -377,7 +377,7 @@ def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, A
     from dpo_jax.plan.measured import made
     from dpo_jax.train.accounting import peak_flops
     from dpo_jax.train.flops import ModelFlops, dpo_flops, preference_work
-    from dpo_jax.train.session import preference_loader
+    from dpo_jax.train.row_data import preference_loader
 
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     shape = shape_of("1b", None, toy)

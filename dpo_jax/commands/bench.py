@@ -30,7 +30,7 @@ from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.measured import made, measured, sampled, topology_here
 from dpo_jax.plan.programs_ppo import sampler_calls
 from dpo_jax.plan.shapes import parameters
-from dpo_jax.train.session import preference_loader
+from dpo_jax.train.row_data import preference_loader
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
 from dpo_jax.weights.checkpoint import Checkpoints

@@ -23,7 +23,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.train.flops import ModelFlops, Work, dpo_flops, preference_work, reward_flops, sft_flops, token_work
-from dpo_jax.train.session import packing_of
+from dpo_jax.train.row_data import packing_of
 from dpo_jax.types import PreferenceBatch, TokenBatch
 from dpo_jax.weights.heads import as_reward_model
 

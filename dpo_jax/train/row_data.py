@@ -1,10 +1,18 @@
-"""Rows of a run: those that are learnt from, and those that are held out."""
+"""Rows of a run: those that are learnt from, and those that are held out; how preferences are batched."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_jax.config import HoldoutRun
+from jax.sharding import Mesh
+
+from dpo_jax.config import DPORun, HoldoutRun, TrainingRun
+from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.group_windows import Packing
+from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.row_mixture import Rows, read_mixture
+from dpo_jax.mesh import batch_parts
+from dpo_jax.types import REJECTED
 
 
 def summaries(data: Any, heldout: Any) -> Iterator[str]:
@@ -32,3 +40,29 @@ def read_both(
     if config.eval_data is not None:
         heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)
     return data, heldout
+
+
+def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> Packing | None:
+    """How groups of `k` responses are packed for the devices: a window for each micro-batch of each; None: they aren't.
+
+    KTO's mismatched responses, from the third on, are not packed with those of their rows.
+    """
+    if config.train.layout_of(sampled=False) != "windows":
+        return None
+    apart = isinstance(config, DPORun) and k > REJECTED + 1
+    spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
+    return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, mesh.shape["context"]))
+
+
+def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
+    """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
+    return PreferenceLoader(
+        data,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        buckets=config.data.buckets,
+        workers=config.data.workers,
+        packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
+        **length,
+    )

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import ClassHead, DPORun, LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
-from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError, Stopped
@@ -47,9 +46,8 @@ from dpo_jax.state import TrainState, learning_rate_schedule
 from dpo_jax.train import publish
 from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_section, describe_peak, peak_flops
 from dpo_jax.train.loop import Loader, Plan, fit
-from dpo_jax.train.row_data import summaries
+from dpo_jax.train.row_data import packing_of, preference_loader, summaries
 from dpo_jax.train.stopping import best_state
-from dpo_jax.types import REJECTED
 from dpo_jax.weights import base
 from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
@@ -400,32 +398,6 @@ class Training(Generic[Config]):
         """Send the finished model where `--push_to_hub` says, from process 0. Raises `InputError` where that fails."""
         if self.main and self.config.push_to_hub is not None:
             publish.push(self.config.push_to_hub, self.out / "model")
-
-
-def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> Packing | None:
-    """How groups of `k` responses are packed for the devices: a window for each micro-batch of each; None: they aren't.
-
-    KTO's mismatched responses, from the third on, are not packed with those of their rows.
-    """
-    if config.train.layout_of(sampled=False) != "windows":
-        return None
-    apart = isinstance(config, DPORun) and k > REJECTED + 1
-    spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
-    return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, mesh.shape["context"]))
-
-
-def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
-    """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
-    return PreferenceLoader(
-        data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        buckets=config.data.buckets,
-        workers=config.data.workers,
-        packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
-        **length,
-    )
 
 
 def _check_options(config: TrainingRun) -> None:

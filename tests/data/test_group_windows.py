@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.sets.dataset import PreferenceDataset
-from dpo_jax.data.sets.group_windows import CLASSES, Packing, WindowPlan, compose, pack_batch, plan_windows
+from dpo_jax.data.sets.dealing import compose
+from dpo_jax.data.sets.group_windows import CLASSES, Packing, WindowPlan, pack_batch, plan_windows
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.sets.row_mixture import RowMixture
 from dpo_jax.data.tokens.ragged import Ragged
