@@ -11,7 +11,7 @@ from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.row_mixture import Rows, read_mixture
-from dpo_jax.mesh import batch_parts
+from dpo_jax.mesh import batch_parts, pieces
 from dpo_jax.types import REJECTED
 
 
@@ -51,7 +51,7 @@ def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> P
         return None
     apart = isinstance(config, DPORun) and k > REJECTED + 1
     spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
-    return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, mesh.shape["context"]))
+    return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, pieces(mesh, "length")))
 
 
 def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
