@@ -12,13 +12,17 @@ a model's variables, under the names of the kernels that they stand for; a `Line
 instead of its kernel. Nothing trains through them.
 """
 
+import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.config import Narrow
+from dpo_jax.errors import InputError
 
 _ROWS = 2
 """Products of fewer rows run as so many: XLA's CPU backend converts the matrix to float32 for a lone row."""
@@ -63,6 +67,24 @@ def _integer_products(rows: jax.Array, values: jax.Array) -> jax.Array:
     r = jnp.round(254 * left).astype(jnp.int8)
     sums = _products(jnp.concatenate([q, r]), values, jnp.int32).astype(jnp.float32)
     return (sums[: len(rows)] + sums[len(rows) :] / 254) * scales
+
+
+@functools.cache
+def check_integer_products() -> None:
+    """Once a process: whether this backend multiplies integers rightly.
+
+    XLA for GPUs gives twice each int8 product with `--xla_gpu_autotune_level=0` (jax 0.11.2, H200): what is sampled
+    then is noise.
+
+    Raises `InputError` where a product is wrong.
+    """
+    rows, values = (np.arange(n * 256).reshape(n, 256) * 37 % 255 - 127 for n in (8, 128))
+    got = np.asarray(jax.jit(_products, static_argnums=2)(rows.astype(np.int8), values.astype(np.int8), jnp.int32))
+    if (got != rows @ values.T).any():
+        raise InputError(
+            f"int8 weights: {jax.local_devices()[0].device_kind} multiplies integers wrongly here "
+            f"(XLA_FLAGS {os.environ.get('XLA_FLAGS', '')!r}); leave --xla_gpu_autotune_level out, or use bfloat16"
+        )
 
 
 def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]:

@@ -39,7 +39,10 @@ class Program(NamedTuple):
     def of(
         cls, model: llama.Llama, config: SampleConfig, implementation: str, mesh: Mesh | None, variables: Any
     ) -> "Program":
-        """For the mesh that `variables` lie on, or none; `Weights` have chosen their layout."""
+        """For the mesh that `variables` lie on, or none; `Weights` have chosen their layout.
+
+        Raises `InputError` where `config.weights` is int8 and this device's integer products are wrong.
+        """
         chosen = variables.layout if isinstance(variables, Weights) else None
         if chosen is None:
             chosen = layouts.resolved(config, model, variables, mesh).layout
@@ -48,6 +51,8 @@ class Program(NamedTuple):
         assert chosen is not None, "resolved"
         mesh = None if mesh is None else meshes.for_sampling(mesh, whole_rows=chosen == TENSOR)
         with meshes.in_force(mesh):
+            if config.weights == "int8" and meshes.platform() == jax.default_backend():  # else they are absent
+                narrow.check_integer_products()
             # What is copied anyway may be copied layer by layer: a scan moves every slot of its caches for each token.
             unrolled = chosen != TRAINING or meshes.platform() == "cpu"
         cache = jnp.dtype(config.cache or model.dtype).name

@@ -10,6 +10,7 @@ from pairs import quick_jit
 from test_sample_engine import texts
 
 import dpo_jax
+from dpo_jax import mesh as meshes
 from dpo_jax.config import LoraConfig, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
@@ -144,3 +145,18 @@ def test_unknown_types_are_refused():
         SampleConfig(weights="int4")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="cache int4 must be float32, bfloat16 or int8"):
         SampleConfig(cache="int4")  # type: ignore[arg-type]
+
+
+def test_integer_products_that_are_wrong_are_noticed(small, monkeypatch):
+    """As XLA's for GPUs are without autotuning: twice what they should be."""
+    right = narrow._products
+    monkeypatch.setattr(narrow, "_products", lambda rows, values, dtype: 2 * right(rows, values, dtype))
+    narrow.check_integer_products.cache_clear()
+    with pytest.raises(InputError, match=r"multiplies integers wrongly here.*autotune_level"):
+        programs.Program.of(small[0], SampleConfig(NEW, weights="int8"), "threefry2x32", None, small[1])
+
+
+def test_integer_products_are_checked_under_a_mesh():
+    narrow.check_integer_products.cache_clear()
+    with meshes.in_force(make_mesh(2, 2, 2)):
+        narrow.check_integer_products()
