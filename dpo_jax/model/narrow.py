@@ -13,7 +13,6 @@ instead of its kernel. Nothing trains through them.
 """
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,8 +81,8 @@ def check_integer_products() -> None:
     got = np.asarray(jax.jit(_products, static_argnums=2)(rows.astype(np.int8), values.astype(np.int8), jnp.int32))
     if (got != rows @ values.T).any():
         raise InputError(
-            f"int8 weights: {jax.local_devices()[0].device_kind} multiplies integers wrongly here "
-            f"(XLA_FLAGS {os.environ.get('XLA_FLAGS', '')!r}); leave --xla_gpu_autotune_level out, or use bfloat16"
+            f"int8 weights: {jax.local_devices()[0].device_kind} multiplies integers wrongly here; leave "
+            "--xla_gpu_autotune_level out of XLA_FLAGS, or use bfloat16"
         )
 
 
