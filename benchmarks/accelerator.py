@@ -16,6 +16,7 @@ says where all 32 and their optimizer do not fit.
     windows    an epoch of DPO on rows of unequal lengths, in each layout: what padding costs
     large      the DPO step at 7B shape: all weights of some layers, LoRA of all
     sample     tokens a second, beside the bound that reading the weights sets
+    grpo       GRPO's update and measurement with prompts shared and not; rollouts by layout of the weights and kernel
 
 MFU is against the dense bfloat16 peak of the data sheet (`train/accounting.py`), causal attention counted half, nothing
 for what is computed again. `plan` is the planner's estimate for the same compiled program: seconds if all overlaps, and
@@ -45,6 +46,7 @@ SECTIONS = {
     "sft": 60,
     "reward": 50,
     "ppo": 100,
+    "grpo": 160,
 }
 """Seconds that each may take, the most wanted first: a section that is late is stopped."""
 
@@ -131,7 +133,7 @@ def work(options: argparse.Namespace) -> None:
     import jax
 
     device = jax.devices()[0]
-    simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample}
+    simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample, "grpo": grpo}
     trained = {"windows": (WINDOWS, windows)}
     if options.section in simple:
         cases = simple[options.section](options.toy)
@@ -297,7 +299,10 @@ def shape_of(name: str, layers: int | None, toy: bool) -> Any:
 # ---------------------------------------------------------------- training steps
 
 
-def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def steps(
+    cases: dict[str, tuple[Any, ...]], toy: bool, leave_out: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All programs of each case but the one to leave out."""
     import jax
 
     from dpo_jax import cli
@@ -311,14 +316,16 @@ def steps(cases: dict[str, tuple[Any, ...]], toy: bool) -> Iterator[tuple[str, d
     here = topology_here(mesh) or Topology.parse("h100:1")  # at toy size, on a CPU
     for name, (word, shape_name, layers, prompt, response, options) in cases.items():
         words = f"{COMMON} {options}".split()
-        if word == "ppo":
+        if word in ("ppo", "grpo"):
             words += ["--sample.max_new_tokens", str(response), "--data.template", "raw"]
-        words += [] if word in ("ppo", "sft") else ["--data.max_prompt_length", str(prompt)]
+        words += [] if word in ("ppo", "grpo", "sft") else ["--data.max_prompt_length", str(prompt)]
         words += ["--data.max_length", str(prompt + response)]
         run = cli.parse(word, words)
         shape = shape_of(shape_name, layers, toy)
         lengths = programs.Lengths(24 if prompt else 0, 40) if toy else programs.Lengths(prompt, response)
         for program_name in programs.names(run):
+            if program_name == leave_out:
+                continue
             job = Job(word, program_name, run, shape, "h100:1", lengths.prompt, lengths.response)
             program = worker.build(job, mesh, lengths)
             label = name if program_name == "train step" else f"{name}: {program_name}"
@@ -446,6 +453,42 @@ def sampler_step(job: Any, mesh: Any) -> dict[str, Any]:
     rows = job.run.rollout_batch_size or job.run.train.batch_size
     config = SampleConfig(max_new_tokens=job.response)
     return sampled(model, variables, (rows, job.prompt), mesh, config=config)
+
+
+def grpo(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """8 prompts of 256 tokens, 8 responses of 128 to each: what learns from them, and what writes them.
+
+    The policy's weights are float32, as they are trained. Prompts go through the kernel that the case names, further
+    tokens through plain XLA.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_jax import mesh as meshes
+    from dpo_jax.config import SampleConfig
+    from dpo_jax.model.llama import Llama
+    from dpo_jax.model.variables import init_variables
+    from dpo_jax.plan.measured import sampled
+
+    options = "--ppo.group_size 8 --train.batch_size 64 --reward length --train.layout"
+    cases = {f"1B {layout}": ("grpo", "1b", None, 256, 128, f"{options} {layout}") for layout in ("shared", "separate")}
+    yield from steps(cases, toy, leave_out="generate")
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    flash = {"gpu": "cudnn", "tpu": "splash"}.get(meshes.platform(), "xla")
+    shape = shape_of("1b", None, toy)
+    variables = init_variables(Llama(shape), jax.random.key(0), mesh=mesh)
+    prompt, new, long = (16, 8, 64) if toy else (256, 128, 2048)
+    for kernel, layout, prompts, samples, written in (
+        (flash, "gathered", (8, prompt), 8, new),
+        (flash, "training", (8, prompt), 8, new),
+        ("xla", "gathered", (8, prompt), 8, new),
+        (flash, "gathered", (16, long), 1, 8),
+        ("xla", "gathered", (16, long), 1, 8),
+    ):
+        model = Llama(shape, dtype=jnp.bfloat16, attention="xla" if kernel == "xla" else "auto")
+        config = SampleConfig(max_new_tokens=written, layout=layout)
+        got = sampled(model, variables, prompts, mesh, config=config, samples=samples, budget=2.0)
+        yield f"1B sampler, prefill {kernel}, weights {layout}, {prompts[0]} x {samples}, {prompts[1]} + {written}", got
 
 
 def sample(toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
