@@ -23,7 +23,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import Proposal
 from dpo_jax.model.chunks import by_chunks, length_axis, split_over
 from dpo_jax.model.logprobs import Output, chunk_length, logits_of
-from dpo_jax.model.products import Capped, capped, read, rounded, take
+from dpo_jax.model.products import Shaped, read, rounded, take
 
 
 @struct.dataclass
@@ -71,15 +71,15 @@ def sampled_logps(
       float32 [N, R], in nats.
     """
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
-    cap = unembedding.cap if isinstance(unembedding, Capped) else None
-    head = rounded(unembedding.matrix if isinstance(unembedding, Capped) else unembedding, hidden.dtype)
+    shaped = unembedding if isinstance(unembedding, Shaped) else None
+    head = rounded(unembedding.matrix if isinstance(unembedding, Shaped) else unembedding, hidden.dtype)
     sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
     own = read(take(jax.tree.map(jnp.transpose, head), targets, axis=0))
     own = meshes.constrain(own, ("batch", length_axis(targets.shape[1]), None))
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
-    if cap is not None:
-        z_target, sample = capped(z_target, cap), Capped(sample, cap)
+    if shaped is not None:
+        z_target, sample = shaped.of(z_target), shaped.replace(matrix=sample)
 
     def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:
         z = logits_of(h, sample) - negatives.log_expected

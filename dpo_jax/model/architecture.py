@@ -34,6 +34,7 @@ class LlamaConfig:
       norms: where a sub-layer has its RMSNorm: "before"; "after", on what it gives, before it is added (OLMo 2);
         "both" (Gemma 2, arXiv 2408.00118, section 2).
       norm_offset: added to the weights of every RMSNorm; 1 in Gemma's code (arXiv 2403.08295).
+      wide_norms: what a norm's weight multiplies is rounded afterwards only (Gemma's and OLMo 2's code).
       activation: of the gate: "silu" (SwiGLU) or "gelu_tanh" (GeGLU, in its tanh form; Gemma).
       embedding_scale: multiplies embeddings: sqrt(D) in Gemma, `embedding_multiplier` in Granite 3.
       residual_scale: multiplies what a sub-layer gives before it is added (Granite 3, `residual_multiplier`).
@@ -73,6 +74,7 @@ class LlamaConfig:
     qk_norm: str = ""
     norms: str = "before"
     norm_offset: float = 0.0
+    wide_norms: bool = False
     activation: str = "silu"
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

@@ -198,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(
         "Gemma",
         defaults={**_GEMMA, "num_key_value_heads": 16},
-        fields={"norm_offset": 1.0},
+        fields={"norm_offset": 1.0, "wide_norms": True},
         keys=("attention_bias",),
         root_embedding=True,
         gguf=GGUF("gemma"),
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma2",
         defaults={**_GEMMA_2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        fields={"norm_offset": 1.0, "norms": "both"},
+        fields={"norm_offset": 1.0, "wide_norms": True, "norms": "both"},
         keys=_CAPS,
         gguf=GGUF("gemma2", keys={**_WINDOW, **_LOGIT_CAP, **_SCORE_CAP}, wide_layers=46),
         activation="hidden_activation",
@@ -222,7 +222,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
-        fields={"norm_offset": 1.0, "norms": "both", "qk_norm": "head"},
+        fields={"norm_offset": 1.0, "wide_norms": True, "norms": "both", "qk_norm": "head"},
         keys=tuple(key for key in _CAPS if key != "attn_logit_softcapping"),  # read there, and never applied
         activation="hidden_activation",
         windows="pattern",
@@ -235,7 +235,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         "Olmo2",
         defaults={"rms_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 50_279},
-        fields={"norms": "after", "qk_norm": "projection"},
+        fields={"norms": "after", "wide_norms": True, "qk_norm": "projection"},
         keys=("attention_bias",),
         head_size=False,
         gguf=GGUF("olmo2"),
@@ -251,7 +251,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
             "_sliding_window_pattern": 4,
         },
-        fields={"norms": "after", "qk_norm": "projection"},
+        fields={"norms": "after", "wide_norms": True, "qk_norm": "projection"},
         keys=("attention_bias",),
         windows="pattern",
         two_bases=True,

@@ -29,11 +29,11 @@ from dpo_jax.model import attention, narrow, rope
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, ModelCache, count_slots
-from dpo_jax.model.products import SAVED, Capped, capped, matmul, precision, scaled, shifted
+from dpo_jax.model.products import SAVED, Shaped, matmul, precision, scaled, shifted
 from dpo_jax.model.rope import Layer, Places, rotate
 from dpo_jax.types import Views
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+_GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
@@ -43,15 +43,29 @@ _REMAT_POLICIES: dict[Remat, Any] = {
 }
 
 
+def activated(x: jax.Array, activation: str) -> jax.Array:
+    """The gate's activation, rounded once. Backwards it is made again, so that nothing wider than x is kept."""
+    f = _GATES[activation]
+    if x.dtype == jnp.float32:
+        return f(x)
+    return jax.checkpoint(lambda x: f(x.astype(jnp.float32)).astype(x.dtype), prevent_cse=False)(x)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 (Zhang & Sennrich 2019, Eq. 4).
 
-    With an offset it is rounded after the scale, as Gemma's code does; without, before it, as Llama's.
+    With `wide` it is rounded after the scale, as Gemma's and OLMo 2's code does; without, before it, as Llama's.
     """
 
     epsilon: float
     dtype: Any
     offset: float = 0.0
+    wide: bool = False
+
+    @classmethod
+    def of(cls, c: LlamaConfig, dtype: Any, name: str | None = None) -> "RMSNorm":
+        """The norm of a model."""
+        return cls(c.rms_norm_eps, dtype, c.norm_offset, c.wide_norms, name=name)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -59,9 +73,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", start, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        if self.offset:
+        if self.wide:
             return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
-        return scaled(x.astype(self.dtype), scale)
+        return scaled(x.astype(self.dtype), self.offset + scale if self.offset else scale)
 
 
 class Linear(nn.Module):
@@ -78,13 +92,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        if self.has_variable("narrow", "kernel"):
-            y = narrow.matmul(x, self.get_variable("narrow", "kernel")).astype(self.dtype)
+        narrowed = self.has_variable("narrow", "kernel")
+        kernel = None if narrowed else self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        if kernel is None:
+            y = narrow.matmul(x, self.get_variable("narrow", "kernel"))
+            y = y.astype(self.dtype) if bias is None else shifted(y, bias, self.dtype)
         else:
-            kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
-            y = matmul(x.astype(self.dtype), kernel)
-        if self.use_bias:
-            y = shifted(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+            y = matmul(x.astype(self.dtype), kernel, bias=bias)
         adapted = self.lora.rank > 0 and self.name in self.lora.targets
         if adapted and (self.is_initializing() or self.has_variable("adapters", "lora_a")):
             rank, bound = self.lora.rank, 1 / math.sqrt(width)
@@ -120,8 +135,7 @@ class Attention(nn.Module):
         inner = {**bias, "use_bias": c.attention_bias or c.qkv_bias}
 
         def normed(x: jax.Array, name: str, kind: str) -> jax.Array:
-            norm = RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset, name=name) if c.qk_norm == kind else None
-            return x if norm is None else norm(x)
+            return RMSNorm.of(c, self.dtype, name)(x) if c.qk_norm == kind else x
 
         q = Linear(c.num_heads * c.head_dim, name="q_proj", **inner)(x)
         q = normed(q, "q_norm", "projection").reshape(b, t, c.num_heads, c.head_dim)
@@ -176,7 +190,7 @@ class MLP(nn.Module):
         bias = {"use_bias": c.mlp_bias, "dtype": self.dtype, "lora": self.lora}
         gate = Linear(c.intermediate_size, name="gate_proj", **bias)(x)
         up = Linear(c.intermediate_size, name="up_proj", **bias)(x)
-        h = meshes.constrain(_ACTIVATIONS[c.activation](gate) * up, ("batch", "length", "mlp"))
+        h = meshes.constrain(activated(gate, c.activation) * up, ("batch", "length", "mlp"))
         return Linear(c.hidden_size, name="down_proj", **bias)(h)
 
 
@@ -201,7 +215,7 @@ class Block(nn.Module):
         before, after = c.norms != "after", c.norms != "before"
 
         def norm(x: jax.Array, name: str, wanted: bool = True) -> jax.Array:
-            return RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset, name=name)(x) if wanted else x
+            return RMSNorm.of(c, self.dtype, name)(x) if wanted else x
 
         def added(x: jax.Array, y: jax.Array) -> jax.Array:
             return x + (y if c.residual_scale == 1 else y * c.residual_scale)
@@ -267,7 +281,7 @@ class Llama(nn.Module):
                 length=c.num_layers,
             )(*options)
         self.embed_tokens = Table("embedding", (c.vocab_size, c.hidden_size))
-        self.norm = RMSNorm(c.rms_norm_eps, self.dtype, c.norm_offset)
+        self.norm = RMSNorm.of(c, self.dtype)
         if not (c.tie_embeddings or c.num_labels):
             self.lm_head = Table("kernel", (c.hidden_size, c.vocab_size))
 
@@ -378,30 +392,27 @@ class Llama(nn.Module):
     def unembedding(self) -> Any:
         """The output matrix [D, V], as it is kept: the transposed embedding where they are tied.
 
-        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`). Scaled where
-        the logits are, and a `products.Capped` where they are capped. Raises `InputError` for a reward model, which has
-        none.
+        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`). A
+        `products.Shaped` where logits are scaled or capped. Raises `InputError` for a reward model, which has none.
         """
+        c, matrix = self.config, self._output_matrix()
+        return matrix if c.logit_scale == 1 and c.logit_cap is None else Shaped(matrix, c.logit_scale, c.logit_cap)
+
+    def _output_matrix(self) -> jax.Array:
         c = self.config
         if c.num_labels:
             raise InputError("this model is a reward model: it scores texts, and has no output matrix to write them")
-        matrix = self.embed_tokens.value.T if c.tie_embeddings else self.lm_head.value
-        if c.logit_scale != 1:
-            matrix = matrix * c.logit_scale
-        return matrix if c.logit_cap is None else Capped(matrix, c.logit_cap)
+        return self.embed_tokens.value.T if c.tie_embeddings else self.lm_head.value
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
         c = self.config
         if "lm_head" in self.variables.get("narrow", {}):
             z = narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
-            z = z if c.logit_scale == 1 else z * c.logit_scale
         else:
-            whole = self.unembedding()
-            matrix = whole.matrix if isinstance(whole, Capped) else whole
-            matrix, spec = matrix.astype(self.dtype), "...d,dv->...v"
+            matrix, spec = self._output_matrix().astype(self.dtype), "...d,dv->...v"
             if c.tie_embeddings:
                 # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
                 matrix, spec = matrix.T, "...d,vd->...v"
             z = jnp.einsum(spec, hidden, matrix, precision=precision(self.dtype), preferred_element_type=jnp.float32)
-        return z if c.logit_cap is None else capped(z, c.logit_cap)
+        return Shaped(None, c.logit_scale, c.logit_cap).of(z)

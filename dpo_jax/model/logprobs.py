@@ -14,9 +14,9 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.model.chunks import by_chunks, length_axis, split_over
-from dpo_jax.model.products import Capped, Rounded, Weight, capped, matmul, rounded
+from dpo_jax.model.products import Rounded, Shaped, Weight, matmul, rounded
 
-Output = jax.Array | Capped
+Output = jax.Array | Shaped
 """An output matrix [D, V], as `Llama.unembedding` gives it."""
 
 
@@ -54,8 +54,8 @@ def head_of(unembedding: Output, dtype: Any) -> Any:
     Its values are gathered over the devices here, once, not once a chunk. A float32 gradient beside bfloat16 values
     stays split as the matrix is: it is twice as large.
     """
-    if isinstance(unembedding, Capped):
-        return Capped(head_of(unembedding.matrix, dtype), unembedding.cap)
+    if isinstance(unembedding, Shaped):
+        return unembedding.replace(matrix=head_of(unembedding.matrix, dtype))
     head = rounded(unembedding, dtype)
     if isinstance(head, Rounded):
         values, master = (
@@ -66,10 +66,10 @@ def head_of(unembedding: Output, dtype: Any) -> Any:
     return meshes.constrain(head, (None, "vocab"))
 
 
-def logits_of(hidden: jax.Array, unembedding: Weight | Capped) -> jax.Array:
+def logits_of(hidden: jax.Array, unembedding: Weight | Shaped) -> jax.Array:
     """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
-    if isinstance(unembedding, Capped):
-        return capped(matmul(hidden, unembedding.matrix, jnp.float32), unembedding.cap)
+    if isinstance(unembedding, Shaped):
+        return unembedding.of(matmul(hidden, unembedding.matrix, jnp.float32))
     return matmul(hidden, unembedding, jnp.float32)
 
 

@@ -47,21 +47,28 @@ Weight = jax.Array | Rounded
 
 
 @struct.dataclass
-class Capped:
-    """An output matrix whose logits are capped: z becomes cap tanh(z / cap) (Gemma 2, arXiv 2408.00118, section 2).
+class Shaped:
+    """An output matrix whose logits z become cap tanh(scale z / cap), or without a cap scale z, in float32.
 
     Attributes:
       matrix: [D, V].
-      cap: static.
+      scale: static (Granite 3, 1 / `logits_scaling`).
+      cap: static (Gemma 2, arXiv 2408.00118, section 2).
     """
 
     matrix: Any
-    cap: float = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    cap: float | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(D, V)."""
         return self.matrix.shape
+
+    def of(self, z: jax.Array) -> jax.Array:
+        """What products z with the matrix become."""
+        z = z if self.scale == 1 else z * self.scale
+        return z if self.cap is None else capped(z, self.cap)
 
 
 def capped(z: jax.Array, cap: float) -> jax.Array:
@@ -86,21 +93,22 @@ def read(weight: Weight) -> jax.Array:
     return _values_for(weight.master, weight.values) if isinstance(weight, Rounded) else weight
 
 
-def matmul(x: jax.Array, kernel: Weight, dtype: Any = None) -> jax.Array:
-    """x [..., D] times kernel [D, F], [..., F] in `dtype` (default: that of x).
+def matmul(x: jax.Array, kernel: Weight, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., D] times kernel [D, F] (+ bias [F], before the sum is rounded), [..., F] in `dtype` (default: that of x).
 
     The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
     of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master).
     """
     dtype = jnp.dtype(dtype or x.dtype)
+    sums = dtype if bias is None else jnp.dtype(jnp.float32)
     if x.dtype == jnp.float32:
         exact = read(kernel).astype(x.dtype)
-        y: Any = jnp.matmul(x, exact, precision=precision(x.dtype), preferred_element_type=dtype)
+        y: Any = jnp.matmul(x, exact, precision=precision(x.dtype), preferred_element_type=sums)
     elif isinstance(kernel, Rounded):
-        y = _product(x, kernel.values, kernel.master, dtype)
+        y = _product(x, kernel.values, kernel.master, sums)
     else:
-        y = _product(x, kernel, None, dtype)
-    return saved(y)
+        y = _product(x, kernel, None, sums)
+    return saved(y if bias is None else shifted(y, bias, dtype))
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -108,9 +116,9 @@ def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     return x * scale if x.dtype == jnp.float32 else _scaled(x, scale)
 
 
-def shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., D] plus bias [D], rounded to the dtype of x; the gradient of the bias is summed in float32."""
-    return x + bias if x.dtype == jnp.float32 else _shifted(x, bias)
+def shifted(y: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+    """float32 y [..., F] plus bias [F], rounded to `dtype`; the gradient of the bias is summed in float32."""
+    return (y + bias.astype(y.dtype)).astype(dtype)
 
 
 def saved(y: jax.Array) -> jax.Array:
@@ -142,11 +150,6 @@ def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     return x * scale.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
-    return x + bias.astype(x.dtype)
-
-
 def _over_rows(x: jax.Array, like: jax.Array) -> jax.Array:
     """[D], the float32 sum over all axes but the last."""
     return jnp.sum(x, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32).astype(like.dtype)
@@ -159,7 +162,6 @@ def _scaled_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[
 
 _values_for.defvjp(lambda _, values: (values, None), lambda _, g: (g.astype(jnp.float32), None))
 _scaled.defvjp(lambda x, scale: (_scaled(x, scale), (x, scale)), _scaled_backward)
-_shifted.defvjp(lambda x, bias: (_shifted(x, bias), bias), lambda bias, g: (g, _over_rows(g, bias)))
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[Any, Any], dtype: Any = jnp.float32) -> jax.Array:

@@ -111,7 +111,7 @@ _SHAPELESS = (
     *("rms_norm_eps", "rope_theta", "rope_scaling", "max_position", "sliding_window", "bos_token_id", "eos_token_ids"),
     *("pad_token_id", "further_stop_ids", "activation", "embedding_scale", "residual_scale", "attention_scale"),
     *("attention_cap", "logit_scale", "logit_cap", "global_layers", "unrotated_layers", "local_rope_theta"),
-    "partial_rotary",
+    *("partial_rotary", "wide_norms"),
 )
 _PLAIN = {f.name: f.default for f in fields(LlamaConfig)}
 

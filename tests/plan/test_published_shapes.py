@@ -1,18 +1,18 @@
 """`dpo-jax plan` for a published model of every family: its config.json alone gives its size, to the parameter.
 
-The figures follow from the published sizes below (Qwen2.5-7B: 7,615,616,512), counted by hand, not by this code:
+The figures follow from the published sizes (Qwen2.5-7B: 7,615,616,512), counted by hand, not by this code:
 embedding, a second one unless they are tied, and of each layer q, k, v, o, three matrices of the MLP, biases and norms.
 """
 
-import json
+import importlib.util
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
+from plans import GIB, compiled
+from published import PUBLISHED, planned
 
 from dpo_jax.commands import plan
-from dpo_jax.config import DataConfig, DPORun, LoraConfig, MeshConfig, PlanRun, TrainConfig
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.plan import programs, worker
@@ -20,38 +20,6 @@ from dpo_jax.plan.rough import state_bytes
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.train.flops import ModelFlops
 
-Sizes = tuple[int, int, int, int, int, int]
-
-# vocabulary, width, MLP, layers, heads, key/value heads; what else config.json says; parameters
-PUBLISHED: dict[str, tuple[str, Sizes, dict[str, Any], int]] = {
-    "Llama-3.1-8B": ("llama", (128_256, 4096, 14_336, 32, 32, 8), {}, 8_030_261_248),
-    "SmolLM2-135M": ("llama", (49_152, 576, 1536, 30, 9, 3), {"tie_word_embeddings": True}, 134_515_008),
-    "Yi-6B": ("llama", (64_000, 4096, 11_008, 32, 32, 4), {}, 6_061_035_520),
-    "zephyr-7b-beta": ("mistral", (32_000, 4096, 14_336, 32, 32, 8), {"sliding_window": 4096}, 7_241_732_096),
-    "Qwen2.5-7B": ("qwen2", (152_064, 3584, 18_944, 28, 28, 4), {}, 7_615_616_512),
-    "Qwen2.5-0.5B": ("qwen2", (151_936, 896, 4864, 24, 14, 2), {"tie_word_embeddings": True}, 494_032_768),
-    "Qwen3-8B": ("qwen3", (151_936, 4096, 12_288, 36, 32, 8), {"head_dim": 128}, 8_190_735_360),
-    "SmolLM3-3B": ("smollm3", (128_256, 2048, 11_008, 36, 16, 4), {"tie_word_embeddings": True}, 3_075_098_624),
-    "Phi-3-mini-4k": ("phi3", (32_064, 3072, 8192, 32, 32, 32), {"sliding_window": 2047}, 3_821_079_552),
-    "phi-4": ("phi3", (100_352, 5120, 17_920, 40, 40, 10), {}, 14_659_507_200),
-    "Phi-4-mini": (
-        "phi3",
-        (200_064, 3072, 8192, 32, 24, 8),
-        {"tie_word_embeddings": True, "partial_rotary_factor": 0.75},
-        3_836_021_760,
-    ),
-    "gemma-7b": ("gemma", (256_000, 3072, 24_576, 28, 16, 16), {"head_dim": 256}, 8_537_680_896),
-    "gemma-2-9b": ("gemma2", (256_000, 3584, 14_336, 42, 16, 8), {"head_dim": 256}, 9_241_705_984),
-    "gemma-3-1b": ("gemma3_text", (262_144, 1152, 6912, 26, 4, 1), {"sliding_window": 512}, 999_885_952),
-    "OLMo-2-1124-7B": ("olmo2", (100_352, 4096, 11_008, 32, 32, 32), {}, 7_298_617_344),
-    "Olmo-3-1025-7B": ("olmo3", (100_278, 4096, 11_008, 32, 32, 32), {}, 7_298_011_136),
-    "granite-3.1-8b": (
-        "granite",
-        (49_155, 4096, 12_800, 40, 32, 8),
-        {"tie_word_embeddings": True, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-        8_170_848_256,
-    ),
-}
 PLACED = ("gemma-2-9b", "Qwen3-8B")  # caps and windows by layer; norms of heads
 
 
@@ -59,39 +27,9 @@ def test_every_family_has_one() -> None:
     assert {family for family, *_ in PUBLISHED.values()} == set(FAMILIES)
 
 
-def options(folder: Path, name: str) -> PlanRun:
-    """LoRA on 8 devices for a folder with nothing but the published config.json in it."""
-    family, (vocabulary, width, mlp, layers, heads, kv), more, _ = PUBLISHED[name]
-    raw = {
-        "model_type": family,
-        "architectures": [FAMILIES[family].class_name(scores=False)],
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": "gemma" in family,
-        FAMILIES[family].activation: "gelu_pytorch_tanh" if "gemma" in family else "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(raw | more))
-    run = DPORun(
-        model=str(folder),
-        data=DataConfig("d", max_length=512, max_prompt_length=256),
-        out="o",
-        train=TrainConfig(batch_size=8, dtype="bfloat16", remat="full"),
-        lora=LoraConfig(rank=8),
-        mesh=MeshConfig(fsdp=8),
-    )
-    return PlanRun(topology="v5e:2x4", training=run)
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_planned_from_its_config(name: str, tmp_path: Path) -> None:
-    _, job = plan.first_job(options(tmp_path, name))
+    _, job = plan.first_job(planned(tmp_path, name))
     count = PUBLISHED[name][3]
     assert parameters(job.shape) == count
     lora = ModelFlops.of(job.shape, job.run.lora).adapters
@@ -102,8 +40,19 @@ def test_a_published_model_is_planned_from_its_config(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", PLACED)
 def test_the_weights_of_a_published_model_have_their_places(name: str, tmp_path: Path) -> None:
     """What 8 devices hold of a training step, worked out by the planner before it compiles anything."""
-    _, job = plan.first_job(options(tmp_path, name))
+    _, job = plan.first_job(planned(tmp_path, name))
     program = worker.build(job, make_mesh(fsdp=8, devices=jax.devices()[:8]), programs.Lengths(256, 256))
     lora = ModelFlops.of(job.shape, job.run.lora).adapters
     held, split = programs.device_bytes(program.arguments[0]), 2 * PUBLISHED[name][3] / 8
     assert split < held < 1.01 * split + 12 * lora  # an adapter's A is split, its B lies on every device
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu (in the test extra)")
+@pytest.mark.parametrize("name", PLACED)
+def test_the_step_of_a_published_model_compiles(name: str, tmp_path: Path) -> None:
+    """For 8 chips of v5e, with pairs longer than the window: a row of docs/models.md."""
+    _, job = plan.first_job(planned(tmp_path, name))
+    figures = compiled(job)
+    assert figures["attention"] == "splash"
+    assert 2 * PUBLISHED[name][3] / 8 / GIB < figures["memory"]["peak"] < 12

@@ -3,6 +3,7 @@
 For tests/weights/test_families.py and for the table of docs/models.md (benchmarks/models.py).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ TINY: dict[str, Any] = {
 }
 LENGTH = 24
 """Tokens of a test's rows: beyond every window and every original length below."""
+
+SEEDS = 8
+"""Random models of a case whose errors in bfloat16 are compared; those of one differ by a tenth and more."""
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 _LONG = {
@@ -92,14 +96,14 @@ def configuration(case: str, options: dict[str, Any]) -> Any:
     return getattr(transformers, config_name)(**{**TINY, **options})
 
 
-def random_model(case: str, path: Path) -> Any:
+def random_model(case: str, path: Path, seed: int = 0) -> Any:
     """The random model of a case, float32, saved to the folder `path` too. Needs torch."""
     import torch
     import transformers
 
     family, options = CASES[case]
     config = configuration(case, options)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -127,13 +131,11 @@ def largest_error(reference: Any, model: Any, variables: Any, tokens: Any) -> fl
     return float(np.abs(np.asarray(logps(variables, jnp.asarray(tokens, jnp.int32))) - theirs).max())
 
 
-def bfloat16_errors(reference: Any, folder: Path, tokens: Any) -> tuple[float, float]:
+def bfloat16_errors(case: str, folder: Path, seeds: int = SEEDS) -> list[tuple[float, float]]:
     """Mean absolute error of log-probabilities in bfloat16 (weights too) against float32: ours, and `transformers`'.
 
-    Over all tokens of the vocabulary, on tokens [B, T] through the model `reference`, saved to `folder`.
+    Over all tokens of the vocabulary, on 8 rows of `LENGTH` tokens; each time other weights (kept in `folder`) and rows.
     """
-    import copy
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -141,19 +143,23 @@ def bfloat16_errors(reference: Any, folder: Path, tokens: Any) -> tuple[float, f
 
     import dpo_jax
 
-    ids = torch.tensor(np.asarray(tokens, np.int64))
-    with torch.no_grad():
-        exact = torch.log_softmax(reference(ids).logits, -1).numpy()
-        theirs = torch.log_softmax(copy.deepcopy(reference).to(torch.bfloat16)(ids).logits.float(), -1).numpy()
-    model, variables = dpo_jax.load_pretrained(folder, dtype=jnp.bfloat16)
-
-    @jax.jit
-    def logps(variables: Any, tokens: jax.Array) -> jax.Array:
+    @partial(jax.jit, static_argnums=0)
+    def logps(model: Any, variables: Any, tokens: jax.Array) -> jax.Array:
         logits = model.apply(variables, model.apply(variables, tokens), method="logits")
         return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
-    ours = np.asarray(logps(variables, jnp.asarray(tokens, jnp.int32)))
-    return float(np.abs(ours - exact).mean()), float(np.abs(theirs - exact).mean())
+    found = []
+    for seed in range(seeds):
+        reference = random_model(case, folder, seed)
+        tokens = np.random.default_rng(seed).integers(3, TINY["vocab_size"], (8, LENGTH))
+        ids = torch.tensor(tokens)
+        with torch.no_grad():
+            exact = torch.log_softmax(reference(ids).logits, -1).numpy()
+            theirs = torch.log_softmax(reference.to(torch.bfloat16)(ids).logits.float(), -1).numpy()
+        model, variables = dpo_jax.load_pretrained(folder, dtype=jnp.bfloat16)
+        ours = np.asarray(logps(model, variables, jnp.asarray(tokens, jnp.int32)))
+        found.append((float(np.abs(ours - exact).mean()), float(np.abs(theirs - exact).mean())))
+    return found
 
 
 def gradient_error(reference: Any, model: Any, variables: Any, tokens: Any) -> float:

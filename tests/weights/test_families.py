@@ -4,6 +4,7 @@ Rows of `LENGTH` tokens cross every window and every original length of a RoPE; 
 """
 
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ def test_gradients_equal(case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, indirect=True)
-def test_bfloat16_is_as_near_as_in_transformers(case) -> None:
-    """Mean error of log-probabilities against float32; one sample's figures are told apart to a few hundredths."""
-    name, reference, folder, _, _ = case
-    ours, theirs = families.bfloat16_errors(reference, folder, tokens(LENGTH, rows=8))
-    assert ours < 1.1 * theirs, name
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_as_near_as_in_transformers(case: str, tmp_path: Path) -> None:
+    """Mean error of log-probabilities against float32, over random models; of one model it may be a tenth larger."""
+    ratios = [ours / theirs for ours, theirs in families.bfloat16_errors(case, tmp_path)]
+    assert statistics.median(ratios) <= 1
+    assert max(ratios) < 1.1
 
 
 @long
