@@ -1,22 +1,30 @@
 """docs/long_context.md: what long sequences need, with and without `--mesh.context`, from compiled programs.
 
     python benchmarks/long_context.py --only 'lora/v5p:2x2x2/32768'   compile the cells whose name matches
-    python benchmarks/long_context.py --show                          write the tables again from what is there
+    python benchmarks/long_context.py --show                          write tables and curve again from what is there
 
-Cells are called TRAINING/TOPOLOGY/TOKENS. DPO of Llama-3.1-8B, one pair a step: a shared prompt of an eighth of the
-tokens, each response with it as long as TOKENS; bfloat16 computation, --train.remat full, live reference; lora: rank 16
-on bfloat16 weights, full: float32 weights and AdamW. All devices share the sequence (--mesh.context). What was found
-stands in docs/long_context.json; a cell that is there is not compiled again.
+Cells are called TRAINING/TOPOLOGY/TOKENS. Llama-3.1-8B, bfloat16 computation, --train.remat full; all devices share the
+sequence (--mesh.context). lora: rank 16 on bfloat16 weights; full: float32 weights and AdamW.
+
+    dpo lora, dpo full    one pair a step, live reference: a shared prompt of an eighth of the tokens, each response with
+                          it as long as TOKENS
+    ppo lora, ppo full    8 responses of TOKENS to prompts of 2,048, a response at a time (--train.accumulate 8), one
+                          update; a value model and a reward model of 8B too: the programs of an iteration
+    grpo lora, grpo full  8 responses to one prompt, a reward function
+
+What was found stands in docs/long_context.json; a cell that is there is not compiled again. Cells for H100s need
+`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, in the version of jaxlib.
 """
 
 import argparse
+import itertools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.plan import compile_plan
+from dpo_jax.commands.plan import compile_plan, word_of
 from dpo_jax.config import (
     ON_COMMAND_LINE,
     DataConfig,
@@ -25,7 +33,11 @@ from dpo_jax.config import (
     LoraConfig,
     MeshConfig,
     PlanRun,
+    PPOLossConfig,
+    PPORun,
+    SampleConfig,
     TrainConfig,
+    TrainingRun,
 )
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
@@ -33,35 +45,69 @@ from dpo_jax.model.architecture import RopeScaling
 from dpo_jax.plan.compiling import plans_folder
 from dpo_jax.plan.hardware import GIB, Topology
 from dpo_jax.plan.jobs import Job
+from dpo_jax.plan.programs import names
 from dpo_jax.plan.shapes import SHAPES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPE = replace(SHAPES["llama3_8b"], max_position=131_072, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
 LENGTHS = tuple(2**n for n in range(11, 18))
-COLUMNS = [(k, t) for k in ("lora", "full") for t in ("v5p:1x1x1", "v5p:2x2x2", "h100:1", "h100:8")]
+TOPOLOGIES = ("v5p:1x1x1", "v5p:2x2x2", "h100:1", "h100:8")
+TRAININGS = {
+    "dpo lora": "DPO, LoRA of rank 16",
+    "dpo full": "DPO of all weights",
+    "ppo lora": "PPO, LoRA of rank 16",
+    "ppo full": "PPO of all weights",
+    "grpo lora": "GRPO, LoRA of rank 16",
+    "grpo full": "GRPO of all weights",
+}
+PROMPT = 2048
+"""Tokens of a prompt of PPO and GRPO."""
 MARK = "<!-- made by benchmarks/long_context.py -->\n"
+
+
+def training(kind: str, tokens: int, context: int) -> TrainingRun:
+    """The options of a cell."""
+    algorithm, weights = kind.split()
+    common: dict[str, Any] = {
+        "model": ON_COMMAND_LINE,
+        "out": ON_COMMAND_LINE,
+        "lora": LoraConfig(rank=16 if weights == "lora" else 0),
+        "mesh": MeshConfig(data=1, fsdp=1, tensor=1, context=context),
+    }
+    train: dict[str, Any] = {"dtype": "bfloat16", "remat": "full"}
+    if algorithm == "dpo":
+        return DPORun(
+            **common,
+            data=DataConfig(max_length=tokens, max_prompt_length=tokens // 8),
+            dpo=DPOLossConfig(reference="live"),
+            train=TrainConfig(batch_size=1, **train),
+        )
+    loss = PPOLossConfig(epochs=1) if algorithm == "ppo" else PPOLossConfig(preset="grpo", epochs=1)
+    return PPORun(
+        **common,
+        data=DataConfig(max_length=PROMPT + tokens, max_prompt_length=PROMPT),
+        ppo=loss,
+        reward="a model" if algorithm == "ppo" else "length",
+        sample=SampleConfig(max_new_tokens=tokens),
+        train=TrainConfig(batch_size=8, accumulate=8, **train),
+    )
 
 
 def plan(kind: str, name: str, tokens: int) -> dict[str, Any]:
     """One cell."""
-    topology, prompt = Topology.parse(name), tokens // 8
-    run = DPORun(
-        model=ON_COMMAND_LINE,
-        out=ON_COMMAND_LINE,
-        data=DataConfig(max_length=tokens, max_prompt_length=prompt),
-        dpo=DPOLossConfig(reference="live"),
-        train=TrainConfig(batch_size=1, dtype="bfloat16", remat="full"),
-        lora=LoraConfig(rank=16 if kind == "lora" else 0),
-        mesh=MeshConfig(data=1, fsdp=1, tensor=1, context=topology.devices),
-    )
-    job = Job("dpo", "train step", run, SHAPE, name, prompt, tokens - prompt)
+    topology = Topology.parse(name)
+    run = training(kind, tokens, topology.devices)
+    prompt = tokens // 8 if isinstance(run, DPORun) else PROMPT
+    response = tokens - prompt if isinstance(run, DPORun) else tokens
+    job = Job(word_of(run), names(run)[0], run, SHAPE, name, prompt, response)
     options = PlanRun(topology=name, model_shape="llama3_8b", training=run)
     made = compile_plan(options, topology, job, plans_folder(None))
-    step, worst = made.outcomes[0], made.worst
-    found: dict[str, Any] = {"fits": made.fits, "peak": worst.peak, "limit": worst.limit}
-    if step.estimate is not None:
+    worst = made.worst
+    found: dict[str, Any] = {"fits": made.fits, "peak": worst.peak, "limit": worst.limit, "largest": worst.name}
+    if made.seconds is not None:
+        step = made.outcomes[0]
         sent = sum(one["sent"] for one in step.figures["collectives"])
-        found |= {"seconds": step.estimate.slowest, "sent": sent, "attention": step.figures["attention"]}
+        found |= {"seconds": made.seconds, "sent": sent, "attention": step.figures["attention"]}
     return found
 
 
@@ -76,8 +122,8 @@ def cell(found: dict[str, Any] | None) -> str:
 def tables(cells: dict[str, Any]) -> str:
     """The curve of each training."""
     lines = []
-    for kind, title in (("lora", "DPO, LoRA of rank 16"), ("full", "DPO of all weights")):
-        names = [t for k, t in COLUMNS if k == kind]
+    for kind, title in TRAININGS.items():
+        names = TOPOLOGIES
         if not any(key.startswith(f"{kind}/") for key in cells):
             continue
         limits = [f"{t} ({Topology.parse(t).hardware.memory / GIB:.1f})" for t in names]
@@ -97,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     path, page = DOCS / "long_context.json", DOCS / "long_context.md"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for kind, name in COLUMNS:
+    for kind, name in itertools.product(TRAININGS, TOPOLOGIES):
         for tokens in LENGTHS:
             key = f"{kind}/{name}/{tokens}"
             if options.show or key in cells or not re.search(options.only, key):
