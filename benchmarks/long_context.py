@@ -17,7 +17,6 @@ What was found stands in docs/long_context.json; a cell that is there is not com
 """
 
 import argparse
-import itertools
 import json
 import re
 from dataclasses import replace
@@ -51,7 +50,6 @@ from dpo_jax.plan.shapes import SHAPES
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPE = replace(SHAPES["llama3_8b"], max_position=131_072, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
 LENGTHS = tuple(2**n for n in range(11, 18))
-TOPOLOGIES = ("v5p:1x1x1", "v5p:2x2x2", "h100:1", "h100:8")
 TRAININGS = {
     "dpo lora": "DPO, LoRA of rank 16",
     "dpo full": "DPO of all weights",
@@ -60,6 +58,12 @@ TRAININGS = {
     "grpo lora": "GRPO, LoRA of rank 16",
     "grpo full": "GRPO of all weights",
 }
+ONE, EIGHT = ("v5p:1x1x1", "h100:1"), ("v5p:2x2x2", "h100:8")
+CELLS = [
+    *((kind, name, n) for kind in ("dpo lora", "dpo full") for n in (32_768, 131_072) for name in EIGHT),
+    *((kind, name, 16_384) for kind in TRAININGS if not kind.startswith("dpo") for name in EIGHT),
+    *(("dpo lora", name, n) for name in (*EIGHT, *ONE) for n in LENGTHS),
+]
 PROMPT = 2048
 """Tokens of a prompt of PPO and GRPO."""
 MARK = "<!-- made by benchmarks/long_context.py -->\n"
@@ -123,7 +127,7 @@ def tables(cells: dict[str, Any]) -> str:
     """The curve of each training."""
     lines = []
     for kind, title in TRAININGS.items():
-        names = TOPOLOGIES
+        names = [name for name in (*ONE, *EIGHT) if any(key.startswith(f"{kind}/{name}/") for key in cells)]
         if not any(key.startswith(f"{kind}/") for key in cells):
             continue
         limits = [f"{t} ({Topology.parse(t).hardware.memory / GIB:.1f})" for t in names]
@@ -143,14 +147,13 @@ def main() -> None:
     options = parser.parse_args()
     path, page = DOCS / "long_context.json", DOCS / "long_context.md"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    for kind, name in itertools.product(TRAININGS, TOPOLOGIES):
-        for tokens in LENGTHS:
-            key = f"{kind}/{name}/{tokens}"
-            if options.show or key in cells or not re.search(options.only, key):
-                continue
-            cells[key] = plan(kind, name, tokens)
-            say(f"{key}: {cell(cells[key])}")
-            write_atomically(path, json.dumps(cells, indent=1, sort_keys=True) + "\n")
+    for kind, name, tokens in CELLS:
+        key = f"{kind}/{name}/{tokens}"
+        if options.show or key in cells or not re.search(options.only, key):
+            continue
+        cells[key] = plan(kind, name, tokens)
+        say(f"{key}: {cell(cells[key])}")
+        write_atomically(path, json.dumps(cells, indent=1, sort_keys=True) + "\n")
     text = page.read_text(encoding="utf-8")
     write_atomically(page, text[: text.index(MARK)] + MARK + tables(cells))
 

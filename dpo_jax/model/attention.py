@@ -105,17 +105,23 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale:
     if mask.prefix is not None:
         return _row_a_response(q, k, v, mask, partial(_cudnn, scale=scale))
     lengths = None if mask.segments is None else jnp.sum(mask.segments != 0, axis=1, dtype=jnp.int32)
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if mask.window is None else (mask.window - 1, 0),
-        implementation="cudnn",
-    )
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if mask.window is None else (mask.window - 1, 0),
+            implementation="cudnn",
+        )
+
+    # Not left to the compiler: where the batch is whole it would split some of the kernel's smaller arguments.
+    queries, keys = ("batch", "queries", "query_heads", None), ("batch", "keys", "key_heads", None)
+    return meshes.shard_map(local, (queries, keys, keys, ("batch",)), queries)(q, k, v, lengths)
 
 
 def _row_a_response(
