@@ -6,8 +6,8 @@
 Cells are called TRAINING/TOPOLOGY/TOKENS. Llama-3.1-8B, bfloat16 computation, --train.remat full; all devices share the
 sequence (--mesh.context). lora: rank 16 on bfloat16 weights; full: float32 weights and AdamW.
 
-    dpo lora, dpo full    one pair a step, live reference: a shared prompt of an eighth of the tokens, each response with
-                          it as long as TOKENS
+    dpo lora, dpo full    one pair a step, live reference: a shared prompt of an eighth of the tokens, each response
+                          with it as long as TOKENS; `offload`: with --train.remat offload
     ppo lora, ppo full    8 responses of TOKENS to prompts of 2,048, a response at a time (--train.accumulate 8), one
                           update; a value model and a reward model of 8B too: the programs of an iteration
     grpo lora, grpo full  8 responses to one prompt, a reward function
@@ -22,6 +22,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from dpo_jax.commands.plan import compile_plan, word_of
 from dpo_jax.config import (
@@ -52,7 +55,9 @@ SHAPE = replace(SHAPES["llama3_8b"], max_position=131_072, rope_scaling=RopeScal
 LENGTHS = tuple(2**n for n in range(11, 18))
 TRAININGS = {
     "dpo lora": "DPO, LoRA of rank 16",
+    "dpo lora offload": "DPO, LoRA of rank 16, --train.remat offload",
     "dpo full": "DPO of all weights",
+    "dpo full offload": "DPO of all weights, --train.remat offload",
     "ppo lora": "PPO, LoRA of rank 16",
     "ppo full": "PPO of all weights",
     "grpo lora": "GRPO, LoRA of rank 16",
@@ -62,7 +67,9 @@ ONE, EIGHT = ("v5p:1x1x1", "h100:1"), ("v5p:2x2x2", "h100:8")
 CELLS = [
     *((kind, name, n) for kind in ("dpo lora", "dpo full") for n in (32_768, 131_072) for name in EIGHT),
     *((kind, name, 16_384) for kind in TRAININGS if not kind.startswith("dpo") for name in EIGHT),
+    *((f"dpo {weights} offload", name, 131_072) for weights in ("lora", "full") for name in EIGHT),
     *(("dpo lora", name, n) for name in (*EIGHT, *ONE) for n in LENGTHS),
+    *(("dpo lora offload", name, n) for name in ONE for n in LENGTHS),
 ]
 PROMPT = 2048
 """Tokens of a prompt of PPO and GRPO."""
@@ -71,14 +78,14 @@ MARK = "<!-- made by benchmarks/long_context.py -->\n"
 
 def training(kind: str, tokens: int, context: int) -> TrainingRun:
     """The options of a cell."""
-    algorithm, weights = kind.split()
+    algorithm, weights, *offload = kind.split()
     common: dict[str, Any] = {
         "model": ON_COMMAND_LINE,
         "out": ON_COMMAND_LINE,
         "lora": LoraConfig(rank=16 if weights == "lora" else 0),
         "mesh": MeshConfig(data=1, fsdp=1, tensor=1, context=context),
     }
-    train: dict[str, Any] = {"dtype": "bfloat16", "remat": "full"}
+    train: dict[str, Any] = {"dtype": "bfloat16", "remat": "offload" if offload else "full"}
     if algorithm == "dpo":
         return DPORun(
             **common,
@@ -112,6 +119,7 @@ def plan(kind: str, name: str, tokens: int) -> dict[str, Any]:
         step = made.outcomes[0]
         sent = sum(one["sent"] for one in step.figures["collectives"])
         found |= {"seconds": made.seconds, "sent": sent, "attention": step.figures["attention"]}
+        found |= {"host": step.figures["memory"]["host"]}
     return found
 
 
@@ -120,7 +128,8 @@ def cell(found: dict[str, Any] | None) -> str:
     if found is None:
         return "·"
     size = "more" if found["peak"] is None else f"{found['peak'] / GIB:.1f}"
-    return f"{size}{'' if found['fits'] else ', no room'}" + (f", {found['seconds']:.3g} s" if found["fits"] else "")
+    host = f" + {found['host'] / GIB:.1f} on the host" if found.get("host") else ""
+    return f"{size}{host}" + (f", {found['seconds']:.3g} s" if found["fits"] else ", no room")
 
 
 def tables(cells: dict[str, Any]) -> str:
@@ -137,6 +146,38 @@ def tables(cells: dict[str, Any]) -> str:
                 continue
             lines.append(f"| {n:,} | " + " | ".join(cell(cells.get(f"{kind}/{t}/{n}")) for t in names) + " |")
     return "\n".join(lines) + "\n"
+
+
+LINES = {"v5p:1x1x1": "#1f77b4", "v5p:2x2x2": "#1f77b4", "h100:1": "#2ca02c", "h100:8": "#2ca02c"}
+
+
+def draw(cells: dict[str, Any], path: Path) -> None:
+    """The memory of a device against the tokens of a response with its prompt: one device dashed, eight solid."""
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, colour in LINES.items():
+            topology, alone = Topology.parse(name), name in ONE
+            for kind in ("dpo lora", "dpo lora offload"):
+                found = {n: cells.get(f"{kind}/{name}/{n}") for n in LENGTHS}
+                points = [(n, c["peak"] / GIB) for n, c in found.items() if c is not None and c["peak"] is not None]
+                if len(points) < 2:
+                    continue
+                style = {"linestyle": "--" if alone else "-", "marker": "o" if kind == "dpo lora" else "v"}
+                label = f"{topology.devices} x {topology.name}{', offload' if 'offload' in kind else ''}"
+                axes.plot(*zip(*points, strict=True), color=colour, markersize=4, label=label, **style)
+            if alone:
+                limit = topology.hardware.memory / GIB
+                axes.axhline(limit, color=colour, linewidth=0.8, linestyle=":")
+                axes.annotate(f"memory of {topology.name}", (LENGTHS[0], limit), va="bottom", color=colour)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(LENGTHS, [f"{n // 1024}k" for n in LENGTHS])
+        ticks = [2**n for n in range(2, 9)]
+        axes.set_yticks(ticks, map(str, ticks))
+        axes.set(xlabel="tokens of a prompt and a response", ylabel="GiB of one device")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def main() -> None:
@@ -156,6 +197,7 @@ def main() -> None:
         write_atomically(path, json.dumps(cells, indent=1, sort_keys=True) + "\n")
     text = page.read_text(encoding="utf-8")
     write_atomically(page, text[: text.index(MARK)] + MARK + tables(cells))
+    draw(cells, DOCS / "long_context.png")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,38 @@
 """The table of docs/models.md: every family against `transformers`, on random small models with every flag set.
 
-    PYTHONPATH=.:tests/support python benchmarks/models.py > table.md        needs torch; about two minutes on a CPU
+    PYTHONPATH=.:tests/support python benchmarks/models.py > table.md        needs torch; about three minutes on a CPU
+    PYTHONPATH=.:tests/support python benchmarks/models.py --planned [NAME ...]     the second table; needs libtpu
 
 A row is a case of tests/support/families.py. Logits' error: largest difference of log-probabilities in float32, over
 all tokens of the vocabulary, rows of 10 and of 24 tokens. Gradients': of the mean log-probability of a row, over all
-tensors, relative to the largest. bfloat16: mean error of log-probabilities against float32, ours and `transformers`'.
-Round trip: tensors read and written again have the same bits and names.
+tensors, relative to the largest. bfloat16: mean error of log-probabilities against float32, ours and `transformers`',
+medians over random models, and the least and largest ratio of the two. Round trip: tensors read and written again have
+the same bits and names. A row of the second table is a model of tests/support/published.py, and what the planner
+compiles for it.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import families
 import jax.numpy as jnp
 import numpy as np
 from families import CASES, LENGTH, TINY
+from published import PUBLISHED, planned
 from safetensors.numpy import load_file
 
 import dpo_jax
+from dpo_jax.commands.plan import compile_plan, first_job
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, from_hf
 from dpo_jax.model.attention import choose_kernel
 from dpo_jax.model.families import FAMILIES
+from dpo_jax.plan.compiling import plans_folder
+from dpo_jax.plan.hardware import GIB
+from dpo_jax.plan.shapes import parameters
 from dpo_jax.weights.gguf_out import check_model
 
 
@@ -64,19 +74,43 @@ def row(case: str) -> str:
         rows = [np.random.default_rng(0).integers(3, TINY["vocab_size"], (2, n)).astype(np.int32) for n in lengths]
         error = max(families.largest_error(reference, model, variables, one) for one in rows)
         gradient = families.gradient_error(reference, model, variables, rows[-1][:1])
-        half = families.bfloat16_errors(reference, folder, np.random.default_rng(0).integers(3, 64, (8, LENGTH)))
         dpo_jax.save_pretrained(again, model, variables, None)
         before, after = (load_file(path / "model.safetensors") for path in (folder, again))
+        half = families.bfloat16_errors(case, Path(scratch) / "others")
     equal = before.keys() == after.keys() and all(x.tobytes() == after[key].tobytes() for key, x in before.items())
     flags = ", ".join(key for key in CASES[case][1])
     trip = "equal" if equal else "NOT equal"
-    numbers = (f"{error:.1e}", f"{gradient:.1e}", f"{half[0]:.4f}, {half[1]:.4f}")
+    ours, theirs, ratios = [x for x, _ in half], [y for _, y in half], [x / y for x, y in half]
+    rounded = f"{median(ours):.4f}, {median(theirs):.4f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    numbers = (f"{error:.1e}", f"{gradient:.1e}", rounded)
     cells = (case, flags, *numbers, trip, _gguf(case, model.config), _kernels(model.config))
     return f"| {' | '.join(cells)} |"
 
 
+def planned_row(name: str) -> str:
+    """One line of the second table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = planned(Path(scratch), name)
+        topology, job = first_job(options)
+        made = compile_plan(options, topology, job, plans_folder(None), quiet=True)
+    (step,) = made.outcomes
+    assert step.estimate is not None
+    assert step.peak is not None
+    size = f"{step.peak / GIB:.1f} of {step.limit / GIB:.1f}"
+    kernel, seconds = step.figures["attention"], f"{step.estimate.fastest:.1f} to {step.estimate.slowest:.1f}"
+    return f"| {name} | {PUBLISHED[name][0]} | {parameters(job.shape):,} | {size} | {kernel} | {seconds} |"
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--planned", nargs="*", metavar="NAME", help="the table of published models, or rows of it")
+    options = parser.parse_args()
+    if options.planned is not None:
+        print("| model | model_type | parameters | GiB a device | kernel | s a step |\n|---|---|---|---|---|---|")
+        for name in options.planned or PUBLISHED:
+            print(planned_row(name), flush=True)
+        return
     print("| family | flags beside its own | log-probabilities | gradients | bfloat16 | round trip | GGUF | kernels |")
     print("|---|---|---|---|---|---|---|---|")
     for case in CASES:

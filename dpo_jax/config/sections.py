@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from dpo_jax.config.checks import ON_COMMAND_LINE, Options, not_given, require, require_day
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 Narrow = Literal["bfloat16", "int8"]
 SampleLayout = Literal["gathered", "tensor", "training"]
@@ -183,7 +183,8 @@ class TrainConfig(Options):
     """Dtype of the finished `model/`. bfloat16 rounds away much of what was learnt, under
     LoRA most of it, and then the run says how much. `adapter/` is always float32."""
     remat: Remat = "dots"
-    """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers)."""
+    """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers), offload (whole
+    layers, from inputs that wait in the host's memory)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
     layout: Layout | None = None

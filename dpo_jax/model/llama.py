@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import mesh as meshes
 from dpo_jax.config import AttentionKernel, LoraConfig, Remat
@@ -37,9 +38,16 @@ _GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
+_ENTERS = "what enters a layer"
 _REMAT_POLICIES: dict[Remat, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_ENTERS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -213,6 +221,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         before, after = c.norms != "after", c.norms != "before"
+        x = checkpoint_name(x, _ENTERS)
 
         def norm(x: jax.Array, name: str, wanted: bool = True) -> jax.Array:
             return RMSNorm.of(c, self.dtype, name)(x) if wanted else x
@@ -248,7 +257,8 @@ class Llama(nn.Module):
     Attributes:
       config:    architecture.
       dtype:     dtype of activations and matrix products.
-      remat:     what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (whole layers).
+      remat:     what the backward pass recomputes: "none", "dots" (all but matrix products), "full" (whole layers),
+                 "offload" (whole layers, from inputs that wait in the host's memory).
       attention: kernel; see `model/attention.py`.
       lora:      adapters, or rank 0.
       unrolled:  layers are layer_0, layer_1, ... with variables of their own (`variables.unroll`), not a scan over

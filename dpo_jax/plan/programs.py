@@ -201,7 +201,7 @@ def full_windows(rows: int, length: int, *, packed: bool) -> TokenBatch:
 def again(model: ModelFlops, remat: str, work: Work) -> float:
     """FLOPs that the backward pass computes a second time: of the layers as `remat` says, of the logits always."""
     logits = 2.0 * model.head * work.predicted
-    if remat == "full":
+    if remat in ("full", "offload"):
         return model.forward(dataclasses.replace(work, predicted=0.0)) + logits
     return logits + (model.attention * work.attended if remat == "dots" else 0.0)
 

@@ -10,7 +10,8 @@ from dpo_jax.plan.programs import Lengths
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.train.flops import ModelFlops, Work
 
-_AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0}  # forward passes of a training step, the backward pass counting two
+# Forward passes of a training step, the backward pass counting two.
+_AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0, "offload": 4.1}
 
 
 def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
@@ -49,14 +50,15 @@ def _tokens(run: TrainingRun, lengths: Lengths) -> int:
 def rough_bytes(run: TrainingRun, shape: LlamaConfig, lengths: Lengths) -> float:
     """Memory of one device: state, gradients, and what the layers keep for the backward pass.
 
-    `full` keeps what enters a layer, `dots` what its products give too, `none` also what lies between them. An axis of
-    heads or feed-forward width is split over `tensor`, the hidden size is not.
+    `full` keeps what enters a layer, `dots` what its products give too, `none` also what lies between them, `offload`
+    nothing. An axis of heads or feed-forward width is split over `tensor`, the hidden size is not.
     """
     mesh, train = run.mesh, run.train
     minibatches = run.ppo.minibatches if isinstance(run, PPORun) else 1
     tokens = _tokens(run, lengths) / (mesh.data * mesh.fsdp * mesh.context) / minibatches / train.accumulate
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     whole, split = {
+        "offload": (0, 0),
         "full": (1, 0),
         "dots": (2, heads + 2 * shape.intermediate_size),
         "none": (8, 2 * heads + 4 * shape.intermediate_size),

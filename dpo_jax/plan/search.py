@@ -19,7 +19,7 @@ from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.programs import Lengths
 from dpo_jax.plan.rough import rough_bytes, rough_seconds, state_bytes
 
-REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+REMATS: tuple[Remat, ...] = ("none", "dots", "full", "offload")
 MOST_TENSOR = 8  # devices that share a layer: beyond a node or a row of a slice its collectives cost too much
 MOST_MICRO_BATCHES = 32
 

@@ -52,6 +52,9 @@ def _memory_table(made: Planned, console: Console) -> None:
         fits = "yes" if outcome.fits else "no"
         table.add_row(outcome.name, *parts, peak, _gib(outcome.limit), fits, f"{outcome.figures['seconds']:.0f} s")
     console.print(table)
+    for outcome in made.outcomes:
+        if host := outcome.figures.get("memory", {}).get("host"):
+            _say(console, f"{outcome.name}: {_gib(host)} GiB more of each device wait in its host's memory")
 
 
 def _show_movement(outcome: Outcome, topology: Topology, console: Console) -> None:

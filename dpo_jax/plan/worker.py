@@ -96,6 +96,7 @@ def measure(compiled: Any, mesh: Mesh, trips: float = 1.0) -> dict[str, Any]:
             "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
             "peak": memory.peak_memory_in_bytes,
+            "host": memory.host_temp_size_in_bytes,
         },
         "moved": traffic.memory,
         "collectives": [

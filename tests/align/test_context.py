@@ -78,7 +78,7 @@ CASES = {
         DPOConfig(reference="live", layout="separate", optimizer=OPTIMIZER),
         PAIRS(),
         MIXED,
-        {"lora": 4, "remat": "full"},
+        {"lora": 4, "remat": "offload"},
     ),
     "sft, packed, window": (
         sft,

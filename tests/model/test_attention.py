@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -15,6 +16,10 @@ from dpo_jax.mesh import make_mesh, platform
 from dpo_jax.model import attention, attention_splash
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
 from dpo_jax.types import PreferenceBatch
+
+
+from dpo_jax.plan.hardware import Topology
+from dpo_jax.plan.worker import assumed_cudnn
 
 
 def qkv(seed, B, T, S, H, G, C, dtype=jnp.float32):
@@ -174,14 +179,27 @@ def test_a_mask_of_a_quarter_million_tokens_builds_few_blocks(monkeypatch):
     assert len(built) == 2 * 3
 
 
-@pytest.mark.parametrize("name", ["prefix", "prefix padded"])
-def test_a_row_for_each_response_equals_the_shared_prefix(name, monkeypatch):
-    """All of the cuDNN path but the kernel, in whose place XLA computes causal, right-padded rows."""
+def places(segments, prefix=None):
+    """int32 [B, T]: where each token stands in its sequence; a response begins behind the prompt's real tokens."""
+    at = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
+    if prefix is None:
+        return at
+    P, _, R = prefix
+    return np.where(at < P, at, np.sum(segments[:, :P] != 0, axis=1)[:, None] + (at - P) % R)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("name", ["padded", "prefix padded"])
+def test_cudnn_equals_xla(name, window, monkeypatch):
+    """All of the cuDNN path but the kernel, in whose place XLA computes causal, right-padded rows with a window."""
     in_place = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *args, implementation, **options: in_place(*args, **options)
     )
     mask, _, real = layout(name)
+    if window is not None:
+        at = jnp.asarray(places(np.asarray(mask.segments), mask.prefix), jnp.int32)
+        mask = dataclasses.replace(mask, window=window, at=at)
     q, k, v = qkv(5, 2, 22, 22, 4, 2, 8)
     keep = jnp.asarray(real)[..., None, None]
 
@@ -254,13 +272,36 @@ def test_packed_groups_equal_the_reference_in_every_kernel(kernel, window, monke
     chex.assert_trees_all_close(back, expected, atol=1e-5)
 
 
+def test_cudnn_is_told_the_window_and_the_lengths():
+    """Lowered for a GPU that is not here, forwards and backwards: cuDNN counts a token itself, as `window` does."""
+    segments = jnp.ones((2, 256), jnp.int32)
+    at = jnp.broadcast_to(jnp.arange(256), (2, 256))
+    mask = AttentionMask(segments=segments, packed=False, window=100, at=at)
+    q, k, v = qkv(6, 2, 256, 256, 4, 2, 64, jnp.bfloat16)
+
+    def f(q, k, v):
+        return jnp.sum(attend(q, k, v, mask=mask, kernel="cudnn").astype(jnp.float32))
+
+    with assumed_cudnn(Topology.parse("h100:1")), jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        text = jax.jit(jax.grad(f)).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"cudnn\$(\w+)", text) == ["fmhaSoftmax", "fmhaSoftmaxBackward"]
+    assert re.findall(r"sliding_window_length\\22: (\d+)", text) == ["100", "100"]
+    assert re.findall(r"mask_type\\22: \\22(\w+)", text) == ["PADDING_CAUSAL"] * 2
+
+
 @pytest.mark.slow
-def test_splash_equals_xla_over_several_blocks_and_devices():
-    """700 tokens make 6 blocks of 128, on a mesh that splits rows and heads."""
-    prefix = (300, 2, 200)
-    mask = AttentionMask(
-        segments=jnp.asarray(prefix_segments([300, 150], [[200, 10], [64, 199]], prefix)), prefix=prefix
+@pytest.mark.parametrize("name", ["shared", "window", "shared, window"])
+def test_splash_equals_xla_over_several_blocks_and_devices(name):
+    """700 tokens make 6 blocks of 128, on a mesh that splits rows and heads; a window of 150 reaches over two."""
+    prefix = (300, 2, 200) if "shared" in name else None
+    segments = (
+        lengths_to_segments([700, 333], 700)
+        if prefix is None
+        else prefix_segments([300, 150], [[200, 10], [64, 199]], prefix)
     )
+    mask = AttentionMask(segments=jnp.asarray(segments), prefix=prefix)
+    if "window" in name:
+        mask = dataclasses.replace(mask, window=150, at=jnp.asarray(places(segments, prefix), jnp.int32))
     q, k, v = qkv(4, 2, 700, 700, 4, 2, 16)
     keep = (mask.segments > 0)[..., None, None]
 

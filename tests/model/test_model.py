@@ -167,7 +167,7 @@ def test_layouts_have_the_same_gradients(model, variables):
     chex.assert_trees_all_close(shared, separate, atol=5e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["none", "offload", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(model, variables, remat):
     def grads(m):
         return jax.jit(jax.grad(lambda v: groups.response_logps(m.apply, v, make_batch()).sum()))(variables)

@@ -4,12 +4,13 @@ Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt of jaxlib's version (180 
 CUDA nor cuDNN is used for compiling).
 """
 
+import dataclasses
 import importlib.util
 
 import pytest
-from plans import GIB, PARAMETERS, compiled, dpo_run, job
+from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of, shape
 
-from dpo_jax.config import Layout
+from dpo_jax.config import Layout, MeshConfig
 
 pytestmark = [
     pytest.mark.cuda_compile,
@@ -43,3 +44,14 @@ def test_every_layout_uses_cudnn_attention(topology: str, layout: Layout) -> Non
     assert figures["attention"] == "cudnn"
     assert figures["memory"]["peak"] < 3.0
     assert any(one["kind"] == "all-gather" and one["devices"] == 8 for one in figures["collectives"])
+
+
+def test_a_window_and_sequences_over_devices_use_cudnn() -> None:
+    """Each device has whole sequences of some heads: what the batch is split over does not matter to the kernel."""
+    model = dataclasses.replace(shape(2), sliding_window=256, global_layers=(1,))
+    run = dpo_run(pairs=1, mesh=MeshConfig(data=1, fsdp=1, context=8))
+    figures = compiled(job_of(run, "h100:8", model, prompt=512, response=512))
+    assert figures["attention"] == "cudnn"
+    exchanged = sum(one["sent"] for one in figures["collectives"] if one["kind"] == "all-to-all")
+    gathered = sum(one["sent"] for one in figures["collectives"] if one["kind"] == "all-gather")
+    assert 0 < exchanged < gathered  # weights are gathered, as along fsdp

@@ -11,6 +11,7 @@ from dpo_jax.config import (
     DataConfig,
     DPOLossConfig,
     DPORun,
+    Layout,
     LoraConfig,
     MeshConfig,
     PPOLossConfig,
@@ -55,6 +56,15 @@ def test_splash_attention_is_split_over_heads() -> None:
     assert figures["attention"] == "splash"
     assert figures["memory"]["peak"] < 3.0
     assert figures["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 4}
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_splash_attention_with_a_window_on_every_other_layer(layout: Layout) -> None:
+    """As Gemma 2 has it: windows by layer, capped scores; rows of 896 tokens (512 apart) cross the window."""
+    model = dataclasses.replace(SMALL, sliding_window=256, global_layers=(1,), attention_cap=50.0)
+    figures = compiled(job_of(dpo_run(pairs=4, layout=layout), "v5e:2x2", model, prompt=128, response=384))
+    assert figures["attention"] == "splash"
+    assert figures["memory"]["peak"] < 1
 
 
 def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:

@@ -134,7 +134,7 @@ def largest_error(reference: Any, model: Any, variables: Any, tokens: Any) -> fl
 def bfloat16_errors(case: str, folder: Path, seeds: int = SEEDS) -> list[tuple[float, float]]:
     """Mean absolute error of log-probabilities in bfloat16 (weights too) against float32: ours, and `transformers`'.
 
-    Over all tokens of the vocabulary, on 8 rows of `LENGTH` tokens; each time other weights (kept in `folder`) and rows.
+    Over all tokens of the vocabulary, on 8 rows of `LENGTH` tokens; other weights (in `folder`) and rows each time.
     """
     import jax
     import jax.numpy as jnp
