@@ -129,7 +129,10 @@ def cell(found: dict[str, Any] | None) -> str:
         return "·"
     size = "more" if found["peak"] is None else f"{found['peak'] / GIB:.1f}"
     host = f" + {found['host'] / GIB:.1f} on the host" if found.get("host") else ""
-    return f"{size}{host}" + (f", {found['seconds']:.3g} s" if found["fits"] else ", no room")
+    if not found["fits"]:
+        return f"{size}, no room"
+    seconds = found["seconds"]
+    return f"{size}{host}, {seconds:,.0f} s" if seconds >= 100 else f"{size}{host}, {seconds:.3g} s"
 
 
 def tables(cells: dict[str, Any]) -> str:
@@ -163,7 +166,8 @@ def draw(cells: dict[str, Any], path: Path) -> None:
                 points = [(n, c["peak"] / GIB) for n, c in found.items() if c is not None and c["peak"] is not None]
                 if len(points) < 2:
                     continue
-                style = {"linestyle": "--" if alone else "-", "marker": "o" if kind == "dpo lora" else "v"}
+                line = "" if len(points) < 3 else "--" if alone else "-"
+                style = {"linestyle": line, "marker": "o" if kind == "dpo lora" else "v"}
                 label = f"{topology.devices} x {topology.name}{', offload' if 'offload' in kind else ''}"
                 axes.plot(*zip(*points, strict=True), color=colour, markersize=4, label=label, **style)
             if alone:
