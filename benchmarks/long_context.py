@@ -3,8 +3,8 @@
     python benchmarks/long_context.py --only 'lora/v5p:2x2x2/32768'   compile the cells whose name matches
     python benchmarks/long_context.py --show                          write tables and curve again from what is there
 
-Cells are called TRAINING/TOPOLOGY/TOKENS. Llama-3.1-8B, bfloat16 computation, --train.remat full; all devices share the
-sequence (--mesh.context). lora: rank 16 on bfloat16 weights; full: float32 weights and AdamW.
+Cells are called TRAINING/TOPOLOGY/TOKENS. Llama-3.1-8B, bfloat16 computation, --train.remat full, shared prompts; all
+devices share the sequence (--mesh.context). lora: rank 16 on bfloat16 weights; full: float32 weights and AdamW.
 
     dpo lora, dpo full    one pair a step, live reference: a shared prompt of an eighth of the tokens, each response
                           with it as long as TOKENS; `offload`: with --train.remat offload
@@ -68,8 +68,8 @@ CELLS = [
     *((kind, name, n) for kind in ("dpo lora", "dpo full") for n in (32_768, 131_072) for name in EIGHT),
     *((kind, name, 16_384) for kind in TRAININGS if not kind.startswith("dpo") for name in EIGHT),
     *((f"dpo {weights} offload", name, 131_072) for weights in ("lora", "full") for name in EIGHT),
+    ("dpo lora offload", "h100:1", 131_072),
     *(("dpo lora", name, n) for name in (*EIGHT, *ONE) for n in LENGTHS),
-    *(("dpo lora offload", name, n) for name in ONE for n in LENGTHS),
 ]
 PROMPT = 2048
 """Tokens of a prompt of PPO and GRPO."""
@@ -85,7 +85,7 @@ def training(kind: str, tokens: int, context: int) -> TrainingRun:
         "lora": LoraConfig(rank=16 if weights == "lora" else 0),
         "mesh": MeshConfig(data=1, fsdp=1, tensor=1, context=context),
     }
-    train: dict[str, Any] = {"dtype": "bfloat16", "remat": "offload" if offload else "full"}
+    train: dict[str, Any] = {"dtype": "bfloat16", "remat": "offload" if offload else "full", "layout": "shared"}
     if algorithm == "dpo":
         return DPORun(
             **common,

@@ -15,11 +15,9 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, platform
 from dpo_jax.model import attention, attention_splash
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
-from dpo_jax.types import PreferenceBatch
-
-
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.worker import assumed_cudnn
+from dpo_jax.types import PreferenceBatch
 
 
 def qkv(seed, B, T, S, H, G, C, dtype=jnp.float32):

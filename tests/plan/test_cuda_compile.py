@@ -49,7 +49,7 @@ def test_every_layout_uses_cudnn_attention(topology: str, layout: Layout) -> Non
 def test_a_window_and_sequences_over_devices_use_cudnn() -> None:
     """Each device has whole sequences of some heads: what the batch is split over does not matter to the kernel."""
     model = dataclasses.replace(shape(2), sliding_window=256, global_layers=(1,))
-    run = dpo_run(pairs=1, mesh=MeshConfig(data=1, fsdp=1, context=8))
+    run = dpo_run(pairs=1, mesh=MeshConfig(data=1, fsdp=1, context=8), layout="shared")
     figures = compiled(job_of(run, "h100:8", model, prompt=512, response=512))
     assert figures["attention"] == "cudnn"
     exchanged = sum(one["sent"] for one in figures["collectives"] if one["kind"] == "all-to-all")

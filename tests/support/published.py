@@ -70,7 +70,7 @@ def planned(folder: Path, name: str) -> PlanRun:
         model=str(folder),
         data=DataConfig("d", max_length=4096, max_prompt_length=1024),
         out="o",
-        train=TrainConfig(batch_size=8, dtype="bfloat16", remat="full"),
+        train=TrainConfig(batch_size=8, dtype="bfloat16", remat="full", layout="shared"),
         lora=LoraConfig(rank=8),
         mesh=MeshConfig(fsdp=8),
     )
