@@ -361,16 +361,19 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
 
     Returns:
       Arrays [B]: loss, rewards/chosen, rewards/rejected, logps/chosen, logps/rejected (sums, as in `train_step`),
-      lengths/chosen, lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed). Values of
-      filler rows mean nothing. What a loss takes from its whole batch (KTO's KL point, `nll_normalization` token, AOT's
-      ranks), it takes from this one; BCO's mean of rewards is that of the steps before.
+      lengths/chosen, lengths/rejected (response tokens), nll (of the whole chosen response, in nats, summed), loss/NAME
+      of each of several losses, unweighted. Values of filler rows mean nothing. What a loss takes from its whole batch
+      (KTO's KL point, `nll_normalization` token, AOT's ranks), it takes from this one; BCO's mean of rewards is that of
+      the steps before.
     """
     config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
     pairs = responses_of(batch, CHOSEN, REJECTED + 1)
     whole = _whole(state, batch, pairs, config)
     rows = _row_values(state, state.variables, pairs, whole, config, None, learns=False)
+    terms = rows.terms if len(rows.terms) > 1 else {}
     return {
         "loss": rows.loss,
+        **{f"loss/{name}": values for name, values in terms.items()},
         "rewards/chosen": rows.rewards[:, CHOSEN],
         "rewards/rejected": rows.rewards[:, REJECTED],
         "logps/chosen": rows.policy[:, CHOSEN],

@@ -100,12 +100,12 @@ def _evaluated(
 
 def policy_figures(rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over the rows (not over batches) of what `dpo.eval_step` gives, [N] each, of those that have the response:
-    loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}.
+    loss (and loss/NAME of several), rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}.
     """
     chosen, rejected = rows["lengths/chosen"] > 0, rows["lengths/rejected"] > 0
     pairs = chosen & rejected
     wins = rows["rewards/chosen"] > rows["rewards/rejected"]
-    found = {"loss": float(rows["loss"].mean())}
+    found = {name: float(values.mean()) for name, values in rows.items() if name.partition("/")[0] == "loss"}
     for name, present in (("chosen", chosen), ("rejected", rejected)):
         if present.any():
             found[f"rewards/{name}"] = float(rows[f"rewards/{name}"][present].mean())

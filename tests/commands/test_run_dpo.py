@@ -208,7 +208,10 @@ def test_what_losses_remember_is_resumed_exactly(
     rows = runs.metrics(whole)
     assert rows[0]["loss/sigmoid"] == pytest.approx(np.log(2), abs=1e-3)
     assert {"loss/bco_pair", "loss/aot"} <= rows[-1].keys()
-    assert "eval_loss" in rows[-1]
+    weighted = {"sigmoid": 0.8, "bco_pair": 0.2, "aot": 1.0}
+    for at in ("", "eval_"):
+        summed = sum(weight * rows[-1][f"{at}loss/{name}"] for name, weight in weighted.items())
+        assert rows[-1][f"{at}loss"] == pytest.approx(summed, rel=1e-5)
     assert rows[0]["rewards/running_mean"] != rows[-1]["rewards/running_mean"]
     arrays = json.loads((whole / "checkpoints" / "4" / "meta" / "metadata").read_text())["arrays"]
     kept = {name for name in arrays if name.startswith("['carried']")}
