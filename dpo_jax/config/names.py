@@ -9,6 +9,41 @@ from typing import Any
 _OLD = {"source": "data.files", "eval_source": "eval_data", "mix_source": "mix_data", "target": "to"}
 """Names of the version before -> those of today. They are still read, in this version only."""
 
+ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "max_grad_norm": "optimizer.clip_norm",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_checkpointing": "train.remat",
+    "bf16": "train.dtype",
+    "eval_steps": "train.eval_every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "report_to": "log.wandb",
+    "hub_model_id": "push_to_hub",
+    "output_dir": "out",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "val_size": "holdout",
+    "cutoff_len": "data.max_length",
+    "loss_type": "dpo.loss",
+    "pref_loss": "dpo.loss",
+    "pref_beta": "dpo.beta",
+    "ref_model": "reference",
+    "lora_r": "lora.rank",
+    "lora_target": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "reward_funcs": "reward",
+    "reward_model": "reward",
+    "num_generations": "ppo.group_size",
+    "max_completion_length": "sample.max_new_tokens",
+}
+"""What TRL's and LLaMA-Factory's command lines call an option -> what it is called here, for messages."""
+
 log = logging.getLogger(__name__)
 
 

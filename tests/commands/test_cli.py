@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from dpo_jax import __version__, cli, config, voice
-from dpo_jax.config import DPORun, completion
+from dpo_jax.config import DPORun, completion, names
 from dpo_jax.errors import InputError, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +188,24 @@ def test_completion_in_zsh(tmp_path: Path) -> None:
     )  # fmt: skip
     for words, line in zip(typed, done.stdout.splitlines(), strict=True):
         assert f"{words.rpartition(' ')[0]} {COMPLETED[words]}" in line, words
+
+
+def test_names_of_other_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--lr; here that is --optimizer.learning_rate (" in error(capsys, "dpo", *GIVEN, "--lr", "1e-4")
+    assert "here that is --out" in error(capsys, "dpo", *GIVEN, "--output-dir", "x")
+    assert "--num_generations; here that is --ppo.group_size" in error(capsys, "grpo", *GIVEN, "--num_generations", "4")
+    assert "here that is" not in error(capsys, "dpo", *GIVEN, "--num_generations", "4"), "it has no such option"
+    every = {name for word in cli.COMMANDS for name in cli.option_names(word)}
+    assert set(names.ELSEWHERE.values()) <= every
+
+
+def test_help_as_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    overview = capsys.readouterr().out
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == overview
+    assert cli.main(["help", "sft"]) == 0
+    assert "usage: dpo-jax sft" in capsys.readouterr().out
 
 
 def test_completion_in_bash(tmp_path: Path) -> None:
