@@ -284,14 +284,16 @@ def _parse_about(word: str, args: list[str]) -> Any:
         example = " --topology v5e:4x4" if word == PLAN else ""
         raise InputError(f"missing CONFIG.py: {PROGRAM} {word} CONFIG.py{example} ({PROGRAM} {word} --help)")
     about, theirs = args[0], []
-    named = f"{about} {ONLINE}" if ONLINE in args else about
-    if named in COMMANDS and named not in PLANNED:
-        raise InputError(f"{named} cannot be planned; a {word} is about {', '.join(PLANNED)}, or a CONFIG.py of these")
-    if about not in PLANNED:
+    named, known = f"{about} {ONLINE}" if ONLINE in args else about, PLANNED[word]
+    if named in COMMANDS and named not in known:
+        raise InputError(f"{named} cannot be planned; a {word} is about {', '.join(known)}, or a CONFIG.py of these")
+    if named in known:
+        about, args = named, [token for token in args if token != ONLINE]
+    else:
         loaded, theirs = _load(about), [about]
-        words = [name for name in PLANNED if type(loaded) is getattr(config, COMMANDS[name].options)]
+        words = [name for name in known if type(loaded) is getattr(config, COMMANDS[name].options)]
         if not words:
-            kinds = ", ".join(PLANNED)
+            kinds = ", ".join(known)
             raise InputError(
                 f"{about}: {type(loaded).__name__} cannot be planned; a {word} takes a CONFIG.py of {kinds}, or one of"
                 " these words"

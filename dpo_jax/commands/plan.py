@@ -22,7 +22,7 @@ from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.outcome import Outcome, Planned, as_result
 from dpo_jax.plan.programs import Lengths, lengths_of, names
 from dpo_jax.plan.search import Candidate, Frontier, candidates
-from dpo_jax.plan.shapes import shape_of
+from dpo_jax.plan.shapes import shape_of, teacher_of
 from dpo_jax.plan.tables import show, show_search
 
 
@@ -87,9 +87,10 @@ def job_of(options: PlanRun | BenchRun, topology: str) -> Job:
     if run is None:
         raise InputError(f"{type(options).__name__}.training: the options of a training command are missing")
     shape, _ = shape_of(run, options.model_shape)
+    teacher = teacher_of(run, options.teacher_shape if isinstance(options, PlanRun) else None)
     lengths = lengths_of(run, options.prompt_tokens, options.response_tokens)
     _check(run, shape, lengths, options)
-    return Job(word_of(run), names(run)[0], run, shape, topology, lengths.prompt, lengths.response)
+    return Job(word_of(run), names(run)[0], run, shape, topology, lengths.prompt, lengths.response, teacher)
 
 
 def _check(run: TrainingRun, shape: LlamaConfig, lengths: Lengths, options: PlanRun | BenchRun) -> None:

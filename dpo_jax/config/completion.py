@@ -216,8 +216,10 @@ def _places() -> Iterator[_Case]:
             yield from _first([word], by_class.get(getattr(config, command.options), ()))
         for place in (one for one in _shown(word) if command.positional[:1] == (one.name,)):
             yield from _first([word], place.choices)
-    planned = [getattr(config, COMMANDS[word].options) for word in PLANNED]
-    yield from _first([PLAN, BENCH], [*PLANNED, *(name for cls in planned for name in by_class.get(cls, ()))])
+    for word, about in PLANNED.items():
+        planned = [getattr(config, COMMANDS[name].options) for name in about]
+        plain = [name for name in about if " " not in name]
+        yield from _first([word], [*plain, *(name for cls in planned for name in by_class.get(cls, ()))])
     yield _Case(("configs 1 show", "configs 1 copy"), "values", tuple(shipped()))
 
 

@@ -39,6 +39,8 @@ class PlanRun(Options):
     model_shape: str | None = None
     """A published model, by name (llama2_7b, llama2_13b, llama2_70b, llama3_1b (3.2), llama3_8b,
     llama3_70b, mistral_7b, smollm2_135m), in place of --model, of which only config.json is read."""
+    teacher_shape: str | None = None
+    """The same in place of --teacher, where `distill` is planned."""
     prompt_tokens: int | None = None
     """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length, or without it half of
     --data.max_length (of PPO: what --sample.max_new_tokens leaves of it)."""

@@ -32,10 +32,13 @@ class Command:
 
 PLAN, BENCH = "plan", "bench"
 """Commands that are about another: its CONFIG.py or its word stands first, and its options may follow."""
-PLANNED = ("sft", "reward", "dpo", "ppo", "grpo")
-"""Commands that these two are about."""
 ONLINE = "--online"
 """The switch that makes `dpo` another command, wherever it stands among its options."""
+PLANNED = {
+    BENCH: ("sft", "reward", "dpo", "ppo", "grpo"),
+    PLAN: ("sft", "reward", "dpo", f"dpo {ONLINE}", "ppo", "grpo", "distill"),
+}
+"""Commands that these two are about."""
 GROUPS = {"recipe": "recipes", "mt-bench": "steps of mt-bench"}
 """The first words of commands of two words, such as `dpo-jax recipe NAME` -> what their second words are called."""
 

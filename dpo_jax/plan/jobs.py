@@ -29,6 +29,7 @@ class Job:
       shape: the model's.
       topology: as `hardware.Topology` reads it.
       prompt, response: tokens of a full row.
+      teacher: the shape of `--teacher`, of distillation.
     """
 
     word: str
@@ -38,6 +39,7 @@ class Job:
     topology: str
     prompt: int
     response: int
+    teacher: LlamaConfig | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -48,6 +50,8 @@ class Job:
         """The job that `to_json` gave."""
         options = getattr(config, COMMANDS[raw["word"]].options)
         parts = {"run": from_json(options, raw["run"]), "shape": from_json(LlamaConfig, raw["shape"])}
+        if raw.get("teacher") is not None:
+            parts["teacher"] = from_json(LlamaConfig, raw["teacher"])
         return cls(**{**raw, **parts})
 
     @property
@@ -99,6 +103,7 @@ _SOURCES = (
     "commands/dpo.py",
     "train/flops.py",
     "commands/ppo.py",
+    "train/online_pairs.py",
     "commands/reward.py",
     "train/rollouts.py",
     "commands/sft.py",

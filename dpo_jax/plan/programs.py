@@ -17,7 +17,17 @@ from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, reward, sft
-from dpo_jax.config import DPORun, LoraConfig, PPORun, RewardRun, SFTRun, TrainingRun
+from dpo_jax.config import (
+    DistillRun,
+    DPORun,
+    LoraConfig,
+    OnlineDPORun,
+    PPORun,
+    RewardRun,
+    SampledRun,
+    SFTRun,
+    TrainingRun,
+)
 from dpo_jax.data.sets.group_windows import Packing, plan_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -28,6 +38,7 @@ from dpo_jax.types import PreferenceBatch, TokenBatch
 from dpo_jax.weights.heads import as_reward_model
 
 MULTIPLE = 16  # lengths of batches are rounded up to it, as `data/sets/batches.py` does
+PROMPTS = 8  # prompts to sample responses to are padded to it, as `data/sets/prompts.py` does
 SEQUENCES = 16  # in a packed window; how many changes nothing that counts
 STEPS = 1000  # of a schedule whose run names no number: a constant in the program
 
@@ -88,14 +99,17 @@ class Program:
 
 def names(run: TrainingRun) -> tuple[str, ...]:
     """The programs that a command runs over and over, the training step first."""
-    return ("train step", "measure", "generate") if isinstance(run, PPORun) else ("train step",)
+    if isinstance(run, PPORun | OnlineDPORun):
+        return "train step", "measure", "generate"
+    samples = isinstance(run, DistillRun) and run.distill.on_policy > 0
+    return ("train step", "generate") if samples else ("train step",)
 
 
 def lengths_of(run: TrainingRun, prompt: int | None, response: int | None) -> Lengths:
     """What a full row of `run` is, unless the two say otherwise."""
     if isinstance(run, SFTRun):
         return Lengths(0, response or run.data.max_length)
-    if isinstance(run, PPORun):
+    if isinstance(run, SampledRun):
         return Lengths(prompt or run.longest_prompt, response or run.response_room)
     longest = run.data.prompt_room(run.data.max_length) if prompt is None else prompt
     return Lengths(longest, run.data.max_length - longest if response is None else response)
@@ -162,10 +176,19 @@ def placed(mesh: Mesh, batch: Any) -> Any:
 
 
 def full_pairs(
-    rows: int, responses: int, lengths: Lengths, *, packing: Packing | None = None, **more: Any
+    rows: int,
+    responses: int,
+    lengths: Lengths,
+    *,
+    packing: Packing | None = None,
+    sampled: bool = False,
+    **more: Any,
 ) -> PreferenceBatch:
-    """Groups of full prompts and responses; `more` arrays of a `PreferenceBatch`."""
-    p, r = round_up(lengths.prompt), round_up(lengths.response)
+    """Groups of full prompts and responses; `more` arrays of a `PreferenceBatch`. `sampled`: as loaders of prompts and
+    samplers lay them out, not those of pairs.
+    """
+    p = round_up(lengths.prompt, PROMPTS if sampled else MULTIPLE)
+    r = lengths.response if sampled else round_up(lengths.response)
     arrays: dict[str, Any] = {
         "prompts": np.zeros((rows, p), np.int32),
         "prompt_lengths": np.full(rows, lengths.prompt, np.int32),
@@ -212,6 +235,15 @@ def apart(batch: PreferenceBatch) -> Work:
     return Work(*(sum(getattr(w, f.name) for w in parts) for f in dataclasses.fields(Work)))
 
 
+def laid_apart(run: TrainingRun, flops: ModelFlops, batch: PreferenceBatch) -> float:
+    """FLOPs that a step on pairs computes more where each response has its prompt to itself."""
+    if run.train.layout != "separate":
+        return 0.0
+    pair, each = preference_work(batch, 0, 2), apart(batch)
+    remat = run.train.remat
+    return flops.training(each) - flops.training(pair) + again(flops, remat, each) - again(flops, remat, pair)
+
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -235,11 +267,10 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
     state = dpo.init_state(model, trained(run, model, mesh), config, reference=reference)
     flops = ModelFlops.of(shape, run.lora)
     needed, pair = dpo_flops(flops, config)(batch), preference_work(batch, 0, 2)
-    computed = needed + again(flops, run.train.remat, pair)
+    plain = full_pairs(rows, 2, lengths)
+    computed = needed + again(flops, run.train.remat, pair) + laid_apart(run, flops, plain)
     if run.train.layout == "separate":
-        each = apart(full_pairs(rows, 2, lengths))
-        computed += flops.training(each) - flops.training(pair)
-        computed += again(flops, run.train.remat, each) - again(flops, run.train.remat, pair)
+        each = apart(plain)
         computed += (flops.forward(each, adapted=False) - flops.forward(pair, adapted=False)) if live else 0.0
     return Program.of(dpo.jit_train_step(config, mesh), mesh, (state, batch), needed, computed, pair.tokens)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import ppo
-from dpo_jax.config import TENSOR, PPOConfig, PPORun, is_url
+from dpo_jax.config import TENSOR, JudgedRun, PPOConfig, PPORun, is_url
 from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.mesh import batch_parts, device_bytes
@@ -28,11 +28,10 @@ from dpo_jax.train.flops import ModelFlops, Work, preference_work
 from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
-MULTIPLE = 8  # prompts of a rollout are padded to it, as `data/sets/prompts.py` does
 _FUNCTIONS = ("regex", "language", "exact", "numeric", "math", "json", "format", "ramp", "repetition", "run")
 
 
-def reward_models(run: PPORun) -> int:
+def reward_models(run: JudgedRun) -> int:
     """How many judges of a run are models on the devices."""
     judges = [judge for judge in (*run.rewards, run.safety_reward) if judge is not None]
     return sum(_is_model(judge) for judge in judges)
@@ -170,7 +169,7 @@ def _measure(run: PPORun, flops: ModelFlops) -> Callable[[Work, Work], tuple[flo
 
 def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool, plays: bool = False) -> Rollout:
     """Full responses to full prompts; `measured`: with what is stored before the first update; `plays`: episodes."""
-    p, r = programs.round_up(lengths.prompt, MULTIPLE), lengths.response
+    p, r = programs.round_up(lengths.prompt, programs.PROMPTS), lengths.response
     of_tokens, of_rows = np.zeros((rows, r), np.float32), np.zeros(rows, np.float32)
     arrays: dict[str, Any] = {
         "prompts": np.zeros((rows, p), np.int32),

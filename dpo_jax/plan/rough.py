@@ -3,7 +3,7 @@
 The meshes are whole: sizes without -1.
 """
 
-from dpo_jax.config import DPORun, PPORun, SFTRun, TrainingRun
+from dpo_jax.config import DistillRun, DPORun, OnlineDPORun, PPORun, SFTRun, TrainingRun
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.programs import Lengths
@@ -26,6 +26,8 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     size = weights * (4.0 + moments)
     if isinstance(run, DPORun) and run.dpo.reference == "live" and not run.dpo.reference_free:
         size += weights * (4 if moving else frozen)
+    if isinstance(run, OnlineDPORun):
+        size += weights * frozen
     if isinstance(run, PPORun):
         size += weights * frozen + (_trained_models(run) - 1) * weights * (4 + moments)
     return size
@@ -43,7 +45,7 @@ def _trained_models(run: TrainingRun) -> int:
 
 def _tokens(run: TrainingRun, lengths: Lengths) -> int:
     """Of all rows of a step; a prompt counts once for its responses."""
-    responses = 1 if isinstance(run, SFTRun | PPORun) else 2
+    responses = 1 if isinstance(run, SFTRun | PPORun | DistillRun) else 2
     return run.train.batch_size * (lengths.prompt + responses * lengths.response)
 
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_jax.config import ON_COMMAND_LINE, TrainingRun
+from dpo_jax.config import ON_COMMAND_LINE, DistillRun, TrainingRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.weights.layout import parameter_slots
@@ -76,12 +76,32 @@ def shape_of(run: TrainingRun, name: str | None) -> tuple[LlamaConfig, str]:
     Raises `InputError` for an unknown name, or where neither says which.
     """
     if name is not None:
-        if name not in SHAPES:
-            raise InputError(f"--model_shape {name}: is none of {', '.join(SHAPES)}; for others give --model")
-        return SHAPES[name], name
+        return _named(name, "model"), name
     if run.model == ON_COMMAND_LINE:
         raise InputError("no model is named: give --model_shape (such as llama2_7b) or --model")
     return read_shape(run.model), Path(run.model).name
+
+
+def teacher_of(run: TrainingRun, name: str | None) -> LlamaConfig | None:
+    """The shape of the teacher of a distillation: the one `name` stands for, else that of `run.teacher`; else None.
+
+    Raises `InputError` as `shape_of`, and for a name that has no effect.
+    """
+    if not isinstance(run, DistillRun):
+        if name is not None:
+            raise InputError(f"--teacher_shape {name} has no effect: only distill has a teacher")
+        return None
+    if name is not None:
+        return _named(name, "teacher")
+    if run.teacher == ON_COMMAND_LINE:
+        raise InputError("no teacher is named: give --teacher_shape (such as llama2_13b) or --teacher")
+    return read_shape(run.teacher)
+
+
+def _named(name: str, option: str) -> LlamaConfig:
+    if name not in SHAPES:
+        raise InputError(f"--{option}_shape {name}: is none of {', '.join(SHAPES)}; for others give --{option}")
+    return SHAPES[name]
 
 
 def parameters(shape: LlamaConfig) -> int:

@@ -19,9 +19,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import DPORun, PPORun, RewardRun, SFTRun
+from dpo_jax.config import DistillRun, DPORun, OnlineDPORun, PPORun, RewardRun, SFTRun
 from dpo_jax.errors import InputError
-from dpo_jax.plan import programs, programs_ppo
+from dpo_jax.plan import programs, programs_ppo, programs_sampled
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.hlo import read_traffic
 from dpo_jax.plan.jobs import Job
@@ -73,9 +73,14 @@ def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     """The program of a job. Raises `InputError` where sizes do not divide over the mesh."""
     check_batch(job.run, mesh)
     run = programs.with_schedule(job.run)
+    memory = Topology.parse(job.topology).hardware.memory if job.topology else None
     if isinstance(run, PPORun):
-        memory = Topology.parse(job.topology).hardware.memory if job.topology else None
         return programs_ppo.build(run, job.shape, mesh, lengths, job.program, memory)
+    if isinstance(run, OnlineDPORun):
+        return programs_sampled.build_online(run, job.shape, mesh, lengths, job.program, memory)
+    if isinstance(run, DistillRun):
+        assert job.teacher is not None, "a job of distillation has one"
+        return programs_sampled.build_distill(run, job.shape, job.teacher, mesh, lengths, job.program, memory)
     if isinstance(run, SFTRun):
         return programs.build_sft(run, job.shape, mesh, lengths)
     if isinstance(run, RewardRun):

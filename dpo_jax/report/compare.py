@@ -67,7 +67,7 @@ def _different(runs: Sequence[Told]) -> html.Section:
     for name in names:
         values = [run.options.get(name) for run in runs]
         if any(value != values[0] for value in values):
-            rows.append((option(name), *("" if value is None else value for value in values)))
+            rows.append((option(name), *("not given" if value is None else value for value in values)))
     if not rows:
         return html.Section("Options that differ", "None but --out.")
     return html.Section("Options that differ", table=html.Table(("option", *(run.name for run in runs)), rows))
@@ -85,8 +85,9 @@ def _last(runs: Sequence[Told]) -> html.Section:
 def _curves(runs: Sequence[Told]) -> html.Section:
     plots = []
     for title, names in html.FIGURES:
-        for name in names:
-            drawn = [html.of_run(run.rows, name, run.name) for run in runs]
-            if shown := tuple(one for one in drawn if one.x):
-                plots.append(html.Plot(title if names[0] == name else f"{title} ({name})", shown))
+        drawn = {name: [html.of_run(run.rows, name, run.name) for run in runs] for name in names}
+        shown = {name: tuple(one for one in series if one.x) for name, series in drawn.items()}
+        shown = {name: series for name, series in shown.items() if series}
+        for name, series in shown.items():
+            plots.append(html.Plot(title if len(shown) == 1 else f"{title} ({name})", series))
     return html.Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))

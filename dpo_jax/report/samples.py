@@ -42,7 +42,12 @@ def fixed_section(rows: Sequence[Mapping[str, Any]]) -> html.Section:
     shown = [steps[i] for i in places]
     heads = tuple(f"prompt {i}" for i in range(1, len(prompts) + 1))
     cells = [("", *prompts), *((step, *(said.get((step, prompt), "") for prompt in prompts)) for step in shown)]
-    note = f"Greedy answers to the same prompts, at {len(shown)} of {len(steps)} steps; all are in {TRAINING_SAMPLES}."
+    some = (
+        ""
+        if len(shown) == len(steps)
+        else f" Here are {len(shown)} of {len(steps)} steps; all are in {TRAINING_SAMPLES}."
+    )
+    note = f"Greedy answers to the same prompts as the policy learnt.{some}"
     return html.Section("Samples during training", note, table=html.Table(("step", *heads), cells, texts=heads))
 
 

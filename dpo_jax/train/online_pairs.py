@@ -69,19 +69,7 @@ class OnlinePairs(Answered):
         )
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
-
-        narrow = sample.weights is not None or sample.cache is not None
-
-        def measure(
-            state: TrainState, reference: Mapping[str, Any], groups: PreferenceBatch
-        ) -> tuple[jax.Array, jax.Array | None]:
-            def sums(variables: Mapping[str, Any]) -> jax.Array:
-                return dpo.reference_logps(model.apply, variables, groups, config=step)
-
-            # What narrow weights or caches drew is not quite as likely under the policy as they say.
-            return sums(_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
-
-        self._measure = meshes.jit_replicated(measure, mesh)
+        self._measure = jit_sums(model, step, mesh, narrow=sample.weights is not None or sample.cache is not None)
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
         """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.
@@ -227,6 +215,23 @@ def _reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str, Any
     """The reference policy's variables."""
     frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
     return {**frozen, **reference}
+
+
+def jit_sums(model: Llama, config: DPOConfig, mesh: Mesh, *, narrow: bool) -> meshes.Replicated:
+    """(state, reference, groups) -> summed log-probabilities of the reference, [B, K], and of the policy or None.
+
+    `narrow`: the sampler is, and what it drew is not quite as likely under the policy as it says.
+    """
+
+    def measure(
+        state: TrainState, reference: Mapping[str, Any], groups: PreferenceBatch
+    ) -> tuple[jax.Array, jax.Array | None]:
+        def sums(variables: Mapping[str, Any]) -> jax.Array:
+            return dpo.reference_logps(model.apply, variables, groups, config=config)
+
+        return sums(_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
+
+    return meshes.jit_replicated(measure, mesh)
 
 
 def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int | None) -> meshes.Replicated:

@@ -17,8 +17,12 @@ from dpo_jax.commands import plan as planning
 from dpo_jax.config import (
     AssumeConfig,
     DataConfig,
+    DistillConfig,
+    DistillRun,
     GRPORun,
     MeshConfig,
+    OnlineConfig,
+    OnlineDPORun,
     PlanRun,
     PPOLossConfig,
     SampleConfig,
@@ -29,7 +33,7 @@ from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.plan import compiling, hlo, jobs, programs, programs_ppo, worker
+from dpo_jax.plan import compiling, hlo, jobs, programs, programs_ppo, programs_sampled, worker
 from dpo_jax.plan.config_text import config_text
 from dpo_jax.plan.estimate import assumptions, estimate
 from dpo_jax.plan.hardware import HARDWARE, Topology
@@ -320,6 +324,66 @@ def test_episodes_are_planned_whole() -> None:
     assert programs_ppo.sampler_calls(plain, lengths) == (lengths, 4, 1)
 
 
+SMALL = dataclasses.replace(
+    SHAPES["smollm2_135m"],
+    num_layers=2,
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+)
+
+
+@pytest.mark.parametrize("opponent", ["policy", "reference"])
+def test_online_dpo_is_planned_whole(opponent: str) -> None:
+    """The step on pairs, the reference on all responses, the sampler: laid out as a run has them, and they lower."""
+    options: Any = {"data": DataConfig("d", max_length=40), "train": TrainConfig(batch_size=8, remat="none")}
+    k = 4 if opponent == "policy" else 2
+    online = OnlineConfig(samples=k, opponent=opponent, exploration=None if k == 4 else 1e-5)
+    sizes: Any = {"sample": SampleConfig(max_new_tokens=16), "rollout_batch_size": 8 * k // 2}
+    run = OnlineDPORun(model="m", out="o", reward="vader", online=online, **sizes, **options)
+    mesh, lengths = make_mesh(devices=jax.devices()[:2]), programs.lengths_of(run, None, None)
+    assert lengths == programs.Lengths(24, 16)
+    made = {name: programs_sampled.build_online(run, SMALL, mesh, lengths, name, None) for name in programs.names(run)}
+    pairs, groups = made["train step"].arguments[-1], made["measure"].arguments[-1]
+    assert pairs.prompts.shape == (8, 24)
+    assert (pairs.responses.shape, pairs.reference_logps.shape) == ((8, 2, 16), (8, 2))
+    assert (pairs.logp_weights is None) == (opponent == "policy")
+    assert groups.responses.shape == (4, k, 16)
+    assert [program.repeats for program in made.values()] == [1, 2, 2 if opponent == "policy" else 4]
+    # Weights, two moments and the reference in float32, split over two devices.
+    assert made["measure"].held == pytest.approx(parameters(SMALL) * 16 / 2, rel=0.05)
+    again = dataclasses.replace(run, train=dataclasses.replace(run.train, layout="separate"))
+    apart = programs_sampled.build_online(again, SMALL, mesh, lengths, "train step", None)
+    assert apart.flops == made["train step"].flops < made["train step"].computed < apart.computed
+    for name in ("train step", "measure"):  # (on CPUs the sampler copies weights, and is not compiled ahead)
+        assert "func" in made[name].lower().as_text()
+    mixed = dataclasses.replace(run, online=OnlineConfig(opponent="mixture"))
+    with pytest.raises(config.checks.InputError, match="mixture cannot be planned"):
+        programs_sampled.build_online(mixed, SMALL, mesh, lengths, "generate", None)
+
+
+def test_distillation_is_planned_with_its_teacher() -> None:
+    """Student and teacher on the devices at once; without steps on the student's own responses nothing is sampled."""
+    options: Any = {"data": DataConfig("d", max_length=40), "train": TrainConfig(batch_size=8, remat="none")}
+    run = DistillRun(model="m", teacher="t", out="o", sample=SampleConfig(max_new_tokens=16), **options)
+    mesh, lengths = make_mesh(devices=jax.devices()[:2]), programs.lengths_of(run, None, None)
+    teacher = dataclasses.replace(SMALL, num_layers=5)
+    step, sampler = (
+        programs_sampled.build_distill(run, SMALL, teacher, mesh, lengths, name, None) for name in programs.names(run)
+    )
+    assert step.arguments[-1].responses.shape == (8, 1, 16)
+    assert step.held == pytest.approx((parameters(SMALL) * 12 + parameters(teacher) * 2) / 2, rel=0.05)
+    assert (sampler.repeats, sampler.trips) == (1, 15)
+    assert sampler.held > step.held, "it reads a copy of the weights of its own"
+    assert "func" in step.lower().as_text()
+    given = dataclasses.replace(run, distill=DistillConfig(on_policy=0))
+    assert programs.names(given) == ("train step",)
+    job = Job("distill", "train step", run, SMALL, "v5e:2x2", 24, 16, teacher)
+    assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+
+
 def test_what_is_computed_agrees_with_xla() -> None:
     """A whole DPO step with a live reference, of one layer: XLA counts a loop once, and here each runs once."""
     shape = dataclasses.replace(
@@ -426,8 +490,13 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--model_shape x: is none of llama2_7b" in error(capsys, *words("--model_shape", "x"))
     assert "does not have the options" not in error(capsys, *words("--data.max_length", 9000))
     frontier = str(ROOT / "configs" / "smollm2_gatt.py")
-    assert "dpo --online cannot be planned; a plan is about sft" in error(capsys, "plan", "dpo", "--online")
-    assert "distill cannot be planned" in error(capsys, "plan", "distill", "--topology", "v5e:4x4")
+    assert "rejection cannot be planned; a plan is about sft" in error(capsys, "plan", "rejection")
+    assert "dpo --online cannot be planned; a bench is about sft" in error(capsys, "bench", "dpo", "--online")
+    assert "distill cannot be planned" in error(capsys, "bench", "distill")
+    distill = ("plan", "distill", "--topology", "v5e:4x4", "--model_shape", "llama2_7b", "--sample.max_new_tokens", 64)
+    assert "no teacher is named: give --teacher_shape" in error(capsys, *distill)
+    assert "--teacher_shape x: is none of llama2_7b" in error(capsys, *distill, "--teacher_shape", "x")
+    assert "--teacher_shape llama2_7b has no effect" in error(capsys, *words("--teacher_shape", "llama2_7b"))
     assert "GattRun cannot be planned" in error(capsys, "plan", frontier, "--topology", "v5e:4x4")
 
 

@@ -5,15 +5,17 @@ import importlib.util
 from typing import Any
 
 import pytest
-from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of
+from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of, shape
 
 from dpo_jax.config import (
     DataConfig,
+    DistillRun,
     DPOLossConfig,
     DPORun,
     Layout,
     LoraConfig,
     MeshConfig,
+    OnlineDPORun,
     PPOLossConfig,
     PPORun,
     RewardLossConfig,
@@ -26,6 +28,7 @@ from dpo_jax.config import (
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.plan.hardware import Topology
+from dpo_jax.plan.programs import names
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.plan.worker import devices_of
 
@@ -81,6 +84,19 @@ def test_a_refusal_is_an_answer() -> None:
     assert refused["limit"] == pytest.approx(15.75 * GIB, rel=0.01)
     assert refused["wanted"] > refused["limit"]
     assert "RESOURCE_EXHAUSTED" in refused["said"]
+
+
+def test_online_dpo_and_distillation_are_compiled() -> None:
+    """All programs of both, at two layers; a teacher of four lies beside its student."""
+    options: Any = {"data": DataConfig("d", max_length=512), "train": TrainConfig(batch_size=8, dtype="bfloat16")}
+    options |= {"sample": SampleConfig(max_new_tokens=256), "model": "m", "out": "o"}
+    online, distill = OnlineDPORun(reward="vader", **options), DistillRun(teacher="t", **options)
+    for run, teacher in ((online, None), (distill, shape(layers=4))):
+        for name in names(run):
+            one = job(run, "v5e:2x2", prompt=256, response=256, layers=2)
+            figures = compiled(dataclasses.replace(one, program=name, teacher=teacher))
+            assert 0 < figures["memory"]["arguments"] <= figures["held"] / GIB * 1.01, name
+            assert figures["flops"] <= figures["computed"]
 
 
 SMALL = LlamaConfig(
