@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--steps", type=int, default=80, help="iterations of 64 answers, 8 to each of 8 problems")
+    parser.add_argument("--steps", type=int, default=60, help="iterations of 64 answers, 8 to each of 8 problems")
     parser.add_argument("--jobs", type=int, default=1, help="arms at once")
     parser.add_argument("--only", default="", help="arms whose names begin with this")
     parser.add_argument("--common", default="", help="options of every command, such as '--train.dtype bfloat16'")
@@ -143,14 +143,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    narrow = {name: found for name, found in results.items() if name in NARROW or name == "grpo, seed 0"}
-    panels = (
-        (axes[0], {name: found for name, found in results.items() if name not in NARROW}, "pass@1"),
-        (axes[1], narrow, "pass@1"),
-        (axes[2], narrow, "kl"),
-    )
-    for axis, arms, what in panels:
+    panels = [({name: found for name, found in results.items() if name not in NARROW}, "pass@1")]
+    if any(name in NARROW for name in results):
+        narrow = {name: found for name, found in results.items() if name in NARROW or name == "grpo, seed 0"}
+        panels += [(narrow, "pass@1"), (narrow, "kl")]
+    size = (1.5 + 4 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
+    for axis, (arms, what) in zip(axes[0], panels, strict=True):
         for name, found in arms.items():
             steps = sorted(found["held out"])
             middle, low, high = ([found["held out"][s][what + end] for s in steps] for end in ("", "_low", "_high"))
