@@ -130,6 +130,17 @@ def test_every_batch_of_every_epoch_has_one_of_few_shapes(n: int, windows: int) 
             plan.shape_of(plan.arranged(rows))  # StopIteration where none holds it
 
 
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_rows_of_as_many_tokens_need_not_be_alike(multiple: int) -> None:
+    """Which of them stands first is drawn: a few have long responses, the others long prompts."""
+    prompts, responses = np.full(400, 216), np.full((400, 2), 20)
+    prompts[:12], responses[:12] = 16, 120
+    plan = plan_windows(prompts, responses, batch_size=2, packing=Packing(1, (), multiple), shuffle=True, seed=1)
+    for epoch in range(12):
+        for rows in plan.epoch(1, epoch, shuffle=True):
+            plan.shape_of(plan.arranged(rows))
+
+
 def test_a_mixture_may_draw_any_rows() -> None:
     prompts, responses = skewed(40)
     longest = np.argsort(prompts + responses.sum(axis=1))[-8:]

@@ -281,11 +281,14 @@ def _always(
     """A shape that holds every window of every epoch.
 
     The i-th longest row of a window is the (i W)-th longest of its batch or a shorter one, and that is of stratum i W;
-    where a mixture draws the rows it may be any.
+    where a mixture draws the rows it may be any. Rows of as many tokens as the first of a stratum may change places with
+    it from epoch to epoch.
     """
     n, g = len(lengths.prompts) - 1, batch_size // windows
     order = np.argsort(-lengths.totals[:-1], kind="stable")
     starts = np.arange(g) * windows * max(1, n // batch_size) * (not redrawn)
+    longest_first = -lengths.totals[order]
+    starts = np.where(starts < n, np.searchsorted(longest_first, longest_first[np.minimum(starts, n - 1)]), n)
     found = []
     for span in spans:
         own = lengths.span(*span)
