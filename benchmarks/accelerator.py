@@ -14,6 +14,7 @@ says where all 32 and their optimizer do not fit.
     numerics   log-probabilities in bfloat16 against float32
     dpo, sft, reward, ppo   steps as the command runs them (`plan/programs.py`), built from its options
     windows    an epoch of DPO on rows of unequal lengths, in each layout: what padding costs
+    packed_sft an epoch of SFT on texts of unequal lengths: packed, packed and masked by segments, one a window
     large      the DPO step at 7B shape: all weights of some layers, LoRA of all
     sample     tokens a second, beside the bound that reading the weights sets
     grpo       GRPO's update and measurement with prompts shared and not; rollouts by layout of the weights and kernel
@@ -41,6 +42,7 @@ SECTIONS = {
     "numerics": 90,
     "dpo": 150,
     "windows": 240,
+    "packed_sft": 120,
     "large": 90,
     "sample": 100,
     "sft": 60,
@@ -90,6 +92,11 @@ WINDOWS = {
     for layout in ("windows", "shared", "separate")
     if name != "LoRA live" or layout != "shared"
 }
+PACKED = {  # name: (whether windows are packed, whether attention sees each sequence apart)
+    "1B packed": (True, True),
+    "1B packed, by segments": (True, False),
+    "1B one text a window": (False, False),
+}
 COMMON = """--model M --data D --out O --train.dtype bfloat16 --train.steps 100 --train.batch_size 16
 --optimizer.learning_rate 1e-6"""
 
@@ -134,7 +141,7 @@ def work(options: argparse.Namespace) -> None:
 
     device = jax.devices()[0]
     simple = {"ceilings": ceilings, "attention": attention, "numerics": numerics, "sample": sample, "grpo": grpo}
-    trained = {"windows": (WINDOWS, windows)}
+    trained: dict[str, Any] = {"windows": (WINDOWS, windows), "packed_sft": (PACKED, packed_sft)}
     if options.section in simple:
         cases = simple[options.section](options.toy)
     else:
@@ -382,7 +389,6 @@ def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, A
     from dpo_jax.align import dpo
     from dpo_jax.plan import programs
     from dpo_jax.plan.measured import made
-    from dpo_jax.train.accounting import peak_flops
     from dpo_jax.train.flops import ModelFlops, dpo_flops, preference_work
     from dpo_jax.train.row_data import preference_loader
 
@@ -399,37 +405,106 @@ def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, A
         reference = programs.frozen_copy(run, shape, mesh) if live else None
         state = made(dpo.init_state(model, programs.trained(run, model, mesh), config, reference=reference))
         step, flops = dpo.jit_train_step(config, mesh), dpo_flops(ModelFlops.of(shape, run.lora), config)
-        placed = [meshes.put_batch(mesh, batch) for batch in batches]
-        start = time.perf_counter()
-        kinds = {str(jax.tree.map(lambda x: x.shape, batch)): batch for batch in placed}
-        for batch in kinds.values():
-            state, _ = jax.block_until_ready(step(state, batch))
-        compiling, epochs = time.perf_counter() - start, []
-        for _ in range(1 if toy else 3):
-            start = time.perf_counter()
-            for batch in placed:
-                state, metrics = step(state, batch)
-            jax.block_until_ready(state)
-            epochs.append(time.perf_counter() - start)
-        seconds, work = sorted(epochs)[len(epochs) // 2], [preference_work(batch, 0, 2) for batch in batches]
-        rate, peak = sum(map(flops, batches)) / seconds, peak_flops(list(mesh.devices.flat), None)
+        made_of = sum(preference_work(batch, 0, 2).tokens for batch in batches)
+        held = [state]
+        del state
+        figures = epoch(step, held, batches, mesh, sum(map(flops, batches)), toy)
         yield (
             name,
-            {
-                "seconds_a_step": seconds / len(batches),
-                "pairs_per_second": len(data) / seconds,
-                "tokens_per_second": sum(one.tokens for one in work) / seconds,
-                "real_tokens": sum(one.tokens for one in work),
+            figures
+            | {
+                "pairs_per_second": len(data) / figures["seconds"],
+                "tokens_per_second": made_of / figures["seconds"],
+                "real_tokens": made_of,
                 "places": sum(places(batch, run.train.layout) for batch in batches),
-                "shapes": len(kinds),
-                "warming_up_seconds": compiling,
-                "mfu": None if peak is None else rate / peak,
-                "loss": float(metrics["loss"]),
-                "peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
                 "options": options,
             },
         )
-        del state, placed, kinds
+
+
+def epoch(step: Any, held: list[Any], batches: list[Any], mesh: Any, flops: float, toy: bool) -> dict[str, Any]:
+    """Figures of all `batches`, one after another, as a run takes them; every shape compiled before.
+
+    `held`: the state, which is used up.
+    """
+    import jax
+
+    from dpo_jax import mesh as meshes
+    from dpo_jax.train.accounting import peak_flops
+
+    state = held.pop()
+    placed = [meshes.put_batch(mesh, batch) for batch in batches]
+    kinds = {str(jax.tree.map(lambda x: x.shape, batch)): batch for batch in placed}
+    start = time.perf_counter()
+    for batch in kinds.values():
+        state, _ = jax.block_until_ready(step(state, batch))
+    warming, times = time.perf_counter() - start, []
+    for _ in range(1 if toy else 3):
+        start = time.perf_counter()
+        for batch in placed:
+            state, metrics = step(state, batch)
+        jax.block_until_ready(state)
+        times.append(time.perf_counter() - start)
+    seconds, peak = sorted(times)[len(times) // 2], peak_flops(list(mesh.devices.flat), None)
+    return {
+        "seconds": seconds,
+        "seconds_a_step": seconds / len(batches),
+        "shapes": len(kinds),
+        "warming_up_seconds": warming,
+        "mfu": None if peak is None else flops / seconds / peak,
+        "loss": float(metrics["loss"]),
+        "in_use_gib": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0) / 2**30,
+        "peak_gib_so_far": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+    }
+
+
+def packed_sft(cases: dict[str, tuple[bool, bool]], toy: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """An epoch of windows of 2048 tokens, 8 a step; half of the texts have more than 290 tokens, none over 2048."""
+    import jax
+    import numpy as np
+
+    from dpo_jax import cli
+    from dpo_jax import mesh as meshes
+    from dpo_jax.align import sft
+    from dpo_jax.data.sets.sequences import SequenceDataset
+    from dpo_jax.data.sets.token_loader import TokenLoader
+    from dpo_jax.data.tokens.ragged import Ragged
+    from dpo_jax.plan import programs
+    from dpo_jax.plan.measured import made
+    from dpo_jax.train.flops import ModelFlops, sft_flops
+
+    mesh, shape = meshes.make_mesh(devices=jax.devices()[:1]), shape_of("1b", None, toy)
+    longest, rows = (64, 32) if toy else (2048, 256)
+    random = np.random.default_rng(0)
+    lengths = np.clip(np.exp(random.normal(np.log(longest / 7), 0.9, rows)).astype(int), 8, longest)
+    texts = [random.integers(3, shape.vocab_size, length) for length in lengths]
+    told: dict[str, Any] = {"dropped": {}, "unused_columns": (), "terminators": (), "extras": {}}
+    data = SequenceDataset(
+        tokens=Ragged.of(texts, np.int32),
+        targets=Ragged.of([np.arange(len(text)) > 0 for text in texts], bool),
+        row_numbers=np.arange(1, rows + 1, dtype=np.int32),
+        rows_read=rows,
+        source="random",
+        **{name: value for name, value in told.items() if name in SequenceDataset.__dataclass_fields__},
+    )
+    run = cli.parse("sft", f"{COMMON} --train.batch_size 8 --data.max_length {longest} --data.packing".split())
+    for name, (packed, apart) in cases.items():
+        how: dict[str, Any] = {"window": longest if packed else None, "views": 1 if apart else None, "workers": 0}
+        batches = list(TokenLoader(data, batch_size=8, seed=0, buckets=1 if toy else 4, epochs=1.0, **how))
+        config, model = run.step_config(packed=packed), programs.make_model(run, shape)
+        held = [made(sft.init_state(model, programs.trained(run, model, mesh), config))]
+        flops = sft_flops(ModelFlops.of(shape, run.lora))
+        figures = epoch(sft.jit_train_step(config, mesh), held, batches, mesh, sum(map(flops, batches)), toy)
+        real = int(lengths.sum())
+        yield (
+            name,
+            figures
+            | {
+                "tokens_per_second": real / figures["seconds"],
+                "real_tokens": real,
+                "places": sum(batch.tokens.size for batch in batches),
+            },
+        )
 
 
 def places(batch: Any, layout: str) -> int:

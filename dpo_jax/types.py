@@ -136,6 +136,8 @@ class TokenBatch:
                                  position 0.
       rows:      int32 [B, S]    rows of the data set that the window holds (for error messages); -1 where there are
                                  fewer than S. A filler window holds none, and no targets.
+      views:     the sequences as attention sees them, of U pieces of the batch of B / U windows each, one behind the
+                 other: its arrays are [U, ...], and count through B / U x T places. None: it goes by segments.
     """
 
     tokens: jax.Array
@@ -143,6 +145,7 @@ class TokenBatch:
     positions: jax.Array
     targets: jax.Array
     rows: jax.Array
+    views: Views | None = None
 
 
 @struct.dataclass

@@ -74,7 +74,10 @@ def _window_values(
     real = batch.segments > 0
     # Padding may hold any value, even ids outside the vocabulary.
     tokens, positions = (jnp.where(real, x, 0) for x in (batch.tokens, batch.positions))
-    hidden = apply_fn(variables, tokens, positions, batch.segments, packed=config.packed)
+    if batch.views is None:
+        hidden = apply_fn(variables, tokens, positions, batch.segments, packed=config.packed)
+    else:
+        hidden = _joined(apply_fn, variables, tokens, positions, batch)
     unembedding = apply_fn(variables, method="unembedding")
     following, counts = _predicted(batch)
     budget = config.head_budget_bytes
@@ -87,6 +90,18 @@ def _window_values(
         correct=masked.total(scores.correct.astype(jnp.float32), counts, axis=1),
         entropy=masked.total(scores.entropy, counts, axis=1),
     )
+
+
+def _joined(
+    apply_fn: Callable[..., Any], variables: Any, tokens: jax.Array, positions: jax.Array, batch: TokenBatch
+) -> jax.Array:
+    """[B, T, D]: hidden states where attention sees the sequences that `batch.views` says."""
+    assert batch.views is not None
+    (b, t), units = tokens.shape, batch.views.homes.shape[0]
+    # A sequence is known by its window, too.
+    apart = jnp.where(batch.segments > 0, batch.segments + (t + 1) * (jnp.arange(b) % (b // units))[:, None], 0)
+    own = (x.reshape(units, -1) for x in (tokens, positions, apart))
+    return apply_fn(variables, *own, packed=False, views=batch.views).reshape(b, t, -1)
 
 
 def _target_tokens(batch: TokenBatch) -> jax.Array:

@@ -166,7 +166,7 @@ def _loader(run: DPORun | RewardRun | SFTRun, mesh: Mesh, budget: float) -> Figu
     start = time.perf_counter()
     if isinstance(run, SFTRun):
         material = Documents if run.data.kind == "text" else Dialogues
-        loader = material.load_both(run, tokenizer, architecture)[0].loader(steps=None, epochs=1.0)
+        loader = material.load_both(run, tokenizer, architecture)[0].loader(steps=None, epochs=1.0, mesh=mesh)
     else:
         data, _ = (
             dpo.load_data(run, tokenizer, architecture.vocab_size)

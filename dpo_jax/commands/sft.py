@@ -34,10 +34,10 @@ def train(config: SFTRun) -> Path:
     data, heldout = material.load_both(config, tokenizer, architecture)
     training.told(data, heldout)
     samples = FixedPrompts.of(config, tokenizer, architecture, None if heldout is None else heldout.first, data.first)
-    windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size)
+    windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size, mesh)
 
     # -------------------------------------------------------------- options that follow from the data
-    planned = data.loader(**training.length)
+    planned = data.loader(**training.length, mesh=mesh)
     resolved = training.resolve(planned.total_steps)
     step_config = resolved.step_config(packed=data.packed)
 
@@ -54,7 +54,7 @@ def train(config: SFTRun) -> Path:
     final = training.fit(
         state,
         sft.jit_train_step(step_config, mesh),
-        data.loader(**training.length),
+        data.loader(**training.length, mesh=mesh),
         identity=identity,
         evaluate=None if windows is None else of_language_model(windows, config=step_config, mesh=mesh),
         evaluate_first=True,

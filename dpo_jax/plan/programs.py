@@ -29,11 +29,12 @@ from dpo_jax.config import (
     TrainingRun,
 )
 from dpo_jax.data.sets.group_windows import Packing, plan_windows
+from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.train.flops import ModelFlops, Work, dpo_flops, preference_work, reward_flops, sft_flops, token_work
-from dpo_jax.train.row_data import packing_of
+from dpo_jax.train.row_data import packing_of, units_of
 from dpo_jax.types import PreferenceBatch, TokenBatch
 from dpo_jax.weights.heads import as_reward_model
 
@@ -309,6 +310,9 @@ def build_sft(run: SFTRun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
     packed = run.data.documents != "joined" if run.data.kind == "text" else run.data.packing
     config = run.step_config(packed=packed)
     batch = full_windows(run.train.batch_size, lengths.response, packed=packed)
+    units = units_of(mesh, run.train.accumulate, packed=packed)
+    if units is not None:
+        batch = SegmentViews.of_batches([batch], units).seen(batch)
     model = make_model(run, shape)
     state = sft.init_state(model, trained(run, model, mesh), config)
     negatives = config.drawn

@@ -66,3 +66,13 @@ def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, 
         packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
         **length,
     )
+
+
+def units_of(mesh: Mesh | None, accumulate: int, *, packed: bool) -> int | None:
+    """Pieces of a batch of windows in which attention sees each sequence apart: see `data/sets/segment_views.py`.
+
+    None, it goes by segments: where a window holds one sequence alone, and where the mesh splits windows.
+    """
+    if mesh is None or not packed or pieces(mesh, "length") > 1:
+        return None
+    return batch_parts(mesh) * accumulate

@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
 from dpo_jax.data.sets.dataset import check_context
+from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
 from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
-from dpo_jax.train.row_data import read_both
+from dpo_jax.train.row_data import read_both, units_of
 from dpo_jax.types import TokenBatch
 
 
@@ -80,8 +82,8 @@ class Dialogues:
         """For the log."""
         return self.data.summary()
 
-    def loader(self, *, steps: int | None, epochs: float | None) -> TokenLoader:
-        """The windows of the whole run."""
+    def loader(self, *, steps: int | None, epochs: float | None, mesh: Mesh | None = None) -> TokenLoader:
+        """The windows of the whole run, for the devices of `mesh`."""
         config = self.config
         return TokenLoader(
             self.data,
@@ -93,13 +95,18 @@ class Dialogues:
             steps=steps,
             epochs=epochs,
             workers=config.data.workers,
+            views=units_of(mesh, config.train.accumulate, packed=self.packed),
         )
 
-    def eval_batches(self, batch_size: int) -> list[TokenBatch]:
+    def eval_batches(self, batch_size: int, mesh: Mesh) -> list[TokenBatch]:
         """Every dialogue once."""
         buckets = self.config.data.buckets
         windows = eval_windows(self.data, batch_size=batch_size, window=self._window, buckets=buckets)
-        return [batch for _, batch in windows]
+        batches, units = [batch for _, batch in windows], units_of(mesh, 1, packed=self.packed)
+        if units is None:
+            return batches
+        views = SegmentViews.of_batches(batches, units)
+        return [views.seen(batch) for batch in batches]
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read, what was left out and why, how long the sequences are and how much of them the loss counts."""

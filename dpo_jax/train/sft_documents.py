@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
@@ -11,6 +12,7 @@ from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_source
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
+from dpo_jax.train.row_data import units_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Documents:
         """For the log."""
         return "\n".join(source.summary() for source in self.sources)
 
-    def loader(self, *, steps: int | None, epochs: float | None) -> TextLoader:
-        """The windows of the whole run."""
+    def loader(self, *, steps: int | None, epochs: float | None, mesh: Mesh | None = None) -> TextLoader:
+        """The windows of the whole run, for the devices of `mesh`."""
         config = self.config
         return TextLoader(
             self.sources,
@@ -106,14 +108,16 @@ class Documents:
             steps=steps,
             epochs=epochs,
             workers=config.data.workers,
+            views=units_of(mesh, config.train.accumulate, packed=self.packed),
         )
 
-    def eval_batches(self, batch_size: int) -> EvalWindows:
+    def eval_batches(self, batch_size: int, mesh: Mesh) -> EvalWindows:
         """Every token once. Raises `InputError` where the sources have weights, which would change nothing."""
         if self.weights[0] is not None:
             raise InputError("the weights in --eval_data have no effect: every token is evaluated once; leave them out")
         data = self.config.data
-        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"))
+        units = units_of(mesh, 1, packed=self.packed)
+        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"), units)
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read and left out, and with `steps` how often a run of so many goes through each source."""

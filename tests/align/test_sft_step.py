@@ -14,7 +14,9 @@ from windows import JUNK, lay_out, make_sequences, one_each, packed
 import dpo_jax
 from dpo_jax.align import sft
 from dpo_jax.config import SFTConfig
+from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.errors import InputError
+from dpo_jax.model.architecture import RopeScaling
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 SEQUENCES = make_sequences(12)
@@ -112,6 +114,25 @@ def test_packed_padded_and_accumulated_are_one(small, padded_run, config):
         assert others["padding"] < metrics["padding"]
         assert_same(figures(metrics), figures(others))
         assert_same(grads, other_grads, atol=1e-5)
+
+
+@pytest.mark.parametrize(("units", "accumulate"), [(1, 1), (4, 4), (2, 1)])
+def test_sequences_that_attention_sees_apart_change_nothing(small, padded_run, units, accumulate):
+    """`packed` has junk at padded places, and its windows are taken together two or four at a time."""
+    batch = packed(SEQUENCES, 4, 30)
+    seen = SegmentViews.of_batches([batch], units, multiple=4).seen(batch)
+    assert seen.views.homes.shape == (units, 4 // units * 30, 1)
+    metrics, grads = run(*small, seen, dataclasses.replace(EXACT, accumulate=accumulate))
+    assert_same(figures(padded_run[0]), figures(metrics))
+    assert_same(padded_run[1], grads, atol=1e-5)
+
+
+def test_a_rotation_that_follows_the_length_follows_that_of_each_sequence():
+    scaling = RopeScaling("dynamic", 2.0, original_max_position=8)
+    model, variables = model_and_variables(dataclasses.replace(TINY, num_layers=1, rope_scaling=scaling))
+    batch = packed(SEQUENCES, 4, 30)
+    plain, seen = (run(model, variables, x) for x in (batch, SegmentViews.of_batches([batch], 2).seen(batch)))
+    assert_same(plain, seen, atol=1e-5)
 
 
 def test_the_promise_of_one_sequence_a_window_changes_nothing(small, padded_run):

@@ -1,15 +1,17 @@
 """Preference groups in windows: who shares one, in which shapes, and what stands where."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from dpo_jax.data.sets.batches import CLASSES, length_classes
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.dealing import compose
-from dpo_jax.data.sets.group_windows import CLASSES, Packing, WindowPlan, pack_batch, plan_windows
+from dpo_jax.data.sets.group_windows import Packing, WindowPlan, pack_batch, plan_windows
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.sets.row_mixture import RowMixture
 from dpo_jax.data.tokens.ragged import Ragged
@@ -177,6 +179,17 @@ def test_attention_pads_little() -> None:
     views = plan.shapes[0][0].views
     real = np.square(prompts[:, None] + responses).sum() / 125
     assert sum(n * length**2 for n, length in views) < 2.5 * real
+
+
+def test_length_classes_cost_least() -> None:
+    """Beside every cut of few lengths."""
+    longest = np.array([90, 90, 64, 64, 33, 32, 31, 16, 16, 9, 8, 3])
+    cost = sum(n * length**2 for n, length in length_classes(longest, 1))
+    cuts = itertools.combinations(range(1, len(longest)), CLASSES - 1)
+    parts = [np.split(longest, cut) for cut in cuts]
+    assert cost == min(sum(len(part) * int(part[0]) ** 2 for part in many) for many in parts)
+    assert length_classes(longest, 16)[0] == (2, 96)
+    assert sum(n for n, _ in length_classes(longest, 16)) == len(longest)
 
 
 # ---------------------------------------------------------------- what stands where

@@ -8,6 +8,7 @@ row counts exactly once an epoch.
 All of it is a pure function of the lengths, the seed and the epoch.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import numpy as np
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.types import PreferenceBatch
 
+CLASSES = 4
+"""Most lengths that attention's sequences of a window are padded to."""
 _LEVELS = 64  # lengths are told apart on a grid of at most so many steps an axis: it bounds the search, not the result
 
 Shape = tuple[int, int]
@@ -160,6 +163,25 @@ def _runs(needs: np.ndarray, counts: np.ndarray, k: int, n: int) -> np.ndarray:
         shapes.append(needs[start:end].max(axis=0))
         end = start
     return np.stack(shapes[::-1])
+
+
+def length_classes(longest: np.ndarray, multiple: int) -> tuple[Shape, ...]:
+    """(n, L) of at most `CLASSES` classes for n sequences each of at most L tokens, longest first, with least n L^2.
+
+    longest: int [n], tokens that each sequence may have, descending.
+    """
+    sizes, counts = np.unique(-(-np.maximum(longest, 1) // multiple) * multiple, return_counts=True)
+    sizes, before = sizes[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
+    # best[end]: cost and beginnings of the classes that hold the sizes before `end`.
+    best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+    best += [(int(before[end] * sizes[0] ** 2), (0,)) for end in range(1, len(sizes) + 1)]
+    for _ in range(CLASSES - 1):
+        runs = [
+            [(best[at][0] + int((before[end] - before[at]) * sizes[at] ** 2), (*best[at][1], at)) for at in range(end)]
+            for end in range(len(sizes) + 1)
+        ]
+        best = [min([one, *more]) for one, more in zip(best, runs, strict=True)]
+    return tuple((int(before[b] - before[a]), int(sizes[a])) for a, b in itertools.pairwise((*best[-1][1], len(sizes))))
 
 
 def _fill(members: list[np.ndarray], larger: tuple[int, ...], batch_size: int) -> list[list[np.ndarray]]:

@@ -23,12 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import Shape, completed, plan_buckets
+from dpo_jax.data.sets.batches import Shape, completed, length_classes, plan_buckets
 from dpo_jax.data.sets.dealing import arrange, compose
 from dpo_jax.types import PreferenceBatch, Views, Windows
 
-CLASSES = 4
-"""Most lengths that attention's sequences of a window are padded to."""
 _SAMPLE = 128  # batches whose shapes are looked at beforehand, at least, and those of one epoch
 _EPOCHS = 16  # most epochs of them
 
@@ -263,7 +261,7 @@ def _usual(needs: Sequence[_Need], most: int, multiple: int) -> list[tuple[Windo
     """At most so many shapes that hold all these windows, [batches, W] of each span, cheapest first."""
     sizes, reads = ([getattr(need, name).max(axis=1) for need in needs] for name in ("size", "reads"))
     chosen = plan_buckets(sizes[0], reads[0][:, None], buckets=most, batch_size=1, multiple=multiple)
-    views = [_classes(need.views.max(axis=(0, 1)), multiple) for need in needs]
+    views = [length_classes(need.views.max(axis=(0, 1)), multiple) for need in needs]
     found = []
     for bucket, shape in enumerate(chosen.shapes):
         of = chosen.rows == bucket
@@ -299,36 +297,11 @@ def _always(
         )
         envelope = -np.sort(-views.reshape(-1))
         found.append(
-            WindowShape(_up(int(size.sum()), multiple), _up(int(reads.sum()), multiple), _classes(envelope, multiple))
+            WindowShape(
+                _up(int(size.sum()), multiple), _up(int(reads.sum()), multiple), length_classes(envelope, multiple)
+            )
         )
     return tuple(found)
-
-
-def _classes(longest: np.ndarray, multiple: int) -> tuple[Shape, ...]:
-    """(n, L) of at most `CLASSES` classes for sequences of these lengths, longest first, with the least n L^2.
-
-    longest: int [n], descending.
-    """
-    sizes, counts = np.unique(-(-np.maximum(longest, 1) // multiple) * multiple, return_counts=True)
-    sizes, before = sizes[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())] + [(np.iinfo(np.int64).max, ())] * len(sizes)
-    for _ in range(CLASSES):
-        best = [
-            min(
-                [best[end]]
-                + [
-                    (
-                        best[start][0] + int(before[end] - before[start]) * int(sizes[start]) ** 2,
-                        (*best[start][1], start),
-                    )
-                    for start in range(end)
-                    if best[start][0] < np.iinfo(np.int64).max
-                ]
-            )
-            for end in range(len(sizes) + 1)
-        ]
-    starts = [*best[-1][1], len(sizes)]
-    return tuple((int(before[b] - before[a]), int(sizes[a])) for a, b in itertools.pairwise(starts))
 
 
 # ---------------------------------------------------------------- the windows of a batch
@@ -424,6 +397,6 @@ def pack_batch(batch: PreferenceBatch, packing: Packing) -> PreferenceBatch:
         own = whole.span(*span)
         need = own.need(np.arange(b).reshape(packing.windows, -1))
         places, reads = (_up(int(x.max()), packing.multiple) for x in (need.size, need.reads))
-        shape = WindowShape(places, reads, _classes(need.views.max(axis=0), packing.multiple))
+        shape = WindowShape(places, reads, length_classes(need.views.max(axis=0), packing.multiple))
         made.append(pack(own.prompts[:-1], own.responses[:-1], shape, packing.windows, sizes, span))
     return replace(batch, windows=tuple(made))

@@ -13,6 +13,7 @@ All of it is a pure function of the documents, the weights, T, the seed and i: a
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.packing import Windows
+from dpo_jax.data.sets.segment_views import LOOKED_AT, SegmentViews
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.errors import InputError, exists
 from dpo_jax.types import TokenBatch
@@ -255,9 +257,10 @@ class TextLoader(StepsLoader[TokenBatch]):
         seed: int,
         shuffle: bool = True,
         documents: Documents = "masked",
+        views: int | None = None,
         **run: Unpack[RunOptions],
     ):
-        """Args: see `TextWindows` and `RunOptions`.
+        """Args: see `TextWindows`, `RunOptions`, and for `views` `TokenLoader`.
 
         An epoch is as many tokens as all sources hold together, rounded up to whole steps.
         """
@@ -272,7 +275,7 @@ class TextLoader(StepsLoader[TokenBatch]):
         )
         steps_per_epoch = math.ceil(sum(s.total for s in sources) / (batch_size * length))
         super().__init__(
-            windows.batch,
+            self._batch_of,
             holds=lambda step: f"windows {step * batch_size} to {(step + 1) * batch_size - 1}",
             steps_per_epoch=steps_per_epoch,
             identity={
@@ -286,6 +289,12 @@ class TextLoader(StepsLoader[TokenBatch]):
             },
             **run,
         )
+        first = map(windows.batch, range(min(LOOKED_AT, self.total_steps)))
+        self._views = None if views is None else SegmentViews.of_batches(first, views)
+
+    def _batch_of(self, step: int) -> TokenBatch:
+        batch = self.windows.batch(step)
+        return batch if self._views is None else self._views.seen(batch)
 
     def passes(self, steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
@@ -324,11 +333,18 @@ class EvalWindows:
     length: int
     batch_size: int
     documents: Documents = "masked"
+    views: int | None = None
 
     def __len__(self) -> int:
         return math.ceil(sum(math.ceil(s.total / self.length) for s in self.sources) / self.batch_size)
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        if self.views is None:
+            return self._plain()
+        views = SegmentViews.of_batches(itertools.islice(self._plain(), LOOKED_AT), self.views)
+        return map(views.seen, self._plain())
+
+    def _plain(self) -> Iterator[TokenBatch]:
         slots = max(most_pieces(s.lengths, self.length) for s in self.sources)
         streams = [Stream(s, self.length, seed=0, shuffle=False) for s in self.sources]
         windows = [(s, k) for s in streams for k in range(math.ceil(s.data.total / self.length))]

@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.data.sets.packing import WindowBatch, WindowPlan, collate, plan_windows
 from dpo_jax.data.sets.row_mixture import mixture_identity
+from dpo_jax.data.sets.segment_views import LOOKED_AT, SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.types import TokenBatch
@@ -53,6 +54,7 @@ class TokenLoader(StepsLoader[TokenBatch]):
         shuffle: bool = True,
         buckets: int = 4,
         multiple: int = 16,
+        views: int | None = None,
         **run: Unpack[RunOptions],
     ):
         """Args: see `RunOptions`, and:
@@ -63,6 +65,7 @@ class TokenLoader(StepsLoader[TokenBatch]):
           with weights every epoch packs what is drawn for it, so that epochs may differ by a few windows.
         shuffle: a new order every epoch, and new company in the windows; else the same in all.
         buckets, multiple: see `packing.plan_windows`.
+        views: U of `segment_views.py`: attention is to see each sequence apart; None: by segments.
 
         Raises `InputError` where a sequence is longer than the window.
         """
@@ -108,6 +111,11 @@ class TokenLoader(StepsLoader[TokenBatch]):
             },
             **run,
         )
+        self._views = None if views is None else SegmentViews.of_batches(self._first_batches(), views)
+
+    def _first_batches(self) -> Iterator[TokenBatch]:
+        """Without views."""
+        return map(self._windows_batch, range(min(LOOKED_AT, self.total_steps)))
 
     def _until(self, epoch: int) -> int:
         """The steps of all epochs before this one."""
@@ -128,6 +136,10 @@ class TokenLoader(StepsLoader[TokenBatch]):
         return self._epoch(epoch)[index]
 
     def _batch_of(self, step: int) -> TokenBatch:
+        batch = self._windows_batch(step)
+        return batch if self._views is None else self._views.seen(batch)
+
+    def _windows_batch(self, step: int) -> TokenBatch:
         return collate(self._dataset, self._windows_of(step), batch_size=self._batch_size, sequences=self._sequences)
 
     def _holds(self, step: int) -> str:

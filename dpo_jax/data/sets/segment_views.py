@@ -1,0 +1,99 @@
+"""Sequences that share a window, as attention sees them: each a plain causal one, so that every kernel can run.
+
+All windows of a micro-batch on a device are taken together, one behind the other, for so many sequences vary little
+from batch to batch. How many of which length there may be is looked up in the first batches of a run, with some room; a
+batch that holds more has a second shape, in which any has room.
+
+B windows of T places, U pieces of a batch (micro-batches x devices) of B / U windows each.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.sets.batches import Shape, length_classes
+from dpo_jax.types import TokenBatch, Views
+
+LOOKED_AT = 64
+"""Batches whose lengths decide the shapes."""
+_ROOM = 0.1  # sequences more than there were, of each class; at least one
+
+
+@dataclass(frozen=True)
+class SegmentViews:
+    """The shapes of a run's views.
+
+    Attributes:
+      units: U.
+      shapes: the usual one, and one that holds any batch: (n, L) a class, longest first.
+    """
+
+    units: int
+    shapes: tuple[tuple[Shape, ...], ...]
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[TokenBatch], units: int, *, multiple: int = 16) -> "SegmentViews":
+        """From the first batches of a run, of host arrays."""
+        made = list(batches)
+        windows, length = made[0].tokens.shape
+        found = [of for batch in made for _, of in _runs(batch, units)]
+        longest = np.ones(max(1, *(len(of) for of in found)), int)
+        for of in found:
+            longest[: len(of)] = np.maximum(longest[: len(of)], -np.sort(-of))
+        usual = tuple((n + max(1, int(_ROOM * n)), size) for n, size in length_classes(longest, multiple))
+        most = made[0].rows.size // units
+        sizes = (-(-length // multiple) * multiple, *(size for _, size in usual[1:]))
+        longer = [min(most, windows // units * length // (size + 1)) for size in sizes[1:]]  # there may be so many
+        counts = np.diff([0, *longer, most])
+        return cls(units, (usual, tuple((int(n), size) for n, size in zip(counts, sizes, strict=True) if n)))
+
+    def seen(self, batch: TokenBatch) -> TokenBatch:
+        """`batch`, of host arrays, with its views."""
+        runs = _runs(batch, self.units)
+        shape = next(shape for shape in self.shapes if all(_fits(lengths, shape) for _, lengths in runs))
+        return dataclasses.replace(batch, views=_views(runs, shape, batch.tokens.size // self.units))
+
+
+def _runs(batch: TokenBatch, units: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(first places, lengths) of the sequences of each unit, whose windows stand one behind the other."""
+    found = []
+    for windows in np.asarray(batch.segments).reshape(units, -1, batch.tokens.shape[1]):
+        begins = np.diff(windows, axis=1, prepend=0) != 0
+        begins[:, 0] = True
+        starts = np.flatnonzero(begins)
+        lengths = np.diff(starts, append=windows.size)
+        real = windows.reshape(-1)[starts] > 0
+        found.append((starts[real], lengths[real]))
+    return found
+
+
+def _fits(lengths: np.ndarray, shape: tuple[Shape, ...]) -> bool:
+    slots = np.repeat([size for _, size in shape], [n for n, _ in shape])
+    return len(lengths) <= len(slots) and bool((-np.sort(-lengths) <= slots[: len(lengths)]).all())
+
+
+def _views(runs: list[tuple[np.ndarray, np.ndarray]], shape: tuple[Shape, ...], size: int) -> Views:
+    """The views of units of `size` places each, in a shape that holds them: the longest sequence in the first slot."""
+    slots = np.repeat([length for _, length in shape], [n for n, _ in shape])
+    offsets = np.concatenate([[0], np.cumsum(slots)])
+    along = np.zeros((len(runs), offsets[-1]), np.int32)
+    held = np.zeros((len(runs), len(slots)), np.int32)
+    homes = np.full((len(runs), size, 1), offsets[-1], np.int32)
+    for unit, (starts, lengths) in enumerate(runs):
+        order = np.argsort(-lengths, kind="stable")
+        held[unit, : len(order)] = lengths[order]
+        for slot, i in enumerate(order):
+            here = np.arange(lengths[i])
+            along[unit, offsets[slot] + here] = starts[i] + here
+            homes[unit, starts[i] + here, 0] = offsets[slot] + here
+    cuts, ns = np.cumsum([n * length for n, length in shape])[:-1], np.cumsum([n for n, _ in shape])[:-1]
+    parts = zip(np.split(along, cuts, axis=1), shape, strict=True)
+    arrays: dict[str, Any] = {
+        "places": tuple(part.reshape(len(runs), *one) for part, one in parts),
+        "lengths": tuple(np.split(held, ns, axis=1)),
+        "homes": homes,
+    }
+    return Views(**arrays)
