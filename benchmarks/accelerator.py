@@ -41,14 +41,14 @@ SECTIONS = {
     "attention": 70,
     "numerics": 90,
     "dpo": 150,
-    "windows": 240,
-    "packed_sft": 120,
     "large": 90,
     "sample": 100,
     "sft": 60,
     "reward": 50,
     "ppo": 100,
     "grpo": 160,
+    "packed_sft": 120,
+    "windows": 240,
 }
 """Seconds that each may take, the most wanted first: a section that is late is stopped."""
 

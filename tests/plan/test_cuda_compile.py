@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of, shape
 
-from dpo_jax.config import Layout, MeshConfig
+from dpo_jax.config import Layout, MeshConfig, SFTDataConfig, SFTRun, TrainConfig
 
 pytestmark = [
     pytest.mark.cuda_compile,
@@ -55,3 +55,11 @@ def test_a_window_and_sequences_over_devices_use_cudnn() -> None:
     exchanged = sum(one["sent"] for one in figures["collectives"] if one["kind"] == "all-to-all")
     gathered = sum(one["sent"] for one in figures["collectives"] if one["kind"] == "all-gather")
     assert 0 < exchanged < gathered  # weights are gathered, as along fsdp
+
+
+def test_packed_windows_of_text_use_cudnn_attention() -> None:
+    """Not plain XLA's, which masks by segments."""
+    data = SFTDataConfig(files="d", packing=True, max_length=1024)
+    run = SFTRun(model="m", data=data, out="o", train=TrainConfig(batch_size=16, dtype="bfloat16", remat="full"))
+    figures = compiled(job(run, "h100:8", prompt=0, response=1024, layers=2))
+    assert figures["attention"] == "cudnn"
