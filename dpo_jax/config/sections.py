@@ -130,7 +130,7 @@ class DataConfig(FilesConfig):
     buckets: int = 4
     """Number of batch shapes: rows of like length share a batch, and each shape is compiled once."""
     shuffle: bool = True
-    """Shuffle rows anew in every epoch (by --train.seed)."""
+    """Shuffle rows anew in every epoch (by --train.seed); else they keep the order of the file."""
     limit: int | None = None
     """Use only the first rows of the file."""
     workers: int = 2

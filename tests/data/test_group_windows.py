@@ -67,6 +67,20 @@ def test_batches_have_nearly_as_many_tokens() -> None:
         assert reads[batches].sum(axis=1).std() < 0.1 * reads[batches].sum(axis=1).mean()
 
 
+def test_without_a_shuffle_rows_keep_their_order() -> None:
+    prompts, responses = skewed(21)
+    how = {"batch_size": 4, "packing": Packing(2), "dealt": False}
+    plan = plan_windows(prompts, responses, **how)
+    batches = plan.epoch(0, 3, shuffle=False)
+    np.testing.assert_array_equal(np.concatenate(batches), np.arange(21))
+    assert [len(rows) for rows in batches] == [4, 4, 4, 4, 4, 1]
+    for rows in batches:
+        plan.pack(plan.arranged(rows))
+    drawn = np.asarray([5, 5, 3, 20, 0, 7])
+    plan = plan_windows(prompts, responses, drawn=lambda epoch: drawn, **how)
+    np.testing.assert_array_equal(np.concatenate(plan.epoch(0, 1, shuffle=False, order=drawn[::-1])), drawn[::-1])
+
+
 def test_batches_are_a_function_of_seed_and_epoch() -> None:
     prompts, responses = skewed(64)
     reads = responses.sum(axis=1)

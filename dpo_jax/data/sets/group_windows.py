@@ -131,6 +131,7 @@ class WindowPlan:
       spans: (first, last): the responses first to last - 1 of each row are packed together, each span apart.
       prompt, response: P, R of the batches' arrays of rows, which no product reads.
       windows: W; batch_size: B.
+      dealt: see `plan_windows`.
       used: indices into `shapes` of those that the first epoch needs.
       real: share of real tokens in the places of the first epoch's windows.
       read: share of response tokens in what its windows read.
@@ -143,6 +144,7 @@ class WindowPlan:
     response: int
     windows: int
     batch_size: int
+    dealt: bool
     used: tuple[int, ...]
     real: float
     read: float
@@ -159,7 +161,8 @@ class WindowPlan:
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[np.ndarray]:
         """The rows of the batches of an epoch; `order`: int [N], the rows that a mixture draws for it."""
-        return epoch_of(self.lengths, self.batch_size, seed, epoch, shuffle=shuffle, order=order)
+        how = {"shuffle": shuffle, "order": order, "dealt": self.dealt}
+        return epoch_of(self.lengths, self.batch_size, seed, epoch, **how)
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
         """int [B]: the rows of a batch, window after window; -1 where there are fewer."""
@@ -182,10 +185,19 @@ class WindowPlan:
 
 
 def epoch_of(
-    lengths: _Lengths, batch_size: int, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None
+    lengths: _Lengths,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    shuffle: bool,
+    order: np.ndarray | None,
+    dealt: bool,
 ) -> list[np.ndarray]:
-    """See `WindowPlan.epoch`."""
+    """See `WindowPlan.epoch` and `plan_windows`."""
     drawn = np.arange(len(lengths.prompts) - 1) if order is None else order
+    if not dealt:
+        return np.split(drawn, range(batch_size, len(drawn), batch_size))
     totals, reads = lengths.totals[drawn], lengths.reads[drawn]
     return [drawn[rows] for rows in compose(totals, reads, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
 
@@ -208,6 +220,7 @@ def plan_windows(
     seed: int = 0,
     shuffle: bool = False,
     buckets: int = 4,
+    dealt: bool = True,
     drawn: Callable[[int], np.ndarray | None] = lambda epoch: None,
 ) -> WindowPlan:
     """Choose at most `buckets` shapes for the batches of a run.
@@ -219,6 +232,8 @@ def plan_windows(
       packing: its `multiple` divides places, response tokens, and tokens of attention's sequences.
       seed, shuffle: of the run.
       buckets: most shapes.
+      dealt: batches have rows of all lengths, and nearly as many tokens each; else rows keep the order in which they
+        stand or are drawn, and nothing is shuffled.
       drawn: the rows of an epoch, int [N], where that is not each once.
     """
     (n, k), (windows, spans, multiple) = response_lengths.shape, packing
@@ -227,7 +242,8 @@ def plan_windows(
     redrawn = drawn(0) is not None
     alike = not shuffle and not redrawn  # all epochs are
     count = 1 if alike else min(_EPOCHS, -(-_SAMPLE // -(-n // batch_size)))
-    epochs = [epoch_of(lengths, batch_size, seed, i, shuffle=shuffle, order=drawn(i)) for i in range(count)]
+    how = {"shuffle": shuffle, "dealt": dealt}
+    epochs = [epoch_of(lengths, batch_size, seed, i, order=drawn(i), **how) for i in range(count)]
     rows = np.stack([completed(rows, batch_size) for rows in itertools.chain(*epochs)])
     made = _arranged(lengths, rows, windows)
     needs = [lengths.span(*span).need(made) for span in spans]
@@ -246,6 +262,7 @@ def plan_windows(
         response=_up(int(response_lengths.max()), multiple),
         windows=windows,
         batch_size=batch_size,
+        dealt=dealt,
         used=tuple(np.unique(fits).tolist()),
         real=float(sum(need.size.sum() for need in first) / places),
         read=float(sum(need.reads.sum() for need in first) / reads),

@@ -88,7 +88,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         dataset: the rows.
         batch_size: rows a batch, over all devices and processes.
         seed: of the shuffle, at least 0.
-        shuffle: a new order every epoch; else the same in all.
+        shuffle: a new order every epoch; else rows keep theirs (in buckets, within each).
         buckets, multiple: see `batches.plan_buckets`.
         packing: in windows of real tokens (see `group_windows.py`), of which which rows share a batch does not depend
           on how many there are; None: rows of like lengths share a batch, each in the places of the longest.
@@ -104,7 +104,7 @@ class PreferenceLoader(StepsLoader[PreferenceBatch]):
         if packing is None:
             plan = plan_buckets(*lengths, buckets=buckets, batch_size=batch_size, multiple=multiple)
         else:
-            how = {"seed": seed, "shuffle": shuffle, "buckets": buckets, "drawn": drawn}
+            how = {"seed": seed, "shuffle": shuffle, "dealt": shuffle, "buckets": buckets, "drawn": drawn}
             plan = plan_windows(*lengths, batch_size=batch_size, packing=packing, **how)
         self.plan = plan
 
