@@ -282,8 +282,8 @@ def _usual(needs: Sequence[_Need], most: int, multiple: int) -> list[tuple[Windo
     found = []
     for bucket, shape in enumerate(chosen.shapes):
         of = chosen.rows == bucket
-        rest = [
-            tuple(_up(int(x[of].max(initial=0)), multiple) for x in (size, read))
+        rest: list[Shape] = [
+            (_up(int(size[of].max(initial=0)), multiple), _up(int(read[of].max(initial=0)), multiple))
             for size, read in zip(sizes[1:], reads[1:], strict=True)
         ]
         found.append(tuple(WindowShape(*one, view) for one, view in zip([shape, *rest], views, strict=True)))
@@ -296,8 +296,8 @@ def _always(
     """A shape that holds every window of every epoch.
 
     The i-th longest row of a window is the (i W)-th longest of its batch or a shorter one, and that is of stratum i W;
-    where a mixture draws the rows it may be any. Rows of as many tokens as the first of a stratum may change places with
-    it from epoch to epoch.
+    where a mixture draws the rows it may be any. Rows of as many tokens as the first of a stratum may change places
+    with it from epoch to epoch.
     """
     n, g = len(lengths.prompts) - 1, batch_size // windows
     order = np.argsort(-lengths.totals[:-1], kind="stable")
