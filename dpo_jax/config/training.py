@@ -79,7 +79,8 @@ class SampledRun(TrainingRun):
     """A run that learns from what the model writes behind prompts, step by step."""
 
     rollout_batch_size: int | None = None
-    """Responses sampled and measured at once, to save memory; changes no text. Not given: all."""
+    """Responses sampled and measured at once, to save memory; changes no text. Where there are more, one that ends
+    makes room for another, so that a long one holds up none. Not given: all."""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def check_sampling(self, learner: str, responses: int, group: int, named: str) -> None:

@@ -17,7 +17,7 @@ from dpo_jax.complete.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare
+from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve
 
 STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
@@ -110,6 +110,8 @@ class Answered:
         if greedy:
             config, each = dataclasses.replace(config, temperature=0.0), 1
         each, parts = each or group, []
+        if len(rows) > self._piece and not plain and mixed is None:
+            return self._served(weights, batch, rows[::group], key, config, each)
         for first in range(0, len(rows), self._piece):
             own = rows[first : first + self._piece]
             at = np.resize(own, self._piece)[::group]  # the last piece is filled up, so that all have one shape
@@ -131,6 +133,40 @@ class Answered:
                 found = generate(self._model, weights, prompts, key, **options)
             parts.append([np.asarray(x)[: len(own) // group * each] for x in found])
         tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return tokens, mask, logps
+
+    def _served(
+        self,
+        weights: Weights,
+        batch: PromptBatch,
+        firsts: np.ndarray,
+        key: jax.Array,
+        config: SampleConfig,
+        each: int,
+    ) -> tuple[np.ndarray, ...]:
+        """`each` responses to each of the rows `firsts`, a piece of them at once: one that ends makes room for another.
+
+        They are those that whole pieces would give: a response draws with its row's number and its own.
+        """
+        prompts = [row[:length].tolist() for row, length in zip(batch.prompts, batch.prompt_lengths, strict=True)]
+        requests = [(int(i), k) for i in firsts for k in range(each)]
+        place = {request: n for n, request in enumerate(requests)}
+        shape = (len(requests), config.max_new_tokens)
+        tokens, mask, logps = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
+        served = serve(
+            self._model,
+            weights,
+            prompts,
+            key,
+            config=config,
+            requests=requests,
+            rows=self._piece // self._group * each,
+            vocabulary=self._vocabulary,
+            mesh=self._mesh,
+        )
+        for done in (one for some in served for one in some):
+            n, size = place[done.request], len(done.tokens)
+            tokens[n, :size], mask[n, :size], logps[n, :size] = done.tokens, True, done.logps
         return tokens, mask, logps
 
     def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
