@@ -63,3 +63,11 @@ def test_packed_windows_of_text_use_cudnn_attention() -> None:
     run = SFTRun(model="m", data=data, out="o", train=TrainConfig(batch_size=16, dtype="bfloat16", remat="full"))
     figures = compiled(job(run, "h100:8", prompt=0, response=1024, layers=2))
     assert figures["attention"] == "cudnn"
+
+
+def test_offload_leaves_the_inputs_of_layers_on_the_host() -> None:
+    """Two layers, 1,536 tokens a device, 4,096 channels in bfloat16."""
+    figures = compiled(
+        job(dpo_run(pairs=8, layout="shared", remat="offload"), "h100:8", prompt=512, response=512, layers=2)
+    )
+    assert figures["memory"]["host"] == pytest.approx(2 * 1536 * 4096 * 2 / GIB, rel=0.01)

@@ -70,6 +70,13 @@ def test_splash_attention_with_a_window_on_every_other_layer(layout: Layout) -> 
     assert figures["memory"]["peak"] < 1
 
 
+def test_offload_leaves_the_inputs_of_layers_on_the_host() -> None:
+    """Two layers, 512 tokens a chip, 512 channels in bfloat16."""
+    run = dpo_run(pairs=4, layout="shared", remat="offload")
+    figures = compiled(job_of(run, "v5e:2x2", SMALL, prompt=256, response=128))
+    assert figures["memory"]["host"] == pytest.approx(2 * 512 * 512 * 2 / GIB, rel=0.01)
+
+
 def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
     """jax lays no axis of 8 along a torus of 4 x 4 x 4 unless it is told that it may."""
     devices = devices_of(Topology.parse("v5p:4x4x4"))
