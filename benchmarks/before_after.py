@@ -99,7 +99,7 @@ def table(told: Mapping[str, Any]) -> str:
     return (
         f"\n| figure (95 % interval) | before | after |\n|---|---|---|\n{rows}\n\n"
         f"Kinder, by the judge that made the pairs, and no more than that: {pairs} pairs say nothing finer, and VADER\n"
-        "knows words only. A model of 135M parameters is no judge: it keeps to no form. For a table with a meaning take\n"
+        "knows words only. A model of 135M parameters is no judge: it keeps to no form. For a real table take\n"
         "the judge of step 3, and `dpo-jax mt-bench show` as in step 4.\n\n"
     )
 
