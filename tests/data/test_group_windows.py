@@ -53,7 +53,7 @@ def test_an_epoch_holds_every_row_once_and_one_partial_batch_at_most(n: int, shu
     reads = responses.sum(axis=1)
     batches = compose(prompts + reads, reads, 8, seed=3, epoch=1, shuffle=shuffle)
     assert sorted(i for rows in batches for i in rows) == list(range(n))
-    assert [len(rows) for rows in batches] == [8] * (n // 8) + [n % 8] * (n % 8 > 0)
+    assert sorted((len(rows) for rows in batches), reverse=True) == [8] * (n // 8) + [n % 8] * (n % 8 > 0)
 
 
 def test_batches_have_nearly_as_many_tokens() -> None:
@@ -61,10 +61,38 @@ def test_batches_have_nearly_as_many_tokens() -> None:
     reads = responses.sum(axis=1)
     totals = prompts + reads
     for size, near in ((8, 0.12), (64, 0.01)):
-        batches = np.stack(compose(totals, reads, size, seed=0, epoch=0, shuffle=True)[: 2000 // size])
+        whole = [rows for rows in compose(totals, reads, size, seed=0, epoch=0, shuffle=True) if len(rows) == size]
+        batches = np.stack(whole)
         sums = totals[batches].sum(axis=1)
         assert np.abs(sums / sums.mean() - 1).max() < near
         assert reads[batches].sum(axis=1).std() < 0.1 * reads[batches].sum(axis=1).mean()
+
+
+@pytest.mark.parametrize(("n", "size"), [(64, 2), (30, 8), (640, 64), (2000, 8)])
+def test_a_shuffle_gives_every_row_others_to_share_a_batch_with(n: int, size: int) -> None:
+    """Rows of different lengths; by chance two share a batch with probability (B - 1) / (N - 1)."""
+    totals = np.arange(10, 10 + n)
+
+    def together(epoch: int) -> set[tuple[int, int]]:
+        batches = compose(totals, totals // 2, size, seed=0, epoch=epoch, shuffle=True)
+        return {(int(i), int(j)) for rows in batches for i in rows for j in rows if i < j}
+
+    again = [len(together(e) & together(e + 1)) / len(together(e)) for e in range(5)]
+    assert np.mean(again) < (size - 1) / (n - 1) + 0.05
+
+
+def test_rows_of_the_incomplete_batch_are_others_in_every_epoch() -> None:
+    totals = np.arange(10, 10 + 131)
+    epochs = [compose(totals, totals // 2, 64, seed=1, epoch=e, shuffle=True) for e in range(8)]
+    left = [next(tuple(sorted(rows)) for rows in batches if len(rows) == 3) for batches in epochs]
+    assert len({i for rows in left for i in rows}) > 16
+    assert {len(rows) for batches in epochs for rows in batches[:-1]} == {3, 64}  # and it stands anywhere
+
+
+def test_seeds_beyond_63_bits_differ() -> None:
+    totals = np.arange(10, 74)
+    one, other = (compose(totals, totals // 2, 8, seed=2**63 + i, epoch=0, shuffle=True)[0].tolist() for i in (0, 1))
+    assert one != other
 
 
 def test_without_a_shuffle_rows_keep_their_order() -> None:
@@ -93,8 +121,8 @@ def test_batches_are_a_function_of_seed_and_epoch() -> None:
     # Pinned, so that a resumed run meets the batches it was started with, whatever NumPy's version.
     small = np.arange(10, 18)
     assert [rows.tolist() for rows in compose(small, small - 5, 4, seed=0, epoch=0, shuffle=True)] == [
-        [6, 5, 2, 1],
-        [7, 4, 3, 0],
+        [6, 4, 3, 0],
+        [7, 5, 2, 1],
     ]
 
 

@@ -199,7 +199,7 @@ def _fill(members: list[np.ndarray], larger: tuple[int, ...], batch_size: int) -
 
 def permutation(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A permutation of n by sorting random words: NumPy keeps bit generators' streams fixed for ever, not `shuffle`."""
-    words = np.random.Philox(key=[seed, 2 * epoch + purpose]).random_raw(n)
+    words = np.random.Philox(key=np.array([seed, 2 * epoch + purpose], np.uint64)).random_raw(n)
     return np.argsort(words, kind="stable")
 
 
