@@ -289,6 +289,7 @@ class PPOConfig(PPOLossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
+        require(self.layout != "windows", "layout windows packs responses known beforehand; take shared or separate")
         require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
         if self.resolved("averaging") == "constant" or self.resolved("overlong") == "ramp":
             require(self.max_response, "averaging constant and overlong ramp need max_response")

@@ -13,6 +13,7 @@ from pairs import quick_jit
 
 from dpo_jax.align import microbatches, ppo
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
+from dpo_jax.errors import InputError
 from dpo_jax.mesh import jit_replicated, make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -163,6 +164,11 @@ def test_how_many_stay_together() -> None:
     assert microbatches.together(64, 8, 64) == 1
     assert microbatches.together(48, 6, 16) == 3
     assert microbatches.together(64, 1, 8) == 1
+
+
+def test_no_windows_of_what_is_sampled() -> None:
+    with pytest.raises(InputError, match="take shared or separate"):
+        config(layout="windows")
 
 
 def test_mini_batches_take_whole_groups_where_they_divide() -> None:
