@@ -13,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.align import ppo
 from dpo_jax.complete.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve
+from dpo_jax.state import TrainState
 
 STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
@@ -81,8 +83,12 @@ class Answered:
 
     # ---------------------------------------------------------------- responses
 
-    def _prepared(self, variables: Mapping[str, Any]) -> Weights:
-        """What `_drawn` reads, laid out for it once; whoever has it gives it up before the devices do anything else."""
+    def _prepared(self, of: TrainState | Mapping[str, Any]) -> Weights:
+        """What `_drawn` reads, the policy of a state or other variables, laid out for it once.
+
+        Whoever has it gives it up before the devices do anything else.
+        """
+        variables = ppo.policy_of(of.variables) if isinstance(of, TrainState) else of
         return prepare(self._model, variables, self._sample, mesh=self._mesh)
 
     def _drawn(

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.align import ppo
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.data.sets.prompts import PromptBatch
 from dpo_jax.data.tokens.ragged import Ragged
@@ -46,7 +45,7 @@ class StudentResponses(Answered):
         figures: Row = {"rollout/on_policy": float(own)}
         if own:
             key = jax.random.fold_in(self._key, batch.step)
-            tokens, mask, logps = self._drawn(self._prepared(ppo.policy_of(state.variables)), batch, rows, key)
+            tokens, mask, logps = self._drawn(self._prepared(state), batch, rows, key)
             figures["objective/entropy"] = float(-logps.sum(axis=1, dtype=np.float64).mean())
         else:
             tokens, mask = self._given(batch)

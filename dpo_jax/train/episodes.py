@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.align import ppo
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
@@ -120,7 +119,7 @@ class EpisodeRollouts(Rollouts):
 
     def _played(self, state: TrainState, batch: PromptBatch) -> list[_Episode]:
         """All episodes of an iteration, to their ends."""
-        weights, key = self._prepared(ppo.policy_of(state.variables)), jax.random.fold_in(self._key, batch.step)
+        weights, key = self._prepared(state), jax.random.fold_in(self._key, batch.step)
         episodes = self._begun(batch)
         waiting = deque(range(len(episodes)))
         while waiting:

@@ -119,7 +119,7 @@ class OnlinePairs(Answered):
 
     def _responses(self, state: TrainState, batch: PromptBatch) -> tuple[np.ndarray, ...]:
         """Tokens, mask and log-probabilities at temperature 1 (of an opponent: any) of all responses, [B K, R]."""
-        weights, rows = self._prepared(ppo.policy_of(state.variables)), np.arange(len(batch.rows))
+        weights, rows = self._prepared(state), np.arange(len(batch.rows))
         key, opponent = jax.random.fold_in(self._key, batch.step), self._config.opponent
         if opponent == "policy":
             return self._drawn(weights, batch, rows, key, plain=True)

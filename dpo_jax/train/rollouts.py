@@ -24,7 +24,6 @@ from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, Prompt
 from dpo_jax.files.log import Row
 from dpo_jax.judge.scores import part_figures, told_parts
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import Weights
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered
 from dpo_jax.types import Rollout
@@ -99,8 +98,7 @@ class Rollouts(Answered):
         Returns the rollout, as host arrays that are the same in every process, and figures of the iteration.
         """
         clock = [time.perf_counter()]
-        weights = self._prepared(ppo.policy_of(state.variables))
-        rollout = self._sampled(weights, batch)
+        rollout = self._sampled(state, batch)
         clock.append(time.perf_counter())
         prompts = [self._data.prompts[index] for index in batch.indices]
         texts = self._texts(rollout)
@@ -109,10 +107,9 @@ class Rollouts(Answered):
         clock.append(time.perf_counter())
         more: Row = {}
         if self._config.resolved("zero_variance") == "resample":
-            rollout, texts, more["rollout/resampled"] = self._again(weights, batch, rollout, texts, parts)
+            rollout, texts, more["rollout/resampled"] = self._again(state, batch, rollout, texts, parts)
         if self._config.estimator == "greedy":
-            rollout = dataclasses.replace(rollout, greedy_scores=self._greedy(weights, batch))
-        del weights  # their room is for what measures, and updates
+            rollout = dataclasses.replace(rollout, greedy_scores=self._greedy(state, batch))
         clock.append(time.perf_counter())
         rollout = self._measured(state, rollout)
         clock.append(time.perf_counter())
@@ -123,11 +120,11 @@ class Rollouts(Answered):
         figures: Row = {"seconds_sampling": first + further, "seconds_measuring": measuring, "seconds_scoring": scoring}
         return rollout, figures | more | part_figures(parts)
 
-    def _sampled(self, weights: Weights, batch: PromptBatch) -> Rollout:
+    def _sampled(self, state: TrainState, batch: PromptBatch) -> Rollout:
         """Responses and the behaviour policy's log-probabilities."""
         rows = len(batch.rows)
         key = jax.random.fold_in(self._key, batch.step)
-        tokens, mask, logps = self._drawn(weights, batch, np.arange(rows), key)
+        tokens, mask, logps = self._drawn(self._prepared(state), batch, np.arange(rows), key)
         lengths = mask.sum(axis=1).astype(np.int32)
         arrays: dict[str, Any] = {
             "prompts": batch.prompts,
@@ -147,7 +144,7 @@ class Rollouts(Answered):
 
     def _again(
         self,
-        weights: Weights,
+        state: TrainState,
         batch: PromptBatch,
         rollout: Rollout,
         texts: list[str],
@@ -158,7 +155,7 @@ class Rollouts(Answered):
         The same prompts are answered again, `resample_rounds` times at most. DAPO's dynamic sampling draws other
         prompts instead; here a run reads its prompts in one order, whatever the scores.
         """
-        first = 0.0
+        first, weights = 0.0, self._prepared(state)
         for attempt in range(self._config.resolved("resample_rounds")):
             flat = np.flatnonzero(np.asarray(flat_groups(rollout, self._config.group)))
             first = first or len(flat) / len(texts)
@@ -184,10 +181,10 @@ class Rollouts(Answered):
                 parts[name] = _with_rows(parts[name], flat, part)
         return rollout, texts, first
 
-    def _greedy(self, weights: Weights, batch: PromptBatch) -> np.ndarray:
+    def _greedy(self, state: TrainState, batch: PromptBatch) -> np.ndarray:
         """The score of the greedy response to each row's prompt, float32 [B]: ReMax's baseline."""
         group, rows = self._config.group, np.arange(len(batch.rows))
-        tokens, mask, _ = self._drawn(weights, batch, rows, self._key, greedy=True)
+        tokens, mask, _ = self._drawn(self._prepared(state), batch, rows, self._key, greedy=True)
         lengths, ended = mask.sum(axis=1), self._ended(tokens, mask)
         prompts = [self._data.prompts[index] for index in batch.indices[::group]]
         texts = [
