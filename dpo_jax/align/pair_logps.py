@@ -42,7 +42,8 @@ def responses_of(batch: PreferenceBatch, first: int, last: int) -> PreferenceBat
 
 def of_responses(windows: tuple[Windows, ...] | None, first: int, last: int) -> tuple[Windows, ...] | None:
     """Those windows that hold these responses alone, for a batch that is cut to them."""
-    found = [one.replace(first=0, last=last - first) for one in windows or () if (one.first, one.last) == (first, last)]
+    those = [one for one in windows or () if (one.first, one.last) == (first, last)]
+    found = [dataclasses.replace(one, first=0, last=last - first) for one in those]
     if windows is not None and not found:
         held = [(one.first, one.last) for one in windows]
         raise ValueError(f"responses {first} to {last - 1} are packed nowhere: the windows hold {held}")

@@ -86,7 +86,7 @@ def _views(runs: list[tuple[np.ndarray, np.ndarray]], shape: tuple[Shape, ...], 
         order = np.argsort(-lengths, kind="stable")
         held[unit, : len(order)] = lengths[order]
         for slot, i in enumerate(order):
-            here = np.arange(lengths[i])
+            here = np.arange(int(lengths[i]))
             along[unit, offsets[slot] + here] = starts[i] + here
             homes[unit, starts[i] + here, 0] = offsets[slot] + here
     cuts, ns = np.cumsum([n * length for n, length in shape])[:-1], np.cumsum([n for n, _ in shape])[:-1]
