@@ -167,7 +167,7 @@ def draw(cells: dict[str, Any], path: Path) -> None:
                 if len(points) < 2:
                     continue
                 line = "" if len(points) < 3 else "--" if alone else "-"
-                style = {"linestyle": line, "marker": "o" if kind == "dpo lora" else "v"}
+                style: dict[str, Any] = {"linestyle": line, "marker": "o" if kind == "dpo lora" else "v"}
                 label = f"{topology.devices} x {topology.name}{', offload' if 'offload' in kind else ''}"
                 axes.plot(*zip(*points, strict=True), color=colour, markersize=4, label=label, **style)
             if alone:

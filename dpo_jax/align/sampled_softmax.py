@@ -13,6 +13,7 @@ log Ẑ of a finite sample is too small on average, by about var(Ẑ) / 2 Z². A
 (correction 0), gives Ẑ = Z.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -79,7 +80,7 @@ def sampled_logps(
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
     if shaped is not None:
-        z_target, sample = shaped.of(z_target), shaped.replace(matrix=sample)
+        z_target, sample = shaped.of(z_target), dataclasses.replace(shaped, matrix=sample)
 
     def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:
         z = logits_of(h, sample) - negatives.log_expected

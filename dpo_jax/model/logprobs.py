@@ -6,6 +6,7 @@ The logits z are made for one chunk of positions at a time, forwards, and made a
 gradient of W is summed over the chunks in float32, whatever the hidden states are in.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def head_of(unembedding: Output, dtype: Any) -> Any:
     stays split as the matrix is: it is twice as large.
     """
     if isinstance(unembedding, Shaped):
-        return unembedding.replace(matrix=head_of(unembedding.matrix, dtype))
+        return dataclasses.replace(unembedding, matrix=head_of(unembedding.matrix, dtype))
     head = rounded(unembedding, dtype)
     if isinstance(head, Rounded):
         values, master = (
