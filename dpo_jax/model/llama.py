@@ -359,6 +359,9 @@ class Llama(nn.Module):
         scaling = c.rope_scaling
         follows = scaling is not None and scaling.follows_length and not cached
         longest = at.shape[1] if mask.views is None else mask.views.longest
+        if mask.prefix is not None:
+            prompt, _, response = mask.prefix
+            longest = prompt + response
         if scaling is not None and follows and longest > scaling.original_max_position:
             if mask.prefix is not None or (mask.views is not None and mask.segments is None):
                 raise InputError(

@@ -3,6 +3,7 @@
 Rows of `LENGTH` tokens cross every window and every original length of a RoPE; rows of 10 stay within the latter.
 """
 
+import dataclasses
 import json
 import statistics
 from functools import partial
@@ -118,9 +119,10 @@ def test_a_shared_prompt_equals_separate_rows(case) -> None:
     separate = logps(variables, batch, layout="separate")
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.follows_length:
+        assert 8 + 7 <= scaling.original_max_position < 8 + 2 * 7  # of a sequence, and of the row of both
+        wide = jnp.pad(batch.prompts, ((0, 0), (0, scaling.original_max_position - 8)))
         with pytest.raises(InputError, match=r"set --train.layout separate"):
-            logps(variables, batch, layout="shared")
-        return
+            logps(variables, dataclasses.replace(batch, prompts=wide), layout="shared")
     shared = logps(variables, batch, layout="shared")
     np.testing.assert_allclose(shared, separate, atol=1e-4)
 

@@ -2,7 +2,8 @@
 
 All windows of a micro-batch on a device are taken together, one behind the other, for so many sequences vary little
 from batch to batch. How many of which length there may be is looked up in the first batches of a run, with some room; a
-batch that holds more has a second shape, in which any has room.
+batch that holds more has a second shape with more room, and one that even this does not hold goes by segments, whose
+mask plain XLA attention reads.
 
 B windows of T places, U pieces of a batch (micro-batches x devices) of B / U windows each.
 """
@@ -19,7 +20,7 @@ from dpo_jax.types import TokenBatch, Views
 
 LOOKED_AT = 64
 """Batches whose lengths decide the shapes."""
-_ROOM = 0.1  # sequences more than there were, of each class; at least one
+_ROOMS = (0.1, 0.5)  # sequences more than there were, of each class of a shape; at least one
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SegmentViews:
 
     Attributes:
       units: U.
-      shapes: the usual one, and one that holds any batch: (n, L) a class, longest first.
+      shapes: the usual one, and one with more room: (n, L) a class, longest first.
     """
 
     units: int
@@ -37,24 +38,20 @@ class SegmentViews:
     @classmethod
     def of_batches(cls, batches: Iterable[TokenBatch], units: int, *, multiple: int = 16) -> "SegmentViews":
         """From the first batches of a run, of host arrays."""
-        made = list(batches)
-        windows, length = made[0].tokens.shape
-        found = [of for batch in made for _, of in _runs(batch, units)]
+        found = [of for batch in batches for _, of in _runs(batch, units)]
         longest = np.ones(max(1, *(len(of) for of in found)), int)
         for of in found:
             longest[: len(of)] = np.maximum(longest[: len(of)], -np.sort(-of))
-        usual = tuple((n + max(1, int(_ROOM * n)), size) for n, size in length_classes(longest, multiple))
-        most = made[0].rows.size // units
-        sizes = (-(-length // multiple) * multiple, *(size for _, size in usual[1:]))
-        longer = [min(most, windows // units * length // (size + 1)) for size in sizes[1:]]  # there may be so many
-        counts = np.diff([0, *longer, most])
-        return cls(units, (usual, tuple((int(n), size) for n, size in zip(counts, sizes, strict=True) if n)))
+        classes = length_classes(longest, multiple)
+        return cls(units, tuple(tuple((n + max(1, int(room * n)), size) for n, size in classes) for room in _ROOMS))
 
     def seen(self, batch: TokenBatch) -> TokenBatch:
-        """`batch`, of host arrays, with its views."""
+        """`batch`, of host arrays, with its views; as it is where no shape holds it."""
         runs = _runs(batch, self.units)
-        shape = next(shape for shape in self.shapes if all(_fits(lengths, shape) for _, lengths in runs))
-        return dataclasses.replace(batch, views=_views(runs, shape, batch.tokens.size // self.units))
+        for shape in self.shapes:
+            if all(_fits(lengths, shape) for _, lengths in runs):
+                return dataclasses.replace(batch, views=_views(runs, shape, batch.tokens.size // self.units))
+        return batch
 
 
 def _runs(batch: TokenBatch, units: int) -> list[tuple[np.ndarray, np.ndarray]]:
