@@ -1,8 +1,7 @@
-"""Time and peak memory of one GRPO iteration on SmolLM2-135M, in turns with an earlier version and TRL's GRPOTrainer.
+"""Time and peak memory of one GRPO iteration on SmolLM2-135M, in turns with an earlier version of this package.
 
     git worktree add ../before 46f5e52
-    python benchmarks/grpo_iteration.py --before ../before --contenders grpo before --rounds 3
-    python benchmarks/grpo_iteration.py --peer_python ../trl/bin/python --contenders grpo trl
+    python benchmarks/grpo_iteration.py --before ../before --rounds 3
 
 An iteration: 8 responses to each of 4 prompts of 256 tokens, sampled at temperature 1; log-probabilities under the
 reference; scores; one AdamW update on all of them (beta .04, k3 in the loss). Float32, all weights trained, no gradient
@@ -16,13 +15,11 @@ whole process from its start (VmHWM).
 
     grpo     what `dpo-jax grpo` runs
     before   the same of the version in --before
-    trl      TRL's GRPOTrainer, without gradient checkpointing
 """
 
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,9 +29,9 @@ from typing import Any
 
 import numpy as np
 from peers import Desk, Figures, Stopwatch, Worker, peak_gib, use_cores, versions
-from ppo_iteration import UNUSED_TOKEN, NoMoreTurns, compare, show, write_model
+from ppo_iteration import compare, show, write_model
 
-CONTENDERS = ("grpo", "before", "trl")
+CONTENDERS = ("grpo", "before")
 LEARNING_RATE, BETA = 1e-6, 0.04
 BATCHES = 4  # of prompts, before they begin again
 TOLD = ("loss", "grad_norm", "kl", "entropy", "completions/mean_length")
@@ -43,7 +40,6 @@ TOLD = ("loss", "grad_norm", "kl", "entropy", "completions/mean_length")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, default=None, help="a checkout of an earlier version")
-    parser.add_argument("--peer_python", type=Path, default=None, help="Python of an environment with TRL 1.16")
     parser.add_argument("--model", default="smollm2", help="whatever dpo-jax loads")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of an iteration")
     parser.add_argument("--group", type=int, default=8, help="responses to each")
@@ -60,8 +56,6 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if "before" in options.contenders and options.before is None:
         parser.error("before needs --before, a checkout of an earlier version")
-    if "trl" in options.contenders and options.peer_python is None:
-        parser.error("TRL needs --peer_python; the first lines of ppo_iteration.py --help make its environment")
     return options
 
 
@@ -172,154 +166,21 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         desk.answer({**read, "phases": phases, "tokens": tokens, "told": told, "peak_gib": peak_gib()})
 
 
-# ---------------------------------------------------------------- TRL
-
-
-def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
-    """TRL's own `train`; a callback waits for each turn, and what draws is told where to end."""
-    os.environ |= {"HF_HUB_OFFLINE": "1"}
-    import torch  # pyright: ignore[reportMissingImports]
-    from datasets import Dataset  # pyright: ignore[reportMissingImports]
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
-
-    torch.set_num_threads(options.cores)
-    torch.manual_seed(0)
-    folder, table = options.folder / "model", torch.tensor(lengths(options).astype(np.int64))
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(UNUSED_TOKEN)
-    end = tokenizer.eos_token_id
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    class Ends(LogitsProcessor):
-        """EOS where the table says, and nowhere before."""
-
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            written = input_ids.shape[1] - self.prompt
-            scores[:, end] = -torch.inf
-            ending = table <= written + 1
-            scores[ending] = -torch.inf
-            scores[ending, end] = 0.0
-            return scores
-
-    ends, drawn = Ends(), policy.generate
-
-    class Turns(TrainerCallback):
-        """Between two iterations: tell the last, wait for the next."""
-
-        def __init__(self) -> None:
-            self._requests, self.sampled, self.tokens = desk.requests(), 0.0, 0
-            self.told: dict[str, float] = {}
-            self.measured: float | None = None
-
-        def begin(self) -> None:
-            if next(self._requests, NoMoreTurns) is NoMoreTurns:
-                raise NoMoreTurns
-            self.watch, self.measured = Stopwatch(), None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.begin()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            self.told = {name: float(logs[name]) for name in TOLD if name in logs}
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_log = True
-            self.read = self.watch.read()
-
-        def on_substep_end(self, *_: Any, **__: Any) -> None:
-            pass
-
-    turns = Turns()
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        ends.prompt = inputs.shape[1]
-        start = turns.watch.read()["seconds"]
-        found = drawn(*args, **kwargs, logits_processor=[ends])
-        turns.sampled = turns.watch.read()["seconds"] - start
-        turns.tokens = int((found[:, ends.prompt :] != UNUSED_TOKEN).sum())
-        return found
-
-    policy.generate = generate
-    rows = options.prompts * options.group
-
-    def score(completions: list[str], **_: Any) -> list[float]:
-        return [len(text) / 100 for text in completions]
-
-    class Told(GRPOTrainer):
-        """Answers once a step is logged, which is its end."""
-
-        def _prepare_inputs(self, inputs: Any) -> Any:
-            found = super()._prepare_inputs(inputs)
-            turns.measured = turns.watch.read()["seconds"]
-            return found
-
-        def log(self, *args: Any, **kwargs: Any) -> None:
-            super().log(*args, **kwargs)
-            assert turns.measured is not None
-            phases = {"sampling": turns.sampled, "measuring": turns.measured - turns.sampled, "scoring": 0.0}
-            phases["update"] = turns.read["seconds"] - turns.measured
-            told = {**dict.fromkeys(TOLD, float("nan")), **turns.told}
-            answer = {**turns.read, "phases": phases, "tokens": turns.tokens, "told": told, "peak_gib": peak_gib()}
-            desk.answer(answer)
-            turns.begin()
-
-    texts = tokenizer.batch_decode(prompt_ids(options).tolist())
-    trainer = Told(
-        model=policy,
-        reward_funcs=score,
-        args=GRPOConfig(
-            output_dir=str(options.folder / options.worker),
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=1,
-            num_generations=options.group,
-            max_completion_length=options.new,
-            temperature=1.0,
-            beta=BETA,
-            epsilon=0.2,
-            loss_type="grpo",
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            max_steps=10**6,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            shuffle_dataset=False,
-        ),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"prompt": texts}),
-        callbacks=[turns],
-    )
-    trainer.remove_callback(PrinterCallback)
-    found = versions("torch", "trl", "transformers", "accelerate")
-    desk.answer({"versions": found, "threads": torch.get_num_threads(), "peak_gib": peak_gib()})
-    with contextlib.suppress(NoMoreTurns):
-        trainer.train()
-
-
 # ---------------------------------------------------------------- the comparison
 
 
 def main() -> None:
     options = arguments()
     if options.worker:
-        return (trl_turns if options.worker == "trl" else our_turns)(options, Desk())
+        return our_turns(options, Desk())
     if options.write:
         return write_model(options)
     use_cores(options.cores)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         arguments_of_all = [*sys.argv[1:], "--folder", folder]
         subprocess.run([sys.executable, __file__, *arguments_of_all, "--write"], check=True)
-        contenders = []
-        for name in options.contenders:
-            python = options.peer_python if name == "trl" else sys.executable
-            contenders.append(stack.enter_context(Worker(name, python, __file__, arguments_of_all)))
+        made = (Worker(name, sys.executable, __file__, arguments_of_all) for name in options.contenders)
+        contenders = [stack.enter_context(worker) for worker in made]
         turns: dict[str, list[Figures]] = {name: [] for name in options.contenders}
         for turn in range(options.warmup + options.rounds):
             for contender in contenders if turn % 2 == 0 else reversed(contenders):

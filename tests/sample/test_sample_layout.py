@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def test_rows_of_their_own_gather_nothing(split) -> None:
 
 
 @pytest.mark.parametrize("layout", ["gathered", "tensor"])
-def test_the_same_text(split, layout: str) -> None:
+def test_the_same_text(split, layout: Any) -> None:
     model, variables, mesh = split
     laid = dataclasses.replace(DRAWN, layout=layout)
     plain = dataclasses.replace(DRAWN, layout="training")
@@ -95,7 +96,7 @@ def test_the_same_text(split, layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gathered", "tensor"])
-def test_beams_and_adapters(split, layout: str) -> None:
+def test_beams_and_adapters(split, layout: Any) -> None:
     _, variables, mesh = split
     model = Llama(SHAPE, lora=LoraConfig(rank=2))
     adapters = jax.tree.map(lambda x: x + 0.1, init_adapters(model, jax.random.key(1), mesh=mesh))
@@ -143,6 +144,7 @@ def test_the_copy_is_in_the_dtype_of_the_computation_and_where_it_should_be(spli
     _, variables, mesh = split
     model = Llama(SHAPE, dtype="bfloat16")
     size = sum(x.size for x in jax.tree.leaves(variables))
-    for layout, parts in (("gathered", 2), ("tensor", 8)):
+    each: Any = (("gathered", 2), ("tensor", 8))
+    for layout, parts in each:
         ready = prepare(model, variables, SampleConfig(layout=layout), mesh=mesh)
         assert device_bytes(ready.token) == pytest.approx(2 * size / parts, rel=0.15)  # norms are whole, in float32
