@@ -5,7 +5,7 @@ import importlib.util
 from typing import Any
 
 import pytest
-from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of, shape
+from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of
 
 from dpo_jax.config import (
     DataConfig,
@@ -94,13 +94,13 @@ def test_a_refusal_is_an_answer() -> None:
 
 
 def test_online_dpo_and_distillation_are_compiled() -> None:
-    """All programs of both, at two layers; a teacher of four lies beside its student."""
+    """All programs of both; a teacher of four layers lies beside its student of two."""
     options: Any = {"data": DataConfig("d", max_length=512), "train": TrainConfig(batch_size=8, dtype="bfloat16")}
     options |= {"sample": SampleConfig(max_new_tokens=256), "model": "m", "out": "o"}
     online, distill = OnlineDPORun(reward="vader", **options), DistillRun(teacher="t", **options)
-    for run, teacher in ((online, None), (distill, shape(layers=4))):
+    for run, teacher in ((online, None), (distill, dataclasses.replace(SMALL, num_layers=4))):
         for name in names(run):
-            one = job(run, "v5e:2x2", prompt=256, response=256, layers=2)
+            one = job_of(run, "v5e:2x2", SMALL, prompt=256, response=256)
             figures = compiled(dataclasses.replace(one, program=name, teacher=teacher))
             assert 0 < figures["memory"]["arguments"] <= figures["held"] / GIB * 1.01, name
             assert figures["flops"] <= figures["computed"]
