@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed turns")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--theirs", default=sys.executable, help="the Python that has TRL")
+    parser.add_argument("--options", default="", help="further options of ours, such as '--lora.rank 16'")
     parser.add_argument("--only", choices=("ours", "trl"), default=None)
     parser.add_argument("--worker", choices=("ours", "trl"), default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
@@ -87,10 +88,11 @@ def ours(options: argparse.Namespace, desk: Desk) -> None:
     words = f"""--model smollm2 --data {options.folder}/rows.jsonl --out O --data.template raw --data.no_shuffle
     --data.max_length {LONGEST} --data.max_prompt_length {PROMPT} --train.batch_size {options.pairs}
     --train.steps {options.rows // options.pairs} --dpo.reference {options.reference}
-    --optimizer.learning_rate {RATE} --optimizer.schedule constant"""
+    --optimizer.learning_rate {RATE} --optimizer.schedule constant {options.options}"""
     run = cli.parse("dpo", words.split())
     mesh, config = meshes.make_mesh(devices=jax.devices()[:1]), run.step_config()
-    model, variables = dpo_jax.load_pretrained(str(options.folder / "model"), mesh=mesh, remat=run.train.remat)
+    how = {"mesh": mesh, "remat": run.train.remat, "lora": run.lora if run.lora.rank else None}
+    model, variables = dpo_jax.load_pretrained(str(options.folder / "model"), **how)
     tokenizer = dpo_jax.load_tokenizer(str(options.folder / "model"))
     data = load_preferences(str(options.folder / "rows.jsonl"), tokenizer, run.data, vocab_size=model.config.vocab_size)
     state = dpo.init_state(model, variables, config)

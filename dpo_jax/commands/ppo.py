@@ -160,7 +160,7 @@ def train(config: PPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=ppo_flops(flops, step_config),
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, layout=sampling.layout),
         prepare=rollouts.prepare,
     )
 
@@ -183,7 +183,8 @@ def _told_sharing(config: PPOConfig, rows: int, devices: int) -> str:
     """For the log: for how many of its responses the updates compute a prompt once."""
     pieces = config.minibatches * config.accumulate * devices
     k = ppo.sharing(config, rows, pieces)
-    told = f"updates: a prompt is computed once for {k} of its {config.group} responses"
+    some = f"{k} of its {config.group} responses" if k > 1 else f"each of its {config.group} responses"
+    told = f"updates: a prompt is computed once for {some}"
     if k == config.group or config.layout == "separate":
         return told
     return (

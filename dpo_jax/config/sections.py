@@ -128,7 +128,8 @@ class DataConfig(FilesConfig):
     """Longest prompt in tokens; the start of a longer one is cut. Not given: a row that fits max_length stays whole;
     else the prompt keeps half of max_length, or what the row's longest response leaves where that is more."""
     buckets: int = 4
-    """Number of batch shapes: rows of like length share a batch, and each shape is compiled once."""
+    """Number of shapes: of windows, or of batches padded to them, where rows of like length share one. Each is compiled
+    once."""
     shuffle: bool = True
     """Shuffle rows anew in every epoch (by --train.seed); else they keep the order of the file."""
     limit: int | None = None

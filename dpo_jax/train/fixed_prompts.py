@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.complete.responses import decode, terminators
-from dpo_jax.config import SampleConfig, SFTRun, TrainingRun
+from dpo_jax.config import SampleConfig, SampleLayout, SFTRun, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
@@ -101,15 +101,20 @@ class FixedPrompts:
         cut = Ragged.of([end_of(np.asarray(each, np.int32), room, encoder.bos) for each in ids], np.int32)
         return cls(cut, tokens, tokenizer, encoder, raw, text_ids(tokenizer, architecture))
 
-    def answered_by(self, model: Llama, mesh: Mesh, folder: Path) -> Callable[[TrainState], None]:
-        """What answers them with the policy of a state, and writes the answers into the run's folder."""
-        config = SampleConfig(max_new_tokens=self.tokens, temperature=0.0)
+    def answered_by(
+        self, model: Llama, mesh: Mesh, folder: Path, *, layout: SampleLayout | None = None
+    ) -> Callable[[TrainState], None]:
+        """What answers them with the policy of a state, and writes the answers into the run's folder.
+
+        `layout`: of the weights that it reads, where the run has chosen one for its own responses.
+        """
+        config = SampleConfig(max_new_tokens=self.tokens, temperature=0.0, layout=layout)
         return partial(self._answer, model, terminators(model, self.encoder, config), mesh, folder / TRAINING_SAMPLES)
 
     def _answer(self, model: Llama, config: SampleConfig, mesh: Mesh, path: Path, state: TrainState) -> None:
         parts = meshes.batch_parts(mesh)
         policy = ppo.policy_of(state.variables)
-        config = with_layout(config, model, policy, mesh, held=(state.trainable, state.frozen, state.opt_state))
+        config = with_layout(config, model, policy, mesh, held=state)
         at = np.resize(np.arange(len(self.ids)), -(-len(self.ids) // parts) * parts)  # filled up with its own rows
         generation = generate(
             model,

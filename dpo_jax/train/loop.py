@@ -170,8 +170,8 @@ def fit(
                 assert evaluate is not None
                 row |= _evaluated(done, evaluate(state), plan.best)
             log.write(row)
-            if sampling:
-                assert sample is not None
+            ended = _ended(plan, log)
+            if sample is not None and (sampling or ended):
                 sample(state)
             if saving or stopping:
                 _refuse_nonfinite(state, pending)
@@ -179,7 +179,6 @@ def fit(
                 checkpoints.save(state, data=loader.get_state(), metrics=row)
             pending = None
             mark = time.perf_counter()
-            ended = _ended(plan, log)
             if stopping or ended:
                 break
         checkpoints.wait()
