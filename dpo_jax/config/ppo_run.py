@@ -70,7 +70,7 @@ class PPORun(SampledRun, JudgedRun):
         )
         self._check_environment()
         require(
-            self.train.layout_of(sampled=True) == "shared" or group > 1 or self.eval_samples > 1,
+            self.train.layout_of(sampled=True) == "shared" or group > 1 or self.resolved("eval_samples") > 1,
             "--train.layout separate has no effect with one response to a prompt (--ppo.group_size, --eval_samples)",
         )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
