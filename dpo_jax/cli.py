@@ -18,7 +18,7 @@ from typing import Any, get_origin
 from dpo_jax import __version__, config, voice
 from dpo_jax.config import shipped, yaml_file
 from dpo_jax.config.help import VOICE, help_text
-from dpo_jax.config.names import ELSEWHERE, option
+from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.values import built, negated
 from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN, PLANNED
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
@@ -371,7 +371,8 @@ def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
 def _guess(word: str, known: Any, prefix: str = "") -> str:
     """`; did you mean X?` for the nearest known word, or what another library's word is called here, or nothing."""
     if ELSEWHERE.get(word) in known:
-        return f"; here that is {prefix}{ELSEWHERE[word]}"
+        told = f", {OTHERWISE[word]}" if word in OTHERWISE else ""
+        return f"; here that is {prefix}{ELSEWHERE[word]}{told}"
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=GUESS_CUTOFF)
     if not near:  # `--learning_rate` for `--optimizer.learning_rate`
         near = [name for name in known if name.rpartition(".")[2] == word][:1]

@@ -113,7 +113,7 @@ def train(config: DistillRun) -> Path:
         identity=identity,
         flops_of=distill_flops(flops, ModelFlops.of(teacher.architecture, None)),
         prepare=responses.prepare,
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, layout=sampling.layout),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
     )
 
     # -------------------------------------------------------------- the student, and the report

@@ -124,7 +124,7 @@ def train(config: OnlineDPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=online_dpo_flops(flops, config.online.samples),
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, layout=sampling.layout),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
         prepare=pairs.prepare,
     )
 

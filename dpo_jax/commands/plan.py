@@ -25,6 +25,9 @@ from dpo_jax.plan.search import Candidate, Frontier, candidates
 from dpo_jax.plan.shapes import shape_of, teacher_of
 from dpo_jax.plan.tables import show, show_search
 
+_PADDING = 1024
+"""Rows by which the matrices of one vocabulary may differ in size."""
+
 
 @with_config_keys
 def plan(options: PlanRun) -> dict[str, Any]:
@@ -90,6 +93,8 @@ def job_of(options: PlanRun | BenchRun, topology: str) -> Job:
     teacher = teacher_of(run, options.teacher_shape if isinstance(options, PlanRun) else None)
     lengths = lengths_of(run, options.prompt_tokens, options.response_tokens)
     _check(run, shape, lengths, options)
+    if teacher is not None:
+        _check_teacher(shape, teacher, lengths)
     return Job(word_of(run), names(run)[0], run, shape, topology, lengths.prompt, lengths.response, teacher)
 
 
@@ -102,6 +107,18 @@ def _check(run: TrainingRun, shape: LlamaConfig, lengths: Lengths, options: Plan
         raise InputError(f"--prompt_tokens {lengths.prompt} leaves no response in --data.max_length; lower it")
     if (total := lengths.prompt + lengths.response) > shape.max_position:
         raise InputError(f"rows of {total} tokens exceed the model's context of {shape.max_position}; lower lengths")
+
+
+def _check_teacher(shape: LlamaConfig, teacher: LlamaConfig, lengths: Lengths) -> None:
+    if abs(shape.vocab_size - teacher.vocab_size) > _PADDING:
+        raise InputError(
+            f"the teacher has another vocabulary than the model ({teacher.vocab_size} and {shape.vocab_size} ids), and"
+            " distributions over tokens are compared; take a teacher with the same tokenizer"
+        )
+    if (total := lengths.prompt + lengths.response) > teacher.max_position:
+        raise InputError(
+            f"rows of {total} tokens exceed the teacher's context of {teacher.max_position}; lower lengths"
+        )
 
 
 def compile_plan(options: PlanRun, topology: Topology, job: Job, folder: Path, *, quiet: bool = False) -> Planned:

@@ -160,7 +160,7 @@ def train(config: PPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=ppo_flops(flops, step_config),
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, layout=sampling.layout),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
         prepare=rollouts.prepare,
     )
 

@@ -44,6 +44,12 @@ ELSEWHERE = {
 }
 """What TRL's and LLaMA-Factory's command lines call an option -> what it is called here, for messages."""
 
+OTHERWISE = {
+    "per_device_train_batch_size": "which counts the whole step: devices x rows of each x accumulation",
+    "gradient_accumulation_steps": "which splits --train.batch_size into so many pieces",
+}
+"""What an option of that name means here, where that is something else."""
+
 log = logging.getLogger(__name__)
 
 

@@ -49,7 +49,7 @@ def figures_of(job: Job, folder: Path) -> Figures:
 def environment() -> dict[str, str]:
     """Of a process that compiles for devices that are not here."""
     flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES))
-    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",  # the process itself runs on the CPU
         "XLA_FLAGS": flags,

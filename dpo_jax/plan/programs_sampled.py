@@ -79,7 +79,7 @@ def build_distill(
 ) -> Program:
     """The program `name` of distillation: the update, in which the teacher judges each token, or the sampler."""
     run.check_sizes(batch_parts(mesh))
-    config, rows = run.step_config(shape.vocab_size), run.train.batch_size
+    config, rows = run.step_config(min(shape.vocab_size, teacher.vocab_size)), run.train.batch_size
     model = programs.make_model(run, shape)
     kept = jnp.dtype(run.teacher_dtype)
     judge = Llama(teacher, dtype=kept, remat="none", attention=run.train.attention, lora=LoraConfig())

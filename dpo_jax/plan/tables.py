@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo_jax.config import PlanRun, PPORun, SFTRun
+from dpo_jax.config import DistillRun, PlanRun, SampledRun, SFTRun
 from dpo_jax.plan.estimate import Estimate, assumptions
 from dpo_jax.plan.hardware import GIB, Topology
 from dpo_jax.plan.outcome import Outcome, Planned
@@ -27,7 +27,8 @@ def show(options: PlanRun, made: Planned, console: Console) -> None:
     rows = f"{train.batch_size} rows" + (f" in {train.accumulate} micro-batches" if train.accumulate > 1 else "")
     tokens = f"{job.response} tokens" if not job.prompt else f"{job.prompt} + {job.response} tokens"
     run = job.run
-    layout = "" if isinstance(run, SFTRun) else f", layout {train.layout_of(sampled=isinstance(run, PPORun))}"
+    without = isinstance(run, SFTRun | DistillRun)
+    layout = "" if without else f", layout {train.layout_of(sampled=isinstance(run, SampledRun))}"
     _say(console, f"{rows} of {tokens}, {train.dtype}, remat {train.remat}{layout}")
     _memory_table(made, console)
     for outcome in made.outcomes:

@@ -125,12 +125,9 @@ def _token_weights(variables: Any, *, program: Program, to: Narrow | None) -> An
 @partial(jax.jit, static_argnames=("program",))
 def _laid_out(variables: Any, *, program: Program) -> Any:
     """The variables in the layout of the program, matrices in the dtype that its model computes in."""
-    c = program.model.config
 
     def lay(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        name, head = path[-1].key, path[1].key in ("embed_tokens", "lm_head")
-        # A head that is scaled before it is rounded stays as it is.
-        if name in ("kernel", "embedding") and not (head and c.logit_scale != 1):
+        if path[-1].key in ("kernel", "embedding"):
             x = x.astype(program.model.dtype)
         return meshes.constrain(x, _axes(path))
 

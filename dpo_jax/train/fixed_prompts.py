@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.complete.responses import decode, terminators
-from dpo_jax.config import SampleConfig, SampleLayout, SFTRun, TrainingRun
+from dpo_jax.config import SampleConfig, SFTRun, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
@@ -102,13 +102,15 @@ class FixedPrompts:
         return cls(cut, tokens, tokenizer, encoder, raw, text_ids(tokenizer, architecture))
 
     def answered_by(
-        self, model: Llama, mesh: Mesh, folder: Path, *, layout: SampleLayout | None = None
+        self, model: Llama, mesh: Mesh, folder: Path, *, like: SampleConfig | None = None
     ) -> Callable[[TrainState], None]:
         """What answers them with the policy of a state, and writes the answers into the run's folder.
 
-        `layout`: of the weights that it reads, where the run has chosen one for its own responses.
+        `like`: where and in how many bits the run's own responses have their weights and caches, if it samples any.
         """
-        config = SampleConfig(max_new_tokens=self.tokens, temperature=0.0, layout=layout)
+        like = like or SampleConfig()
+        kept = {"layout": like.layout, "weights": like.weights, "cache": like.cache}
+        config = SampleConfig(max_new_tokens=self.tokens, temperature=0.0, **kept)
         return partial(self._answer, model, terminators(model, self.encoder, config), mesh, folder / TRAINING_SAMPLES)
 
     def _answer(self, model: Llama, config: SampleConfig, mesh: Mesh, path: Path, state: TrainState) -> None:

@@ -496,6 +496,9 @@ def test_mistakes_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     distill = ("plan", "distill", "--topology", "v5e:4x4", "--model_shape", "llama2_7b", "--sample.max_new_tokens", 64)
     assert "no teacher is named: give --teacher_shape" in error(capsys, *distill)
     assert "--teacher_shape x: is none of llama2_7b" in error(capsys, *distill, "--teacher_shape", "x")
+    assert "another vocabulary than the model (128256 and 32000 ids)" in error(
+        capsys, *distill, "--teacher_shape", "llama3_8b"
+    )
     assert "--teacher_shape llama2_7b has no effect" in error(capsys, *words("--teacher_shape", "llama2_7b"))
     assert "GattRun cannot be planned" in error(capsys, "plan", frontier, "--topology", "v5e:4x4")
 
