@@ -1,6 +1,6 @@
 """What one accelerator does with this package: kernels, bfloat16, training steps, sampling; beside each step its plan.
 
-    bash benchmarks/accelerator.sh OUT_FOLDER                    everything, in under 8 minutes on one H100
+    bash benchmarks/accelerator.sh OUT_FOLDER                    what fits into 8 minutes, most wanted first
     python benchmarks/accelerator.py --sections attention dpo    some of it
     python benchmarks/accelerator.py --toy                       the same programs at toy size, on a CPU
 

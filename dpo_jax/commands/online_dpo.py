@@ -93,7 +93,8 @@ def train(config: OnlineDPORun) -> Path:
     state = dpo.init_state(model, variables, dataclasses.replace(step_config, reference="cached"))
     del variables, starting
     writer = terminators(model, encoder, config.sample)
-    held = (state, reference, judges.weights())
+    again = ppo.policy_of(state.variables) if config.online.opponent == "mixture" else ()  # two copies are laid out
+    held = (state, reference, judges.weights(), again)
     sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=held)
 
     # -------------------------------------------------------------- training
