@@ -127,6 +127,8 @@ def _laid_out(variables: Any, *, program: Program) -> Any:
     """The variables in the layout of the program, matrices in the dtype that its model computes in."""
 
     def lay(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        if path[0].key == "heads":  # of a reward model, which is refused where it is asked for logits
+            return x
         if path[-1].key in ("kernel", "embedding"):
             x = x.astype(program.model.dtype)
         return meshes.constrain(x, _axes(path))

@@ -55,8 +55,9 @@ def new_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             scratch.rename(path)
-        finally:
+        except BaseException:
             _remove(scratch)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -70,11 +71,16 @@ def write_beside(folder: Path, files: Mapping[str, bytes] | None) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder in which threads of orbax may still be writing, after one of their files has failed."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+    """Delete a folder in which threads of orbax may still be writing, after one of their files has failed.
+
+    They may make it again, so it has to stay away for a while.
+    """
+    gone = 0
+    for _ in range(100):
+        gone = 0 if folder.exists() else gone + 1
+        if gone > 10:
             return
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)
 
 
