@@ -173,7 +173,14 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         together = runs.start_together(
-            words(inputs, out, "--mesh.fsdp", "2", "--environment", f"{inputs}/chance.py:Chance"), 2
+            # Episodes of a group begin by chance too: no prompt is the same for all of it.
+            words(
+                inputs,
+                out,
+                *("--mesh.fsdp", "2", "--train.layout", "separate"),
+                *("--environment", f"{inputs}/chance.py:Chance"),
+            ),
+            2,
         )
     said = [process.communicate(timeout=600)[1] for process in together]
     assert [process.returncode for process in together] == [2, 2], said

@@ -13,7 +13,7 @@ from plans import GIB, compiled
 from published import PUBLISHED, planned
 
 from dpo_jax.commands import plan
-from dpo_jax.mesh import make_mesh
+from dpo_jax.mesh import device_bytes, make_mesh
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.plan import programs, worker
 from dpo_jax.plan.rough import state_bytes
@@ -43,7 +43,7 @@ def test_the_weights_of_a_published_model_have_their_places(name: str, tmp_path:
     _, job = plan.first_job(planned(tmp_path, name))
     program = worker.build(job, make_mesh(fsdp=8, devices=jax.devices()[:8]), programs.Lengths(256, 256))
     lora = ModelFlops.of(job.shape, job.run.lora).adapters
-    held, split = programs.device_bytes(program.arguments[0]), 2 * PUBLISHED[name][3] / 8
+    held, split = device_bytes(program.arguments[0]), 2 * PUBLISHED[name][3] / 8
     assert split < held < 1.01 * split + 12 * lora  # an adapter's A is split, its B lies on every device
 
 
