@@ -98,9 +98,9 @@ def table(told: Mapping[str, Any]) -> str:
     rows = "\n".join(f"| {' | '.join(row)} |" for row in both)
     return (
         f"\n| figure (95 % interval) | before | after |\n|---|---|---|\n{rows}\n\n"
-        f"Kinder, by the judge that made the pairs, and no more than that: {pairs} pairs say nothing finer, and VADER\n"
-        "knows words only. A model of 135M parameters is no judge: it keeps to no form. For a real table take\n"
-        "the judge of step 3, and `dpo-jax mt-bench show` as in step 4.\n\n"
+        f"VADER made the pairs too, and knows words only; {pairs} pairs give wide intervals. How much a model of 135M\n"
+        "parameters is worth as a judge, the last row says. For a real table take the judge of step 3, and\n"
+        "`dpo-jax mt-bench show` as in step 4.\n\n"
     )
 
 

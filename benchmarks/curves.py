@@ -221,9 +221,13 @@ def main() -> None:
         page = ROOT / "docs" / f"{name}.md"
         command, out = command_of(page.read_text()), options.folder / "runs" / name
         make_rows(options.folder)
-        seconds = known.get(name, {}).get("cpu_seconds", 0.0)
+        told = known.get(name, {})
         if not (out / "report.html").exists():
             seconds = run(options.folder, command)
+        elif told.get("command") == command:
+            seconds = told["cpu_seconds"]
+        else:
+            raise SystemExit(f"{out}: is not known to be the run of the command on {page}; remove it")
         rows = read_lines(out / "metrics.jsonl")
         draw(name, rows)
         known[name] = {"command": command, "cpu_seconds": round(seconds), "figures": figures(PAGES[name], rows)}

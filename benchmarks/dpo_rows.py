@@ -77,6 +77,7 @@ def write_rows(options: argparse.Namespace, folder: Path) -> None:
 
 def ours(options: argparse.Namespace, desk: Desk) -> None:
     import jax
+    import numpy as np
 
     import dpo_jax
     from dpo_jax import cli
@@ -100,8 +101,6 @@ def ours(options: argparse.Namespace, desk: Desk) -> None:
     if options.reference == "cached":
         base = jax.jit(lambda params, batch: dpo.reference_logps(model.apply, params, batch, config=config))
         many = list(preference_loader(run, mesh, data, epochs=1.0))
-        import numpy as np
-
         found = np.zeros((len(data), 2), np.float32)
         for batch in many:
             found[np.asarray(batch.rows) - 1] = np.asarray(base(variables, meshes.put_batch(mesh, batch)))

@@ -18,18 +18,23 @@ whole process from its start (VmHWM).
 """
 
 import argparse
-import contextlib
 import json
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import Desk, Figures, Stopwatch, Worker, peak_gib, use_cores, versions
-from ppo_iteration import compare, show, write_model
+from peers import Desk
+from ppo_iteration import (
+    answer_turns,
+    compare,
+    in_rounds,
+    length_reward,
+    prompt_data,
+    show,
+    write_figures,
+    write_model,
+)
 
 CONTENDERS = ("grpo", "before")
 LEARNING_RATE, BETA = 1e-6, 0.04
@@ -81,20 +86,15 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     """The parts of `commands/ppo.py`, and one turn of `train/loop.py`'s loop for each request."""
     if options.worker == "before":
         sys.path.insert(0, str(options.before.resolve()))
-    from functools import partial
 
     import jax
     import jax.numpy as jnp
 
     import dpo_jax
-    from dpo_jax import mesh as meshes
     from dpo_jax.align import ppo
     from dpo_jax.complete.sample_log import SampleLog
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
-    from dpo_jax.data.sets.prompts import Prompt, PromptDataset, PromptLoader
-    from dpo_jax.data.tokens.ragged import Ragged
-    from dpo_jax.judge.reward_functions import OfText
-    from dpo_jax.judge.scores import scored
+    from dpo_jax.data.sets.prompts import PromptLoader
     from dpo_jax.sample import decode
     from dpo_jax.train.rollouts import Rollouts
 
@@ -117,15 +117,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
     model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh)
     tokenizer, ids = dpo_jax.load_tokenizer(options.folder / "model"), prompt_ids(options)
-    data = PromptDataset(
-        ids=Ragged.of(list(ids), np.int32),
-        prompts=tuple(Prompt((), text) for text in tokenizer.batch_decode(ids.tolist())),
-        safety=np.zeros(len(ids), bool),
-        row_numbers=np.arange(1, len(ids) + 1, dtype=np.int32),
-        dropped=Counter(),
-        rows_read=len(ids),
-        source="random prompts",
-    )
+    data = prompt_data(ids, tokenizer)
     config = PPOConfig(
         preset="grpo",
         group_size=options.group,
@@ -141,7 +133,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         tokenizer,
         data,
         PromptLoader(data, batch_size=rows, group=options.group, seed=0, steps=10**6),
-        partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True),
+        length_reward(),
         SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
         reference=reference,
         config=config,
@@ -150,20 +142,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         piece=rows,
         raw=False,
     )
-    step, batches = ppo.jit_train_step(config, mesh), iter(rollouts)
-    desk.answer({"versions": versions("jax", "jaxlib", "numpy"), "peak_gib": peak_gib()})
-    for _ in desk.requests():
-        watch = Stopwatch()
-        rollout, figures = rollouts.prepare(state, next(batches))
-        state, metrics = step(state, meshes.put_batch(mesh, rollout))
-        metrics = jax.device_get(metrics)
-        jax.block_until_ready(state)
-        read = watch.read()
-        phases = {name: figures[f"seconds_{name}"] for name in ("sampling", "measuring", "scoring")}
-        phases["update"] = read["seconds"] - sum(phases.values())
-        tokens = int(rollout.response_lengths.sum())
-        told = {name: float(metrics[name]) for name in TOLD}
-        desk.answer({**read, "phases": phases, "tokens": tokens, "told": told, "peak_gib": peak_gib()})
+    answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 
 
 # ---------------------------------------------------------------- the comparison
@@ -175,26 +154,12 @@ def main() -> None:
         return our_turns(options, Desk())
     if options.write:
         return write_model(options)
-    use_cores(options.cores)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        arguments_of_all = [*sys.argv[1:], "--folder", folder]
-        subprocess.run([sys.executable, __file__, *arguments_of_all, "--write"], check=True)
-        made = (Worker(name, sys.executable, __file__, arguments_of_all) for name in options.contenders)
-        contenders = [stack.enter_context(worker) for worker in made]
-        turns: dict[str, list[Figures]] = {name: [] for name in options.contenders}
-        for turn in range(options.warmup + options.rounds):
-            for contender in contenders if turn % 2 == 0 else reversed(contenders):
-                turns[contender.name].append(contender.turn())
-                seconds = turns[contender.name][-1]["seconds"]
-                print(f"round {turn} {contender.name:17} {seconds:7.2f} s", file=sys.stderr)
+    contenders, turns = in_rounds(options, __file__, {})
     table = compare(contenders, turns, options.warmup)
     print(f"{options.group} responses to each prompt; their lengths: {np.sort(lengths(options)).tolist()}")
     options.minibatches = 1
     show(table, options)
-    if options.out is not None:
-        named = ("model", "prompts", "group", "prompt", "new", "rounds", "warmup", "cores")
-        settings = {name: getattr(options, name) for name in named}
-        options.out.write_text(json.dumps({"settings": settings, "figures": table}, indent=2) + "\n")
+    write_figures(options, table, ("prompts", "group", "prompt", "new"))
     return None
 
 

@@ -42,6 +42,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,28 +104,12 @@ def write_model(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- ours
 
 
-def our_turns(options: argparse.Namespace, desk: Desk) -> None:
-    """The parts of `commands/ppo.py`, and one turn of `train/loop.py`'s loop for each request."""
-    from functools import partial
-
-    import jax
-    import jax.numpy as jnp
-
-    import dpo_jax
-    from dpo_jax import mesh as meshes
-    from dpo_jax.align import ppo
-    from dpo_jax.complete.sample_log import SampleLog
-    from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
-    from dpo_jax.data.sets.prompts import Prompt, PromptDataset, PromptLoader
+def prompt_data(ids: np.ndarray, tokenizer: Any) -> Any:
+    """A `PromptDataset` of ids [N, P]."""
+    from dpo_jax.data.sets.prompts import Prompt, PromptDataset
     from dpo_jax.data.tokens.ragged import Ragged
-    from dpo_jax.judge.reward_functions import OfText
-    from dpo_jax.judge.scores import scored
-    from dpo_jax.train.rollouts import Rollouts
 
-    mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
-    model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh, remat=options.remat)
-    tokenizer, ids = dpo_jax.load_tokenizer(options.folder / "model"), prompt_ids(options)
-    data = PromptDataset(
+    return PromptDataset(
         ids=Ragged.of(list(ids), np.int32),
         prompts=tuple(Prompt((), text) for text in tokenizer.batch_decode(ids.tolist())),
         safety=np.zeros(len(ids), bool),
@@ -132,6 +118,55 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         rows_read=len(ids),
         source="random prompts",
     )
+
+
+def length_reward() -> Any:
+    """The score of a text is its length: next to free."""
+    from dpo_jax.judge.reward_functions import OfText
+    from dpo_jax.judge.scores import scored
+
+    return partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True)
+
+
+def answer_turns(desk: Desk, step: Any, state: Any, rollouts: Any, mesh: Any, told: Sequence[str]) -> None:
+    """One iteration for each request: a rollout and its update. `told`: metrics that are reported of it."""
+    import jax
+
+    from dpo_jax import mesh as meshes
+
+    batches = iter(rollouts)
+    desk.answer({"versions": versions("jax", "jaxlib", "numpy"), "peak_gib": peak_gib()})
+    for _ in desk.requests():
+        watch = Stopwatch()
+        rollout, figures = rollouts.prepare(state, next(batches))
+        state, metrics = step(state, meshes.put_batch(mesh, rollout))
+        metrics = jax.device_get(metrics)
+        jax.block_until_ready(state)
+        read = watch.read()
+        phases = {name: figures[f"seconds_{name}"] for name in ("sampling", "measuring", "scoring")}
+        phases["update"] = read["seconds"] - sum(phases.values())
+        tokens = int(rollout.response_lengths.sum())
+        found = {name: float(metrics[name]) for name in told}
+        desk.answer({**read, "phases": phases, "tokens": tokens, "told": found, "peak_gib": peak_gib()})
+
+
+def our_turns(options: argparse.Namespace, desk: Desk) -> None:
+    """The parts of `commands/ppo.py`, and one turn of `train/loop.py`'s loop for each request."""
+
+    import jax
+    import jax.numpy as jnp
+
+    import dpo_jax
+    from dpo_jax.align import ppo
+    from dpo_jax.complete.sample_log import SampleLog
+    from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
+    from dpo_jax.data.sets.prompts import PromptLoader
+    from dpo_jax.train.rollouts import Rollouts
+
+    mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
+    model, variables = dpo_jax.load_pretrained(options.folder / "model", mesh=mesh, remat=options.remat)
+    tokenizer, ids = dpo_jax.load_tokenizer(options.folder / "model"), prompt_ids(options)
+    data = prompt_data(ids, tokenizer)
     config = PPOConfig(
         value=OURS[options.worker],  # pyright: ignore[reportArgumentType]
         epochs=1,
@@ -152,7 +187,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         tokenizer,
         data,
         PromptLoader(data, batch_size=options.prompts, group=1, seed=0, steps=10**6),
-        partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True),
+        length_reward(),
         SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
         reference=reference,
         config=config,
@@ -161,20 +196,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
         piece=options.prompts,
         raw=False,
     )
-    step, batches = ppo.jit_train_step(config, mesh), iter(rollouts)
-    desk.answer({"versions": versions("jax", "jaxlib", "numpy"), "peak_gib": peak_gib()})
-    for _ in desk.requests():
-        watch = Stopwatch()
-        rollout, figures = rollouts.prepare(state, next(batches))
-        state, metrics = step(state, meshes.put_batch(mesh, rollout))
-        metrics = jax.device_get(metrics)
-        jax.block_until_ready(state)
-        read = watch.read()
-        phases = {name: figures[f"seconds_{name}"] for name in ("sampling", "measuring", "scoring")}
-        phases["update"] = read["seconds"] - sum(phases.values())
-        tokens = int(rollout.response_lengths.sum())
-        told = {name: float(metrics[name]) for name in TOLD}
-        desk.answer({**read, "phases": phases, "tokens": tokens, "told": told, "peak_gib": peak_gib()})
+    answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 
 
 # ---------------------------------------------------------------- TRL
@@ -317,6 +339,27 @@ def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
 # ---------------------------------------------------------------- the comparison
 
 
+def in_rounds(
+    options: argparse.Namespace, script: str, pythons: Mapping[str, Any]
+) -> tuple[list[Worker], dict[str, list[Figures]]]:
+    """The contenders of `script`, and what they answered round by round. `pythons`: of those that have their own."""
+    use_cores(options.cores)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        arguments_of_all = [*sys.argv[1:], "--folder", folder]
+        subprocess.run([sys.executable, script, *arguments_of_all, "--write"], check=True)
+        contenders = [
+            stack.enter_context(Worker(name, pythons.get(name, sys.executable), script, arguments_of_all))
+            for name in options.contenders
+        ]
+        turns: dict[str, list[Figures]] = {name: [] for name in options.contenders}
+        for turn in range(options.warmup + options.rounds):
+            for contender in contenders if turn % 2 == 0 else reversed(contenders):
+                turns[contender.name].append(contender.turn())
+                seconds = turns[contender.name][-1]["seconds"]
+                print(f"round {turn} {contender.name:17} {seconds:7.2f} s", file=sys.stderr)
+    return contenders, turns
+
+
 def compare(contenders: list[Worker], turns: dict[str, list[Figures]], warmup: int) -> dict[str, Figures]:
     """Medians over the timed rounds of each contender, and of its ratio to the last one within each round."""
     base = turns[contenders[-1].name][warmup:]
@@ -372,32 +415,23 @@ def show(table: dict[str, Figures], options: argparse.Namespace) -> None:
         print(f"warning: something else took up to {busy:.2f} cores during a turn; discard this run")
 
 
+def write_figures(options: argparse.Namespace, table: dict[str, Figures], own: Sequence[str]) -> None:
+    """Where `--out` says: the table, and the settings behind it, `own` among them."""
+    if options.out is not None:
+        settings = {name: getattr(options, name) for name in ("model", *own, "rounds", "warmup", "cores")}
+        options.out.write_text(json.dumps({"settings": settings, "figures": table}, indent=2) + "\n")
+
+
 def main() -> None:
     options = arguments()
     if options.worker:
         return (trl_turns if options.worker in TRL else our_turns)(options, Desk())
     if options.write:
         return write_model(options)
-    use_cores(options.cores)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        arguments_of_all = [*sys.argv[1:], "--folder", folder]
-        subprocess.run([sys.executable, __file__, *arguments_of_all, "--write"], check=True)
-        contenders = []
-        for name in options.contenders:
-            python = options.peer_python if name in TRL else sys.executable
-            contenders.append(stack.enter_context(Worker(name, python, __file__, arguments_of_all)))
-        turns: dict[str, list[Figures]] = {name: [] for name in options.contenders}
-        for turn in range(options.warmup + options.rounds):
-            for contender in contenders if turn % 2 == 0 else reversed(contenders):
-                turns[contender.name].append(contender.turn())
-                seconds = turns[contender.name][-1]["seconds"]
-                print(f"round {turn} {contender.name:17} {seconds:7.2f} s", file=sys.stderr)
+    contenders, turns = in_rounds(options, __file__, dict.fromkeys(TRL, options.peer_python))
     table = compare(contenders, turns, options.warmup)
     show(table, options)
-    if options.out is not None:
-        named = ("model", "prompts", "prompt", "new", "minibatches", "rounds", "warmup", "cores")
-        settings = {name: getattr(options, name) for name in named}
-        options.out.write_text(json.dumps({"settings": settings, "figures": table}, indent=2) + "\n")
+    write_figures(options, table, ("prompts", "prompt", "new", "minibatches"))
     return None
 
 

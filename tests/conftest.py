@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def caplog(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     voice.listen()
     monkeypatch.setattr(logging.getLogger("dpo_jax"), "propagate", True)
     return caplog
+
+
+@pytest.fixture(scope="module")
+def compile_roughly() -> Iterator[None]:
+    """The models are tiny, compiling them is not."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training commands take as many devices as their mesh needs."""
+    import runs
+
+    from dpo_jax.train import session
+
+    monkeypatch.setattr(session, "make_mesh", runs.small_mesh)
 
 
 @pytest.fixture(scope="session")

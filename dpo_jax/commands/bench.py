@@ -30,6 +30,7 @@ from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.measured import made, measured, sampled, topology_here
 from dpo_jax.plan.programs_ppo import sampler_calls
 from dpo_jax.plan.shapes import parameters
+from dpo_jax.sample import with_layout
 from dpo_jax.train.row_data import preference_loader
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
@@ -122,6 +123,10 @@ def _sampler(job: Job, mesh: Mesh, budget: float) -> Figures:
     lengths, group, _ = sampler_calls(run, programs.Lengths(job.prompt, job.response))
     rows = (run.rollout_batch_size or run.train.batch_size) // group
     config = dataclasses.replace(run.sample, max_new_tokens=lengths.response)
+    # Here only the policy lies on the devices, in the run all that it holds; which layout fits is asked of that.
+    first = dataclasses.replace(job, program=programs.names(run)[0])
+    held = worker.build(first, mesh, programs.Lengths(job.prompt, job.response)).held
+    config = with_layout(config, model, variables, mesh, held=held)
     return sampled(model, variables, (rows, lengths.prompt), mesh, config=config, samples=group, budget=budget)
 
 

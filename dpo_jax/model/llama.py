@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
     @classmethod
     def of(cls, c: LlamaConfig, dtype: Any, name: str | None = None) -> "RMSNorm":
         """The norm of a model."""
-        return cls(c.rms_norm_eps, dtype, c.norm_offset, c.wide_norms, name=name)
+        return cls(c.rms_norm_eps, dtype, c.norm_offset, c.wide_norms or c.norm_offset != 0, name=name)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         if self.wide:
             return (x * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
-        return scaled(x.astype(self.dtype), self.offset + scale if self.offset else scale)
+        return scaled(x.astype(self.dtype), scale)
 
 
 class Linear(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import ppo
-from dpo_jax.config import TENSOR, JudgedRun, PPOConfig, PPORun, is_url
+from dpo_jax.config import TENSOR, JudgedRun, PPOConfig, PPORun, SampledRun, is_url
 from dpo_jax.errors import InputError
 from dpo_jax.judge.judge_reward import PREFIX, read_judge
 from dpo_jax.mesh import batch_parts, device_bytes
@@ -69,7 +69,11 @@ def build(
         step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
         pieces = batch_parts(mesh)
     elif name == "generate":
-        return _sampler(run, model, state, mesh, lengths, flops, config, piece, held, memory)
+        # Of full episodes, the last turns in each call.
+        lengths, group, turns = sampler_calls(run, lengths)
+        often = run.train.batch_size // piece * turns
+        how: dict[str, Any] = {"prompts": piece // group, "samples": group, "repeats": often}
+        return sampler(run, model, state, mesh, lengths, flops, held=held, memory=memory, **how)
     else:
         raise InputError(f"ppo has no program {name}")
     work = preference_work(rollout.groups(config.group), 0, config.group)
@@ -79,52 +83,38 @@ def build(
     return Program.of(step, mesh, arguments, needed, computed, work.tokens, held=held, repeats=repeats)
 
 
-def _sampler(
-    run: PPORun,
+def sampler(
+    run: SampledRun,
     model: Llama,
     state: Any,
     mesh: Mesh,
     lengths: Lengths,
     flops: ModelFlops,
-    config: PPOConfig,
-    piece: int,
+    *,
+    prompts: int,
+    samples: int,
+    repeats: int,
     held: float,
     memory: float | None,
 ) -> Program:
-    """The sampler of a rollout, `piece` responses at a time; of full episodes, their last turns in each call.
+    """What samples `samples` responses to each of so many prompts at a time, `repeats` times in an iteration.
 
     The copy of the weights that it reads is there already (`sample/layout.py`); making it, once a rollout, is not
     counted.
     """
-    lengths, group, turns = sampler_calls(run, lengths)
     policy = ppo.policy_of(state.variables)
     sample = layouts.resolved(run.sample, model, policy, mesh, held=held, limit=memory)
     sample = dataclasses.replace(sample, max_new_tokens=lengths.response)
     weights = prepared_shapes(model, policy, sample, mesh)
     held += device_bytes(weights.own) + (device_bytes(weights.prompt) if weights.layout == TENSOR else 0.0)
-    work = preference_work(_rollout(piece, lengths, config, measured=False).groups(group), 0, group)
+    work = preference_work(programs.full_pairs(prompts, samples, lengths, sampled=True), 0, samples)
+    how: dict[str, Any] = {"config": sample, "samples": samples, "mesh": mesh}
 
     def lower() -> Any:
-        return engine.lower(
-            model,
-            weights,
-            rows=piece // group,
-            prompt=lengths.prompt,
-            config=sample,
-            samples=group,
-            mesh=mesh,
-        )
+        return engine.lower(model, weights, rows=prompts, prompt=lengths.prompt, **how)
 
     needed = flops.forward(work)
-    return Program(
-        lower,
-        needed,
-        needed,
-        work.tokens,
-        held,
-        trips=lengths.response - 1,
-        repeats=run.train.batch_size // piece * turns,
-    )
+    return Program(lower, needed, needed, work.tokens, held, trips=lengths.response - 1, repeats=repeats)
 
 
 def sampler_calls(run: PPORun, lengths: Lengths) -> tuple[Lengths, int, int]:

@@ -12,18 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.align import distill, dpo, ppo
-from dpo_jax.config import TENSOR, DistillRun, LoraConfig, OnlineDPORun, SampledRun
+from dpo_jax.align import distill, dpo
+from dpo_jax.config import DistillRun, LoraConfig, OnlineDPORun
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import batch_parts, device_bytes
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.plan import programs
 from dpo_jax.plan.programs import Lengths, Program
-from dpo_jax.plan.programs_ppo import reward_models
-from dpo_jax.sample import engine
-from dpo_jax.sample import layout as layouts
-from dpo_jax.sample.program import prepared_shapes
+from dpo_jax.plan.programs_ppo import reward_models, sampler
 from dpo_jax.train.flops import ModelFlops, distill_flops, preference_work
 from dpo_jax.train.online_pairs import jit_sums
 
@@ -65,7 +62,8 @@ def build_online(
         return Program.of(step, mesh, arguments, needed, needed, work.tokens, held=held, repeats=repeats)
     apart = run.online.opponent != "policy"  # each writes one of the two
     pieces = run.responses // piece * (2 if apart else 1)
-    return _sampler(run, model, state, mesh, lengths, flops, piece // k, 1 if apart else k, pieces, held, memory)
+    how: dict[str, Any] = {"prompts": piece // k, "samples": 1 if apart else k, "repeats": pieces}
+    return sampler(run, model, state, mesh, lengths, flops, held=held, memory=memory, **how)
 
 
 def build_distill(
@@ -88,7 +86,8 @@ def build_distill(
     held, flops = device_bytes(state), ModelFlops.of(shape, run.lora)
     if name == "generate":
         piece = run.rollout_batch_size or rows
-        return _sampler(run, model, state, mesh, lengths, flops, piece, 1, rows // piece, held, memory)
+        how: dict[str, Any] = {"prompts": piece, "samples": 1, "repeats": rows // piece}
+        return sampler(run, model, state, mesh, lengths, flops, held=held, memory=memory, **how)
     batch = programs.full_pairs(rows, 1, lengths, sampled=True)
     work, others = preference_work(batch, 0, 1), ModelFlops.of(teacher, None)
     needed = distill_flops(flops, others)(batch)
@@ -96,39 +95,3 @@ def build_distill(
     computed = needed + programs.again(flops, run.train.remat, work) + 2.0 * others.head * work.predicted
     step = distill.jit_train_step(config, mesh, judge.apply)
     return Program.of(step, mesh, (state, batch), needed, computed, work.tokens, held=held)
-
-
-def _sampler(
-    run: SampledRun,
-    model: Llama,
-    state: Any,
-    mesh: Mesh,
-    lengths: Lengths,
-    flops: ModelFlops,
-    prompts: int,
-    samples: int,
-    repeats: int,
-    held: float,
-    memory: float | None,
-) -> Program:
-    """Responses to so many prompts, `samples` to each; `repeats` times in an iteration. The weights: as for PPO."""
-    policy = ppo.policy_of(state.variables)
-    sample = layouts.resolved(run.sample, model, policy, mesh, held=held, limit=memory)
-    sample = dataclasses.replace(sample, max_new_tokens=lengths.response)
-    weights = prepared_shapes(model, policy, sample, mesh)
-    held += device_bytes(weights.own) + (device_bytes(weights.prompt) if weights.layout == TENSOR else 0.0)
-    work = preference_work(programs.full_pairs(prompts, samples, lengths, sampled=True), 0, samples)
-
-    def lower() -> Any:
-        return engine.lower(
-            model,
-            weights,
-            rows=prompts,
-            prompt=lengths.prompt,
-            config=sample,
-            samples=samples,
-            mesh=mesh,
-        )
-
-    needed = flops.forward(work)
-    return Program(lower, needed, needed, work.tokens, held, trips=lengths.response - 1, repeats=repeats)

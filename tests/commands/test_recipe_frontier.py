@@ -7,7 +7,6 @@ import math
 import random
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import runs
@@ -23,6 +22,8 @@ from dpo_jax.files.log import read_metrics
 from dpo_jax.judge import continuations
 from dpo_jax.report import frontier as frontier_report
 from dpo_jax.train import session as training
+
+pytestmark = pytest.mark.usefixtures("compile_roughly")
 
 SIZES = FrontierConfig(
     prompts=12,
@@ -144,13 +145,6 @@ def test_the_overview_and_the_help(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["recipe", "frontier", "--help"]) == 0
     assert "--recipe.dpo_beta" in capsys.readouterr().out
     assert cli.main(["recipe"]) == 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

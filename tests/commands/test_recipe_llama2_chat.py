@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import pytest
 import runs
 import tiny
@@ -40,6 +39,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.judge import loading
 from dpo_jax.train import session as training
+
+pytestmark = pytest.mark.usefixtures("compile_roughly")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,13 +118,6 @@ def test_one_line_errors(words, message, capsys: pytest.CaptureFixture, tmp_path
 # ---- the whole recipe ----------------------------------------------------------------------------------------------
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 ENDS = tuple(range(280, 320))

@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import runs
@@ -14,6 +13,8 @@ from dpo_jax import cli
 from dpo_jax.files.log import read_metrics
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
+
+pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"{i}: {tiny.sentence(rng, 2)}", "response": tiny.sentence(rng, 1 + i)} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the models are tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def words(inputs: Path, out: Path, *more: str) -> list[str]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import runs
@@ -21,6 +20,8 @@ from dpo_jax.judge.environment import Step
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _check_beginnings, _Episode, padded
+
+pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 
 STOPS = [str(i) for i in range(3, 160)]
 """Half of the tokens end a turn: a random model has many."""
@@ -71,18 +72,6 @@ class Refused:
     def step(self, messages):
         return [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], 0.5, False
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def words(inputs: Path, out: Path, *more: str, environment: str = "twenty_questions.py:TwentyQuestions") -> list[str]:

@@ -5,7 +5,6 @@ import random
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import runs
@@ -15,6 +14,8 @@ from dpo_jax import cli
 from dpo_jax.files.log import read_metrics
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
+
+pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 
 REWARD = """
 def some(prompts, responses):
@@ -34,18 +35,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "mine.py").write_text(REWARD)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def words(inputs: Path, out: Path, *more: str, reward: str = "some") -> list[str]:

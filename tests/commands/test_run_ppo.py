@@ -41,6 +41,8 @@ from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
+
 STEPS, BATCH = 10, 64
 
 
@@ -59,18 +61,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def needs(prompts, responses, answer):\n    return [0.0 for _ in responses]\n"
     )
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> PPORun:

@@ -49,6 +49,8 @@ from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compile_roughly")
+
 TEMPERATURES, SAMPLES, TRAINED, HELD_OUT = (0.7, 1.2), 4, 10, 10
 NOT_COMPARED = ("run.json", "config.json", "stages.json")
 
@@ -74,13 +76,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "def nan(prompts, responses):\n    return [float('nan') if p.startswith('4:') else 1.0 for p in prompts]\n"
     )
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

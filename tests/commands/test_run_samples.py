@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import runs
 import tiny
@@ -17,6 +16,8 @@ from dpo_jax.report.compare import read_runs, sections
 from dpo_jax.report.samples import TRAINING_SAMPLES, fixed_section, training_samples
 from dpo_jax.train import fixed_prompts
 from dpo_jax.train import session as training
+
+pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 
 STEPS = [0, 2, 4, 5]
 
@@ -42,18 +43,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, each in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_roughly():
-    jax.config.update("jax_disable_most_optimizations", True)  # the model is tiny, compiling is not
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def words(inputs: Path, out: Path, command: str, *more: str) -> list[str]:

@@ -34,6 +34,8 @@ from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("few_devices")
+
 
 def dialogues(path: Path, rows: int, seed: int = 0) -> Path:
     """Write dialogues of one or two turns of made-up text; every answer ends alike, which can be learnt."""
@@ -57,11 +59,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dialogues(folder / "train.jsonl", rows=40)
     dialogues(folder / "eval.jsonl", rows=9, seed=1)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> SFTRun:

@@ -37,6 +37,8 @@ from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("few_devices")
+
 LENGTH, BATCH, STEPS = 32, 4, 8
 
 
@@ -57,11 +59,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(2)
     (folder / "b.txt").write_text("\n\n".join(tiny.sentence(rng, 12) for _ in range(9)))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def few_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_mesh", runs.small_mesh)
 
 
 def options(inputs: Path, out: Path, **changes) -> SFTRun:

@@ -2,8 +2,8 @@
 
 All windows of a micro-batch on a device are taken together, one behind the other, for so many sequences vary little
 from batch to batch. How many of which length there may be is looked up in the first batches of a run, with some room; a
-batch that holds more has a second shape with more room, and one that even this does not hold goes by segments, whose
-mask plain XLA attention reads.
+batch that holds more has a second shape with more room, and one that even this does not hold a shape of its own, which
+is compiled for it.
 
 B windows of T places, U pieces of a batch (micro-batches x devices) of B / U windows each.
 """
@@ -30,28 +30,27 @@ class SegmentViews:
     Attributes:
       units: U.
       shapes: the usual one, and one with more room: (n, L) a class, longest first.
+      multiple: divides every L.
     """
 
     units: int
     shapes: tuple[tuple[Shape, ...], ...]
+    multiple: int
 
     @classmethod
     def of_batches(cls, batches: Iterable[TokenBatch], units: int, *, multiple: int = 16) -> "SegmentViews":
         """From the first batches of a run, of host arrays."""
         found = [of for batch in batches for _, of in _runs(batch, units)]
-        longest = np.ones(max(1, *(len(of) for of in found)), int)
-        for of in found:
-            longest[: len(of)] = np.maximum(longest[: len(of)], -np.sort(-of))
-        classes = length_classes(longest, multiple)
-        return cls(units, tuple(tuple((n + max(1, int(room * n)), size) for n, size in classes) for room in _ROOMS))
+        classes = length_classes(_longest(found), multiple)
+        shapes = tuple(tuple((n + max(1, int(room * n)), size) for n, size in classes) for room in _ROOMS)
+        return cls(units, shapes, multiple)
 
     def seen(self, batch: TokenBatch) -> TokenBatch:
-        """`batch`, of host arrays, with its views; as it is where no shape holds it."""
+        """`batch`, of host arrays, with its views. Their shape is a function of the run's first batches and of it."""
         runs = _runs(batch, self.units)
-        for shape in self.shapes:
-            if all(_fits(lengths, shape) for _, lengths in runs):
-                return dataclasses.replace(batch, views=_views(runs, shape, batch.tokens.size // self.units))
-        return batch
+        own = length_classes(_longest([lengths for _, lengths in runs]), self.multiple)
+        shape = next(one for one in (*self.shapes, own) if all(_fits(lengths, one) for _, lengths in runs))
+        return dataclasses.replace(batch, views=_views(runs, shape, batch.tokens.size // self.units))
 
 
 def _runs(batch: TokenBatch, units: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -65,6 +64,14 @@ def _runs(batch: TokenBatch, units: int) -> list[tuple[np.ndarray, np.ndarray]]:
         real = windows.reshape(-1)[starts] > 0
         found.append((starts[real], lengths[real]))
     return found
+
+
+def _longest(found: list[np.ndarray]) -> np.ndarray:
+    """Lengths that hold those of each of `found`, longest first; at least one."""
+    longest = np.ones(max([1, *map(len, found)]), int)
+    for of in found:
+        longest[: len(of)] = np.maximum(longest[: len(of)], -np.sort(-of))
+    return longest
 
 
 def _fits(lengths: np.ndarray, shape: tuple[Shape, ...]) -> bool:
