@@ -109,8 +109,9 @@ class FixedPrompts:
         `like`: where and in how many bits the run's own responses have their weights and caches, if it samples any.
         """
         like = like or SampleConfig()
-        kept = {"layout": like.layout, "weights": like.weights, "cache": like.cache}
-        config = SampleConfig(max_new_tokens=self.tokens, temperature=0.0, **kept)
+        config = SampleConfig(
+            max_new_tokens=self.tokens, temperature=0.0, layout=like.layout, weights=like.weights, cache=like.cache
+        )
         return partial(self._answer, model, terminators(model, self.encoder, config), mesh, folder / TRAINING_SAMPLES)
 
     def _answer(self, model: Llama, config: SampleConfig, mesh: Mesh, path: Path, state: TrainState) -> None:
