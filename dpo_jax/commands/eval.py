@@ -1,6 +1,5 @@
 """`dpo-jax eval`: a model judged on preference pairs, and by the texts that it writes."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -46,8 +45,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
     The result holds `model`, `reference`, `data`, `pairs`, `dropped` (rows left out, by reason), the figures of
     `judgement.figures` and, with --samples, `statistics.kl_estimates` (where there is a reference and the answers are
-    drawn: neither greedy nor beams); under `tables` the groups, and under `samples` the `TextHealth` of the answers and
-    the share of them that end by themselves.
+    drawn: neither greedy nor beams); under `tables` the groups, and under `samples` the answers' `text_health` and the
+    share of them that end by themselves.
     """
     place = open_checkpoint(run.model)
     if place.architecture.num_labels:
@@ -169,10 +168,10 @@ def _answer_logps(setting: Setting, model: Llama, variables: Any, answers: Answe
 
 
 def _health(answers: list[Response]) -> dict[str, Any]:
-    """`TextHealth` without the terminators, and `finished`: the share of answers that have one."""
+    """`text_health` without the terminators, and `finished`: the share of answers that have one."""
     stopped = [answer.finish_reason == "stop" for answer in answers]
     bodies = [answer.ids[:-1] if stop else answer.ids for answer, stop in zip(answers, stopped, strict=True)]
-    return {**dataclasses.asdict(texts.health(bodies)), "finished": float(np.mean(stopped))}
+    return {**texts.health(bodies), "finished": float(np.mean(stopped))}
 
 
 def _show(result: dict[str, Any]) -> None:

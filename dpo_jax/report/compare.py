@@ -90,4 +90,4 @@ def _curves(runs: Sequence[Told]) -> html.Section:
         shown = {name: series for name, series in shown.items() if series}
         for name, series in shown.items():
             plots.append(html.Plot(title if len(shown) == 1 else f"{title} ({name})", series))
-    return html.Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
+    return html.Section("Training", html.CURVES, plots=tuple(plots))

@@ -1,18 +1,15 @@
 """What the demo found: its figures, the report, and the closing table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.files.jsonl import Row
-from dpo_jax.files.log import read_metrics
-from dpo_jax.report import html
-from dpo_jax.report.statistics import interval, kl_figures, per_prompt
+from dpo_jax.report import html, terminal
+from dpo_jax.report.statistics import interval, kl_figures, moved, per_prompt
 from dpo_jax.report.text_health import health
 
 
@@ -26,7 +23,7 @@ def _side(rows: Sequence[Row]) -> dict[str, Any]:
         "kl": kl["eval_kl"],
         "kl_token": kl["eval_kl_token"],
         "stopped": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
-        **asdict(health([row["ids"] for row in rows])),
+        **health([row["ids"] for row in rows]),
     }
 
 
@@ -63,21 +60,22 @@ _LINES = (
 )
 
 
-def _cells(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _table(summary: Mapping[str, Any], *further: tuple[str, str, str]) -> html.Table:
     def cell(side: str, key: str, form: str) -> str:
         value = summary[side][key]
         return format(0.0 if abs(value) < 5e-5 else value, form)  # no "-0.00" for what is rounding
 
-    return [(name, cell("before", key, form), cell("after", key, form)) for name, key, form in _LINES]
+    lines = [(name, cell("before", key, form), cell("after", key, form)) for name, key, form in _LINES]
+    return html.Table(("", "before", "after"), [*lines, *further])
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
     """The outcome in one sentence, whatever it is."""
     low, high = summary["interval"]
-    found = "rose" if low > 0 else "fell" if high < 0 else "did not change beyond chance"
     return (
-        f"On {summary['unseen_prompts']} unseen openings the mean sentiment {found}: {summary['difference']:+.3f} "
-        f"(95 % interval {low:+.3f} to {high:+.3f}), at a KL divergence of {summary['after']['kl']:.1f} nats a text."
+        f"On {summary['unseen_prompts']} unseen openings the mean sentiment {moved(low, high)}:"
+        f" {summary['difference']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}), at a KL divergence of"
+        f" {summary['after']['kl']:.1f} nats a text."
     )
 
 
@@ -88,28 +86,14 @@ def _clip(text: str, length: int = 160) -> str:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the closing table and some texts to stdout."""
-    console = Console()
-    table = Table(title=f"DPO on {summary['pairs']} pairs, {summary['unseen_prompts']} unseen openings")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for cells in _cells(summary):
-        table.add_row(*cells)
-    console.print(table)
+    title = f"DPO on {summary['pairs']} pairs, {summary['unseen_prompts']} unseen openings"
     texts = Table(title="The same opening, the same random numbers", show_lines=True)
     for name in ("opening", "before", "after"):
         texts.add_column(name, ratio=1 if name == "opening" else 2)
     for opening, first, second in summary["examples"][:3]:
-        texts.add_row(*(_escape(_clip(text)) for text in (opening, first, second)))
-    console.print(texts)
-    console.print(verdict(summary), highlight=False, soft_wrap=True)
-    console.print(
-        f"Report: {out / 'report.html'}   aligned model: {out / 'dpo' / 'model'}", highlight=False, soft_wrap=True
-    )
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+        texts.add_row(*(_clip(text).replace("[", r"\[") for text in (opening, first, second)))
+    where = f"Report: {out / 'report.html'}   aligned model: {out / 'dpo' / 'model'}"
+    terminal.show(terminal.table(title, _table(summary), left=1), texts, verdict(summary), where)
 
 
 def write(
@@ -118,37 +102,27 @@ def write(
     """Write `report.html`; adds to `summary` the texts that `show` prints: the first sample of the first openings."""
     firsts = [(a, b) for a, b in zip(before, after, strict=True) if a["sample"] == 0]
     summary["examples"] = [(a["prompt"], a["response"], b["response"]) for a, b in firsts[:5]]
-    edges = np.linspace(-1, 1, 21)
-    sides = (("before", before), ("after", after))
-    histogram = html.Plot(
-        "Sentiment of the texts",
-        tuple(
-            html.Series(name, edges.tolist(), np.histogram([r["sentiment"] for r in rows], edges)[0].tolist())
-            for name, rows in sides
-        ),
-        x_label="VADER compound score",
-        bars=True,
-    )
-    grid = (np.arange(len(before)) + 1) / len(before)
-    cumulative = html.Plot(
-        "Share of texts up to a score",
-        tuple(html.Series(name, sorted(r["sentiment"] for r in rows), grid.tolist()) for name, rows in sides),
-        x_label="VADER compound score",
-    )
+    axis = "VADER compound score"
+    scores = {side: np.asarray([r["sentiment"] for r in rows]) for side, rows in (("before", before), ("after", after))}
+    histogram = html.histogram("Sentiment of the texts", scores, np.linspace(-1, 1, 21), x_label=axis)
+    grid = ((np.arange(len(before)) + 1) / len(before)).tolist()
+    sorted_scores = tuple(html.Series(side, sorted(values.tolist()), grid) for side, values in scores.items())
+    cumulative = html.Plot("Share of texts up to a score", sorted_scores, x_label=axis)
     low, high = summary["interval"]
-    table = [*_cells(summary), ("difference in mean sentiment", "", f"{summary['difference']:+.3f}")]
-    table += [("its 95 % interval (bootstrap over openings)", "", f"{low:+.3f} to {high:+.3f}")]
-    table += [("openings that went up", "", f"{summary['prompts_up']:.0%}")]
-    table += [("openings that went down", "", f"{summary['prompts_down']:.0%}")]
+    table = _table(
+        summary,
+        ("difference in mean sentiment", "", f"{summary['difference']:+.3f}"),
+        ("its 95 % interval (bootstrap over openings)", "", f"{low:+.3f} to {high:+.3f}"),
+        ("openings that went up", "", f"{summary['prompts_up']:.0%}"),
+        ("openings that went down", "", f"{summary['prompts_down']:.0%}"),
+    )
     side_by_side = [
         (a["prompt"], a["response"], f"{a['sentiment']:+.2f}", b["response"], f"{b['sentiment']:+.2f}")
         for a, b in firsts
     ]
     sections = [
-        html.Section(
-            "Before and after", plots=(histogram, cumulative), table=html.Table(("", "before", "after"), table)
-        ),
-        html.training_section(read_metrics(out / "dpo" / "metrics.jsonl")),
+        html.Section("Before and after", plots=(histogram, cumulative), table=table),
+        html.run_section(out / "dpo"),
         html.Section(
             "Texts side by side",
             "The first sample of every unseen opening, drawn with the same random numbers; none is picked by hand.",

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dpo_jax.files.jsonl import Row
+from dpo_jax.report import html, terminal
 
 _HEAD = ("model", "responses", "mean score", "pairs", "chosen", "share")
 
@@ -40,11 +38,13 @@ def figures(data: Sequence[Row], pairs: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        "" if row[name] is None else f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name])
-        for name in _HEAD
-    ]
+def models_table(models: Sequence[Mapping[str, Any]]) -> html.Table:
+    """The writers of `figures`, a row each."""
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return html.Table(_HEAD, [[cell(row[name]) for name in _HEAD] for row in models])
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -53,7 +53,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += [f"* {name}: {value}" for name, value in found.items() if not isinstance(value, dict | list)]
     lines += [f"* prompt to the judge: {name}" for name in found["prompts"]]
     lines += ["", f"| {' | '.join(_HEAD)} |", "|" + "---|" * len(_HEAD)]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in found["models"]]
+    lines += [f"| {' | '.join(row)} |" for row in models_table(found["models"]).rows]
     for name, value in found.items():
         if isinstance(value, dict) and value:
             lines += ["", f"| {name} | |", "|---|---|", *(f"| {k} | {n} |" for k, n in value.items())]
@@ -62,9 +62,6 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def show(found: Mapping[str, Any], out: Path) -> None:
     """Print the table of the writers."""
-    table = Table(*_HEAD, title=f"{found['pairs']} pairs of {found['rows']} prompts, by {found['judge']}")
-    for row in found["models"]:
-        table.add_row(*_cells(row))
-    console = Console()
-    console.print(table)
-    console.print(f"{out / 'pairs.jsonl'}; report.md says the rest", highlight=False, soft_wrap=True)
+    title = f"{found['pairs']} pairs of {found['rows']} prompts, by {found['judge']}"
+    table = terminal.table(title, models_table(found["models"]))
+    terminal.show(table, f"{out / 'pairs.jsonl'}; report.md says the rest")

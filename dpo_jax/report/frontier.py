@@ -6,12 +6,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.files.jsonl import Row, read_lines
-from dpo_jax.files.log import read_metrics
-from dpo_jax.report import html
+from dpo_jax.report import html, terminal
 
 _MARKERS = {"DPO": "o", "PPO": "s", "SFT on chosen": "^", "best of n": "*"}
 _WIDTH = 120  # of the table; narrower, its numbers would break over several lines
@@ -61,6 +58,10 @@ def _range(interval: Sequence[float] | None, form: str) -> str:
     return "analytic" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
+def _table(summary: Mapping[str, Any]) -> html.Table:
+    return html.Table(_HEAD, [_cells(row) for row in summary["results"]])
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row["method"],
@@ -77,15 +78,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the table and the comparison to stdout."""
-    console = Console(width=max(Console().width, _WIDTH))
-    table = Table(title=f"{summary['reward']} against KL(policy, reference), {summary['unseen_openings']} openings")
-    for name in _HEAD:
-        table.add_column(name, justify="left" if name in ("method", "setting") else "right")
-    for row in summary["results"]:
-        table.add_row(*_cells(row))
-    console.print(table)
-    console.print(verdict(summary), highlight=False, soft_wrap=True)
-    console.print(f"Plot: {out / 'frontier.png'}   report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    title = f"{summary['reward']} against KL(policy, reference), {summary['unseen_openings']} openings"
+    where = f"Plot: {out / 'frontier.png'}   report: {out / 'report.html'}"
+    terminal.show(terminal.table(title, _table(summary), left=2), verdict(summary), where, width=_WIDTH)
 
 
 def draw(summary: Mapping[str, Any]) -> Figure:
@@ -107,7 +102,7 @@ def draw(summary: Mapping[str, Any]) -> Figure:
             [row["reward"] for row in points],
             xerr=None if points[0]["kl_interval"] is None else _bars(points, "kl"),
             yerr=_bars(points, "reward"),
-            label=f"{method} {setting}".strip().replace("$", r"\$"),
+            label=html.plain(f"{method} {setting}".strip()),
             marker=_MARKERS.get(method, "o"),
             linestyle=("-", "--", "-.", ":")[number % 4],
             fillstyle=("full", "none", "left", "right")[number % 4],
@@ -118,7 +113,7 @@ def draw(summary: Mapping[str, Any]) -> Figure:
             capsize=1.5,
         )
     axes.set_xlabel("KL(policy, reference), nats a text")
-    axes.set_ylabel(f"mean reward ({summary['reward']})".replace("$", r"\$"))
+    axes.set_ylabel(html.plain(f"mean reward ({summary['reward']})"))
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -141,15 +136,14 @@ def write(out: Path, summary: Mapping[str, Any], runs: Mapping[Path, Path]) -> N
         figure = draw(summary)
         html.write_figure(out / "frontier.png", figure)
         drawing = html.svg_of(figure)
-    table = html.Table(_HEAD, [_cells(row) for row in summary["results"]])
     note = (
         "Each point is a checkpoint, measured on the same unseen openings; the bars are 95 % intervals (bootstrap over"
         f" openings). KL is estimated from the policy's own texts at temperature {summary['temperature']:g}. Best of n:"
         " unbiased estimate from the reference's texts, with the analytic bound log n - (n-1)/n as its KL."
     )
-    sections = [html.Section("Reward against KL", note, drawings=(drawing,), table=table)]
+    sections = [html.Section("Reward against KL", note, drawings=(drawing,), table=_table(summary))]
     for folder, texts in runs.items():
-        curves = html.training_section(read_metrics(folder / "metrics.jsonl"))
+        curves = html.run_section(folder)
         note = f"{curves.note} The table: texts of the last checkpoint, the first of each of the first openings."
         table = html.Table(("opening", "text", "score"), _first_texts(texts), ("text",))
         sections.append(html.Section(folder.name, note, plots=curves.plots, table=table))

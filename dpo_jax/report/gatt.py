@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.config import GattRun
 from dpo_jax.files.folder import as_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import read_metrics, say
-from dpo_jax.report import html
-from dpo_jax.report.statistics import interval, share_interval
+from dpo_jax.files.log import say
+from dpo_jax.report import html, terminal
+from dpo_jax.report.statistics import interval, moved, share_interval
 from dpo_jax.report.text_health import health
 
 
@@ -111,10 +109,11 @@ def write(run: GattRun, out: Path) -> None:
         _texts(sides),
     ]
     if not run.gatt.evaluate_only:
-        sections.append(html.training_section(read_metrics(out / "sft" / "metrics.jsonl")))
+        sections.append(html.run_section(out / "sft"))
     sections += [_examples(sides), html.options_section(as_json(run))]
     html.write_report(out / "report.html", "Ghost Attention", found, sections)
-    _show(shown)
+    title = "Answers that keep to the instruction of the first turn (95 % interval)"
+    terminal.show(terminal.table(title, _table(shown)))
     say(found)
 
 
@@ -128,10 +127,10 @@ def verdict(run: GattRun, sides: Mapping[str, Sequence[Row]]) -> str:
         share = counted["model"]
         return f"{share.rate:.1%} of the answers keep to the instruction of the first turn ({about})."
     change, (low, high) = difference(sides["before"], sides["after"], seed=run.train.seed)
-    found = "rose" if low > 0 else "fell" if high < 0 else "did not change beyond chance"
     return (
-        f"The share of answers that keep to the instruction of the first turn {found}: {counted['before'].rate:.1%}"
-        f" before, {counted['after'].rate:.1%} after, {change:+.1%} (95 % interval {low:+.1%} to {high:+.1%}; {about})."
+        f"The share of answers that keep to the instruction of the first turn {moved(low, high)}:"
+        f" {counted['before'].rate:.1%} before, {counted['after'].rate:.1%} after, {change:+.1%} (95 % interval"
+        f" {low:+.1%} to {high:+.1%}; {about})."
     )
 
 
@@ -185,7 +184,7 @@ def _texts(sides: Mapping[str, Sequence[Row]]) -> html.Section:
         ("repeated 4-grams in an answer", "repetition_4", ".1%"),
         ("empty answers", "empty", ".1%"),
     )
-    rows = [(line, *(format(getattr(h, key), form) for h in found.values())) for line, key, form in lines]
+    rows = [(line, *(format(h[key], form) for h in found.values())) for line, key, form in lines]
     return html.Section("The answers", table=html.Table(("", *found), rows))
 
 
@@ -202,14 +201,3 @@ def _examples(sides: Mapping[str, Sequence[Row]], dialogues: int = 4) -> html.Se
     head = ("instruction", "turn", "user", *marked)
     note = "The first dialogues; none is picked by hand. + keeps to the instruction, - does not."
     return html.Section("Dialogues", note, table=html.Table(head, rows, ("instruction", "user", *marked)))
-
-
-def _show(sides: Mapping[str, Mapping[int, Share]]) -> None:
-    """The table by turn, on stdout."""
-    table = Table(title="Answers that keep to the instruction of the first turn (95 % interval)")
-    content = _table(sides)
-    for name in content.head:
-        table.add_column(name)
-    for row in content.rows:
-        table.add_row(*map(str, row))
-    Console().print(table)

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dpo_jax.config.names import option
 from dpo_jax.files.folder import flatten, write_atomically
-from dpo_jax.files.log import Row
+from dpo_jax.files.log import Row, read_metrics
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
@@ -109,17 +109,24 @@ FIGURES = (
     ("Gradient norm before clipping", ("grad_norm",)),
 )
 """What is drawn of a run: the title of a plot, and the figures in it."""
+CURVES = "Thin: each step. Bold: running mean."
+"""What curves show."""
 
 
-def training_section(rows: Sequence[Row]) -> Section:
+def training_section(rows: Sequence[Row], title: str = "Training") -> Section:
     """The curves of a run, from the rows of its metrics.jsonl; only those it has."""
     plots = []
-    for title, names in FIGURES:
-        series = [of_run(rows, name, name) for name in names]
+    for name, figures in FIGURES:
+        series = [of_run(rows, figure, figure) for figure in figures]
         shown = tuple(s for s in series if s.x)
         if shown:
-            plots.append(Plot(title, shown))
-    return Section("Training", "Thin: each step. Bold: running mean.", plots=tuple(plots))
+            plots.append(Plot(name, shown))
+    return Section(title, CURVES, plots=tuple(plots))
+
+
+def run_section(folder: Path, title: str = "Training") -> Section:
+    """The curves of the run in a folder."""
+    return training_section(read_metrics(folder / "metrics.jsonl"), title)
 
 
 def of_run(rows: Sequence[Row], name: str, label: str) -> Series:
@@ -151,11 +158,13 @@ def options_section(config: Mapping[str, Any]) -> Section:
 def lengths_plot(title: str, lengths: Mapping[str, np.ndarray]) -> Plot:
     """Histogram of token counts, one outline for each kind of text."""
     top = max((int(values.max()) for values in lengths.values() if len(values)), default=1)
-    edges = np.linspace(0, top + 1, 41)
-    series = tuple(
-        Series(name, edges.tolist(), np.histogram(values, edges)[0].tolist()) for name, values in lengths.items()
-    )
-    return Plot(title, series, x_label="tokens", bars=True)
+    return histogram(title, lengths, np.linspace(0, top + 1, 41), x_label="tokens")
+
+
+def histogram(title: str, values: Mapping[str, np.ndarray], edges: np.ndarray, *, x_label: str) -> Plot:
+    """How many of the values of each kind lie between neighbouring `edges`."""
+    series = (Series(name, edges.tolist(), np.histogram(x, edges)[0].tolist()) for name, x in values.items())
+    return Plot(title, tuple(series), x_label=x_label, bars=True)
 
 
 def _number(value: float) -> str:
@@ -248,8 +257,8 @@ def _panel(axes: Any, plot: Plot) -> None:
         _draw(axes, series, bars=plot.bars)
     if plot.diagonal:
         axes.axline((0, 0), slope=1, linewidth=0.6, color="0.6")
-    axes.set_title(_plain(plot.title), loc="left")
-    axes.set_xlabel(_plain(plot.x_label))
+    axes.set_title(_named(plot.title), loc="left")
+    axes.set_xlabel(_named(plot.x_label))
     axes.ticklabel_format(axis="y", useOffset=False)
     if all(isinstance(x, int) for series in plot.series for x in series.x):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
@@ -258,7 +267,7 @@ def _panel(axes: Any, plot: Plot) -> None:
 
 
 def _draw(axes: Any, series: Series, *, bars: bool) -> None:
-    label = _plain(series.label)
+    label = _named(series.label)
     if bars:
         axes.stairs(series.y, series.x, label=label)
         return
@@ -273,6 +282,11 @@ def _draw(axes: Any, series: Series, *, bars: bool) -> None:
     axes.plot(series.x[window - 1 :], mean, color=line.get_color(), label=label)
 
 
-def _plain(text: str) -> str:
-    """Text without matplotlib's formula signs, nor the `_` at its head that keeps a line out of the legend."""
-    return text.replace("$", r"\$") if not text.startswith("_") else "\u200b" + text.replace("$", r"\$")
+def plain(text: str) -> str:
+    """Text without matplotlib's formula signs."""
+    return text.replace("$", r"\$")
+
+
+def _named(text: str) -> str:
+    """`plain`, without the `_` at its head that keeps a line out of the legend."""
+    return "\u200b" * text.startswith("_") + plain(text)

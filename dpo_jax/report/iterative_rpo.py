@@ -4,11 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from dpo_jax.files.log import read_metrics
-from dpo_jax.report import html
+from dpo_jax.report import html, terminal
 
 TRAINED = {"loss": "loss", "chosen logp": "logps/chosen"}
 """Of a round's training, its last figures: what they are called here -> there."""
@@ -22,7 +18,7 @@ _NOTE = (
 )
 
 
-def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _table(summary: Mapping[str, Any]) -> html.Table:
     found = []
     for row in summary["rounds"]:
         accuracy = f"{row['accuracy']:.3f} ({row['low']:.3f}, {row['high']:.3f})" if "accuracy" in row else ""
@@ -31,7 +27,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             counts = (*REASONS, "used", "pairs")
             cells = (f"{row['temperature']:g}", f"{row['share right']:.3f}", *(str(row[name]) for name in counts))
         found.append((row["model"], accuracy, *cells))
-    return found
+    return html.Table(_HEAD, found)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -51,14 +47,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the table to stdout."""
-    table = Table(*_HEAD, title="Rounds")
-    for row in _rows(summary):
-        table.add_row(*row)
-    console = Console(width=max(Console().width, 110))
-    console.print(table)
-    console.print(verdict(summary), highlight=False, soft_wrap=True)
     last = out / f"round-{len(summary['rounds']) - 1}" / "dpo" / "model"
-    console.print(f"Report: {out / 'report.html'}   last model: {last}", highlight=False, soft_wrap=True)
+    where = f"Report: {out / 'report.html'}   last model: {last}"
+    terminal.show(terminal.table("Rounds", _table(summary)), verdict(summary), where, width=110)
 
 
 def write(out: Path, summary: Mapping[str, Any], runs: Sequence[Path]) -> None:
@@ -69,8 +60,6 @@ def write(out: Path, summary: Mapping[str, Any], runs: Sequence[Path]) -> None:
         band = [row["low"] for row in rows], [row["high"] for row in rows]
         series = html.Series("held-out accuracy", places, [row["accuracy"] for row in rows], band)
         plots.append(html.Plot("Accuracy", (series,), x_label="round"))
-    sections = [html.Section("Rounds", _NOTE, tuple(plots), table=html.Table(_HEAD, _rows(summary)))]
-    for run in runs:
-        curves = html.training_section(read_metrics(run / "metrics.jsonl"))
-        sections.append(html.Section(run.parent.name, curves.note, curves.plots))
+    sections = [html.Section("Rounds", _NOTE, tuple(plots), table=_table(summary))]
+    sections += [html.run_section(run, run.parent.name) for run in runs]
     html.write_report(out / "report.html", "Iterative RPO", verdict(summary), sections)

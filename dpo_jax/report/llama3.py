@@ -4,16 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from dpo_jax.files.log import read_metrics
-from dpo_jax.report import html
+from dpo_jax.report import html, terminal
 
 _HEAD = ("version", "score (95 %)", "DPO pairs", "best model before it", "reward model's accuracy on the newest")
 
 
-def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _table(summary: Mapping[str, Any]) -> html.Table:
     found = []
     for row in summary["versions"]:
         cells = ("", "", "")
@@ -21,7 +17,7 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             accuracy = f"{row['accuracy']:.3f}" if "accuracy" in row else ""
             cells = (str(row["pairs"]), f"V{row['written_by']}", accuracy)
         found.append((f"V{row['version']}", f"{row['score']:+.3f} ({row['low']:+.3f}, {row['high']:+.3f})", *cells))
-    return found
+    return html.Table(_HEAD, found)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -37,15 +33,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the table to stdout."""
-    table = Table(*_HEAD, title="Answers to the prompts, by the judge")
-    for row in _rows(summary):
-        table.add_row(*row)
-    console = Console(width=max(Console().width, 110))
-    console.print(table)
-    console.print(verdict(summary), highlight=False, soft_wrap=True)
-    console.print(
-        f"Report: {out / 'report.html'}   best model: {summary['best_model']}", highlight=False, soft_wrap=True
-    )
+    table = terminal.table("Answers to the prompts, by the judge", _table(summary))
+    where = f"Report: {out / 'report.html'}   best model: {summary['best_model']}"
+    terminal.show(table, verdict(summary), where, width=110)
 
 
 def write(out: Path, summary: Mapping[str, Any], runs: Sequence[Path]) -> None:
@@ -55,8 +45,6 @@ def write(out: Path, summary: Mapping[str, Any], runs: Sequence[Path]) -> None:
     series = html.Series("score", [row["version"] for row in rows], [row["score"] for row in rows], band)
     plot = html.Plot("Mean score of the answers", (series,), x_label="version")
     note = "The prompts are those that the versions were trained on; the intervals are by bootstrap over them."
-    sections = [html.Section("Versions", note, (plot,), table=html.Table(_HEAD, _rows(summary)))]
-    for run in runs:
-        curves = html.training_section(read_metrics(run / "metrics.jsonl"))
-        sections.append(html.Section(run.parent.name, curves.note, curves.plots))
+    sections = [html.Section("Versions", note, (plot,), table=_table(summary))]
+    sections += [html.run_section(run, run.parent.name) for run in runs]
     html.write_report(out / "report.html", "Llama 3's rounds", verdict(summary), sections)

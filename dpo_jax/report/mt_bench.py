@@ -8,11 +8,9 @@ from typing import Any
 
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.files.log import say
-from dpo_jax.report import html
+from dpo_jax.report import html, terminal
 
 _TOP = 10  # of MT-Bench's scale
 _CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC")
@@ -31,29 +29,23 @@ def _names(models: Mapping[str, Any], part: str) -> list[str]:
 def show(found: Mapping[str, Any]) -> None:
     """Print the tables to stdout."""
     models, single = found["models"], found["kind"] == "single"
-    console = Console()
     form = "{:.2f}" if single else "{:.1%}"
     head = ("mean", "n") if single else ("wins", "losses", "ties", "win rate", "adjusted", "swaps agree")
-    table = Table(title="mean score of all judgements" if single else "a win: both orders agree; all else a tie")
-    turns = [f"turn {name}" for name in _names(models, "turns")]
-    for name in ("model", *head, *turns):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    turns, categories = _names(models, "turns"), _names(models, "categories")
+    rows = []
     for name, row in models.items():
         rates = (f"{row[key]:.1%}" for key in ("win_rate", _RATE, "swap_consistency")) if not single else ()
         own = (form.format(row["mean"]), str(row["n"])) if single else tuple(str(row[k]) for k in head[:3])
-        table.add_row(name, *own, *rates, *_cells(row["turns"], _names(models, "turns"), form))
-    console.print(table)
-    by = Table(title="by category" if single else "adjusted win rate by category")
-    categories = _names(models, "categories")
-    for name in ("model", *categories):
-        by.add_column(name, justify="left" if name == "model" else "right")
-    for name, row in models.items():
-        by.add_row(name, *_cells(row["categories"], categories, form))
-    console.print(by)
+        rows.append((name, *own, *rates, *_cells(row["turns"], turns, form)))
+    whole = html.Table(("model", *head, *(f"turn {name}" for name in turns)), rows)
+    rows = [(name, *_cells(row["categories"], categories, form)) for name, row in models.items()]
+    by = html.Table(("model", *categories), rows)
     left = found["left_out"]
-    console.print(
+    title = "mean score of all judgements" if single else "a win: both orders agree; all else a tie"
+    terminal.show(
+        terminal.table(title, whole, left=1),
+        terminal.table("by category" if single else "adjusted win rate by category", by, left=1),
         f"{found['judgments']} judgements count; left out: {left['unparsed']} unparsed, {left['error']} with an error",
-        highlight=False,
     )
 
 
@@ -69,8 +61,8 @@ def radar(found: Mapping[str, Any]) -> Figure:
     angles = [2 * math.pi * i / len(categories) for i in range(len(categories))]
     for name, row in models.items():
         values = [_value(row["categories"][c]) if c in row["categories"] else math.nan for c in categories]
-        axes.plot([*angles, angles[0]], [*values, values[0]], marker=".", label=name.replace("$", r"\$"))
-    axes.set_xticks(angles, [name.replace("$", r"\$") for name in categories])
+        axes.plot([*angles, angles[0]], [*values, values[0]], marker=".", label=html.plain(name))
+    axes.set_xticks(angles, list(map(html.plain, categories)))
     axes.set_ylim(0, _top(found))
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.05, 1.0))
     return figure
@@ -89,7 +81,7 @@ def bars(found: Mapping[str, Any]) -> Figure:
         ]
         at = [x + (i - len(turns) / 2) * width for x in range(len(models))]
         axes.bar(at, heights, width, label="all turns" if not i else f"turn {label}")
-    axes.set_xticks(range(len(models)), [name.replace("$", r"\$") for name in models], rotation=20, ha="right")
+    axes.set_xticks(range(len(models)), list(map(html.plain, models)), rotation=20, ha="right")
     axes.set_ylim(0, _top(found))
     axes.set_ylabel("mean score" if found["kind"] == "single" else "adjusted win rate")
     axes.legend(frameon=False, fontsize=8)

@@ -5,7 +5,6 @@ Everything here follows from the files of the run, so a run that was killed and 
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write
 from dpo_jax.files.jsonl import Row
 from dpo_jax.report import html
-from dpo_jax.report.demo import interval
 from dpo_jax.report.samples import prompt_text
-from dpo_jax.report.statistics import as_matrix
+from dpo_jax.report.statistics import as_matrix, interval, moved
 from dpo_jax.report.text_health import health
 
 MANY = 24
@@ -32,7 +30,7 @@ Tokens = Callable[[str], list[int]]
 
 def text_figures(samples: Sequence[Row], ids: Tokens) -> dict[str, float]:
     """Health of the responses, and the share of them that ended by themselves."""
-    found = asdict(health([ids(row["response"]) for row in samples]))
+    found = health([ids(row["response"]) for row in samples])
     found["length"] = float(np.mean([row["tokens"] for row in samples]))  # the terminator included
     found["ended"] = float(np.mean([row["finish_reason"] == "stop" for row in samples]))
     names = ("distinct_1", "distinct_2", "distinct_3", "repetition_4", "looping", "longest_repeat", "length", "ended")
@@ -181,9 +179,8 @@ def verdict(rows: Sequence[Row], prompts: int) -> str:
     if "eval_rewards/mean" not in last:
         return told
     before, low, high = rows[0]["eval_rewards/mean"], last["eval_rewards/change_low"], last["eval_rewards/change_high"]
-    found = "rose" if low > 0 else "fell" if high < 0 else "did not change beyond chance"
     return (
-        f"{told} On {prompts} held-out prompts the mean reward {found}: {before:.4g} before and"
+        f"{told} On {prompts} held-out prompts the mean reward {moved(low, high)}: {before:.4g} before and"
         f" {last['eval_rewards/mean']:.4g} after, a change of {last['eval_rewards/change']:+.4g} (95 % interval"
         f" {low:+.4g} to {high:+.4g})."
     )

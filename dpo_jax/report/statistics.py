@@ -1,4 +1,4 @@
-"""Statistics: means by prompt, log-ratios, KL divergences, intervals, correlations."""
+"""Statistics: means by prompt, log-ratios, KL divergences, intervals, correlations, agreement of two raters."""
 
 import json
 import math
@@ -51,6 +51,11 @@ def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[flo
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def moved(low: float, high: float) -> str:
+    """What happened to a mean whose change has this interval, in words."""
+    return "rose" if low > 0 else "fell" if high < 0 else "did not change beyond chance"
 
 
 def pass_at(k: int, right: np.ndarray, n: int) -> np.ndarray:

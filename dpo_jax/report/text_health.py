@@ -4,7 +4,6 @@ Ids rather than words, so that the numbers mean the same for Chinese as for Engl
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,11 +41,10 @@ def longest_repeat(tokens: Tokens) -> int:
     return low
 
 
-@dataclass(frozen=True)
-class TextHealth:
-    """Diversity, repetition and length of a set of texts.
+def health(texts: Sequence[Tokens]) -> dict[str, float]:
+    """Diversity, repetition and length of at least one text.
 
-    Attributes:
+    Returns:
       texts:          how many there are.
       distinct_1, distinct_2, distinct_3: distinct n-grams over all n-grams, of all texts together.
       repetition_4:   mean over texts of the share of 4-grams that are repeats.
@@ -57,40 +55,20 @@ class TextHealth:
       length_p10, length_p50, length_p90: its quantiles, between neighbouring lengths linear.
       empty:          share of texts without a token.
     """
-
-    texts: int
-    distinct_1: float
-    distinct_2: float
-    distinct_3: float
-    repetition_4: float
-    looping: float
-    longest_repeat: float
-    longest_repeat_max: int
-    length: float
-    length_p10: float
-    length_p50: float
-    length_p90: float
-    empty: float
-
-
-def health(texts: Sequence[Tokens]) -> TextHealth:
-    """`TextHealth` of at least one text."""
     rates = np.array([repetition_rate(tokens) for tokens in texts])
     lengths = np.array([len(tokens) for tokens in texts])
     repeats = [longest_repeat(tokens) for tokens in texts]
     p10, p50, p90 = np.quantile(lengths, [0.1, 0.5, 0.9]).tolist()
-    return TextHealth(
-        texts=len(texts),
-        distinct_1=distinct_n(texts, 1),
-        distinct_2=distinct_n(texts, 2),
-        distinct_3=distinct_n(texts, 3),
-        repetition_4=float(rates.mean()),
-        looping=float((rates > 0.5).mean()),
-        longest_repeat=float(np.mean(repeats)),
-        longest_repeat_max=max(repeats),
-        length=float(lengths.mean()),
-        length_p10=p10,
-        length_p50=p50,
-        length_p90=p90,
-        empty=float((lengths == 0).mean()),
-    )
+    return {
+        "texts": len(texts),
+        **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
+        "repetition_4": float(rates.mean()),
+        "looping": float((rates > 0.5).mean()),
+        "longest_repeat": float(np.mean(repeats)),
+        "longest_repeat_max": max(repeats),
+        "length": float(lengths.mean()),
+        "length_p10": p10,
+        "length_p50": p50,
+        "length_p90": p90,
+        "empty": float((lengths == 0).mean()),
+    }

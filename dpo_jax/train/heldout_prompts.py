@@ -4,7 +4,6 @@ Every evaluation draws with the same key: a response is a function of the seed, 
 that what differs between two evaluations is the policy.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ class HeldOutPrompts:
             found |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
         found |= {name.removeprefix("eval_"): value for name, value in kl_estimates(logps, reference, mask).items()}
         found |= part_figures(combined)
-        told = dataclasses.asdict(health(bodies))
+        told = health(bodies)
         return found | {"ended": float(ended.mean())} | {name: told[name] for name in _HEALTH}
 
     def _passed(self, scores: np.ndarray) -> dict[str, np.ndarray]:

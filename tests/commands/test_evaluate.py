@@ -126,10 +126,10 @@ def test_longest_repeat_agrees_with_trying_everything() -> None:
 
 def test_health() -> None:
     found = text.health([list(range(8)), [1] * 12, []])
-    assert (found.texts, found.empty, found.looping) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert found.length == pytest.approx(20 / 3)
-    assert found.longest_repeat == pytest.approx(11 / 3)
-    assert found.longest_repeat_max == 11
-    assert (found.length_p10, found.length_p50, found.length_p90) == pytest.approx((1.6, 8, 11.2))
-    assert found.distinct_1 == pytest.approx(8 / 20)
-    assert found.distinct_3 == pytest.approx(7 / 16)
+    assert (found["texts"], found["empty"], found["looping"]) == (3, pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert found["length"] == pytest.approx(20 / 3)
+    assert found["longest_repeat"] == pytest.approx(11 / 3)
+    assert found["longest_repeat_max"] == 11
+    assert tuple(found[f"length_p{p}"] for p in (10, 50, 90)) == pytest.approx((1.6, 8, 11.2))
+    assert found["distinct_1"] == pytest.approx(8 / 20)
+    assert found["distinct_3"] == pytest.approx(7 / 16)

@@ -198,9 +198,7 @@ class Zephyr:
             "win_rate": raw_figures(np.asarray(given), seed=run.seed) if given else None,
             "eval": {name: value for name, value in figures.items() if isinstance(value, float)},
             "health": {
-                name: dataclasses.asdict(
-                    health([tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in rows])
-                )
+                name: health([tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in rows])
                 for name, rows in texts.items()
             },
         }
