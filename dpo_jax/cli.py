@@ -16,6 +16,7 @@ from functools import reduce
 from typing import Any, get_origin
 
 from dpo_jax import __version__, config, voice
+from dpo_jax.commands.config_keys import without_keys_of
 from dpo_jax.config import shipped, yaml_file
 from dpo_jax.config.help import VOICE, help_text
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
@@ -109,7 +110,8 @@ def _run(args: list[str]) -> int:
     voice.listen()
     options = parse(args[0], args[1:])
     module, function = command.function.split(":")
-    getattr(importlib.import_module(module), function)(options)
+    with without_keys_of(options):
+        getattr(importlib.import_module(module), function)(options)
     return OK
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.convert import spoken
 from dpo_jax.config import AverageRun
 from dpo_jax.errors import InputError
@@ -12,7 +11,6 @@ from dpo_jax.weights.averaging import check_alike
 from dpo_jax.weights.opened import open_checkpoint
 
 
-@with_config_keys
 def average(run: AverageRun) -> Path:
     """Write the average of `run.models` to the folder `run.to`; returns it. Raises `InputError`."""
     show_log()

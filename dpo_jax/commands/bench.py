@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.commands import dpo, reward
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.plan import job_of
 from dpo_jax.config import ON_COMMAND_LINE, BenchRun, DPORun, RewardRun, SFTRun
 from dpo_jax.data.tokens.templates import RAW, today, writes_date
@@ -40,7 +39,6 @@ from dpo_jax.weights.opened import open_checkpoint
 Figures = dict[str, Any]
 
 
-@with_config_keys
 def bench(options: BenchRun) -> Figures:
     """Compile and run the programs of `options.training`; print a table, write `options.out`, return what is in it.
 

@@ -5,7 +5,6 @@ import secrets
 import sys
 from pathlib import Path
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.serve import talker_of
 from dpo_jax.complete.talker import Question, Talker, stream
 from dpo_jax.config import ChatRun
@@ -127,7 +126,6 @@ class _Chat:
         print(f"{path}: {len(rows)} dialogue{'s' if len(rows) > 1 else ''}")
 
 
-@with_config_keys
 def chat(run: ChatRun) -> None:
     """The `chat` command: until /quit or the end of the input."""
     talk, shown = _Chat(run), sys.stdin.isatty()

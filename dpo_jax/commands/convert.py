@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import ConvertRun
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
 from dpo_jax.data.tokens.templates import with_template
@@ -16,7 +15,6 @@ from dpo_jax.weights import convert as formats
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 
 
-@with_config_keys
 def convert(run: ConvertRun) -> None:
     """Write `run.from_` to the folder `run.to`. Raises `InputError`."""
     show_log()

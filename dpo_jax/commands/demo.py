@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands import dpo
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.openings import review_openings
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
@@ -91,7 +90,6 @@ def training_run(run: DemoRun, size: Size) -> DPORun:
     )
 
 
-@with_config_keys
 def demo(run: DemoRun) -> Path:
     """The `demo` command; returns its folder. See the module for the stages."""
     return _demo(run, FAST if run.fast else FULL)

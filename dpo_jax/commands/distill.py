@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo_jax.align import distill, ppo
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import DistillRun
@@ -35,7 +34,6 @@ from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
-@with_config_keys
 def train(config: DistillRun) -> Path:
     """Run the distillation; return the run folder. An unfinished run in `config.out` is resumed exactly.
 

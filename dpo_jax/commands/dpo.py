@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import dpo
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import BETAS, DPORun
 from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
 from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_mismatched_responses, with_score_gaps
@@ -31,7 +30,6 @@ from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train
 
 
-@with_config_keys
 def train(config: DPORun) -> Path:
     """Run DPO; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import Response
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import EvalRun
@@ -37,7 +36,6 @@ Answers = list[tuple[list[int], Response]]
 """Prompt ids and response of each generated text."""
 
 
-@with_config_keys
 def evaluate(run: EvalRun) -> dict[str, Any]:
     """Judge `run.model`; print tables, write `run.out` if it is given, and return what is in it. Raises `InputError`.
 

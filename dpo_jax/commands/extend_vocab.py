@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import ExtendVocabRun
 from dpo_jax.data.sources.files import open_bytes, read_rows
 from dpo_jax.errors import InputError, nearest
@@ -74,7 +73,6 @@ class Extension:
     reached: tuple[int, int]
 
 
-@with_config_keys
 def extend_vocab(run: ExtendVocabRun) -> Extension:
     """Write `run.to`, print what changed, and return it. Raises `InputError`."""
     target = Path(run.to)

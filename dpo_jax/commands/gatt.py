@@ -21,7 +21,6 @@ from pathlib import Path
 
 from dpo_jax.align import gatt as ghost
 from dpo_jax.commands import sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.gatt_dialogues import (
     Outline,
     Plan,
@@ -53,7 +52,6 @@ from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
-@with_config_keys
 def gatt(run: GattRun) -> Path:
     """The `gatt` command; returns the run folder. See the module for the stages.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import Response
 from dpo_jax.complete.writer import Draw, Some, Writer
 from dpo_jax.config import DataConfig, GenerateRun
@@ -71,7 +70,6 @@ def as_trained(data: DataConfig) -> dict[str, Any]:
     return {"raw": raw, "template": None if raw else data.template, "date": None if raw else data.date}
 
 
-@with_config_keys
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = None if run.out is None else check_output(Path(run.out).expanduser(), run.prompts)

@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import InspectRun
 from dpo_jax.data.sets.comparison_table import comparison_table
 from dpo_jax.data.sets.dataset import check_context
@@ -31,7 +30,6 @@ MEANINGS = {
 }
 
 
-@with_config_keys
 def inspect(run: InspectRun) -> None:
     """Print `run.rows` usable rows from row number `run.first` on, of each file (weights mean nothing here).
 

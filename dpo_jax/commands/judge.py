@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.asking import Asker
 from dpo_jax.complete.chat_client import ChatClient
 from dpo_jax.complete.local_model import LocalModel
@@ -74,7 +73,6 @@ class _Rows:
         self.read = read
 
 
-@with_config_keys
 def judge(run: JudgeRun) -> Path:
     """Write `run.out`: `row`, `scores`, of two responses `verdict` and `flipped`, `unparsed` and `replies`.
 

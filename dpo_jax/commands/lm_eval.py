@@ -5,7 +5,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import LmEvalRun
 from dpo_jax.data.tokens.templates import TemplateError
 from dpo_jax.errors import InputError
@@ -16,7 +15,6 @@ from dpo_jax.mesh import make_mesh
 from dpo_jax.weights.opened import open_checkpoint
 
 
-@with_config_keys
 def lm_eval(run: LmEvalRun) -> dict[str, Any]:
     """Evaluate, and print the harness's tables. Returns its results, by task and metric. Raises `InputError`."""
     outputs = [check_output(path, run.model) for path in (run.out, run.rows) if path is not None]

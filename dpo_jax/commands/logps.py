@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import LogpsRun
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say
@@ -12,7 +11,6 @@ from dpo_jax.types import CHOSEN, REJECTED
 from dpo_jax.weights.opened import open_checkpoint
 
 
-@with_config_keys
 def logps(run: LogpsRun) -> Path:
     """Write `run.out`, rows in input order: row (its number in the file, from 1), chosen_logps and rejected_logps
     (sums over the response's tokens, terminator included, in nats), chosen_tokens and rejected_tokens.

@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.mt_bench_answers import check_room, write_answers
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import MTBenchAnswerRun
@@ -18,7 +17,6 @@ from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
-@with_config_keys
 def answer(run: MTBenchAnswerRun) -> Path:
     """Write `run.out` (see `write_answers`) and return its path; every question is checked before the first token.
 

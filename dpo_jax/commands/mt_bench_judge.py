@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.judge import warn_of_family
 from dpo_jax.complete.asking import Asker
 from dpo_jax.complete.chat_client import ChatClient
@@ -23,7 +22,6 @@ from dpo_jax.mesh import make_mesh
 _AT_ONCE = 256  # matches between two writes of the file
 
 
-@with_config_keys
 def judge(run: MTBenchJudgeRun) -> Path:
     """Write `run.out`, a row for each answer or pair and turn, and return its path.
 

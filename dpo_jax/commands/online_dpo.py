@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo_jax.align import dpo, ppo
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.responses import terminators
 from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import BETAS, OnlineDPORun
@@ -34,7 +33,6 @@ from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.tokenizer import text_ids
 
 
-@with_config_keys
 def train(config: OnlineDPORun) -> Path:
     """Run online DPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
 

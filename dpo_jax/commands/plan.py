@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import BenchRun, PlanRun, RewardRun, SFTRun, TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
@@ -29,7 +28,6 @@ _PADDING = 1024
 """Rows by which the matrices of one vocabulary may differ in size."""
 
 
-@with_config_keys
 def plan(options: PlanRun) -> dict[str, Any]:
     """Compile what `options.training` would run; print what it needs, write `options.out`, and return what is in it.
 

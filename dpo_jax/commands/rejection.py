@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.k_responses import key_of, open_writer, select, write_responses
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import RejectionRun, sft_inside
@@ -54,7 +53,6 @@ _SAMPLES, _HELDOUT = 1, 2
 """They set the draws of the iterations and of the held-out prompts apart, which one seed decides."""
 
 
-@with_config_keys
 def train(config: RejectionRun) -> Path:
     """Run rejection sampling; return the run folder. An unfinished run in `config.out` is gone on with.
 

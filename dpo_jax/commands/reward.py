@@ -6,7 +6,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import reward
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import RewardRun
 from dpo_jax.data.sets.comparison_sets import join, load_comparisons, mix, split_by_prompt
 from dpo_jax.data.sets.dataset import PreferenceDataset
@@ -23,7 +22,6 @@ from dpo_jax.weights.fingerprint import fingerprint
 from dpo_jax.weights.heads import as_reward_model, padded_apart
 
 
-@with_config_keys
 def train(config: RewardRun) -> Path:
     """Train a reward model; return the run folder. An unfinished run in `config.out` is resumed exactly.
 

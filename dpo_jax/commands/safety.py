@@ -9,7 +9,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import SafetyRun
 from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.rows.problems import BadRow
@@ -95,7 +94,6 @@ def _is_unsafe(category: str | None, run: SafetyRun) -> bool:
     return run.unsafe == ("all",) or (category is not None and category.startswith(run.unsafe))
 
 
-@with_config_keys
 def safety(run: SafetyRun) -> dict[str, Any]:
     """Print and return the figures: `groups` (safe and unsafe prompts), `categories`, and `people`, where rows have a
     label. Raises `InputError`."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import ClassHead, ScoreRun
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import load_responses
@@ -23,7 +22,6 @@ from dpo_jax.weights.opened import open_checkpoint
 _AT_ONCE = 32  # batches between two writes of the file
 
 
-@with_config_keys
 def score(run: ScoreRun) -> Path:
     """Write `run.out`, rows in input order. An interrupted file is gone on with. Returns the path.
 

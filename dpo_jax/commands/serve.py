@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import uvicorn
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.openai_api import application
 from dpo_jax.complete.talker import Talker
 from dpo_jax.config import ServeRun, TalkOptions
@@ -69,7 +68,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-@with_config_keys
 def serve(run: ServeRun) -> None:
     """The `serve` command: until it is interrupted."""
     token = os.environ.get(TOKEN) or None

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from dpo_jax.align import sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.config import SFTRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row, read_metrics
@@ -16,7 +15,6 @@ from dpo_jax.train.sft_documents import Documents
 from dpo_jax.weights.fingerprint import fingerprint
 
 
-@with_config_keys
 def train(config: SFTRun) -> Path:
     """Run SFT; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.complete import writer_pool as pool
@@ -47,7 +46,6 @@ from dpo_jax.weights.opened import open_checkpoint
 _AT_ONCE = 256  # rows between two writes of a judged file
 
 
-@with_config_keys
 def recipe(run: AIFRun) -> Path:
     """The `recipe aif` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.answerers import Answerer
 from dpo_jax.complete.self_instruct import Teacher, unlike
 from dpo_jax.config import DSFTRun
@@ -38,7 +37,6 @@ from dpo_jax.judge.refusals import refusal
 from dpo_jax.mesh import make_mesh
 
 
-@with_config_keys
 def recipe(run: DSFTRun) -> Path:
     """The `recipe dsft` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

@@ -26,7 +26,6 @@ from jax.sharding import SingleDeviceSharding
 
 from dpo_jax.align.rejection import order_statistic
 from dpo_jax.commands import dpo, ppo, sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.complete.openings import review_openings
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
@@ -94,7 +93,6 @@ class Method:
         return self.config.train.steps
 
 
-@with_config_keys
 def recipe(run: FrontierRun) -> Path:
     """The `recipe frontier` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from dpo_jax.commands import dpo
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.config import GenerateRun, IterativeRPORun, SampleConfig
 from dpo_jax.data.rows.dialogues import CUT
@@ -39,7 +38,6 @@ COUNTS = ("problems", *report.REASONS, "used", "pairs", "cut")
 "cut": answers that ended at their longest."""
 
 
-@with_config_keys
 def recipe(run: IterativeRPORun) -> Path:
     """The `recipe iterative_rpo` command; returns its folder. See the module. Raises `InputError`."""
     show_log()

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import ppo, rejection, reward, sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
 from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
 from dpo_jax.config import DataConfig, Llama2ChatRun, RewardRun
@@ -45,7 +44,6 @@ from dpo_jax.report import llama2_chat as llama2_chat_report
 HELPFUL, SAFE = "helpful", "safety"
 
 
-@with_config_keys
 def recipe(run: Llama2ChatRun) -> Path:
     """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from dpo_jax.commands import dpo, rejection, reward, sft
 from dpo_jax.commands.average import average
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
 from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
 from dpo_jax.config import AverageRun, DPORun, Llama3Run
@@ -44,7 +43,6 @@ _TAUGHT = RATINGS[2:]
 """Grades of the pairs that DPO learns: better, significantly better."""
 
 
-@with_config_keys
 def recipe(run: Llama3Run) -> Path:
     """The `recipe llama3` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import dpo, sft
-from dpo_jax.commands.config_keys import with_config_keys
 from dpo_jax.commands.eval import evaluate
 from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.commands.recipes import aif, dsft
@@ -47,7 +46,6 @@ _OWN = {"dsft": {"prompts": "seeds", "out": "out"}, "aif": {name: name for name 
 _ENDPOINT = re.compile(r"(?<![\w./-])endpoint\.(?=[a-z_])")
 
 
-@with_config_keys
 def recipe(run: ZephyrRun) -> Path:
     """The `recipe zephyr` command; returns its folder. See the module for the stages. Raises `InputError`."""
     show_log()
