@@ -1,7 +1,6 @@
 """`dpo-jax bench`: what a training command does on the devices that are here, beside what the planner says of it."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 import time
@@ -21,7 +20,7 @@ from dpo_jax.commands.plan import job_of
 from dpo_jax.config import ON_COMMAND_LINE, BenchRun, DPORun, RewardRun, SFTRun
 from dpo_jax.data.tokens.templates import RAW, today, writes_date
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.log import say
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.plan import programs, worker
@@ -74,7 +73,7 @@ def bench(options: BenchRun) -> Figures:
         else:
             result[section] = figures
         if options.out is not None:
-            write_atomically(Path(options.out), json.dumps(result, indent=2) + "\n")
+            write_json(Path(options.out), result)
     _show(result, console)
     return result
 

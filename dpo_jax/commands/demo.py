@@ -35,7 +35,7 @@ from dpo_jax.config import (
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import RunFolder, as_json, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
@@ -107,7 +107,7 @@ def _demo(run: DemoRun, size: Size) -> Path:
         summary = {"model": run.model, "seed": run.seed, "pairs": len(pairs), "prompts": size.prompts}
         summary |= demo_report.figures(before, after, seed=run.seed)
         demo_report.write(out, summary, before, after, pairs)
-        write_atomically(out / "summary.json", json.dumps(summary | {"seconds": seconds}, indent=2) + "\n")
+        write_json(out / "summary.json", summary | {"seconds": seconds})
         stages.finish()
         say(f"{sum(seconds.values()):.0f} seconds in all")
     demo_report.show(json.loads((out / "summary.json").read_text()), out)

@@ -1,6 +1,5 @@
 """`dpo-jax eval`: a model judged on preference pairs, and by the texts that it writes."""
 
-import json
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.data.tokens import cuts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge import preference_figures as judgement
 from dpo_jax.judge import reward_eval as evaluate_rewards
@@ -90,7 +89,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     }
     _show(result)
     if out is not None:
-        write_atomically(out, json.dumps(result, indent=2) + "\n")
+        write_json(out, result)
         say(f"{out}: written")
     return result
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax.complete.responses import Response
 from dpo_jax.complete.writer import Draw, Some, Writer
-from dpo_jax.config import DataConfig, GenerateRun
+from dpo_jax.config import GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
@@ -62,12 +62,6 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
         prompt = [m.as_dict() for m in messages] if text is None else text
         heads.append({"row": number, "prompt": prompt})
     return heads, ids
-
-
-def as_trained(data: DataConfig) -> dict[str, Any]:
-    """The options of a `GenerateRun` that put prompts as a training run with these options puts them."""
-    raw = data.template == RAW
-    return {"raw": raw, "template": None if raw else data.template, "date": None if raw else data.date}
 
 
 def generate(run: GenerateRun) -> None:

@@ -23,7 +23,7 @@ from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge import sheet
@@ -255,9 +255,7 @@ def _agreement(run: JudgeRun, out: Path, done: Sequence[Row], rows: _Rows, promp
     path = out.with_name(f"{out.name}.agreement.json")
     name = "none" if prompt is None else prompt.name
     published = prompt is not None and prompt.published
-    write_atomically(
-        path, json.dumps({"prompt": name, "comparable": published, **found} | (bench if told else {}), indent=2) + "\n"
-    )
+    write_json(path, {"prompt": name, "comparable": published, **found} | (bench if told else {}))
     judge_name = run.function or run.model or run.endpoint.model or ", ".join(run.read)
     table = Table(title=f"{judge_name} on {run.data.files}; prompt: {name}")
     for head in ("figure", "value", "95 % interval"):

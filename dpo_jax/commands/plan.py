@@ -1,7 +1,6 @@
 """`dpo-jax plan`: what a training command needs on devices that are not here, before they are paid for."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from dpo_jax.config import BenchRun, PlanRun, RewardRun, SFTRun, TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.plan import compiling
@@ -51,7 +50,7 @@ def plan(options: PlanRun) -> dict[str, Any]:
         made = compile_plan(options, topology, job, folder)
     result = as_result(options, made) | result
     if options.out is not None:
-        write_atomically(Path(options.out), json.dumps(result, indent=2) + "\n")
+        write_json(Path(options.out), result)
     show(options, made, console)
     if not made.fits:
         raise DoesNotFit(f"{made.worst.name} {made.worst.describe()}")

@@ -33,7 +33,7 @@ from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import writes_date
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import as_json, write_atomically
+from dpo_jax.files.folder import as_json, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines, write_once
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
@@ -284,7 +284,7 @@ class _Run:
         self._tell(iteration, figures)
         if self.training.main:
             curves = rejection_report.curves(scores)
-            write_atomically(folder / "curves.json", json.dumps(curves, indent=1) + "\n")
+            write_json(folder / "curves.json", curves, indent=1)
             write_lines(folder / "pool.jsonl", pool)
             write_lines(folder / "sft.jsonl", learnt)
         rewards = {f"reward {name}": figures[f"rewards/{name}"] for name in ("mean", "best", "learnt")}

@@ -15,7 +15,7 @@ from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
@@ -125,7 +125,7 @@ def safety(run: SafetyRun) -> dict[str, Any]:
     else:
         _show(result)
     if "out" in outs:
-        write_atomically(outs["out"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(outs["out"], result, indent=1, ensure_ascii=False)
         say(f"{outs['out']}: written")
     if "rows" in outs:
         lines = [

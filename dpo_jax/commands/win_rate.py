@@ -15,7 +15,7 @@ from dpo_jax.commands.judge import judge as put
 from dpo_jax.config import FilesConfig, JudgeRun, WinRateRun
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
@@ -118,7 +118,7 @@ def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -
     if out.suffix == ".jsonl":
         write_lines(out, found)
     else:
-        write_atomically(out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        write_json(out, found, ensure_ascii=False, indent=1)
 
 
 def _prompt(asked: str) -> Any:

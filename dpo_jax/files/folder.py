@@ -82,6 +82,11 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         raise cannot_write(path, error) from error
 
 
+def write_json(path: Path, value: Any, *, indent: int = 2, ensure_ascii: bool = True) -> None:
+    """Write a value as a file of JSON, whole or not at all. Raises `InputError`: see `write_atomically`."""
+    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=ensure_ascii) + "\n")
+
+
 def cannot_write(path: Path | str, error: OSError) -> InputError:
     """The one line for a full or unwritable disk."""
     return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
@@ -173,12 +178,11 @@ class RunFolder:
         """Make the folder ours: write the marker and the resolved options. Call it once the input has been checked."""
         self._mark(finished=False)
         if self.writes:
-            write_atomically(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
+            write_json(self.path / "config.json", resolved)
 
     def _mark(self, *, finished: bool) -> None:
         if self.writes:
-            content = {"command": self.command, "finished": finished, "given": self.given}
-            write_atomically(self.marker, json.dumps(content, indent=2) + "\n")
+            write_json(self.marker, {"command": self.command, "finished": finished, "given": self.given})
 
     def finish(self) -> None:
         """Mark the run as finished."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import InputError, Stopped
-from dpo_jax.files.folder import INPUTS, STAGES, RunFolder, as_json, is_finished, write_atomically
+from dpo_jax.files.folder import INPUTS, STAGES, RunFolder, as_json, is_finished, write_json
 from dpo_jax.files.log import read_metrics, say
 from dpo_jax.processes import distributed
 
@@ -123,7 +123,7 @@ class Stages:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         if self._folder.writes:
-            write_atomically(self.out / name, json.dumps(values, indent=2) + "\n")
+            write_json(self.out / name, values)
 
     def _say(self, text: str) -> None:
         if self._folder.writes:

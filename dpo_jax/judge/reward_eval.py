@@ -1,6 +1,5 @@
 """`dpo-jax eval` of a reward model: accuracy by group, calibration, length, AUC, a second judge; tables and plots."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.tokens import cuts
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.log import say
 from dpo_jax.judge import reward_figures as reward_judgement
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
@@ -61,7 +60,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     ]
     _show(result)
     if out is not None:
-        write_atomically(out, json.dumps(result, indent=2) + "\n")
+        write_json(out, result)
         say(f"{out}: written")
     if page is not None:
         _write_report(page, result, data, scores, pairs, bins)

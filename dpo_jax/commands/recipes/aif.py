@@ -10,7 +10,6 @@ report.json          which model wins how often; report.md
 replies/             of writers and judge, by a hash of all that decides them
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 
 from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
+from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete import writer_pool as pool
 from dpo_jax.complete.answerers import Answerer
 from dpo_jax.complete.asking import answers
@@ -29,10 +29,10 @@ from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import RowsFile, read_lines, write_lines, write_once
-from dpo_jax.files.log import ProgressBar, say, show_log
-from dpo_jax.files.stages import Figures, Stage, Stages
+from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge import feedback
 from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt
 from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
@@ -48,12 +48,7 @@ _AT_ONCE = 256  # rows between two writes of a judged file
 
 def recipe(run: AIFRun) -> Path:
     """The `recipe aif` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe aif", as_json(run)))
-    folder.perform(AIF(run, folder.out).stages(), run)
-    folder.finish()
-    feedback_report.show(json.loads((folder.out / "report.json").read_text()), folder.out)
-    return folder.out
+    return perform("aif", run, AIF, feedback_report.show, found="report.json")
 
 
 class AIF:
@@ -386,5 +381,5 @@ class AIF:
             )
             say(figures["one score"])
         write_atomically(self._out / "report.md", feedback_report.markdown(figures))
-        write_atomically(self._out / "report.json", json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._out / "report.json", figures, ensure_ascii=False)
         return {"pairs": len(made)}

@@ -10,13 +10,13 @@ data.jsonl                   what the filters keep; dropped.jsonl: what not, and
 replies/                     of the teacher, by a hash of all that decides them
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete.answerers import Answerer
 from dpo_jax.complete.self_instruct import Teacher, unlike
 from dpo_jax.config import DSFTRun
@@ -29,23 +29,21 @@ from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.sources.near_texts import NearTexts
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import say, show_log
-from dpo_jax.files.stages import Figures, Stage, Stages
+from dpo_jax.files.log import say
+from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.refusals import refusal
 from dpo_jax.mesh import make_mesh
 
 
 def recipe(run: DSFTRun) -> Path:
     """The `recipe dsft` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe dsft", as_json(run)))
-    dsft = DSFT(run, folder.out)
-    folder.perform(dsft.stages(), run)
-    folder.finish()
-    say(f"{folder.out / 'data.jsonl'}: {len(read_lines(folder.out / 'data.jsonl'))} dialogues; report.md says the rest")
-    return folder.out
+    return perform("dsft", run, DSFT, _show, found="report.json")
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    say(f"{out / 'data.jsonl'}: {report['kept']} dialogues; report.md says the rest")
 
 
 class DSFT:
@@ -224,7 +222,7 @@ class DSFT:
             if isinstance(value, dict) and value:
                 lines += ["", f"| {name} | dialogues |", "|---|---|", *(f"| {k} | {n} |" for k, n in value.items())]
         write_lines(self._out / "dropped.jsonl", dropped)
-        write_atomically(self._out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_json(self._out / "report.json", report, ensure_ascii=False)
         write_atomically(self._out / "report.md", "\n".join(lines) + "\n")
         if not kept:
             raise InputError(f"{self._out}: no dialogue is left; report.md says why: {dict(reasons.most_common(3))}")

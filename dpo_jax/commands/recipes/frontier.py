@@ -13,7 +13,6 @@ with the same random numbers.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dpo_jax.align.rejection import order_statistic
 from dpo_jax.commands import dpo, ppo, sft
+from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete.openings import review_openings
 from dpo_jax.complete.writer import Writer
 from dpo_jax.config import (
@@ -47,10 +47,9 @@ from dpo_jax.config import (
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Stage, Stages
+from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.continuations import make_pairs, write_judged
 from dpo_jax.judge.reward_functions import RewardFunction, open_reward
 from dpo_jax.mesh import make_mesh
@@ -95,13 +94,8 @@ class Method:
 
 def recipe(run: FrontierRun) -> Path:
     """The `recipe frontier` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe frontier", as_json(run)))
-    work = Frontier(run, folder.out)
-    folder.perform(work.stages(), dataclasses.replace(run, recipe=run.sizes))
-    folder.finish()
-    frontier_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
-    return folder.out
+    resolved = dataclasses.replace(run, recipe=run.sizes)
+    return perform("frontier", run, Frontier, frontier_report.show, resolved=resolved)
 
 
 class Frontier:
@@ -325,7 +319,7 @@ class Frontier:
         write_lines(self._out / "results.jsonl", results)
         runs = {self._out / each.key: self._texts(each, each.steps) for each in self.methods}
         frontier_report.write(self._out, summary, runs)
-        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self._out / "summary.json", summary)
         return {"points": len(results)}
 
 

@@ -20,15 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from dpo_jax.commands import dpo
-from dpo_jax.commands.generate import as_trained, generate
-from dpo_jax.config import GenerateRun, IterativeRPORun, SampleConfig
+from dpo_jax.commands.recipes.chain import answer, perform, trained
+from dpo_jax.config import IterativeRPORun
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
+from dpo_jax.files.stages import Figures, Stage, last_figures
 from dpo_jax.judge.right_answers import draw_pairs, known_answer, open_matcher
 from dpo_jax.report import iterative_rpo as report
 from dpo_jax.report.statistics import share_interval
@@ -40,12 +39,7 @@ COUNTS = ("problems", *report.REASONS, "used", "pairs", "cut")
 
 def recipe(run: IterativeRPORun) -> Path:
     """The `recipe iterative_rpo` command; returns its folder. See the module. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe iterative_rpo", as_json(run)))
-    folder.perform(IterativeRPO(run, folder.out).stages(), run)
-    folder.finish()
-    report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
-    return folder.out
+    return perform("iterative_rpo", run, IterativeRPO, report.show)
 
 
 class IterativeRPO:
@@ -103,36 +97,15 @@ class IterativeRPO:
 
     # ---------------------------------------------------------------- what a model answers
 
-    def _write(
-        self, path: Path, model: str | Path, prompts: str, *, sample: SampleConfig, samples: int, seed: int
-    ) -> list[Row]:
-        """Answers to all problems of a file."""
-        run = self._run
-        generate(
-            GenerateRun(
-                model=str(model),
-                prompts=prompts,
-                out=str(path),
-                **as_trained(run.dpo.data),
-                batch_size=run.batch_size,
-                samples=samples,
-                seed=seed,
-                dtype=run.dpo.train.dtype,
-                sample=sample,
-                mesh=run.dpo.mesh,
-            )
-        )
-        return read_lines(path)
-
     def _rights(self, rows: list[Row], source: str) -> list[bool]:
         return [self._is_right(row["response"], self._known[source][row["row"]]) for row in rows]
 
     def _answer(self, t: int) -> Figures:
         run = self._run
-        path, seed = self._out / f"round-{t}" / "answers.jsonl", run.seed + t
+        told = {"batch_size": run.batch_size, "samples": run.samples, "seed": run.seed + t}
         sample = dataclasses.replace(run.sample, temperature=run.temperature(t))
-        rows = self._write(path, self._model(t - 1), run.prompts, sample=sample, samples=run.samples, seed=seed)
-        return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+        path = self._out / f"round-{t}" / "answers.jsonl"
+        return answer(path, self._model(t - 1), run.prompts, run.dpo, sample=sample, **told)
 
     def _hold(self, t: int) -> Figures:
         """The held-out problems, by each model alike: greedy answers, so that only the weights tell them apart."""
@@ -141,7 +114,8 @@ class IterativeRPO:
         if not self._heldout(t).exists():
             part = self._out / f"heldout-{t}-answers.jsonl"
             greedy = dataclasses.replace(run.sample, temperature=0.0, top_k=None, top_p=None, min_p=None)
-            rows = self._write(part, self._model(t), run.eval_prompts, sample=greedy, samples=1, seed=0)
+            answer(part, self._model(t), run.eval_prompts, run.dpo, sample=greedy, batch_size=run.batch_size, seed=0)
+            rows = read_lines(part)
             marks = self._rights(rows, run.eval_prompts)
             write_lines(self._heldout(t), [row | {"right": right} for row, right in zip(rows, marks, strict=True)])
         return self._accuracy(t)
@@ -182,7 +156,7 @@ class IterativeRPO:
                 " --sample.max_new_tokens"
             )
         right = sum(marks.values()) / len(marks)
-        write_atomically(self._counts(t), json.dumps(told | {"share right": right}, indent=2) + "\n")
+        write_json(self._counts(t), told | {"share right": right})
         write_lines(self._out / f"round-{t}" / "pairs.jsonl", pairs)
         return told | {"share right": right}
 
@@ -191,10 +165,8 @@ class IterativeRPO:
 
     def _train(self, t: int) -> Figures:
         """The reference is `model` itself, where none is named."""
-        options = self._run.dpo
-        data = dataclasses.replace(options.data, files=str(self._out / f"round-{t}" / "pairs.jsonl"))
-        dpo.train(dataclasses.replace(options, model=str(self._model(t - 1)), data=data, out=str(self._model(t))))
-        return last_figures(Path(self._model(t)), report.TRAINED)
+        pairs, before = self._out / f"round-{t}" / "pairs.jsonl", str(self._model(t - 1))
+        return trained(dpo.train, self._run.dpo, pairs, Path(self._model(t)), report.TRAINED, model=before)
 
     # ---------------------------------------------------------------- the table
 
@@ -208,7 +180,7 @@ class IterativeRPO:
             rows.append(row | (self._accuracy(t) if run.eval_prompts is not None else {}))
         summary = {"model": run.model, "prompts": run.prompts, "match": run.match, "seed": run.seed, "rounds": rows}
         report.write(self._out, summary, [Path(self._model(t)) for t in range(1, run.rounds + 1)])
-        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self._out / "summary.json", summary)
         if run.eval_prompts is None:
             return {f"pairs of round {t}": rows[t]["pairs"] for t in range(1, run.rounds + 1)}
         return {f"accuracy of {row['model']}": row["accuracy"] for row in rows}

@@ -1,22 +1,19 @@
-"""What a version of a model answers to the prompts of a recipe, and what a judge thinks of it."""
+"""What a judge thinks of the answers of a version of a model to the prompts of a recipe."""
 
 import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.commands.generate import as_trained, generate
-from dpo_jax.config import GenerateRun, PPORun, RejectionRun
+from dpo_jax.config import PPORun, RejectionRun
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.jsonl import Row, read_lines
-from dpo_jax.files.stages import Figures
+from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.reward_functions import open_reward, scores_of
 from dpo_jax.mesh import batch_parts, make_mesh
 
@@ -35,38 +32,6 @@ def read_prompts(source: str) -> dict[int, Prompt]:
         except BadRow as problem:
             raise InputError(f"{source}: row {number}: {problem}") from problem
     return found
-
-
-def answer(
-    path: Path,
-    model: str | Path,
-    prompts: str,
-    like: PPORun | RejectionRun,
-    *,
-    samples: int,
-    temperature: float,
-    batch_size: int,
-    seed: int,
-) -> Figures:
-    """Write `samples` answers of `model` to every prompt to `path`, or go on with it; template, dtype, mesh and all of
-    `sample` but the temperature are those of the run `like`."""
-    if not path.exists():
-        generate(
-            GenerateRun(
-                model=str(model),
-                prompts=prompts,
-                out=str(path),
-                **as_trained(like.data),
-                batch_size=batch_size,
-                samples=samples,
-                seed=seed,
-                dtype=like.train.dtype,
-                sample=dataclasses.replace(like.sample, temperature=temperature),
-                mesh=like.mesh,
-            )
-        )
-    rows = read_lines(path)
-    return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
 
 
 def judge_answers(

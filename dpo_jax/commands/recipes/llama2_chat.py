@@ -18,7 +18,7 @@ from V0 ... V(r-1), and later versions write what it has not seen.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,15 +28,15 @@ import numpy as np
 
 from dpo_jax.commands import ppo, rejection, reward, sft
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
-from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
-from dpo_jax.config import DataConfig, Llama2ChatRun, RewardRun
+from dpo_jax.commands.recipes.chain import answer, perform, trained
+from dpo_jax.commands.recipes.judged_answers import judge_answers, read_prompts
+from dpo_jax.config import Llama2ChatRun, RewardRun, TrainingRun
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
+from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.continuations import make_pairs
 from dpo_jax.judge.reward_functions import check_reward
 from dpo_jax.report import llama2_chat as llama2_chat_report
@@ -46,13 +46,7 @@ HELPFUL, SAFE = "helpful", "safety"
 
 def recipe(run: Llama2ChatRun) -> Path:
     """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe llama2_chat", as_json(run)))
-    chat = Llama2Chat(run, folder.out)
-    folder.perform(chat.stages(), run)
-    folder.finish()
-    llama2_chat_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
-    return folder.out
+    return perform("llama2_chat", run, Llama2Chat, llama2_chat_report.show)
 
 
 @dataclass(frozen=True)
@@ -150,9 +144,7 @@ class Llama2Chat:
 
     def _sft(self) -> Figures:
         run = self._run
-        data = dataclasses.replace(run.sft.data, files=run.sft_data)
-        sft.train(dataclasses.replace(run.sft, model=run.model, data=data, out=str(self._out / "sft")))
-        return last_figures(self._out / "sft", {"loss": "loss"})
+        return trained(sft.train, run.sft, run.sft_data, self._out / "sft", {"loss": "loss"}, model=run.model)
 
     # ---------------------------------------------------------------- what the newest model writes
 
@@ -173,7 +165,7 @@ class Llama2Chat:
             run.prompts,
             run.ppo,
             samples=options.pair_samples,
-            temperature=options.pair_temperature,
+            sample=dataclasses.replace(run.ppo.sample, temperature=options.pair_temperature),
             batch_size=options.pair_batch_size,
             seed=run.seed + version,
         )
@@ -246,20 +238,19 @@ class Llama2Chat:
             names = self._distributions(number - 1)
             rows = [row for name in names for row in read_lines(self._learnt(name, each))]
             write_lines(self._material(number, each), rows)
-        mixes = kind.name == SAFE and kind.options.mix_data is not None
-        reward.train(
-            dataclasses.replace(
-                kind.options,
-                model=str(self._out / "sft"),
-                data=dataclasses.replace(kind.options.data, files=str(self._material(number, kind))),
-                mix_data=str(self._material(number, self._kinds[0])) if mixes else None,
-                eval_data=str(self._heldout(f"v{number - 1}", kind)),
-                holdout=None,
-                out=str(self._reward(number, kind)),
-            )
+        material, mixes = self._material(number, kind), kind.name == SAFE and kind.options.mix_data is not None
+        figures = trained(
+            reward.train,
+            kind.options,
+            material,
+            self._reward(number, kind),
+            {"accuracy on the newest": "eval_accuracy"},
+            model=str(self._out / "sft"),
+            mix_data=str(self._material(number, self._kinds[0])) if mixes else None,
+            eval_data=str(self._heldout(f"v{number - 1}", kind)),
+            holdout=None,
         )
-        figures = last_figures(self._reward(number, kind), {"accuracy on the newest": "eval_accuracy"})
-        return {"comparisons": len(read_lines(self._material(number, kind))), **figures}
+        return {"comparisons": len(read_lines(material)), **figures}
 
     def _accuracy_stage(self, name: str, file: str, cells: Sequence[tuple[int, str]]) -> Stage:
         rewards = [self._reward(number, kind) for number, _ in cells for kind in self._kinds]
@@ -276,7 +267,7 @@ class Llama2Chat:
                 figures = comparisons.accuracies(self._reward(number, kind), sources, kind.options)
                 head = {"kind": kind.name, "reward_model": number}
                 found += [head | {"distribution": name} | each for name, each in zip(names, figures, strict=True)]
-        write_atomically(path, json.dumps(found, indent=2) + "\n")
+        write_json(path, found)
         return {f"{row['kind']} {row['reward_model']} on {row['distribution']}": row["accuracy"] for row in found}
 
     # ---------------------------------------------------------------- policies
@@ -292,31 +283,26 @@ class Llama2Chat:
         work = partial(self._reject, number)
         return Stage(f"V{number}: rejection sampling", tuple(inputs), self._model(number), work)
 
-    def _setting(self, number: int, data: DataConfig) -> dict[str, Any]:
-        """What a version's run is told beside its own options: the version before, and the newest reward models."""
-        safety = str(self._reward(number, self._kinds[1])) if len(self._kinds) > 1 else None
-        return {
-            "model": str(self._model(number - 1)),
-            "data": dataclasses.replace(data, files=self._run.prompts),
-            "out": str(self._model(number)),
-            "reward": str(self._reward(number, self._kinds[0])),
-            "safety_reward": safety,
-        }
+    def _version(
+        self, number: int, train: Callable[[Any], Path], options: TrainingRun, figures: Mapping[str, str], **told: Any
+    ) -> Figures:
+        """Train a version: from the one before, by the newest reward models."""
+        told |= {"model": str(self._model(number - 1)), "reward": str(self._reward(number, self._kinds[0]))}
+        told["safety_reward"] = str(self._reward(number, self._kinds[1])) if len(self._kinds) > 1 else None
+        return trained(train, options, self._run.prompts, self._model(number), figures, **told)
 
     def _reject(self, number: int) -> Figures:
         options = self._run.rejection
         before = str(self._model(number - 1) / "pool.jsonl") if number > 1 else None
         inner = dataclasses.replace(options.rejection, pool_from=before if options.rejection.pool == "all" else None)
-        rejection.train(dataclasses.replace(options, rejection=inner, **self._setting(number, options.data)))
         names = {"reward of all": "rewards/mean", "of the best": "rewards/best", "in the pool": "pool/size"}
-        return last_figures(self._model(number), names)
+        return self._version(number, rejection.train, options, names, rejection=inner)
 
     def _ppo(self, number: int) -> Figures:
-        ppo.train(dataclasses.replace(self._run.ppo, **self._setting(number, self._run.ppo.data)))
         # Two rewards as one are whitened: their mean is 0, and those that it was made of tell more.
         parts = {"helpfulness": "rewards/helpfulness", "safety": "rewards/safety"}
         names = {"reward": "objective/scores", "KL": "objective/kl"}
-        return last_figures(self._model(number), names | (parts if len(self._kinds) > 1 else {}))
+        return self._version(number, ppo.train, self._run.ppo, names | (parts if len(self._kinds) > 1 else {}))
 
     # ---------------------------------------------------------------- the table
 
@@ -330,7 +316,7 @@ class Llama2Chat:
         accuracy.sort(key=lambda row: (row["kind"], row["reward_model"], self._place(row["distribution"])))
         summary = {"model": self._run.model, "judge": self._run.judge, "versions": versions, "accuracy": accuracy}
         llama2_chat_report.write(self._out, summary, [self._model(version) for version in range(self._rounds + 2)])
-        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self._out / "summary.json", summary)
         return {f"V{row['version']}": row[f"{HELPFUL} score"] for row in versions}
 
     def _place(self, distribution: str) -> int:

@@ -15,7 +15,6 @@ With `--stages dpo` V0 is the model that was given, and each round is DPO from t
 """
 
 import dataclasses
-import json
 import shutil
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,17 +22,18 @@ from pathlib import Path
 from dpo_jax.commands import dpo, rejection, reward, sft
 from dpo_jax.commands.average import average
 from dpo_jax.commands.recipes import heldout_comparisons as comparisons
-from dpo_jax.commands.recipes.judged_answers import answer, judge_answers, read_prompts
+from dpo_jax.commands.recipes.chain import answer, perform, trained
+from dpo_jax.commands.recipes.judged_answers import judge_answers, read_prompts
 from dpo_jax.config import AverageRun, DPORun, Llama3Run
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.ratings import RATINGS
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
-from dpo_jax.files.log import say, show_log
-from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
+from dpo_jax.files.log import say
+from dpo_jax.files.stages import Figures, Stage, last_figures
 from dpo_jax.judge.continuations import make_pairs
 from dpo_jax.judge.reward_functions import check_reward
 from dpo_jax.report import llama3 as report
@@ -45,14 +45,7 @@ _TAUGHT = RATINGS[2:]
 
 def recipe(run: Llama3Run) -> Path:
     """The `recipe llama3` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe llama3", as_json(run)))
-    if not run.average_over:
-        say("--average_over names no other model: one model a round, and no averaging")
-    folder.perform(Llama3(run, folder.out).stages(), run)
-    folder.finish()
-    report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
-    return folder.out
+    return perform("llama3", run, Llama3, report.show)
 
 
 class Llama3:
@@ -60,6 +53,8 @@ class Llama3:
 
     def __init__(self, run: Llama3Run, out: Path):
         self._run, self._out, self._whole = run, out, run.stages == "all"
+        if not run.average_over:
+            say("--average_over names no other model: one model a round, and no averaging")
         check_reward(run.judge, dataclasses.replace(run.rejection, out=run.out))
 
     def stages(self) -> list[Stage]:
@@ -141,9 +136,7 @@ class Llama3:
     def _sft(self) -> Figures:
         run = self._run
         assert run.sft_data is not None
-        data = dataclasses.replace(run.sft.data, files=run.sft_data)
-        sft.train(dataclasses.replace(run.sft, model=run.model, data=data, out=str(self._out / "sft")))
-        return last_figures(self._out / "sft", {"loss": "loss"})
+        return trained(sft.train, run.sft, run.sft_data, self._out / "sft", {"loss": "loss"}, model=run.model)
 
     # ---------------------------------------------------------------- what the newest model writes
 
@@ -153,8 +146,9 @@ class Llama3:
 
     def _answers(self, version: int) -> list[Stage]:
         run, model, path = self._run, self._model(version), self._out / f"v{version}" / "answers.jsonl"
-        setting = {"samples": run.pair_samples, "temperature": run.pair_temperature, "batch_size": run.batch_size}
-        work = partial(answer, path, model, run.prompts, run.rejection, **setting, seed=run.seed + version)
+        sample = dataclasses.replace(run.rejection.sample, temperature=run.pair_temperature)
+        setting = {"samples": run.pair_samples, "batch_size": run.batch_size, "seed": run.seed + version}
+        work = partial(answer, path, model, run.prompts, run.rejection, sample=sample, **setting)
         judge = partial(self._judge, version)
         return [
             Stage(f"V{version} answers", (model, run.prompts), path, work),
@@ -200,38 +194,28 @@ class Llama3:
 
     def _reward(self, r: int) -> Figures:
         """From the pre-trained model, on everything that there is to compare so far."""
-        options, folder = self._run.reward, self._folder(r)
+        run, folder = self._run, self._folder(r)
         rows = [row for name in self._sets(r) for row in read_lines(self._out / name / "learnt.jsonl")]
-        write_lines(folder / "comparisons.jsonl", rows)
-        reward.train(
-            dataclasses.replace(
-                options,
-                model=self._run.model,
-                data=dataclasses.replace(options.data, files=str(folder / "comparisons.jsonl")),
-                eval_data=str(self._out / f"v{r - 1}" / "heldout.jsonl"),
-                out=str(folder / "reward"),
-            )
-        )
-        return {
-            "comparisons": len(rows),
-            **last_figures(folder / "reward", {"accuracy on the newest": "eval_accuracy"}),
-        }
+        material, names = folder / "comparisons.jsonl", {"accuracy on the newest": "eval_accuracy"}
+        write_lines(material, rows)
+        told = {"model": run.model, "eval_data": str(self._out / f"v{r - 1}" / "heldout.jsonl")}
+        figures = trained(reward.train, run.reward, material, folder / "reward", names, **told)
+        return {"comparisons": len(rows), **figures}
 
     def _reject(self, r: int) -> Figures:
         """The best model so far writes, the pre-trained one learns."""
-        options, folder, best = self._run.rejection, self._folder(r), self._best(r)
-        rejection.train(
-            dataclasses.replace(
-                options,
-                model=str(self._model(best)),
-                rejection=dataclasses.replace(options.rejection, student=self._run.model),
-                data=dataclasses.replace(options.data, files=self._run.prompts),
-                reward=str(folder / "reward"),
-                out=str(folder / "rejection"),
-            )
+        run, folder, best = self._run, self._folder(r), self._best(r)
+        figures = trained(
+            rejection.train,
+            run.rejection,
+            run.prompts,
+            folder / "rejection",
+            {"reward of all": "rewards/mean", "of the best": "rewards/best"},
+            model=str(self._model(best)),
+            rejection=dataclasses.replace(run.rejection.rejection, student=run.model),
+            reward=str(folder / "reward"),
         )
-        names = {"reward of all": "rewards/mean", "of the best": "rewards/best"}
-        return {"written by": f"V{best}", **last_figures(folder / "rejection", names)}
+        return {"written by": f"V{best}", **figures}
 
     def _dpo(self, r: int, i: int, options: DPORun, sets: list[str]) -> Figures:
         out = self._dpo_out(r, i)
@@ -239,9 +223,8 @@ class Llama3:
         rows = [row for name in sets for row in read_lines(self._out / name / "taught.jsonl")]
         write_lines(source, rows)
         start = self._folder(r) / "rejection" if self._whole else self._model(self._best(r))
-        data = dataclasses.replace(options.data, files=str(source))
-        dpo.train(dataclasses.replace(options, model=str(start), data=data, out=str(out)))
-        return {"pairs": len(rows), **last_figures(out, {"loss": "loss", "chosen logp": "logps/chosen"})}
+        names = {"loss": "loss", "chosen logp": "logps/chosen"}
+        return {"pairs": len(rows), **trained(dpo.train, options, source, out, names, model=str(start))}
 
     def _mean(self, r: int) -> Figures:
         models = tuple(str(self._dpo_out(r, i) / "model") for i in range(len(self._variants)))
@@ -274,7 +257,7 @@ class Llama3:
         }
         runs = [self._dpo_out(r, 0) for r in range(1, self._run.rounds + 1)]
         report.write(self._out, summary, runs)
-        write_atomically(self._out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self._out / "summary.json", summary)
         return {f"V{row['version']}": row["score"] for row in versions}
 
 

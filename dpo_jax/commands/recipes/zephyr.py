@@ -23,16 +23,15 @@ import numpy as np
 
 from dpo_jax.commands import dpo, sft
 from dpo_jax.commands.eval import evaluate
-from dpo_jax.commands.generate import as_trained, generate
 from dpo_jax.commands.recipes import aif, dsft
+from dpo_jax.commands.recipes.chain import answer, perform, trained
 from dpo_jax.commands.recipes.heldout_comparisons import parted
-from dpo_jax.config import AIFRun, DSFTRun, EvalRun, GenerateRun, ZephyrRun
+from dpo_jax.config import AIFRun, DSFTRun, EvalRun, ZephyrRun
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, as_json, write_atomically
+from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import read_lines, write_lines
-from dpo_jax.files.log import show_log
-from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
+from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.judging import Item
 from dpo_jax.report import zephyr as zephyr_report
 from dpo_jax.report.text_health import health
@@ -48,12 +47,7 @@ _ENDPOINT = re.compile(r"(?<![\w./-])endpoint\.(?=[a-z_])")
 
 def recipe(run: ZephyrRun) -> Path:
     """The `recipe zephyr` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    show_log()
-    folder = Stages(RunFolder(Path(run.out).absolute(), "recipe zephyr", as_json(run)))
-    folder.perform(Zephyr(run, folder.out).stages(), run)
-    folder.finish()
-    zephyr_report.show(json.loads((folder.out / "summary.json").read_text()), folder.out)
-    return folder.out
+    return perform("zephyr", run, Zephyr, zephyr_report.show)
 
 
 class Zephyr:
@@ -76,8 +70,9 @@ class Zephyr:
         dialogues, pairs, heldout = out / "dsft" / "data.jsonl", out / "pairs.jsonl", out / "heldout.jsonl"
         asked, before, after = (out / f"{name}.jsonl" for name in ("heldout_prompts", "before", "after"))
         judge = run.judge.removeprefix("judge:")
+        told: dict[str, Any] = {"sample": run.sample, "batch_size": run.batch_size, "seed": run.seed}
         answers = [
-            Stage(f"answers {path.stem}", (model, asked), path, partial(self._answer, model, path))
+            Stage(f"answers {path.stem}", (model, asked), path, partial(answer, path, model, asked, run.dpo, **told))
             for model, path in ((out / "sft", before), (out / "dpo", after))
         ]
         every = (before, after, out / "verdicts.jsonl", out / "eval.json")
@@ -99,9 +94,8 @@ class Zephyr:
 
     def _sft(self) -> Figures:
         run, out = self._run, self._out
-        data = dataclasses.replace(run.sft.data, files=str(out / "dsft" / "data.jsonl"))
-        sft.train(dataclasses.replace(run.sft, model=run.model, data=data, out=str(out / "sft")))
-        return last_figures(out / "sft", {"loss": "loss"})
+        dialogues = out / "dsft" / "data.jsonl"
+        return trained(sft.train, run.sft, dialogues, out / "sft", {"loss": "loss"}, model=run.model)
 
     def _feedback(self) -> Figures:
         _named("aif", lambda: aif.recipe(self._aif))
@@ -121,31 +115,9 @@ class Zephyr:
         return {"pairs": len(learnt), "held out": len(heldout), "their prompts": len(prompts)}
 
     def _dpo(self) -> Figures:
-        run, out = self._run, self._out
-        data = dataclasses.replace(run.dpo.data, files=str(out / "pairs.jsonl"))
-        heldout = str(out / "heldout.jsonl")
-        told: dict[str, Any] = {"model": str(out / "sft"), "data": data, "eval_data": heldout, "out": str(out / "dpo")}
-        dpo.train(dataclasses.replace(run.dpo, **told))
-        return last_figures(out / "dpo", {"loss": "loss", "held-out accuracy": "eval_rewards/accuracies"})
-
-    def _answer(self, model: Path, path: Path) -> Figures:
-        run = self._run
-        if not path.exists():
-            generate(
-                GenerateRun(
-                    model=str(model),
-                    prompts=str(self._out / "heldout_prompts.jsonl"),
-                    out=str(path),
-                    **as_trained(run.dpo.data),
-                    batch_size=run.batch_size,
-                    seed=run.seed,
-                    dtype=run.dpo.train.dtype,
-                    sample=run.sample,
-                    mesh=run.dpo.mesh,
-                )
-            )
-        rows = read_lines(path)
-        return {"answers": len(rows), "tokens": float(np.mean([row["tokens"] for row in rows]))}
+        out, names = self._out, {"loss": "loss", "held-out accuracy": "eval_rewards/accuracies"}
+        told = {"model": str(out / "sft"), "eval_data": str(out / "heldout.jsonl")}
+        return trained(dpo.train, self._run.dpo, out / "pairs.jsonl", out / "dpo", names, **told)
 
     def _compare(self) -> Figures:
         """The answer of dpo/ stands first."""
@@ -202,7 +174,7 @@ class Zephyr:
         }
         feedback = json.loads((out / "aif" / "report.json").read_text())
         zephyr_report.write(out, summary, texts["before"], texts["after"], verdicts, feedback)
-        write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(out / "summary.json", summary)
         return {} if summary["win_rate"] is None else {"win rate": summary["win_rate"]["win_rate"]}
 
 
