@@ -1,6 +1,5 @@
 """`dpo-jax chat`: talk to a model in the terminal, or to two side by side."""
 
-import json
 import secrets
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from dpo_jax.complete.talker import Question, Talker, stream
 from dpo_jax.config import ChatRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.jsonl import write_lines
 from dpo_jax.files.log import say
 from dpo_jax.sample.live import Settings
 
@@ -119,10 +118,7 @@ class _Chat:
             {"model": d.talker.model, "messages": [m.as_dict() for m in d.messages(self.system)]}
             for d in self.dialogues
         ]
-        try:
-            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as problem:
-            raise InputError(f"{path}: {problem.strerror}") from problem
+        write_lines(path, rows)
         print(f"{path}: {len(rows)} dialogue{'s' if len(rows) > 1 else ''}")
 
 

@@ -14,11 +14,10 @@ from dpo_jax.complete.writer import Draw, Some, Writer
 from dpo_jax.config import GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW, check_date
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.jsonl import Row
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
@@ -38,10 +37,8 @@ def _read_prompts(run: GenerateRun) -> Iterator[tuple[int, tuple[Message, ...], 
         return
     assert run.prompts is not None
     for number, row in read_rows(run.prompts):
-        try:
+        with naming(f"{run.prompts}: row {number}"):
             messages, text = parse_prompt(row)
-        except BadRow as problem:
-            raise InputError(f"{run.prompts}: row {number}: {problem}") from problem
         yield number, messages, text
 
 
@@ -51,14 +48,12 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
     ids: list[list[int]] = []
     for number, messages, text in _read_prompts(run):
         where = "--prompt" if run.prompts is None else f"{run.prompts}: row {number}"
-        if run.raw and text is None:
-            raise InputError(f"{where}: --raw takes plain text, and the row has several messages; leave --raw out")
-        try:
+        with naming(where):
+            if run.raw and text is None:
+                raise InputError("--raw takes plain text, and the row has several messages; leave --raw out")
             ids.append(encoder.prompt_ids(text if run.raw and text is not None else messages))
-        except InputError as problem:
-            raise InputError(f"{where}: {problem}") from problem
-        if not ids[-1]:
-            raise InputError(f"{where}: the prompt has no token; give it a text")
+            if not ids[-1]:
+                raise InputError("the prompt has no token; give it a text")
         prompt = [m.as_dict() for m in messages] if text is None else text
         heads.append({"row": number, "prompt": prompt})
     return heads, ids

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_jax.complete.asking import Asker
+from dpo_jax.complete.asking import Asker, open_asker, weights_of
 from dpo_jax.complete.chat_client import ChatClient
 from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import ReplyCache, key_of
+from dpo_jax.complete.reply_cache import key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.sets.comparison_sets import parse_responses
@@ -92,25 +92,18 @@ def judge(run: JudgeRun) -> Path:
         return _by_people(run, out, rows)
     prompt = None if run.function is not None else prompt_of(run)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    cache = ReplyCache(Path(run.cache or f"{run.out}.replies").expanduser())
-    asker: Asker | None = None
+    asker: ChatClient | LocalModel | None = None
     function: RewardFunction | None = None
-    if run.endpoint.url is not None:
-        asker = ChatClient(run.endpoint, cache)
-        warn_of_family(str(run.endpoint.model), rows.models)
-    elif run.model is not None:
-        setting: dict[str, Any] = {"batch_size": run.batch_size, "dtype": run.dtype}
-        asker = LocalModel(run.model, cache, run.sample, mesh=mesh, template=run.template, date=run.date, **setting)
-        warn_of_family(run.model, rows.models)
+    if run.function is None:
+        asker = open_asker(run, Path(run.cache or f"{run.out}.replies").expanduser(), mesh)
+        warn_of_family(str(run.endpoint.model or run.model), rows.models)
     else:
-        assert run.function is not None
         function = check_reward(run.function, run)
         if function is None:
             function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
         numbers = np.asarray([item.number for item in rows.items])
         try_out(function, list(map(_prompt, rows.items)), numbers, run.function, needed=True)
-    weights = asker.weights if isinstance(asker, LocalModel) else None
-    settings = deciding(run, prompt, rows.items, function=function, weights=weights)
+    settings = deciding(run, prompt, rows.items, function=function, weights=weights_of(asker))
     with RowsFile(out, settings) as file, ProgressBar("judged", len(rows.items)) as bar:
         while len(file.rows) < len(rows.items):
             start = len(file.rows)

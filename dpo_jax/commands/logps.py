@@ -1,10 +1,9 @@
 """`dpo-jax logps`: the log-probabilities of both responses of every row, one JSON object a row."""
 
-import json
 from pathlib import Path
 
 from dpo_jax.config import LogpsRun
-from dpo_jax.files.folder import write_atomically
+from dpo_jax.files.jsonl import write_lines
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.types import CHOSEN, REJECTED
@@ -23,18 +22,16 @@ def logps(run: LogpsRun) -> Path:
     tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
     model, variables = setting.load(place, tokenizer)
     sums = setting.logps(model, variables, dataset, "log-probabilities")
-    lines = [
-        json.dumps(
-            {
-                "row": int(number),
-                "chosen_logps": float(values[CHOSEN]),
-                "rejected_logps": float(values[REJECTED]),
-                "chosen_tokens": int(tokens[CHOSEN]),
-                "rejected_tokens": int(tokens[REJECTED]),
-            }
-        )
+    rows = [
+        {
+            "row": int(number),
+            "chosen_logps": float(values[CHOSEN]),
+            "rejected_logps": float(values[REJECTED]),
+            "chosen_tokens": int(tokens[CHOSEN]),
+            "rejected_tokens": int(tokens[REJECTED]),
+        }
         for number, values, tokens in zip(dataset.row_numbers, sums, dataset.response_lengths, strict=True)
     ]
-    write_atomically(out, "\n".join(lines) + "\n")
-    say(f"{out}: {len(lines):,} rows")
+    write_lines(out, rows)
+    say(f"{out}: {len(rows):,} rows")
     return out

@@ -2,13 +2,10 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from dpo_jax.commands.judge import warn_of_family
-from dpo_jax.complete.asking import Asker
-from dpo_jax.complete.chat_client import ChatClient
-from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import ReplyCache, key_of
+from dpo_jax.complete.asking import open_asker
+from dpo_jax.complete.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
 from dpo_jax.data.sources.model_answers import check_complete, read_answers
 from dpo_jax.data.sources.questions import read_questions
@@ -42,16 +39,8 @@ def judge(run: MTBenchJudgeRun) -> Path:
     asked = [requests(match, prompts, answers, references) for match in todo]
     name = str(run.endpoint.model or run.model)
     warn_of_family(name, set(answers))
-    cache = ReplyCache(Path(run.cache or f"{out}.replies").expanduser())
-    asker: Asker
-    if run.endpoint.url is not None:
-        asker = ChatClient(run.endpoint, cache)
-    else:
-        mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-        setting: dict[str, Any] = {"batch_size": run.batch_size, "dtype": run.dtype}
-        asker = LocalModel(
-            str(run.model), cache, run.sample, mesh=mesh, template=run.template, date=run.date, **setting
-        )
+    mesh = None if run.model is None else make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    asker = open_asker(run, Path(run.cache or f"{out}.replies").expanduser(), mesh)
     settings = {
         "judge": [run.endpoint.url, run.endpoint.model, run.model],
         "sample": asdict(run.sample),

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from dpo_jax.config import SafetyRun
 from dpo_jax.data.rows.messages import Message, messages_of
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically, write_json
+from dpo_jax.errors import InputError, naming
+from dpo_jax.files.folder import write_json
+from dpo_jax.files.jsonl import write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
 from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
@@ -40,12 +40,10 @@ class _Row:
 
 def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     value, columns = row.get("prompt"), other_columns(row)
-    try:
-        if isinstance(value, list):
+    if isinstance(value, list):
+        with naming(where):
             messages = messages_of(value, "prompt")
-            return Prompt(messages, messages[0].content if len(messages) == 1 else None, columns, conversational=True)
-    except BadRow as problem:
-        raise InputError(f"{where}: {problem}") from problem
+        return Prompt(messages, messages[0].content if len(messages) == 1 else None, columns, conversational=True)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: `prompt` is to be a text or a list of messages")
     return Prompt((Message("user", value),), value, columns)
@@ -128,17 +126,12 @@ def safety(run: SafetyRun) -> dict[str, Any]:
         write_json(outs["out"], result, indent=1, ensure_ascii=False)
         say(f"{outs['out']}: written")
     if "rows" in outs:
+        names = {"category": "category", "refusal": "refusal", "safety": "safety", "reward": "helpfulness"}
         lines = [
-            {
-                "row": row.number,
-                "category": j.category,
-                "refusal": j.refusal,
-                "safety": j.safety,
-                "reward": j.helpfulness,
-            }
-            for row, j in zip(rows, judged, strict=True)
+            {"row": row.number, **{name: getattr(one, field) for name, field in names.items()}}
+            for row, one in zip(rows, judged, strict=True)
         ]
-        write_atomically(outs["rows"], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_lines(outs["rows"], lines)
         say(f"{outs['rows']}: {len(lines):,} rows")
     return result
 

@@ -1,12 +1,24 @@
-"""Questions to whoever answers, an endpoint or a model of this machine; asked once more where no whole answer came."""
+"""Whoever answers questions, an endpoint or a model of this machine, by its options; and answers out of replies.
+
+A question is asked once more where no whole answer came.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dpo_jax.complete.chat_client import Question
-from dpo_jax.complete.reply_cache import Reply
+from jax.sharding import Mesh
+
+from dpo_jax.complete.chat_client import ChatClient, Question
+from dpo_jax.complete.local_model import LocalModel
+from dpo_jax.complete.reply_cache import Reply, ReplyCache
+from dpo_jax.config import DSFTRun, JudgeRun, MTBenchJudgeRun, WriterConfig
+
+Options = DSFTRun | JudgeRun | MTBenchJudgeRun | WriterConfig
+"""Those that name an endpoint or a model, and how it answers."""
 
 AGAIN = 1_000_003
 """Added to the seed of a question that is asked once more."""
@@ -16,6 +28,72 @@ class Asker(Protocol):
     """Whoever answers questions: `ChatClient`, or `LocalModel`."""
 
     def ask(self, questions: Sequence[Question], done: Callable[[int], None] = ...) -> list[Reply]: ...
+
+
+def open_asker(options: Options, replies: Path, mesh: Mesh | None) -> ChatClient | LocalModel:
+    """The endpoint of the options, or their model, whose weights are not read yet.
+
+    replies, mesh: where replies are kept, and the devices of a model; an endpoint has none.
+
+    Raises `InputError` for a URL or a model that is none.
+    """
+    cache = ReplyCache(replies)
+    if options.endpoint.url is not None:
+        return ChatClient(options.endpoint, cache)
+    assert options.model is not None, "there is an endpoint or a model"
+    assert mesh is not None, "which a model lies on"
+    return LocalModel(
+        options.model,
+        cache,
+        options.sample,
+        mesh=mesh,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        template=options.template,
+        date=options.date,
+    )
+
+
+class Answerer:
+    """`open_asker`, of which a model is opened for the first question, and may be given up in between."""
+
+    def __init__(self, options: Options, replies: Path, mesh: Callable[[], Mesh]):
+        """`mesh`: makes the devices of a model. Raises `InputError` for a URL that is none."""
+        self._open, self._mesh = partial(open_asker, options, replies), mesh
+        self._asker = None if options.endpoint.url is None else self._open(None)
+
+    def _opened(self) -> ChatClient | LocalModel:
+        self._asker = self._asker or self._open(self._mesh())
+        return self._asker
+
+    def ask(self, questions: Sequence[Question], done: Callable[[int], None] = lambda _: None) -> list[Reply]:
+        """The replies, in order. Raises `InputError`: see `ChatClient` and `LocalModel`."""
+        return self._opened().ask(questions, done) if questions else []
+
+    @property
+    def weights(self) -> str | None:
+        """The fingerprint of a model's weights, which are read for it; None of an endpoint."""
+        return weights_of(self._opened())
+
+    def close(self) -> None:
+        """Give the weights of a model up."""
+        if isinstance(self._asker, LocalModel):
+            self._asker.close()
+            self._asker = None
+
+    @property
+    def told(self) -> str:
+        """What it cost so far, for the screen."""
+        asker = self._asker
+        if not isinstance(asker, ChatClient):
+            return "" if asker is None else f"{asker.asked} written, {asker.cached} from the disk"
+        tokens = f"{asker.prompt_tokens:,} + {asker.completion_tokens:,} tokens, cost {asker.cost:.4f}"
+        return f"{asker.asked} requests, {asker.cached} from the disk, {tokens}"
+
+
+def weights_of(asker: "Asker | None") -> str | None:
+    """The fingerprint of a model's weights, which are read for it; None of an endpoint."""
+    return asker.weights if isinstance(asker, LocalModel) else None
 
 
 class Answer(NamedTuple):

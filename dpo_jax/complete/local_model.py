@@ -16,7 +16,7 @@ from dpo_jax.complete.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.sample import Request, check_context
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
@@ -114,10 +114,8 @@ class LocalModel:
     def _ids(self, question: Question, *, first: bool) -> list[int]:
         ids = self._encoder.prompt_ids([Message(m["role"], m["content"]) for m in question.messages])
         new = SampleConfig(max_new_tokens=1) if first else self._writer.sample
-        try:
+        with naming("a question"):
             check_context(self._architecture, len(ids), new)
-        except InputError as problem:
-            raise InputError(f"a question: {problem}") from problem
         return ids
 
     def _write(

@@ -18,10 +18,9 @@ from dpo_jax.complete.asking import Answer
 from dpo_jax.complete.chat_client import Question
 from dpo_jax.complete.yaml_options import fields_of, read_yaml
 from dpo_jax.config.aif import WriterConfig
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 
 Principles = Mapping[str, Sequence[str]]
 Messages = Sequence[Mapping[str, str]]
@@ -30,25 +29,21 @@ Messages = Sequence[Mapping[str, str]]
 def read_pool(file: str) -> tuple[WriterConfig, ...]:
     """The writers of a YAML file. Raises `InputError` for one that is none, or names a writer twice."""
     known = [field.name for field in dataclasses.fields(WriterConfig)]
-    try:
+    with naming(f"--pool {file}"):
         found = read_yaml(file)
         if not isinstance(found, list) or not found:
             raise InputError("holds no list of writers; write - name: NAME and below it model, responses or endpoint")
         writers = []
         for number, one in enumerate(found, 1):
-            try:
+            with naming(f"writer {number}"):
                 fields = fields_of(WriterConfig, one, "", known)
                 if "name" not in fields:
                     raise InputError("name is missing")
                 writers.append(WriterConfig(**fields))
-            except InputError as error:
-                raise InputError(f"writer {number}: {error}") from error
-    except InputError as error:
-        raise InputError(f"--pool {file}: {error}") from error
-    names = [writer.name for writer in writers]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"--pool {file}: names {twice} twice; a response is to say which of two wrote it")
+        names = [writer.name for writer in writers]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"names {twice} twice; a response is to say which of two wrote it")
     return tuple(writers)
 
 
@@ -79,10 +74,8 @@ def read_responses(file: str) -> dict[str, list[Answer]]:
     response, as `dpo-jax generate` writes it. Raises `InputError`."""
     found: dict[str, list[Answer]] = {}
     for number, row in read_rows(file):
-        try:
+        with naming(f"{file}: row {number}"):
             one = parse_responses(row)
-        except BadRow as problem:
-            raise InputError(f"{file}: row {number}: {problem}") from problem
         reason = row.get("finish_reason") if len(one.responses) == 1 else None
         reason = reason if isinstance(reason, str) else None
         made = [Answer(text, None, reason) for text in one.responses if text.strip()]

@@ -12,21 +12,19 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.complete.asking import Asker
-from dpo_jax.complete.chat_client import ChatClient
-from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import ReplyCache, key_of
+from dpo_jax.complete.asking import Asker, open_asker, weights_of
+from dpo_jax.complete.reply_cache import key_of
 from dpo_jax.complete.yaml_options import fields_of, read_yaml
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
 from dpo_jax.judge.judging import Item, judge
 from dpo_jax.weights.opened import open_checkpoint
@@ -59,23 +57,18 @@ class JudgeReward:
     def __init__(self, option: str, out: str):
         """`option`: judge:FILE.yaml; `out`: the run folder. Raises `InputError` for what cannot be a reward."""
         self._option, self._run = option, read_judge(option)
-        self._cache = ReplyCache(Path(f"{out}.replies").expanduser())
-        try:
+        self._open = partial(open_asker, self._run, Path(f"{out}.replies").expanduser())
+        self._asker: Asker | None = None
+        with naming(f"--reward {option}"):
             self._prompt = prompt_of(self._run)
             if self._prompt.ask == "pair":
                 raise InputError("asks for a verdict on two responses, which is no score; ask rating, expected or list")
             if self._run.model is not None:
                 open_checkpoint(self._run.model)
-            self._asker: Asker | None = None
-            if self._run.endpoint.url is not None:
-                self._asker = ChatClient(self._run.endpoint, self._cache)
-        except InputError as error:
-            raise self._told(error) from error
+            else:
+                self._asker = self._open(None)
         self.everywhere = self._run.model is not None
         self.identity = self._identity(self._run.model)
-
-    def _told(self, error: InputError) -> InputError:
-        return InputError(f"--reward {self._option}: {error}")
 
     def _identity(self, weights: str | None) -> str:
         run = self._run
@@ -91,18 +84,11 @@ class JudgeReward:
 
     def open(self, mesh: Mesh) -> "JudgeReward":
         """Read the model of this machine onto `mesh`. Raises `InputError` for one that cannot be read."""
-        run = self._run
-        assert run.model is not None, "an endpoint is open"
-        if jax.process_count() > 1:
-            raise InputError(
-                f"--reward {self._option}: a model of this machine judges in one process; take an endpoint"
-            )
-        setting: dict[str, Any] = {"template": run.template, "date": run.date, "dtype": run.dtype, "mesh": mesh}
-        try:
-            local = LocalModel(run.model, self._cache, run.sample, batch_size=run.batch_size, **setting)
-            self._asker, self.identity = local, self._identity(local.weights)
-        except InputError as error:
-            raise self._told(error) from error
+        with naming(f"--reward {self._option}"):
+            if jax.process_count() > 1:
+                raise InputError("a model of this machine judges in one process; take an endpoint")
+            self._asker = self._open(mesh)
+            self.identity = self._identity(weights_of(self._asker))
         return self
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
@@ -119,10 +105,8 @@ class JudgeReward:
             for number, group in enumerate(groups, 1)
         ]
         scores, run = np.full(len(responses), np.nan), self._run
-        try:
+        with naming(f"--reward {self._option}"):
             found = judge(items, self._prompt, self._asker, seed=run.seed, criteria=run.criteria)
-        except InputError as error:
-            raise self._told(error) from error
         for group, one in zip(groups, found, strict=True):
             scores[group] = [np.nan if score is None else score for score in one.scores]
         if missing := int(np.isnan(scores).sum()):

@@ -11,24 +11,25 @@ replies/             of writers and judge, by a hash of all that decides them
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete import writer_pool as pool
-from dpo_jax.complete.answerers import Answerer
-from dpo_jax.complete.asking import answers
+from dpo_jax.complete.asking import Answerer, answers
 from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import RowsFile, read_lines, write_lines, write_once
 from dpo_jax.files.log import ProgressBar, say
@@ -71,10 +72,8 @@ class AIF:
         self._judge = self._judge_run()
         self._asker: Answerer | None = None
         if self._judge.function is not None:
-            try:
+            with self._named_judge():
                 self._function = check_reward(self._judge.function, self._judge)
-            except InputError as error:
-                raise self._of_judge(error) from error
             if self._function is not None:
                 self._refuse("scores as a function", "judge_batch_size", "judge_dtype")
             self._prompts: dict[str, JudgePrompt | None] = {"score": None}
@@ -85,17 +84,13 @@ class AIF:
             self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
         self._warned = False
         if self._judge.function is None:
-            try:
-                self._asker = self._answerer("judge", self._judge, later)
-            except InputError as error:
-                raise self._of_judge(error) from error
+            with self._named_judge():
+                self._asker = self._answerer(self._judge, later)
         self._writers: dict[str, Answerer] = {}
         for writer in self._pool:
             if writer.responses is None:
-                try:
-                    self._writers[writer.name] = self._answerer(writer.name, writer, later)
-                except InputError as error:
-                    raise self._of_writer(writer, error) from error
+                with self._named_writer(writer):
+                    self._writers[writer.name] = self._answerer(writer, later)
 
     def _refuse(self, judges: str, *names: str) -> None:
         """Refuse options that were given and have no effect beside a judge that does what `judges` says."""
@@ -104,14 +99,22 @@ class AIF:
             if given is not None and given is not True:  # the critique is asked for where nothing is given
                 raise InputError(f"--{name} has no effect with --judge {self._run.judge}, which {judges}")
 
-    def _of_judge(self, error: InputError) -> InputError:
-        """`error` by the names that options have here: a function calls itself --reward, a file's have no dashes."""
+    @contextmanager
+    def _named_judge(self) -> Iterator[None]:
+        """Errors by the names that options have here: a function calls itself --reward, a file's have no dashes."""
         judge = self._run.judge
-        told = str(error).removeprefix(f"--reward {judge}: ") if self._judge.function else without_dashes(error)
-        return InputError(f"--judge {judge}: {told}")
+        try:
+            yield
+        except InputError as error:
+            told = str(error).removeprefix(f"--reward {judge}: ") if self._judge.function else without_dashes(error)
+            raise InputError(f"--judge {judge}: {told}") from error
 
-    def _of_writer(self, writer: WriterConfig, error: InputError) -> InputError:
-        return InputError(f"--pool {self._run.pool}: writer {writer.name}: {without_dashes(error)}")
+    @contextmanager
+    def _named_writer(self, writer: WriterConfig) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"--pool {self._run.pool}: writer {writer.name}: {without_dashes(error)}") from error
 
     def _judge_run(self) -> JudgeRun:
         run, of_lists = self._run, ["aspects", "critique", "templates", "repair"]
@@ -143,25 +146,16 @@ class AIF:
             self._refuse(f"asks {asked} and gives one score: they take ask: list", *of_lists)
         return found
 
-    def _answerer(self, name: str, options: WriterConfig | JudgeRun, later: Path | None) -> Answerer:
+    def _mesh(self) -> Mesh:
+        return make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
+
+    def _answerer(self, options: WriterConfig | JudgeRun, later: Path | None) -> Answerer:
         """Raises `InputError` for a URL or a model that is none."""
-        mesh = self._run.mesh
         if options.model is not None:
             place = Path(options.model).expanduser().absolute()
             if later is None or not place.is_relative_to(later):
                 open_checkpoint(options.model)
-        return Answerer(
-            name,
-            self._out / "replies",
-            endpoint=options.endpoint,
-            model=options.model,
-            sample=options.sample,
-            mesh=lambda: make_mesh(mesh.data, mesh.fsdp, mesh.tensor),
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            template=options.template,
-            date=options.date,
-        )
+        return Answerer(options, self._out / "replies", self._mesh)
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
@@ -198,10 +192,8 @@ class AIF:
         run, rows, lacking = self._run, [], 0
         files = {w.name: pool.read_responses(w.responses) for w in self._pool if w.responses is not None}
         for number, row in read_rows(run.prompts):
-            try:
+            with naming(f"{run.prompts}: row {number}"):
                 found, _ = parse_prompt(row)
-            except BadRow as problem:
-                raise InputError(f"{run.prompts}: row {number}: {problem}") from problem
             messages = [message.as_dict() for message in found]
             able = [bool(files[w.name].get(pool.as_key(messages))) if w.name in files else True for w in self._pool]
             who = pool.drawn(self._pool, able, run.samples, self._principles, f"{run.seed} {number}")
@@ -235,12 +227,9 @@ class AIF:
                 pool.question(row["messages"], one["custom_system_prompt"], self._run.seed) for row, one in draws
             ]
             asker = self._writers[writer.name]
-            try:
-                with ProgressBar(writer.name, len(questions)) as bar:
-                    # A model that runs into its limit has written, up to there: it is rated, and stands in no pair.
-                    found = answers(asker, questions, bar.update, cut_allowed=writer.model is not None)
-            except InputError as error:
-                raise self._of_writer(writer, error) from error
+            with self._named_writer(writer), ProgressBar(writer.name, len(questions)) as bar:
+                # A model that runs into its limit has written, up to there: it is rated, and stands in no pair.
+                found = answers(asker, questions, bar.update, cut_allowed=writer.model is not None)
             told = asker.told
             asker.close()
         rows = []
@@ -307,10 +296,8 @@ class AIF:
                     file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
                     bar.update(len(file.rows))
 
-        try:
+        with self._named_judge():
             rows = write_once(path, settings, work)
-        except InputError as error:
-            raise self._of_judge(error) from error
         told = "" if self._asker is None else self._asker.told
         return {"unparsed": sum(row["unparsed"] for row in rows)} | ({"judge": told} if told else {})
 
@@ -324,9 +311,8 @@ class AIF:
 
     def _opened_function(self) -> RewardFunction:
         if self._function is None:
-            mesh = make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
             setting: dict[str, Any] = {"batch_size": self._judge.batch_size, "dtype": self._judge.dtype}
-            self._function = ModelReward(str(self._judge.function), raw=False, mesh=mesh, **setting)
+            self._function = ModelReward(str(self._judge.function), raw=False, mesh=self._mesh(), **setting)
         return self._function
 
     @property
@@ -339,10 +325,8 @@ class AIF:
 
     def compared(self, items: Sequence[Item]) -> list[Judgement]:
         """Of two responses each: a verdict by the judge's scores; one that asks `list` is asked for pairs."""
-        try:
+        with self._named_judge():
             return self._judgements(items, self.prompt_to_compare)
-        except InputError as error:
-            raise self._of_judge(error) from error
 
     def _assemble(self) -> Figures:
         if self._asker is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands.recipes.chain import perform
-from dpo_jax.complete.answerers import Answerer
+from dpo_jax.complete.asking import Answerer
 from dpo_jax.complete.self_instruct import Teacher, unlike
 from dpo_jax.config import DSFTRun
 from dpo_jax.data.rows import dialogue_filters as filters
@@ -28,7 +28,7 @@ from dpo_jax.data.rows.truecase import truecased
 from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.sources.near_texts import NearTexts
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
@@ -57,18 +57,7 @@ class DSFT:
             raise InputError(f"--filter.languages {' '.join(unknown)}: known are {', '.join(languages())}")
         self._run, self._out = run, out
         self._phrases = filters.phrase_lists(run.filter.phrases) if run.filter.feelings else {}
-        self._asker = Answerer(
-            str(run.model or run.endpoint.model),
-            out / "replies",
-            endpoint=run.endpoint,
-            model=run.model,
-            sample=run.sample,
-            mesh=lambda: make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor),
-            batch_size=run.batch_size,
-            dtype=run.dtype,
-            template=run.template,
-            date=run.date,
-        )
+        self._asker = Answerer(run, out / "replies", partial(make_mesh, run.mesh.data, run.mesh.fsdp, run.mesh.tensor))
         self._teacher = Teacher(self._asker, run.write.language, run.seed, lambda text: refusal(text) == "full")
 
     def stages(self) -> list[Stage]:
@@ -104,14 +93,10 @@ class DSFT:
         rows, seen, read = [], set(), 0
         for number, row in read_rows(self._run.prompts):
             read += 1
-            try:
+            with naming(f"{self._run.prompts}: row {number}"):
                 messages, _ = parse_prompt(row)
-            except BadRow as problem:
-                raise InputError(f"{self._run.prompts}: row {number}: {problem}") from problem
-            if [message.role for message in messages] != ["user"]:
-                raise InputError(
-                    f"{self._run.prompts}: row {number}: a seed prompt is one message of a user, no dialogue"
-                )
+                if [message.role for message in messages] != ["user"]:
+                    raise InputError("a seed prompt is one message of a user, no dialogue")
             if messages[0].content not in seen:
                 seen.add(messages[0].content)
                 rows.append({"seed": number, "round": 0, "messages": [messages[0].as_dict()]})
@@ -196,10 +181,8 @@ class DSFT:
                 try:
                     messages = parse_dialogue(row).messages
                 except BadRow:
-                    try:
+                    with naming(f"--filter.heldout {file}: row {number}"):
                         messages = parse_prompt(row)[0]
-                    except BadRow as problem:
-                        raise InputError(f"--filter.heldout {file}: row {number}: {problem}") from problem
                 found.keep([m.content for m in messages if m.role == "user"], f"{file}: row {number}")
         return found
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from dpo_jax.config import PPORun, RejectionRun
 from dpo_jax.data.rows.preferences import parse_prompt
-from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, other_columns
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.reward_functions import open_reward, scores_of
 from dpo_jax.mesh import batch_parts, make_mesh
@@ -27,10 +26,8 @@ def read_prompts(source: str) -> dict[int, Prompt]:
     """Row -> its prompt. Raises `InputError`."""
     found = {}
     for number, row in read_rows(source):
-        try:
+        with naming(f"{source}: row {number}"):
             found[number] = Prompt(*parse_prompt(row), other_columns(row))
-        except BadRow as problem:
-            raise InputError(f"{source}: row {number}: {problem}") from problem
     return found
 
 
