@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
 from dpo_jax.data.tokens.templates import with_template
-from dpo_jax.weights.folder_tokenizer import read_tokenizer
+from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
 
 NAMED = {
     "llama2": [],

@@ -31,7 +31,7 @@ from dpo_jax.model.architecture import LlamaConfig, from_hf
 from dpo_jax.model.attention import choose_kernel
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.plan.shapes import parameters
-from dpo_jax.weights.gguf_out import check_model
+from dpo_jax.weights.gguf.writer import check_model
 
 
 def _kernels(config: LlamaConfig) -> str:

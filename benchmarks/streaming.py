@@ -36,7 +36,7 @@ def write_model(folder: Path, gib: float, file_bytes: int) -> None:
     import numpy as np
 
     from dpo_jax.model.architecture import LlamaConfig
-    from dpo_jax.weights import huggingface, layout, shards
+    from dpo_jax.weights.huggingface import layout, model_folder, shards
 
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -59,7 +59,7 @@ def write_model(folder: Path, gib: float, file_bytes: int) -> None:
 
     folder.mkdir(parents=True)
     shards.write_all(folder, shapes, map(tensor, shapes.values()), ml_dtypes.bfloat16, file_bytes)
-    huggingface.write_configs(folder, config, ml_dtypes.bfloat16, None)
+    model_folder.write_configs(folder, config, ml_dtypes.bfloat16, None)
 
 
 def resident(field: str) -> int:
@@ -96,7 +96,7 @@ def work_together(source: Path, target: Path, file_bytes: int, processes: int, m
     import dpo_jax
     from dpo_jax.config import DistributedConfig
     from dpo_jax.processes import distributed
-    from dpo_jax.weights import shards
+    from dpo_jax.weights.huggingface import shards
 
     distributed.initialize(DistributedConfig(coordinator=address, processes=processes, process_id=me))
     readers: list[shards.SafetensorsReader] = []
@@ -122,7 +122,7 @@ def work_together(source: Path, target: Path, file_bytes: int, processes: int, m
 
 def same(a: Path, b: Path) -> bool:
     """Whether two folders hold the same tensors, bit for bit."""
-    from dpo_jax.weights import shards
+    from dpo_jax.weights.huggingface import shards
 
     left, right = shards.open_folder(a), shards.open_folder(b)
     everything = [tuple(slice(0, n, 1) for n in shape) for shape in left.shapes.values()]

@@ -32,8 +32,8 @@ from dpo_jax.sample import with_layout
 from dpo_jax.train.row_data import preference_loader
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
-from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
 Figures = dict[str, Any]
 

@@ -27,7 +27,7 @@ from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
 from dpo_jax.train.prompt_data import check_context, read_prompts
 from dpo_jax.train.session import Training
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train

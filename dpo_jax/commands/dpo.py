@@ -24,7 +24,7 @@ from dpo_jax.train.flops import ModelFlops, dpo_flops
 from dpo_jax.train.heldout import of_rows, policy_figures
 from dpo_jax.train.row_data import read_both
 from dpo_jax.train.session import Training
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train

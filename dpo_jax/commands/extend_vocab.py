@@ -20,7 +20,7 @@ from dpo_jax.data.sources.files import open_bytes, read_rows
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.files.log import say
 from dpo_jax.weights import resize, vocabulary
-from dpo_jax.weights.folder import check_free
+from dpo_jax.weights.integrity.folder import check_free
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pieces import NORMAL, SPACE, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer

@@ -29,7 +29,7 @@ from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.online_pairs import OnlinePairs, jit_measure
 from dpo_jax.train.prompt_data import read_prompts
 from dpo_jax.train.session import Training
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.tokenizer import text_ids
 
 

@@ -33,7 +33,7 @@ from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.prompt_data import read_prompts
 from dpo_jax.train.rollouts import Rollouts, jit_measure
 from dpo_jax.train.session import Training
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.source import to_train

@@ -35,7 +35,7 @@ from dpo_jax.data.sources.store_writer import (
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import cannot_write
 from dpo_jax.files.log import say
-from dpo_jax.weights.folder import new_folder
+from dpo_jax.weights.integrity.folder import new_folder
 
 CHUNK = 1024
 """Rows whose prompts are hashed, and texts tokenised, in one call."""

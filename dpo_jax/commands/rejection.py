@@ -44,7 +44,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.session import Training
-from dpo_jax.weights.folder import new_folder, write_beside
+from dpo_jax.weights.integrity.folder import new_folder, write_beside
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer

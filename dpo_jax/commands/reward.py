@@ -18,8 +18,8 @@ from dpo_jax.train.flops import ModelFlops, reward_flops
 from dpo_jax.train.heldout import of_rows, reward_figures
 from dpo_jax.train.row_data import read_both
 from dpo_jax.train.session import Training
-from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.heads import as_reward_model, padded_apart
+from dpo_jax.weights.huggingface.heads import as_reward_model, padded_apart
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 
 def train(config: RewardRun) -> Path:

@@ -16,7 +16,7 @@ from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 
 _AT_ONCE = 32  # batches between two writes of the file

@@ -12,7 +12,7 @@ from dpo_jax.train.heldout import of_language_model
 from dpo_jax.train.session import Training
 from dpo_jax.train.sft_dialogues import Dialogues
 from dpo_jax.train.sft_documents import Documents
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 
 def train(config: SFTRun) -> Path:

@@ -20,7 +20,7 @@ from dpo_jax.files.log import ProgressBar
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.sample import Finished, Request, beam_search, serve
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.tokenizer import text_ids
 
 Some = Sequence[tuple[Request, Response]]

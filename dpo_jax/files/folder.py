@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dpo_jax.config.names import option, with_new_names
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
-from dpo_jax.weights.folder import steps_in
+from dpo_jax.weights.integrity.folder import steps_in
 
 # Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
 FREE = (

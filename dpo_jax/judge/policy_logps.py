@@ -30,7 +30,7 @@ from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.mesh import Replicated, jit_replicated, one_ahead
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.smollm2 import cache_folder
 
 SAVE_SECONDS = 60.0

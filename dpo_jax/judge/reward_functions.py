@@ -38,7 +38,7 @@ from dpo_jax.judge.reward_command import Command
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.judge.reward_shipped import OfColumn, OfText, compiled, shipped
 from dpo_jax.processes import distributed
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.tokenizer import check_vocabulary
 

@@ -36,7 +36,7 @@ from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.train.flops import ModelFlops, Work, dpo_flops, preference_work, reward_flops, sft_flops, token_work
 from dpo_jax.train.row_data import packing_of, units_of
 from dpo_jax.types import PreferenceBatch, TokenBatch
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.huggingface.heads import as_reward_model
 
 MULTIPLE = 16  # lengths of batches are rounded up to it, as `data/sets/batches.py` does
 PROMPTS = 8  # prompts to sample responses to are padded to it, as `data/sets/prompts.py` does

@@ -11,7 +11,7 @@ from pathlib import Path
 from dpo_jax.config import ON_COMMAND_LINE, DistillRun, TrainingRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
-from dpo_jax.weights.layout import parameter_slots
+from dpo_jax.weights.huggingface.layout import parameter_slots
 from dpo_jax.weights.pretrained import read_shape
 
 _LLAMA2_7B = LlamaConfig(

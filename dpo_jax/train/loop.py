@@ -34,7 +34,7 @@ from dpo_jax.processes import distributed
 from dpo_jax.processes.distributed import leave
 from dpo_jax.state import TrainState
 from dpo_jax.train.stopping import without_gain
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""

@@ -48,9 +48,9 @@ from dpo_jax.train.accounting import Electricity, Meter, cost_lines, cost_sectio
 from dpo_jax.train.loop import Loader, Plan, fit
 from dpo_jax.train.row_data import packing_of, preference_loader, summaries
 from dpo_jax.train.stopping import best_state
-from dpo_jax.weights import base
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.integrity import base
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary

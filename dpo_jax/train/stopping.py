@@ -10,7 +10,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
 from dpo_jax.processes.distributed import from_main
 from dpo_jax.state import TrainState
-from dpo_jax.weights.checkpoint import Checkpoints, smaller_is_better
+from dpo_jax.weights.orbax.checkpoint import Checkpoints, smaller_is_better
 
 
 def without_gain(rows: Sequence[Row], metric: str) -> int:

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.errors import InputError
 from dpo_jax.headers import told
 from dpo_jax.model.architecture import LlamaConfig, to_hf
-from dpo_jax.weights import huggingface, layout, tokenizer_files
-from dpo_jax.weights.folder import check_free
+from dpo_jax.weights.huggingface import layout, model_folder
+from dpo_jax.weights.integrity.folder import check_free, write_json
 from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all
+from dpo_jax.weights.tokenizers import tokenizer_files
 
 PROVENANCE = "average.json"
 # Ids of tokens and the longest text change no weight's meaning.
@@ -91,7 +92,7 @@ def average(
     terminators: Sequence[int] = (),
     dtype: Any = None,
     made_by: dict[str, Any],
-    shard_bytes: int = huggingface.SHARD_BYTES,
+    shard_bytes: int = model_folder.SHARD_BYTES,
 ) -> None:
     """Write the average of models as a new Hugging Face folder.
 
@@ -114,12 +115,12 @@ def average(
     tensors = (mean(each, shares).astype(stored) for each in zip(*read, strict=True))
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, stored, origin, terminators)
+        model_folder.write_configs(folder, config, stored, origin, terminators)
         tokenizer_files.save_tokenizer(tokenizer, folder, origin)
         models = [
             {"model": place.lasting.model, "revision": place.lasting.revision, "weight": share, "sha256": one.sha256}
             for place, share, one in zip(places, shares, read, strict=True)
         ]
-        huggingface.write_json(folder / PROVENANCE, {**made_by, "dtype": stored.name, "models": models})
+        write_json(folder / PROVENANCE, {**made_by, "dtype": stored.name, "models": models})
 
-    huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
+    model_folder.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)

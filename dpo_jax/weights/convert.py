@@ -11,11 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import gguf_out, huggingface, layout, merging, orbax_params, tokenizer_files
-from dpo_jax.weights.folder import check_free
+from dpo_jax.weights.gguf import writer as gguf_writer
+from dpo_jax.weights.huggingface import layout, merging, model_folder
+from dpo_jax.weights.integrity.folder import check_free
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.orbax import params as orbax_params
 from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all, save_pretrained
 from dpo_jax.weights.tokenizer import check_published
+from dpo_jax.weights.tokenizers import tokenizer_files
 
 Format = Literal["huggingface", "orbax", "gguf"]
 
@@ -31,7 +34,7 @@ def convert(
     mesh: Mesh | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     terminators: Sequence[int] = (),
-    shard_bytes: int = huggingface.SHARD_BYTES,
+    shard_bytes: int = model_folder.SHARD_BYTES,
 ) -> float | None:
     """Write the checkpoint `source` as a new folder `target`, with its configuration and tokenizer.
 
@@ -100,7 +103,7 @@ def convert(
         slots = layout.parameter_slots(config)
         shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, stored)
     finish = _finisher(place, config, stored, to, *spoken)
-    huggingface.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
+    model_folder.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
     return None
 
 
@@ -116,7 +119,7 @@ def _to_gguf(
     if jax.process_count() > 1:
         raise InputError(f"{target}: a GGUF file is written by one process; run convert in one")
     config = place.architecture
-    gguf_out.check_model(config, place.name)
+    gguf_writer.check_model(config, place.name)
     check_published(tokenizer, config, place.tokenizer)
     slots = layout.parameter_slots(config)
     shapes = layout.tensor_shapes(slots)
@@ -125,7 +128,9 @@ def _to_gguf(
     else:
         model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32)
         tensors = layout.tensors(slots, merged_params(model, variables), np.float32)
-    gguf_out.write_gguf(target, config, tokenizer, shapes, tensors, stored, name=target.stem, terminators=terminators)
+    gguf_writer.write_gguf(
+        target, config, tokenizer, shapes, tensors, stored, name=target.stem, terminators=terminators
+    )
 
 
 def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:
@@ -150,7 +155,7 @@ def _finisher(
         check_published(tokenizer, config, place.tokenizer)
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, dtype, origin, terminators)
+        model_folder.write_configs(folder, config, dtype, origin, terminators)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
         elif origin is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_jax import voice
 from dpo_jax.errors import InputError
-from dpo_jax.weights.folder import is_ours
+from dpo_jax.weights.integrity.folder import is_ours
 
 TOKEN = "HF_TOKEN"
 """Environment variable with the token; it is read from nowhere else."""

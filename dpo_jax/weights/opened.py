@@ -24,10 +24,14 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
-from dpo_jax.weights import base as bases
-from dpo_jax.weights import folder_tokenizer, gguf, gguf_tokenizer, heads, huggingface, layout, orbax_params, peft
-from dpo_jax.weights.base import Base
+from dpo_jax.weights.gguf import tensors as gguf_tensors
+from dpo_jax.weights.gguf import tokenizer as gguf_tokenizer
+from dpo_jax.weights.huggingface import heads, layout, model_folder, peft
+from dpo_jax.weights.integrity import base as bases
+from dpo_jax.weights.integrity.base import Base
+from dpo_jax.weights.orbax import params as orbax_params
 from dpo_jax.weights.source import resolve, to_train
+from dpo_jax.weights.tokenizers import folder_tokenizer
 
 _log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -58,7 +62,7 @@ class StoredModel:
 
     @cached_property
     def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
-        return huggingface.open_folder(self.path)
+        return model_folder.open_folder(self.path)
 
     @property
     def architecture(self) -> LlamaConfig:
@@ -116,7 +120,7 @@ class StoredModel:
 class _GGUFFile(StoredModel):
     @cached_property
     def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
-        return gguf.open_file(self.path)
+        return gguf_tensors.open_file(self.path)
 
     @property
     def origin(self) -> Path | None:
@@ -133,7 +137,7 @@ class _OrbaxFolder(StoredModel):
 
     @cached_property
     def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
-        return huggingface.read_config(self.path), None
+        return model_folder.read_config(self.path), None
 
     @property
     def dtype(self) -> np.dtype:
@@ -225,11 +229,11 @@ class _AdapterFolder(_OnAnother):
 
     @property
     def architecture(self) -> LlamaConfig:
-        return huggingface.with_stops(super().architecture, self.terminators)
+        return model_folder.with_stops(super().architecture, self.terminators)
 
     @property
     def terminators(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return huggingface.read_stops(self.path)
+        return model_folder.read_stops(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         own = folder_tokenizer.has_tokenizer(self.path)
@@ -240,7 +244,7 @@ class _AdapterFolder(_OnAnother):
             where = self.beneath.path
             raise InputError(f"{self.path}: its base model {where} has adapters too; merge those with convert")
         model, variables, target = self._adapted(chosen, mesh, dtype)
-        model = model.clone(config=huggingface.with_stops(model.config, self.terminators))
+        model = model.clone(config=model_folder.with_stops(model.config, self.terminators))
         return model, {**variables, **peft.load_adapters(self.path, model, target, mesh)}
 
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
-from dpo_jax.weights.folder_tokenizer import has_tokenizer
-from dpo_jax.weights.gguf_tokenizer import surround
-from dpo_jax.weights.merges import merges_by_score
+from dpo_jax.weights.gguf.tokenizer import surround
 from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces, read_pieces
+from dpo_jax.weights.tokenizers.folder_tokenizer import has_tokenizer
+from dpo_jax.weights.tokenizers.merges import merges_by_score
 
 _CARRIED = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 

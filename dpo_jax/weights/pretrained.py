@@ -20,12 +20,13 @@ from dpo_jax.model.config_keys import ignoring
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, merge_adapters
-from dpo_jax.weights import base as bases
-from dpo_jax.weights import fused_adapters, heads, huggingface, layout, merging, peft, tokenizer_files
-from dpo_jax.weights.folder import write_beside
+from dpo_jax.weights.huggingface import fused_adapters, heads, layout, merging, model_folder, peft
+from dpo_jax.weights.integrity import base as bases
+from dpo_jax.weights.integrity.folder import write_beside
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 from dpo_jax.weights.source import config_file
 from dpo_jax.weights.tokenizer import check_published
+from dpo_jax.weights.tokenizers import tokenizer_files
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 def read_shape(source: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint, of which a config.json alone is read where there is one."""
     found = config_file(source)
-    return open_checkpoint(source).architecture if found is None else huggingface.read_config(found.parent)
+    return open_checkpoint(source).architecture if found is None else model_folder.read_config(found.parent)
 
 
 def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
@@ -102,7 +103,7 @@ def save_pretrained(
     source: str | Path | StoredModel | None = None,
     dtype: Any = None,
     merge: bool = True,
-    shard_bytes: int = huggingface.SHARD_BYTES,
+    shard_bytes: int = model_folder.SHARD_BYTES,
     classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
     beside: Mapping[str, bytes] | None = None,
@@ -116,7 +117,7 @@ def save_pretrained(
       path: the folder.
       model: gives the architecture and the adapters' scale.
       variables: {"params": ...[, "adapters": ...][, "heads": ...]}. With a head "score" the folder is a reward model
-        (`LlamaForSequenceClassification`); other heads go to `heads.safetensors` (see `weights/heads.py`).
+        (`LlamaForSequenceClassification`); other heads go to `heads.safetensors` (see `weights/huggingface/heads.py`).
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
         carried along, and an adapter folder names it (or its own base) as the base model. Adapters are merged with the
@@ -162,7 +163,7 @@ def save_pretrained(
     others = heads.gathered(collection)
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, dtype, origin, terminators)
+        model_folder.write_configs(folder, config, dtype, origin, terminators)
         heads.write_others(folder, collection, others, classes)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder, origin)
@@ -183,7 +184,7 @@ def save_pretrained(
         score = [layout.score_slot(config)]
         shapes = shapes | layout.tensor_shapes(score)  # a new one: the tensors are made later, by the keys of the old
         tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
-    huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)
+    model_folder.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)
     return rounding.lost
 
 

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, tokenizer_files
+from dpo_jax.weights.huggingface import layout, model_folder
 from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pieces import Pieces
+from dpo_jax.weights.tokenizers import tokenizer_files
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")
 """The tensors with a row a token."""
@@ -64,7 +65,7 @@ def write_resized(
     tokenizer: PreTrainedTokenizerBase,
     *,
     multiple: int = 1,
-    shard_bytes: int = huggingface.SHARD_BYTES,
+    shard_bytes: int = model_folder.SHARD_BYTES,
 ) -> int:
     """Write the model of a Hugging Face folder or GGUF file with a row for every piece of `longer`; return the rows.
 
@@ -96,9 +97,9 @@ def write_resized(
             yield grown(values, spelled, size) if key in GROWING else values
 
     def finish(folder: Path) -> None:
-        huggingface.write_configs(folder, config, dtype, place.origin)
+        model_folder.write_configs(folder, config, dtype, place.origin)
         tokenizer_files.save_tokenizer(tokenizer, folder)
         (folder / "tokenizer.model").write_bytes(longer.proto.SerializeToString(deterministic=True))
 
-    huggingface.write_weights(target, shapes, tensors(), dtype, finish, shard_bytes=shard_bytes, replace=False)
+    model_folder.write_weights(target, shapes, tensors(), dtype, finish, shard_bytes=shard_bytes, replace=False)
     return size

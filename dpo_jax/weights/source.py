@@ -12,8 +12,8 @@ from typing import Literal
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import read_json
 from dpo_jax.weights import smollm2
-from dpo_jax.weights.digests import damage_seen_here
-from dpo_jax.weights.folder import is_step, steps_in
+from dpo_jax.weights.integrity.digests import damage_seen_here
+from dpo_jax.weights.integrity.folder import is_step, steps_in
 
 _log = logging.getLogger(__name__)
 

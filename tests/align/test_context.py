@@ -28,7 +28,7 @@ from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.model import attention_xla
 from dpo_jax.sample import generate
 from dpo_jax.types import Rollout
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.huggingface.heads import as_reward_model
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 WINDOWED = dataclasses.replace(TINY, sliding_window=9)

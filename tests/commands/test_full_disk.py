@@ -23,7 +23,7 @@ from dpo_jax.cli import main
 from dpo_jax.errors import InputError, full_disk
 from dpo_jax.files.log import MetricLog
 from dpo_jax.train import session as training
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from dpo_jax.judge.reward_model import RewardModel
 from dpo_jax.model.groups import response_logps, response_predictions
 from dpo_jax.sample import beam_search, generate, serve
 from dpo_jax.types import PreferenceBatch
-from dpo_jax.weights.folder_tokenizer import read_tokenizer
-from dpo_jax.weights.heads import padded_apart
+from dpo_jax.weights.huggingface.heads import padded_apart
 from dpo_jax.weights.tokenizer import check_vocabulary, text_ids
+from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
 
 SIZE, NEW = 24, 8
 PROMPTS = [[5, 6, 7], [9, 3]]

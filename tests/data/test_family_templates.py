@@ -9,7 +9,7 @@ from family_tokenizers import TEMPLATES, folder
 
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
-from dpo_jax.weights.folder_tokenizer import read_tokenizer
+from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TURNS = [("user", "was the film good?"), ("assistant", "not very."), ("user", " why  so?\n12 ")]

@@ -19,7 +19,7 @@ from dpo_jax.data.tokens.templates import ChatTemplate
 from dpo_jax.judge.reward_functions import ModelReward
 from dpo_jax.judge.reward_model import RewardModel
 from dpo_jax.model import heads
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.huggingface.heads import as_reward_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

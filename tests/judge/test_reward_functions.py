@@ -24,7 +24,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge import reward_functions
 from dpo_jax.judge.reward_functions import Endpoint, ModelReward, open_reward, scores_of
 from dpo_jax.model import heads
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.huggingface.heads import as_reward_model
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

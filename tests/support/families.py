@@ -173,7 +173,7 @@ def gradient_error(reference: Any, model: Any, variables: Any, tokens: Any) -> f
     import torch
 
     from dpo_jax.model.logprobs import token_logps
-    from dpo_jax.weights import layout
+    from dpo_jax.weights.huggingface import layout
 
     ids = torch.tensor(np.asarray(tokens, np.int64))
     reference.zero_grad()

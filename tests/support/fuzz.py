@@ -38,7 +38,7 @@ import tiny
 
 from dpo_jax.cli import main
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.gguf_header import open_gguf
+from dpo_jax.weights.gguf.header import open_gguf
 
 LIMIT = 30.0
 """Seconds that one case may take, on a machine that does other things too."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_jax.weights.folder_tokenizer import read_tokenizer
+from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
 
 TEXT = (
     "Human Assistant user assistant system the quick brown fox jumps over a lazy dog. Hello, how are you today? "

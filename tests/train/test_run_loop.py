@@ -20,7 +20,7 @@ from dpo_jax.files.log import CLOCK_KEYS, MetricLog, read_metrics
 from dpo_jax.mesh import ShardedStep, make_mesh, replicated
 from dpo_jax.train.loop import Outcome, Plan, fit
 from dpo_jax.train.stopping import best_step, without_gain
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
 
 @struct.dataclass

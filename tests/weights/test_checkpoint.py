@@ -18,7 +18,7 @@ from dpo_jax.config import OptimizerConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, replicated, sharding
 from dpo_jax.state import TrainState
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from dpo_jax.weights.source import resolve
 
 
@@ -407,7 +407,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import arrays, make_state
 from dpo_jax.mesh import make_mesh
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 mesh = make_mesh(data=2, fsdp=4, tensor=2)
 restored = Checkpoints(Path(sys.argv[1]), keep=9).restore(make_state(mesh, seed=7, width=32))
 kernel = restored.state.trainable["params"]["mlp"]["kernel"]
@@ -453,7 +453,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[4]))
 from test_checkpoint import alter, bit, make_state, shuffle, update
 from dpo_jax.mesh import make_mesh
-from dpo_jax.weights.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from jax.experimental import multihost_utils
 folder, state = Path(sys.argv[1]), make_state(make_mesh(fsdp=4))
 checkpoints = Checkpoints(folder, keep=9)

@@ -13,7 +13,7 @@ import dpo_jax
 from dpo_jax.cli import main
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import RopeScaling, from_hf
-from dpo_jax.weights import huggingface
+from dpo_jax.weights.huggingface import model_folder
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -149,9 +149,9 @@ def changed(model: Path, path: Path, **keys: Any) -> Path:
 
 def test_harmless_and_empty_keys_are_named_once(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = changed(model, tmp_path / "m", unsloth_fixed=True, future=False, transformers_version="4.1")
-    with caplog.at_level(logging.INFO, "dpo_jax.weights.huggingface"):
+    with caplog.at_level(logging.INFO, "dpo_jax.weights.huggingface.model_folder"):
         for _ in range(3):
-            huggingface.read_config(folder)
+            model_folder.read_config(folder)
     said = [record.getMessage() for record in caplog.records if "keys without effect" in record.getMessage()]
     assert said == [f"{folder / 'config.json'}: keys without effect, not read: future, unsloth_fixed"]
 

@@ -28,7 +28,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.sample import decode
 from dpo_jax.types import PreferenceBatch
-from dpo_jax.weights import layout
+from dpo_jax.weights.huggingface import layout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -21,9 +21,9 @@ import dpo_jax
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import from_hf
 from dpo_jax.model.families import FAMILIES
-from dpo_jax.weights import layout
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.gguf import interleaved
+from dpo_jax.weights.gguf.tensors import interleaved
+from dpo_jax.weights.huggingface import layout
 from dpo_jax.weights.opened import open_checkpoint
 
 LENGTH = 24

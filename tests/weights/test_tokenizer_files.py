@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
-from dpo_jax.weights.folder_tokenizer import read_tokenizer
-from dpo_jax.weights.tokenizer_files import save_tokenizer
+from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
+from dpo_jax.weights.tokenizers.tokenizer_files import save_tokenizer
 
 TEXTS = kinds.corpus(300)
 

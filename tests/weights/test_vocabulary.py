@@ -27,7 +27,8 @@ from dpo_jax.commands.extend_vocab import Texts, extend_vocab, is_held_out
 from dpo_jax.config import ExtendVocabRun
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, to_hf
-from dpo_jax.weights import resize, shards, vocabulary
+from dpo_jax.weights import resize, vocabulary
+from dpo_jax.weights.huggingface import shards
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pieces import NORMAL, ModelProto, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer

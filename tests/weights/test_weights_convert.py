@@ -20,10 +20,11 @@ import dpo_jax
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.weights import orbax_params, shards
-from dpo_jax.weights.checkpoint import Checkpoints
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.huggingface import shards
 from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.orbax import params as orbax_params
+from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from dpo_jax.weights.source import resolve
 
 

@@ -290,7 +290,7 @@ def test_llama3_cuts_as_tiktoken_does(source: Path, tmp_path: Path) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from dpo_jax.weights.gguf_tokenizer import _LLAMA3
+    from dpo_jax.weights.gguf.tokenizer import _LLAMA3
 
     metadata, _ = byte_level("gpt-2")
     back = {letter: byte for byte, letter in bytes_to_unicode().items()}

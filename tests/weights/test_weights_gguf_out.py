@@ -1,4 +1,4 @@
-"""GGUF out: read back by the `gguf` package and by `weights/gguf.py`; tokenizers that keep their ids; refusals."""
+"""GGUF out: read back by `gguf` and by `weights/gguf/tensors.py`; tokenizers that keep their ids; refusals."""
 
 import json
 from pathlib import Path

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 import dpo_jax
 from dpo_jax.errors import InputError
-from dpo_jax.weights import gguf as files
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.gguf import tensors as files
 
 WIDTH, HEADS, HEAD, VOCAB = 256, 2, 128, 48
 SHAPES = {

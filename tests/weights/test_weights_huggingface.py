@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import dpo_jax
 from dpo_jax.errors import InputError
-from dpo_jax.weights import layout, shards
+from dpo_jax.weights.huggingface import layout, shards
 
 EMBEDDING, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"
 

@@ -16,9 +16,10 @@ import dpo_jax
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
-from dpo_jax.weights import base, source
+from dpo_jax.weights import source
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.heads import as_reward_model
+from dpo_jax.weights.huggingface.heads import as_reward_model
+from dpo_jax.weights.integrity import base
 from dpo_jax.weights.opened import open_checkpoint
 
 

@@ -15,7 +15,7 @@ import tiny
 
 import dpo_jax
 from dpo_jax.errors import InputError
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.source import resolve
 
 
@@ -189,8 +189,8 @@ process, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.arg
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 import dpo_jax
 from dpo_jax.errors import InputError
-from dpo_jax.weights import layout
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.huggingface import layout
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 layout.GATHER_BYTES = 3000  # tensors of this tiny model come together in many pieces
 mesh = dpo_jax.make_mesh(data=1, fsdp=2, tensor=2)
 model, variables = dpo_jax.load_pretrained(source, mesh=mesh)

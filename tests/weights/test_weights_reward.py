@@ -18,7 +18,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import groups, heads
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.convert import convert
-from dpo_jax.weights.heads import padded_apart
+from dpo_jax.weights.huggingface.heads import padded_apart
 from dpo_jax.weights.opened import open_checkpoint
 
 torch = pytest.importorskip("torch")

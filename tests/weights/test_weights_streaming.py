@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import dpo_jax
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights import huggingface, layout, shards
 from dpo_jax.weights.convert import convert
+from dpo_jax.weights.huggingface import layout, model_folder, shards
 
 STATUS = Path("/proc/self/status")
 
@@ -112,7 +112,7 @@ def test_a_large_folder_takes_less_memory_than_two_of_its_files(
     folder.mkdir()
     tensors = (block[: math.prod(shape)].reshape(shape) for shape in shapes.values())
     shards.write_all(folder, shapes, tensors, ml_dtypes.bfloat16, 25 << 20)
-    huggingface.write_configs(folder, config, ml_dtypes.bfloat16, None)
+    model_folder.write_configs(folder, config, ml_dtypes.bfloat16, None)
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert len(files) > 4
     limit = 2 * max(files)

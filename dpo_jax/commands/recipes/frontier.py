@@ -57,7 +57,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
 from dpo_jax.report import frontier as frontier_report
 from dpo_jax.report.statistics import by_prompt, interval, kl_figures, log_ratios, per_prompt
-from dpo_jax.weights.orbax_params import load_trained
+from dpo_jax.weights.orbax.params import load_trained
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 

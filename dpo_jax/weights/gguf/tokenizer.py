@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, told
-from dpo_jax.weights.gguf_header import open_gguf
-from dpo_jax.weights.merges import merges_by_score
+from dpo_jax.weights.gguf.header import open_gguf
+from dpo_jax.weights.tokenizers.merges import merges_by_score
 
 # Entries of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6

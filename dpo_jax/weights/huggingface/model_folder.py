@@ -1,7 +1,6 @@
 """Hugging Face model folders: config.json, safetensors, generation_config.json."""
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.model.architecture import LlamaConfig, read_hf, to_hf
 from dpo_jax.model.config_keys import ignored
-from dpo_jax.weights import layout, shards
-from dpo_jax.weights.folder import new_folder
+from dpo_jax.weights.huggingface import layout, shards
+from dpo_jax.weights.integrity.folder import new_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +83,6 @@ def _check_tied(reader: shards.SafetensorsReader) -> None:
             f"{reader.where}: config.json ties lm_head to the embedding, and lm_head.weight differs from it; set "
             "tie_word_embeddings to false if both are meant"
         )
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as the files of a model folder hold it."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_configs(

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, with its tokenizer and chat template, as llama.cpp and `weights/gguf.py` read it.
+"""A model as one GGUF file, with its tokenizer and chat template, as llama.cpp and `weights/gguf/tensors.py` read it.
 
 Tensors are written one at a time. Vectors are float32, as llama.cpp wants them; matrices are what was asked for, and
 those whose rows are no whole blocks of 32 are float16 in a Q8_0 file.
@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.families import FAMILIES
-from dpo_jax.weights import layout
-from dpo_jax.weights.gguf import NORM, PERMUTED, interleaved
-from dpo_jax.weights.gguf_architecture import check_expressed, factors_of, gguf_name, metadata_of
-from dpo_jax.weights.gguf_tokenizer import read_tokenizer
-from dpo_jax.weights.gguf_vocabulary import vocabulary_of
+from dpo_jax.weights.gguf.architecture import check_expressed, factors_of, gguf_name, metadata_of
+from dpo_jax.weights.gguf.tensors import NORM, PERMUTED, interleaved
+from dpo_jax.weights.gguf.tokenizer import read_tokenizer
+from dpo_jax.weights.gguf.vocabulary import vocabulary_of
+from dpo_jax.weights.huggingface import layout
 
 Stored = Literal["float32", "bfloat16", "float16", "q8_0"]
 

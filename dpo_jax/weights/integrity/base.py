@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
-from dpo_jax.weights.fingerprint import fingerprint
+from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 FILE = "base.json"
 PLACE = "DPO_JAX_BASE"

@@ -27,7 +27,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights import layout, shards
+from dpo_jax.weights.huggingface import layout, shards
 
 FILE = "heads.safetensors"
 _CLASSES = "classes"

@@ -16,8 +16,8 @@ from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights import layout
-from dpo_jax.weights.layout import Slices
+from dpo_jax.weights.huggingface import layout
+from dpo_jax.weights.huggingface.layout import Slices
 
 _MODULE = re.compile(r"(?P<layer>.*\.layers\.\d+)\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 

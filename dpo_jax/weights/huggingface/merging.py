@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights import fused_adapters
+from dpo_jax.weights.huggingface import fused_adapters
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 """By the key of the weight W [out, in] that they are added to: B [out, r], times alpha / rank, and A [r, in]."""

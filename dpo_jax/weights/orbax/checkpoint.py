@@ -7,7 +7,7 @@ What is not: frozen weights. Under LoRA they are the base model and with a live 
 model, both of which are loaded again from where they came; their hash is part of the identity.
 
 Layout of `<folder>/<step>/`: `state/` (step, trainable, opt_state, carried), `meta/` (JSON), and `files.json`, size and
-checksum of every file (`weights/digests.py`), written before the checkpoint gets its final name.
+checksum of every file (`weights/integrity/digests.py`), written before the checkpoint gets its final name.
 """
 
 import shutil
@@ -27,9 +27,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dpo_jax.errors import InputError, full_disk
 from dpo_jax.state import TrainState
-from dpo_jax.weights.digests import damage, write_digests
-from dpo_jax.weights.fingerprint import fingerprint
-from dpo_jax.weights.folder import steps_in
+from dpo_jax.weights.integrity.digests import damage, write_digests
+from dpo_jax.weights.integrity.fingerprint import fingerprint
+from dpo_jax.weights.integrity.folder import steps_in
 
 Identity = Mapping[str, str | int | float | bool | None]
 

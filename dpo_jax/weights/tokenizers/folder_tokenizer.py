@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
-from dpo_jax.weights.merges import merges_by_score
+from dpo_jax.weights.tokenizers.merges import merges_by_score
 
 _log = logging.getLogger(__name__)
 

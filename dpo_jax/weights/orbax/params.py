@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError, full_disk
 from dpo_jax.headers import read_json
-from dpo_jax.weights.checkpoint import expect_closed_loops
-from dpo_jax.weights.digests import FILES, damage, write_digests
-from dpo_jax.weights.folder import new_folder
+from dpo_jax.weights.integrity.digests import FILES, damage, write_digests
+from dpo_jax.weights.integrity.folder import new_folder
+from dpo_jax.weights.orbax.checkpoint import expect_closed_loops
 
 _VALUE = "value"
 """PPO's value model, or its head on the policy: learnt beside the model, and no part of it."""

@@ -13,10 +13,11 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights import base as bases
-from dpo_jax.weights import fused_adapters, huggingface, layout, shards, tokenizer_files
-from dpo_jax.weights import heads as head_files
-from dpo_jax.weights.folder import write_beside
+from dpo_jax.weights.huggingface import fused_adapters, layout, model_folder, shards
+from dpo_jax.weights.huggingface import heads as head_files
+from dpo_jax.weights.integrity import base as bases
+from dpo_jax.weights.integrity.folder import write_beside
+from dpo_jax.weights.tokenizers import tokenizer_files
 
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -155,7 +156,7 @@ def save_adapters(
         bases.write(folder, base)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if terminators:
-            huggingface.write_generation(folder, config_of_model, None, terminators)
+            model_folder.write_generation(folder, config_of_model, None, terminators)
         if tokenizer is not None:
             tokenizer_files.save_tokenizer(tokenizer, folder)
         write_beside(folder, beside)
@@ -166,4 +167,4 @@ def save_adapters(
         shapes |= layout.tensor_shapes(score)
         tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
     unlimited = 1 << 62  # PEFT reads one file
-    huggingface.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=unlimited)
+    model_folder.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=unlimited)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json, told
-from dpo_jax.weights.layout import Slices
+from dpo_jax.weights.huggingface.layout import Slices
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}

@@ -19,10 +19,10 @@ from gguf.quants import dequantize
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.families import FAMILIES
-from dpo_jax.weights import layout
-from dpo_jax.weights.gguf_architecture import FACTORS, gguf_name, read_config
-from dpo_jax.weights.gguf_header import GGUFHeader, GGUFTensor, open_gguf
-from dpo_jax.weights.layout import Slices
+from dpo_jax.weights.gguf.architecture import FACTORS, gguf_name, read_config
+from dpo_jax.weights.gguf.header import GGUFHeader, GGUFTensor, open_gguf
+from dpo_jax.weights.huggingface import layout
+from dpo_jax.weights.huggingface.layout import Slices
 
 _Q = GGMLQuantizationType
 # Those whose dequantisation has been held against the format's definition, block by block.
@@ -104,7 +104,7 @@ def _decode(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def open_file(path: Path) -> tuple[LlamaConfig, GGUFTensors]:
-    """Configuration and checked weights of a GGUF file. Raises `InputError` as `huggingface.open_folder` does."""
+    """Configuration and checked weights of a GGUF file. Raises `InputError` as `model_folder.open_folder` does."""
     header = open_gguf(path)
     if (embedding := header.tensors.get("token_embd.weight")) is None:
         raise InputError(f"{path}: tensor token_embd.weight is missing; the file is incomplete")

@@ -1,11 +1,13 @@
 """Folders that appear whole or not at all."""
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.errors import InputError
 
@@ -68,6 +70,11 @@ def write_beside(folder: Path, files: Mapping[str, bytes] | None) -> None:
     """Write further files of a model folder, by name. Raises `OSError`."""
     for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as the files of a model folder hold it."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 from dpo_jax.headers import read_json
-from dpo_jax.weights.huggingface import write_json
+from dpo_jax.weights.integrity.folder import write_json
 
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_FILES = (

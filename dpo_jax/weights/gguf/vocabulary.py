@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.weights.gguf_tokenizer import cuts
+from dpo_jax.weights.gguf.tokenizer import cuts
 
 _NO_SCORE = -1e6
 """Of pieces that no merge makes: single characters, which nothing ranks."""

@@ -1,0 +1,1 @@
+"""llama.cpp's files: header, architecture, tensors and tokenizer, read and written."""

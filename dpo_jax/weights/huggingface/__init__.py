@@ -1,0 +1,1 @@
+"""Model folders as `transformers` and PEFT have them: safetensors, configurations, heads, adapters."""

@@ -1,0 +1,1 @@
+"""Our own arrays on a disk: a run's checkpoints, and what `convert` wrote."""

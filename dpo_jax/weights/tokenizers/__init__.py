@@ -1,0 +1,1 @@
+"""The tokenizer files of a model folder, read and written so that the ids stay."""
