@@ -64,7 +64,13 @@ setup(
     packages=[*find_packages(include=["dpo_jax", "dpo_jax.*"]), "dpo_jax.configs"],
     package_dir={"dpo_jax.configs": "configs"},
     package_data={
-        "dpo_jax": ["py.typed", "judge/prompts/*.json", "complete/prompts/*.json", "data/rows/phrases/*.json"]
+        "dpo_jax": [
+            "py.typed",
+            "complete/prompts/*.json",
+            "judge/asked/prompts/*.json",
+            "judge/rewards/*.json",
+            "data/rows/phrases/*.json",
+        ]
     },
     python_requires=">=3.11",
     install_requires=INSTALL,

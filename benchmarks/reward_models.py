@@ -261,7 +261,7 @@ def separation(options: argparse.Namespace, name: str, folder: str, held: set[st
 
     from dpo_jax.data.rows.messages import Message
     from dpo_jax.data.sets.prompts import Prompt
-    from dpo_jax.judge.reward_functions import ModelReward
+    from dpo_jax.judge.rewards.functions import ModelReward
     from dpo_jax.report.statistics import auc
 
     wanted, other = ("2", "1") if name == SAFETY else ("1", "2")

@@ -20,8 +20,8 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.judge import preference_figures as judgement
 from dpo_jax.judge import reward_eval as evaluate_rewards
+from dpo_jax.judge.figures import preferences as judgement
 from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps

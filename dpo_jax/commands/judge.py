@@ -26,15 +26,15 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.judge import sheet
-from dpo_jax.judge.judge_agreement import PairVerdict, figures, pairs_of
-from dpo_jax.judge.judge_prompts import JudgePrompt
-from dpo_jax.judge.judge_reward import prompt_of
-from dpo_jax.judge.judging import Item, Judgement, contestants, family, one_score, side_of
-from dpo_jax.judge.judging import judge as put
+from dpo_jax.judge.asked import sheet
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt
+from dpo_jax.judge.asked.judge_reward import prompt_of
+from dpo_jax.judge.asked.judging import Item, Judgement, contestants, family, one_score, side_of
+from dpo_jax.judge.asked.judging import judge as put
+from dpo_jax.judge.figures.agreement import PairVerdict, figures, pairs_of
+from dpo_jax.judge.figures.reward_bench import by_subset
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.reward_bench import by_subset
-from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward, scores_of, try_out
+from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward, scores_of, try_out
 from dpo_jax.mesh import make_mesh
 
 log = logging.getLogger(__name__)

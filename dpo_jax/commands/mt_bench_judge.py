@@ -12,8 +12,8 @@ from dpo_jax.data.sources.questions import read_questions
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import RowsFile
 from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge.asked.mt_bench import Prompts, matches, requests, rows
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.mt_bench import Prompts, matches, requests, rows
 from dpo_jax.mesh import make_mesh
 
 _AT_ONCE = 256  # matches between two writes of the file

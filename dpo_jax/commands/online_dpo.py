@@ -17,7 +17,7 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge.scores import Judges
+from dpo_jax.judge.rewards.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section

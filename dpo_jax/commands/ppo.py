@@ -17,9 +17,9 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge.environment import Environment
 from dpo_jax.judge.reward_model import check_score
-from dpo_jax.judge.scores import Judges
+from dpo_jax.judge.rewards.environment import Environment
+from dpo_jax.judge.rewards.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section

@@ -37,8 +37,8 @@ from dpo_jax.files.folder import as_json, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines, write_once
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
-from dpo_jax.judge import pool as best_responses
-from dpo_jax.judge.scores import Judges, write_scores
+from dpo_jax.judge.rewards import pool as best_responses
+from dpo_jax.judge.rewards.scores import Judges, write_scores
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings

@@ -18,10 +18,10 @@ from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
-from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
+from dpo_jax.judge.asked.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.refusals import REFUSALS, labelled, refusal
-from dpo_jax.judge.reward_functions import ModelReward, check_reward, scores_of, try_out
+from dpo_jax.judge.rewards.functions import ModelReward, check_reward, scores_of, try_out
+from dpo_jax.judge.rewards.refusals import REFUSALS, labelled, refusal
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report.safety import Judged, against_people, group_figures
 

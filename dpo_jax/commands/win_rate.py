@@ -19,7 +19,7 @@ from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import told
-from dpo_jax.judge.judge_reward import PREFIX, read_judge
+from dpo_jax.judge.asked.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
 from dpo_jax.report.win_rates import controlled_figures, raw_figures
 

@@ -1,1 +1,1 @@
-"""Everything that judges what was written: reward functions and models, policies, and figures of their verdicts."""
+"""Everything that judges what was written; here the models among them: their weights, log-probabilities, scores."""

@@ -15,7 +15,7 @@ from dpo_jax.data.tokens import cuts
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.log import say
-from dpo_jax.judge import reward_figures as reward_judgement
+from dpo_jax.judge.figures import rewards as reward_judgement
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.report import html

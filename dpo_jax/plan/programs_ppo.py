@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dpo_jax.align import ppo
 from dpo_jax.config import TENSOR, JudgedRun, PPOConfig, PPORun, SampledRun, is_url
 from dpo_jax.errors import InputError
-from dpo_jax.judge.judge_reward import PREFIX, read_judge
+from dpo_jax.judge.asked.judge_reward import PREFIX, read_judge
 from dpo_jax.mesh import batch_parts, device_bytes
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama

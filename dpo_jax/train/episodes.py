@@ -26,7 +26,7 @@ from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
-from dpo_jax.judge.environment import LARGEST, OPTION, Environment, Failed, Step
+from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
 from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
 from dpo_jax.train.rollouts import Rollouts

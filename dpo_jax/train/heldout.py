@@ -19,7 +19,7 @@ from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.files.log import ProgressBar
-from dpo_jax.judge import reward_figures as reward_judgement
+from dpo_jax.judge.figures import rewards as reward_judgement
 from dpo_jax.processes import distributed
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch, TokenBatch

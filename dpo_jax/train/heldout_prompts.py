@@ -19,7 +19,7 @@ from dpo_jax.complete.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.files.jsonl import Row, write_lines
-from dpo_jax.judge.scores import Judges, part_figures, told_parts
+from dpo_jax.judge.rewards.scores import Judges, part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.report.statistics import interval, kl_estimates, pass_at

@@ -22,7 +22,7 @@ from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
-from dpo_jax.judge.scores import part_figures, told_parts
+from dpo_jax.judge.rewards.scores import part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered

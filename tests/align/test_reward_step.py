@@ -16,7 +16,7 @@ from dpo_jax.align import reward, sampled_softmax
 from dpo_jax.align.figures import defined
 from dpo_jax.config import OptimizerConfig, RewardConfig
 from dpo_jax.errors import InputError
-from dpo_jax.judge import reward_figures as reward_judgement
+from dpo_jax.judge.figures import rewards as reward_judgement
 from dpo_jax.model import heads
 
 SMALL = dataclasses.replace(TINY, num_layers=1)

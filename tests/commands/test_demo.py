@@ -11,7 +11,7 @@ from dpo_jax.complete.openings import review_openings
 from dpo_jax.config import DemoRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
-from dpo_jax.judge.continuations import make_pairs
+from dpo_jax.judge.rewards.continuations import make_pairs
 from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import interval
 

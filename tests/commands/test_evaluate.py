@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo_jax.judge import preference_figures as judgement
+from dpo_jax.judge.figures import preferences as judgement
 from dpo_jax.report import text_health as text
 from dpo_jax.report.statistics import kl_estimates
 

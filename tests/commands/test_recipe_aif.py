@@ -15,8 +15,8 @@ from dpo_jax.config import AIFRun, WriterConfig
 from dpo_jax.data.rows.comparisons import parse_comparison
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines, write_lines
-from dpo_jax.judge import feedback
-from dpo_jax.judge.judging import Item, Judgement, Reply, read
+from dpo_jax.judge.asked import feedback
+from dpo_jax.judge.asked.judging import Item, Judgement, Reply, read
 
 GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
 

@@ -19,7 +19,7 @@ from dpo_jax.config import FrontierConfig, FrontierRun, LoraConfig, MeshConfig
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge import continuations
+from dpo_jax.judge.rewards import continuations
 from dpo_jax.report import frontier as frontier_report
 from dpo_jax.train import session as training
 

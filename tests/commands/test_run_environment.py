@@ -16,7 +16,7 @@ from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
-from dpo_jax.judge.environment import Step
+from dpo_jax.judge.rewards.environment import Step
 from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _check_beginnings, _Episode, padded

@@ -15,8 +15,8 @@ from dpo_jax import cli
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reward_functions import ModelReward
 from dpo_jax.judge.reward_model import RewardModel
+from dpo_jax.judge.rewards.functions import ModelReward
 
 MESH = ["--mesh.data", "8", "--mesh.fsdp", "1"]
 SMALL = ["--data.max_length", "48", "--data.buckets", "1", "--data.workers", "0", *MESH]

@@ -10,7 +10,7 @@ from dpo_jax import cli
 from dpo_jax.commands.safety import safety
 from dpo_jax.config import SafetyRun
 from dpo_jax.errors import InputError
-from dpo_jax.judge.refusals import labelled, refusal
+from dpo_jax.judge.rewards.refusals import labelled, refusal
 from dpo_jax.report.safety import Judged, against_people
 
 CASES = {

@@ -41,6 +41,7 @@ FLOORS = {
 INNER = {
     "data": ("rows", "sources", "tokens", "sets"),
     "weights": ("integrity", "tokenizers", "huggingface", "gguf", "orbax", "."),
+    "judge": ("figures", ".", "asked", "rewards"),
 }
 HOUSE = {"processes", "files", "report", "complete", "judge", "train", "plan", "commands"}
 

@@ -10,7 +10,7 @@ from documented import programs
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.environment import Environment, Failed, Step
+from dpo_jax.judge.rewards.environment import Environment, Failed, Step
 from dpo_jax.processes import distributed
 
 

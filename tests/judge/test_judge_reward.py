@@ -14,8 +14,8 @@ from dpo_jax import mesh
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.judge_reward import read_judge
-from dpo_jax.judge.reward_functions import check_reward, open_reward, scores_of
+from dpo_jax.judge.asked.judge_reward import read_judge
+from dpo_jax.judge.rewards.functions import check_reward, open_reward, scores_of
 
 
 def asked(count: int) -> list[Prompt]:

@@ -16,8 +16,8 @@ from dpo_jax.data.sets.comparison_sets import load_responses
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.tokens.templates import ChatTemplate
-from dpo_jax.judge.reward_functions import ModelReward
 from dpo_jax.judge.reward_model import RewardModel
+from dpo_jax.judge.rewards.functions import ModelReward
 from dpo_jax.model import heads
 from dpo_jax.weights.huggingface.heads import as_reward_model
 

@@ -21,8 +21,8 @@ from dpo_jax.config import DataConfig, PPORun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge import reward_functions
-from dpo_jax.judge.reward_functions import Endpoint, ModelReward, open_reward, scores_of
+from dpo_jax.judge.rewards import functions as reward_functions
+from dpo_jax.judge.rewards.functions import Endpoint, ModelReward, open_reward, scores_of
 from dpo_jax.model import heads
 from dpo_jax.weights.huggingface.heads import as_reward_model
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
@@ -340,7 +340,7 @@ def test_what_a_function_starts_reads_nothing_and_what_it_prints_is_not_lost(tmp
 
 ORPHANING = """
 import os, signal, sys, threading
-from dpo_jax.judge.reward_code import PythonFunction
+from dpo_jax.judge.rewards.user_code import PythonFunction
 
 function = PythonFunction(sys.argv[1] + ":stuck")
 print(function._worker._process.pid, flush=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_jax.judge import reward_figures as judgement
+from dpo_jax.judge.figures import rewards as judgement
 from dpo_jax.report import statistics
 
 # Three pairs: right by 1, wrong by 0.5, a tie; the second's better response is longer.

@@ -10,9 +10,9 @@ import pytest
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reward_command import code_of
-from dpo_jax.judge.reward_functions import check_reward, scores_of, try_out
-from dpo_jax.judge.reward_shipped import last_number, repetition, shipped
+from dpo_jax.judge.rewards.command import code_of
+from dpo_jax.judge.rewards.functions import check_reward, scores_of, try_out
+from dpo_jax.judge.rewards.shipped import last_number, repetition, shipped
 
 
 def scores(spec: str, texts: list[str], right: object = None, *, timeout: float | None = None) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.errors import InputError
-from dpo_jax.judge.right_answers import draw_pairs, exact, final_answer, known_answer, open_matcher
+from dpo_jax.judge.rewards.right_answers import draw_pairs, exact, final_answer, known_answer, open_matcher
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.judge import verdicts
-from dpo_jax.judge.verdicts import Rating
+from dpo_jax.judge.asked import verdicts
+from dpo_jax.judge.asked.verdicts import Rating
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 

@@ -34,12 +34,12 @@ from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import RowsFile, read_lines, write_lines, write_once
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.files.stages import Figures, Stage
-from dpo_jax.judge import feedback
-from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt
-from dpo_jax.judge.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
-from dpo_jax.judge.judging import Item, Judgement, one_score
-from dpo_jax.judge.judging import judge as put
-from dpo_jax.judge.reward_functions import ModelReward, RewardFunction, check_reward
+from dpo_jax.judge.asked import feedback
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt
+from dpo_jax.judge.asked.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
+from dpo_jax.judge.asked.judging import Item, Judgement, one_score
+from dpo_jax.judge.asked.judging import judge as put
+from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report import feedback as feedback_report
 from dpo_jax.weights.opened import open_checkpoint

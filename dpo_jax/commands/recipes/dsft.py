@@ -33,7 +33,7 @@ from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage
-from dpo_jax.judge.refusals import refusal
+from dpo_jax.judge.rewards.refusals import refusal
 from dpo_jax.mesh import make_mesh
 
 

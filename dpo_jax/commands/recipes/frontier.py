@@ -50,8 +50,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage
-from dpo_jax.judge.continuations import make_pairs, write_judged
-from dpo_jax.judge.reward_functions import RewardFunction, open_reward
+from dpo_jax.judge.rewards.continuations import make_pairs, write_judged
+from dpo_jax.judge.rewards.functions import RewardFunction, open_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables

@@ -17,8 +17,8 @@ from dpo_jax.data.sets.dataset import check_lengths
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.files.jsonl import Row
+from dpo_jax.judge.figures.rewards import figures
 from dpo_jax.judge.loading import Setting, load_vocabulary
-from dpo_jax.judge.reward_figures import figures
 from dpo_jax.judge.reward_model import RewardModel
 
 

@@ -28,7 +28,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage, last_figures
-from dpo_jax.judge.right_answers import draw_pairs, known_answer, open_matcher
+from dpo_jax.judge.rewards.right_answers import draw_pairs, known_answer, open_matcher
 from dpo_jax.report import iterative_rpo as report
 from dpo_jax.report.statistics import share_interval
 

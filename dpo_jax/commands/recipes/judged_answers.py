@@ -13,7 +13,7 @@ from dpo_jax.data.sets.prompts import Prompt, other_columns
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError, naming
 from dpo_jax.files.jsonl import Row
-from dpo_jax.judge.reward_functions import open_reward, scores_of
+from dpo_jax.judge.rewards.functions import open_reward, scores_of
 from dpo_jax.mesh import batch_parts, make_mesh
 
 _JUDGED = 256

@@ -37,8 +37,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage
-from dpo_jax.judge.continuations import make_pairs
-from dpo_jax.judge.reward_functions import check_reward
+from dpo_jax.judge.rewards.continuations import make_pairs
+from dpo_jax.judge.rewards.functions import check_reward
 from dpo_jax.report import llama2_chat as llama2_chat_report
 
 HELPFUL, SAFE = "helpful", "safety"

@@ -34,8 +34,8 @@ from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage, last_figures
-from dpo_jax.judge.continuations import make_pairs
-from dpo_jax.judge.reward_functions import check_reward
+from dpo_jax.judge.rewards.continuations import make_pairs
+from dpo_jax.judge.rewards.functions import check_reward
 from dpo_jax.report import llama3 as report
 from dpo_jax.report.statistics import interval, per_prompt
 

@@ -32,7 +32,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage
-from dpo_jax.judge.judging import Item
+from dpo_jax.judge.asked.judging import Item
 from dpo_jax.report import zephyr as zephyr_report
 from dpo_jax.report.text_health import health
 from dpo_jax.report.win_rates import raw_figures

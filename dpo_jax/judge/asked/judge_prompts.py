@@ -72,7 +72,7 @@ class JudgePrompt:
 
 def our_prompt(ask: Ask, language: str, high: float | None = None) -> JudgePrompt:
     """This project's prompt for `ask`; `high`: another end of its scale."""
-    text = resources.files("dpo_jax.judge").joinpath("prompts", f"{language}.json").read_text(encoding="utf-8")
+    text = resources.files("dpo_jax.judge.asked").joinpath("prompts", f"{language}.json").read_text(encoding="utf-8")
     found = json.loads(text)
     one, roles = found[ask], tuple(found["roles"].items())
     return JudgePrompt(

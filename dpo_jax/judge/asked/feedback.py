@@ -16,8 +16,8 @@ from typing import Any
 from dpo_jax.complete.asking import without_reasoning
 from dpo_jax.data.rows.binarise import mean_of_aspects
 from dpo_jax.errors import InputError
-from dpo_jax.judge.judge_prompts import JudgePrompt, read_prompts
-from dpo_jax.judge.judging import Judgement
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt, read_prompts
+from dpo_jax.judge.asked.judging import Judgement
 
 CRITIQUE = "critique"
 _TYPED = ("truthfulness", "helpfulness")
@@ -50,7 +50,7 @@ def feedback_prompts(
 
 def _ours(name: str, language: str) -> JudgePrompt:
     def read(file: str) -> Any:
-        return json.loads(resources.files("dpo_jax.judge").joinpath("prompts", file).read_text(encoding="utf-8"))
+        return json.loads(resources.files("dpo_jax.judge.asked").joinpath("prompts", file).read_text(encoding="utf-8"))
 
     whole, like = read("aspects.json"), read(f"{language}.json")
     own, version = whole[language], f"ours ({language}, aspects version {whole['version']})"

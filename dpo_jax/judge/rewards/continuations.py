@@ -14,7 +14,7 @@ from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.files.jsonl import Row, read_lines
 from dpo_jax.files.log import say
-from dpo_jax.judge.reward_functions import RewardFunction, scores_of
+from dpo_jax.judge.rewards.functions import RewardFunction, scores_of
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.statistics import by_prompt

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal: math-verify, in the process of `judge/reward_worker.py`."""
+"""Whether two mathematical answers are equal: math-verify, in the process of `judge/rewards/user_process.py`."""
 
 import re
 from collections.abc import Sequence

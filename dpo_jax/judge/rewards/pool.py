@@ -22,7 +22,7 @@ from dpo_jax.data.sets.prompts import Prompt, PromptDataset
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
-from dpo_jax.judge.scores import SCORED, Judges
+from dpo_jax.judge.rewards.scores import SCORED, Judges
 from dpo_jax.report.statistics import as_matrix
 
 

@@ -8,7 +8,7 @@ json, json:FILE    1 where the whole response is JSON, and satisfies the JSON sc
 format:PATTERN     1 where Python's re matches the whole response (. is any character), else 0
 ramp:A:B           1 up to A characters, 0 from B on, linear between (B < A: 0 up to B, 1 from A on)
 repetition:N       -(share of the response's N-grams of words that occurred in it before), 0 to -1
-run:COMMAND        what a command of the user says, see `judge/reward_command.py`
+run:COMMAND        what a command of the user says, see `judge/rewards/command.py`
 
 The first three give None for a row without a value. (`vader`, `regex`, `language` are older: `reward_functions.py`.)
 """
@@ -24,10 +24,10 @@ from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge import reward_math
-from dpo_jax.judge.reward_code import PythonFunction
-from dpo_jax.judge.reward_command import Command
-from dpo_jax.judge.right_answers import NUMBER, near, same
+from dpo_jax.judge.rewards import math_answers as reward_math
+from dpo_jax.judge.rewards.command import Command
+from dpo_jax.judge.rewards.right_answers import NUMBER, near, same
+from dpo_jax.judge.rewards.user_code import PythonFunction
 
 _PASSED = ("PATH", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME")
 """What Python itself may need of the environment."""

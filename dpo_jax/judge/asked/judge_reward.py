@@ -25,8 +25,8 @@ from dpo_jax.complete.yaml_options import fields_of, read_yaml
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError, naming
-from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompt
-from dpo_jax.judge.judging import Item, judge
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt, read_prompt
+from dpo_jax.judge.asked.judging import Item, judge
 from dpo_jax.weights.opened import open_checkpoint
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal
 Refusal = Literal["none", "partial", "full"]
 REFUSALS: tuple[Refusal, ...] = ("none", "partial", "full")
 
-_PHRASES = Path(__file__).parent / "prompts" / "refusals.json"
+_PHRASES = Path(__file__).with_suffix(".json")
 _FIRST, _NEAR, _POINTS = 2, 4, 3
 _SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 _ITEM = re.compile(r"(?m)^\s*(?:\d+[.)、]|[*•-])\s*\S")

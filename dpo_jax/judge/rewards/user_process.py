@@ -1,4 +1,4 @@
-"""The process that a reward function of the user runs in; `judge/reward_code.py` starts it and speaks with it.
+"""The process that a reward function of the user runs in; `judge/rewards/user_code.py` starts it and speaks with it.
 
 It is run as a script, reads the standard library alone, and speaks lines of JSON: requests on what was its stdin,
 answers on what was its stdout. What the function prints goes to stderr line by line, and its own stdin is empty.

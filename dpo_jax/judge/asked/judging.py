@@ -26,8 +26,8 @@ from dpo_jax.complete.chat_client import Question
 from dpo_jax.complete.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError
-from dpo_jax.judge import verdicts
-from dpo_jax.judge.judge_prompts import JudgePrompt
+from dpo_jax.judge.asked import verdicts
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 
 LEAST_MASS = 0.1
 FIRST_TOKENS = 20

@@ -33,7 +33,7 @@ from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reward_worker import encoded
+from dpo_jax.judge.rewards.user_process import encoded
 
 log = logging.getLogger(__name__)
 

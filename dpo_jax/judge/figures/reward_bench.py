@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.judge.judge_agreement import PairVerdict
+from dpo_jax.judge.figures.agreement import PairVerdict
 from dpo_jax.report.statistics import share_interval
 
 MATH, CODE = "math-prm", tuple(f"hep-{name}" for name in ("cpp", "go", "java", "js", "python", "rust"))

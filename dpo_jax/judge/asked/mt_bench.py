@@ -17,8 +17,8 @@ from dpo_jax.data.sources.model_answers import Answers
 from dpo_jax.data.sources.questions import Question as Asked
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
-from dpo_jax.judge.judge_prompts import JudgePrompt, our_prompt, read_prompts
-from dpo_jax.judge.judging import read
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt, read_prompts
+from dpo_jax.judge.asked.judging import read
 
 WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that are judged beside a reference answer (FastChat's NEED_REF_CATS)."""

@@ -16,7 +16,7 @@ from dpo_jax.data.sets.prompts import Prompt, PromptDataset
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, RowsFile, write_once
 from dpo_jax.files.log import ProgressBar
-from dpo_jax.judge.reward_functions import (
+from dpo_jax.judge.rewards.functions import (
     ModelReward,
     RewardFunction,
     check_reward,

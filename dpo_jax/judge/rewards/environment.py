@@ -8,8 +8,8 @@
 which the last message is the model's, and returns what it says next (the new messages alone; none where the episode is
 done), a number, and whether the episode is done. Rewards of an episode are added.
 
-The class runs in a process of its own, as reward functions do (`judge/reward_code.py`), which is ended where a call for
-all episodes of a turn takes too long. That is no sandbox. Of several processes of a run, the first one's plays.
+The class runs in a process of its own, as reward functions do (`judge/rewards/user_code.py`), which is ended where a
+call for all episodes of a turn takes too long. That is no sandbox. Of several processes of a run, the first one's plays.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.reward_code import TIMEOUT, Worker
-from dpo_jax.judge.reward_worker import KIND
+from dpo_jax.judge.rewards.user_code import TIMEOUT, Worker
+from dpo_jax.judge.rewards.user_process import KIND
 from dpo_jax.processes import distributed
 
 OPTION = "--environment"

@@ -5,11 +5,11 @@ length           hundreds of characters
 regex:PATTERN    1 where Python's re finds the pattern, else 0
 language:CODE    share of the letters that belong to the script of a language, such as language:zh; of a language
                  without a script of its own, such as language:fr, 1 where trigrams say so (py3langid), else 0
-exact: numeric: math: json format: ramp: repetition: run:    see `judge/reward_shipped.py`
-FILE.py:FUNCTION the user's own code, see `judge/reward_code.py`. The file is executed.
+exact: numeric: math: json format: ramp: repetition: run:    see `judge/rewards/shipped.py`
+FILE.py:FUNCTION the user's own code, see `judge/rewards/user_code.py`. The file is executed.
 http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
                  needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
-judge:FILE.yaml  an endpoint or a model that is asked for a score, see `judge/judge_reward.py`
+judge:FILE.yaml  an endpoint or a model that is asked for a score, see `judge/asked/judge_reward.py`
 anything else    a reward model: a folder, a hub id, or a run of ours
 """
 
@@ -32,11 +32,11 @@ from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
-from dpo_jax.judge.judge_reward import PREFIX, JudgeReward
-from dpo_jax.judge.reward_code import PythonFunction
-from dpo_jax.judge.reward_command import Command
+from dpo_jax.judge.asked.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_model import RewardModel, check_score
-from dpo_jax.judge.reward_shipped import OfColumn, OfText, compiled, shipped
+from dpo_jax.judge.rewards.command import Command
+from dpo_jax.judge.rewards.shipped import OfColumn, OfText, compiled, shipped
+from dpo_jax.judge.rewards.user_code import PythonFunction
 from dpo_jax.processes import distributed
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint

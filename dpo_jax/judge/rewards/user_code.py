@@ -12,8 +12,8 @@ Further parameters are columns of the prompts' file, as in TRL: a parameter of t
 `**columns`, gets a list with one value a response (None where its row has none), such as the right answers that
 responses are compared with.
 
-The function runs in a process of its own (`judge/reward_worker.py`), loaded once, which is ended where a call takes
-longer than it may. That is no sandbox: it may do whatever the user may.
+The function runs in a process of its own (`judge/rewards/user_process.py`), loaded once, which is ended where a call
+takes longer than it may. That is no sandbox: it may do whatever the user may.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge import reward_worker
+from dpo_jax.judge.rewards import user_process as reward_worker
 
 TIMEOUT = 600.0
 """Seconds that a call may take, where the user names no other number: scores of a whole batch, tests run and all."""

@@ -1,0 +1,1 @@
+"""Judges that are asked: what they are asked, what their replies say; people too."""

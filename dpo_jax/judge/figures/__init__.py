@@ -1,0 +1,1 @@
+"""What verdicts and scores come to: numpy in, plain numbers out."""
