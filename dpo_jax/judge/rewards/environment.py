@@ -9,7 +9,7 @@ which the last message is the model's, and returns what it says next (the new me
 done), a number, and whether the episode is done. Rewards of an episode are added.
 
 The class runs in a process of its own, as reward functions do (`judge/rewards/user_code.py`), which is ended where a
-call for all episodes of a turn takes too long. That is no sandbox. Of several processes of a run, the first one's plays.
+call for all episodes of a turn takes too long. That is no sandbox. Of a run's processes the first one's plays.
 """
 
 import hashlib
