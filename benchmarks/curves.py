@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.complete.openings import review_openings
+from dpo_jax.complete.writing.openings import review_openings
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.report import html
 

@@ -158,9 +158,9 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
 
     import dpo_jax
     from dpo_jax.align import ppo
-    from dpo_jax.complete.sample_log import SampleLog
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
     from dpo_jax.data.sets.prompts import PromptLoader
+    from dpo_jax.files.sample_log import SampleLog
     from dpo_jax.train.rollouts import Rollouts
 
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])

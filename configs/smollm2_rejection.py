@@ -4,7 +4,7 @@ The controlled-sentiment experiment of `dpo-jax demo` (Rafailov et al. 2023, sec
 in the place of pairs: the model goes on with openings of reviews, VADER judges what it wrote, and it learns the best
 continuation of each opening found so far. The numbers are ours. There are 240 openings; 60 are held out:
 
-    python -m dpo_jax.complete.openings > openings.jsonl
+    python -m dpo_jax.complete.writing.openings > openings.jsonl
     head -n 120 openings.jsonl > seen.jsonl; tail -n 60 openings.jsonl > unseen.jsonl
     dpo-jax rejection configs/smollm2_rejection.py --data seen.jsonl --eval_data unseen.jsonl --out runs/kind
 """

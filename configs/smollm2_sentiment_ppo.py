@@ -3,7 +3,7 @@
 The controlled-sentiment experiment of `dpo-jax demo` (Rafailov et al. 2023, section 6.1) with PPO in the place of DPO:
 the model goes on with openings of reviews, VADER judges what it wrote. The numbers are ours, for so small a model.
 
-    python -m dpo_jax.complete.openings > openings.jsonl
+    python -m dpo_jax.complete.writing.openings > openings.jsonl
     dpo-jax ppo configs/smollm2_sentiment_ppo.py --data openings.jsonl --out runs/kind
 """
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dpo_jax.commands.serve import talker_of
-from dpo_jax.complete.talker import Question, Talker, stream
+from dpo_jax.complete.serving.talker import Question, Talker, stream
 from dpo_jax.config import ChatRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError

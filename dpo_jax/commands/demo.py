@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands import dpo
-from dpo_jax.complete.openings import review_openings
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.openings import review_openings
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,

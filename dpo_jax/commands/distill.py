@@ -7,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo_jax.align import distill, ppo
-from dpo_jax.complete.responses import terminators
-from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.complete.writing.responses import terminators
 from dpo_jax.config import DistillRun
 from dpo_jax.data.sets.answered_prompts import load_answered_prompts
 from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader
@@ -18,6 +17,7 @@ from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section

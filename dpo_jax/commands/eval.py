@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.complete.responses import Response
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.responses import Response
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import EvalRun
 from dpo_jax.data.rows.comparisons import parse_preference
 from dpo_jax.data.rows.problems import BadRow

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dpo_jax.align import gatt as ghost
 from dpo_jax.commands import sft
-from dpo_jax.complete.gatt_dialogues import (
+from dpo_jax.complete.writing.gatt_dialogues import (
     Outline,
     Plan,
     check_room,
@@ -30,7 +30,7 @@ from dpo_jax.complete.gatt_dialogues import (
     seed_of,
     write_dialogues,
 )
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import GattRun, SFTRun, sft_inside
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.problems import BadRow

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.complete.responses import Response
-from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.responses import Response
+from dpo_jax.complete.writing.writer import Draw, Some, Writer
 from dpo_jax.config import GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt

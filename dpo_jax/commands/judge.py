@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_jax.complete.asking import Asker, open_asker, weights_of
-from dpo_jax.complete.chat_client import ChatClient
-from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import key_of
+from dpo_jax.complete.asking.answers import Asker, open_asker, weights_of
+from dpo_jax.complete.asking.chat_client import ChatClient
+from dpo_jax.complete.asking.local_model import LocalModel
+from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.sets.comparison_sets import parse_responses

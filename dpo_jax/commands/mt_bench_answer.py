@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from dpo_jax.complete.mt_bench_answers import check_room, write_answers
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.mt_bench_answers import check_room, write_answers
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import MTBenchAnswerRun
 from dpo_jax.data.sources.questions import read_questions
 from dpo_jax.data.tokens.encode import ConversationEncoder

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpo_jax.commands.judge import warn_of_family
-from dpo_jax.complete.asking import open_asker
-from dpo_jax.complete.reply_cache import key_of
+from dpo_jax.complete.asking.answers import open_asker
+from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
 from dpo_jax.data.sources.model_answers import check_complete, read_answers
 from dpo_jax.data.sources.questions import read_questions

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo_jax.align import ppo
-from dpo_jax.complete.responses import terminators
-from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.complete.writing.responses import terminators
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.config import GRPORun, PPOConfig, PPORun
 from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import sft
-from dpo_jax.complete.k_responses import key_of, open_writer, select, write_responses
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.k_responses import key_of, open_writer, select, write_responses
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import RejectionRun, sft_inside
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import uvicorn
 
-from dpo_jax.complete.openai_api import application
-from dpo_jax.complete.talker import Talker
+from dpo_jax.complete.serving.openai_api import application
+from dpo_jax.complete.serving.talker import Talker
 from dpo_jax.config import ServeRun, TalkOptions
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW, TemplateError

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import ppo
-from dpo_jax.complete.responses import decode
+from dpo_jax.complete.writing.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.model.llama import Llama

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.data.sets.prompts import PromptBatch
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.files.log import Row
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered
 from dpo_jax.types import PreferenceBatch

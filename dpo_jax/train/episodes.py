@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset

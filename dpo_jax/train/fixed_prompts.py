@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
-from dpo_jax.complete.responses import decode, terminators
+from dpo_jax.complete.writing.responses import decode, terminators
 from dpo_jax.config import SampleConfig, SFTRun, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import DocumentDataset

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
-from dpo_jax.complete.responses import decode
+from dpo_jax.complete.writing.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.files.jsonl import Row, write_lines

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from dpo_jax.align import gatt
-from dpo_jax.complete.gatt_dialogues import seed_of
+from dpo_jax.complete.writing.gatt_dialogues import seed_of
 from dpo_jax.config import GattConfig, GattRun, SampleConfig, SFTDataConfig
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.problems import BadRow

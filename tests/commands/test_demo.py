@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from dpo_jax.commands import demo
-from dpo_jax.complete.openings import review_openings
+from dpo_jax.complete.writing.openings import review_openings
 from dpo_jax.config import DemoRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines

@@ -14,9 +14,9 @@ import tiny
 
 from dpo_jax import mesh
 from dpo_jax.cli import main
-from dpo_jax.complete.chat_client import Question
-from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import ReplyCache
+from dpo_jax.complete.asking.chat_client import Question
+from dpo_jax.complete.asking.local_model import LocalModel
+from dpo_jax.complete.asking.reply_cache import ReplyCache
 from dpo_jax.config import SampleConfig
 from dpo_jax.judge.asked.judging import expected_score, family, one_score
 from dpo_jax.judge.figures import agreement as figures

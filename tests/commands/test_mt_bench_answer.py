@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from dpo_jax.cli import main
-from dpo_jax.complete import writer
+from dpo_jax.complete.writing import writer
 from dpo_jax.data.sources.questions import CATEGORIES, Question, temperature_of
 from dpo_jax.files.jsonl import read_lines, write_lines
 

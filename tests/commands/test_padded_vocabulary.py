@@ -14,7 +14,7 @@ import tiny
 from tokenizers import Tokenizer
 
 import dpo_jax
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError

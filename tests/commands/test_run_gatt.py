@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.commands import gatt
-from dpo_jax.complete import gatt_dialogues
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing import gatt_dialogues
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     GattConfig,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.commands import ppo as run_ppo
-from dpo_jax.complete.sample_log import SampleLog
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,

@@ -24,7 +24,7 @@ import tiny
 from dpo_jax import cli
 from dpo_jax.align import rewards
 from dpo_jax.commands import rejection
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,

@@ -7,8 +7,8 @@ import tiny
 
 from dpo_jax.cli import main
 from dpo_jax.commands import generate as command
-from dpo_jax.complete import writer
-from dpo_jax.complete.responses import StopStrings
+from dpo_jax.complete.writing import writer
+from dpo_jax.complete.writing.responses import StopStrings
 from dpo_jax.files.jsonl import RowsFile, read_lines
 
 

@@ -19,8 +19,8 @@ import uvicorn
 
 from dpo_jax import cli
 from dpo_jax.commands.serve import TOKEN, talker_of
-from dpo_jax.complete.openai_api import application
-from dpo_jax.complete.talker import Talker
+from dpo_jax.complete.serving.openai_api import application
+from dpo_jax.complete.serving.talker import Talker
 from dpo_jax.config import ServeRun
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the film was good"}]

@@ -40,6 +40,7 @@ FLOORS = {
 # Floors inside a room that has rooms of its own, lowest first; "." stands for files of the room itself, if it has any.
 INNER = {
     "data": ("rows", "sources", "tokens", "sets"),
+    "complete": ("writing", "asking", "serving"),
     "weights": ("integrity", "tokenizers", "huggingface", "gguf", "orbax", "."),
     "judge": ("figures", ".", "asked", "rewards"),
 }

@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import cli, mesh
-from dpo_jax.complete.sample_log import SampleLog
 from dpo_jax.errors import Stopped
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
+from dpo_jax.files.sample_log import SampleLog
 
 
 def small_mesh(data: int, fsdp: int, tensor: int, context: int = 1) -> jax.sharding.Mesh:

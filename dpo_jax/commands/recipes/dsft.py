@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands.recipes.chain import perform
-from dpo_jax.complete.asking import Answerer
-from dpo_jax.complete.self_instruct import Teacher, unlike
+from dpo_jax.complete.asking.answers import Answerer
+from dpo_jax.complete.asking.self_instruct import Teacher, unlike
 from dpo_jax.config import DSFTRun
 from dpo_jax.data.rows import dialogue_filters as filters
 from dpo_jax.data.rows.dialogues import parse_dialogue

@@ -26,8 +26,8 @@ from jax.sharding import SingleDeviceSharding
 from dpo_jax.align.rejection import order_statistic
 from dpo_jax.commands import dpo, ppo, sft
 from dpo_jax.commands.recipes.chain import perform
-from dpo_jax.complete.openings import review_openings
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.writing.openings import review_openings
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,

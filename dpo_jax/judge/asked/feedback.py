@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from dpo_jax.complete.asking import without_reasoning
+from dpo_jax.complete.asking.answers import without_reasoning
 from dpo_jax.data.rows.binarise import mean_of_aspects
 from dpo_jax.errors import InputError
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, read_prompts

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.complete.asking import Asker, open_asker, weights_of
-from dpo_jax.complete.reply_cache import key_of
-from dpo_jax.complete.yaml_options import fields_of, read_yaml
+from dpo_jax.complete.asking.answers import Asker, open_asker, weights_of
+from dpo_jax.complete.asking.reply_cache import key_of
+from dpo_jax.complete.asking.yaml_options import fields_of, read_yaml
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError, naming

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dpo_jax.complete.asking import Asker
-from dpo_jax.complete.chat_client import Question
-from dpo_jax.complete.reply_cache import Reply
+from dpo_jax.complete.asking.answers import Asker
+from dpo_jax.complete.asking.chat_client import Question
+from dpo_jax.complete.asking.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError
 from dpo_jax.judge.asked import verdicts

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from dpo_jax.complete.chat_client import Question
-from dpo_jax.complete.reply_cache import Reply
+from dpo_jax.complete.asking.chat_client import Question
+from dpo_jax.complete.asking.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sources.model_answers import Answers
 from dpo_jax.data.sources.questions import Question as Asked

@@ -23,7 +23,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from dpo_jax.complete.asking import without_reasoning
+from dpo_jax.complete.asking.answers import without_reasoning
 
 Side = Literal["A", "B", "tie"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.writer import Draw, Some, Writer
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.files.jsonl import Row, read_lines

@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.complete.http import RETRIED, checked_url, retry_after
+from dpo_jax.complete.asking.http import RETRIED, checked_url, retry_after
 from dpo_jax.config import JudgedRun, JudgeRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.sources.attributes import identify, languages

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.align import rejection
-from dpo_jax.complete.k_responses import key_of
+from dpo_jax.complete.writing.k_responses import key_of
 from dpo_jax.config import RejectionConfig
 from dpo_jax.data.rows.messages import text_of
 from dpo_jax.data.rows.preferences import parse_prompt

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 
 from jax.sharding import Mesh
 
-from dpo_jax.complete.chat_client import ChatClient, Question
-from dpo_jax.complete.local_model import LocalModel
-from dpo_jax.complete.reply_cache import Reply, ReplyCache
+from dpo_jax.complete.asking.chat_client import ChatClient, Question
+from dpo_jax.complete.asking.local_model import LocalModel
+from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache
 from dpo_jax.config import DSFTRun, JudgeRun, MTBenchJudgeRun, WriterConfig
 
 Options = DSFTRun | JudgeRun | MTBenchJudgeRun | WriterConfig

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax import mesh as meshes
-from dpo_jax.complete.chat_client import Question
-from dpo_jax.complete.reply_cache import Reply, ReplyCache, key_of
-from dpo_jax.complete.writer import Writer
+from dpo_jax.complete.asking.chat_client import Question
+from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
+from dpo_jax.complete.writing.writer import Writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from dpo_jax.complete.http import RETRIED, KeptHTTP, backoff, checked_url, retry_after
-from dpo_jax.complete.reply_cache import Reply, ReplyCache, key_of
+from dpo_jax.complete.asking.http import RETRIED, KeptHTTP, backoff, checked_url, retry_after
+from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.config.judge import EndpointConfig
 from dpo_jax.errors import InputError
 

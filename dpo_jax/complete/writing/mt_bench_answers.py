@@ -11,8 +11,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from dpo_jax.complete.gatt_dialogues import seed_of
-from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.gatt_dialogues import seed_of
+from dpo_jax.complete.writing.writer import Draw, Some, Writer
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.sources.questions import Question, temperature_of
 from dpo_jax.data.tokens.encode import ConversationEncoder

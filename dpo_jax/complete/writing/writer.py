@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.complete.responses import Response, StopStrings, decode, terminators
+from dpo_jax.complete.writing.responses import Response, StopStrings, decode, terminators
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.files.jsonl import Row, RowsFile

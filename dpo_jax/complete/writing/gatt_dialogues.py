@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo_jax.align import gatt
-from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.writer import Draw, Some, Writer
 from dpo_jax.config import GattRun
 from dpo_jax.data.sources.attributes import languages
 from dpo_jax.data.sources.instructions import LANGUAGES, Instruction, read_instructions, synthesise

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from dpo_jax.complete.asking import Answer, Asker, answers
-from dpo_jax.complete.chat_client import Question
+from dpo_jax.complete.asking.answers import Answer, Asker, answers
+from dpo_jax.complete.asking.chat_client import Question
 from dpo_jax.data.rows.rouge import Kept
 from dpo_jax.files.jsonl import Row
 from dpo_jax.files.log import ProgressBar

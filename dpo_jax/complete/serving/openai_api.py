@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dpo_jax.complete.openai_request import Asked, BadRequest, read
-from dpo_jax.complete.spelling import spelling
-from dpo_jax.complete.talker import Busy, Piece, Question, Talker, Token
+from dpo_jax.complete.serving.openai_request import Asked, BadRequest, read
+from dpo_jax.complete.serving.spelling import spelling
+from dpo_jax.complete.serving.talker import Busy, Piece, Question, Talker, Token
 from dpo_jax.errors import InputError
 
 _PATIENCE = 0.5

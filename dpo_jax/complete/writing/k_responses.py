@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.complete.responses import Response
-from dpo_jax.complete.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.responses import Response
+from dpo_jax.complete.writing.writer import Draw, Some, Writer
 from dpo_jax.config import RejectionRun
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.data.tokens.encode import ConversationEncoder

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_jax.complete.talker import Question, Talker
+from dpo_jax.complete.serving.talker import Question, Talker
 from dpo_jax.data.rows.messages import messages_of
 from dpo_jax.errors import InputError
 from dpo_jax.sample.live import ALTERNATIVES, Settings

@@ -1,0 +1,1 @@
+"""Models that answer whoever asks, while they are asked."""

@@ -1,0 +1,1 @@
+"""Models of this machine that write into files, which can be gone on with."""
