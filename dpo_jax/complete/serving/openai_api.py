@@ -4,8 +4,10 @@ Shapes of requests, replies, streamed chunks and errors are those of the OpenAI 
 """
 
 import asyncio
+import functools
 import hmac
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,9 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.complete.serving.openai_request import Asked, BadRequest, read
-from dpo_jax.complete.serving.spelling import spelling
 from dpo_jax.complete.serving.talker import Busy, Piece, Question, Talker, Token
 from dpo_jax.errors import InputError
 
@@ -73,7 +75,7 @@ class _Reply:
 
     def _spelled(self, token: Token) -> dict[str, Any]:
         def one(id: int, logp: float) -> dict[str, Any]:
-            text, raw = spelling(self.talker.tokenizer, id)
+            text, raw = _spelling(self.talker.tokenizer, id)
             return {"token": text, "logprob": logp, "bytes": None if raw is None else list(raw)}
 
         tops = token.tops[: self.asked.logprobs]
@@ -158,6 +160,34 @@ class _Reply:
         if self.asked.usage:
             yield self.chunk([], self.usage(tokens))
         yield "data: [DONE]\n\n"
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The characters that byte-level BPE writes for bytes (GPT-2's table) -> the bytes."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _spelling(tokenizer: PreTrainedTokenizerBase, id: int) -> tuple[str, bytes | None]:
+    r"""The text and the bytes of a token; part of a character is written `bytes:\xe4\xbd`, as the OpenAI API does.
+
+    Bytes are None where the vocabulary does not tell them.
+    """
+    text = tokenizer.decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return text, text.encode()
+    token = tokenizer.convert_ids_to_tokens(id)
+    assert isinstance(token, str)
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        raw = bytes.fromhex(byte[1])
+    elif all(character in _byte_of() for character in token):
+        raw = bytes(_byte_of()[character] for character in token)
+    else:
+        return token, None
+    return "bytes:" + "".join(f"\\x{b:02x}" for b in raw), raw
 
 
 class _Server:
