@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from dpo_jax.align import ppo
 from dpo_jax.complete.writing.responses import terminators
-from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.config import GRPORun, PPOConfig, PPORun
 from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.reward_model import check_score
 from dpo_jax.judge.rewards.environment import Environment
 from dpo_jax.judge.rewards.scores import Judges

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
 from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import flat_groups, next_kl_coefficient
-from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.config import PPOConfig, SampleConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax.cli import main
 from dpo_jax.commands.recipes import aif
-from dpo_jax.complete.asking.answers import writer_pool
+from dpo_jax.complete.asking import writer_pool
 from dpo_jax.config import AIFRun, WriterConfig
 from dpo_jax.data.rows.comparisons import parse_comparison
 from dpo_jax.errors import InputError

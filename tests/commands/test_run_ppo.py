@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 
 from dpo_jax import cli
 from dpo_jax.commands import ppo as run_ppo
-from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -33,6 +32,7 @@ from dpo_jax.data.sets.prompts import PromptLoader, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
+from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.functions import OfText
 from dpo_jax.judge.rewards.scores import part_figures, scored, short_names, summed
 from dpo_jax.report.samples import read_rows

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.commands.recipes.chain import perform
-from dpo_jax.complete.asking.answers import writer_pool as pool
+from dpo_jax.complete.asking import writer_pool as pool
 from dpo_jax.complete.asking.answers import Answerer, answers
 from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
 from dpo_jax.data.rows.dialogues import CUT
