@@ -466,8 +466,8 @@ def packed_sft(cases: dict[str, tuple[bool, bool]], toy: bool) -> Iterator[tuple
     from dpo_jax import cli
     from dpo_jax import mesh as meshes
     from dpo_jax.align import sft
+    from dpo_jax.data.sets.loader import TokenLoader
     from dpo_jax.data.sets.sequences import SequenceDataset
-    from dpo_jax.data.sets.token_loader import TokenLoader
     from dpo_jax.data.tokens.ragged import Ragged
     from dpo_jax.plan import programs
     from dpo_jax.plan.measured import made

@@ -69,7 +69,7 @@ def write_rows(options: argparse.Namespace, folder: Path) -> None:
             break
     lengths = data.prompt_lengths[kept], data.response_lengths[kept]
     plan = plan_windows(*lengths, batch_size=options.pairs, packing=Packing(1), shuffle=True, seed=0)
-    order = np.concatenate(plan.epoch(0, 0, shuffle=True))
+    order = np.concatenate([one.indices for one in plan.epoch(0, 0, shuffle=True)])
     (folder / "rows.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in order))
     model, variables = dpo_jax.load_pretrained("smollm2")
     dpo_jax.save_pretrained(folder / "model", model, variables, tokenizer)

@@ -47,6 +47,11 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, to stand within a message: its first line, of a very long one the beginning."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def full_disk(error: BaseException) -> str | None:
     """What the system said, such as "No space left on device", where `error` came of a full disk; else None.
 

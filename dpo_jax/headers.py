@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 
 MAX_BYTES = 64 << 20
 """Largest JSON header that is read. The index of a model of a trillion parameters has a few."""
@@ -61,15 +61,11 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError(f"{where}: nested deeper than {MAX_DEPTH} levels; fetch the file again") from error
     except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
-        raise InputError(f"{where}: not valid JSON ({_line(error)}); fetch the file again") from error
+        raise InputError(f"{where}: not valid JSON ({first_line(error)}); fetch the file again") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON object is expected, and this is a {type(value).__name__}")
     _check_values(value, where)
     return value
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _check_values(value: Any, where: str) -> None:

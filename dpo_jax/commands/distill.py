@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from dpo_jax.align import distill, ppo
 from dpo_jax.complete.writing.responses import terminators
 from dpo_jax.config import DistillRun
-from dpo_jax.data.sets.answered_prompts import load_answered_prompts
-from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader
+from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_answered_prompts
 from dpo_jax.data.sets.tokenised import fingerprint_of
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.ragged import Ragged

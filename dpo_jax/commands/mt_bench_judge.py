@@ -7,8 +7,7 @@ from dpo_jax.commands.judge import warn_of_family
 from dpo_jax.complete.asking.answers import open_asker
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
-from dpo_jax.data.sources.model_answers import check_complete, read_answers
-from dpo_jax.data.sources.questions import read_questions
+from dpo_jax.data.sources.questions import check_complete, read_answers, read_questions
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import RowsFile
 from dpo_jax.files.log import ProgressBar, say

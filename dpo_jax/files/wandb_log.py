@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 from dpo_jax.files.folder import write_atomically
 
 _ID = "wandb_id"
@@ -92,5 +92,6 @@ class WandbLog:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _log.warning("warning: Weights & Biases takes no more figures (%s); metrics.jsonl has all of them", line)
+        _log.warning(
+            "warning: Weights & Biases takes no more figures (%s); metrics.jsonl has all of them", first_line(error)
+        )

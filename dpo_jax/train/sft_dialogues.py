@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import SFTRun
 from dpo_jax.data.sets.dataset import check_context
+from dpo_jax.data.sets.loader import TokenLoader, eval_windows
 from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
-from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
 from dpo_jax.train.row_data import read_both, units_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-from dpo_jax.errors import InputError, nearest
+from dpo_jax.errors import InputError, first_line, nearest
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -80,8 +80,9 @@ def read_pieces(path: str | Path) -> Pieces:
     try:
         checked = SentencePieceProcessor(str(path))
     except (RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a SentencePiece model, or damaged ({reason}); fetch it again") from error
+        raise InputError(
+            f"{path}: not a SentencePiece model, or damaged ({first_line(error)}); fetch it again"
+        ) from error
     proto = ModelProto()
     proto.ParseFromString(checked.serialized_model_proto())
     _check_kind(proto, path)

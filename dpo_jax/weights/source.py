@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dpo_jax.errors import InputError, nearest
+from dpo_jax.errors import InputError, first_line, nearest
 from dpo_jax.headers import read_json
 from dpo_jax.weights import smollm2
 from dpo_jax.weights.integrity.digests import damage_seen_here
@@ -153,10 +153,9 @@ def _hub(name: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionFailed, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name}: no such folder here{nearest(name)}, and the Hugging Face hub did not give it ({reason});"
-            " check the name and the network, log in for a gated model, or use smollm2"
+            f"{name}: no such folder here{nearest(name)}, and the Hugging Face hub did not give it"
+            f" ({first_line(error)}); check the name and the network, log in for a gated model, or use smollm2"
         ) from error
 
 

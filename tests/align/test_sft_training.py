@@ -14,8 +14,8 @@ from windows import make_sequences, packed
 
 from dpo_jax.align import sft
 from dpo_jax.config import OptimizerConfig, SFTConfig, SFTDataConfig
+from dpo_jax.data.sets.loader import eval_windows
 from dpo_jax.data.sets.sequences import load_dialogues
-from dpo_jax.data.sets.token_loader import eval_windows
 
 SMALL = dataclasses.replace(TINY, num_layers=1)
 SEQUENCES = make_sequences(12)

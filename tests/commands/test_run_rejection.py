@@ -37,8 +37,8 @@ from dpo_jax.config import (
     SFTDataConfig,
     TrainConfig,
 )
+from dpo_jax.data.sets.loader import TokenLoader
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
-from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.jsonl import RowsFile, read_lines

@@ -27,7 +27,7 @@ from dpo_jax.config import (
     SFTRun,
     TrainConfig,
 )
-from dpo_jax.data.sets.token_loader import TokenLoader
+from dpo_jax.data.sets.loader import TokenLoader
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.train import session as training

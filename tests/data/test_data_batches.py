@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dpo_jax.data.sets.batches import collate, epoch_batches, plan_buckets
+from dpo_jax.data.sets.batches import collate, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.tokens.ragged import Ragged
@@ -85,7 +85,7 @@ def test_lengths_far_apart_are_planned_quickly() -> None:
 def test_an_epoch_holds_every_row_once_and_one_partial_batch_at_most(n: int, shuffle: bool) -> None:
     data = dataset(n)
     plan = plan_buckets(data.prompt_lengths, data.response_lengths, buckets=4, batch_size=8)
-    batches = epoch_batches(plan, 8, seed=3, epoch=1, shuffle=shuffle)
+    batches = plan.epoch(3, 1, shuffle=shuffle)
     assert sorted(i for b in batches for i in b.indices) == list(range(n))
     assert len(batches) == -(-n // 8)
     assert sorted(len(b.indices) for b in batches)[1:] == [8] * (len(batches) - 1)
@@ -96,13 +96,13 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     plan = plan_buckets(data.prompt_lengths, data.response_lengths, buckets=4, batch_size=8)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return [b.indices.tolist() for b in epoch_batches(plan, 8, seed=seed, epoch=epoch, shuffle=True)]
+        return [b.indices.tolist() for b in plan.epoch(seed, epoch, shuffle=True)]
 
     assert order(0, 0) == order(0, 0)
     assert len({str(order(s, e)) for s in (0, 1, 2) for e in (0, 1, 2)}) == 9
     # Pinned, so that a resumed run meets the order it was started with, whatever NumPy's version.
     small = plan_buckets(np.full(6, 5), np.full((6, 2), 5), buckets=1, batch_size=2)
-    assert [b.indices.tolist() for b in epoch_batches(small, 2, seed=0, epoch=0, shuffle=True)] == [
+    assert [b.indices.tolist() for b in small.epoch(0, 0, shuffle=True)] == [
         [4, 3],
         [1, 5],
         [0, 2],
@@ -199,7 +199,7 @@ def test_errors_name_the_rows_and_are_no_end_of_data(workers: int, monkeypatch: 
             raise StopIteration("the worst of exceptions for an iterator")
         return collate(data, indices, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("dpo_jax.data.sets.loader.collate", broken)
+    monkeypatch.setattr("dpo_jax.data.sets.batches.collate", broken)
     next(loader)
     for _ in range(2):  # it does not skip the batch when asked again, either
         with pytest.raises(RuntimeError, match=r"step 1: the batch of rows \[1009, .* 1016\]"):

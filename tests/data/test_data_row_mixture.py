@@ -14,10 +14,9 @@ import tiny
 from dpo_jax.config import DataConfig
 from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
 from dpo_jax.data.sets.dataset import load_preferences
-from dpo_jax.data.sets.loader import PreferenceLoader
+from dpo_jax.data.sets.loader import PreferenceLoader, TokenLoader
 from dpo_jax.data.sets.row_mixture import RowMixture, read_mixture
 from dpo_jax.data.sets.sequences import join_sequences, load_dialogues, split_sequences
-from dpo_jax.data.sets.token_loader import TokenLoader
 from dpo_jax.errors import InputError
 from dpo_jax.train.row_data import summaries
 

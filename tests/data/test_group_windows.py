@@ -99,14 +99,15 @@ def test_without_a_shuffle_rows_keep_their_order() -> None:
     prompts, responses = skewed(21)
     how = {"batch_size": 4, "packing": Packing(2), "dealt": False}
     plan = plan_windows(prompts, responses, **how)
-    batches = plan.epoch(0, 3, shuffle=False)
+    batches = [one.indices for one in plan.epoch(0, 3, shuffle=False)]
     np.testing.assert_array_equal(np.concatenate(batches), np.arange(21))
     assert [len(rows) for rows in batches] == [4, 4, 4, 4, 4, 1]
     for rows in batches:
         plan.pack(plan.arranged(rows))
     drawn = np.asarray([5, 5, 3, 20, 0, 7])
     plan = plan_windows(prompts, responses, drawn=lambda epoch: drawn, **how)
-    np.testing.assert_array_equal(np.concatenate(plan.epoch(0, 1, shuffle=False, order=drawn[::-1])), drawn[::-1])
+    again = plan.epoch(0, 1, shuffle=False, order=drawn[::-1])
+    np.testing.assert_array_equal(np.concatenate([one.indices for one in again]), drawn[::-1])
 
 
 def test_batches_are_a_function_of_seed_and_epoch() -> None:
@@ -170,8 +171,8 @@ def test_every_batch_of_every_epoch_has_one_of_few_shapes(n: int, windows: int) 
     plan = plan_windows(prompts, responses, batch_size=8, packing=Packing(windows), shuffle=True, seed=1)
     assert 1 <= len(plan.shapes) <= 4
     for epoch in (0, 1, 17, 400):
-        for rows in plan.epoch(1, epoch, shuffle=True):
-            plan.shape_of(plan.arranged(rows))  # StopIteration where none holds it
+        for one in plan.epoch(1, epoch, shuffle=True):
+            plan.shape_of(plan.arranged(one.indices))  # StopIteration where none holds it
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
@@ -181,8 +182,8 @@ def test_rows_of_as_many_tokens_need_not_be_alike(multiple: int) -> None:
     prompts[:12], responses[:12] = 16, 120
     plan = plan_windows(prompts, responses, batch_size=2, packing=Packing(1, (), multiple), shuffle=True, seed=1)
     for epoch in range(12):
-        for rows in plan.epoch(1, epoch, shuffle=True):
-            plan.shape_of(plan.arranged(rows))
+        for one in plan.epoch(1, epoch, shuffle=True):
+            plan.shape_of(plan.arranged(one.indices))
 
 
 def test_a_mixture_may_draw_any_rows() -> None:
@@ -192,8 +193,8 @@ def test_a_mixture_may_draw_any_rows() -> None:
     plan = plan_windows(
         prompts, responses, batch_size=8, packing=Packing(2), drawn=lambda epoch: drawn[0], shuffle=False
     )
-    for rows in plan.epoch(0, 1, shuffle=False, order=drawn[1]):
-        plan.shape_of(plan.arranged(rows))
+    for one in plan.epoch(0, 1, shuffle=False, order=drawn[1]):
+        plan.shape_of(plan.arranged(one.indices))
 
 
 @pytest.mark.parametrize(("size", "share"), [(8, 0.95), (64, 0.99)])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from sequences import dataset
 
+from dpo_jax.data.sets.loader import TokenLoader, eval_windows
 from dpo_jax.data.sets.packing import WindowBatch, collate
 from dpo_jax.data.sets.sequences import SequenceDataset
 from dpo_jax.data.sets.steps_loader import StepsLoader, run_length
-from dpo_jax.data.sets.token_loader import TokenLoader, eval_windows
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.types import TokenBatch
@@ -90,7 +90,7 @@ def test_errors_name_the_rows_and_are_no_end_of_data(workers: int, monkeypatch: 
             raise StopIteration("the worst of exceptions for an iterator")
         return collate(data, batch, **rest)
 
-    monkeypatch.setattr("dpo_jax.data.sets.token_loader.collate", broken)
+    monkeypatch.setattr("dpo_jax.data.sets.packing.collate", broken)
     next(loader)
     for _ in range(2):  # it does not skip the batch when asked again, either
         with pytest.raises(RuntimeError, match=r"step 1: the batch of rows \[1009, .* 1016\]"):

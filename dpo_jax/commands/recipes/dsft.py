@@ -26,8 +26,8 @@ from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.truecase import truecased
 from dpo_jax.data.sources.attributes import identify, languages
+from dpo_jax.data.sources.duplicates import NearTexts
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.data.sources.near_texts import NearTexts
 from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines

@@ -9,6 +9,7 @@ All of it is a pure function of the lengths, the seed and the epoch.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,21 +37,59 @@ class BucketPlan:
     """Batch shapes, cheapest first, the last one as large as the largest row.
 
     Attributes:
+      batch_size: B.
       shapes: (P, R) in tokens.
       rows: int [N], the bucket of each row: the cheapest shape that holds it.
       larger: for each shape but the last, the cheapest of the later shapes that holds all that it holds.
       padding: padded tokens of an epoch / real tokens.
     """
 
+    batch_size: int
     shapes: tuple[Shape, ...]
     rows: np.ndarray
     larger: tuple[int, ...]
     padding: float
 
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return math.ceil(len(self.rows) / self.batch_size)
+
     def summary(self) -> str:
         """Shapes and padding, for the log."""
         shapes = ", ".join(f"{p}+{r}" for p, r in self.shapes)
         return f"batch shapes (prompt+response tokens) {shapes}; {self.padding:.2f} padded tokens for each real one"
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[RowBatch]:
+        """The ceil(N / B) batches of an epoch, in order: a pure function of its arguments.
+
+        Without `shuffle`, rows keep their order within a bucket, and batches stand in the order of their first rows.
+        `order`: the N rows that the epoch holds, where that is not each once (see `row_mixture.py`).
+        """
+        n = len(self.rows)
+        if order is None:
+            order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
+        filled = _fill(self._members(order), self.larger, self.batch_size)
+        batches = [RowBatch(bucket, rows) for bucket, many in enumerate(filled) for rows in many]
+        if shuffle:
+            return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
+        return sorted(batches, key=lambda batch: int(batch.indices.min()))
+
+    def of(self, rows: np.ndarray) -> list[RowBatch]:
+        """Batches of some of the rows (positions), each in its own bucket."""
+        return [
+            RowBatch(bucket, members[at : at + self.batch_size])
+            for bucket, members in enumerate(self._members(rows))
+            for at in range(0, len(members), self.batch_size)
+        ]
+
+    def _members(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[self.rows[rows] == bucket] for bucket in range(len(self.shapes))]
+
+    def batch(self, dataset: PreferenceDataset, one: RowBatch) -> tuple[np.ndarray, PreferenceBatch]:
+        """(its rows int [B], -1 for fillers; the batch)."""
+        batch = collate(dataset, one.indices, self.shapes[one.bucket], self.batch_size)
+        return completed(one.indices, self.batch_size), batch
 
 
 def plan_buckets(
@@ -81,6 +120,7 @@ def plan_buckets(
     assert best is not None, "a data set has at least one row"
     cost, shapes = best
     return BucketPlan(
+        batch_size=batch_size,
         shapes=tuple((int(p), int(r)) for p, r in shapes),
         rows=_cheapest(shapes, unique, k)[inverse.reshape(-1)],
         larger=_larger(shapes),
@@ -201,25 +241,6 @@ def permutation(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A permutation of n by sorting random words: NumPy keeps bit generators' streams fixed for ever, not `shuffle`."""
     words = np.random.Philox(key=np.array([seed, 2 * epoch + purpose], np.uint64)).random_raw(n)
     return np.argsort(words, kind="stable")
-
-
-def epoch_batches(
-    plan: BucketPlan, batch_size: int, *, seed: int, epoch: int, shuffle: bool, order: np.ndarray | None = None
-) -> list[RowBatch]:
-    """The ceil(N / B) batches of an epoch, in order: a pure function of its arguments.
-
-    Without `shuffle`, rows keep their order within a bucket, and batches stand in the order of their first rows.
-    `order`: the N rows that the epoch holds, where that is not each once (see `row_mixture.py`).
-    """
-    n = len(plan.rows)
-    if order is None:
-        order = permutation(n, seed, epoch, 0) if shuffle else np.arange(n)
-    members = [order[plan.rows[order] == bucket] for bucket in range(len(plan.shapes))]
-    filled = _fill(members, plan.larger, batch_size)
-    batches = [RowBatch(bucket, rows) for bucket, many in enumerate(filled) for rows in many]
-    if shuffle:
-        return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
-    return sorted(batches, key=lambda batch: int(batch.indices.min()))
 
 
 def completed(indices: np.ndarray, batch_size: int) -> np.ndarray:

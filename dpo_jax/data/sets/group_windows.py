@@ -16,6 +16,7 @@ response tokens.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import Shape, completed, length_classes, plan_buckets
+from dpo_jax.data.sets.batches import RowBatch, Shape, collate, completed, length_classes, plan_buckets
+from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.dealing import arrange, compose
 from dpo_jax.types import PreferenceBatch, Views, Windows
 
@@ -111,6 +113,25 @@ class _Lengths:
         """int [N + 1]: prompt once, and all responses."""
         return self.prompts + self.reads
 
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.prompts) - 1
+
+    def epoch(
+        self, batch_size: int, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None, dealt: bool
+    ) -> list[np.ndarray]:
+        """See `WindowPlan.epoch` and `plan_windows`."""
+        drawn = np.arange(self.count) if order is None else order
+        if not dealt:
+            return np.split(drawn, range(batch_size, len(drawn), batch_size))
+        totals, reads = self.totals[drawn], self.reads[drawn]
+        return [drawn[rows] for rows in compose(totals, reads, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
+
+    def arranged(self, rows: np.ndarray, windows: int) -> np.ndarray:
+        """Of batches of rows, int [M, B], their windows: int [M, W, B / W]."""
+        return arrange(self.totals, self.reads, rows, windows)
+
     def need(self, rows: np.ndarray) -> _Need:
         """Of windows of these rows, int [..., g]."""
         responses = self.responses[rows]
@@ -159,14 +180,29 @@ class WindowPlan:
             f" tokens and {self.read:.1%} of the predicted ones are real"
         )
 
-    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[np.ndarray]:
-        """The rows of the batches of an epoch; `order`: int [N], the rows that a mixture draws for it."""
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return math.ceil(self.lengths.count / self.batch_size)
+
+    def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[RowBatch]:
+        """The batches of an epoch; `order`: int [N], the rows that a mixture draws for it."""
         how = {"shuffle": shuffle, "order": order, "dealt": self.dealt}
-        return epoch_of(self.lengths, self.batch_size, seed, epoch, **how)
+        return [RowBatch(0, rows) for rows in self.lengths.epoch(self.batch_size, seed, epoch, **how)]
+
+    def of(self, rows: np.ndarray) -> list[RowBatch]:
+        """Batches of some of the rows (positions)."""
+        return self.epoch(0, 0, shuffle=False, order=rows)
+
+    def batch(self, dataset: PreferenceDataset, one: RowBatch) -> tuple[np.ndarray, PreferenceBatch]:
+        """(its rows int [B], -1 for fillers; the batch, packed)."""
+        rows = self.arranged(one.indices)
+        batch = collate(dataset, rows, (self.prompt, self.response), self.batch_size)
+        return rows, replace(batch, windows=self.pack(rows))
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
         """int [B]: the rows of a batch, window after window; -1 where there are fewer."""
-        return _arranged(self.lengths, completed(rows, self.batch_size)[None], self.windows).reshape(-1)
+        return self.lengths.arranged(completed(rows, self.batch_size)[None], self.windows).reshape(-1)
 
     def shape_of(self, arranged: np.ndarray) -> int:
         """Which of the shapes a batch of arranged rows has: the cheapest that holds it."""
@@ -182,28 +218,6 @@ class WindowPlan:
             pack(of.prompts[arranged], of.responses[arranged], shape, self.windows, lengths, span)
             for of, shape, span in zip(own, shapes, self.spans, strict=True)
         )
-
-
-def epoch_of(
-    lengths: _Lengths,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    *,
-    shuffle: bool,
-    order: np.ndarray | None,
-    dealt: bool,
-) -> list[np.ndarray]:
-    """See `WindowPlan.epoch` and `plan_windows`."""
-    drawn = np.arange(len(lengths.prompts) - 1) if order is None else order
-    if not dealt:
-        return np.split(drawn, range(batch_size, len(drawn), batch_size))
-    totals, reads = lengths.totals[drawn], lengths.reads[drawn]
-    return [drawn[rows] for rows in compose(totals, reads, batch_size, seed=seed, epoch=epoch, shuffle=shuffle)]
-
-
-def _arranged(lengths: _Lengths, rows: np.ndarray, windows: int) -> np.ndarray:
-    return arrange(lengths.totals, lengths.reads, rows, windows)
 
 
 def _holds(shapes: Sequence[WindowShape], needs: Sequence[_Need]) -> np.ndarray:
@@ -243,9 +257,9 @@ def plan_windows(
     alike = not shuffle and not redrawn  # all epochs are
     count = 1 if alike else min(_EPOCHS, -(-_SAMPLE // -(-n // batch_size)))
     how = {"shuffle": shuffle, "dealt": dealt}
-    epochs = [epoch_of(lengths, batch_size, seed, i, order=drawn(i), **how) for i in range(count)]
+    epochs = [lengths.epoch(batch_size, seed, i, order=drawn(i), **how) for i in range(count)]
     rows = np.stack([completed(rows, batch_size) for rows in itertools.chain(*epochs)])
-    made = _arranged(lengths, rows, windows)
+    made = lengths.arranged(rows, windows)
     needs = [lengths.span(*span).need(made) for span in spans]
     shapes = _usual(needs, buckets if alike else max(1, buckets - 1), multiple)
     if not alike:
@@ -299,7 +313,7 @@ def _always(
     where a mixture draws the rows it may be any. Rows of as many tokens as the first of a stratum may change places
     with it from epoch to epoch.
     """
-    n, g = len(lengths.prompts) - 1, batch_size // windows
+    n, g = lengths.count, batch_size // windows
     order = np.argsort(-lengths.totals[:-1], kind="stable")
     starts = np.arange(g) * windows * max(1, n // batch_size) * (not redrawn)
     longest_first = -lengths.totals[order]

@@ -3,7 +3,7 @@
 Packed: windows of one size T that hold several whole sequences each. Best fit decreasing: the longest sequence first,
 each into the fullest window that still has room. Lengths are rounded up to a grid, so that many sequences are of equal
 length, and which of them meet in a window is drawn anew in every epoch. How many of which length meet, and with it the
-number of windows, is the same in all epochs (unless a mixture draws other sequences: see `token_loader.py`).
+number of windows, is the same in all epochs (unless a mixture draws other sequences: see `loader.py`).
 
 Padded: one sequence a window, in few window sizes (see `batches.py`).
 
@@ -14,11 +14,11 @@ of it is a pure function of the lengths, the seed and the epoch.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import BucketPlan, epoch_batches, permutation, plan_buckets
+from dpo_jax.data.sets.batches import BucketPlan, permutation, plan_buckets
 from dpo_jax.data.sets.sequences import SequenceDataset
 from dpo_jax.errors import InputError
 from dpo_jax.types import TokenBatch
@@ -32,69 +32,67 @@ class WindowBatch(NamedTuple):
     size: int
     windows: list[np.ndarray]
 
-
-class WindowPlan(Protocol):
-    """How the sequences of a data set are laid out in batches of windows, epoch by epoch."""
-
     @property
-    def steps(self) -> int:
-        """Batches an epoch, the same in each."""
-        ...
+    def indices(self) -> np.ndarray:
+        """All its sequences."""
+        return np.concatenate(self.windows)
 
-    @property
-    def sequences(self) -> int:
-        """S: most sequences that a window holds."""
-        ...
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Window sizes that occur, in tokens: one shape of batch each."""
-        ...
+@dataclass(frozen=True)
+class WindowPlan:
+    """How the sequences of a data set are laid out in batches of windows, epoch by epoch.
 
-    @property
-    def padding(self) -> float:
-        """Tokens of an epoch's windows / real tokens, at least 1."""
-        ...
+    Attributes:
+      batch_size: windows a batch.
+      steps: batches an epoch, the same in each.
+      sizes: window sizes that occur, in tokens: one shape of batch each.
+      sequences: S, most sequences that a window holds.
+      padding: tokens of an epoch's windows / real tokens, at least 1.
+      slots: columns of the batches' `rows`, at least S.
+    """
+
+    batch_size: int
+    steps: int
+    sizes: tuple[int, ...]
+    sequences: int
+    padding: float
+    slots: int
+
+    def summary(self) -> str:
+        """Window sizes and padding, for the log."""
+        return (
+            f"windows of {', '.join(map(str, self.sizes))} tokens with at most {self.sequences} "
+            f"sequence{'s' * (self.sequences > 1)}; {self.padding:.2f} tokens with padding for each real one"
+        )
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
         """The batches of an epoch, in order; without `shuffle` the same in all.
 
         `order`: int64 [N], the sequences that a mixture draws for this epoch (see `row_mixture.py`).
         """
-        ...
+        raise NotImplementedError
+
+    def batch(self, dataset: SequenceDataset, one: WindowBatch) -> tuple[np.ndarray, TokenBatch]:
+        """(its sequences int [B, slots], -1 where a window holds fewer; the batch)."""
+        indices = np.full((self.batch_size, self.slots), -1)
+        for b, window in enumerate(one.windows):
+            indices[b, : len(window)] = window
+        return indices, collate(dataset, one, batch_size=self.batch_size, sequences=self.slots)
 
 
 @dataclass(frozen=True)
-class PackedPlan:
+class PackedPlan(WindowPlan):
     """Windows of one size that several sequences share.
 
     Attributes:
-      size: T, tokens.
-      batch_size: windows a batch.
       classes: int [N], the length of each sequence in steps of the grid.
       order: int [N]: slots, window after window; slot i stands for the i-th longest sequence.
       starts: int [W + 1]: the slots of window w are `order[starts[w] : starts[w + 1]]`.
-      padding: see `WindowPlan`.
     """
 
-    size: int
-    batch_size: int
     classes: np.ndarray
     order: np.ndarray
     starts: np.ndarray
-    padding: float
-
-    @property
-    def steps(self) -> int:
-        return math.ceil((len(self.starts) - 1) / self.batch_size)
-
-    @property
-    def sequences(self) -> int:
-        return int(np.diff(self.starts).max())
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.size,)
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
         if order is not None:  # sequence i of this plan, which was made for the lengths of such a draw, is order[i]
@@ -108,40 +106,30 @@ class PackedPlan:
             windows = [windows[i] for i in permutation(count, seed, epoch, 1)]
         else:
             windows.sort(key=lambda window: int(window.min()))
-        return [WindowBatch(self.size, windows[at : at + self.batch_size]) for at in range(0, count, self.batch_size)]
+        parts = (windows[at : at + self.batch_size] for at in range(0, count, self.batch_size))
+        return [WindowBatch(self.sizes[0], part) for part in parts]
 
 
 @dataclass(frozen=True)
-class PaddedPlan:
+class PaddedPlan(WindowPlan):
     """One sequence a window."""
 
     buckets: BucketPlan
-    batch_size: int
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(len(self.buckets.rows) / self.batch_size)
-
-    @property
-    def sequences(self) -> int:
-        return 1
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(size for size, _ in self.buckets.shapes)
-
-    @property
-    def padding(self) -> float:
-        return self.buckets.padding
 
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
-        batches = epoch_batches(self.buckets, self.batch_size, seed=seed, epoch=epoch, shuffle=shuffle, order=order)
+        batches = self.buckets.epoch(seed, epoch, shuffle=shuffle, order=order)
         return [WindowBatch(self.sizes[bucket], list(rows[:, None])) for bucket, rows in batches]
 
 
 def plan_windows(
-    lengths: np.ndarray, *, window: int | None, batch_size: int, buckets: int = 4, multiple: int = 16
-) -> PackedPlan | PaddedPlan:
+    lengths: np.ndarray,
+    *,
+    window: int | None,
+    batch_size: int,
+    buckets: int = 4,
+    multiple: int = 16,
+    slots: int | None = None,
+) -> WindowPlan:
     """Lay out sequences of these lengths.
 
     Args:
@@ -150,14 +138,15 @@ def plan_windows(
       batch_size: windows a batch.
       buckets: most window sizes where sequences are not packed.
       multiple: window sizes are multiples of this.
+      slots: see `WindowPlan`, of packed windows; None: S.
 
     Raises:
       InputError: a sequence is longer than the window.
     """
     if window is None:
         nothing = np.zeros((len(lengths), 0), int)
-        shapes = plan_buckets(lengths, nothing, buckets=buckets, batch_size=batch_size, multiple=multiple)
-        return PaddedPlan(shapes, batch_size)
+        plan = plan_buckets(lengths, nothing, buckets=buckets, batch_size=batch_size, multiple=multiple)
+        return PaddedPlan(batch_size, plan.steps, tuple(size for size, _ in plan.shapes), 1, plan.padding, 1, plan)
     if lengths.max() > window:
         raise InputError(
             f"a sequence of {lengths.max()} tokens does not fit into a window of {window}; take a larger one"
@@ -169,9 +158,10 @@ def plan_windows(
     where = best_fit(np.sort(classes)[::-1], capacity)
     order = np.argsort(where, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(where))])
-    batches = math.ceil((len(starts) - 1) / batch_size)
-    padding = batches * batch_size * size / lengths.sum()
-    return PackedPlan(size, batch_size, classes, order, starts, float(padding))
+    steps = math.ceil((len(starts) - 1) / batch_size)
+    padding = float(steps * batch_size * size / lengths.sum())
+    most = int(np.diff(starts).max())
+    return PackedPlan(batch_size, steps, (size,), most, padding, slots or most, classes, order, starts)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

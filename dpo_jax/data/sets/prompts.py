@@ -1,4 +1,7 @@
-"""Prompts to sample responses to: a file of them in memory, and those of each iteration in a deterministic order."""
+"""Prompts to sample responses to: a file of them in memory, and those of each iteration in a deterministic order.
+
+Of a file of dialogues the last answer of each may stand apart, for who learns from it beside what is sampled.
+"""
 
 import functools
 import json
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from dpo_jax.config import DataConfig
+from dpo_jax.data.rows.dialogues import Dialogue, parse_dialogue
 from dpo_jax.data.rows.layouts import PROMPTS
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
@@ -21,7 +25,7 @@ from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, 
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.cuts import RowCut
 from dpo_jax.data.tokens.cuts import summary as cuts_summary
-from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.encode import ConversationEncoder, Rendered
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.data.tokens.templates import RAW
 
@@ -164,6 +168,57 @@ def load_prompts(
 def _speaks(name: str) -> bool:
     """Whether a column, or a key of messages, may hold what the prompt says."""
     return name == "tools" or ": " in name
+
+
+def load_answered_prompts(
+    source: str,
+    encoder: ConversationEncoder,
+    config: DataConfig,
+    *,
+    longest: int,
+    answer: int,
+    vocab_size: int,
+    on_bad_rows: OnBadRows = "refuse",
+) -> tuple[PromptDataset, Ragged]:
+    """The prompts of a file of dialogues, and the last answer of each, its terminator included.
+
+    Args: as `load_prompts`, and `answer`: of a longer one the first so many tokens are kept.
+
+    Raises `InputError` as `load_prompts` does.
+    """
+    rows = CheckedRows(source, config.limit, columns=config.columns)
+
+    def parse(row: dict[str, Any]) -> tuple[Dialogue, Rendered]:
+        dialogue = parse_dialogue(row)
+        *prompt, last = dialogue.messages
+        return dialogue, encoder.render_group(tuple(prompt), (last.content,), dialogue.raw)
+
+    def encode(
+        chunk: Numbered[tuple[Dialogue, Rendered]],
+    ) -> Iterator[tuple[Prompt, np.ndarray, np.ndarray, RowCut] | BadRow]:
+        encoded = encoder.encode([rendered for _, (_, rendered) in chunk], compared=False)
+        for (number, (dialogue, _)), found in zip(chunk, encoded, strict=True):
+            if isinstance(found, BadRow):
+                yield found
+                continue
+            ids, response = found.prompt, found.responses[0]
+            check_ids(int(max(ids.max(), response.max())), vocab_size, number)
+            response = response[:-1] if dialogue.cut else response
+            lost, first = max(len(ids) - longest, 0), dialogue.messages[0]
+            cut = RowCut(lost, int(len(response) > answer), lost > 0 and first.role == "system")
+            prompt = Prompt(dialogue.messages[:-1], None if dialogue.raw is None else dialogue.raw[0])
+            yield prompt, end_of(ids, longest, encoder.bos), response[:answer], cut
+
+    found, read = rows.collect(parse, encode, on_bad_rows)
+    prompts, ids, answers, cuts = zip(*found, strict=True)
+    data = PromptDataset(
+        ids=Ragged.of(ids, np.int32),
+        prompts=tuple(prompts),
+        safety=np.zeros(len(prompts), bool),
+        cuts=cuts,
+        **read,
+    )
+    return data, Ragged.of(answers, np.int32)
 
 
 class PromptBatch(NamedTuple):

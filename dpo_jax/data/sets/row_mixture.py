@@ -12,7 +12,7 @@ All of it is a pure function of the sizes, the weights, the seed and i: a run re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -46,8 +46,8 @@ class RowMixture:
 
     @property
     def identity(self) -> list[list[int]]:
-        """What decides the draws, for the position of a loader."""
-        return [] if self.weights is None else [list(self.sizes), self._mixture.counts.tolist()]
+        """What decides the draws by weights, for the position of a loader."""
+        return [list(self.sizes), self._mixture.counts.tolist()]
 
     def epoch(self, epoch: int, *, seed: int, shuffle: bool) -> np.ndarray | None:
         """int64 [N]: the rows of an epoch of the run, in the order in which they are drawn; None: each once."""
@@ -77,9 +77,9 @@ class RowMixture:
         return told
 
 
-def mixture_identity(mixture: RowMixture | None) -> dict[str, Any]:
-    """What weights add to what a position is a position in."""
-    return {"mixture": mixture.identity} if mixture is not None and mixture.weights is not None else {}
+def weighted(dataset: PreferenceDataset | SequenceDataset) -> bool:
+    """Whether rows are drawn by the weights of their sources, and not each once an epoch."""
+    return dataset.mixture is not None and dataset.mixture.weights is not None
 
 
 def read_mixture(

@@ -6,7 +6,7 @@ position is one number, and beside it stands what it is a position in.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, SupportsIndex, TypedDict, TypeVar
+from typing import Any, Generic, Required, SupportsIndex, TypedDict, TypeVar
 
 import grain
 
@@ -29,6 +29,19 @@ class RunOptions(TypedDict, total=False):
     steps: int | None
     start_step: int
     workers: int
+
+
+class RowOptions(RunOptions, total=False):
+    """What loaders of rows take.
+
+    batch_size: rows (or windows) a batch, over all devices and processes.
+    seed: of the shuffle, at least 0.
+    shuffle: a new order every epoch; else the same in all.
+    """
+
+    batch_size: Required[int]
+    seed: Required[int]
+    shuffle: bool
 
 
 class _Source(Generic[Batch]):

@@ -191,50 +191,6 @@ def most_pieces(lengths: np.ndarray, window: int) -> int:
 # ---------------------------------------------------------------- batches
 
 
-class TextWindows:
-    """The windows of a run as batches: step -> `TokenBatch`, a pure function.
-
-    Attributes:
-      mixture: which source each window comes from.
-      first_rows: what is added to the row numbers of each source, so that they run on over all of them.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[DocumentDataset],
-        weights: Sequence[float | None],
-        *,
-        length: int,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        documents: Documents,
-    ):
-        """Args:
-        sources: at least one.
-        weights: of the sources; None for all: in proportion to their tokens, as if they were one.
-        length: T.
-        batch_size: windows a batch.
-        seed, shuffle: of the order of documents and windows.
-        documents: see `Documents`.
-        """
-        named = [(s.source, float(s.total if w is None else w)) for s, w in zip(sources, weights, strict=True)]
-        self.sources, self.mixture = sources, Mixture(named)
-        self.length, self.batch_size = length, batch_size
-        self._documents: Documents = documents
-        self._streams = [Stream(s, length, seed=seed, shuffle=shuffle, source=i) for i, s in enumerate(sources)]
-        self._slots = max(most_pieces(s.lengths, length) for s in sources)
-        self.first_rows = [sum(s.last_row for s in sources[:i]) for i in range(len(sources))]
-
-    def batch(self, step: int) -> TokenBatch:
-        """Windows step x B to (step + 1) x B - 1."""
-        made = Windows(self.batch_size, self.length, self._slots, joined=self._documents == "joined")
-        for row in range(self.batch_size):
-            source, k = self.mixture[step * self.batch_size + row]
-            made.fill(row, _held(self.sources[source], self._streams[source].pieces(k), self.first_rows[source]))
-        return made.batch()
-
-
 def _held(
     data: DocumentDataset, pieces: Iterable[Piece], first_row: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray | bool, int]]:
@@ -245,7 +201,11 @@ def _held(
 
 
 class TextLoader(StepsLoader[TokenBatch]):
-    """Iterator over the `TokenBatch`es (NumPy, global) of a whole run. See `StepsLoader` for positions."""
+    """Iterator over the `TokenBatch`es (NumPy, global) of a whole run. See `StepsLoader` for positions.
+
+    Batch t holds the windows t B to (t + 1) B - 1. An epoch is as many tokens as all sources hold together, rounded up
+    to whole steps.
+    """
 
     def __init__(
         self,
@@ -260,27 +220,29 @@ class TextLoader(StepsLoader[TokenBatch]):
         views: int | None = None,
         **run: Unpack[RunOptions],
     ):
-        """Args: see `TextWindows`, `RunOptions`, and for `views` `TokenLoader`.
-
-        An epoch is as many tokens as all sources hold together, rounded up to whole steps.
+        """Args: see `RowOptions` (the shuffle is one of documents and of windows), and:
+        sources: at least one.
+        weights: of the sources; None for all: in proportion to their tokens, as if they were one.
+        length: T.
+        documents: see `Documents`.
+        views: see `loader.TokenLoader`.
         """
-        self.windows = windows = TextWindows(
-            sources,
-            weights,
-            length=length,
-            batch_size=batch_size,
-            seed=check_seed(seed),
-            shuffle=shuffle,
-            documents=documents,
-        )
-        steps_per_epoch = math.ceil(sum(s.total for s in sources) / (batch_size * length))
+        check_seed(seed)
+        named = [(s.source, float(s.total if w is None else w)) for s, w in zip(sources, weights, strict=True)]
+        self._sources, self._mixture = sources, Mixture(named)
+        self._length, self._batch_size, self._joined = length, batch_size, documents == "joined"
+        self._streams = [Stream(s, length, seed=seed, shuffle=shuffle, source=i) for i, s in enumerate(sources)]
+        self._slots = max(most_pieces(s.lengths, length) for s in sources)
+        # What is added to the row numbers of each source, so that they run on over all of them.
+        self._first_rows = [sum(s.last_row for s in sources[:i]) for i in range(len(sources))]
+        self._views = None
         super().__init__(
             self._batch_of,
             holds=lambda step: f"windows {step * batch_size} to {(step + 1) * batch_size - 1}",
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=math.ceil(sum(s.total for s in sources) / (batch_size * length)),
             identity={
                 "data": [s.fingerprint for s in sources],
-                "mixture": windows.mixture.counts.tolist(),
+                "mixture": self._mixture.counts.tolist(),
                 "batch_size": batch_size,
                 "length": length,
                 "seed": seed,
@@ -289,35 +251,38 @@ class TextLoader(StepsLoader[TokenBatch]):
             },
             **run,
         )
-        first = map(windows.batch, range(min(LOOKED_AT, self.total_steps)))
-        self._views = None if views is None else SegmentViews.of_batches(first, views)
+        if views is not None:
+            first = map(self._batch_of, range(min(LOOKED_AT, self.total_steps)))
+            self._views = SegmentViews.of_batches(first, views)
 
     def _batch_of(self, step: int) -> TokenBatch:
-        batch = self.windows.batch(step)
+        made = Windows(self._batch_size, self._length, self._slots, joined=self._joined)
+        for row in range(self._batch_size):
+            source, k = self._mixture[step * self._batch_size + row]
+            made.fill(row, _held(self._sources[source], self._streams[source].pieces(k), self._first_rows[source]))
+        batch = made.batch()
         return batch if self._views is None else self._views.seen(batch)
 
     def passes(self, steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
-        windows = self.windows
-        drawn = windows.mixture.drawn(steps * windows.batch_size)
-        return [float(n * windows.length / s.total) for n, s in zip(drawn, windows.sources, strict=True)]
+        drawn = self._mixture.drawn(steps * self._batch_size)
+        return [float(n * self._length / s.total) for n, s in zip(drawn, self._sources, strict=True)]
 
     def summary(self) -> str:
         """For the log: the windows; and each source's share, its epochs in this run, and how its rows are numbered."""
-        windows = self.windows
         lines = [
-            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; {windows.batch_size} full windows of "
-            f"{windows.length} tokens a step"
+            f"{self.steps_per_epoch} steps an epoch, {self.total_steps} in all; {self._batch_size} full windows of "
+            f"{self._length} tokens a step"
         ]
-        if len(windows.sources) > 1:
-            passes = self.passes(self.total_steps)
-            for source, count, first, times in zip(
-                windows.sources, windows.mixture.counts, windows.first_rows, passes, strict=True
-            ):
-                lines.append(
-                    f"{source.source}: {count / PERIOD:.2%} of the tokens, {times:.2f} epochs in this run; messages "
-                    f"number its rows from {first + 1}"
-                )
+        if len(self._sources) > 1:
+            told = zip(
+                self._sources, self._mixture.counts, self._first_rows, self.passes(self.total_steps), strict=True
+            )
+            lines += [
+                f"{source.source}: {count / PERIOD:.2%} of the tokens, {times:.2f} epochs in this run; messages "
+                f"number its rows from {first + 1}"
+                for source, count, first, times in told
+            ]
         return "\n".join(lines)
 
 

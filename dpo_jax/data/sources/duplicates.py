@@ -1,4 +1,4 @@
-"""Equal and nearly equal prompts among very many, in little memory.
+"""Equal and nearly equal texts: prompts among very many, in little memory, and texts one after the other.
 
 Equal: the same 64-bit hash (see `store_writer.prompt_hash`). Nearly equal: the sets of 5-character shingles of the
 normalised texts (their first 4,096 characters) have an estimated Jaccard similarity of at least 0.8.
@@ -12,8 +12,12 @@ texts share a band the counts are lower bounds; memory and time stay linear.
 
 Signatures (128 bytes a text) go to a scratch file; what stays in memory is 13 bytes a text, and about 40 more while
 counting.
+
+`NearTexts` compares each text with those before it, and every candidate, so that what is dropped does not depend on how
+many share a band.
 """
 
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +35,11 @@ _CHUNK = 2**15  # pairs of signatures compared at once
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _EMPTY = np.uint64(2**64 - 1)
+
+
+def plain(text: str) -> str:
+    """Without what a copy may differ in: NFKC, case, runs of white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True)
@@ -193,3 +202,44 @@ def _near(
         for a in range(splits)
         for b in range(splits)
     }
+
+
+# ---------------------------------------------------------------- one after the other
+
+
+class NearTexts:
+    """Texts that were kept, and what is nearly equal to one of them."""
+
+    def __init__(self, similar: float = SIMILAR):
+        """`similar`: the share of bins from which on two texts are nearly equal, in (0, 1]."""
+        self._similar = similar
+        self._found: list[tuple[str, np.ndarray]] = []
+        self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
+        self._equal: dict[str, str] = {}
+
+    def near(self, text: str, name: str, *, keep: bool = True) -> tuple[str, float] | None:
+        """(name of a kept text nearly equal to this one, estimated similarity), or None: then this one is kept, too.
+
+        keep: False only asks.
+        """
+        text = plain(text)
+        if text in self._equal:
+            return self._equal[text], 1.0
+        [signature] = signatures([text])
+        keys = [part.tobytes() for part in np.split(signature, BANDS)]
+        others = sorted({i for band, key in zip(self._bands, keys, strict=True) for i in band.get(key, ())})
+        for i in others:
+            similarity = float((self._found[i][1] == signature).sum()) / BINS
+            if similarity >= self._similar:
+                return self._found[i][0], similarity
+        if keep:
+            self._equal[text] = name
+            for band, key in zip(self._bands, keys, strict=True):
+                band.setdefault(key, []).append(len(self._found))
+            self._found.append((name, signature))
+        return None
+
+    def keep(self, texts: Sequence[str], name: str) -> None:
+        """Keep all of them, whatever they are close to."""
+        for text in texts:
+            self.near(text, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_jax.data.sources.splits import choose, data_files, default_config, whole
-from dpo_jax.errors import InputError, nearest
+from dpo_jax.errors import InputError, first_line, nearest
 
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<part>[^:]+))?")
 
@@ -54,7 +54,7 @@ def read_metadata(card: Path) -> Mapping[str, Any]:
     try:
         return metadata_load(card) or {}
     except Exception as error:  # a YAMLError derives from nothing narrower
-        raise InputError(f"{card}: its YAML head cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{card}: its YAML head cannot be read ({first_line(error)})") from error
 
 
 def _chosen(place: str, paths: list[str], metadata: Mapping[str, Any], part: str | None) -> list[str]:
@@ -85,8 +85,7 @@ def _kept(found: re.Match[str], place: str, where: dict[str, Any], error: Except
 
 
 def _unreachable(place: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
-        f"{place}: no such file here{nearest(place)}, and the hub data set of that name cannot be fetched ({reason}); "
-        "check the name and the network, or download a file and give its path"
+        f"{place}: no such file here{nearest(place)}, and the hub data set of that name cannot be fetched "
+        f"({first_line(error)}); check the name and the network, or download a file and give its path"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,9 +21,7 @@ class Unreadable:
 
     def __init__(self, error: Exception):
         """`error`: what the conversion raised."""
-        self._reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, UnicodeDecodeError):
-            self._reason = "text that is not UTF-8"
+        self._reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else first_line(error)
 
     def __repr__(self) -> str:
         return self._reason
@@ -42,8 +40,7 @@ def read_parquet(path: Path, stream: BinaryIO) -> Iterator[tuple[int, dict[str, 
                 number += 1
                 yield number, dict(zip(names, values, strict=True))
     except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
+        raise InputError(f"{path}: not a readable Parquet file ({first_line(error)}); fetch it again") from error
 
 
 def _values(column: "pa.Array") -> list[Any]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
@@ -33,13 +33,9 @@ def reaching(place: object) -> Iterator[None]:
     except InputError:
         raise
     except ImportError as error:
-        raise InputError(f"{place}: {_line(error)}; install it (pip install gcsfs for gs://)") from error
+        raise InputError(f"{place}: {first_line(error)}; install it (pip install gcsfs for gs://)") from error
     except Exception as error:  # every such library has errors of its own: no network, no rights, no such bucket
-        raise InputError(f"{place}: cannot be reached ({type(error).__name__}: {_line(error)})") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise InputError(f"{place}: cannot be reached ({type(error).__name__}: {first_line(error)})") from error
 
 
 def cache_folder() -> Path:

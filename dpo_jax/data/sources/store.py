@@ -24,7 +24,7 @@ from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.staging import as_path, is_remote, local_copies, reaching
 from dpo_jax.data.sources.store_decode import Decoder, column_types
 from dpo_jax.data.sources.store_schema import FIELDS, FORMAT, Kind, Row, as_row
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 
 PREFIX = "tfds:"
 _INFO, _FEATURES, _METADATA = "dataset_info.json", "features.json", "metadata.json"
@@ -94,7 +94,7 @@ class Store:
         except (RuntimeError, ValueError, IndexError) as error:
             first, last = indices[0] + 1, indices[-1] + 1
             rows = f"row {first}" if first == last else f"rows {first} to {last}"
-            raise InputError(f"{self.source}: {rows} cannot be read ({_line(error)}); {_AGAIN}") from error
+            raise InputError(f"{self.source}: {rows} cannot be read ({first_line(error)}); {_AGAIN}") from error
 
     def _row(self, record: bytes, index: int) -> Row:
         try:
@@ -102,7 +102,9 @@ class Store:
         except UnicodeDecodeError as error:
             raise BadRow("invalid UTF-8", f"a text of the row, at its byte {error.start + 1}") from error
         except ValueError as error:
-            raise InputError(f"{self.source}: row {index + 1} does not fit features.json ({_line(error)})") from error
+            raise InputError(
+                f"{self.source}: row {index + 1} does not fit features.json ({first_line(error)})"
+            ) from error
         return row if self.kind is None else as_row(row, self.kind)
 
 
@@ -206,17 +208,13 @@ def _split(asked: str | None, there: list[str], source: str) -> str:
 # ---------------------------------------------------------------- what the folder says
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def _read_json(path: Any, source: str) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{source}: {path} cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: {path} is not valid JSON ({_line(error)}); {_AGAIN}") from error
+        raise InputError(f"{source}: {path} is not valid JSON ({first_line(error)}); {_AGAIN}") from error
 
 
 def _decoder(features: Any, info: Any, source: str) -> Decoder:
@@ -232,7 +230,7 @@ def _decoder(features: Any, info: Any, source: str) -> Decoder:
     try:
         decoder = Decoder(features)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{source}: features.json is not as TFDS writes it ({_line(error)}); {_AGAIN}") from error
+        raise InputError(f"{source}: features.json is not as TFDS writes it ({first_line(error)}); {_AGAIN}") from error
     if not decoder.columns:
         raise InputError(f"{source}: no column holds text or numbers")
     if decoder.left_out:
@@ -268,7 +266,9 @@ def _builder(folder: Any, source: str) -> Any:
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS checks little: what is wrong in the JSON comes out in many ways
-        raise InputError(f"{source}: {folder} is not a readable TFDS data set ({_line(error)}); {_AGAIN}") from error
+        raise InputError(
+            f"{source}: {folder} is not a readable TFDS data set ({first_line(error)}); {_AGAIN}"
+        ) from error
     info = builder.info
     version = str(info.version)
     if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and folder.name != version:
@@ -294,7 +294,7 @@ def _records(builder: Any, folder: Any, split: str, source: str) -> Any:
     try:
         needed = {file.filename: file.examples_in_shard for file in info.splits[split].file_instructions}
     except Exception as error:  # of a slice that TFDS does not understand, or shards without a name
-        raise InputError(f"{source}: the split {split} cannot be read ({_line(error)})") from error
+        raise InputError(f"{source}: the split {split} cannot be read ({first_line(error)})") from error
     paths = [as_path(name) for name in needed]
     if any(path.parent != as_path(folder) for path in paths):
         raise InputError(f"{source}: dataset_info.json names files outside {folder}; {_AGAIN}")
@@ -308,7 +308,7 @@ def _records(builder: Any, folder: Any, split: str, source: str) -> Any:
         try:
             found = ArrayRecordReader(str(copy)).num_records()
         except RuntimeError as error:
-            raise InputError(f"{source}: {path} cannot be read ({_line(error)}); {_AGAIN}") from error
+            raise InputError(f"{source}: {path} cannot be read ({first_line(error)}); {_AGAIN}") from error
         if found != rows:
             raise InputError(f"{source}: {path} holds {found} whole rows and should hold {rows}; {_AGAIN}")
     if copies != paths:

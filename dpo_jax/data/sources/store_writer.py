@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo_jax.data.sources.duplicates import plain
 from dpo_jax.data.sources.store_schema import FORMAT, Kind, features
 from dpo_jax.errors import InputError
 
@@ -30,8 +30,7 @@ _OPTIONS = "group_size:1,zstd:1"
 
 def normalised(prompt: Sequence[tuple[str, str]]) -> str:
     """The turns (role, text) as `role: text`, without what a copy may differ in: NFKC, case, runs of white space."""
-    text = "\n".join(f"{role}: {said}" for role, said in prompt)
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain("\n".join(f"{role}: {said}" for role, said in prompt))
 
 
 def prompt_hash(text: str) -> int:

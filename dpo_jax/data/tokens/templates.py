@@ -28,7 +28,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 
 RAW = "raw"
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -206,8 +206,7 @@ class ChatTemplate:
             )
         except TemplateError as error:
             roles = " ".join(m.role for m in messages[:12])
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            detail = f"{reason}; the roles are {roles}"
+            detail = f"{first_line(error)}; the roles are {roles}"
             raise BadRow("the chat template refuses the conversation", detail) from error
         texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
         return texts[0], spans[0] if marked else []
@@ -217,9 +216,8 @@ class ChatTemplate:
         try:
             return self._tokenizer.get_chat_template(self.jinja)
         except ValueError as error:  # transformers: several named templates and no default among them
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"the tokenizer's chat template cannot be used ({reason}); name one with --data.template"
+                f"the tokenizer's chat template cannot be used ({first_line(error)}); name one with --data.template"
             ) from error
 
 

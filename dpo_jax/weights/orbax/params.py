@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.errors import InputError, full_disk
+from dpo_jax.errors import InputError, first_line, full_disk
 from dpo_jax.headers import read_json
 from dpo_jax.weights.integrity.digests import FILES, damage, write_digests
 from dpo_jax.weights.integrity.folder import new_folder
@@ -91,7 +91,7 @@ def write_folder(path: Path, params: Any, finish: Callable[[Path], None]) -> Non
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((scratch / "params").absolute(), params)
         except ValueError as error:  # how tensorstore reports a full disk
-            reason = full_disk(error) or _line(error)
+            reason = full_disk(error) or first_line(error)
             raise InputError(f"{path}: cannot be written ({reason}); free some space") from error
         write_digests(scratch)
         finish(scratch)
@@ -108,7 +108,7 @@ def _metadata(path: Path) -> Any:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.metadata(path).item_metadata.tree  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{path}: not a checkpoint of ours, or damaged ({_line(error)})") from error
+        raise InputError(f"{path}: not a checkpoint of ours, or damaged ({first_line(error)})") from error
 
 
 def _restore(path: Path, target: Any) -> Any:
@@ -119,11 +119,7 @@ def _restore(path: Path, target: Any) -> Any:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path, args=arguments)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({_line(error)}); use another checkpoint, or convert again") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{path}: damaged ({first_line(error)}); use another checkpoint, or convert again") from error
 
 
 def _check(path: Path, stored: Any, wanted: Any) -> None:

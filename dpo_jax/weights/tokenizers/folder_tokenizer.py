@@ -21,7 +21,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, first_line
 from dpo_jax.headers import read_json
 from dpo_jax.weights.tokenizers.merges import merges_by_score
 
@@ -81,7 +81,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # transformers and the Rust library beneath raise bare Exceptions, or panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{folder}: its tokenizer is a program in the folder (auto_map), and none is run; save the"
