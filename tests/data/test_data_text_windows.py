@@ -246,7 +246,7 @@ def test_without_weights_sources_count_by_their_tokens() -> None:
     a, b = documents(name="a"), documents(60, first=2000, seed=1, name="b")
     made = loader(a, b)
     np.testing.assert_allclose(
-        made.windows.mixture.counts / PERIOD, np.array([a.total, b.total]) / (a.total + b.total), atol=1e-4
+        made.mixture.counts / PERIOD, np.array([a.total, b.total]) / (a.total + b.total), atol=1e-4
     )
     assert made.passes(made.steps_per_epoch) == pytest.approx([1, 1], rel=0.05)
 

@@ -205,6 +205,9 @@ class TextLoader(StepsLoader[TokenBatch]):
 
     Batch t holds the windows t B to (t + 1) B - 1. An epoch is as many tokens as all sources hold together, rounded up
     to whole steps.
+
+    Attributes:
+      mixture: which source each window comes from.
     """
 
     def __init__(
@@ -229,7 +232,7 @@ class TextLoader(StepsLoader[TokenBatch]):
         """
         check_seed(seed)
         named = [(s.source, float(s.total if w is None else w)) for s, w in zip(sources, weights, strict=True)]
-        self._sources, self._mixture = sources, Mixture(named)
+        self._sources, self.mixture = sources, Mixture(named)
         self._length, self._batch_size, self._joined = length, batch_size, documents == "joined"
         self._streams = [Stream(s, length, seed=seed, shuffle=shuffle, source=i) for i, s in enumerate(sources)]
         self._slots = max(most_pieces(s.lengths, length) for s in sources)
@@ -242,7 +245,7 @@ class TextLoader(StepsLoader[TokenBatch]):
             steps_per_epoch=math.ceil(sum(s.total for s in sources) / (batch_size * length)),
             identity={
                 "data": [s.fingerprint for s in sources],
-                "mixture": self._mixture.counts.tolist(),
+                "mixture": self.mixture.counts.tolist(),
                 "batch_size": batch_size,
                 "length": length,
                 "seed": seed,
@@ -258,14 +261,14 @@ class TextLoader(StepsLoader[TokenBatch]):
     def _batch_of(self, step: int) -> TokenBatch:
         made = Windows(self._batch_size, self._length, self._slots, joined=self._joined)
         for row in range(self._batch_size):
-            source, k = self._mixture[step * self._batch_size + row]
+            source, k = self.mixture[step * self._batch_size + row]
             made.fill(row, _held(self._sources[source], self._streams[source].pieces(k), self._first_rows[source]))
         batch = made.batch()
         return batch if self._views is None else self._views.seen(batch)
 
     def passes(self, steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
-        drawn = self._mixture.drawn(steps * self._batch_size)
+        drawn = self.mixture.drawn(steps * self._batch_size)
         return [float(n * self._length / s.total) for n, s in zip(drawn, self._sources, strict=True)]
 
     def summary(self) -> str:
@@ -275,9 +278,7 @@ class TextLoader(StepsLoader[TokenBatch]):
             f"{self._length} tokens a step"
         ]
         if len(self._sources) > 1:
-            told = zip(
-                self._sources, self._mixture.counts, self._first_rows, self.passes(self.total_steps), strict=True
-            )
+            told = zip(self._sources, self.mixture.counts, self._first_rows, self.passes(self.total_steps), strict=True)
             lines += [
                 f"{source.source}: {count / PERIOD:.2%} of the tokens, {times:.2f} epochs in this run; messages "
                 f"number its rows from {first + 1}"
