@@ -96,6 +96,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax.data.sets.prompts import PromptLoader
     from dpo_jax.files.sample_log import SampleLog
     from dpo_jax.sample import decode
+    from dpo_jax.train.answered import Policy
     from dpo_jax.train.rollouts import Rollouts
 
     home = options.before if options.worker == "before" else Path(__file__).resolve().parent.parent
@@ -128,19 +129,15 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     state = ppo.init_state(model, variables, config)
     del variables
     rows = options.prompts * options.group
+    how: dict[str, Any] = {"piece": rows, "raw": False, "seed": config.seed, "vocabulary": config.vocabulary}
     rollouts = Prescribed(
-        model,
-        tokenizer,
+        Policy(model, tokenizer, SampleConfig(options.new), mesh, **how),
         data,
         PromptLoader(data, batch_size=rows, group=options.group, seed=0, steps=10**6),
         length_reward(),
         SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
         reference=reference,
         config=config,
-        sample=SampleConfig(options.new),
-        mesh=mesh,
-        piece=rows,
-        raw=False,
     )
     answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 

@@ -161,6 +161,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
     from dpo_jax.data.sets.prompts import PromptLoader
     from dpo_jax.files.sample_log import SampleLog
+    from dpo_jax.train.answered import Policy
     from dpo_jax.train.rollouts import Rollouts
 
     mesh = dpo_jax.make_mesh(devices=jax.devices()[:1])
@@ -182,19 +183,15 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     reference = {"params": jax.tree.map(jnp.copy, variables["params"])}
     state = ppo.init_state(model, variables, config)
     del variables
+    how: dict[str, Any] = {"piece": options.prompts, "raw": False, "seed": config.seed, "vocabulary": config.vocabulary}
     rollouts = Rollouts(
-        model,
-        tokenizer,
+        Policy(model, tokenizer, SampleConfig(options.new), mesh, **how),
         data,
         PromptLoader(data, batch_size=options.prompts, group=1, seed=0, steps=10**6),
         length_reward(),
         SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
         reference=reference,
         config=config,
-        sample=SampleConfig(options.new),
-        mesh=mesh,
-        piece=options.prompts,
-        raw=False,
     )
     answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 

@@ -21,6 +21,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.sample import with_layout
+from dpo_jax.train.answered import Policy
 from dpo_jax.train.distillation import StudentResponses
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
@@ -88,20 +89,23 @@ def train(config: DistillRun) -> Path:
     sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=state)
 
     # -------------------------------------------------------------- training
-    responses = StudentResponses(
+    policy = Policy(
         model,
         tokenizer,
-        data,
-        loader(steps=planned.total_steps, epochs=None),
-        answers=answers,
-        on_policy=config.distill.on_policy,
-        samples=SampleLog(training.out / "samples.jsonl", writes=training.main),
-        sample=sampling,
-        mesh=mesh,
+        sampling,
+        mesh,
         piece=config.rollout_batch_size or config.train.batch_size,
         raw=config.data.template == RAW,
         seed=config.train.seed,
         vocabulary=vocabulary,
+    )
+    responses = StudentResponses(
+        policy,
+        data,
+        loader(steps=planned.total_steps, epochs=None),
+        SampleLog(training.out / "samples.jsonl", writes=training.main),
+        answers=answers,
+        on_policy=config.distill.on_policy,
     )
     final = training.fit(
         state,

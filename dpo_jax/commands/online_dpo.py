@@ -22,7 +22,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.sample import with_layout
-from dpo_jax.train.answered import reference_of
+from dpo_jax.train.answered import Policy, reference_of
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, online_dpo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
@@ -97,24 +97,24 @@ def train(config: OnlineDPORun) -> Path:
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
-    writing: dict[str, Any] = {
-        "reference": reference,
-        "sample": sampling,
-        "mesh": mesh,
-        "piece": config.rollout_batch_size or config.responses,
-        "raw": config.data.template == RAW,
-        "seed": config.train.seed,
-        "vocabulary": text_ids(tokenizer, architecture),
-    }
+    policy = Policy(
+        model,
+        tokenizer,
+        sampling,
+        mesh,
+        piece=config.rollout_batch_size or config.responses,
+        raw=config.data.template == RAW,
+        seed=config.train.seed,
+        vocabulary=text_ids(tokenizer, architecture),
+    )
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
-    options: dict[str, Any] = {"config": config.online, "step": step_config}
-    pairs = OnlinePairs(model, tokenizer, data, prompts, judges.as_they_are, log, **options, **writing)
+    options: dict[str, Any] = {"reference": reference, "config": config.online, "step": step_config}
+    pairs = OnlinePairs(policy, data, prompts, judges.as_they_are, log, **options)
     evaluate = None
     if heldout is not None:
-        heat = config.sample.temperature
-        measure = jit_measure(model, mesh, temperature=heat, vocabulary=writing["vocabulary"])
-        writing |= {"width": prompts.width, "measure": measure}
-        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
+        measure = jit_measure(model, mesh, temperature=config.sample.temperature, vocabulary=policy.vocabulary)
+        how: dict[str, Any] = {"reference": reference, "measure": measure, "width": prompts.width}
+        evaluate = HeldOutPrompts(policy, heldout, judges, training.out, **how)
     final = training.fit(
         state,
         dpo.jit_train_step(step_config, mesh),

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -25,7 +24,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.sample import with_layout
-from dpo_jax.train.answered import reference_of
+from dpo_jax.train.answered import Policy, reference_of
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, ppo_flops
@@ -116,21 +115,26 @@ def train(config: PPORun) -> Path:
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
-    writing: dict[str, Any] = {
-        "reference": reference,
-        "sample": sampling,
-        "mesh": mesh,
-        "piece": config.rollout_batch_size or config.train.batch_size,
-        "raw": config.data.template == RAW,
-    }
+    policy = Policy(
+        model,
+        tokenizer,
+        sampling,
+        mesh,
+        piece=config.rollout_batch_size or config.train.batch_size,
+        raw=config.data.template == RAW,
+        seed=step_config.seed,
+        vocabulary=step_config.vocabulary,
+    )
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
-    parts = (model, tokenizer, data, prompts)
     if judges is not None:
-        rollouts = Rollouts(*parts, judges, log, config=step_config, **writing)
+        rollouts = Rollouts(policy, data, prompts, judges, log, reference=reference, config=step_config)
     else:
         assert environment is not None, "one of the two rewards"
         rollouts = EpisodeRollouts(
-            *parts,
+            policy,
+            data,
+            prompts,
+            log,
             environment=environment,
             encoder=encoder,
             bounds=Bounds(
@@ -139,17 +143,23 @@ def train(config: PPORun) -> Path:
                 prompt=config.longest_prompt,
                 on_error=config.resolved("environment_errors"),
             ),
-            samples=log,
+            reference=reference,
             config=step_config,
-            **writing,
         )
     evaluate = None
     if heldout is not None and judges is not None:
-        writing |= {"width": prompts.width, "samples": config.resolved("eval_samples"), "passes": config.eval_pass}
-        writing |= {"seed": step_config.seed, "vocabulary": step_config.vocabulary}
         each = config.resolved("eval_samples")
-        writing |= {"measure": jit_measure(model, step_config, mesh, group=each)}
-        evaluate = HeldOutPrompts(model, tokenizer, heldout, judges, training.out, **writing)
+        evaluate = HeldOutPrompts(
+            policy,
+            heldout,
+            judges,
+            training.out,
+            reference=reference,
+            measure=jit_measure(model, step_config, mesh, group=each),
+            width=prompts.width,
+            samples=each,
+            passes=config.eval_pass,
+        )
     final = training.fit(
         state,
         ppo.jit_train_step(step_config, mesh),

@@ -4,7 +4,8 @@ What is drawn is a function of the seed, the iteration and the row alone, so a r
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,47 +18,79 @@ from dpo_jax.align import ppo
 from dpo_jax.complete.writing.responses import decode
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.mesh import put_batch
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve
 from dpo_jax.state import TrainState
+from dpo_jax.types import Rollout
 
 STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
 
 
-class Answered:
-    """A loader of prompts (see `loop.Loader`) and what lets a model answer them."""
+@dataclass(frozen=True)
+class Policy:
+    """The policy of a run as it answers prompts.
 
-    def __init__(
-        self,
-        model: Llama,
-        tokenizer: PreTrainedTokenizerBase,
-        data: PromptDataset,
-        loader: PromptLoader,
-        *,
-        sample: SampleConfig,
-        mesh: Mesh,
-        group: int,
-        piece: int,
-        raw: bool,
-        seed: int,
-        vocabulary: int | None,
-    ):
-        """Args:
-        model: the policy.
-        tokenizer: decodes what it writes.
-        data, loader: the prompts, and their order.
-        sample: with all terminators.
-        mesh: where the weights lie.
-        group: responses to each prompt.
-        piece: responses sampled and measured at once.
-        raw: the texts go on where the prompts end.
-        seed: of the draws.
-        vocabulary: ids from here on are never drawn; None: all may be.
+    Attributes:
+      model: its shape; its weights are those of a state.
+      tokenizer: decodes what it writes.
+      sample: how it draws, with all terminators.
+      mesh: where the weights lie.
+      piece: responses sampled and measured at once.
+      raw: responses go on where the prompts end.
+      seed: of the draws.
+      vocabulary: ids from here on are never drawn; None: all may be.
+    """
+
+    model: Llama
+    tokenizer: PreTrainedTokenizerBase
+    sample: SampleConfig
+    mesh: Mesh
+    piece: int
+    raw: bool
+    seed: int
+    vocabulary: int | None
+
+    def prepared(self, of: TrainState | Mapping[str, Any]) -> Weights:
+        """What the sampler reads, the policy of a state or other variables, laid out for it once.
+
+        Whoever has it gives it up before the devices do anything else.
         """
-        self._model, self._tokenizer, self._data, self._loader = model, tokenizer, data, loader
-        self._sample, self._mesh, self._group, self._piece, self._raw = sample, mesh, group, piece, raw
-        self._vocabulary = vocabulary
-        self._key = jax.random.fold_in(jax.random.key(seed), STREAM)
+        variables = ppo.policy_of(of.variables) if isinstance(of, TrainState) else of
+        return prepare(self.model, variables, self.sample, mesh=self.mesh)
+
+    def ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """bool [N]: whether responses, at least a token each, end with a terminator."""
+        return np.isin(tokens[np.arange(len(tokens)), mask.sum(axis=1) - 1], self.sample.stop_tokens)
+
+    def text(self, prompt: np.ndarray, response: np.ndarray) -> str:
+        """The text of a response, without its terminator, to a prompt; ids without padding."""
+        return decode(self.tokenizer, prompt.tolist(), response.tolist(), raw=self.raw)
+
+    def texts(self, prompts: Any, prompt_lengths: Any, responses: Any, response_lengths: Any, ended: Any) -> list[str]:
+        """The texts of padded responses [N, R] to padded prompts [N, P]: see `Rollout`."""
+        bounds = zip(prompt_lengths, response_lengths, ended, strict=True)
+        return [
+            self.text(prompts[i, :prompt], responses[i, : length - int(end)])
+            for i, (prompt, length, end) in enumerate(bounds)
+        ]
+
+    def measured(self, measure: Callable[[Any], Any], rows: Any, at_once: int) -> tuple[Any, ...]:
+        """What a jitted `measure` gives of `rows`, a batch or rollout of host arrays, so many at once, on the host."""
+        parts = []
+        for first in range(0, len(rows.rows), at_once):
+            part = jax.tree.map(lambda x: x[first : first + at_once], rows)  # noqa: B023 - used at once
+            parts.append(jax.device_get(measure(put_batch(self.mesh, part))))
+        return tuple(None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
+
+
+class Answered:
+    """A loader of prompts (see `loop.Loader`) and what lets a policy answer them."""
+
+    def __init__(self, policy: Policy, data: PromptDataset, loader: PromptLoader, *, group: int):
+        """`data`, `loader`: the prompts, and their order; `group`: responses to each prompt."""
+        self._policy, self._data, self._loader, self._group = policy, data, loader, group
+        self._key = jax.random.fold_in(jax.random.key(policy.seed), STREAM)
         self.steps_per_epoch = len(data) * group / loader.batch_size
 
     # ---------------------------------------------------------------- the loader
@@ -83,14 +116,6 @@ class Answered:
 
     # ---------------------------------------------------------------- responses
 
-    def _prepared(self, of: TrainState | Mapping[str, Any]) -> Weights:
-        """What `_drawn` reads, the policy of a state or other variables, laid out for it once.
-
-        Whoever has it gives it up before the devices do anything else.
-        """
-        variables = ppo.policy_of(of.variables) if isinstance(of, TrainState) else of
-        return prepare(self._model, variables, self._sample, mesh=self._mesh)
-
     def _drawn(
         self,
         weights: Weights,
@@ -106,37 +131,37 @@ class Answered:
         """Tokens, mask and log-probabilities of responses to `rows` of the batch, which are whole groups.
 
         Args:
-          weights: of `_prepared`.
+          weights: of `Policy.prepared`.
           each: responses to each group; None: one a row.
           greedy: one response to each group, without chance.
           plain: log-probabilities at temperature 1.
           mixed: other weights and their share of the mixture that writes (`sample/mixture.py`).
         """
-        group, config = self._group, self._sample
+        policy, group, config = self._policy, self._group, self._policy.sample
         if greedy:
             config, each = dataclasses.replace(config, temperature=0.0), 1
         each, parts = each or group, []
-        if len(rows) > self._piece and not plain and mixed is None:
+        if len(rows) > policy.piece and not plain and mixed is None:
             return self._served(weights, batch, rows[::group], key, config, each)
-        for first in range(0, len(rows), self._piece):
-            own = rows[first : first + self._piece]
-            at = np.resize(own, self._piece)[::group]  # the last piece is filled up, so that all have one shape
+        for first in range(0, len(rows), policy.piece):
+            own = rows[first : first + policy.piece]
+            at = np.resize(own, policy.piece)[::group]  # the last piece is filled up, so that all have one shape
             options: dict[str, Any] = {
                 "config": config,
                 "prompt_lengths": batch.prompt_lengths[at],
                 "row_ids": at,
                 "samples": each,
-                "vocabulary": self._vocabulary,
-                "mesh": self._mesh,
+                "vocabulary": policy.vocabulary,
+                "mesh": policy.mesh,
             }
             prompts = batch.prompts[at]
             if mixed is not None:
-                found = generate_mixture(self._model, weights, *mixed, prompts, key, **options)
+                found = generate_mixture(policy.model, weights, *mixed, prompts, key, **options)
             elif plain:
-                found, logps = generate_with_plain_logps(self._model, weights, prompts, key, **options)
+                found, logps = generate_with_plain_logps(policy.model, weights, prompts, key, **options)
                 found = found._replace(logps=logps)
             else:
-                found = generate(self._model, weights, prompts, key, **options)
+                found = generate(policy.model, weights, prompts, key, **options)
             parts.append([np.asarray(x)[: len(own) // group * each] for x in found])
         tokens, mask, logps = (np.concatenate(x) for x in zip(*parts, strict=True))
         return tokens, mask, logps
@@ -154,33 +179,27 @@ class Answered:
 
         They are those that whole pieces would give: a response draws with its row's number and its own.
         """
+        policy = self._policy
         prompts = [row[:length].tolist() for row, length in zip(batch.prompts, batch.prompt_lengths, strict=True)]
         requests = [(int(i), k) for i in firsts for k in range(each)]
         place = {request: n for n, request in enumerate(requests)}
         shape = (len(requests), config.max_new_tokens)
         tokens, mask, logps = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
         served = serve(
-            self._model,
+            policy.model,
             weights,
             prompts,
             key,
             config=config,
             requests=requests,
-            rows=self._piece // self._group * each,
-            vocabulary=self._vocabulary,
-            mesh=self._mesh,
+            rows=policy.piece // self._group * each,
+            vocabulary=policy.vocabulary,
+            mesh=policy.mesh,
         )
         for done in (one for some in served for one in some):
             n, size = place[done.request], len(done.tokens)
             tokens[n, :size], mask[n, :size], logps[n, :size] = done.tokens, True, done.logps
         return tokens, mask, logps
-
-    def _ended(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """bool [N]: whether responses, at least a token each, end with a terminator."""
-        return np.isin(tokens[np.arange(len(tokens)), mask.sum(axis=1) - 1], self._sample.stop_tokens)
-
-    def _text(self, prompt: Any, response: Any) -> str:
-        return decode(self._tokenizer, prompt.tolist(), response.tolist(), raw=self._raw)
 
 
 def reference_of(variables: Mapping[str, Any], *, fresh_adapters: bool, dtype: Any) -> dict[str, Any]:
@@ -194,3 +213,40 @@ def reference_of(variables: Mapping[str, Any], *, fresh_adapters: bool, dtype: A
     if "adapters" in variables:
         return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
     return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}
+
+
+def with_reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference policy's variables: what it has of its own, and beneath adapters the frozen weights."""
+    frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
+    return {**frozen, **reference}
+
+
+def unmeasured(
+    prompts: np.ndarray,
+    prompt_lengths: np.ndarray,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    logps: np.ndarray,
+    rows: np.ndarray,
+    **known: Any,
+) -> Rollout:
+    """A rollout of what was sampled: `tokens`, `mask` and `logps` [B, R], as `sample.generate` gives them.
+
+    What is not `known` of the rest is 0, and the weights are 1.
+    """
+    zeros = np.zeros(len(rows), np.float32)
+    arrays: dict[str, Any] = {
+        "prompts": prompts,
+        "prompt_lengths": prompt_lengths,
+        "responses": tokens,
+        "response_lengths": mask.sum(axis=1).astype(np.int32),
+        "ended": zeros.astype(bool),
+        "sampler_logps": logps,
+        "reference_logps": np.zeros_like(logps),
+        "values": None,
+        "scores": zeros,
+        "kl_coefficient": zeros,
+        "weights": np.ones_like(zeros),
+        "rows": np.asarray(rows, np.int32),
+    }
+    return Rollout(**arrays | known)

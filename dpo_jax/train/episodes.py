@@ -21,7 +21,7 @@ import numpy as np
 
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset
+from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import Row
@@ -29,6 +29,7 @@ from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
 from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
+from dpo_jax.train.answered import Policy, unmeasured
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.types import Rollout
 
@@ -76,15 +77,18 @@ class EpisodeRollouts(Rollouts):
 
     def __init__(
         self,
-        *args: Any,
+        policy: Policy,
+        data: PromptDataset,
+        loader: PromptLoader,
+        samples: SampleLog,
+        *,
         environment: Environment,
         encoder: ConversationEncoder,
         bounds: Bounds,
-        samples: SampleLog,
         **options: Any,
     ):
         """Args: as `Rollouts`, without a scorer; the environment; the template; the bounds of an episode."""
-        super().__init__(*args, scorer=environment_scores, samples=samples, **options)
+        super().__init__(policy, data, loader, environment_scores, samples, **options)
         self._environment, self._encoder, self._bounds = environment, encoder, bounds
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[Rollout, Row]:
@@ -119,11 +123,11 @@ class EpisodeRollouts(Rollouts):
 
     def _played(self, state: TrainState, batch: PromptBatch) -> list[_Episode]:
         """All episodes of an iteration, to their ends."""
-        weights, key = self._prepared(state), jax.random.fold_in(self._key, batch.step)
+        weights, key = self._policy.prepared(state), jax.random.fold_in(self._key, batch.step)
         episodes = self._begun(batch)
         waiting = deque(range(len(episodes)))
         while waiting:
-            at = [waiting.popleft() for _ in range(min(self._piece, len(waiting)))]
+            at = [waiting.popleft() for _ in range(min(self._policy.piece, len(waiting)))]
             self._answered(weights, key, episodes, at)
             answers = self._timed(lambda: self._environment.step([(i, episodes[i].messages) for i in at]))  # noqa: B023
             for i, answer in zip(at, answers, strict=True):
@@ -137,23 +141,23 @@ class EpisodeRollouts(Rollouts):
 
     def _answered(self, weights: Weights, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
         """One turn of the policy in the episodes `at`."""
-        filled = np.resize(np.asarray(at), self._piece)  # filled up, so that all calls have as many rows
+        filled = np.resize(np.asarray(at), self._policy.piece)  # filled up, so that all calls have as many rows
         generation = generate(
-            self._model,
+            self._policy.model,
             weights,
             [[*episodes[i].prompt, *episodes[i].ids] for i in filled],
             key,
-            config=self._sample,
+            config=self._policy.sample,
             row_ids=[i + len(episodes) * episodes[i].turns for i in filled],
-            vocabulary=self._vocabulary,
-            mesh=self._mesh,
+            vocabulary=self._policy.vocabulary,
+            mesh=self._policy.mesh,
         )
         tokens, mask, logps = (np.asarray(x)[: len(at)] for x in generation)
-        ended = self._ended(tokens, mask)
+        ended = self._policy.ended(tokens, mask)
         for i, drawn, count, logp, end in zip(at, tokens, mask.sum(axis=1), logps, ended, strict=True):
             episode = episodes[i]
             said = drawn[: count - int(end)]
-            text = self._text(np.asarray([*episode.prompt, *episode.ids]), said)
+            text = self._policy.text(np.asarray([*episode.prompt, *episode.ids]), said)
             episode.messages.append(Message("assistant", text))
             episode.ids += drawn[:count].tolist()
             episode.own += [True] * int(count)
@@ -181,7 +185,7 @@ class EpisodeRollouts(Rollouts):
             return self._failed(episode, f"step: {problem}")
         if episode.ids[-1] not in self._encoder.terminators:  # a stop token of the user ended the turn
             between = [self._encoder.terminators[0], *between]
-        if len(episode.ids) + len(between) + self._sample.max_new_tokens > self._bounds.tokens:
+        if len(episode.ids) + len(between) + self._policy.sample.max_new_tokens > self._bounds.tokens:
             return False
         episode.messages += answer.messages
         episode.ids += between
@@ -210,26 +214,23 @@ class EpisodeRollouts(Rollouts):
             _check_beginnings(episodes, self._config.group)
         rows, width = len(episodes), padded(max(len(e.prompt) for e in episodes), self._bounds.prompt)
         prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
-        own, logps = np.zeros(responses.shape, bool), np.zeros(responses.shape, np.float32)
+        (real, own), logps = np.zeros((2, *responses.shape), bool), np.zeros(responses.shape, np.float32)
         for i, e in enumerate(episodes):
             prompts[i, : len(e.prompt)] = e.prompt
-            responses[i, : len(e.ids)], own[i, : len(e.ids)], logps[i, : len(e.ids)] = e.ids, e.own, e.logps
-        arrays: dict[str, Any] = {
-            "prompts": prompts,
-            "prompt_lengths": np.asarray([len(e.prompt) for e in episodes], np.int32),
-            "responses": responses,
-            "response_lengths": np.asarray([len(e.ids) for e in episodes], np.int32),
-            "ended": np.asarray([e.ended for e in episodes]),
-            "sampler_logps": logps,
-            "reference_logps": np.zeros_like(logps),
-            "values": None,
-            "scores": np.asarray([e.score for e in episodes], np.float32),
-            "kl_coefficient": np.full(rows, self.kl_coefficient, np.float32),
-            "weights": np.ones(rows, np.float32),
-            "rows": batch.rows,
-            "own": own,
-        }
-        return Rollout(**arrays)
+            at = (i, slice(len(e.ids)))
+            responses[at], real[at], own[at], logps[at] = e.ids, True, e.own, e.logps
+        return unmeasured(
+            prompts,
+            np.asarray([len(e.prompt) for e in episodes], np.int32),
+            responses,
+            real,
+            logps,
+            batch.rows,
+            ended=np.asarray([e.ended for e in episodes]),
+            scores=np.asarray([e.score for e in episodes], np.float32),
+            kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),
+            own=own,
+        )
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         measured = super()._measured(state, rollout)

@@ -3,17 +3,17 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, online, ppo
-from dpo_jax.config import DPOConfig, OnlineConfig, SampleConfig
+from dpo_jax.config import DPOConfig, OnlineConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
@@ -21,7 +21,7 @@ from dpo_jax.judge.rewards.scores import part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered
+from dpo_jax.train.answered import Answered, Policy, unmeasured, with_reference
 from dpo_jax.train.rollouts import Scorer
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -33,8 +33,7 @@ class OnlinePairs(Answered):
 
     def __init__(
         self,
-        model: Llama,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy,
         data: PromptDataset,
         loader: PromptLoader,
         scorer: Scorer,
@@ -43,33 +42,16 @@ class OnlinePairs(Answered):
         reference: Mapping[str, Any],
         config: OnlineConfig,
         step: DPOConfig,
-        sample: SampleConfig,
-        mesh: Mesh,
-        piece: int,
-        raw: bool,
-        seed: int,
-        vocabulary: int | None,
     ):
         """Args: as `Rollouts` has them, and:
         config: who writes, and how pairs are made.
         step: of the DPO step.
         """
-        super().__init__(
-            model,
-            tokenizer,
-            data,
-            loader,
-            sample=sample,
-            mesh=mesh,
-            group=config.samples,
-            piece=piece,
-            raw=raw,
-            seed=seed,
-            vocabulary=vocabulary,
-        )
+        super().__init__(policy, data, loader, group=config.samples)
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
-        self._measure = jit_sums(model, step, mesh, narrow=sample.weights is not None or sample.cache is not None)
+        narrow = policy.sample.weights is not None or policy.sample.cache is not None
+        self._measure = jit_sums(policy.model, step, policy.mesh, narrow=narrow)
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
         """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.
@@ -83,26 +65,16 @@ class OnlinePairs(Answered):
         clock, k = [time.perf_counter()], self._group
         tokens, mask, logps = self._responses(state, batch)
         clock.append(time.perf_counter())
-        lengths, ended = mask.sum(axis=1).astype(np.int32), self._ended(tokens, mask)
+        lengths, ended = mask.sum(axis=1).astype(np.int32), self._policy.ended(tokens, mask)
         prompts = [self._data.prompts[index] for index in batch.indices]
-        texts = [
-            self._text(batch.prompts[i, : batch.prompt_lengths[i]], tokens[i, : lengths[i] - int(ended[i])])
-            for i in range(len(tokens))
-        ]
+        texts = self._policy.texts(batch.prompts, batch.prompt_lengths, tokens, lengths, ended)
         scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
         if self._config.missing_eos_penalty is not None:
             scores = np.where(ended, scores, scores - np.float32(self._config.missing_eos_penalty))
         clock.append(time.perf_counter())
-        arrays: dict[str, Any] = {
-            "prompts": batch.prompts[::k],
-            "prompt_lengths": batch.prompt_lengths[::k],
-            "responses": tokens.reshape(-1, k, tokens.shape[1]),
-            "response_lengths": lengths.reshape(-1, k),
-            "weights": np.ones(len(tokens) // k, np.float32),
-            "rows": np.asarray(batch.rows[::k], np.int32),
-        }
-        groups = PreferenceBatch(**arrays)
-        reference, policy = self._measured(state, groups)
+        groups = unmeasured(batch.prompts, batch.prompt_lengths, tokens, mask, logps, batch.rows).groups(k)
+        measure = partial(self._measure, state, self._reference)
+        reference, policy = self._policy.measured(measure, groups, self._policy.piece // k)
         clock.append(time.perf_counter())
         groups = dataclasses.replace(groups, reference_logps=reference)
         choice = online.best_and_worst(jnp.asarray(scores.reshape(-1, k)))
@@ -119,29 +91,20 @@ class OnlinePairs(Answered):
 
     def _responses(self, state: TrainState, batch: PromptBatch) -> tuple[np.ndarray, ...]:
         """Tokens, mask and log-probabilities at temperature 1 (of an opponent: any) of all responses, [B K, R]."""
-        weights, rows = self._prepared(state), np.arange(len(batch.rows))
+        weights, rows = self._policy.prepared(state), np.arange(len(batch.rows))
         key, opponent = jax.random.fold_in(self._key, batch.step), self._config.opponent
         if opponent == "policy":
             return self._drawn(weights, batch, rows, key, plain=True)
         own = self._drawn(weights, batch, rows, key, each=1, plain=True)
-        against, reference = jax.random.fold_in(key, _OPPONENT), _reference(state, self._reference)
+        against, reference = jax.random.fold_in(key, _OPPONENT), with_reference(state, self._reference)
         if opponent == "reference":
             del weights
-            other = self._drawn(self._prepared(reference), batch, rows, against, each=1, plain=True)
+            other = self._drawn(self._policy.prepared(reference), batch, rows, against, each=1, plain=True)
         else:
-            mixed = (self._prepared(reference), self._config.resolved("mixture"))
+            mixed = (self._policy.prepared(reference), self._config.resolved("mixture"))
             other = self._drawn(weights, batch, rows, against, each=1, mixed=mixed)
         both = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
         return tuple(x.reshape(-1, x.shape[-1]) for x in both)
-
-    def _measured(self, state: TrainState, groups: PreferenceBatch) -> tuple[np.ndarray, np.ndarray | None]:
-        """The reference's summed log-probabilities, float32 [B, K], and the policy's where its sampler is narrow."""
-        parts, at_once = [], self._piece // self._group
-        for first in range(0, len(groups.rows), at_once):
-            part = jax.tree.map(lambda x: x[first : first + at_once], groups)  # noqa: B023 - used at once
-            parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
-        reference, policy = zip(*parts, strict=True)
-        return np.concatenate(reference), None if policy[0] is None else np.concatenate(policy)
 
     def _figures(
         self,
@@ -211,12 +174,6 @@ class _Written:
     ended: np.ndarray
 
 
-def _reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference policy's variables."""
-    frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
-    return {**frozen, **reference}
-
-
 def jit_sums(model: Llama, config: DPOConfig, mesh: Mesh, *, narrow: bool) -> meshes.Replicated:
     """(state, reference, groups) -> summed log-probabilities of the reference, [B, K], and of the policy or None.
 
@@ -229,7 +186,7 @@ def jit_sums(model: Llama, config: DPOConfig, mesh: Mesh, *, narrow: bool) -> me
         def sums(variables: Mapping[str, Any]) -> jax.Array:
             return dpo.reference_logps(model.apply, variables, groups, config=config)
 
-        return sums(_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
+        return sums(with_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
 
     return meshes.jit_replicated(measure, mesh)
 
@@ -245,6 +202,6 @@ def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int
             options: dict[str, Any] = {"layout": "separate", "temperature": temperature, "vocabulary": vocabulary}
             return response_logps(model.apply, variables, rollout.groups(), **options)[:, 0]
 
-        return logps(_reference(state, reference)), logps(ppo.policy_of(state.variables)), None
+        return logps(with_reference(state, reference)), logps(ppo.policy_of(state.variables)), None
 
     return meshes.jit_replicated(measure, mesh)

@@ -8,24 +8,24 @@ data.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import flat_groups, next_kl_coefficient
-from dpo_jax.config import PPOConfig, SampleConfig
+from dpo_jax.config import PPOConfig
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered
+from dpo_jax.train.answered import Answered, Policy, unmeasured, with_reference
 from dpo_jax.types import Rollout
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str], np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -36,8 +36,7 @@ class Rollouts(Answered):
 
     def __init__(
         self,
-        model: Llama,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy,
         data: PromptDataset,
         loader: PromptLoader,
         scorer: Scorer,
@@ -45,40 +44,19 @@ class Rollouts(Answered):
         *,
         reference: Mapping[str, Any],
         config: PPOConfig,
-        sample: SampleConfig,
-        mesh: Mesh,
-        piece: int,
-        raw: bool,
     ):
         """Args:
-        model: the policy.
-        tokenizer: decodes what it writes.
+        policy: who answers; its seed and vocabulary are those of `config`.
         data, loader: the prompts, and their order.
-        scorer: the reward, `judge.scores.Judges`.
+        scorer: the reward, `judge.rewards.scores.Judges`.
         samples: where the texts are written down.
         reference: what the reference policy has in place of the trained weights: {"params": ...} under full
             fine-tuning, {"adapters": ...} or {} under LoRA.
         config: of the PPO step.
-        sample: with all terminators.
-        mesh: where the weights lie.
-        piece: responses sampled and measured at once.
-        raw: the texts go on where the prompts end.
         """
-        super().__init__(
-            model,
-            tokenizer,
-            data,
-            loader,
-            sample=sample,
-            mesh=mesh,
-            group=config.group,
-            piece=piece,
-            raw=raw,
-            seed=config.seed,
-            vocabulary=config.vocabulary,
-        )
+        super().__init__(policy, data, loader, group=config.group)
         self._scorer, self._samples, self._reference, self._config = scorer, samples, reference, config
-        self._measure = jit_measure(model, config, mesh)
+        self._measure = jit_measure(policy.model, config, policy.mesh)
         self.kl_coefficient = float(np.float32(config.kl_price))
 
     def get_state(self) -> dict[str, Any]:
@@ -124,23 +102,17 @@ class Rollouts(Answered):
         """Responses and the behaviour policy's log-probabilities."""
         rows = len(batch.rows)
         key = jax.random.fold_in(self._key, batch.step)
-        tokens, mask, logps = self._drawn(self._prepared(state), batch, np.arange(rows), key)
-        lengths = mask.sum(axis=1).astype(np.int32)
-        arrays: dict[str, Any] = {
-            "prompts": batch.prompts,
-            "prompt_lengths": batch.prompt_lengths,
-            "responses": tokens,
-            "response_lengths": lengths,
-            "ended": self._ended(tokens, mask),
-            "sampler_logps": logps,
-            "reference_logps": np.zeros_like(logps),
-            "values": None,
-            "scores": np.zeros(rows, np.float32),
-            "kl_coefficient": np.full(rows, self.kl_coefficient, np.float32),
-            "weights": np.ones(rows, np.float32),
-            "rows": batch.rows,
-        }
-        return Rollout(**arrays)
+        tokens, mask, logps = self._drawn(self._policy.prepared(state), batch, np.arange(rows), key)
+        return unmeasured(
+            batch.prompts,
+            batch.prompt_lengths,
+            tokens,
+            mask,
+            logps,
+            batch.rows,
+            ended=self._policy.ended(tokens, mask),
+            kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),
+        )
 
     def _again(
         self,
@@ -155,7 +127,7 @@ class Rollouts(Answered):
         The same prompts are answered again, `resample_rounds` times at most. DAPO's dynamic sampling draws other
         prompts instead; here a run reads its prompts in one order, whatever the scores.
         """
-        first, weights = 0.0, self._prepared(state)
+        first, weights = 0.0, self._policy.prepared(state)
         for attempt in range(self._config.resolved("resample_rounds")):
             flat = np.flatnonzero(np.asarray(flat_groups(rollout, self._config.group)))
             first = first or len(flat) / len(texts)
@@ -167,7 +139,7 @@ class Rollouts(Answered):
                 jax.tree.map(lambda x: x[flat], rollout),  # noqa: B023 - used at once
                 responses=tokens,
                 response_lengths=mask.sum(axis=1).astype(np.int32),
-                ended=self._ended(tokens, mask),
+                ended=self._policy.ended(tokens, mask),
                 sampler_logps=logps,
             )
             written = self._texts(new)
@@ -183,34 +155,23 @@ class Rollouts(Answered):
 
     def _greedy(self, state: TrainState, batch: PromptBatch) -> np.ndarray:
         """The score of the greedy response to each row's prompt, float32 [B]: ReMax's baseline."""
-        group, rows = self._config.group, np.arange(len(batch.rows))
-        tokens, mask, _ = self._drawn(self._prepared(state), batch, rows, self._key, greedy=True)
-        lengths, ended = mask.sum(axis=1), self._ended(tokens, mask)
+        policy, group, rows = self._policy, self._config.group, np.arange(len(batch.rows))
+        tokens, mask, _ = self._drawn(policy.prepared(state), batch, rows, self._key, greedy=True)
+        lengths, ended = mask.sum(axis=1), policy.ended(tokens, mask)
         prompts = [self._data.prompts[index] for index in batch.indices[::group]]
-        texts = [
-            self._text(batch.prompts[i * group, : batch.prompt_lengths[i * group]], tokens[i, : lengths[i] - ended[i]])
-            for i in range(len(prompts))
-        ]
+        texts = policy.texts(batch.prompts[::group], batch.prompt_lengths[::group], tokens, lengths, ended)
         scores, _ = self._scorer(prompts, texts, batch.rows[::group], self._data.safety[batch.indices[::group]])
         return np.repeat(scores, group)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities, the policy's own, and the values."""
-        parts = []
-        for first in range(0, len(rollout.rows), self._piece):
-            part = jax.tree.map(lambda x: x[first : first + self._piece], rollout)  # noqa: B023 - used at once
-            parts.append(jax.device_get(self._measure(state, self._reference, meshes.put_batch(self._mesh, part))))
-        logps, old, values = (None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
+        measure = partial(self._measure, state, self._reference)
+        logps, old, values = self._policy.measured(measure, rollout, self._policy.piece)
         return dataclasses.replace(rollout, reference_logps=logps, old_logps=old, values=values)
 
     def _texts(self, rollout: Rollout) -> list[str]:
-        return [
-            self._text(
-                rollout.prompts[i, : rollout.prompt_lengths[i]],
-                rollout.responses[i, : length - int(rollout.ended[i])],
-            )
-            for i, length in enumerate(rollout.response_lengths)
-        ]
+        of = rollout
+        return self._policy.texts(of.prompts, of.prompt_lengths, of.responses, of.response_lengths, of.ended)
 
     def _write(
         self,
@@ -264,8 +225,8 @@ def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | Non
     def measure(
         state: TrainState, reference: Mapping[str, Any], rollout: Rollout
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
-        logps = ppo.reference_logps(model.apply, {**frozen, **reference}, rollout, config, group=group)
+        variables = with_reference(state, reference)
+        logps = ppo.reference_logps(model.apply, variables, rollout, config, group=group)
         measured = ppo.measure(state, rollout, config=config, group=group)
         return logps, measured.old_logps, measured.values
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,7 +210,8 @@ def test_what_ends_an_episode_without_ending_the_run() -> None:
         for on_error in ("end", "stop"):
             rollouts = EpisodeRollouts.__new__(EpisodeRollouts)
             rollouts._encoder = ConversationEncoder(tiny.tokenizer(), "llama2")
-            rollouts._bounds, rollouts._sample = Bounds(9, 999, 99, on_error), SampleConfig(max_new_tokens=4)
+            policy: Any = SimpleNamespace(sample=SampleConfig(max_new_tokens=4))
+            rollouts._bounds, rollouts._policy = Bounds(9, 999, 99, on_error), policy
             episode = _Episode(7, [1], [], 1, ids=[5, rollouts._encoder.terminators[0]], turns=1)
             for answer in answers[:-1]:
                 episode.ended = True

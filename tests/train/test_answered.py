@@ -11,7 +11,7 @@ from pairs import TINY, model_and_variables
 from dpo_jax.config import SampleConfig
 from dpo_jax.mesh import make_mesh
 from dpo_jax.sample import continuous
-from dpo_jax.train.answered import Answered
+from dpo_jax.train.answered import Answered, Policy
 
 GROUP, ROWS, LONGEST = 2, 16, 24
 
@@ -27,10 +27,12 @@ def answered() -> Any:
     batch: Any = SimpleNamespace(prompts=prompts, prompt_lengths=lengths, rows=np.arange(ROWS))
 
     def drawn(piece: int, rows: np.ndarray, **options: Any) -> tuple[np.ndarray, ...]:
-        parts: Any = (model, None, np.arange(8), SimpleNamespace(batch_size=ROWS))
+        parts: Any = (np.arange(8), SimpleNamespace(batch_size=ROWS))
+        tokenizer: Any = None
         sample = SampleConfig(LONGEST, stop_tokens=tuple(range(8)))
-        some = Answered(*parts, sample=sample, mesh=mesh, group=GROUP, piece=piece, raw=True, seed=0, vocabulary=60)
-        return some._drawn(some._prepared(variables), batch, rows, jax.random.key(7), **options)
+        policy = Policy(model, tokenizer, sample, mesh, piece=piece, raw=True, seed=0, vocabulary=60)
+        some = Answered(policy, *parts, group=GROUP)
+        return some._drawn(policy.prepared(variables), batch, rows, jax.random.key(7), **options)
 
     return drawn
 
