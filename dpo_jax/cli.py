@@ -18,6 +18,7 @@ from typing import Any, get_origin
 from dpo_jax import __version__, config, voice
 from dpo_jax.commands.config_keys import without_keys_of
 from dpo_jax.config import shipped, yaml_file
+from dpo_jax.config.checks import left_out
 from dpo_jax.config.help import VOICE, help_text
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.values import built, negated
@@ -202,7 +203,7 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     default, args = _split_recipe(word, args)
-    cls, names = getattr(config, COMMANDS[word].options), option_names(word)
+    cls, names = COMMANDS[word].options, option_names(word)
     given = _given(word, args, names)
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
@@ -234,7 +235,7 @@ def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list
             raise InputError(f"Unrecognized options: {token} ({PROGRAM} {word} --help)")
         else:
             said[-1][1].append(token)
-    fields = dataclasses.fields(getattr(config, command.options))
+    fields = dataclasses.fields(command.options)
     one_file = {"data", "eval_data", "mix_data"} - {field.name for field in fields if get_origin(field.type) is tuple}
     for spelled, words in said:
         name = spelled.lstrip("-").replace("-", "_")
@@ -257,7 +258,7 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     """The `config` of a leading CONFIG.py, or None; and the other words."""
     if not COMMANDS[word].recipe or not args or args[0].startswith("-"):
         return None, args
-    path, cls = args[0], getattr(config, COMMANDS[word].options)
+    path, cls = args[0], COMMANDS[word].options
     loaded = _load(path)
     if not isinstance(loaded, cls):
         raise InputError(
@@ -293,7 +294,7 @@ def _parse_about(word: str, args: list[str]) -> Any:
         about, args = named, [token for token in args if token != ONLINE]
     else:
         loaded, theirs = _load(about), [about]
-        words = [name for name in known if type(loaded) is getattr(config, COMMANDS[name].options)]
+        words = [name for name in known if type(loaded) is COMMANDS[name].options]
         if not words:
             kinds = ", ".join(known)
             raise InputError(
@@ -334,8 +335,8 @@ def _give_way(default: Any, given: set[str], prefix: str = "") -> Any:
 def option_names(word: str) -> dict[str, bool]:
     """Every option of a command, with underscores and without dashes -> whether it must be given."""
     command, names = COMMANDS[word], {}
-    for prefix, field in _walk(getattr(config, command.options)):
-        if prefix + field.name not in command.unused:
+    for prefix, field in _walk(command.options):
+        if prefix + field.name not in left_out(command.options):
             name = option(prefix + field.name).removeprefix("--")
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             required |= field.default == config.ON_COMMAND_LINE
@@ -361,8 +362,8 @@ def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
     """The option's name as in `names`; raises `InputError` with the nearest name when there is none."""
     name = token.partition("=")[0].lstrip("-").replace("-", "_")
     section, _, own = name.rpartition(".")
-    left_out = section == "data" and "data.columns" in names and name not in names and own != "files"
-    if name in COMMANDS[word].unused or (left_out and own in config.DataConfig.__dataclass_fields__):
+    of_rows = section == "data" and "data.columns" in names and name not in names and own != "files"
+    if name in left_out(COMMANDS[word].options) or (of_rows and own in config.DataConfig.__dataclass_fields__):
         raise InputError(f"--{name} has no effect in {PROGRAM} {word}: leave it out")
     if name not in names or not token.startswith("--") or token.startswith("---"):
         spelled = token.partition("=")[0]
@@ -387,4 +388,4 @@ def _show_help(word: str, args: list[str]) -> None:
     about = _CONFIG.get(word, " [CONFIG]" if command.recipe else "")
     places = "".join(f" [{place.upper()}]" for place in command.positional)
     usage = f"{PROGRAM} {word}{about}{places} [OPTIONS]"
-    print(help_text(usage, word, command, getattr(config, command.options), default))
+    print(help_text(usage, word, command, default))

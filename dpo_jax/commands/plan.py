@@ -72,7 +72,7 @@ def _docstring(options: PlanRun, made: Planned) -> str:
 
 def word_of(run: TrainingRun) -> str:
     """The command whose options these are."""
-    return next(word for word, command in COMMANDS.items() if command.options == type(run).__name__)
+    return next(word for word, command in COMMANDS.items() if command.options is type(run))
 
 
 def first_job(options: PlanRun) -> tuple[Topology, Job]:

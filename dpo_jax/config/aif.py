@@ -1,53 +1,51 @@
 """Options of `dpo-jax recipe aif`, and of the writers in its pool."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Options, Positive, RecipeSeed, Several, not_given, part, require, require_day
 from dpo_jax.config.judge import EndpointConfig
-from dpo_jax.config.sections import MeshConfig, SampleConfig
+from dpo_jax.config.sections import SampleConfig
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 """UltraFeedback's four (Cui et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriterConfig(Options):
+class WriterConfig(Options, prefix=""):
     """One writer of a pool: an endpoint, a model of this machine, or responses that were written before."""
 
     name: str
     """What its responses are said to be of: `model` of a completion."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """How likely it is drawn, beside the others."""
     model: str | None = None
     """A model of this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
     responses: str | None = None
     """File of prompts with responses to each; of several to one prompt the seed draws one."""
-    template: str | None = None
+    template: str | None = not_given(needs="model")
     """Chat template of the model."""
-    date: str | None = None
+    date: str | None = not_given(needs="model")
     """Day that its template writes."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Responses of the model at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model."""
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=512))
+    sample: SampleConfig = part(SampleConfig, max_new_tokens=512)
     """How the model draws."""
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    endpoint: EndpointConfig = part(EndpointConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = sum(x is not None for x in (self.model, self.responses, self.endpoint.url))
         require(given == 1, "give one of model, responses and endpoint.url")
         require(self.name.strip(), "name is blank")
-        require(0 < self.weight < float("inf"), f"weight {self.weight} must be positive")
-        for name in ("template", "date"):
-            require(getattr(self, name) is None or self.model, f"{name} has no effect without model")
         require_day(self.date, "date")
-        self.at_least("", batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AIFRun(Options):
+class AIFRun(WritesTexts):
     """AI feedback (Tunstall et al. 2023, section 3; Cui et al. 2023): `dpo-jax recipe aif`.
 
     For each prompt K writers are drawn from a pool, each with a principle's system prompt; a judge rates what they
@@ -63,7 +61,7 @@ class AIFRun(Options):
     asked for each of --aspects and for a critique."""
     out: str
     """Folder of all stages: data.jsonl in UltraFeedback's schema, pairs.jsonl. The same command goes on."""
-    samples: int = 4
+    samples: Several = 4
     """Responses to each prompt, by as many different writers."""
     principles: str = "ours"
     """System prompts by principle, of which each completion draws one: ours, none, or a JSON FILE {principle: [text,
@@ -82,24 +80,18 @@ class AIFRun(Options):
     """Of the pairs, as --ties of `dpo-jax pairs`."""
     repair: Literal["ultrafeedback"] | None = None
     """Of the pairs, as --repair of `dpo-jax pairs`."""
-    reward_timeout: float | None = not_given(60.0)
+    reward_timeout: Positive | None = not_given(60.0)
     """Seconds to wait where --judge is a URL (60), or for one call of your own code (600), or of a command of run: for
     one response (10)."""
-    judge_batch_size: int | None = not_given(8)
+    judge_batch_size: Count | None = not_given(8)
     """Responses at once where --judge is a reward model."""
     judge_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
     """Of a reward model."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Of all draws."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        self.at_least("--", samples=2, judge_batch_size=1)
-        self.positive("--", "reward_timeout")
-        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        super().__post_init__()
         aspects = self.resolved("aspects")
         require(aspects, "--aspects is empty: what is the judge to rate?")
         unknown = [name for name in aspects if name not in ASPECTS]

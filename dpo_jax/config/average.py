@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.checks import NotNegative, Share, require
 
 
 @dataclass(frozen=True)
-class AverageRun:
+class AverageRun(ReadsModels):
     """The average of models of one shape and tokenizer, weight by weight: `dpo-jax average`.
 
     Llama 3 averages models of other seeds, data or learning rates at every stage; checkpoints of one run may be
@@ -19,26 +20,23 @@ class AverageRun:
     """Two or more: Hugging Face folders, hub ids, .gguf files, checkpoints or run folders of ours."""
     to: str
     """Folder to write: a Hugging Face model, and average.json, which says of what it was made. New or empty."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[NotNegative, ...] = ()
     """One for each model; divided by their sum. Not given: all alike."""
-    ema: float | None = None
+    ema: Share | None = None
     """Exponential moving average over the models in their order: the average so far times this, and the next model
     times the rest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype to write. Not given: that of the first model. The sum is float32 in any case."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.models) > 1, "--models names one model, and that is no average; name two or more")
         twice = [name for name in self.models if self.models.count(name) > 1]
         require(not twice, f"--models names {''.join(twice[:1])} twice; give it a weight (--weights) instead")
         require(not self.weights or self.ema is None, "--weights and --ema exclude each other")
         given, wanted = len(self.weights), len(self.models)
         require(given in (0, wanted), f"--weights has {given} numbers for {wanted} models; give one for each")
-        right = all(math.isfinite(weight) and weight >= 0 for weight in self.weights)
-        require(right and (not given or sum(self.weights) > 0), "--weights must be 0 or more, and not all 0")
-        require(self.ema is None or 0 < self.ema < 1, f"--ema {self.ema} must lie between 0 and 1")
+        require(not given or sum(self.weights) > 0, "--weights must be 0 or more, and not all 0")
 
     def shares(self) -> tuple[float, ...]:
         """The weight of each model; their sum is 1."""

@@ -1,20 +1,16 @@
 """Options of the commands that do not train: demo, generate, eval, logps, score, inspect, convert."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.bases import ReadsModels, RunsModels, WritesTexts
+from dpo_jax.config.checks import Count, Positive, Seed, not_given, part, require, require_day
 from dpo_jax.config.names import RunOptions
-from dpo_jax.config.sections import (
-    AttentionKernel,
-    DataConfig,
-    MeshConfig,
-    SampleConfig,
-)
+from dpo_jax.config.sections import AttentionKernel, DataConfig, SampleConfig
 
 
 @dataclass(frozen=True)
-class DemoRun:
+class DemoRun(ReadsModels):
     """The whole thing on a real 135M Llama: `dpo-jax demo`.
 
     The controlled-sentiment experiment of the DPO paper (Rafailov et al. 2023, section 6.1): the model writes reviews,
@@ -25,19 +21,14 @@ class DemoRun:
     """Folder for samples, pairs, the run and the report; an interrupted demo goes on with it."""
     fast: bool = False
     """A smaller experiment: under two minutes on two CPU cores instead of about five."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
     model: str = "smollm2"
     """A Hugging Face folder, a hub id, a .gguf file, or smollm2."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True)
-class GenerateRun(Options):
+class GenerateRun(WritesTexts):
     """Answer prompts: `dpo-jax generate`.
 
     A response ends at the model's own terminators, at those of the chat template, at --sample.stop_tokens and at
@@ -59,63 +50,52 @@ class GenerateRun(Options):
     date: str | None = None
     """Day (YYYY-MM-DD) that the chat template writes where it writes today's. Not given: today, also for a run folder
     whose run began on another day (its config.json has that as data.date)."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Responses written at once, over all devices; one that is done makes room for the next."""
-    samples: int = 1
+    samples: Count = 1
     """Responses to each prompt, which is computed once for as many of them as --batch_size holds."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw. A text depends on it, on the prompt, the row and the sample number, and not on other rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    sample: SampleConfig = part(SampleConfig)
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
+        super().__post_init__()
         require(self.prompt is not None or self.prompts is not None, "give --prompt TEXT or --prompts FILE")
         require(self.prompt is None or self.prompts is None, "give --prompt or --prompts, not both")
         require(not (self.raw and self.template), "--template has no effect with --raw")
         require(not (self.raw and self.date), "--date has no effect with --raw")
         require_day(self.date, "--date")
-        self.at_least("--", samples=1, batch_size=1)
         require(self.samples == 1 or self.sample.beams is None, "--samples has no effect with --sample.beams")
         require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(
             self.samples == 1 or self.sample.temperature > 0,
             "--samples has no effect at temperature 0 (greedy): all would be equal",
         )
-        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsRun(Options, metaclass=RunOptions):
+class RowsRun(ReadsModels, metaclass=RunOptions):
     """A command on rows that are made into tokens for a model."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    data: DataConfig = field(default_factory=DataConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    data: DataConfig = part(DataConfig, without=("shuffle", "workers"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardRun(RowsRun):
+class ForwardRun(RowsRun, RunsModels):
     """A command that takes rows once through a model."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows in one forward pass, over all devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation; the head of a reward model is float32."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def __post_init__(self) -> None:
-        self.at_least("--", batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,19 +110,16 @@ class EvalRun(ForwardRun):
     """HTML file for tables and plots, where --model is a reward model."""
     out: str | None = None
     """JSON file for the results, which are shown as tables in any case."""
-    beta: float | None = not_given(0.1, needs="reference")
+    beta: Positive | None = not_given(0.1, needs="reference")
     """Scale of the rewards, beta x log-ratio to --reference."""
-    samples: int | None = None
+    samples: Count | None = None
     """Also answer the first so many prompts, and report on the repetition and length of the answers."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the answers."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = part(SampleConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_idle("--")
-        require(self.beta is None or self.beta > 0, f"--beta {self.beta} must be positive")
-        self.at_least("--", samples=1)
         require(self.samples is not None or self.seed == 0, "--seed has no effect without --samples")
         require(self.seed == 0 or self.sample.beams is None, "--seed has no effect with --sample.beams")
         require(self.samples is not None or self.sample == SampleConfig(), "--sample.* has no effect without --samples")
@@ -181,17 +158,17 @@ class InspectRun(RowsRun):
     """How the rows are read: as pairs, or as dialogues, as `dpo-jax sft` reads them."""
     train_on: Literal["answers", "last", "all"] | None = not_given("answers")
     """What the loss counts of a dialogue: every answer, the last answer, all tokens."""
-    rows: int = 3
+    rows: Count = 3
     """How many rows to show."""
-    first: int = 1
+    first: Count = 1
     """Row number (from 1) to begin at."""
     table: bool = False
     """Instead of rows: comparisons, turns, and tokens of an example, a prompt and a response, by the column `source`
     (Llama 2's Table 6)."""
+    data: DataConfig = part(DataConfig, without=("shuffle", "workers", "buckets"))
 
     def __post_init__(self) -> None:
-        self.at_least("--", rows=1)
-        require(self.first >= 1, "--first counts rows from 1")
+        super().__post_init__()
         if self.table:
             require(self.kind == "preferences", "--table counts comparisons: it has no effect with --kind dialogues")
             require((self.rows, self.first) == (3, 1), "--rows and --first have no effect with --table")
@@ -249,7 +226,7 @@ class CompletionRun:
 
 
 @dataclass(frozen=True)
-class ConvertRun:
+class ConvertRun(ReadsModels):
     """Rewrite a checkpoint in another format: `dpo-jax convert`."""
 
     from_: str
@@ -262,5 +239,3 @@ class ConvertRun:
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
     """Dtype to write; q8_0 (8 bits, and a scale for each 32 numbers) with --format gguf. Not given: the source's;
     float32 where adapters are merged, of which less would lose most."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, get_args, get_origin
 
-from dpo_jax import config
 from dpo_jax.config.dpo import Loss
-from dpo_jax.config.help import VOICE, Shown, shown
+from dpo_jax.config.help import VOICE, shown
 from dpo_jax.config.sections import LINEAR_LAYERS
 from dpo_jax.config.shipped import load, shipped
 from dpo_jax.config.values import negated
@@ -180,14 +179,12 @@ def script(shell: str) -> str:
     return _BASH.format(shell=shell, before=before, groups="|".join(GROUPS), about=f"{PLAN}|{BENCH}", **parts)
 
 
-def _shown(word: str) -> list[Shown]:
-    return list(shown(getattr(config, COMMANDS[word].options), COMMANDS[word].unused))
-
-
 def _options() -> Iterator[_Case]:
     for word, command in COMMANDS.items():
         names = [
-            f"--{name}" for one in _shown(word) for name in (one.name, *([negated(one.name)] * (one.kind is bool)))
+            f"--{name}"
+            for one in shown(command.options)
+            for name in (one.name, *([negated(one.name)] * (one.kind is bool)))
         ]
         spoken = [] if command.silent else [f"--{name}" for name in VOICE if f"--{name}" not in names]
         more = [ONLINE] if f"{word} {ONLINE}" in COMMANDS else []
@@ -195,9 +192,9 @@ def _options() -> Iterator[_Case]:
 
 
 def _values() -> Iterator[_Case]:
-    for word in COMMANDS:
+    for word, command in COMMANDS.items():
         by_choices: dict[tuple[tuple[str, ...], bool], list[str]] = {}
-        for one in _shown(word):
+        for one in shown(command.options):
             named = next((names for end, names in _NAMES.items() if f".{one.name}".endswith(f".{end}")), ())
             if choices := one.choices or named or (("true", "false") if one.kind is bool else ()):
                 several = get_origin(one.kind) is tuple
@@ -213,11 +210,11 @@ def _places() -> Iterator[_Case]:
         by_class.setdefault(type(load(name)), []).append(name)
     for word, command in COMMANDS.items():
         if command.recipe:
-            yield from _first([word], by_class.get(getattr(config, command.options), ()))
-        for place in (one for one in _shown(word) if command.positional[:1] == (one.name,)):
+            yield from _first([word], by_class.get(command.options, ()))
+        for place in (one for one in shown(command.options) if command.positional[:1] == (one.name,)):
             yield from _first([word], place.choices)
     for word, about in PLANNED.items():
-        planned = [getattr(config, COMMANDS[name].options) for name in about]
+        planned = [COMMANDS[name].options for name in about]
         plain = [name for name in about if " " not in name]
         yield from _first([word], [*plain, *(name for cls in planned for name in by_class.get(cls, ()))])
     yield _Case(("configs 1 show", "configs 1 copy"), "values", tuple(shipped()))

@@ -1,48 +1,35 @@
 """Options of `dpo-jax distill`."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from dpo_jax.config.checks import Options, require
-from dpo_jax.config.sections import OptimizerConfig, SampleConfig
+from dpo_jax.config.checks import Options, Positive, Unit, no_option, part, require
+from dpo_jax.config.sections import CheckpointConfig, SampleConfig, StepConfig, TrainConfig
 from dpo_jax.config.training import SampledRun
 
 
 @dataclass(frozen=True)
-class DistillConfig(Options):
+class DistillConfig(Options, prefix="--distill."):
     """What is learnt from the teacher. The formulas stand in `dpo_jax/align/distill.py`."""
 
-    on_policy: float = 1.0
+    on_policy: Unit = 1.0
     """Share of the steps on the student's own responses (GKD's lambda; TRL's lmbda, there 0.5); the others learn on
     those of --data."""
-    beta: float = 1.0
+    beta: Unit = 1.0
     """Generalised Jensen-Shannon divergence: 0 is the forward KL divergence, from the teacher; 1 the reverse one, from
     the student (TRL: beta, there 0.5)."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides the logits of both in the loss; --sample.temperature is that of the draw."""
-
-    def __post_init__(self) -> None:
-        for name in ("on_policy", "beta"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"--distill.{name} {value} must lie in [0, 1]")
-        self.positive("--distill.", "temperature")
 
 
 @dataclass(frozen=True)
-class DistillStepConfig(DistillConfig):
+class DistillStepConfig(DistillConfig, StepConfig):
     """All that `align.distill.init_state` and `align.distill.train_step` need to know."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     vocabulary: int | None = None
     """Ids from here on have no part in the distributions: rows of a padded embedding that stand for no text."""
-    accumulate: int = 1
-    """Split the batch into this many micro-batches; the result equals one big batch."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits, of student and teacher each."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +44,13 @@ class DistillRun(SampledRun):
     """A Hugging Face folder, a hub id, a .gguf file or a run, with the tokenizer of --model."""
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the teacher's weights and computation."""
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: DistillConfig = part(DistillConfig)
+    eval_data: None = no_option()
+    train: TrainConfig = part(TrainConfig, without=("layout", "eval_every", "stop_after"))
+    checkpoint: CheckpointConfig = part(CheckpointConfig, without=("best",))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_sampling("distillation", self.train.batch_size, 1, "one each")
         if self.distill.on_policy == 0:
             self._check_unsampled()

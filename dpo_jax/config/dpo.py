@@ -1,11 +1,22 @@
 """Options of `dpo-jax dpo`."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, get_args
 
-from dpo_jax.config.checks import Options, not_given, require
-from dpo_jax.config.sections import Layout, OptimizerConfig
+from dpo_jax.config.checks import (
+    Count,
+    NotNegative,
+    Options,
+    Positive,
+    Unit,
+    UpToOne,
+    Within,
+    not_given,
+    part,
+    require,
+)
+from dpo_jax.config.sections import Layout, StepConfig
 from dpo_jax.config.training import HoldoutRun
 
 Ties = Literal["error", "drop"]
@@ -56,7 +67,7 @@ _OF_PAIRS = tuple(name for name in get_args(Loss) if name not in (*_UNPAIRED, *_
 
 
 @dataclass(frozen=True)
-class DPOLossConfig(Options):
+class DPOLossConfig(Options, prefix="--dpo."):
     """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/losses.py`."""
 
     loss: str = "sigmoid"
@@ -65,22 +76,26 @@ class DPOLossConfig(Options):
     sft. Several with commas between them are added (MPO: sigmoid,bco_pair,sft), each logged as loss/NAME."""
     loss_weights: str | None = None
     """Weights of several losses, with commas between them (MPO: 0.8,0.2,1); not given: 1 each."""
-    beta: float | None = not_given(0.1)
+    beta: Positive | None = not_given(0.1)
     """Strength of the pull towards the reference policy; not given: its paper's for nca_pair .01, sppo_hard .001,
     bco_pair .01, discopop .05."""
-    label_smoothing: float | None = not_given(0.0, loss=("sigmoid", "robust", "exo_pair", *_SORTED))
+    label_smoothing: Annotated[float, Within(0, 0.5)] | None = not_given(
+        0.0, loss=("sigmoid", "robust", "exo_pair", *_SORTED)
+    )
     """Probability that a label is flipped. For sigmoid (then it is cDPO), robust, aot, aot_unpaired and exo_pair
     (default .001); of several losses, for each of these."""
     divergence: Divergence | None = not_given("reverse_kl", loss=MARGIN)
     """f-DPO: what keeps the policy near the reference. For sigmoid, robust, hinge, exo_pair, discopop; others beside
     them keep the reverse KL divergence."""
-    divergence_alpha: float | None = not_given(0.5, divergence=("alpha",))
+    divergence_alpha: Annotated[float, Within(0, 1, "()", "0 is reverse_kl, 1 forward_kl")] | None = not_given(
+        0.5, divergence=("alpha",)
+    )
     """Order of the alpha divergence: near 0 the reverse KL divergence, near 1 the forward one."""
-    discopop_tau: float | None = not_given(0.05, loss=("discopop",))
+    discopop_tau: UpToOne | None = not_given(0.05, loss=("discopop",))
     """DiscoPOP's temperature of the change from its logistic to its exponential part."""
     odpo_scale: Literal["log", "identity"] | None = not_given("log", loss=("odpo",))
     """ODPO's offset grows with the logarithm of the difference of a row's scores, or with the difference itself."""
-    odpo_alpha: float | None = not_given(1.0, loss=("odpo",))
+    odpo_alpha: Positive | None = not_given(1.0, loss=("odpo",))
     """ODPO's weight of the offset."""
     simpo_gamma: float | None = not_given(0.5, loss=("simpo",))
     """SimPO's target margin."""
@@ -92,14 +107,14 @@ class DPOLossConfig(Options):
     """KTO's (and apo_zero_unpaired's) weight of chosen responses."""
     undesirable_weight: float | None = not_given(1.0, loss=_UNPAIRED)
     """KTO's (and apo_zero_unpaired's) weight of rejected responses."""
-    nll_coefficient: float = 0.0
+    nll_coefficient: NotNegative = 0.0
     """Adds this times the negative log-likelihood of the chosen response (Iterative RPO: 1, Llama 3: 0.2)."""
     nll_normalization: Literal["sequence", "token"] | None = not_given("sequence")
     """sequence: mean over pairs of NLL / tokens. token: one mean over all chosen tokens of the global batch. Of loss
     sft too."""
     mask_format_tokens: bool = False
     """Leave header and turn-end tokens of both responses out of the preference term (Llama 3)."""
-    ld_alpha: float | None = not_given(1.0, loss=_OF_PAIRS)
+    ld_alpha: Unit | None = not_given(1.0, loss=_OF_PAIRS)
     """LD-DPO: tokens of the longer response beyond the length of the shorter one count this much in the preference
     sums, from 0 (not at all) to 1. Not beside simpo and orpo either,
     which compare means over whole responses."""
@@ -110,9 +125,9 @@ class DPOLossConfig(Options):
     """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probabilities: computed once before training, or in every step."""
-    reference_sync_steps: int | None = None
+    reference_sync_steps: Count | None = None
     """TR-DPO: every so many steps the reference policy, which must be live, moves towards the policy."""
-    reference_mixup_alpha: float | None = not_given(0.6, needs="reference_sync_steps")
+    reference_mixup_alpha: UpToOne | None = not_given(0.6, needs="reference_sync_steps")
     """TR-DPO: how far, from 0 to 1; 1 replaces it."""
 
     def __post_init__(self) -> None:
@@ -126,29 +141,12 @@ class DPOLossConfig(Options):
             f"--dpo.loss {self.loss}: {' and '.join(_UNPAIRED)} judge responses apart and stand alone",
         )
         self._check_weights()
-        self.refuse_idle("--dpo.")
+        super().__post_init__()
         self._check_reference()
-        self.positive("--dpo.", "beta", "odpo_alpha")
-        require(
-            self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
-            f"--dpo.label_smoothing {self.label_smoothing} must lie in [0, 0.5)",
-        )
         require(
             "exo_pair" not in names or self.resolved("label_smoothing") != 0,
             f"--dpo.label_smoothing {self.resolved('label_smoothing'):g}: exo_pair takes its logarithm; give a small"
             " positive one, such as 0.001" + (", for all losses" if len(names) > 1 else ""),
-        )
-        require(
-            self.divergence_alpha is None or 0 < self.divergence_alpha < 1,
-            f"--dpo.divergence_alpha {self.divergence_alpha} must lie between 0 (reverse_kl) and 1 (forward_kl)",
-        )
-        require(
-            self.discopop_tau is None or 0 < self.discopop_tau <= 1,
-            f"--dpo.discopop_tau {self.discopop_tau} must lie in (0, 1]",
-        )
-        require(
-            0 <= self.nll_coefficient < math.inf,
-            f"--dpo.nll_coefficient {self.nll_coefficient} must not be negative, and finite",
         )
         require(
             self.nll_normalization is None or self.nll_coefficient or "sft" in names,
@@ -177,7 +175,6 @@ class DPOLossConfig(Options):
 
     def _check_reference(self) -> None:
         names, moves = self.losses, self.reference_sync_steps
-        self.at_least("--dpo.", reference_sync_steps=1)
         require(
             moves is None or not self.reference_free,
             f"--dpo.reference_sync_steps has no effect: --dpo.loss {self.loss} has no reference policy",
@@ -187,10 +184,6 @@ class DPOLossConfig(Options):
             f"--dpo.reference_sync_steps {moves} moves the reference policy, whose cached log-probabilities would be of"
             " another; add --dpo.reference live",
         )
-        for name, least in (("reference_mixup_alpha", "above 0"), ("ld_alpha", "at least 0")):
-            given = getattr(self, name)
-            fits = given is None or (0 <= given <= 1 and (given > 0 or name == "ld_alpha"))
-            require(fits, f"--dpo.{name} {given} must be {least} and at most 1")
         whole = [name for name in names if name in ("simpo", "orpo")]
         require(
             self.ld_alpha is None or not whole,
@@ -239,21 +232,14 @@ class DPOLossConfig(Options):
 
 
 @dataclass(frozen=True)
-class DPOConfig(DPOLossConfig):
+class DPOConfig(DPOLossConfig, StepConfig):
     """All that `align.dpo.init_state` and `align.dpo.train_step` need to know."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    accumulate: int = 1
-    """Split the batch into this many micro-batches; the result equals one big batch."""
     layout: Layout = "windows"
     """windows: real tokens only, as the batch's windows say; a batch without them is laid out as shared. shared: the
     prompt is computed once for its K responses. separate: K whole sequences."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits; the chunk length follows from it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +253,7 @@ class DPORun(HoldoutRun):
     """Held-out preference file."""
     reference: str | None = None
     """Reference policy, if it is not `model` itself."""
-    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+    dpo: DPOLossConfig = part(DPOLossConfig)
 
     def step_config(self) -> DPOConfig:
         """What the step needs to know of these options."""

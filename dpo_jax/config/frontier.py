@@ -1,66 +1,59 @@
 """Options of `dpo-jax recipe frontier`."""
 
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from dpo_jax.config.checks import require
-from dpo_jax.config.sections import LoraConfig, MeshConfig
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Options, Positive, RecipeSeed, Several, part, require
+from dpo_jax.config.sections import LoraConfig
 
 
 @dataclass(frozen=True)
-class FrontierConfig:
+class FrontierConfig(Options, prefix="--recipe."):
     """How much of everything. What is not given follows from `size` (see `FRONTIER_SIZES`)."""
 
     size: Literal["fast", "full"] = "full"
     """full: at most 25 minutes on two CPU cores, with SmolLM2-135M. fast: at most 5, with fewer points."""
-    prompts: int | None = None
+    prompts: Count | None = None
     """Openings whose samples make the preference pairs; PPO writes to them, too."""
-    samples: int | None = None
+    samples: Several | None = None
     """Samples of each, of which the best and the worst make a pair."""
-    unseen: int | None = None
+    unseen: Several | None = None
     """Other openings, on which every point is measured."""
-    unseen_samples: int | None = None
+    unseen_samples: Count | None = None
     """Texts that a trained model writes to each of them."""
-    best_of: int | None = None
+    best_of: Several | None = None
     """Texts that the reference writes to each of them: best-of-n is shown for n = 1, 2, 4 ... up to so many."""
-    new_tokens: int | None = None
+    new_tokens: Count | None = None
     """Tokens of a text."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Texts written at once."""
-    points: int | None = None
+    points: Count | None = None
     """Checkpoints of each run that are measured, evenly along training; it divides the numbers of steps."""
-    dpo_beta: tuple[float, ...] | None = None
+    dpo_beta: tuple[Positive, ...] | None = None
     """A DPO run for each beta."""
-    dpo_steps: int | None = None
+    dpo_steps: Count | None = None
     """Steps of 8 pairs."""
-    sft_steps: int | None = None
+    sft_steps: Count | None = None
     """Steps of 8 chosen texts."""
-    ppo_kl_coefficient: tuple[float, ...] | None = None
+    ppo_kl_coefficient: tuple[Positive, ...] | None = None
     """A PPO run for each price of the KL divergence."""
-    ppo_steps: int | None = None
+    ppo_steps: Count | None = None
     """Iterations of PPO."""
-    ppo_batch_size: int | None = None
+    ppo_batch_size: Count | None = None
     """Texts in each, a multiple of 2."""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Peak learning rate of all runs, for LoRA."""
-    temperature: float = 0.8
+    temperature: Positive = 0.8
     """Of all samples; the KL divergence is measured at it, too."""
 
     def __post_init__(self) -> None:
-        counts = [f.name for f in fields(self) if f.type == int | None]
-        for name in counts:
-            least = 2 if name in ("samples", "best_of", "unseen") else 1
-            value = getattr(self, name)
-            require(value is None or value >= least, f"--recipe.{name} {value} must be at least {least}")
+        super().__post_init__()
         for name in ("dpo_beta", "ppo_kl_coefficient"):
             values = getattr(self, name)
             if values is not None:
                 unlike = len(set(values)) == len(values) > 0
                 require(unlike, f"--recipe.{name}: give one number or more, all different")
-                require(all(value > 0 for value in values), f"--recipe.{name}: the numbers must be positive")
-        require(self.learning_rate > 0, "--recipe.learning_rate must be positive")
-        require(self.temperature > 0, "--recipe.temperature must be positive: KL is measured on samples")
 
 
 FRONTIER_SIZES = {
@@ -100,7 +93,7 @@ FRONTIER_SIZES = {
 
 
 @dataclass(frozen=True)
-class FrontierRun:
+class FrontierRun(WritesTexts):
     """Reward against KL divergence for DPO, PPO, best-of-n and SFT on chosen: `dpo-jax recipe frontier`.
 
     The DPO paper's Figure 2 (left) in small (Rafailov et al. 2023, section 6.1): one model, one set of openings of
@@ -114,17 +107,13 @@ class FrontierRun:
     reward: str = "vader"
     """What judges a text, as for `dpo-jax ppo`: vader (sentiment), length, regex:PATTERN, language:CODE,
     FILE.py:FUNCTION, a URL, or a reward model."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Seed of everything."""
-    lora: LoraConfig = field(default_factory=partial(LoraConfig, rank=16))
-    recipe: FrontierConfig = field(default_factory=FrontierConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    lora: LoraConfig = part(LoraConfig, rank=16)
+    recipe: FrontierConfig = part(FrontierConfig)
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        super().__post_init__()
         require(self.lora.rank > 0, "--lora.rank must be positive: the reference is the model without its adapters")
         sizes = self.sizes
         for name in ("dpo_steps", "sft_steps", "ppo_steps"):

@@ -1,11 +1,17 @@
 """Options of `dpo-jax gatt`."""
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
-from dpo_jax.config.sections import OptimizerConfig, SampleConfig
+from dpo_jax.config.checks import Count, Options, Share, Unit, no_option, not_given, part, require
+from dpo_jax.config.sections import (
+    CheckpointConfig,
+    DistributedConfig,
+    LogConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dpo_jax.config.sft import SFTDataConfig, SFTLossConfig
 from dpo_jax.config.training import TrainingRun
 
@@ -13,7 +19,7 @@ ConstraintKind = Literal["hobby", "language", "figure", "persona"]
 
 
 @dataclass(frozen=True)
-class GattConfig(Options):
+class GattConfig(Options, prefix="--gatt."):
     """Instructions, dialogues, and the evaluation."""
 
     instructions: str | None = None
@@ -24,16 +30,16 @@ class GattConfig(Options):
     """Instructions made from the lists. Not given: 100, or none beside --gatt.instructions."""
     kinds: tuple[ConstraintKind, ...] = ("hobby", "language", "figure", "persona")
     """What the made instructions are about."""
-    combine: int = 1
+    combine: Count = 1
     """A made instruction combines up to so many kinds."""
     languages: tuple[str, ...] = ()
     """Codes of the languages that made instructions may ask for, and in which instructions of the file without a check
     may be written for their language to be checked, e.g. es fr de. Not given: all."""
-    short: float = 0.5
+    short: Unit = 0.5
     """Share of the training dialogues that hold the terse form of their instruction, where it has one."""
-    dialogues: int = 200
+    dialogues: Count = 200
     """Training dialogues to sample."""
-    turns: int = 4
+    turns: Count = 4
     """User turns of each; shorter dialogues of --data are put one behind the other."""
     train_turns: Literal["last", "every"] = "last"
     """last: a dialogue trains its last answer. every: each answer in turn, as the last of the dialogue up to it."""
@@ -43,18 +49,16 @@ class GattConfig(Options):
     """Fine-tune and evaluate; else stop when sft.jsonl is written."""
     evaluate_only: bool = False
     """Evaluate --model as it is; options of sampling and training data are not looked at."""
-    eval_dialogues: int = 40
+    eval_dialogues: Count = 40
     """Dialogues of the evaluation, each with an instruction that has a check; all instructions in turn."""
-    eval_turns: int | None = None
+    eval_turns: Count | None = None
     """User turns of each. Not given: as many as --gatt.turns."""
-    holdout: float | None = not_given(0.3)
+    holdout: Share | None = not_given(0.3)
     """Share of the rows of --data that the evaluation takes its prompts from, and training does not; none where
     --eval_data is given (with --gatt.evaluate_only it takes all)."""
 
     def __post_init__(self) -> None:
-        self.at_least("--gatt.", dialogues=1, turns=1, combine=1, eval_dialogues=1, eval_turns=1)
-        require(0 <= self.short <= 1, "--gatt.short must lie in [0, 1]")
-        require(self.holdout is None or 0 < self.holdout < 1, "--gatt.holdout must lie in (0, 1)")
+        super().__post_init__()
         require(bool(self.kinds), "--gatt.kinds needs at least one kind")
         require(len(set(self.kinds)) == len(self.kinds), "--gatt.kinds names a kind twice")
         require(
@@ -101,17 +105,23 @@ class GattRun(TrainingRun):
     eval_data: str | None = None
     """What users say in the evaluation; rows that share a text with --data are left out. Not given: a share
     of --data is kept for it (--gatt.holdout)."""
-    sample_batch_size: int = 32
+    sample_batch_size: Count = 32
     """Answers written at once, over all devices; changes no text."""
-    gatt: GattConfig = field(default_factory=GattConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
-    data: SFTDataConfig = field(default_factory=partial(SFTDataConfig, max_length=4096))
-    sft: SFTLossConfig = field(default_factory=SFTLossConfig)
+    gatt: GattConfig = part(GattConfig)
+    sample: SampleConfig = part(SampleConfig, without=("beams", "length_penalty"))
+    optimizer: OptimizerConfig = part(OptimizerConfig, learning_rate=2e-5)
+    data: SFTDataConfig = part(
+        SFTDataConfig, without=("kind", "train_on", "separator", "documents", "max_prompt_length"), max_length=4096
+    )
+    train: TrainConfig = part(TrainConfig, without=("layout", "eval_every", "stop_after"))
+    checkpoint: CheckpointConfig = part(CheckpointConfig, without=("best",))
+    distributed: DistributedConfig = no_option(DistributedConfig)
+    log: LogConfig = no_option(LogConfig)
+    push_to_hub: None = no_option()
+    sft: SFTLossConfig = part(SFTLossConfig)
 
     def __post_init__(self) -> None:
-        self.at_least("--", sample_batch_size=1)
-        require(self.sample.beams is None, "--sample.beams has no effect: dialogues are sampled")
+        super().__post_init__()
         require(self.data.template != "raw", "--data.template raw has no turns; name a chat template")
         require(
             self.eval_data is None or self.gatt.holdout is None,

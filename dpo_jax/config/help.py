@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
-from dpo_jax.config.checks import ON_COMMAND_LINE
+from dpo_jax.config.checks import ON_COMMAND_LINE, left_out
 from dpo_jax.config.examples import EXAMPLES, NEEDED
 from dpo_jax.config.names import option
 from dpo_jax.config.values import negated
@@ -96,21 +96,27 @@ def _texts(cls: type) -> Mapping[str, str]:
     return found
 
 
-def shown(cls: Any, unused: Sequence[str], default: Any = None, prefix: str = "") -> Iterator[Shown]:
+def shown(cls: Any, default: Any = None) -> Iterator[Shown]:
     """Every option of a command, in the order of its class. `default`: an instance, where a CONFIG.py gives one."""
-    for field in dataclasses.fields(cls):
+    unused = left_out(cls)
+    return (one for name, one in _shown(cls, default) if name not in unused)
+
+
+def _shown(cls: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Shown]]:
+    """Each field, by its name."""
+    kinds = get_type_hints(cls)
+    # What every command that reads models has is needed least.
+    for field in sorted(dataclasses.fields(cls), key=lambda one: one.name == "ignore_config_keys"):
         name = prefix + field.name
         given = _default(field) if default is None else getattr(default, field.name)
         if dataclasses.is_dataclass(field.type):
-            if name not in unused:
-                yield from shown(field.type, unused, given, f"{name}.")
-            continue
-        if name in unused:
+            yield from _shown(field.type, given, f"{name}.")
             continue
         stands = field.metadata.get("value") if given is None else given
         said = "" if given in (ON_COMMAND_LINE, (ON_COMMAND_LINE,)) or given is dataclasses.MISSING else _said(stands)
         spelled = option(name).removeprefix("--")
-        yield Shown(spelled, field.type, " ".join(_texts(cls)[field.name].split()), said, prefix.rstrip("."))
+        text = " ".join(_texts(cls)[field.name].split())
+        yield name, Shown(spelled, kinds[field.name], text, said, prefix.rstrip("."))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -124,17 +130,16 @@ def _said(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else "none" if value is None else f"{value}"
 
 
-def help_text(usage: str, word: str, command: Command, cls: Any, default: Any = None) -> str:
+def help_text(usage: str, word: str, command: Command, default: Any = None) -> str:
     """The whole help of a command, as wide as the terminal.
 
     Args:
       usage: its first line, without "usage: ".
       word, command: the command.
-      cls: the class of its options.
-      default: an instance of it, of a CONFIG.py that was given.
+      default: its options, of a CONFIG.py that was given.
     """
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    options = list(shown(cls, command.unused, default))
+    cls, options = command.options, list(shown(command.options, default))
     lines = [f"usage: {usage}", "", *_filled(inspect.getdoc(cls) or command.help, width)]
     if examples := EXAMPLES.get(word):
         lines += ["", "examples:", *(f"  dpo-jax {line}" for line in examples)]

@@ -1,28 +1,17 @@
 """Options of `dpo-jax recipe iterative_rpo`."""
 
-import math
 import re
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from dpo_jax.config.checks import Options, require
+from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.checks import Count, RecipeSeed, Several, Warm, part, require, stage
 from dpo_jax.config.dpo import DPOLossConfig, DPORun
-from dpo_jax.config.llama2_chat import SET_BY_RECIPE
 from dpo_jax.config.sections import OptimizerConfig, SampleConfig, TrainConfig
-
-_STAGE: dict[str, Any] = {
-    "model": SET_BY_RECIPE,
-    "data": SET_BY_RECIPE,
-    "out": SET_BY_RECIPE,
-    "dpo": DPOLossConfig(beta=0.1, nll_coefficient=1.0),
-    "optimizer": OptimizerConfig(learning_rate=7e-7),
-    "train": TrainConfig(batch_size=16),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterativeRPORun(Options):
+class IterativeRPORun(ReadsModels):
     """Reasoning by rounds of preferences: `dpo-jax recipe iterative_rpo` (Pang et al. 2024, arXiv 2404.19733).
 
     In each round the newest model answers every problem several times; right answers are paired with wrong ones, and
@@ -38,13 +27,13 @@ class IterativeRPORun(Options):
     """Folder of all rounds; an interrupted recipe goes on with the same command."""
     eval_prompts: str | None = None
     """Held-out problems of the same kind, answered greedily by every model: its accuracy, with an interval."""
-    rounds: int = 4
+    rounds: Count = 4
     """How often to sample, to pair and to train (the paper: 4)."""
-    samples: int = 30
+    samples: Several = 30
     """Answers to each problem in a round (the paper: 30)."""
-    temperatures: tuple[float, ...] = (0.8, 0.8, 1.3)
+    temperatures: tuple[Warm, ...] = (0.8, 0.8, 1.3)
     """Temperature of those in round 1, 2 ...; the last holds for all rounds after it (the paper: .8, later 1.3)."""
-    pairs_per_prompt: int = 10
+    pairs_per_prompt: Count = 10
     """At most so many pairs of a problem, drawn without replacement from all of a right and a wrong answer (the paper:
     10)."""
     answer: str = "answer"
@@ -58,26 +47,24 @@ class IterativeRPORun(Options):
     """exact: equal texts without regard to case, commas, $, * and a last point; numbers by value, and of an answer in
     words that has one number, that number. math_verify: equal in mathematics, by the package math-verify (pip install
     'dpo_jax[math]')."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Seed of the answers and of which pairs are drawn; that of the training is --dpo.train.seed."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Answers written at once, over all devices; one that is done makes room for the next. Changes no text."""
-    sample: SampleConfig = field(default_factory=partial(SampleConfig, max_new_tokens=512))
-    dpo: DPORun = field(default_factory=partial(DPORun, **_STAGE))
+    sample: SampleConfig = part(SampleConfig, without=("temperature", "beams", "length_penalty"), max_new_tokens=512)
+    dpo: DPORun = stage(
+        DPORun,
+        *("reference", "holdout"),
+        dpo=DPOLossConfig(beta=0.1, nll_coefficient=1.0),
+        optimizer=OptimizerConfig(learning_rate=7e-7),
+        train=TrainConfig(batch_size=16),
+    )
     """Of the training of each round; its template and its dtype hold for the answers, too."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        self.at_least("--", rounds=1, pairs_per_prompt=1, batch_size=1)
-        require(self.samples >= 2, f"--samples {self.samples}: a pair takes at least 2")
+        super().__post_init__()
         require(bool(self.temperatures), "--temperatures is empty: give at least one, such as 0.8")
         require(len(self.temperatures) <= self.rounds or self.temperatures == (0.8, 0.8, 1.3), _too_many(self))
-        for t in self.temperatures:
-            require(0 < t < math.inf, f"--temperatures {t}: must be positive (greedy answers would all be equal)")
-        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
-        plain = self.sample.temperature == 1 and self.sample.beams is None
-        require(plain, "--sample.temperature and --sample.beams have no effect: give --temperatures")
         if self.answer_pattern is not None:
             try:
                 groups = re.compile(self.answer_pattern).groups

@@ -1,18 +1,18 @@
 """Options of judges."""
 
-import dataclasses
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, NotNegative, Options, Positive, Within, not_given, part, require, require_day
 from dpo_jax.config.names import RunOptions
-from dpo_jax.config.sections import FilesConfig, MeshConfig, SampleConfig
+from dpo_jax.config.sections import FilesConfig, SampleConfig
 from dpo_jax.config.training import takes_timeout
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointConfig(Options):
+class EndpointConfig(Options, prefix="endpoint."):
     """An OpenAI-compatible endpoint: POST {url}/chat/completions. The key comes from the environment alone."""
 
     url: str | None = None
@@ -21,39 +21,35 @@ class EndpointConfig(Options):
     """What the endpoint calls the model."""
     key_variable: str | None = not_given("OPENAI_API_KEY", needs="url")
     """Environment variable that holds the key; without one nothing is sent. The key stands in no file and no log."""
-    concurrency: int | None = not_given(8, needs="url")
+    concurrency: Count | None = not_given(8, needs="url")
     """Requests in flight at once."""
-    per_minute: float | None = not_given(needs="url")
+    per_minute: Positive | None = not_given(needs="url")
     """Most requests that are begun in a minute. Not given: no limit but the server's."""
-    timeout: float | None = not_given(120.0, needs="url")
+    timeout: Positive | None = not_given(120.0, needs="url")
     """Seconds for one attempt, all of it."""
-    attempts: int | None = not_given(6, needs="url")
+    attempts: Count | None = not_given(6, needs="url")
     """Of one request, where a fault may pass: no connection, time-out, 429, 5xx, a body that is cut or no JSON."""
-    longest_wait: float | None = not_given(120.0, needs="url")
+    longest_wait: Positive | None = not_given(120.0, needs="url")
     """Seconds: the longest wait between two attempts; a server that asks for more ends the command."""
-    temperature: float | None = not_given(0.0, needs="url")
+    temperature: NotNegative | None = not_given(0.0, needs="url")
     """Of the answers."""
-    top_p: float | None = not_given(1.0, needs="url")
+    top_p: Positive | None = not_given(1.0, needs="url")
     """Of the answers."""
-    max_tokens: int | None = not_given(1024, needs="url")
+    max_tokens: Count | None = not_given(1024, needs="url")
     """Longest answer. One that was cut gives no verdict."""
     stream: bool | None = not_given(False, needs="url")
     """Ask for the answer piece by piece."""
-    price_in: float | None = not_given(needs="url")
+    price_in: NotNegative | None = not_given(needs="url")
     """Price of a million tokens of prompts, in the currency of `budget`."""
-    price_out: float | None = not_given(needs="url")
+    price_out: NotNegative | None = not_given(needs="url")
     """Price of a million tokens of answers."""
-    budget: float | None = not_given(needs="url")
+    budget: Positive | None = not_given(needs="url")
     """Most that all answers may cost, those of runs before included. What would go beyond is not asked: the command
     ends, and goes on with a larger budget."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("endpoint.")
+        super().__post_init__()
         require(self.url is None or self.model, "endpoint.model is missing: what the endpoint calls the model")
-        self.at_least("endpoint.", concurrency=1, attempts=1, max_tokens=1)
-        self.positive("endpoint.", "per_minute", "timeout", "longest_wait", "budget", "top_p")
-        for name in ("price_in", "price_out", "temperature"):
-            require((getattr(self, name) or 0) >= 0, f"endpoint.{name} must not be negative")
         priced = self.price_in is not None and self.price_out is not None
         require(self.budget is None or priced, "endpoint.budget needs endpoint.price_in and endpoint.price_out")
         name = self.resolved("key_variable")
@@ -64,14 +60,14 @@ class EndpointConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeRun(Options, metaclass=RunOptions):
+class JudgeRun(WritesTexts, metaclass=RunOptions):
     """Judge responses, row by row: `dpo-jax judge`.
 
     --data holds a prompt and one response or several: pairs, lists, the layouts of docs/data.md. The judge is one of
     --endpoint.url, --model, --function and people: --sheet writes a page for them, and --read what they said.
     """
 
-    data: FilesConfig = field(default_factory=FilesConfig)
+    data: FilesConfig = part(FilesConfig)
     out: str | None = None
     """JSONL file to write: scores, verdicts and replies of each row, in order; an interrupted one is gone on with."""
     sheet: str | None = None
@@ -89,7 +85,7 @@ class JudgeRun(Options, metaclass=RunOptions):
     """Which of them."""
     language: Literal["en", "zh"] | None = not_given("en")
     """Of our prompts."""
-    scale: int | None = None
+    scale: Annotated[int, Within(2, 100, "[]")] | None = None
     """Highest score of our prompts, the lowest being 1. Not given: 10 for rating, 5 for expected and list."""
     criteria: tuple[str, ...] = ()
     """What a checklist asks, a text each."""
@@ -108,7 +104,7 @@ class JudgeRun(Options, metaclass=RunOptions):
     """Chat template of --model. Not given: its tokenizer's own."""
     date: str | None = None
     """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Questions at once, of --model or of a reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of --model or of a reward model."""
@@ -118,15 +114,11 @@ class JudgeRun(Options, metaclass=RunOptions):
     """Of the order of lists, and of questions that are asked again."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=512, temperature=0.0))
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    endpoint: EndpointConfig = part(EndpointConfig)
+    sample: SampleConfig = part(SampleConfig, without=("beams", "length_penalty"), max_new_tokens=512, temperature=0.0)
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        self.refuse_idle("--")
+        super().__post_init__()
         judges = (self.endpoint.url, self.model, self.function, self.read or None)
         given = sum(x is not None for x in judges)
         if self.sheet is not None:
@@ -161,28 +153,20 @@ class JudgeRun(Options, metaclass=RunOptions):
         require(self.reward_memory is None or runs, "--reward_memory has no effect: no run:COMMAND")
         scaled = ask in ("rating", "expected", "list")
         require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
-        require(self.scale is None or 2 <= self.scale <= 100, "--scale must lie in [2, 100]")
         require(ask != "expected" or (self.scale or 5) <= 9, "--ask expected reads one token: --scale is at most 9")
         require(ask == "checklist" or not self.criteria, f"--criteria has no effect with --ask {ask}")
         require(ask != "checklist" or self.criteria, "--ask checklist needs --criteria: a text for each criterion")
         for name in ("template", "date"):
             require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
         require_day(self.date, "--date")
-        self.at_least("--", batch_size=1)
 
     def _refuse_of_models(self) -> None:
         """What only a model of this machine takes, with another judge."""
         other = next((n for n in ("sheet", "read", "function") if getattr(self, n)), None)
         other = "endpoint.url" if self.endpoint.url is not None else other
         idle = [] if other is None else ["sample"] if other == "function" else ["sample", "batch_size", "dtype", "mesh"]
-        usual = {one.name: one for one in dataclasses.fields(self)}
         for name in idle:
-            made = usual[name].default_factory
-            default = usual[name].default if made is dataclasses.MISSING else made()
-            require(
-                getattr(self, name) == default,
-                f"--{name} has no effect with --{other}: it is of a model on this machine",
-            )
+            require(not self.given(name), f"--{name} has no effect with --{other}: it is of a model on this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +177,7 @@ class PairsRun(Options, metaclass=RunOptions):
     --rule corrupt right solutions, as for `dpo-jax sft`.
     """
 
-    data: FilesConfig = field(default_factory=FilesConfig)
+    data: FilesConfig = part(FilesConfig)
     out: str
     """JSONL file to write: pairs with their scores, as `dpo-jax dpo` and `dpo-jax reward` read them."""
     rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all", "corrupt"] = "zephyr"
@@ -212,7 +196,7 @@ class PairsRun(Options, metaclass=RunOptions):
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("--")
+        super().__post_init__()
         require(self.rule != "corrupt" or self.ties == "draw", "--ties has no effect with --rule corrupt")
         overall = self.rule == "ultrafeedback_binarized"
         require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")

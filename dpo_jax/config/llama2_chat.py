@@ -1,47 +1,47 @@
 """Options of `dpo-jax recipe llama2_chat`."""
 
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.checks import (
+    SET_BY_RECIPE,
+    Count,
+    Options,
+    RecipeSeed,
+    Several,
+    Share,
+    Warm,
+    part,
+    require,
+    stage,
+)
 from dpo_jax.config.ppo_run import PPORun
 from dpo_jax.config.rejection import RejectionRun
 from dpo_jax.config.reward import RewardRun
 from dpo_jax.config.sft import SFTRun
 
-SET_BY_RECIPE = "(set by the recipe)"
-"""Stands in the run of a stage for what the recipe fills in: its model, its data, its folder, its reward."""
+JUDGED = ("reward", "safety_reward", "reward_timeout", "reward_memory", "reward_weights")
+"""Who judges a stage of a recipe is said of the recipe."""
 
 
 @dataclass(frozen=True)
-class ChatRecipeConfig:
+class ChatRecipeConfig(Options, prefix="--recipe."):
     """What the recipe does between its stages."""
 
-    rounds: int = 4
+    rounds: Count = 4
     """Rounds of rejection sampling: V1, V2 ... (Llama 2: 4). PPO on top of the last gives one version more."""
-    pair_samples: int = 4
+    pair_samples: Several = 4
     """Responses of the newest model to each prompt, of which the judge's best and worst make a pair."""
-    pair_temperature: float = 1.0
+    pair_temperature: Warm = 1.0
     """Temperature of those."""
-    pair_batch_size: int = 32
+    pair_batch_size: Count = 32
     """Responses written at once, over all devices."""
-    heldout: float = 0.1
+    heldout: Share = 0.1
     """Share of the prompts, by a hash, whose comparisons no reward model learns: they measure its accuracy."""
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 1, f"--recipe.rounds {self.rounds} must be at least 1")
-        require(self.pair_samples >= 2, f"--recipe.pair_samples {self.pair_samples} must be at least 2")
-        require(self.pair_temperature > 0, "--recipe.pair_temperature must be positive: greedy samples are all equal")
-        require(self.pair_batch_size >= 1, "--recipe.pair_batch_size must be at least 1")
-        require(0 < self.heldout < 1, f"--recipe.heldout {self.heldout} is a share of the prompts: in (0, 1)")
-
-
-_SET: dict[str, Any] = {"model": SET_BY_RECIPE, "data": SET_BY_RECIPE, "out": SET_BY_RECIPE}
 
 
 @dataclass(frozen=True)
-class Llama2ChatRun:
+class Llama2ChatRun(ReadsModels):
     """Llama 2-Chat's training (Touvron et al. 2023, section 3): `dpo-jax recipe llama2_chat`.
 
     SFT gives V0. In each round the newest model answers the prompts, a judge compares its answers in place of the
@@ -68,28 +68,32 @@ class Llama2ChatRun:
     """Comparisons for the safety reward models. Not given: there are none, and helpfulness alone is the reward."""
     safety_judge: str | None = None
     """What compares the answers to prompts tagged `safety`."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Seed of the answers that are compared, and of which prompts are held out."""
-    recipe: ChatRecipeConfig = field(default_factory=ChatRecipeConfig)
-    sft: SFTRun = field(default_factory=partial(SFTRun, **_SET))
+    recipe: ChatRecipeConfig = part(ChatRecipeConfig)
+    sft: SFTRun = stage(SFTRun, "holdout")
     """Of the run that gives V0."""
-    helpful: RewardRun = field(default_factory=partial(RewardRun, **_SET))
+    helpful: RewardRun = stage(RewardRun, "mix_data", "mix", "holdout")
     """Of the helpfulness reward models."""
-    safety: RewardRun = field(default_factory=partial(RewardRun, **_SET, mix_data=SET_BY_RECIPE))
+    safety: RewardRun = stage(RewardRun, "mix_data", "holdout", mix_data=SET_BY_RECIPE)
     """Of the safety reward models; the share --safety.mix of helpfulness data is mixed in."""
-    rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
+    rejection: RejectionRun = stage(RejectionRun, *JUDGED, "rejection.pool_from", reward=SET_BY_RECIPE)
     """Of the rounds of rejection sampling."""
-    ppo: PPORun = field(default_factory=partial(PPORun, **_SET, reward=SET_BY_RECIPE))
+    ppo: PPORun = stage(
+        PPORun,
+        *JUDGED,
+        *("reward_aggregation", "environment", "environment_turns", "environment_tokens", "environment_errors"),
+        *("eval_samples", "eval_pass"),
+        reward=SET_BY_RECIPE,
+    )
     """Of the last version; its template and --ppo.sample.* hold for the answers that are compared, too."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
+        super().__post_init__()
         require(
             (self.safety_data is None) == (self.safety_judge is None),
             "give --safety_data and --safety_judge together, or neither",
         )
-        # As plain values: on the command line the options are of a class of its own.
-        given = asdict(self.safety) != asdict(RewardRun(**_SET, mix_data=SET_BY_RECIPE))
-        require(self.safety_data is not None or not given, "--safety.* has no effect without --safety_data")
+        require(
+            self.safety_data is not None or not self.given("safety"), "--safety.* has no effect without --safety_data"
+        )

@@ -1,27 +1,30 @@
 """Options of `dpo-jax recipe llama3`."""
 
 import dataclasses
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_jax.config.checks import Options, require
+from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.checks import (
+    SET_BY_RECIPE,
+    Count,
+    RecipeSeed,
+    Several,
+    Share,
+    Warm,
+    left_out,
+    require,
+    stage,
+)
 from dpo_jax.config.dpo import DPOLossConfig, DPORun
-from dpo_jax.config.llama2_chat import SET_BY_RECIPE
+from dpo_jax.config.llama2_chat import JUDGED
 from dpo_jax.config.rejection import RejectionRun
 from dpo_jax.config.reward import RewardRun
 from dpo_jax.config.sections import OptimizerConfig
 from dpo_jax.config.sft import SFTRun
 from dpo_jax.config.values import built
-from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import InputError
 
-_SET: dict[str, Any] = {"model": SET_BY_RECIPE, "data": SET_BY_RECIPE, "out": SET_BY_RECIPE}
-_DPO: dict[str, Any] = {
-    **_SET,
-    "dpo": DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
-    "optimizer": OptimizerConfig(learning_rate=1e-5),
-}
 _AVERAGED = ("dpo", "optimizer", "train", "pairs")
 """Where the options lie by which averaged models may differ."""
 _HOW = (
@@ -35,7 +38,7 @@ _SHORT = "has no effect with --stages dpo (the CONFIG of that form is llama3_rou
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3Run(Options):
+class Llama3Run(ReadsModels):
     """Llama 3's rounds of post-training (Llama 3 report 2024, section 4.1): `dpo-jax recipe llama3`.
 
     In each round the newest model answers the prompts and a judge compares its answers in place of the annotators; a
@@ -60,7 +63,7 @@ class Llama3Run(Options):
     preferences: str | None = None
     """Comparisons that the reward models learn from beside those of the rounds, as for `dpo-jax reward`; a row with
     `edited` beside `chosen` and `rejected` ranks edited > chosen > rejected."""
-    rounds: int = 6
+    rounds: Count = 6
     """Rounds (Llama 3: 6)."""
     stages: Literal["all", "dpo"] = "all"
     """dpo: the short form. No reward model, no fine-tuning: each round is DPO, from the best model so far."""
@@ -68,47 +71,46 @@ class Llama3Run(Options):
     """Other runs of the DPO stage, each by what is different in it, such as train.seed=1,
     optimizer.learning_rate=5e-6, dpo.nll_coefficient=0.1 or pairs=all (the pairs of all rounds): their models and that
     of the stage itself are averaged, uniformly. Not given: one model, and no averaging."""
-    pair_samples: int = 4
+    pair_samples: Several = 4
     """Answers of the newest model to each prompt, of which the judge's best and worst make a pair."""
-    pair_temperature: float = 1.0
+    pair_temperature: Warm = 1.0
     """Temperature of those."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Answers written at once for the comparisons, over all devices."""
-    heldout: float = 0.1
+    heldout: Share = 0.1
     """Share of the prompts, by a hash, whose comparisons nothing learns from: they measure the reward models."""
-    seed: int = 0
+    seed: RecipeSeed = 0
     """Seed of the answers that are compared, and of which prompts are held out."""
-    sft: SFTRun = field(default_factory=partial(SFTRun, **_SET))
+    sft: SFTRun = stage(SFTRun, "holdout")
     """Of the run that gives V0."""
-    reward: RewardRun = field(default_factory=partial(RewardRun, **_SET))
+    reward: RewardRun = stage(RewardRun, "mix_data", "mix", "holdout", "reward.margin", "reward.margin_scale")
     """Of the reward models: from the pre-trained model, without a margin."""
-    rejection: RejectionRun = field(default_factory=partial(RejectionRun, **_SET, reward=SET_BY_RECIPE))
+    rejection: RejectionRun = stage(
+        RejectionRun,
+        *JUDGED,
+        *(f"rejection.{name}" for name in ("pool", "pool_from", "student", "iterations")),
+        reward=SET_BY_RECIPE,
+    )
     """Of the fine-tuning on the best answers: --rejection.rejection.samples is K (Llama 3: 10 to 30). Its template and
     date, its dtype, its mesh and --rejection.sample.* hold for the answers that are compared, too; with --stages dpo
     only those have an effect."""
-    dpo: DPORun = field(default_factory=partial(DPORun, **_DPO))
+    dpo: DPORun = stage(
+        DPORun,
+        *("reference", "holdout"),
+        dpo=DPOLossConfig(beta=0.1, nll_coefficient=0.2, mask_format_tokens=True),
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+    )
     """Of the DPO stage."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        self.at_least("--", rounds=1, pair_samples=2, batch_size=1)
-        require(self.pair_temperature > 0, "--pair_temperature must be positive: greedy samples are all equal")
-        require(0 < self.heldout < 1, f"--heldout {self.heldout} is a share of the prompts: in (0, 1)")
-        require(0 <= self.seed < 2**31, "--seed must lie in [0, 2^31)")
-        require(self.reward.reward.margin == "none", "--reward.reward.margin: Llama 3's reward models have none")
-        inner = self.rejection.rejection
-        require(inner.iterations == 1, "--rejection.rejection.iterations has no effect: give --rounds")
-        require(inner.pool == "all", "--rejection.rejection.pool has no effect: each round has one iteration")
+        super().__post_init__()
         if self.stages == "dpo":
             for name in ("sft_data", "preferences"):
                 require(getattr(self, name) is None, f"--{name} {_SHORT}")
-            # As plain values: on the command line the options are of a class of its own.
-            for name, plain in (("sft", SFTRun(**_SET)), ("reward", RewardRun(**_SET))):
-                same = dataclasses.asdict(getattr(self, name)) == dataclasses.asdict(plain)
-                require(same, f"--{name}.* {_SHORT}")
-            plain, given = RejectionRun(**_SET, reward=SET_BY_RECIPE), _flat(dataclasses.asdict(self.rejection))
-            for name, value in _flat(dataclasses.asdict(plain)).items():
+            for name in ("sft", "reward"):
+                require(not self.given(name), f"--{name}.* {_SHORT}")
+            plain, given = (_flat(dataclasses.asdict(one)) for one in (self.usual("rejection"), self.rejection))
+            for name, value in plain.items():
                 asked = name in _ASKED or name.partition(".")[0] in _ASKED
                 require(asked or given[name] == value, f"--rejection.{name} {_SHORT}")
         else:
@@ -135,7 +137,7 @@ class Llama3Run(Options):
             return self.dpo, True
         inner = getattr(self.dpo, section)
         require(dot and rest in {f.name for f in dataclasses.fields(inner)}, f"--average_over {spec}: no such option")
-        idle = option in _HOW or f"dpo.{option}" in COMMANDS["recipe llama3"].unused
+        idle = option in _HOW or f"dpo.{option}" in left_out(type(self))
         require(not idle, f"--average_over {spec}: changes nothing in the model")
         try:
             other = built(type(self.dpo), {option: [text]}, self.dpo, "(--average_over takes OPTION=VALUE)")

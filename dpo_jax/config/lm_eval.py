@@ -1,14 +1,14 @@
 """Options of `dpo-jax lm-eval`."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from dpo_jax.config.checks import Options, require
-from dpo_jax.config.sections import MeshConfig
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Within, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class LmEvalRun(Options):
+class LmEvalRun(WritesTexts):
     """Tasks of EleutherAI's lm-evaluation-harness on a model of ours: `dpo-jax lm-eval`.
 
     TruthfulQA, GSM8K and hundreds more, and tasks of your own; needs `pip install 'dpo_jax[lm_eval]'`.
@@ -20,9 +20,9 @@ class LmEvalRun(Options):
     """Names of tasks or groups, as `lm_eval` takes them; * stands for any letters."""
     include_path: str | None = None
     """Folder of tasks of your own, as YAML. Such a file may name Python code, which is run: only folders you trust."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Within(0)] | None = None
     """Examples in front of each question. Not given: what the task says."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first so many rows of each task: for a try, not for a figure."""
     apply_chat_template: bool = False
     """Put each question by the tokenizer's chat template."""
@@ -32,17 +32,11 @@ class LmEvalRun(Options):
     """JSON file for the harness's results."""
     rows: str | None = None
     """JSONL file for what the model said in each row."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Sequences at once, over all devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
+        super().__post_init__()
         require(self.tasks, "--tasks is empty: give it the name of a task")
-        require(self.num_fewshot is None or self.num_fewshot >= 0, "--num_fewshot must not be negative")
-        require(self.limit is None or self.limit >= 1, "--limit must be at least 1")
-        self.at_least("--", batch_size=1)

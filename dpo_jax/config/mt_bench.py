@@ -1,15 +1,18 @@
 """Options of `dpo-jax mt-bench`: FastChat's files."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require, require_day
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Seed, not_given, part, require, require_day
 from dpo_jax.config.judge import EndpointConfig
-from dpo_jax.config.sections import MeshConfig, SampleConfig
+from dpo_jax.config.sections import SampleConfig
+
+_FIXED_DRAW = ("temperature", "top_k", "top_p", "min_p", "beams", "length_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTBenchAnswerRun(Options):
+class MTBenchAnswerRun(WritesTexts):
     """A model's answers to the questions of FastChat's question.jsonl: `dpo-jax mt-bench answer`.
 
     Temperatures are the categories' as in FastChat, a question's `required_temperature` first; all else is the model's
@@ -28,27 +31,22 @@ class MTBenchAnswerRun(Options):
     """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
     date: str | None = None
     """Day (YYYY-MM-DD) that the chat template writes where it writes today's."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Answers written at once, over all devices; one that is done makes room for the next."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw. An answer depends on it, on the dialogue so far and the place of its question in the file."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=1024))
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    sample: SampleConfig = part(SampleConfig, without=_FIXED_DRAW, max_new_tokens=1024)
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
+        super().__post_init__()
         require_day(self.date, "--date")
         require(self.model_id is None or self.model_id.strip(), "--model_id is blank; give the model a name")
-        self.at_least("--", batch_size=1)
-        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTBenchJudgeRun(Options):
+class MTBenchJudgeRun(WritesTexts):
     """Judgements of answers in FastChat's files, as `mt-bench show` reads them: `dpo-jax mt-bench judge`.
 
     The judge is --endpoint.url or --model, at temperature 0.
@@ -78,28 +76,23 @@ class MTBenchJudgeRun(Options):
     """Chat template of --model. Not given: its tokenizer's own."""
     date: str | None = not_given(needs="model")
     """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Questions at once, of --model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of --model."""
     cache: str | None = None
     """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    sample: SampleConfig = field(default_factory=lambda: SampleConfig(max_new_tokens=1024, temperature=0.0))
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    endpoint: EndpointConfig = part(EndpointConfig, without=("temperature", "top_p"))
+    sample: SampleConfig = part(SampleConfig, without=_FIXED_DRAW, max_new_tokens=1024, temperature=0.0)
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        self.refuse_idle("--")
+        super().__post_init__()
         one = (self.endpoint.url is None) != (self.model is None)
         require(one, "give one judge: --endpoint.url URL or --model MODEL")
         require(self.mode != "pairwise-baseline" or self.baseline, "--mode pairwise-baseline needs --baseline MODEL")
         require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
         require_day(self.date, "--date")
         require(self.answers, "--answers names at least one file")
-        self.at_least("--", batch_size=1)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Options of `dpo-jax dpo --online`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.checks import Options, Positive, Several, Share, not_given, part, require
 from dpo_jax.config.dpo import DPOConfig, DPOLossConfig
 from dpo_jax.config.training import JudgedRun, SampledRun
 
@@ -33,31 +33,28 @@ _OFFLINE = (
     "reference_sync_steps",
     "reference_mixup_alpha",
 )
+"""Options of a loss of pairs that stand in a file."""
 
 
 @dataclass(frozen=True)
-class OnlineConfig(Options):
+class OnlineConfig(Options, prefix="--online."):
     """Where the pairs come from. The formulas stand in `dpo_jax/align/online.py`."""
 
-    samples: int = 2
+    samples: Several = 2
     """Responses to each prompt; the best and the worst of them are the pair."""
     opponent: Literal["policy", "reference", "mixture"] = "policy"
     """Who writes one of the two responses beside the policy: the policy itself (online DPO), the reference policy
     (XPO), or the two mixed token by token (Nash-MD)."""
-    mixture: float | None = not_given(0.125, opponent=("mixture",))
+    mixture: Share | None = not_given(0.125, opponent=("mixture",))
     """Weight of the reference in the mixture's logits: near 0 the policy, near 1 the reference. Not given: 0.125."""
-    exploration: float | None = not_given(opponent=("reference",))
+    exploration: Positive | None = not_given(opponent=("reference",))
     """XPO's alpha: adds this times the log-probability of the reference's response to the loss, whether that response
     won or lost (TRL's XPOConfig: 1e-5). Not given: no such term."""
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: Positive | None = None
     """Taken off the score of a response that was cut before its terminator, before the best is chosen."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("--online.")
-        self.at_least("--online.", samples=2)
-        self.positive("--online.", "exploration", "missing_eos_penalty")
-        share = self.mixture
-        require(share is None or 0 < share < 1, f"--online.mixture {share} must lie between 0 and 1")
+        super().__post_init__()
         require(
             self.opponent == "policy" or self.samples == 2,
             f"--online.samples {self.samples}: with --online.opponent {self.opponent} a pair is one response of each;"
@@ -74,8 +71,8 @@ class OnlineDPORun(SampledRun, JudgedRun):
     iteration.
     """
 
-    online: OnlineConfig = field(default_factory=OnlineConfig)
-    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+    online: OnlineConfig = part(OnlineConfig)
+    dpo: DPOLossConfig = part(DPOLossConfig, without=_OFFLINE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,10 +81,6 @@ class OnlineDPORun(SampledRun, JudgedRun):
             f"--dpo.loss {self.dpo.loss} does not go with --online, which takes losses of a pair:"
             f" {', '.join(ONLINE_LOSSES)}",
         )
-        usual = DPOLossConfig()
-        for name in _OFFLINE:
-            same = getattr(self.dpo, name) == getattr(usual, name)
-            require(same, f"--dpo.{name} has no effect with --online: leave it out")
         self.check_sampling("online DPO", self.responses, self.online.samples, "--online.samples")
 
     @property

@@ -1,27 +1,21 @@
 """Options of `dpo-jax plan` and `dpo-jax bench`."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.checks import Count, NotNegative, Options, Positive, UpToOne, no_option, not_given, part, require
 from dpo_jax.config.training import TrainingRun
 
 
 @dataclass(frozen=True)
-class AssumeConfig:
+class AssumeConfig(Options, prefix="--assume."):
     """Shares of a device's peaks that a program is assumed to reach."""
 
-    matrix: float = 0.6
+    matrix: UpToOne = 0.6
     """Of the peak of matrix products."""
-    memory: float = 0.8
+    memory: UpToOne = 0.8
     """Of the memory's bandwidth."""
-    links: float = 0.5
+    links: UpToOne = 0.5
     """Of the bandwidth of all links of a device together."""
-
-    def __post_init__(self) -> None:
-        for name in ("matrix", "memory", "links"):
-            share = getattr(self, name)
-            require(0 < share <= 1, f"--assume.{name} {share} is a share of the peak: in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,10 @@ class PlanRun(Options):
     llama3_70b, mistral_7b, smollm2_135m), in place of --model, of which only config.json is read."""
     teacher_shape: str | None = None
     """The same in place of --teacher, where `distill` is planned."""
-    prompt_tokens: int | None = None
+    prompt_tokens: Count | None = None
     """Tokens of a prompt in the largest batch. Not given: --data.max_prompt_length, or without it half of
     --data.max_length (of PPO: what --sample.max_new_tokens leaves of it)."""
-    response_tokens: int | None = None
+    response_tokens: Count | None = None
     """Tokens of each response in the largest batch; of a window of text all its tokens. Not given: what the prompt
     leaves of --data.max_length."""
     out: str | None = None
@@ -52,28 +46,22 @@ class PlanRun(Options):
     search: bool = False
     """Try mesh splits x rematerialisation x micro-batches, and rank what fits. What was compiled is kept: a search
     that was interrupted goes on."""
-    search_limit: int | None = not_given(12, needs="search")
+    search_limit: Count | None = not_given(12, needs="search")
     """Compile at most so many candidates, the most promising first."""
     write_config: str | None = not_given(needs="search")
     """CONFIG.py to write with the options of the best that was found."""
-    price_per_device_hour: float | None = None
+    price_per_device_hour: NotNegative | None = None
     """Dollars for an hour of one device."""
     cache: str | None = None
     """Folder that keeps what was compiled, so that asking again costs nothing. Not given: one in the user's cache."""
-    assume: AssumeConfig = field(default_factory=AssumeConfig)
-    training: TrainingRun | None = None
+    assume: AssumeConfig = part(AssumeConfig)
+    training: TrainingRun | None = no_option()
     """The options of the command that is planned."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "response_tokens"):
-            tokens = getattr(self, name)
-            require(tokens is None or tokens >= 1, f"--{name} {tokens} must be at least 1")
-        self.refuse_idle("--")
-        self.at_least("--", search_limit=1)
+        super().__post_init__()
         path = self.write_config
         require(path is None or path.endswith(".py"), f"--write_config {path}: a CONFIG is a Python file (.py)")
-        price = self.price_per_device_hour
-        require(price is None or 0 <= price < math.inf, f"--price_per_device_hour {price} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -87,24 +75,17 @@ class BenchRun(Options):
 
     model_shape: str | None = None
     """A published model, by name, as in `dpo-jax plan`, in place of --model."""
-    prompt_tokens: int | None = None
+    prompt_tokens: Count | None = None
     """Tokens of a prompt, as in `dpo-jax plan`."""
-    response_tokens: int | None = None
+    response_tokens: Count | None = None
     """Tokens of each response, as in `dpo-jax plan`."""
     out: str | None = None
     """JSON file with all figures, written after each of them."""
-    seconds: float = 10.0
+    seconds: Positive = 10.0
     """How long each program is run, after its first time; three times at least."""
     checkpoint: bool = True
     """Write and read a checkpoint of the whole training state, and remove it."""
     folder: str | None = not_given("the system's folder for temporary files", needs="checkpoint")
     """Where that checkpoint is written."""
-    training: TrainingRun | None = None
+    training: TrainingRun | None = no_option()
     """The options of the command that is measured."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "response_tokens"):
-            tokens = getattr(self, name)
-            require(tokens is None or tokens >= 1, f"--{name} {tokens} must be at least 1")
-        require(0 < self.seconds < math.inf, f"--seconds {self.seconds} must be positive")
-        self.refuse_idle("--")

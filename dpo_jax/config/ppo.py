@@ -1,11 +1,22 @@
 """Options of the PPO step and of its critic-free relatives; those of the run around it: `config/ppo_run.py`."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.checks import (
+    Count,
+    NotNegative,
+    Options,
+    Positive,
+    Share,
+    Unit,
+    UpToOne,
+    Within,
+    not_given,
+    require,
+)
 from dpo_jax.config.presets import PRESETS, WORDS
-from dpo_jax.config.sections import Layout, OptimizerConfig
+from dpo_jax.config.sections import Layout, StepConfig
 
 _CRITIC_FREE = ("rloo", "grpo", "none", "leave_one_out", "group_mean", "batch_mean", "greedy")
 _WITH_RATIO = ("clipped", "cispo")
@@ -19,7 +30,7 @@ Averaging = Literal["token", "sequence", "group", "sum", "constant"]
 
 
 @dataclass(frozen=True)
-class PPOLossConfig(Options):
+class PPOLossConfig(Options, prefix="--ppo."):
     """The reward of a token, its advantage, and the losses. The formulas stand in `dpo_jax/align/ppo.py`.
 
     Where an option is not given, --ppo.preset decides, and where that says nothing, the option's own default.
@@ -45,23 +56,23 @@ class PPOLossConfig(Options):
     surrogate: Literal["clipped", "cispo", "reinforce"] | None = not_given("clipped")
     """clipped: PPO's. cispo: log-probabilities weighted by the clipped ratio, which has no gradient. reinforce:
     log-probabilities, without a ratio."""
-    clip: float | None = not_given(0.2, surrogate=_WITH_RATIO)
+    clip: Share | None = not_given(0.2, surrogate=_WITH_RATIO)
     """Clip range of the ratio between new and old policy, on both sides. Not given: 0.2."""
-    clip_low: float | None = not_given(surrogate=_WITH_RATIO)
+    clip_low: UpToOne | None = not_given(surrogate=_WITH_RATIO)
     """Below 1, the ratio is clipped at 1 less this (1: never). Not given: as --ppo.clip."""
-    clip_high: float | None = not_given(surrogate=_WITH_RATIO)
+    clip_high: Positive | None = not_given(surrogate=_WITH_RATIO)
     """Above 1, the ratio is clipped at 1 plus this. Not given: as --ppo.clip."""
-    dual_clip: float | None = not_given(surrogate=("clipped",))
+    dual_clip: Annotated[float, Within(1, ends="()")] | None = not_given(surrogate=("clipped",))
     """Bound of the loss of a bad token, as a multiple of its advantage (Ye et al. 2020: 3). Not given: none."""
     averaging: Averaging | None = not_given("token")
     """token: mean over the mini-batch's tokens. sequence: over responses, of token means (GRPO). group: over prompts,
     of means over all tokens of their responses (DAPO). sum: over responses, of sums. constant: the same, over
     --sample.max_new_tokens (Dr. GRPO)."""
-    epochs: int | None = not_given(4)
+    epochs: Count | None = not_given(4)
     """Passes over each rollout (Llama 2: 1). Not given: 1 for grpo, else 4."""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimizer updates a pass: the rollout is split into this many mini-batches."""
-    kl_coefficient: float | None = not_given(0.05)
+    kl_coefficient: NotNegative | None = not_given(0.05)
     """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above). Not given: 0.05."""
     kl_placement: Literal["reward", "loss"] | None = not_given("reward")
     """reward: taken off the rewards. loss: a term of the loss. Not given: loss for grpo, else reward."""
@@ -70,65 +81,57 @@ class PPOLossConfig(Options):
     the whole response. In the loss: k3 (GRPO's), which optimises KL(reference, policy) of each token; k2, or
     k3_corrected (k3 times the importance ratio, as DeepSeek-V3.2), which optimise KL(policy, reference) of each token.
     Not given: k1 in the reward, k3 in the loss."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Adapt the coefficient so that the KL of a response stays near this many nats (Ziegler et al. 2019)."""
-    kl_horizon: int | None = not_given(10_000, needs="kl_target")
+    kl_horizon: Count | None = not_given(10_000, needs="kl_target")
     """Responses over which the coefficient adapts."""
     sampler_correction: SamplerCorrection | None = not_given("none")
     """Where the sampler's probabilities are not the trainer's, as with --sample.weights int8: a token's loss times the
     ratio of the two, of the token or of the whole response, truncated at --ppo.sampler_cap (TIS) or 0 above it (MIS).
     TRL: vllm_importance_sampling_mode. Not given: none."""
-    sampler_cap: float | None = not_given(3.0, sampler_correction=_CORRECTIONS)
+    sampler_cap: Positive | None = not_given(3.0, sampler_correction=_CORRECTIONS)
     """The largest such ratio (TRL: vllm_importance_sampling_clip_max). Not given: 3."""
-    stop_kl: float | None = None
+    stop_kl: Positive | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
-    gamma: float | None = not_given(1.0)
+    gamma: Unit | None = not_given(1.0)
     """Discount of GAE, and of the return to go."""
-    lam: float | None = not_given(0.95, advantage=("gae",))
+    lam: Unit | None = not_given(0.95, advantage=("gae",))
     """Lambda of GAE."""
     value: Literal["separate", "shared", "stopped"] | None = not_given("separate", advantage=("gae",))
     """Value model: a trunk of its own, the policy's trunk, or the policy's trunk without a gradient into it."""
-    value_clip: float | None = not_given(0.2, advantage=("gae",))
+    value_clip: Positive | None = not_given(0.2, advantage=("gae",))
     """Clip range of the value around its old value."""
-    value_coefficient: float | None = not_given(0.1, advantage=("gae",))
+    value_coefficient: NotNegative | None = not_given(0.1, advantage=("gae",))
     """Weight of the value loss."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: NotNegative = 0.0
     """Weight of an entropy bonus."""
     whiten_advantages: bool | None = None
     """Scale advantages to mean 0 and variance 1 over the tokens of the rollout. Not given: for gae."""
     whiten_rewards: bool | None = not_given(False, advantage=("gae",))
     """Scale token rewards to variance 1 over the rollout (the mean stays)."""
-    score_clip: float | None = None
+    score_clip: Positive | None = None
     """Clip scores to plus or minus this."""
     normalize_scores: bool = False
     """Scale scores to mean 0 and variance 1 over the rollout, before clipping."""
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: Positive | None = None
     """Taken off the score of a response that was cut before its terminator."""
     group_size: int | None = not_given()
     """Responses to each prompt. Not given: 4 for leave_one_out, 8 for group_mean, else 1."""
     zero_variance: Literal["keep", "leave_out", "resample"] | None = not_given("keep")
     """Groups whose scores are all equal: keep; leave_out of the loss and its average; resample: answer their prompts
     again first (DAPO's dynamic sampling)."""
-    resample_rounds: int | None = not_given(2, zero_variance=("resample",))
+    resample_rounds: Count | None = not_given(2, zero_variance=("resample",))
     """How often groups without variance are sampled again; those left then are left out. Not given: 2."""
     overlong: Literal["score", "mask", "ramp"] | None = not_given("score")
     """Responses that were cut: score, as the others. mask: learn nothing from them. ramp: take up to 1 off the score of
     a response as its length goes through the last --ppo.overlong_buffer tokens (DAPO, Eq. 13)."""
-    overlong_buffer: int | None = not_given(overlong=("ramp",))
+    overlong_buffer: Count | None = not_given(overlong=("ramp",))
     """Tokens of that ramp. Not given: a fifth of --sample.max_new_tokens."""
 
     def __post_init__(self) -> None:
         self._check_family()
-        self.refuse_idle("--ppo.")
-        low, dual = self.clip_low, self.dual_clip
-        require(self.clip is None or 0 < self.clip < 1, f"--ppo.clip {self.clip} must lie in (0, 1)")
-        require(low is None or 0 < low <= 1, f"--ppo.clip_low {low} must lie in (0, 1]")
-        require(dual is None or dual > 1, f"--ppo.dual_clip {dual} must be greater than 1")
-        self.at_least("--ppo.", epochs=1, minibatches=1, kl_horizon=1, resample_rounds=1, overlong_buffer=1)
-        self.positive("--ppo.", "clip_high", "kl_target", "stop_kl", "value_clip", "score_clip", "missing_eos_penalty")
-        self.positive("--ppo.", "sampler_cap")
-        require(self.kl_price >= 0, "--ppo.kl_coefficient must not be negative")
+        super().__post_init__()
         require(
             not self.kl_in_loss or self.kl_choice != "k1",
             "--ppo.kl_estimator k1 as a term of the loss has gradient 0 in expectation, so that no --ppo.kl_coefficient"
@@ -143,11 +146,6 @@ class PPOLossConfig(Options):
             self.kl_target is None or self.kl_price > 0,
             "--ppo.kl_target scales --ppo.kl_coefficient, which must be positive",
         )
-        for name in ("gamma", "lam"):
-            share = getattr(self, name)
-            require(share is None or 0 <= share <= 1, f"--ppo.{name} must lie in [0, 1]")
-        require(self.value_coefficient is None or self.value_coefficient >= 0, "--ppo.value_coefficient is negative")
-        require(self.entropy_coefficient >= 0, "--ppo.entropy_coefficient must not be negative")
         self._check_groups()
 
     def _check_family(self) -> None:
@@ -265,10 +263,9 @@ class PPOLossConfig(Options):
 
 
 @dataclass(frozen=True)
-class PPOConfig(PPOLossConfig):
+class PPOConfig(PPOLossConfig, StepConfig):
     """All that `align.ppo.init_state` and `align.ppo.train_step` need to know."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     temperature: float = 1.0
     """Temperature that the rollout was sampled at; log-probabilities are taken at it everywhere."""
     vocabulary: int | None = None
@@ -279,8 +276,6 @@ class PPOConfig(PPOLossConfig):
     responses ends."""
     seed: int = 0
     """Seed of the mini-batches."""
-    accumulate: int = 1
-    """Split each mini-batch into this many micro-batches; the result is the same."""
     layout: Layout = "shared"
     """shared: a prompt is computed once for the responses to it that stand together. separate: once for each."""
     head_budget_bytes: int = 256 * 2**20
@@ -290,7 +285,6 @@ class PPOConfig(PPOLossConfig):
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
         require(self.layout != "windows", "layout windows packs responses known beforehand; take shared or separate")
-        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
         if self.resolved("averaging") == "constant" or self.resolved("overlong") == "ramp":
             require(self.max_response, "averaging constant and overlong ramp need max_response")
 

@@ -1,11 +1,9 @@
 """Options of `dpo-jax ppo` and `dpo-jax grpo`: of the run around the step."""
 
-import math
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import not_given, require
+from dpo_jax.config.checks import Count, Finite, not_given, part, require
 from dpo_jax.config.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.sections import SampleConfig
 from dpo_jax.config.training import JudgedRun, SampledRun
@@ -33,9 +31,9 @@ class PPORun(SampledRun, JudgedRun):
     environment: str | None = None
     """In place of --reward, FILE.py:NAME, a class of your own that answers the model turn by turn and rewards it
     (docs/environments.md). --reward_timeout holds for one call of it."""
-    environment_turns: int | None = not_given(8, needs="environment")
+    environment_turns: Count | None = not_given(8, needs="environment")
     """The most turns of the model in an episode. Not given: 8."""
-    environment_tokens: int | None = not_given(needs="environment")
+    environment_tokens: Count | None = not_given(needs="environment")
     """The most tokens of an episode behind its first messages, the environment's among them; a turn is begun where
     --sample.max_new_tokens of them are left. Not given: --sample.max_new_tokens x --environment_turns, but at most half
     of --data.max_length."""
@@ -45,14 +43,14 @@ class PPORun(SampledRun, JudgedRun):
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
     """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
     and the results are summed (GDPO, arXiv 2601.05242)."""
-    eval_samples: int | None = not_given(1)
+    eval_samples: Count | None = not_given(1)
     """Responses to each held-out prompt."""
-    eval_pass: float | None = None
+    eval_pass: Finite | None = None
     """A held-out response that scores at least this is right: eval_pass@1, and eval_pass@k unbiased, k = 2, 4, ... up
     to --eval_samples (Chen et al. 2021). Not given: not reported."""
     value_model: str | None = None
     """Reward model that the value model starts from. Not given: the policy with a fresh head."""
-    ppo: PPOLossConfig = field(default_factory=PPOLossConfig)
+    ppo: PPOLossConfig = part(PPOLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +82,6 @@ class PPORun(SampledRun, JudgedRun):
         for name in ("eval_samples", "eval_pass"):
             given = getattr(self, name) is not None
             require(not given or self.eval_data is not None, f"--{name} has no effect without --eval_data")
-        self.at_least("--", eval_samples=1)
-        require(self.eval_pass is None or math.isfinite(self.eval_pass), "--eval_pass is no finite number")
         require(
             self.reward_aggregation is None or len(self.rewards) > 1,
             "--reward_aggregation has no effect with one --reward",
@@ -109,10 +105,6 @@ class PPORun(SampledRun, JudgedRun):
             )
 
     def _check_environment(self) -> None:
-        for name in ("turns", "tokens", "errors"):
-            given = getattr(self, f"environment_{name}") is not None
-            require(not given or self.environment, f"--environment_{name} has no effect without --environment")
-        self.at_least("--", environment_turns=1, environment_tokens=1)
         if self.environment is None:
             return
         require(not self.rewards, "--reward has no effect with --environment, which rewards its episodes itself")
@@ -186,7 +178,7 @@ class GRPORun(PPORun):
     prompt that are compared with each other.
     """
 
-    ppo: PPOLossConfig = field(default_factory=partial(PPOLossConfig, preset="grpo"))
+    ppo: PPOLossConfig = part(PPOLossConfig, preset="grpo")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,10 +2,10 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, require
+from dpo_jax.config.checks import Count, Options, part, require
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import FilesConfig
 
@@ -46,13 +46,13 @@ class PrepareRun(Options, metaclass=RunOptions):
     """Also report lengths in tokens, with the tokenizer of this checkpoint (Hugging Face folder, hub id, .gguf)."""
     separator: str | None = None
     """What stands between the documents of text files: blank_line, or a literal. Not given: a file is one document."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first rows of the source."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the command, and nothing is written. skip: they are left out, counted by reason."""
 
-    data: FilesConfig = field(default_factory=FilesConfig)
+    data: FilesConfig = part(FilesConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         split_shares(self.splits)
-        self.at_least("--", limit=1)

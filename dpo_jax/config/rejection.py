@@ -1,25 +1,34 @@
 """Options of `dpo-jax rejection`: how many responses are drawn and which are learnt, and of the run around it."""
 
-import math
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
-from dpo_jax.config.sections import OptimizerConfig, SampleConfig
+from dpo_jax.config.checks import (
+    Count,
+    Finite,
+    NotNegative,
+    Options,
+    Several,
+    UpToOne,
+    Warm,
+    not_given,
+    part,
+    require,
+)
+from dpo_jax.config.sections import CheckpointConfig, LogConfig, OptimizerConfig, SampleConfig, TrainConfig
 from dpo_jax.config.sft import SFTDataConfig, SFTLossConfig
 from dpo_jax.config.training import JudgedRun
 
 
 @dataclass(frozen=True)
-class RejectionConfig(Options):
+class RejectionConfig(Options, prefix="--rejection."):
     """What is drawn, and which of it is learnt. The formulas stand in `dpo_jax/align/rejection.py`."""
 
-    samples: int = 10
+    samples: Several = 10
     """K: responses to each prompt in an iteration, at each temperature (Llama 2: 10 to 100)."""
-    temperatures: tuple[float, ...] = (1.0,)
+    temperatures: tuple[Warm, ...] = (1.0,)
     """Temperatures to sample at (Llama 2 found 1.2 to 1.3 best for its RLHF models); the best of all of them counts."""
-    iterations: int = 1
+    iterations: Count = 1
     """How often to sample, to judge and to fine-tune; each iteration goes on with the model of the one before."""
     pool: Literal["all", "latest"] = "all"
     """all: learn the best response to each prompt of all iterations so far (Llama 2 since V4). latest: of this one."""
@@ -28,24 +37,20 @@ class RejectionConfig(Options):
     student: str | None = None
     """Model to be fine-tuned in place of --model, which then only samples (Llama 2: the bests of the 70B taught the
     smaller ones)."""
-    share: float | None = None
+    share: UpToOne | None = None
     """Learn only this share of the bests, those of the highest score. Not given: all."""
-    min_score: float | None = None
+    min_score: Finite | None = None
     """Learn only bests of at least this score. Not given: all."""
-    eval_samples: int | None = not_given(1)
+    eval_samples: Count | None = not_given(1)
     """Responses to each prompt of --eval_data."""
-    eval_temperature: float | None = None
+    eval_temperature: NotNegative | None = None
     """Temperature of those. Not given: the first of `temperatures`."""
 
     def __post_init__(self) -> None:
-        require(self.samples >= 2, f"--rejection.samples {self.samples}: the best of K takes at least 2")
+        super().__post_init__()
         require(bool(self.temperatures), "--rejection.temperatures is empty: give at least one, such as 1.0")
-        for t in self.temperatures:
-            ok = 0 < t < math.inf
-            require(ok, f"--rejection.temperatures {t}: must be positive (greedy samples would all be equal)")
         distinct = len(set(self.temperatures)) == len(self.temperatures)
         require(distinct, "--rejection.temperatures names one twice; raise --rejection.samples instead")
-        self.at_least("--rejection.", iterations=1, eval_samples=1)
         require(
             self.iterations == 1 or self.student is None,
             "--rejection.iterations has no effect with --rejection.student: the model that samples stays the same;"
@@ -55,14 +60,8 @@ class RejectionConfig(Options):
             self.pool_from is None or self.pool == "all",
             "--rejection.pool_from has no effect with --rejection.pool latest",
         )
-        require(self.share is None or 0 < self.share <= 1, "--rejection.share must lie in (0, 1]")
         require(
-            self.min_score is None or math.isfinite(self.min_score), "--rejection.min_score must be a finite number"
-        )
-        t = self.eval_temperature
-        require(t is None or 0 <= t < math.inf, "--rejection.eval_temperature must not be negative")
-        require(
-            t != 0 or self.eval_samples in (None, 1),
+            self.eval_temperature != 0 or self.eval_samples in (None, 1),
             "--rejection.eval_samples has no effect at temperature 0 (greedy): all would be equal",
         )
 
@@ -83,32 +82,29 @@ class RejectionRun(JudgedRun):
 
     eval_data: str | None = None
     """Held-out prompts, answered before the first and after each iteration: how the mean reward moves."""
-    sample_batch_size: int = 32
+    sample_batch_size: Count = 32
     """Responses written at once, over all devices; one that is done makes room for the next. Changes no text."""
-    rejection: RejectionConfig = field(default_factory=RejectionConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
-    data: SFTDataConfig = field(default_factory=partial(SFTDataConfig, train_on="last"))
-    sft: SFTLossConfig = field(default_factory=SFTLossConfig)
+    rejection: RejectionConfig = part(RejectionConfig)
+    sample: SampleConfig = part(SampleConfig, without=("temperature", "beams", "length_penalty"))
+    optimizer: OptimizerConfig = part(OptimizerConfig, learning_rate=2e-5)
+    data: SFTDataConfig = part(
+        SFTDataConfig, without=("kind", "separator", "documents", "max_prompt_length"), train_on="last"
+    )
+    train: TrainConfig = part(TrainConfig, without=("layout", "eval_every", "stop_after"))
+    checkpoint: CheckpointConfig = part(CheckpointConfig, without=("best",))
+    log: LogConfig = part(LogConfig, without=("wandb",))
+    sft: SFTLossConfig = part(SFTLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sample, rejection = self.sample, self.rejection
-        plain = sample.temperature == 1 and sample.beams is None
-        require(plain, "--sample.temperature and --sample.beams have no effect: give --rejection.temperatures")
-        require(
-            self.data.kind == "dialogues", "--data.kind has no effect: rejection sampling learns answers to prompts"
-        )
-        unused = self.train.eval_every is None and self.checkpoint.best is None
-        require(unused, "--train.eval_every and --checkpoint.best have no effect: the held-out data are prompts")
+        rejection = self.rejection
         frozen = self.train.frozen_dtype is None or self.lora.rank > 0
         require(frozen, "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
         require(
             self.longest_prompt > 0,
-            f"--sample.max_new_tokens {sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
+            f"--sample.max_new_tokens {self.sample.max_new_tokens} leaves no room for a prompt in --data.max_length"
             f" {self.data.max_length}",
         )
-        self.at_least("--", sample_batch_size=1)
         require(0 <= self.train.seed < 2**32, "--train.seed must lie in [0, 2^32)")
         if self.eval_data is None:
             given = rejection.eval_samples is not None or rejection.eval_temperature is not None

@@ -1,12 +1,12 @@
 """Options of `dpo-jax reward`."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.checks import Count, NotNegative, Options, Positive, Several, Share, not_given, part, require
 from dpo_jax.config.dpo import Ties
-from dpo_jax.config.sections import Layout, OptimizerConfig
+from dpo_jax.config.sections import Layout, StepConfig, TrainConfig
 from dpo_jax.config.sft import Proposal
 from dpo_jax.config.training import HoldoutRun
 
@@ -28,47 +28,37 @@ class ClassHead(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RewardLossConfig(Options):
+class RewardLossConfig(Options, prefix="--reward."):
     """The loss of a reward model. The formulas stand in `dpo_jax/align/reward.py`."""
 
     margin: Margin = "none"
     """By how much the chosen score should lead: none; small (1, 2/3, 1/3, 0) or large (3, 2, 1, 0) by the column
     `rating`, as Llama 2; column (the number in `margin`); score_gap (difference of the two scores, also in a list of
     scored replies); agreement (share of the annotators who agree)."""
-    margin_scale: float | None = not_given(1.0, margin=("score_gap", "agreement"))
+    margin_scale: Positive | None = not_given(1.0, margin=("score_gap", "agreement"))
     """Multiplies the score gap or the agreement."""
     ties: Ties = "error"
     """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
     pairs: Literal["all", "adjacent"] = "all"
     """Of a row with more than two ranked replies: all its pairs (InstructGPT), or neighbours in the ranking only. Each
     prompt counts once, however many pairs it gives."""
-    max_replies: int | None = None
+    max_replies: Several | None = None
     """Of a longer list of ranked replies keep so many, spread evenly over it, the best and the worst among them. Not
     given: all."""
-    centering: float = 0.0
+    centering: NotNegative = 0.0
     """Adds this times (chosen score + rejected score) squared, which keeps scores around zero."""
     multi_class: tuple[str, ...] = ()
     """Auxiliary heads over exclusive classes (softmax), as NAME=CLASS,CLASS,... or NAME:WEIGHT=CLASS,... The column
     `labels` of a row holds {NAME: [label of each response]}."""
     multi_label: tuple[str, ...] = ()
     """Auxiliary heads over overlapping classes (a sigmoid each), written likewise; a label is a list of classes."""
-    class_negatives: int | None = None
+    class_negatives: Count | None = None
     """For heads with more classes than this: train against so many drawn classes in place of all. Not given: all."""
     class_proposal: Proposal | None = not_given("uniform", needs="class_negatives")
     """What they are drawn from: uniform, or log_uniform (for classes in order of falling frequency)."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("--reward.")
-        self.at_least("--reward.", class_negatives=1)
-        require(
-            self.margin_scale is None or self.margin_scale > 0,
-            f"--reward.margin_scale {self.margin_scale} must be positive",
-        )
-        require(self.centering >= 0, f"--reward.centering {self.centering} must not be negative")
-        require(
-            self.max_replies is None or self.max_replies >= 2,
-            f"--reward.max_replies {self.max_replies} must be at least 2",
-        )
+        super().__post_init__()
         names = [head.name for head in self.heads]
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"--reward.multi_class, --reward.multi_label: head {' '.join(twice)} is given twice")
@@ -107,21 +97,14 @@ def _class_head(text: str, option: str) -> ClassHead:
 
 
 @dataclass(frozen=True)
-class RewardConfig(RewardLossConfig):
+class RewardConfig(RewardLossConfig, StepConfig):
     """All that `align.reward.init_state` and `align.reward.train_step` need to know."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    accumulate: int = 1
-    """Split the batch into this many micro-batches; the result equals one big batch."""
     layout: Layout = "windows"
     """windows: real tokens only, as the batch's windows say; a batch without them is laid out as shared. shared: the
     prompt is computed once for its K responses. separate: K whole sequences."""
     seed: int = 0
     """Seed of fresh heads and of drawn classes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +117,11 @@ class RewardRun(HoldoutRun):
 
     mix_data: str | None = None
     """A second data file, mixed into the first (Llama 2's safety model: a tenth of helpfulness data)."""
-    mix: float | None = not_given(0.1, needs="mix_data")
+    mix: Share | None = not_given(0.1, needs="mix_data")
     """Share of the mixture that comes from --mix_data."""
-    reward: RewardLossConfig = field(default_factory=RewardLossConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.refuse_idle("--")
-        require(self.mix is None or 0 < self.mix < 1, f"--mix {self.mix} is a share of the mixture: between 0 and 1")
+    reward: RewardLossConfig = part(RewardLossConfig)
+    # A reward model writes nothing.
+    train: TrainConfig = part(TrainConfig, without=("sample_every", "sample_prompts", "sample_tokens"))
 
     def step_config(self) -> RewardConfig:
         """What the step needs to know of these options."""

@@ -1,15 +1,14 @@
 """Options of `dpo-jax safety`."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
-from dpo_jax.config.sections import MeshConfig
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Finite, Positive, Seed, not_given, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetyRun(Options):
+class SafetyRun(WritesTexts):
     """What a model refuses, and whether it should: `dpo-jax safety`.
 
     Refusals by class and category, safe and unsafe prompts apart; with --safety_reward the share of violations, and
@@ -28,14 +27,14 @@ class SafetyRun(Options):
     safety_reward: str | None = None
     """A judge of safety, whatever --reward of `dpo-jax ppo` takes: a response that it scores below --threshold is a
     violation."""
-    threshold: float | None = None
+    threshold: Finite | None = None
     """Of --safety_reward."""
     reward: str | None = None
     """A judge of helpfulness, likewise; its mean stands beside."""
-    reward_timeout: float | None = not_given(60.0)
+    reward_timeout: Positive | None = not_given(60.0)
     """Seconds to wait for an answer of a judge that is a URL (60), for a call of your own code (600), or for a command
     of run: on one response (10)."""
-    reward_memory: int | None = not_given(1024)
+    reward_memory: Count | None = not_given(1024)
     """MiB that a command of run: may take for one response."""
     out: str | None = None
     """JSON file for the figures."""
@@ -43,22 +42,15 @@ class SafetyRun(Options):
     """JSONL file for the class, and the scores, of each row."""
     json: bool = False
     """Print one JSON object instead of tables."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Responses in one pass of a reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of a reward model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+        super().__post_init__()
         require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
-        require(self.threshold is None or math.isfinite(self.threshold), "--threshold must be a number")
         runs = any(name is not None and name.startswith("run:") for name in (self.safety_reward, self.reward))
         require(self.reward_memory is None or runs, "--reward_memory has no effect: no judge is run:COMMAND")
-        self.positive("--", "reward_timeout", "reward_memory")
-        self.at_least("--", batch_size=1)

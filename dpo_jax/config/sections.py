@@ -6,9 +6,24 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from dpo_jax.config.checks import ON_COMMAND_LINE, Options, not_given, require, require_day
+from dpo_jax.config.checks import (
+    ON_COMMAND_LINE,
+    Count,
+    Finite,
+    NotNegative,
+    Options,
+    Positive,
+    Several,
+    Unit,
+    UpToOne,
+    Within,
+    not_given,
+    part,
+    require,
+    require_day,
+)
 
 Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -21,21 +36,20 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 @dataclass(frozen=True)
-class LoraConfig(Options):
+class LoraConfig(Options, prefix="--lora."):
     """Low-rank adapters (Hu et al. 2021): y = x W + (alpha / rank) x A B, with A and B trained and W frozen."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains the full weights."""
-    alpha: float | None = not_given(needs="rank")
+    alpha: Positive | None = not_given(needs="rank")
     """Numerator of the scale alpha / rank. Not given: 2 x rank."""
     targets: tuple[str, ...] = LINEAR_LAYERS
     """Linear layers that get an adapter."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"--lora.rank {self.rank} must be 0 (full fine-tuning) or positive")
-        self.refuse_idle("--lora.")
+        super().__post_init__()
         require(self.rank or self.targets == LINEAR_LAYERS, "--lora.targets has no effect without --lora.rank")
-        require(self.alpha is None or 0 < self.alpha < math.inf, f"--lora.alpha {self.alpha} must be positive")
         unknown = sorted(set(self.targets) - set(LINEAR_LAYERS))
         require(not unknown, f"--lora.targets {' '.join(unknown)}: choose from {' '.join(LINEAR_LAYERS)}")
         require(bool(self.targets), f"--lora.targets is empty: choose from {' '.join(LINEAR_LAYERS)}")
@@ -47,22 +61,22 @@ class LoraConfig(Options):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Options):
+class OptimizerConfig(Options, prefix="--optimizer."):
     """Optimizer, schedule and clipping."""
 
     name: Literal["adamw", "rmsprop"] = "adamw"
     """adamw (Loshchilov & Hutter 2019) or rmsprop (as PyTorch's, which the DPO paper used)."""
-    learning_rate: float = 1e-6
+    learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: constant, or a linear or cosine fall to `floor` x peak at the last step."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int, Within(0)] | None = None
     """Linear warm-up: step t (from 0) uses peak x (t + 1) / (warmup_steps + 1)."""
-    warmup_ratio: float | None = None
+    warmup_ratio: Annotated[float, Within(0, 1)] | None = None
     """Warm-up as a share of all steps, in place of `warmup_steps`."""
-    warmup_min: int | None = not_given(0, needs="warmup_ratio")
+    warmup_min: Count | None = not_given(0, needs="warmup_ratio")
     """Least steps of that share (Llama 2's reward models: 3 %, and at least 5)."""
-    floor: float | None = not_given(0.0, schedule=("linear", "cosine"))
+    floor: Unit | None = not_given(0.0, schedule=("linear", "cosine"))
     """Final learning rate as a share of the peak (0.1 for Llama 2)."""
     b1: float | None = not_given(0.9, name=("adamw",))
     """AdamW's first-moment decay."""
@@ -80,21 +94,25 @@ class OptimizerConfig(Options):
     """Length of the schedule. Not given: the length of the run."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("--optimizer.")
-        require(0 < self.learning_rate < math.inf, f"--optimizer.learning_rate {self.learning_rate} is not in (0, inf)")
+        super().__post_init__()
         require(
             self.warmup_steps is None or self.warmup_ratio is None,
             "give --optimizer.warmup_steps or --optimizer.warmup_ratio, not both",
         )
-        require(self.warmup_steps is None or self.warmup_steps >= 0, "--optimizer.warmup_steps must not be negative")
-        require(self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, "--optimizer.warmup_ratio must lie in [0, 1)")
-        self.at_least("--optimizer.", warmup_min=1)
-        require(self.floor is None or 0 <= self.floor <= 1, "--optimizer.floor is a share of the peak: in [0, 1]")
         require(self.clip_norm is None or self.clip_norm > 0, "--optimizer.clip_norm must be positive, or None")
 
 
 @dataclass(frozen=True)
-class FilesConfig(Options):
+class StepConfig(Options, prefix="--train."):
+    """What every step needs to know beside its loss."""
+
+    optimizer: OptimizerConfig = part(OptimizerConfig)
+    accumulate: Count = 1
+    """Split the batch (of PPO: each mini-batch) into this many micro-batches; the result equals one big batch."""
+
+
+@dataclass(frozen=True)
+class FilesConfig(Options, prefix="--data."):
     """Files of rows."""
 
     files: str = ON_COMMAND_LINE
@@ -105,10 +123,11 @@ class FilesConfig(Options):
     inside a column is prompt=question.text."""
 
     def __post_init__(self) -> None:
-        for part in () if self.columns is None else self.columns.split(","):
-            name, equals, place = part.partition("=")
+        super().__post_init__()
+        for place in () if self.columns is None else self.columns.split(","):
+            name, equals, column = place.partition("=")
             require(
-                bool(name and equals and place.strip(".")),
+                bool(name and equals and column.strip(".")),
                 f"--data.columns {self.columns}: write NAME=COLUMN, with commas between",
             )
 
@@ -124,15 +143,15 @@ class DataConfig(FilesConfig):
     a run the day on which it began, which its config.json keeps."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
-    max_prompt_length: int | None = None
+    max_prompt_length: Count | None = None
     """Longest prompt in tokens; the start of a longer one is cut. Not given: a row that fits max_length stays whole;
     else the prompt keeps half of max_length, or what the row's longest response leaves where that is more."""
-    buckets: int = 4
+    buckets: Count = 4
     """Number of shapes: of windows, or of batches padded to them, where rows of like length share one. Each is compiled
     once."""
     shuffle: bool = True
     """Shuffle rows anew in every epoch (by --train.seed); else they keep the order of the file."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first rows of the file."""
     workers: int = 2
     """Threads that prepare batches ahead of the step."""
@@ -143,12 +162,10 @@ class DataConfig(FilesConfig):
             self.max_length >= 2, f"--data.max_length {self.max_length} must be at least 2: a prompt and a response"
         )
         longest = self.max_prompt_length
-        self.positive("--data.", "max_prompt_length")
         require(
             longest is None or self.max_length > longest,
             f"--data.max_length {self.max_length} must exceed --data.max_prompt_length {longest}, or no response fits",
         )
-        self.at_least("--data.", buckets=1, limit=1)
         require_day(self.date, "--data.date")
         require(self.date is None or self.template != "raw", "--data.date has no effect with --data.template raw")
 
@@ -163,16 +180,16 @@ class DataConfig(FilesConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Options):
+class TrainConfig(Options, prefix="--train."):
     """The loop."""
 
-    steps: int | None = None
+    steps: Count | None = None
     """Number of optimizer steps. Not given: as many as `epochs` holds."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the data. Not given (and no `steps`): 1."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows (pairs, dialogues, or packed windows) in one optimizer step, over all devices and micro-batches."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Split each batch into this many micro-batches, to save memory; the result is the same."""
     seed: int = 0
     """Seed of the shuffle and of adapter initialisation."""
@@ -191,36 +208,32 @@ class TrainConfig(Options):
     layout: Layout | None = None
     """windows: real tokens only, each prompt once. shared: each prompt once, padded. separate: once for each response.
     Not given: windows where rows hold the responses, shared where these are sampled."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
-    stop_after: int | None = None
+    stop_after: Count | None = None
     """End after so many evaluations in a row in which the metric of --checkpoint.best has not become better than it
     was. model/ then holds the weights of the best evaluation."""
-    sample_every: int | None = None
+    sample_every: Count | None = None
     """Let the policy answer a few fixed prompts before the first step, every so many steps and at the end, greedily:
     text by step, in training_samples.jsonl and the report."""
     sample_prompts: str | None = not_given(needs="sample_every")
     """File of these prompts, at most 32. Not given: the first four of the held-out data, or of --data."""
-    sample_tokens: int | None = not_given(64, needs="sample_every")
+    sample_tokens: Count | None = not_given(64, needs="sample_every")
     """Longest of these answers in tokens."""
-    peak_flops: float | None = None
+    peak_flops: Positive | None = None
     """Peak FLOP/s of a device, against which mfu is logged. Not given: a known TPU's or GPU's, dense bfloat16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.steps is None or self.epochs is None, "give --train.steps or --train.epochs, not both")
-        self.at_least("--train.", steps=1, batch_size=1, accumulate=1, eval_every=1, stop_after=1)
-        self.at_least("--train.", sample_every=1, sample_tokens=1)
-        self.refuse_idle("--train.")
         require(
             self.stop_after is None or self.eval_every is not None,
             "--train.stop_after counts evaluations: give --train.eval_every, too",
         )
-        self.positive("--train.", "epochs")
         require(
             self.batch_size % self.accumulate == 0,
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
-        require(self.peak_flops is None or 0 < self.peak_flops < math.inf, "--train.peak_flops must be positive")
 
     def layout_of(self, *, sampled: bool) -> Layout:
         """The layout of preference groups; `sampled`: whether their responses are sampled. Raises `InputError`."""
@@ -237,25 +250,19 @@ class TrainConfig(Options):
 
 
 @dataclass(frozen=True)
-class EnergyConfig(Options):
+class EnergyConfig(Options, prefix="--energy."):
     """What the estimate of a run's electricity assumes; see `dpo_jax/train/accounting.py`."""
 
-    device_watts: float | None = None
+    device_watts: NotNegative | None = None
     """Power of one device. Not given: the rated power of a known GPU or TPU, and for others no estimate."""
-    pue: float | None = not_given(1.1)
+    pue: Annotated[float, Within(1)] | None = not_given(1.1)
     """Watts that the data centre draws for each watt of its devices."""
-    carbon_intensity: float | None = not_given(0.385)
+    carbon_intensity: NotNegative | None = not_given(0.385)
     """Kilograms of CO2 a kWh of electricity."""
-
-    def __post_init__(self) -> None:
-        for name in ("device_watts", "carbon_intensity"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value < math.inf, f"--energy.{name} {value} must not be negative")
-        require(self.pue is None or 1 <= self.pue < math.inf, f"--energy.pue {self.pue} must be at least 1")
 
 
 @dataclass(frozen=True)
-class LogConfig(Options):
+class LogConfig(Options, prefix="--log."):
     """Where else the figures of a run go."""
 
     wandb: str | None = None
@@ -267,19 +274,16 @@ class LogConfig(Options):
 
 
 @dataclass(frozen=True)
-class CheckpointConfig(Options):
+class CheckpointConfig(Options, prefix="--checkpoint."):
     """Checkpoints of the whole training state."""
 
-    every: int = 100
+    every: Count = 100
     """Steps between checkpoints; one more is made at the end and at SIGTERM."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints to keep."""
     best: str | None = None
     """Beside the newest also keep the best by this metric of the evaluation (the newest of equals), e.g. eval_loss,
     eval_rewards/accuracies or eval_reward: one is saved after each evaluation. Needs --eval_data."""
-
-    def __post_init__(self) -> None:
-        self.at_least("--checkpoint.", every=1, keep=1)
 
 
 @dataclass(frozen=True)
@@ -295,16 +299,9 @@ class MeshConfig:
     context: int = 1
     """Devices that share each sequence, for training on long ones; it must divide their length and the heads."""
 
-    def draws_only(self) -> None:
-        """Refuse what has no effect on a command that draws tokens one by one."""
-        require(
-            self.context == 1,
-            f"--mesh.context {self.context} has no effect: this command splits no sequence; use --mesh.fsdp",
-        )
-
 
 @dataclass(frozen=True)
-class DistributedConfig(Options):
+class DistributedConfig(Options, prefix="--distributed."):
     """Several processes. Cloud TPU slices and SLURM jobs are detected with `auto`; elsewhere name the coordinator."""
 
     auto: bool = False
@@ -315,14 +312,15 @@ class DistributedConfig(Options):
     """Number of processes."""
     process_id: int | None = None
     """This process's number, from 0."""
-    start_within: int | None = not_given(300)
+    start_within: Count | None = not_given(300)
     """Seconds in which all processes must have started."""
-    lost_after: int | None = not_given(100)
+    lost_after: Count | None = not_given(100)
     """Seconds without a sign of life after which a process counts as lost, and the others end."""
-    stuck_after: int | None = not_given(3600)
+    stuck_after: Count | None = not_given(3600)
     """Seconds without a step or a batch of an evaluation, while training, after which all end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [self.coordinator is not None, self.processes is not None, self.process_id is not None]
         require(
             not (self.auto and any(given)),
@@ -343,36 +341,34 @@ class DistributedConfig(Options):
                 f" (--distributed.processes {self.processes})",
             )
         for name in ("start_within", "lost_after", "stuck_after"):
-            seconds = getattr(self, name)
             require(
-                seconds is None or self.auto or any(given),
+                getattr(self, name) is None or self.auto or any(given),
                 f"--distributed.{name} has no effect with one process; it belongs to --distributed.auto or"
                 " --distributed.coordinator",
             )
-            require(seconds is None or seconds > 0, f"--distributed.{name} {seconds}: give seconds, at least 1")
 
 
 @dataclass(frozen=True)
-class SampleConfig(Options):
+class SampleConfig(Options, prefix=""):
     """How to generate. The filters act in this order: logit_bias, repetition_penalty, no_repeat_ngram, min_new_tokens,
     temperature, top_k, top_p, min_p."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Longest response in tokens, the terminator included."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """0 is greedy."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep only the k most likely tokens."""
-    top_p: float | None = None
+    top_p: UpToOne | None = None
     """Keep the smallest set of tokens whose probability reaches p (nucleus sampling)."""
     stop_tokens: tuple[int, ...] = ()
     """Ids that end a response (the end is part of it), beside those a command adds by itself."""
-    min_p: float | None = None
+    min_p: UpToOne | None = None
     """Keep only tokens at least this many times as likely as the likeliest (0.05, say)."""
-    repetition_penalty: float | None = None
+    repetition_penalty: Positive | None = None
     """Logits of tokens that stand in the prompt or the response are divided by it, negative ones multiplied (1.1, say;
     Keskar et al. 2019)."""
-    no_repeat_ngram: int | None = None
+    no_repeat_ngram: Count | None = None
     """No run of so many tokens occurs twice in prompt and response."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of a token id and what is added to its logit, e.g. 42 -5 7 1.5; -1000 forbids a token."""
@@ -380,9 +376,9 @@ class SampleConfig(Options):
     """No response ends by a stop token before it has so many tokens in front of it."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response, which is cut in front of them."""
-    beams: int | None = None
+    beams: Several | None = None
     """Beam search with so many beams, instead of sampling."""
-    length_penalty: float | None = not_given(1.0, needs="beams")
+    length_penalty: Finite | None = not_given(1.0, needs="beams")
     """A finished beam counts log-probability / length ** penalty: above 0 favours long responses."""
     weights: Narrow | None = None
     """Read the weights rounded to so few bits for every token after the prompt: faster, and not quite the model's
@@ -395,23 +391,11 @@ class SampleConfig(Options):
     """What keys and values are kept in. Not given: what the model computes in."""
 
     def __post_init__(self) -> None:
-        self.refuse_idle("")
-        self.at_least("", max_new_tokens=1)
-        require(self.temperature >= 0, "temperature must not be negative")
-        require(self.top_k is None or self.top_k >= 1, "top_k must be at least 1, or None")
-        require(self.top_p is None or 0 < self.top_p <= 1, "top_p must lie in (0, 1], or be None")
-        require(self.min_p is None or 0 < self.min_p <= 1, "min_p must lie in (0, 1], or be None")
+        super().__post_init__()
         cuts = self.top_k is None and self.top_p is None and self.min_p is None
         require(
             self.temperature > 0 or cuts,
             "top_k, top_p and min_p have no effect at temperature 0 (greedy)",
-        )
-        require(
-            self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
-            "repetition_penalty must be positive, or None",
-        )
-        require(
-            self.no_repeat_ngram is None or self.no_repeat_ngram >= 1, "no_repeat_ngram must be at least 1, or None"
         )
         ids = [token for token, _ in self.logit_bias]
         require(len(set(ids)) == len(ids), "logit_bias names a token id twice; give each id once")
@@ -435,10 +419,6 @@ class SampleConfig(Options):
         require(all(self.stop_strings), "stop_strings holds an empty text, which would end every response at once")
         if self.beams is None:
             return
-        require(self.beams >= 2, f"beams {self.beams} must be at least 2, or None (sampling)")
-        require(
-            self.length_penalty is None or math.isfinite(self.length_penalty), "length_penalty must be a finite number"
-        )
         require(
             self.temperature == 1 and cuts,
             "temperature, top_k, top_p and min_p have no effect with beams (beam search draws nothing)",

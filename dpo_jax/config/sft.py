@@ -1,34 +1,29 @@
 """Options of `dpo-jax sft`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_jax.config.checks import Options, not_given, require
-from dpo_jax.config.sections import DataConfig, OptimizerConfig
+from dpo_jax.config.checks import Count, Options, not_given, part, require
+from dpo_jax.config.sections import DataConfig, OptimizerConfig, StepConfig, TrainConfig
 from dpo_jax.config.training import HoldoutRun, TrainingRun
 
 Proposal = Literal["uniform", "log_uniform"]
 
 
 @dataclass(frozen=True)
-class SFTLossConfig(Options):
+class SFTLossConfig(Options, prefix="--sft."):
     """How the next-token loss is computed. The formulas stand in `dpo_jax/align/sft.py`."""
 
     loss: Literal["exact", "sampled"] = "exact"
     """exact: softmax over the whole vocabulary. sampled: over the target and --sft.negatives drawn ids, for very large
     vocabularies (the loss that is logged is then an estimate, a little too small); evaluation stays exact."""
-    negatives: int | None = not_given(8192, loss=("sampled",))
+    negatives: Count | None = not_given(8192, loss=("sampled",))
     """Ids drawn in each step for the sampled loss, shared by all its tokens."""
     proposal: Proposal | None = not_given("log_uniform", loss=("sampled",))
     """What they are drawn from: log_uniform (Zipf's law, for ids in order of falling frequency, as tokenizers number
     them), or uniform (better where frequent pieces were appended)."""
-
-    def __post_init__(self) -> None:
-        self.refuse_idle("--sft.")
-        self.at_least("--sft.", negatives=1)
 
     @property
     def drawn(self) -> int | None:
@@ -37,22 +32,15 @@ class SFTLossConfig(Options):
 
 
 @dataclass(frozen=True)
-class SFTConfig(SFTLossConfig):
+class SFTConfig(SFTLossConfig, StepConfig):
     """All that `align.sft.init_state` and `align.sft.train_step` need to know."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    accumulate: int = 1
-    """Split the batch into this many micro-batches; the result equals one big batch."""
     packed: bool = True
     """False promises that a window holds one sequence and then padding, which more attention kernels can run."""
     seed: int = 0
     """Seed of the drawn ids of the sampled loss."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits; the chunk length follows from it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.accumulate >= 1, f"--train.accumulate {self.accumulate} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,6 @@ class SFTDataConfig(DataConfig):
         of_dialogues = {"train_on": "answers", "packing": False, "buckets": one_size, "template": None, "date": None}
         for name, default in of_dialogues.items() if self.kind == "text" else ():
             require(getattr(self, name) == default, f"--data.{name} has no effect with --data.kind text")
-        self.refuse_idle("--data.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +84,10 @@ class SFTRun(HoldoutRun):
     (`dpo_jax/data/sets/text_windows.py`).
     """
 
-    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=2e-5))
-    data: SFTDataConfig = field(default_factory=SFTDataConfig)
-    sft: SFTLossConfig = field(default_factory=SFTLossConfig)
+    optimizer: OptimizerConfig = part(OptimizerConfig, learning_rate=2e-5)
+    train: TrainConfig = part(TrainConfig, without=("layout",))
+    data: SFTDataConfig = part(SFTDataConfig, without=("max_prompt_length",))
+    sft: SFTLossConfig = part(SFTLossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,35 +1,30 @@
 """Options of the commands that talk: chat, serve."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from dpo_jax.config.checks import Options, require
-from dpo_jax.config.sections import MeshConfig, SampleConfig
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.checks import Count, Seed, Several, Within, part, require
+from dpo_jax.config.sections import SampleConfig
 
-TALKING = SampleConfig(max_new_tokens=1024, temperature=0.7, top_p=0.9)
-"""How `chat` draws where nothing is said."""
+_NOT_LIVE = (
+    *("repetition_penalty", "no_repeat_ngram", "logit_bias", "min_new_tokens"),
+    *("beams", "length_penalty"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TalkOptions(Options):
+class TalkOptions(WritesTexts):
     """What both need."""
 
     template: str | None = None
     """Chat template: llama2, llama3, zephyr or chatml. Not given: the tokenizer's own."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Responses written at once, over all devices; one that is done makes room for the next."""
-    max_length: int | None = None
+    max_length: Several | None = None
     """Most tokens of a prompt and its response together. Not given: the model's context."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
-
-    def __post_init__(self) -> None:
-        self.mesh.draws_only()
-        self.at_least("--", batch_size=1, max_length=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +41,25 @@ class ServeRun(TalkOptions):
     host: str = "127.0.0.1"
     """Address to listen at. One that others can reach needs the environment variable DPO_JAX_SERVE_TOKEN, which their
     requests send as the API key."""
-    port: int = 8000
+    port: Annotated[int, Within(0, 65536)] = 8000
     """0: any that is free, which is said."""
-    queue: int = 256
+    queue: Count = 256
     """Requests that may wait for a model; more are answered with 429."""
-    max_body: int = 8 * 2**20
+    max_body: Count = 8 * 2**20
     """Most bytes of a request; longer ones are answered with 413."""
+    sample: SampleConfig = part(
+        SampleConfig,
+        without=(
+            *_NOT_LIVE,
+            *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop_tokens", "stop_strings"),
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.model, "--model names at least one model")
         double = [name for i, name in enumerate(self.model) if name in self.model[:i]]
         require(not double, f"--model {' '.join(double)} is given twice")
-        self.at_least("--", queue=1, max_body=1)
-        require(0 <= self.port < 2**16, "--port must lie in [0, 65536)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,8 @@ class ChatRun(TalkOptions):
     """Another model, which answers each line too, in a dialogue of its own."""
     system: str | None = None
     """System prompt to begin with."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the draw, to say the same again. Not given: another each time."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Responses written at once."""
-    sample: SampleConfig = field(default_factory=lambda: TALKING)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.seed is None or 0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")
+    sample: SampleConfig = part(SampleConfig, without=_NOT_LIVE, max_new_tokens=1024, temperature=0.7, top_p=0.9)

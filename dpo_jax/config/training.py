@@ -1,10 +1,10 @@
 """The options that every training command has."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from dpo_jax.config.checks import Options, not_given, require
+from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.checks import Count, Finite, Positive, Share, not_given, part, require
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     CheckpointConfig,
@@ -21,31 +21,29 @@ from dpo_jax.config.sections import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun(Options, metaclass=RunOptions):
+class TrainingRun(ReadsModels, metaclass=RunOptions):
     """One run of a training command: everything that decides its numbers, saved as `config.json` in the run folder."""
 
     model: str
     """A Hugging Face folder, a hub id, a .gguf file, a checkpoint of ours, or smollm2."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = part(DataConfig)
     out: str
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, the final model and the report."""
     eval_data: str | None = None
     """Held-out data file."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the run before it starts (the whole file is checked). skip: they are left out, counted."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    energy: EnergyConfig = field(default_factory=EnergyConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    lora: LoraConfig = part(LoraConfig)
+    optimizer: OptimizerConfig = part(OptimizerConfig)
+    train: TrainConfig = part(TrainConfig)
+    checkpoint: CheckpointConfig = part(CheckpointConfig)
+    mesh: MeshConfig = part(MeshConfig)
+    distributed: DistributedConfig = part(DistributedConfig)
+    energy: EnergyConfig = part(EnergyConfig)
+    log: LogConfig = part(LogConfig)
     push_to_hub: str | None = None
     """OWNER/NAME on the Hugging Face hub: the finished model/ goes there, into a new private repository where there is
     none. The token is read from HF_TOKEN. Given to a finished run it sends that."""
-    ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
 
     @property
     def evaluates(self) -> bool:
@@ -57,13 +55,11 @@ class TrainingRun(Options, metaclass=RunOptions):
 class HoldoutRun(TrainingRun):
     """A run on rows, of which some may be held out."""
 
-    holdout: float | None = None
+    holdout: Share | None = None
     """Hold out this share of the data for evaluation, whole prompts at a time, in place of --eval_data."""
 
     def __post_init__(self) -> None:
-        require(
-            self.holdout is None or 0 < self.holdout < 1, f"--holdout {self.holdout} is a share of the data: in (0, 1)"
-        )
+        super().__post_init__()
         require(
             self.holdout is None or self.eval_data is None, "give --holdout or --eval_data, not both: one is enough"
         )
@@ -81,7 +77,8 @@ class SampledRun(TrainingRun):
     rollout_batch_size: int | None = None
     """Responses sampled and measured at once, to save memory; changes no text. Where there are more, one that ends
     makes room for another, so that a long one holds up none. Not given: all."""
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig = part(SampleConfig, without=("stop_strings", "beams", "length_penalty"))
+    data: DataConfig = part(DataConfig, without=("buckets", "workers"))
 
     def check_sampling(self, learner: str, responses: int, group: int, named: str) -> None:
         """Refuse what does not go with sampling `responses` an iteration, `group` to each prompt. Raises `InputError`.
@@ -89,10 +86,6 @@ class SampledRun(TrainingRun):
         `learner`: who learns, for messages; `named`: the option that says the group.
         """
         require(self.sample.temperature > 0, f"--sample.temperature must be positive: {learner} learns from samples")
-        require(
-            self.sample.beams is None and not self.sample.stop_strings,
-            f"--sample.beams and --sample.stop_strings have no effect: {learner} learns from plain samples",
-        )
         most, new = self.response_room, self.sample.max_new_tokens
         takes = (
             f"--sample.max_new_tokens {new} leaves"
@@ -143,17 +136,18 @@ class JudgedRun(TrainingRun):
     math:COLUMN (the row's right answer), json, json:SCHEMA, format:PATTERN, ramp:A:B, repetition:N, run:COMMAND,
     FILE.py:FUNCTION (your own code), a URL, judge:FILE.yaml (options of `dpo-jax judge`: a score asked of an endpoint
     or a model), or a reward model: a folder, a hub id, or a run. docs/rewards.md says what each gives."""
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[Finite, ...] = ()
     """What each of several --reward is multiplied with, in their order. Not given: 1 each."""
     safety_reward: str | None = None
     """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
-    reward_timeout: float | None = not_given(60.0)
+    reward_timeout: Positive | None = not_given(60.0)
     """Seconds to wait for an answer of a URL (60), or for one call of your own code (600), or of a command
     of run: for one response (10)."""
-    reward_memory: int | None = not_given(1024)
+    reward_memory: Count | None = not_given(1024)
     """MiB that a command of run: may take for one response."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.judges_are_given, "missing --reward: name what judges a response (docs/rewards.md)")
         twice = [name for i, name in enumerate(self.rewards) if name in self.rewards[:i]]
         require(not twice, f"--reward {twice[0] if twice else ''}: stands there twice; give it a weight instead")
@@ -163,7 +157,6 @@ class JudgedRun(TrainingRun):
             not weights or len(weights) == len(self.rewards),
             f"--reward_weights: {len(weights)} for {len(self.rewards)} of --reward; one number each",
         )
-        require(all(map(math.isfinite, weights)), "--reward_weights: a weight is no finite number")
         require(
             self.safety_reward is None or not several,
             "--safety_reward is combined with one --reward as Llama 2 did, not with several",
@@ -177,7 +170,6 @@ class JudgedRun(TrainingRun):
             self.reward_memory is None or any(name.startswith("run:") for name in judges),
             "--reward_memory has no effect: no --reward or --safety_reward is run:COMMAND",
         )
-        self.positive("--", "reward_timeout", "reward_memory")
 
     @property
     def judges_are_given(self) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dpo_jax.config.names import option
 from dpo_jax.errors import InputError
@@ -20,7 +20,7 @@ def built(cls: Any, given: Mapping[str, list[str]], default: Any, advice: str, p
 
     Raises `InputError` for words that are no value, with `advice` behind, and for what the classes refuse.
     """
-    values = {}
+    values, kinds = {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         if dataclasses.is_dataclass(field.type):
@@ -32,7 +32,7 @@ def built(cls: Any, given: Mapping[str, list[str]], default: Any, advice: str, p
         spelled = (name, negated(name)) if field.type is bool else (name,)
         for said in [one for one in given if one in spelled][-1:]:
             try:
-                value = _value(said, field.type, given[said])
+                value = _value(said, kinds[field.name], given[said])
             except ValueError as error:
                 raise InputError(f"{error} {advice}") from None
             values[field.name] = value if said == name else not value

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from dpo_jax.config.checks import require
+from dpo_jax.config.checks import Options, Seed
 
 
 @dataclass(frozen=True)
-class WinRateRun:
+class WinRateRun(Options):
     """How often one model's answers beat another's, with and without the longer answer's advantage: `dpo-jax win-rate`.
 
     Of all verdicts, and at equal length by AlpacaEval's minimal formula, each with a 95 % bootstrap interval.
@@ -29,8 +29,5 @@ class WinRateRun:
     """Print one JSON object instead of a table."""
     out: str | None = None
     """JSON file for the same object."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "--seed must lie in [0, 2^32)")

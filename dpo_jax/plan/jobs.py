@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import dpo_jax
-from dpo_jax import config
 from dpo_jax.config import TrainingRun
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.files.folder import as_json
@@ -48,7 +47,7 @@ class Job:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Job":
         """The job that `to_json` gave."""
-        options = getattr(config, COMMANDS[raw["word"]].options)
+        options = COMMANDS[raw["word"]].options
         parts = {"run": from_json(options, raw["run"]), "shape": from_json(LlamaConfig, raw["shape"])}
         if raw.get("teacher") is not None:
             parts["teacher"] = from_json(LlamaConfig, raw["teacher"])

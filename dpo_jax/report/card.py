@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from dpo_jax import __version__
-from dpo_jax import config as options
 from dpo_jax.config.names import option
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.data.sources.hub import names_hub, read_metadata
@@ -151,7 +150,7 @@ def command_line(word: str, given: Mapping[str, Any]) -> str:
       given: the options as given, nested, as JSON has them (`RunFolder.given`).
     """
     words = ["dpo-jax", *word.split()]
-    usual = dict(_defaults(getattr(options, COMMANDS[word].options)))
+    usual = dict(_defaults(COMMANDS[word].options))
     for name, value in flatten(given).items():
         if name in usual and usual[name] == value and type(usual[name]) is type(value):
             continue

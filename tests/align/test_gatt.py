@@ -255,7 +255,7 @@ def test_dialogues_are_chained_to_their_length() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"turns": 0}, r"--gatt\.turns must be at least 1"),
+        ({"turns": 0}, r"--gatt\.turns 0 must be at least 1"),
         ({"short": 1.5}, "--gatt.short"),
         ({"combine": 5}, "exceeds the 4 kinds"),
         ({"kinds": ("hobby", "hobby")}, "names a kind twice"),

@@ -111,7 +111,7 @@ def test_yaml_says_what_the_command_line_would(tmp_path: Path) -> None:
         ("command: sft", "must define `config`, a dpo_jax.config.DPORun; it is SFTRun"),
         ("command: dpo\ndpo.bta: 1", "c.yaml: unknown option --dpo.bta; did you mean --dpo.beta?"),
         ("command: dpo\ndpo: {loss: no}", "c.yaml: invalid choice 'false' for argument '--dpo.loss'"),
-        ("command: dpo\ndpo.beta: -1", "c.yaml: --dpo.beta must be positive"),
+        ("command: dpo\ndpo.beta: -1", "c.yaml: --dpo.beta -1.0 must be positive"),
         ("command: dpo\nfrom: other.yaml", "`from` names a shipped recipe or a CONFIG.py"),
         ("command: dpo\nfrom: zephyr_dpo", "did you mean zephyr_ddpo?"),
         ("command: dpo\ntrain: {steps: 1, steps: 2}", "steps stands there twice"),

@@ -146,7 +146,7 @@ def test_errors(model, questions, tmp_path, capsys):
         (["--sample.temperature", "1"], "--sample.temperature"),
         (["--sample.top_p", "0.9"], "--sample.top_p"),
         (["--model_id", " "], "--model_id is blank"),
-        (["--seed", "-1"], "--seed must lie in"),
+        (["--seed", "-1"], "--seed -1 must lie in"),
         (["--sample.max_new_tokens", "200"], "question 90 and 2 answers of up to 200 tokens may take"),
     ):
         assert run(model, questions, out, *more) == 2

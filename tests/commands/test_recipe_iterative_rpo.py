@@ -40,8 +40,8 @@ def test_the_recipe_parses() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--samples", "1"], "--samples 1: a pair takes at least 2"),
-        (["--temperatures", "0"], "--temperatures 0.0: must be positive"),
+        (["--samples", "1"], "--samples 1 must be at least 2"),
+        (["--temperatures", "0"], "--temperatures 0.0 must be positive"),
         (["--rounds", "1", "--temperatures", "0.5", "1"], "--temperatures has 2 for --rounds 1"),
         (["--answer_pattern", "("], "--answer_pattern (: missing )"),
         (["--answer_pattern", "a"], "--answer_pattern a: has 0 groups"),

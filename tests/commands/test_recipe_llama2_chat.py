@@ -103,7 +103,7 @@ def test_the_recipes_parse(name: str) -> None:
         (["--ppo.train.layout", "separate"], "train.layout separate has no effect with one response"),
         (["--safety_judge", "vader"], "give --safety_data and --safety_judge together"),
         (["--safety.mix", "0.2"], "--safety.* has no effect without --safety_data"),
-        (["--recipe.heldout", "1"], "--recipe.heldout 1.0 is a share of the prompts"),
+        (["--recipe.heldout", "1"], "--recipe.heldout 1.0 must lie in (0, 1)"),
         (["--judge", "regex:("], "--reward regex"),
     ],
 )

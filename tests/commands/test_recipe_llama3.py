@@ -51,7 +51,7 @@ def test_the_recipe_parses() -> None:
         (["--sft_data", "s", "--average_over", "seed=1"], "--average_over seed=1: write OPTION=VALUE"),
         (["--sft_data", "s", "--average_over", "train.sed=1"], "--average_over train.sed=1: no such option"),
         (["--sft_data", "s", "--average_over", "dpo.beta=0.1"], "--average_over dpo.beta=0.1: is what --dpo.dpo.beta"),
-        (["--sft_data", "s", "--average_over", "dpo.beta=-1"], "--average_over dpo.beta=-1: --dpo.beta must be"),
+        (["--sft_data", "s", "--average_over", "dpo.beta=-1"], "--average_over dpo.beta=-1: --dpo.beta -1.0 must be"),
         (["--sft_data", "s", "--average_over", "train.seed=1", "train.seed=1"], "names train.seed=1 twice"),
         (
             ["--sft_data", "s", "--average_over", "train.seed=1", "train.seed=01"],
@@ -69,8 +69,8 @@ def test_the_recipe_parses() -> None:
                 "train.seed=abc": "--train.seed: invalid literal",
                 "train.seed=1.5": "--train.seed: invalid literal",
                 "optimizer.learning_rate=true": "--optimizer.learning_rate: could not convert",
-                "optimizer.learning_rate=inf": "--optimizer.learning_rate inf is not in",
-                "optimizer.learning_rate=nan": "--optimizer.learning_rate nan is not in",
+                "optimizer.learning_rate=inf": "--optimizer.learning_rate inf must be finite",
+                "optimizer.learning_rate=nan": "--optimizer.learning_rate nan must be positive",
                 "train.eval_every=5": "changes nothing in the model",
                 "train.remat=full": "changes nothing in the model",
                 "optimizer.decay=0.5": "--optimizer.decay has no effect with --optimizer.name adamw",
@@ -81,7 +81,7 @@ def test_the_recipe_parses() -> None:
         (["--stages", "dpo", "--rejection.rejection.samples", "5"], "--rejection.rejection.samples has no effect with"),
         (["--sft_data", "s", "--rejection.rejection.pool", "latest"], "--rejection.rejection.pool has no effect"),
         (["--sft_data", "s", "--rejection.reward_memory", "5"], "--rejection.reward_memory has no effect"),
-        (["--sft_data", "s", "--heldout", "1"], "--heldout 1.0 is a share of the prompts"),
+        (["--sft_data", "s", "--heldout", "1"], "--heldout 1.0 must lie in (0, 1)"),
     ],
 )
 def test_one_line_errors(words, message, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> None:

@@ -163,7 +163,7 @@ def test_the_shipped_recipe_has_the_papers_numbers() -> None:
         (["--dsft.endpoint.url", "http://a:b@c/v1", "--dsft.endpoint.model", "m"], "dsft.endpoint.url c: leave the"),
         (["--dsft.prompts", "x"], "--dsft.prompts has no effect in dpo-jax recipe zephyr"),
         (["--dpo.reference", "x"], "--dpo.reference has no effect in dpo-jax recipe zephyr"),
-        (["--heldout", "1"], "--heldout 1.0 is a share of the prompts"),
+        (["--heldout", "1"], "--heldout 1.0 must lie in (0, 1)"),
     ],
 )
 def test_one_line_errors(words, message, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:

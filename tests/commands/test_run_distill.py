@@ -83,7 +83,7 @@ def test_stopped_and_gone_on(inputs: Path, whole: Path, tmp_path: Path) -> None:
             ["--distill.on_policy", "0", "--sample.top_p", "0.9"],
             "--sample.top_p has no effect with --distill.on_policy 0",
         ),
-        (["--distill.temperature", "inf"], "--distill.temperature must be finite"),
+        (["--distill.temperature", "inf"], "--distill.temperature inf must be finite"),
         (["--sample.temperature", "0"], "distillation learns from samples"),
         (["--data.max_length", "6"], "leaves no room for a prompt"),
     ],

@@ -190,7 +190,7 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
         (["--eval_data", "e.jsonl"], "--eval_data does not go with --environment"),
         (["--ppo.preset", "dapo"], "does not go with --ppo.zero_variance resample"),
         (["--data.template", "raw"], "--environment needs turns"),
-        (["--environment_tokens", "0"], "--environment_tokens must be at least 1"),
+        (["--environment_tokens", "0"], "--environment_tokens 0 must be at least 1"),
         (["--data.max_length", "600"], "--data.max_length 600 exceeds the model's context of 512; lower it"),
         (["--environment_tokens", "4"], "--environment_tokens 4 hold no turn of --sample.max_new_tokens 6"),
         (["--data.max_length", "150"], "an episode of 200 tokens (--environment_tokens) leaves no room"),

@@ -19,7 +19,7 @@ import pytest
 import runs
 import tiny
 
-from dpo_jax import cli, config
+from dpo_jax import cli
 from dpo_jax.config import ConvertRun, DPORun, PPORun
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import FREE, RunFolder, as_json
@@ -315,7 +315,7 @@ def test_every_option_that_names_a_place_is_known_as_one() -> None:
     texts = {
         prefix + field.name
         for word in words
-        for prefix, field in cli._walk(getattr(config, cli.COMMANDS[word].options))
+        for prefix, field in cli._walk(cli.COMMANDS[word].options)
         if "str" in str(field.type) and "Literal" not in str(field.type)
     }
     assert texts - card.PLACES - {name for name in texts if name.startswith(FREE)} == {

@@ -439,12 +439,12 @@ def words(inputs: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rejection.samples", "1"], r"--rejection.samples 1: the best of K takes at least 2"),
+        (["--rejection.samples", "1"], r"--rejection.samples 1 must be at least 2"),
         (["--rejection.temperatures"], r"--rejection.temperatures is empty"),
-        (["--rejection.temperatures", "1.0", "-0.5"], r"--rejection.temperatures -0.5: must be positive"),
-        (["--rejection.temperatures", "0"], r"--rejection.temperatures 0.0: must be positive"),
+        (["--rejection.temperatures", "1.0", "-0.5"], r"--rejection.temperatures -0.5 must be positive"),
+        (["--rejection.temperatures", "0"], r"--rejection.temperatures 0.0 must be positive"),
         (["--rejection.temperatures", "1", "1"], r"names one twice"),
-        (["--rejection.share", "1.5"], r"--rejection.share must lie in"),
+        (["--rejection.share", "1.5"], r"--rejection.share 1.5 must lie in"),
         (["--rejection.student", "x", "--rejection.iterations", "2"], r"--rejection.iterations has no effect with"),
         (["--rejection.pool", "latest", "--rejection.pool_from", "x"], r"--rejection.pool_from has no effect with"),
         (["--rejection.eval_samples", "2"], r"have no effect without --eval_data"),

@@ -185,7 +185,7 @@ def test_on_a_mesh(inputs: Path, tmp_path: Path) -> None:
         ("sft", ["--train.sample_prompts", "{inputs}/many.jsonl"], "holds 33 prompts"),
         ("sft", ["--train.sample_prompts", "{inputs}/none.jsonl"], "none.jsonl"),
         ("sft", ["--train.sample_tokens", "256"], "leaves no room for a prompt in the model's context of 256"),
-        ("sft", ["--train.sample_every", "0"], "--train.sample_every must be at least 1"),
+        ("sft", ["--train.sample_every", "0"], "--train.sample_every 0 must be at least 1"),
         ("sft", ["--train.sample_every", "None"], "--train.sample_tokens has no effect without --train.sample_every"),
     ],
 )

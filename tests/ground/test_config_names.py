@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import cli, config
+from dpo_jax import cli
 from dpo_jax.config import DataConfig, DPORun, RejectionRun, RewardRun, SFTDataConfig, SFTRun, names
 from dpo_jax.config.words import COMMANDS
 from dpo_jax.errors import InputError
@@ -25,7 +25,7 @@ def told_anew() -> None:
 @pytest.mark.parametrize("word", COMMANDS)
 def test_options_are_called_as_their_fields_are(word: str) -> None:
     """A section's own name stands for its files, and `from` is no name in Python: nothing else differs."""
-    fields = {prefix + field.name for prefix, field in cli._walk(getattr(config, COMMANDS[word].options))}
+    fields = {prefix + field.name for prefix, field in cli._walk(COMMANDS[word].options)}
     fields = {"data" if name == "data.files" else "from" if name == "from_" else name for name in fields}
     own = {name for name in cli.option_names(word) if not name.rpartition(".")[2].startswith("no_")}
     assert own <= fields

@@ -87,7 +87,7 @@ def test_shares_of_an_ema_are_those_of_its_recursion() -> None:
         (["A", "B", "--weights", "1"], "--weights has 1 numbers for 2 models"),
         (["A", "B", "--weights", "0", "0"], "--weights must be 0 or more, and not all 0"),
         (["A", "B", "--weights", "1", "1", "--ema", ".5"], "--weights and --ema exclude each other"),
-        (["A", "B", "--ema", "1"], "--ema 1.0 must lie between 0 and 1"),
+        (["A", "B", "--ema", "1"], "--ema 1.0 must lie in (0, 1)"),
     ],
 )
 def test_bad_options(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

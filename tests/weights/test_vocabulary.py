@@ -513,10 +513,10 @@ def test_models_that_cannot_be_extended(llama2: Path, published: Path, tmp_path:
         ({"data": ("a.txt",)}, "give --data and --pieces, or --tokenizer"),
         ({"tokenizer": "t", "pieces": 5}, "--pieces has no effect with --tokenizer"),
         ({"tokenizer": "t", "character_coverage": 0.9}, "--character_coverage has no effect with --tokenizer"),
-        ({"data": ("a.txt",), "pieces": 0}, "--pieces must be at least 1"),
+        ({"data": ("a.txt",), "pieces": 0}, "--pieces 0 must be at least 1"),
         ({"data": ("a.txt",), "pieces": 5, "character_coverage": 1.5}, "must lie in"),
-        ({"data": ("a.txt",), "pieces": 5, "max_sentence_length": 1}, "--max_sentence_length must be at least 2"),
-        ({"tokenizer": "t", "pad_to_multiple_of": 0}, "--pad_to_multiple_of must be at least 1"),
+        ({"data": ("a.txt",), "pieces": 5, "max_sentence_length": 1}, "--max_sentence_length 1 must be at least 2"),
+        ({"tokenizer": "t", "pad_to_multiple_of": 0}, "--pad_to_multiple_of 0 must be at least 1"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], line: str) -> None:
