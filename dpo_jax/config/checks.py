@@ -123,9 +123,10 @@ def part(section: Any, *, without: tuple[str, ...] = (), **usual: Any) -> Any:
     return dataclasses.field(default_factory=cache(partial(section, **usual)), metadata={"without": without})
 
 
-def no_option(section: Any = lambda: None) -> Any:
+def no_option(section: Any = None) -> Any:
     """A field that is no option of the command: None, or a section as it is."""
-    return dataclasses.field(default_factory=cache(section), metadata={"hidden": True})
+    told: Any = {"default": None} if section is None else {"default_factory": cache(section)}
+    return dataclasses.field(metadata={"hidden": True}, **told)
 
 
 def stage(run: Any, *without: str, **usual: Any) -> Any:

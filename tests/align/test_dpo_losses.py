@@ -220,7 +220,7 @@ def test_at_the_reference_the_gradient_pulls_the_two_apart():
         ({"loss": "apo_zero", "divergence": "js"}, "divergence has no effect with --dpo.loss apo_zero"),
         ({"loss": "ipo", "divergence": "alpha"}, "divergence has no effect with --dpo.loss ipo"),
         ({"divergence_alpha": 0.3}, "divergence_alpha has no effect with --dpo.divergence reverse_kl"),
-        ({"divergence": "alpha", "divergence_alpha": 1.0}, "must lie between 0"),
+        ({"divergence": "alpha", "divergence_alpha": 1.0}, r"must lie in \(0, 1\) \(0 is reverse_kl"),
         ({"discopop_tau": 0.1}, "discopop_tau has no effect with --dpo.loss sigmoid"),
         ({"loss": "discopop", "discopop_tau": 2.0}, r"must lie in \(0, 1\]"),
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "takes its logarithm"),

@@ -136,7 +136,7 @@ def test_best_of_four_and_the_mixture(inputs: Path, tmp_path: Path) -> None:
         (["--online.samples", "1"], "--online.samples 1 must be at least 2"),
         (["--online.samples", "4", "--online.opponent", "reference"], "a pair is one response of each"),
         (["--online.mixture", "0.5"], "--online.mixture has no effect with --online.opponent policy"),
-        (["--online.opponent", "mixture", "--online.mixture", "1"], "--online.mixture 1.0 must lie in (0, 1)"),
+        (["--online.opponent", "mixture", "--online.mixture", "1"], "--online.mixture 1.0 must lie in"),
         (["--online.missing_eos_penalty", "inf"], "--online.missing_eos_penalty inf must be finite"),
         (["--online.exploration", "1e-5"], "it belongs to reference"),
         (["--rollout_batch_size", "3"], r"no multiple of 2 \(--online.samples\) that divides the 32 responses"),

@@ -165,7 +165,7 @@ def test_a_bad_row_is_one_line(model, tmp_path, capsys, rows, options, message):
         (("--prompt", "a", "--sample.temperature", "0", "--sample.top_k", "3"), "no effect at temperature 0"),
         (("--prompt", "a", "--sample.top_p", "0"), "top_p"),
         (("--prompt", "a", "--sample.temperature", "0", "--sample.min_p", "0.1"), "no effect at temperature 0"),
-        (("--prompt", "a", "--sample.min_p", "2"), "min_p must lie"),
+        (("--prompt", "a", "--sample.min_p", "2"), "min_p 2.0 must lie"),
         (("--prompt", "a", "--sample.repetition_penalty", "0"), "repetition_penalty 0.0 must be positive"),
         (("--prompt", "a", "--sample.no_repeat_ngram", "0"), "no_repeat_ngram 0 must be at least 1"),
         (("--prompt", "a", "--sample.min_new_tokens", "8"), "min_new_tokens 8 must lie in [0, max_new_tokens 8)"),
