@@ -264,9 +264,9 @@ def pieces(mesh: Mesh, axis: str) -> int:
     return math.prod(mesh.shape[n] for n in RULES[axis])
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """How many pieces a batch is split into on `mesh`: a batch size must be a multiple of it."""
-    return pieces(mesh, "batch")
+def batch_parts(mesh: Mesh | None) -> int:
+    """How many pieces a batch is split into on `mesh`, if there is one: a batch size must be a multiple of it."""
+    return 1 if mesh is None else pieces(mesh, "batch")
 
 
 def device_bytes(tree: Any) -> float:
@@ -274,11 +274,13 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Place a tree of host arrays [B, ...] on the mesh, the batch axis split.
+def put_batch(mesh: Mesh | None, batch: Any) -> Any:
+    """Place a tree of host arrays [B, ...] on the mesh, the batch axis split; without a mesh it stays where it is.
 
     Every process passes the same global batch; each copies only the rows that its own devices hold.
     """
+    if mesh is None:
+        return batch
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)

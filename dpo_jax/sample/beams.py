@@ -195,7 +195,7 @@ def _search(
 def beam_search(
     model: llama.Llama,
     variables: Any,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    prompts: decode.Prompts,
     *,
     config: SampleConfig,
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
@@ -217,27 +217,18 @@ def beam_search(
     if config.beams is None:
         raise InputError("beam_search needs beams in its config; without them call dpo_jax.sample.generate")
     program = Program.of(model, config, str(jax.random.key_impl(jax.random.key(0))), mesh, variables)
-    mesh = program.mesh
     vocab = model.config.vocab_size
     candidates = max(2, 1 + len(config.stop_tokens)) * config.beams
     ids = vocab if vocabulary is None else vocabulary
     if candidates > ids:
         raise InputError(f"{config.beams} beams need {candidates} candidates of a vocabulary of {ids}; lower beams")
-    padded, lengths = decode.pad_prompts(prompts, prompt_lengths, vocab)
-    count, longest = padded.shape
-    slots = decode.count_slots(model, longest, config)
-    fillers = -count % (1 if mesh is None else meshes.batch_parts(mesh))
-    padded = np.pad(padded, ((0, fillers), (0, min(decode.bucket(longest), slots) - longest)))
-    batch = padded, np.pad(lengths, (0, fillers))
+    table, lengths, slots = decode.batch_of(program, prompts, prompt_lengths, config)
     penalty = np.float32(config.resolved("length_penalty"))
-    static = {
-        "beams": config.beams,
-        "new": decode.bucket(config.max_new_tokens),
-        "slots": slots,
-    }
+    static = {"beams": config.beams, "new": decode.bucket(config.max_new_tokens), "slots": slots}
     settings = decode.settings(config, vocab, vocabulary)
-    with meshes.in_force(mesh):
+    with meshes.in_force(program.mesh):
         weights = make_weights(program, variables, config.weights)
-        table, sizes = batch if mesh is None else meshes.put_batch(mesh, batch)
-        out = _search(weights, table, sizes, penalty, settings, program=program, **static)
+        batch = meshes.put_batch(program.mesh, (table, lengths))
+        out = _search(weights, *batch, penalty, settings, program=program, **static)
+    count = np.count_nonzero(lengths)
     return Generation(*(x[:count, : config.max_new_tokens] for x in out))

@@ -8,6 +8,7 @@ B rows, G prompts that begin together, K samples of one prompt that do, N new to
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,16 +57,13 @@ class _View(NamedTuple):
     logps: jax.Array
 
 
-def _constrain(program: Program, rows: decode.Rows) -> decode.Rows:
-    return rows if program.mesh is None else decode.constrain(rows)
-
-
 @partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words"))
 def _empty(
     settings: decode.Settings, *, program: Program, rows: int, new: int, slots: int, key_words: int
 ) -> decode.Rows:
-    state = decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
-    return _constrain(program, state)
+    return decode.constrain(
+        decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
+    )
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
@@ -92,7 +90,7 @@ def _admit(
     fresh = decode.Decoder(program, weights, settings).begin(
         prompts, lengths, keys, samples=samples, new=new, slots=prompts.shape[1], plain=False
     )
-    return _constrain(program, decode.place(rows, fresh, targets.reshape(-1)))
+    return decode.constrain(decode.place(rows, fresh, targets.reshape(-1)))
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
@@ -117,10 +115,10 @@ def _run(
         step, rows = loop
         return step + 1, decoder.advance(rows)
 
-    rows = _constrain(program, rows._replace(done=rows.done | ended))
+    rows = decode.constrain(rows._replace(done=rows.done | ended))
     _, rows = jax.lax.while_loop(more, body, (jnp.int32(0), rows))
     view = decode.everywhere(program, _View(rows.count, rows.done, rows.tokens, rows.logps))
-    return _constrain(program, rows), view
+    return decode.constrain(rows), view
 
 
 def _units(requests: Sequence[Request], width: int) -> list[tuple[int, list[int]]]:
@@ -180,40 +178,33 @@ def serve(
         raise InputError(f"rows {rows} must be at least 1")
     bits, implementation = decode.key_data(key)
     program = Program.of(model, config, implementation, mesh, variables)
-    mesh = program.mesh
     table, lengths = decode.pad_prompts(prompts, None, model.config.vocab_size)
-    parts = 1 if mesh is None else meshes.batch_parts(mesh)
-    rows = -(-min(rows, max(len(requests), 1)) // parts) * parts
-    with meshes.in_force(mesh):
+    rows = min(rows, max(len(requests), 1))
+    rows += -rows % meshes.batch_parts(program.mesh)
+    with meshes.in_force(program.mesh):
         weights = make_weights(program, variables, config.weights)
     units, settings = _units(requests, rows), decode.settings(config, model.config.vocab_size, vocabulary)
     new = decode.bucket(config.max_new_tokens)
     for slots, group in _groups(model, lengths.tolist(), units, config):
-        batch = _Batch(program, weights, table, lengths, bits, settings, new=new, rows=rows, slots=slots, parts=parts)
-        yield from batch.work(group, ended)
+        yield from _Batch(program, weights, table, lengths, bits, settings, new, rows, slots).work(group, ended)
 
 
+@dataclass
 class _Batch:
-    """The rows on the devices, and who has which."""
+    """The rows on the devices, and who has which. `table`, `lengths`: all prompts; `bits`: of the key."""
 
-    def __init__(
-        self,
-        program: Program,
-        weights: Weights,
-        table: np.ndarray,
-        lengths: np.ndarray,
-        bits: np.ndarray,
-        settings: decode.Settings,
-        *,
-        new: int,
-        rows: int,
-        slots: int,
-        parts: int,
-    ):
-        self.program, self.weights, self.table, self.lengths = program, weights, table, lengths
-        self.bits, self.rows, self.slots, self.parts = bits, rows, slots, parts
-        self.settings, self.new = settings, new
-        self.owner: list[Request | None] = [None] * rows
+    program: Program
+    weights: Weights
+    table: np.ndarray
+    lengths: np.ndarray
+    bits: np.ndarray
+    settings: decode.Settings
+    new: int
+    rows: int
+    slots: int
+
+    def __post_init__(self) -> None:
+        self.owner: list[Request | None] = [None] * self.rows
 
     def work(
         self, units: list[tuple[int, list[int]]], ended: Callable[[Request, list[int]], int | None] | None
@@ -224,14 +215,8 @@ class _Batch:
         together = max(1, self.rows // (4 * width))
         waiting = list(reversed(units))
         with meshes.in_force(self.program.mesh):
-            state = _empty(
-                self.settings,
-                program=self.program,
-                rows=self.rows,
-                new=self.new,
-                slots=self.slots,
-                key_words=len(self.bits),
-            )
+            size = {"rows": self.rows, "new": self.new, "slots": self.slots, "key_words": len(self.bits)}
+            state = _empty(self.settings, program=self.program, **size)
         stop = np.zeros(self.rows, bool)
         while waiting or any(owner is not None for owner in self.owner):
             while waiting:
@@ -247,7 +232,7 @@ class _Batch:
                 state, view = _run(
                     state,
                     self.weights,
-                    self._put(stop),
+                    meshes.put_batch(self.program.mesh, stop),
                     np.int32(CHUNK if ended is None else WATCHED_CHUNK),
                     np.int32(wanted),
                     self.settings,
@@ -268,15 +253,11 @@ class _Batch:
             if finished:
                 yield finished
 
-    def _put(self, batch: Any) -> Any:
-        return batch if self.program.mesh is None else meshes.put_batch(self.program.mesh, batch)
-
     def _admit(self, state: decode.Rows, units: list[tuple[int, list[int]]], together: int, width: int) -> decode.Rows:
         """Give each sample of the units a free row, and prefill them."""
-        size = -(-together // self.parts) * self.parts
+        size = together + -together % meshes.batch_parts(self.program.mesh)
         longest = max(int(self.lengths[prompt]) for prompt, _ in units)
-        columns = min(max(16, 1 << (longest - 1).bit_length()), self.slots)  # few widths: each is compiled
-        prompts = np.zeros((size, columns), np.int32)
+        prompts = np.zeros((size, decode.width_of(longest, self.slots)), np.int32)
         lengths, ids = np.zeros(size, np.int32), np.zeros(size, np.uint32)
         targets, numbers = np.full((size, width), self.rows, np.int32), np.zeros((size, width), np.uint32)
         free = [i for i, owner in enumerate(self.owner) if owner is None]
@@ -288,5 +269,5 @@ class _Batch:
                 self.owner[row] = (prompt, sample)
                 targets[g, k], numbers[g, k] = row, sample
         with meshes.in_force(self.program.mesh):
-            arrays = self._put((prompts, lengths, targets, ids, numbers))
+            arrays = meshes.put_batch(self.program.mesh, (prompts, lengths, targets, ids, numbers))
             return _admit(state, self.weights, *arrays, self.bits, self.settings, program=self.program)

@@ -34,6 +34,10 @@ SAMPLE = np.uint32(2**31)
 """Added to a sample's number before it is folded into its row's key; tokens count from 0 and stay below."""
 
 
+Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
+"""Lists of token ids, or integers [B, P], right-padded."""
+
+
 class Settings(NamedTuple):
     """Numbers of a `SampleConfig`, as arrays: changing one of them compiles nothing anew. None is off.
 
@@ -121,7 +125,7 @@ def settings(config: SampleConfig, vocab: int, vocabulary: int | None = None) ->
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array, lengths: Sequence[int] | np.ndarray | None, vocab: int
+    prompts: Prompts, lengths: Sequence[int] | np.ndarray | None, vocab: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded int32 [B, P] and lengths [B], checked; P is the longest prompt. Raises `InputError`."""
     if isinstance(prompts, np.ndarray | jax.Array):
@@ -187,6 +191,26 @@ def count_slots(model: llama.Llama, longest: int, config: SampleConfig) -> int:
     return min(slots, window)
 
 
+def batch_of(
+    program: Program, prompts: Prompts, lengths: Sequence[int] | np.ndarray | None, config: SampleConfig
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """(prompts int32 [B, P], lengths int32 [B], slots), with fillers of length 0 up to what the mesh splits.
+
+    Raises `InputError` for prompts that are none, or do not fit the model.
+    """
+    table, sizes = pad_prompts(prompts, lengths, program.model.config.vocab_size)
+    count, longest = table.shape
+    slots = count_slots(program.model, longest, config)
+    fillers = -count % meshes.batch_parts(program.mesh)
+    table = np.pad(table, ((0, fillers), (0, min(bucket(longest), slots) - longest)))
+    return table, np.pad(sizes, (0, fillers)), slots
+
+
+def width_of(longest: int, slots: int) -> int:
+    """Places for prompts of at most `longest` tokens that join others: few widths, for each is compiled."""
+    return min(max(16, 1 << (longest - 1).bit_length()), slots)
+
+
 def key_data(key: jax.Array) -> tuple[np.ndarray, str]:
     """The bits of a key and the name of its generator; host bits, because every process passes the same ones."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -212,6 +236,7 @@ def empty(
 ) -> Rows:
     """Rows of which none is in use."""
     how = settings.adjustments
+    cache = caches.init_cache(program.model.config, rows, slots, program.cache)
     return Rows(
         count=jnp.zeros(rows, jnp.int32),
         done=jnp.ones(rows, bool),
@@ -224,13 +249,8 @@ def empty(
         seen=jnp.zeros((rows, program.model.config.vocab_size), bool)
         if how is not None and how.repetition is not None
         else None,
-        cache=_empty_cache(program, rows, slots),
+        cache=caches.unstack(cache) if program.unrolled else cache,
     )
-
-
-def _empty_cache(program: Program, rows: int, slots: int) -> caches.Caches:
-    cache = caches.init_cache(program.model.config, rows, slots, program.cache)
-    return caches.unstack(cache) if program.unrolled else cache
 
 
 class Decoder:
@@ -259,20 +279,9 @@ class Decoder:
         hidden, cache = _apply(model, variables, tokens[:, None], positions[:, None], cache=cache)
         return self._of_text(_apply(model, variables, hidden[:, 0], method="logits")), cache
 
-    def begin(
-        self,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        keys: jax.Array,
-        *,
-        samples: int,
-        new: int,
-        slots: int,
-        plain: bool,
-    ) -> Rows:
+    def begin(self, prompts: jax.Array, lengths: jax.Array, keys: jax.Array, **size: Any) -> Rows:
         """`fresh` rows with one token each."""
-        rows, logits = self.fresh(prompts, lengths, keys, samples=samples, new=new, slots=slots, plain=plain)
-        return self.record(rows, logits)
+        return self.record(*self.fresh(prompts, lengths, keys, **size))
 
     def fresh(
         self,

@@ -7,7 +7,7 @@ B batch, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -72,37 +72,41 @@ def _generate(
     return decode.everywhere(program, (Generation(rows.tokens, mask, rows.logps), rows.plain))
 
 
+class Options(TypedDict, total=False):
+    """What `generate` and its relatives take beside the model, prompts and a key.
+
+    config: see `SampleConfig`.
+    prompt_lengths: [B], where the prompts are one array.
+    row_ids: int [B], the identity of each row in the draw; default 0..B-1. The text of a row depends on the model, its
+      prompt, the key and its id, and on nothing else in the batch.
+    samples: K continuations of each prompt, which is computed once for all of them; rows i K to i K + K - 1 are those
+      of prompt i. The first of them is what K = 1, the default, gives.
+    vocabulary: ids from here on are never drawn, and have no part in the log-probabilities: rows of a padded embedding
+      that stand for no text. Not given: every id may be drawn.
+    mesh: the mesh that the variables are laid out on; the rows are split over it, over `context` too.
+    """
+
+    config: Required[SampleConfig]
+    prompt_lengths: Sequence[int] | np.ndarray | None
+    row_ids: Sequence[int] | np.ndarray | None
+    samples: int
+    vocabulary: int | None
+    mesh: Mesh | None
+
+
 def generate(
-    model: llama.Llama,
-    variables: Any,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
-    key: jax.Array,
-    *,
-    config: SampleConfig,
-    prompt_lengths: Sequence[int] | np.ndarray | None = None,
-    row_ids: Sequence[int] | np.ndarray | None = None,
-    samples: int = 1,
-    vocabulary: int | None = None,
-    mesh: Mesh | None = None,
+    model: llama.Llama, variables: Any, prompts: decode.Prompts, key: jax.Array, **options: Unpack[Options]
 ) -> Generation:
     """Continue each prompt by at most `config.max_new_tokens` tokens.
 
     Shapes are rounded up to a few sizes, so calls with prompts of similar length share one compiled program; so do
     calls that differ only in the numbers of their settings, or in seed.
 
-    Args:
+    Args: see `Options`, and:
       model, variables: from `load_pretrained`; with an `adapters` collection the adapted model generates. For many
         calls, `prepare(model, variables, config)` in place of the variables.
-      prompts: B lists of token ids, or integers [B, P] padded on the right with `prompt_lengths` [B].
+      prompts: B lists of token ids, or integers [B, P] padded on the right with `prompt_lengths`.
       key: a JAX random key. The same key gives the same text, another key another text; greedy ignores it.
-      config: see `SampleConfig`.
-      row_ids: int [B], the identity of each row in the draw; default 0..B-1. The text of a row depends on the model,
-        its prompt, `key` and its id, and on nothing else in the batch.
-      samples: K continuations of each prompt, which is computed once for all of them; rows i K to i K + K - 1 are those
-        of prompt i. The first of them is what K = 1 gives.
-      vocabulary: ids from here on are never drawn, and have no part in the log-probabilities: rows of a padded
-        embedding that stand for no text. Not given: every id may be drawn.
-      mesh: the mesh that `variables` are laid out on; the rows are split over it, over `context` too.
 
     Returns:
       `Generation`: tokens, mask and logps [B K, max_new_tokens]; the same on every process.
@@ -111,29 +115,14 @@ def generate(
       InputError: no prompts, an empty one, ids outside the vocabulary, more tokens than the context
         holds, stop strings (which need a tokenizer).
     """
-    out, _ = _run(
-        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=False
-    )
-    return out
+    return _run(model, variables, prompts, key, **options)[0]
 
 
 def generate_with_plain_logps(
-    model: llama.Llama,
-    variables: Any,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
-    key: jax.Array,
-    *,
-    config: SampleConfig,
-    prompt_lengths: Sequence[int] | np.ndarray | None = None,
-    row_ids: Sequence[int] | np.ndarray | None = None,
-    samples: int = 1,
-    vocabulary: int | None = None,
-    mesh: Mesh | None = None,
+    model: llama.Llama, variables: Any, prompts: decode.Prompts, key: jax.Array, **options: Unpack[Options]
 ) -> tuple[Generation, jax.Array]:
     """`generate`, and beside it the log-probabilities at temperature 1, float32 [B K, N]; 0 behind the end."""
-    out, plain = _run(
-        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=True
-    )
+    out, plain = _run(model, variables, prompts, key, plain=True, **options)
     assert plain is not None
     return out, plain
 
@@ -143,15 +132,9 @@ def generate_mixture(
     variables: Any,
     other: Any,
     share: float,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    prompts: decode.Prompts,
     key: jax.Array,
-    *,
-    config: SampleConfig,
-    prompt_lengths: Sequence[int] | np.ndarray | None = None,
-    row_ids: Sequence[int] | np.ndarray | None = None,
-    samples: int = 1,
-    vocabulary: int | None = None,
-    mesh: Mesh | None = None,
+    **options: Unpack[Options],
 ) -> Generation:
     """`generate` from π^(1−a) π_other^a / Z, token by token (`sample/mixture.py`).
 
@@ -163,11 +146,7 @@ def generate_mixture(
     """
     if not 0 < share < 1:
         raise InputError(f"share {share} must lie between 0 and 1; at an end one of the two models writes alone")
-    of = (np.float32(share), other)
-    out, _ = _run(
-        model, variables, prompts, key, config, prompt_lengths, row_ids, samples, vocabulary, mesh, plain=False, of=of
-    )
-    return out
+    return _run(model, variables, prompts, key, other=other, share=np.float32(share), **options)[0]
 
 
 def lower(
@@ -209,22 +188,23 @@ def lower(
 def _run(
     model: llama.Llama,
     variables: Any,
-    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
+    prompts: decode.Prompts,
     key: jax.Array,
+    *,
     config: SampleConfig,
-    prompt_lengths: Sequence[int] | np.ndarray | None,
-    row_ids: Sequence[int] | np.ndarray | None,
-    samples: int,
-    vocabulary: int | None,
-    mesh: Mesh | None,
-    plain: bool,
-    of: tuple[np.float32, Any] | None = None,
+    prompt_lengths: Sequence[int] | np.ndarray | None = None,
+    row_ids: Sequence[int] | np.ndarray | None = None,
+    samples: int = 1,
+    vocabulary: int | None = None,
+    mesh: Mesh | None = None,
+    plain: bool = False,
+    other: Any = None,
+    share: np.float32 | None = None,
 ) -> tuple[Generation, jax.Array | None]:
     key_data, implementation = decode.key_data(key)
     program = Program.of(model, config, implementation, mesh, variables)
-    mesh = program.mesh
-    padded, lengths = decode.pad_prompts(prompts, prompt_lengths, model.config.vocab_size)
-    count, longest = padded.shape
+    table, lengths, slots = decode.batch_of(program, prompts, prompt_lengths, config)
+    count = int(np.count_nonzero(lengths))
     ids = np.arange(count) if row_ids is None else np.asarray(row_ids)
     if ids.shape != (count,):
         raise InputError(f"row_ids {list(ids.shape)} must be one id for each of the {count} prompts")
@@ -234,24 +214,15 @@ def _run(
         raise InputError("beams draw nothing: call dpo_jax.sample.beam_search, or leave beams out")
     if config.stop_strings:
         raise InputError("stop_strings need a tokenizer: use dpo-jax generate, or stop_tokens here")
-    slots = decode.count_slots(model, longest, config)
-    fillers = -count % (1 if mesh is None else meshes.batch_parts(mesh))
-    padded = np.pad(padded, ((0, fillers), (0, min(bucket(longest), slots) - longest)))
-    batch = (padded, np.pad(lengths, (0, fillers)), np.pad(ids.astype(np.uint32), (0, fillers)))
+    ids = np.pad(ids.astype(np.uint32), (0, len(lengths) - count))
     settings = decode.settings(config, model.config.vocab_size, vocabulary)
-    static = {
-        "new": bucket(config.max_new_tokens),
-        "slots": slots,
-        "samples": samples,
-        "plain": plain,
-    }
-    with meshes.in_force(mesh):
-        tokens, lengths, ids = batch if mesh is None else meshes.put_batch(mesh, batch)
+    static = {"new": bucket(config.max_new_tokens), "slots": slots, "samples": samples, "plain": plain}
+    with meshes.in_force(program.mesh):
+        tokens, lengths, ids = meshes.put_batch(program.mesh, (table, lengths, ids))
         weights = make_weights(program, variables, config.weights)
-        mixed: Any = {}
-        if of is not None:
-            mixed = {"share": of[0], "other": make_weights(program, of[1], config.weights)}
-        out, logps = _generate(weights, tokens, lengths, key_data, ids, settings, **mixed, program=program, **static)
+        other = None if other is None else make_weights(program, other, config.weights)
+        batch = (tokens, lengths, key_data, ids, settings, other, share)
+        out, logps = _generate(weights, *batch, program=program, **static)
 
     def cut(x: jax.Array) -> jax.Array:
         return x[: count * samples, : config.max_new_tokens]

@@ -76,9 +76,7 @@ class View(NamedTuple):
     tops: Tops | None
 
 
-def _constrain(program: Program, state: State) -> State:
-    if program.mesh is None:
-        return state
+def _constrain(state: State) -> State:
     tops = jax.tree.map(lambda x: meshes.constrain(x, meshes.batch_axes(x.ndim)), state.tops)
     return State(decode.constrain(state.rows), tops)
 
@@ -93,7 +91,7 @@ def _tops(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _empty(settings: decode.Settings, *, program: Program, rows: int, slots: int, key_words: int) -> State:
     empty = decode.empty(program, settings, rows=rows, new=slots, slots=slots, key_words=key_words, plain=True)
     shape = (rows, slots, min(ALTERNATIVES, program.model.config.vocab_size))
-    return _constrain(program, State(empty, Tops(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))))
+    return _constrain(State(empty, Tops(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))))
 
 
 @partial(jax.jit, static_argnames=("program", "slots"))
@@ -111,7 +109,7 @@ def _grow(state: State, *, program: Program, slots: int) -> State:
         plain=wider(rows.plain, 1),
         cache=caches.map_rows(lambda x, axis: wider(x, axis + 2), rows.cache),
     )
-    return _constrain(program, State(rows, Tops(*(wider(x, 1) for x in tops))))
+    return _constrain(State(rows, Tops(*(wider(x, 1) for x in tops))))
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
@@ -139,7 +137,7 @@ def _admit(
     )
     rows = decode.place(state.rows, decoder.record(fresh, logits), targets)
     tops = Tops(*(old.at[targets, 0].set(new, mode="drop") for old, new in zip(state.tops, _tops(logits), strict=True)))
-    return _constrain(program, State(rows, tops))
+    return _constrain(State(rows, tops))
 
 
 @partial(jax.jit, static_argnames=("program", "alternatives"), donate_argnums=0)
@@ -155,7 +153,7 @@ def _run(
 ) -> tuple[State, View]:
     """At most `steps` tokens a row, until a row is done; `ended` bool [B] were ended by the host."""
     decoder = decode.Decoder(program, weights, settings)
-    state = _constrain(program, state._replace(rows=state.rows._replace(done=state.rows.done | ended)))
+    state = _constrain(state._replace(rows=state.rows._replace(done=state.rows.done | ended)))
     before = jnp.sum(state.rows.done)
 
     def more(loop: tuple[jax.Array, State]) -> jax.Array:
@@ -174,7 +172,7 @@ def _run(
     _, state = jax.lax.while_loop(more, body, (jnp.int32(0), state))
     rows, tops = state
     view = View(rows.count, rows.done, rows.tokens, rows.plain, tops if alternatives else None)
-    return _constrain(program, state), decode.everywhere(program, view)
+    return _constrain(state), decode.everywhere(program, view)
 
 
 class Live:
@@ -205,7 +203,7 @@ class Live:
         self._program = Program.of(model, config, implementation, mesh, variables)
         mesh = self._program.mesh
         self.model, self.mesh = model, mesh
-        self._parts = 1 if mesh is None else meshes.batch_parts(mesh)
+        self._parts = meshes.batch_parts(mesh)
         self.size = -(-rows // self._parts) * self._parts
         limits = (*decode.limits(model.config).values(), longest)
         self.longest = min(limit for limit in limits if limit is not None)
@@ -243,8 +241,7 @@ class Live:
         assert self._state is not None
         targets = self.free[: len(samples)]
         assert len(targets) == len(samples), "the caller looks for free rows"
-        columns = min(max(16, 1 << (len(prompt) - 1).bit_length()), self._slots)  # few widths: each is compiled
-        prompts = np.zeros((self._parts, columns), np.int32)
+        prompts = np.zeros((self._parts, decode.width_of(len(prompt), self._slots)), np.int32)
         prompts[0, : len(prompt)] = table[0]
         lengths = np.zeros(self._parts, np.int32)
         lengths[0] = len(prompt)
@@ -255,7 +252,7 @@ class Live:
         keys = np.zeros((everyone, self._words), np.uint32)
         keys[: len(samples)] = np.asarray(own)
         with meshes.in_force(self.mesh):
-            arrays = self._put((prompts, lengths, where, keys, self._arrays([settings] * everyone)))
+            arrays = meshes.put_batch(self.mesh, (prompts, lengths, where, keys, self._arrays([settings] * everyone)))
             self._state = _admit(self._state, self._weights, *arrays, program=self._program)
         for row in targets:
             self._settings[row], self._ended[row] = settings, False
@@ -266,7 +263,7 @@ class Live:
         assert self._state is not None, "nothing was admitted"
         alternatives = any(s is not None and s.alternatives for s in self._settings)
         with meshes.in_force(self.mesh):
-            ended, settings = self._put((self._ended, self._arrays(self._settings)))
+            ended, settings = meshes.put_batch(self.mesh, (self._ended, self._arrays(self._settings)))
             self._state, view = _run(
                 self._state,
                 self._weights,
@@ -314,6 +311,3 @@ class Live:
             min_p=column("min_p", 0.0, np.float32),
             adjustments=None,
         )
-
-    def _put(self, arrays: Any) -> Any:
-        return arrays if self.mesh is None else meshes.put_batch(self.mesh, arrays)
