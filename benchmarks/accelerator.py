@@ -312,8 +312,7 @@ def steps(
     """All programs of each case but the one to leave out."""
     import jax
 
-    from dpo_jax import cli
-    from dpo_jax import mesh as meshes
+    from dpo_jax import cli, mesh as meshes
     from dpo_jax.plan import programs, worker
     from dpo_jax.plan.hardware import Topology
     from dpo_jax.plan.jobs import Job
@@ -384,8 +383,7 @@ def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, A
     """An epoch of 8 steps of 16 pairs, as the loader of the command makes them; every shape compiled before."""
     import jax
 
-    from dpo_jax import cli
-    from dpo_jax import mesh as meshes
+    from dpo_jax import cli, mesh as meshes
     from dpo_jax.align import dpo
     from dpo_jax.plan import programs
     from dpo_jax.plan.measured import made
@@ -463,8 +461,7 @@ def packed_sft(cases: dict[str, tuple[bool, bool]], toy: bool) -> Iterator[tuple
     import jax
     import numpy as np
 
-    from dpo_jax import cli
-    from dpo_jax import mesh as meshes
+    from dpo_jax import cli, mesh as meshes
     from dpo_jax.align import sft
     from dpo_jax.data.sets.loader import TokenLoader
     from dpo_jax.data.sets.sequences import SequenceDataset

@@ -80,8 +80,7 @@ def ours(options: argparse.Namespace, desk: Desk) -> None:
     import numpy as np
 
     import dpo_jax
-    from dpo_jax import cli
-    from dpo_jax import mesh as meshes
+    from dpo_jax import cli, mesh as meshes
     from dpo_jax.align import dpo
     from dpo_jax.data.sets.dataset import load_preferences
     from dpo_jax.train.row_data import preference_loader

@@ -174,8 +174,10 @@ def tunix_turns(options: argparse.Namespace, desk: Desk) -> None:
     """Tunix's Llama and sampler: {"prompts": [[id]], "samples": K} in, tokens out."""
     import jax.numpy as jnp
     from tunix.generate import sampler as sampling  # pyright: ignore[reportMissingImports]
-    from tunix.models.llama3 import model as llama  # pyright: ignore[reportMissingImports]
-    from tunix.models.llama3 import params  # pyright: ignore[reportMissingImports]
+    from tunix.models.llama3 import (
+        model as llama,  # pyright: ignore[reportMissingImports]
+        params,  # pyright: ignore[reportMissingImports]
+    )
 
     folder = options.folder / "model"
     hf = json.loads((folder / "config.json").read_text())

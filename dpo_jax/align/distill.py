@@ -19,9 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from dpo_jax import masked
-from dpo_jax import mesh as meshes
-from dpo_jax import state as states
+from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align import update
 from dpo_jax.config import DistillStepConfig
 from dpo_jax.model.divergence import token_divergence

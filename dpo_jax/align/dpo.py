@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpo_jax import masked
-from dpo_jax import state as states
+from dpo_jax import masked, state as states
 from dpo_jax.align import figures, microbatches, update
 from dpo_jax.align.across import of_batch, running_mean
 from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss, preference_terms, total

@@ -34,9 +34,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dpo_jax import masked
-from dpo_jax import mesh as meshes
-from dpo_jax import state as states
+from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align import microbatches, update
 from dpo_jax.align.advantages import (
     Targets,

@@ -35,8 +35,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpo_jax import masked
-from dpo_jax import state as states
+from dpo_jax import masked, state as states
 from dpo_jax.align import figures, sampled_softmax, update
 from dpo_jax.align.comparisons import centering, multi_class_loss, multi_label_loss, pair_mask, ranking_loss
 from dpo_jax.config import ClassHead, RewardConfig

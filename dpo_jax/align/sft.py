@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpo_jax import masked
-from dpo_jax import state as states
+from dpo_jax import masked, state as states
 from dpo_jax.align import update
 from dpo_jax.align.sampled_softmax import Negatives, draw, sampled_logps
 from dpo_jax.config import SFTConfig

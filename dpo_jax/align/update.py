@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import masked
-from dpo_jax import mesh as meshes
-from dpo_jax import state as states
+from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align import microbatches
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch

@@ -6,8 +6,7 @@ from dpo_jax.commands.convert import spoken
 from dpo_jax.config import AverageRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say, show_log
-from dpo_jax.weights.averaging import average as write_average
-from dpo_jax.weights.averaging import check_alike
+from dpo_jax.weights.averaging import average as write_average, check_alike
 from dpo_jax.weights.opened import open_checkpoint
 
 

@@ -44,8 +44,7 @@ from dpo_jax.files.log import read_metrics, say, show_log
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
-from dpo_jax.report import card
-from dpo_jax.report import gatt as gatt_report
+from dpo_jax.report import card, gatt as gatt_report
 from dpo_jax.sample.decode import limits
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained

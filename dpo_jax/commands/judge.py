@@ -29,8 +29,7 @@ from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.asked import sheet
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 from dpo_jax.judge.asked.judge_reward import prompt_of
-from dpo_jax.judge.asked.judging import Item, Judgement, contestants, family, one_score, side_of
-from dpo_jax.judge.asked.judging import judge as put
+from dpo_jax.judge.asked.judging import Item, Judgement, contestants, family, judge as put, one_score, side_of
 from dpo_jax.judge.figures.agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.figures.reward_bench import by_subset
 from dpo_jax.judge.loading import check_output

@@ -21,8 +21,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.plan import programs
 from dpo_jax.plan.programs import Lengths, Program
-from dpo_jax.sample import engine
-from dpo_jax.sample import layout as layouts
+from dpo_jax.sample import engine, layout as layouts
 from dpo_jax.sample.program import prepared_shapes
 from dpo_jax.train.flops import ModelFlops, Work, preference_work
 from dpo_jax.train.rollouts import jit_measure

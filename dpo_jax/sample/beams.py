@@ -22,8 +22,7 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model import cache as caches
-from dpo_jax.model import llama
+from dpo_jax.model import cache as caches, llama
 from dpo_jax.sample import decode, filters
 from dpo_jax.sample.engine import Generation
 from dpo_jax.sample.program import Program, Weights, make_weights

@@ -21,8 +21,7 @@ import numpy as np
 from dpo_jax import mesh as meshes
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model import cache as caches
-from dpo_jax.model import llama
+from dpo_jax.model import cache as caches, llama
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.sample import filters
 from dpo_jax.sample.program import Program, Weights

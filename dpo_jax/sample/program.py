@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from dpo_jax import mesh as meshes
 from dpo_jax.config import TENSOR, TRAINING, Narrow, SampleConfig, SampleLayout
 from dpo_jax.errors import InputError
-from dpo_jax.model import llama, narrow
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, narrow, variables as model_variables
 from dpo_jax.sample import layout as layouts
 
 

@@ -109,8 +109,11 @@ def _api(token: str) -> Any:
 @contextmanager
 def _told(token: str) -> Iterator[list[str]]:
     """Collect what goes wrong between us and the hub, in words without the token."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError as ConnectionFailed,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     failed: list[str] = []
     try:

@@ -24,8 +24,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
-from dpo_jax.weights.gguf import tensors as gguf_tensors
-from dpo_jax.weights.gguf import tokenizer as gguf_tokenizer
+from dpo_jax.weights.gguf import tensors as gguf_tensors, tokenizer as gguf_tokenizer
 from dpo_jax.weights.huggingface import heads, layout, model_folder, peft
 from dpo_jax.weights.integrity import base as bases
 from dpo_jax.weights.integrity.base import Base

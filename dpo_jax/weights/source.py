@@ -147,8 +147,12 @@ def config_file(source: str | Path) -> Path | None:
 @contextmanager
 def _hub(name: str) -> Iterator[None]:
     """What goes wrong between us and the hub, as an `InputError` about `name`."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ignore[reportPrivateImportUsage]
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError as ConnectionFailed,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+    )
 
     try:
         yield

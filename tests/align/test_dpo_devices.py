@@ -21,8 +21,7 @@ from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, OptimizerConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 
 STEPS = 5
 FULL = DPOConfig(reference="live", nll_coefficient=0.1, optimizer=OptimizerConfig(learning_rate=2e-3))

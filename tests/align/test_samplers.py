@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_bandit import ARMS, MODEL, REFERENCE, REWARD, start
-from test_presets import MARKOV, ragged, table
-from test_presets import config as preset_config
+from test_presets import MARKOV, config as preset_config, ragged, table
 
 from dpo_jax.align import ppo
 from dpo_jax.align.samplers import importance_weights

@@ -15,8 +15,7 @@ from windows import make_sequences, packed
 from dpo_jax.align import sft
 from dpo_jax.config import OptimizerConfig, SFTConfig
 from dpo_jax.mesh import make_mesh, put_batch
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 
 EXACT = SFTConfig(optimizer=OptimizerConfig(learning_rate=2e-3))
 SAMPLED = dataclasses.replace(EXACT, loss="sampled", negatives=24, proposal="log_uniform", accumulate=2)

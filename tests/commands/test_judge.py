@@ -19,8 +19,7 @@ from dpo_jax.complete.asking.local_model import LocalModel
 from dpo_jax.complete.asking.reply_cache import ReplyCache
 from dpo_jax.config import SampleConfig
 from dpo_jax.judge.asked.judging import expected_score, family, one_score
-from dpo_jax.judge.figures import agreement as figures
-from dpo_jax.judge.figures import reward_bench
+from dpo_jax.judge.figures import agreement as figures, reward_bench
 from dpo_jax.weights.pretrained import load_pretrained
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

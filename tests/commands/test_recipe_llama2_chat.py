@@ -14,8 +14,7 @@ import tiny
 
 from dpo_jax import cli, mesh
 from dpo_jax.commands import generate, ppo
-from dpo_jax.commands.recipes import heldout_comparisons as comparisons
-from dpo_jax.commands.recipes import judged_answers, llama2_chat
+from dpo_jax.commands.recipes import heldout_comparisons as comparisons, judged_answers, llama2_chat
 from dpo_jax.config import (
     SET_BY_RECIPE,
     ChatRecipeConfig,

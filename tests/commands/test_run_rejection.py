@@ -42,8 +42,7 @@ from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.jsonl import RowsFile, read_lines
-from dpo_jax.judge.rewards import pool as best_responses
-from dpo_jax.judge.rewards import scores as responses
+from dpo_jax.judge.rewards import pool as best_responses, scores as responses
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained

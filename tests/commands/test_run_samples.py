@@ -14,8 +14,7 @@ from dpo_jax.errors import Stopped
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.report.compare import read_runs, sections
 from dpo_jax.report.samples import TRAINING_SAMPLES, fixed_section, training_samples
-from dpo_jax.train import fixed_prompts
-from dpo_jax.train import session as training
+from dpo_jax.train import fixed_prompts, session as training
 
 pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 

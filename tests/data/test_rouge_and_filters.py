@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from dpo_jax.data.rows import dialogue_filters as filters
-from dpo_jax.data.rows import rouge
+from dpo_jax.data.rows import dialogue_filters as filters, rouge
 from dpo_jax.data.rows.truecase import truecased
 from dpo_jax.data.sources.duplicates import NearTexts
 from dpo_jax.errors import InputError

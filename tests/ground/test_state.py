@@ -13,8 +13,7 @@ from dpo_jax import state as states
 from dpo_jax.config import LoraConfig, OptimizerConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 
 TINY = LlamaConfig(

@@ -10,8 +10,7 @@ import pytest
 from dpo_jax import mesh as meshes
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
-from dpo_jax.model import architecture, groups, llama, logprobs, rope
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import architecture, groups, llama, logprobs, rope, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig, RopeScaling
 from dpo_jax.model.cache import init_cache
 from dpo_jax.types import PreferenceBatch

@@ -11,8 +11,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model import variables as model_variables
-from dpo_jax.sample import continuous as module
-from dpo_jax.sample import generate, serve
+from dpo_jax.sample import continuous as module, generate, serve
 
 rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(0, 101, size).tolist() for size in (3, 20, 1, 6, 9, 14, 2, 11, 5)]

@@ -15,8 +15,7 @@ import dpo_jax
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.cache import init_cache
 from dpo_jax.sample import beam_search, engine, generate, generate_with_plain_logps, serve

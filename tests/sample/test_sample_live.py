@@ -10,8 +10,7 @@ import pytest
 from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.sample import generate
 from dpo_jax.sample.live import Live, Settings

@@ -14,11 +14,8 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import LoraConfig, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh
-from dpo_jax.model import cache as caches
-from dpo_jax.model import narrow
-from dpo_jax.model import variables as model_variables
-from dpo_jax.sample import decode, generate, prepare, serve
-from dpo_jax.sample import program as programs
+from dpo_jax.model import cache as caches, narrow, variables as model_variables
+from dpo_jax.sample import decode, generate, prepare, program as programs, serve
 
 rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(3, 30, size).tolist() for size in (1, 9, 5)]

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 
 from dpo_jax.config import LoraConfig
-from dpo_jax.model import llama
-from dpo_jax.model import variables as model_variables
+from dpo_jax.model import llama, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.types import PreferenceBatch
 

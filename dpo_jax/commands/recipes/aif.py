@@ -37,8 +37,7 @@ from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.asked import feedback
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt
 from dpo_jax.judge.asked.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
-from dpo_jax.judge.asked.judging import Item, Judgement, one_score
-from dpo_jax.judge.asked.judging import judge as put
+from dpo_jax.judge.asked.judging import Item, Judgement, judge as put, one_score
 from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report import feedback as feedback_report

@@ -14,8 +14,7 @@ from dpo_jax.data.rows.preferences import Extra
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
-from dpo_jax.data.tokens.cuts import RowCut
-from dpo_jax.data.tokens.cuts import summary as cuts_summary
+from dpo_jax.data.tokens.cuts import RowCut, summary as cuts_summary
 from dpo_jax.data.tokens.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError

@@ -23,8 +23,7 @@ from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
 from dpo_jax.data.tokens.chat_tokenizer import end_of
-from dpo_jax.data.tokens.cuts import RowCut
-from dpo_jax.data.tokens.cuts import summary as cuts_summary
+from dpo_jax.data.tokens.cuts import RowCut, summary as cuts_summary
 from dpo_jax.data.tokens.encode import ConversationEncoder, Rendered
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.data.tokens.templates import RAW

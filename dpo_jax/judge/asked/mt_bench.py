@@ -13,8 +13,7 @@ from itertools import combinations
 from dpo_jax.complete.asking.chat_client import Question
 from dpo_jax.complete.asking.reply_cache import Reply
 from dpo_jax.data.rows.messages import Message
-from dpo_jax.data.sources.questions import Answers
-from dpo_jax.data.sources.questions import Question as Asked
+from dpo_jax.data.sources.questions import Answers, Question as Asked
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt, read_prompts

@@ -13,8 +13,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights.huggingface import fused_adapters, layout, model_folder, shards
-from dpo_jax.weights.huggingface import heads as head_files
+from dpo_jax.weights.huggingface import fused_adapters, heads as head_files, layout, model_folder, shards
 from dpo_jax.weights.integrity import base as bases
 from dpo_jax.weights.integrity.folder import write_beside
 from dpo_jax.weights.tokenizers import tokenizer_files
