@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from dpo_jax.config import ExtendVocabRun
 from dpo_jax.data.sources.files import open_bytes, read_rows
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.files.log import say
+from dpo_jax.report import html, terminal
 from dpo_jax.weights import resize, vocabulary
 from dpo_jax.weights.integrity.folder import check_free
 from dpo_jax.weights.opened import open_checkpoint
@@ -200,18 +200,15 @@ def measure(texts: Iterable[str], base: Pieces, longer: Pieces, tokenizer: PreTr
 
 
 def _show(extension: Extension, rows: int) -> None:
-    console = Console(highlight=False)
     old, new = len(extension.base), len(extension.longer)
     parts = {name: f for name, f in extension.parts.items() if name != "pieces" and f.characters}
     if parts:
-        table = Table(title="tokens a character")
-        table.add_column("")
-        for name in ("texts", "characters", "before", "after", "share"):
-            table.add_column(name, justify="right")
+        cells = []
         for name, f in parts.items():
             rates = [f"{count / f.characters:.3f}" for count in (f.before, f.after)]
-            table.add_row(name, f"{f.texts:,}", f"{f.characters:,}", *rates, f"{f.after / f.before:.1%}")
-        console.print(table)
+            cells.append((name, f"{f.texts:,}", f"{f.characters:,}", *rates, f"{f.after / f.before:.1%}"))
+        head = ("", "texts", "characters", "before", "after", "share")
+        terminal.show(terminal.table("tokens a character", html.Table(head, cells), left=1))
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -227,11 +224,10 @@ def _show(extension: Extension, rows: int) -> None:
     texts, returning, agreeing = (sum(getattr(f, n) for f in tried) for n in ("texts", "returning", "agreeing"))
     table.add_row("texts, the pieces' own too, that come back from their ids", f"{returning:,} of {texts:,}")
     table.add_row("texts with the same ids in transformers", f"{agreeing:,} of {texts:,}")
-    console.print(table)
+    terminal.show(table)
     if agreeing < texts:
-        console.print(
+        terminal.show(
             f"{texts - agreeing:,} texts have other ids in transformers than in SentencePiece: where new pieces share "
             "a score, SentencePiece takes the leftmost, which no list of merges can say. Train and serve with one of "
-            "the two.",
-            soft_wrap=True,
+            "the two."
         )

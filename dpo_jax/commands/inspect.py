@@ -19,6 +19,7 @@ from dpo_jax.data.sets.text_windows import parse_sources
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import load_data, load_vocabulary
+from dpo_jax.report import html, terminal
 from dpo_jax.types import CHOSEN, REJECTED
 
 STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}
@@ -53,15 +54,14 @@ def inspect(run: InspectRun) -> None:
 def _table(run: InspectRun) -> Table:
     """Comparisons by source, file by file."""
     _, tokenizer = load_vocabulary(run.model, run.data)
-    table = Table(title=f"{run.data.files}: means, tokens without a template")
-    for name in ("source", "comparisons", "turns", "tokens of an example", "of a prompt", "of a response"):
-        table.add_column(name, justify="left" if name == "source" else "right")
+    head = ("source", "comparisons", "turns", "tokens of an example", "of a prompt", "of a response")
+    told: dict[str, Any] = {"columns": run.data.columns, "limit": run.data.limit, "on_bad_rows": run.on_bad_rows}
+    rows = []
     for name, _ in parse_sources(run.data.files):
-        told: dict[str, Any] = {"columns": run.data.columns, "limit": run.data.limit, "on_bad_rows": run.on_bad_rows}
         for source, figures in comparison_table(name, tokenizer, **told):
             count, *means = figures.figures()
-            table.add_row(escape(source), f"{count:,}", *(f"{mean:.1f}" for mean in means))
-    return table
+            rows.append((escape(source), f"{count:,}", *(f"{mean:.1f}" for mean in means)))
+    return terminal.table(f"{run.data.files}: means, tokens without a template", html.Table(head, rows), left=1)
 
 
 def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,7 @@ class _Rows:
                 {} if run.function is None else other_columns(row),
             )
 
-        def numbered(chunk: Any) -> Iterator[tuple[int, tuple[Comparison, str | None, str | None, dict[str, Any]]]]:
-            yield from chunk
-
-        found, read = rows.collect(parse, numbered, run.on_bad_rows)
+        found, _ = rows.collect(parse, list, run.on_bad_rows)
         columns = same_columns([own for _, (*_, own) in found])
         self.items = [
             Item(n, one.messages, one.responses, reference, own)
@@ -69,7 +66,6 @@ class _Rows:
         ]
         self.places = [one.places for _, (one, *_) in found]
         self.subsets = {n: subset for n, (_, _, subset, _) in found if subset is not None}
-        self.read = read
 
 
 def judge(run: JudgeRun) -> Path:

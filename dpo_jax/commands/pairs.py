@@ -1,19 +1,17 @@
 """`dpo-jax pairs`: preference pairs out of scored lists, by a named rule, or of solutions made wrong in one place."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.config import PairsRun
 from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.rows.corrupt import corrupt, edit_distance
-from dpo_jax.data.rows.dialogues import CUT, Dialogue, parse_dialogue
+from dpo_jax.data.rows.dialogues import CUT, parse_dialogue
 from dpo_jax.data.rows.layouts import LIST_COLUMNS
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
@@ -23,6 +21,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
+from dpo_jax.report import html, terminal
 
 
 class _Scored(NamedTuple):
@@ -45,11 +44,7 @@ def pairs(run: PairsRun) -> Path:
     if run.rule == "corrupt":
         return _corrupted(run, out)
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
-
-    def numbered(chunk: Any) -> Iterator[tuple[int, _Scored]]:
-        yield from chunk
-
-    rows, _ = source.collect(lambda row: _without_cut(row, _scored(row, run)), numbered, run.on_bad_rows)
+    rows, _ = source.collect(lambda row: _without_cut(row, _scored(row, run)), list, run.on_bad_rows)
     dropped: Counter[str] = Counter()
     wins: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -80,24 +75,17 @@ def pairs(run: PairsRun) -> Path:
         told.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")
     say(f"{out}: {'; '.join(told)}")
     if set(seen) != {"None"}:
-        table = Table(title="Which model wins how often")
-        for head in ("model", "pairs", "chosen", "share"):
-            table.add_column(head)
-        for name, count in seen.most_common():
-            table.add_row(name, str(count), str(wins[name]), f"{wins[name] / count:.2f}")
-        Console().print(table)
+        cells = [(name, count, wins[name], f"{wins[name] / count:.2f}") for name, count in seen.most_common()]
+        head = ("model", "pairs", "chosen", "share")
+        terminal.show(terminal.table("Which model wins how often", html.Table(head, cells)))
     return out
 
 
 def _corrupted(run: PairsRun, out: Path) -> Path:
     """Right solutions against themselves with one place made wrong; `edit_distance` in characters beside them."""
     kind = run.resolved("corrupt")
-
-    def numbered(chunk: Any) -> Iterator[tuple[int, Dialogue]]:
-        yield from chunk
-
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
-    rows, _ = source.collect(parse_dialogue, numbered, run.on_bad_rows)
+    rows, _ = source.collect(parse_dialogue, list, run.on_bad_rows)
     made: list[Row] = []
     shares: list[float] = []
     for number, one in rows:

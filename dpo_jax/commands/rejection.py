@@ -197,14 +197,9 @@ class _Run:
 
     def _judge_earlier(self) -> Figures:
         source = str(self.config.rejection.pool_from)
-
-        def settings() -> dict[str, Any]:
-            return {"reward": self.judges.identities()}
-
-        path = self.folder(0) / "pool.jsonl"
         rows = write_once(
-            path,
-            settings,
+            self.folder(0) / "pool.jsonl",
+            lambda: {"reward": self.judges.identities()},
             lambda file: file.append(best_responses.judged(self._before, self.judges, source, self.data.prompts)),
         )
         self.judges.close()
@@ -213,17 +208,10 @@ class _Run:
     def _answer_heldout(self, model: str, iteration: int) -> Figures:
         """The held-out prompts, with the same random numbers after each iteration."""
         assert self.heldout is not None
-        chosen = self.config.rejection
-        temperature = chosen.evaluated_at
-        rows = write_responses(
-            self._open(model),
-            self.folder(iteration) / "heldout.jsonl",
-            self.heldout,
-            label=f"held out, after iteration {iteration}",
-            temperatures=(temperature,),
-            samples=chosen.resolved("eval_samples"),
-            seed=self._seed(_HELDOUT, 0),
-        )
+        chosen, path = self.config.rejection, self.folder(iteration) / "heldout.jsonl"
+        told = {"label": f"held out, after iteration {iteration}", "samples": chosen.resolved("eval_samples")}
+        heat, seed = (chosen.evaluated_at,), self._seed(_HELDOUT, 0)
+        rows = write_responses(self._open(model), path, self.heldout, temperatures=heat, seed=seed, **told)
         return {"responses": len(rows)}
 
     def _judge_heldout(self, iteration: int) -> Figures:
@@ -249,21 +237,14 @@ class _Run:
 
     def rows(self) -> list[Row]:
         """Of metrics.jsonl, so far."""
-        path = self.out / "metrics.jsonl"
-        return read_lines(path) if path.exists() else []
+        return read_metrics(self.out / "metrics.jsonl")
 
     def _sample(self, model: str, iteration: int) -> Figures:
         """K responses to every prompt at each temperature."""
-        chosen = self.config.rejection
-        rows = write_responses(
-            self._open(model),
-            self.folder(iteration) / "samples.jsonl",
-            self.data,
-            label=f"samples of iteration {iteration}",
-            temperatures=chosen.temperatures,
-            samples=chosen.samples,
-            seed=self._seed(_SAMPLES, iteration),
-        )
+        chosen, path = self.config.rejection, self.folder(iteration) / "samples.jsonl"
+        told = {"label": f"samples of iteration {iteration}", "samples": chosen.samples}
+        heat, seed = chosen.temperatures, self._seed(_SAMPLES, iteration)
+        rows = write_responses(self._open(model), path, self.data, temperatures=heat, seed=seed, **told)
         return {"responses": len(rows)}
 
     def _choose(self, iteration: int) -> Figures:

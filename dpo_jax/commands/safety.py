@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.config import SafetyRun
 from dpo_jax.data.rows.messages import Message, messages_of
@@ -23,6 +21,7 @@ from dpo_jax.judge.loading import check_output
 from dpo_jax.judge.rewards.functions import ModelReward, check_reward, scores_of, try_out
 from dpo_jax.judge.rewards.refusals import REFUSALS, labelled, refusal
 from dpo_jax.mesh import make_mesh
+from dpo_jax.report import html, terminal
 from dpo_jax.report.safety import Judged, against_people, group_figures
 
 _RESPONSES = ("response", "completion", "output")
@@ -137,21 +136,18 @@ def safety(run: SafetyRun) -> dict[str, Any]:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    console, table = Console(), Table(title=f"{result['n']} responses: refusals, with 95 % intervals")
     names = [*REFUSALS, *(n for n in ("violation", "helpfulness") if any(n in g for g in result["groups"].values()))]
-    for name in ("prompts", "n", *names):
-        table.add_column(name, justify="left" if name == "prompts" else "right")
-    for group, figures in (*result["groups"].items(), *result["categories"].items()):
-        table.add_row(group, str(figures["n"]), *(_cell(figures.get(name)) for name in names))
-    console.print(table)
+    rows = [
+        (group, figures["n"], *(_cell(figures.get(name)) for name in names))
+        for group, figures in (*result["groups"].items(), *result["categories"].items())
+    ]
+    title = f"{result['n']} responses: refusals, with 95 % intervals"
+    terminal.show(terminal.table(title, html.Table(("prompts", "n", *names), rows), left=1))
     if (people := result["people"]) is not None:
         accuracy, kappa = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**people[n]) for n in ("accuracy", "kappa"))
-        table = Table(title=f"against {people['n']} labels: accuracy {accuracy}, kappa {kappa}")
-        for name in ("people", *REFUSALS):
-            table.add_column(name)
-        for name, row in people["confusion"].items():
-            table.add_row(name, *map(str, row.values()))
-        console.print(table)
+        title = f"against {people['n']} labels: accuracy {accuracy}, kappa {kappa}"
+        rows = [(name, *row.values()) for name, row in people["confusion"].items()]
+        terminal.show(terminal.table(title, html.Table(("people", *REFUSALS), rows)))
 
 
 def _cell(figure: Mapping[str, float] | None) -> str:

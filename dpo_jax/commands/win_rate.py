@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.commands.judge import judge as put
 from dpo_jax.config import FilesConfig, JudgeRun, WinRateRun
@@ -21,6 +19,7 @@ from dpo_jax.files.log import say
 from dpo_jax.headers import told
 from dpo_jax.judge.asked.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
+from dpo_jax.report import html, terminal
 from dpo_jax.report.win_rates import controlled_figures, raw_figures
 
 _COLUMNS = (("instruction", "output"), ("prompt", "response"))
@@ -171,21 +170,17 @@ def win_rate(run: WinRateRun) -> dict[str, Any]:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    table = Table(title=f"{result['raw']['n']} pairs")
-    for name in ("", "win rate", "95 %"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, key in (("all verdicts", "raw"), ("at equal length", "length_controlled")):
-        if (row := result[key]) is not None:
-            table.add_row(name, f"{row['win_rate']:.1%}", "{:.1%} to {:.1%}".format(*row["interval"]))
-    console, length, left = Console(), result["mean_length"], result["left_out"]
-    console.print(table)
-    if "not_controlled" in result:
-        console.print(f"No rate at equal length: {result['not_controlled']}.", highlight=False)
-    raw = result["raw"]
-    console.print(
+    raw, length, left = result["raw"], result["mean_length"], result["left_out"]
+    cells = [
+        (name, f"{row['win_rate']:.1%}", "{:.1%} to {:.1%}".format(*row["interval"]))
+        for name, key in (("all verdicts", "raw"), ("at equal length", "length_controlled"))
+        if (row := result[key]) is not None
+    ]
+    why = [f"No rate at equal length: {result['not_controlled']}."] if "not_controlled" in result else []
+    terminal.show(
+        terminal.table(f"{raw['n']} pairs", html.Table(("", "win rate", "95 %"), cells), left=1),
+        *why,
         f"{raw['wins']} wins, {raw['losses']} losses, {raw['ties']} ties; mean length {length['answers']:.0f} against"
         f" {length['against']:.0f} characters; left out: {left['no_verdict']} without a verdict,"
         f" {left['not_judged']} not judged",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from dpo_jax.config import DistributedConfig
 from dpo_jax.errors import InputError
-from dpo_jax.processes.watch import Watch, say_when_aborted
+from dpo_jax.processes.watch import Watch, line_of, say_when_aborted
 
 # What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone. Some
 # of them reach Python as ValueError.
@@ -58,7 +58,7 @@ def initialize(config: DistributedConfig) -> None:
             else f"check that process 0 is up and that the others reach it at {config.coordinator}"
         )
         raise InputError(
-            f"the processes of this run did not find each other within {start_within} s ({_line(error)}); {how}"
+            f"the processes of this run did not find each other within {start_within} s ({line_of(error)}); {how}"
         ) from error
     processes = global_state.num_processes
     if processes == 1:
@@ -96,7 +96,7 @@ def leave_after(error: Exception) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _CONNECTION.search(str(error)):
         _watch.fail(_watch.lost_connection(error))
     traceback.print_exception(error)
-    _watch.leave(1, f"{type(error).__name__}: {_line(error)}")
+    _watch.leave(1, f"{type(error).__name__}: {line_of(error)}")
 
 
 def is_main() -> bool:
@@ -139,7 +139,3 @@ def barrier(name: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -186,7 +186,7 @@ class Watch:
             if failure := self._judge.failure(time.monotonic()):
                 return failure
             time.sleep(0.1)
-        return f"the connection to another process broke, which is gone or cannot be reached ({_first_line(error)})"
+        return f"the connection to another process broke, which is gone or cannot be reached ({line_of(error)})"
 
     def fail(self, line: str, *, tell: bool = True) -> None:
         """End this process because of another one; `tell` the others why."""
@@ -276,5 +276,6 @@ def say_when_aborted(address: str, watch: Watch) -> None:
     libc.signal(signal.SIGABRT, say_when_aborted.handler)  # type: ignore[attr-defined]
 
 
-def _first_line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line that is not too long."""
     return " ".join(str(error).split())[:200]

@@ -15,7 +15,6 @@ from dpo_jax.data.rows.ratings import RATINGS
 from dpo_jax.data.sets.comparison_sets import load_comparisons
 from dpo_jax.data.sets.dataset import check_lengths
 from dpo_jax.data.sets.loader import eval_batches
-from dpo_jax.data.sources.files import read_rows
 from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.figures.rewards import figures
 from dpo_jax.judge.loading import Setting, load_vocabulary
@@ -47,11 +46,6 @@ def parted(rows: Iterable[Row], share: float, seed: int) -> tuple[list[Row], lis
     for row in rows:
         (heldout if is_heldout(_messages_of(row), share, seed) else learnt).append(row)
     return learnt, heldout
-
-
-def split(source: str, share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """`parted` rows of a file of comparisons of any layout."""
-    return parted((row for _, row in read_rows(source)), share, seed)
 
 
 def rated(pairs: Sequence[Row]) -> list[Row]:

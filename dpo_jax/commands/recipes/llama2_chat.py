@@ -33,6 +33,7 @@ from dpo_jax.commands.recipes.judged_answers import judge_answers, read_prompts
 from dpo_jax.config import Llama2ChatRun, RewardRun, TrainingRun
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
@@ -132,7 +133,8 @@ class Llama2Chat:
     # ---------------------------------------------------------------- what was given, and V0
 
     def _split(self, kind: Kind) -> Figures:
-        learnt, heldout = comparisons.split(kind.source, self._run.recipe.heldout, self._run.seed)
+        rows = (row for _, row in read_rows(kind.source))
+        learnt, heldout = comparisons.parted(rows, self._run.recipe.heldout, self._run.seed)
         if not learnt or not heldout:
             raise InputError(
                 f"{kind.source}: --recipe.heldout {self._run.recipe.heldout} holds out {len(heldout)} of"
