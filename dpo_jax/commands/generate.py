@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.complete.writing.responses import Response
-from dpo_jax.complete.writing.writer import Draw, Some, Writer
+from dpo_jax.complete.writing.writer import Draw, Some, open_writer
 from dpo_jax.config import GenerateRun
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import RAW, check_date
+from dpo_jax.data.tokens.templates import check_date
 from dpo_jax.errors import InputError, naming
 from dpo_jax.files.jsonl import Row
 from dpo_jax.files.log import say
@@ -24,8 +24,6 @@ from dpo_jax.judge.loading import check_output
 from dpo_jax.mesh import make_mesh
 from dpo_jax.sample import check_context
 from dpo_jax.weights.opened import open_checkpoint
-from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 def _read_prompts(run: GenerateRun) -> Iterator[tuple[int, tuple[Message, ...], str | None]]:
@@ -62,31 +60,18 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = None if run.out is None else check_output(Path(run.out).expanduser(), run.prompts)
-    place = open_checkpoint(run.model)
-    tokenizer = place.tokenizer()
-    check_date(tokenizer, run.template, run.date)
-    encoder = ConversationEncoder(tokenizer, RAW if run.raw else run.template, run.date)
-    heads, prompts = _encode(run, encoder)
+    place, mesh = open_checkpoint(run.model), make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    told: dict[str, Any] = {"raw": run.raw, "template": run.template, "date": run.date, "dtype": run.dtype}
+    writer = open_writer(place, run.sample, mesh=mesh, batch_size=run.batch_size, **told)
+    check_date(writer.tokenizer, run.template, run.date)
+    heads, prompts = _encode(run, writer.encoder)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=0)
     if prompts:
-        architecture = place.architecture
         try:
-            check_context(architecture, len(prompts[longest]), run.sample)
+            check_context(place.architecture, len(prompts[longest]), run.sample)
         except InputError as problem:
             where = "--prompt" if run.prompts is None else f"{run.prompts}: row {heads[longest]['row']}"
             raise InputError(f"{where}: {str(problem).replace('max_new', '--sample.max_new')}") from problem
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    model, variables = load_pretrained(place, mesh=mesh, dtype=run.dtype)
-    check_vocabulary(tokenizer, model.config)
-    writer = Writer(
-        lambda: (model, variables),
-        tokenizer,
-        encoder,
-        run.sample,
-        batch_size=run.batch_size,
-        raw=run.raw,
-        mesh=mesh,
-    )
     requests = {(heads[i]["row"], k): (i, k) for i in range(len(prompts)) for k in range(run.samples)}
 
     def rows(some: Some) -> Iterator[Row]:

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import sft
-from dpo_jax.complete.writing.k_responses import key_of, open_writer, select, write_responses
-from dpo_jax.complete.writing.writer import Writer
+from dpo_jax.complete.writing.k_responses import key_of, select, write_responses
+from dpo_jax.complete.writing.writer import Writer, open_writer
 from dpo_jax.config import RejectionRun, sft_inside
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import writes_date
+from dpo_jax.data.tokens.templates import RAW, writes_date
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import as_json, write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines, write_once
@@ -192,7 +192,20 @@ class _Run:
         """The model that writes; the one before makes room for it."""
         if self._writer is None or self._writer[0] != model:
             self._writer = None
-            self._writer = model, open_writer(model, self.config, self.training.mesh)
+            config, train, data = self.config, self.config.train, self.config.data
+            writer = open_writer(  # with its own tokenizer: a student's may differ from the teacher's
+                model,
+                config.sample,
+                mesh=self.training.mesh,
+                batch_size=config.sample_batch_size,
+                template=data.template,
+                date=data.date,
+                raw=data.template == RAW,
+                dtype=train.kept_dtype,
+                compute_dtype=train.dtype,
+                attention=train.attention,
+            )
+            self._writer = model, writer
         return self._writer[1]
 
     def _judge_earlier(self) -> Figures:

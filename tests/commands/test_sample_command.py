@@ -6,7 +6,6 @@ import pytest
 import tiny
 
 from dpo_jax.cli import main
-from dpo_jax.commands import generate as command
 from dpo_jax.complete.writing import writer
 from dpo_jax.complete.writing.responses import StopStrings
 from dpo_jax.files.jsonl import RowsFile, read_lines
@@ -187,7 +186,7 @@ def test_bad_options_are_one_line(model, capsys, options, message):
 
 def test_more_than_the_context_is_refused_before_the_weights(model, tmp_path, capsys, monkeypatch):
     """The row is named, and how much room there is; a prompt that fills the context by itself has none."""
-    monkeypatch.setattr(command, "load_pretrained", None)
+    monkeypatch.setattr(writer, "load_pretrained", None)
     path = tmp_path / "prompts.jsonl"
     texts = ["we like", "the film " * 60, "red " * 400]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[:2]))

@@ -12,15 +12,12 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.complete.asking.chat_client import Question
 from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
-from dpo_jax.complete.writing.writer import Writer
+from dpo_jax.complete.writing.writer import open_writer
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.rows.messages import Message
-from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, naming
 from dpo_jax.sample import Request, check_context
 from dpo_jax.weights.opened import open_checkpoint
-from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import check_vocabulary
 
 _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
 
@@ -49,16 +46,10 @@ class LocalModel:
         if batch_size % (parts := meshes.batch_parts(mesh)):
             raise InputError(f"--batch_size {batch_size} does not divide over {parts} devices; take a multiple of it")
         place = open_checkpoint(source)
-        tokenizer = place.tokenizer()
-        self._architecture = place.architecture
-        check_vocabulary(tokenizer, self._architecture)
-        self._encoder, self._cache = ConversationEncoder(tokenizer, template, date), cache
-
-        def load() -> tuple[Any, Any]:
-            return load_pretrained(place, mesh=mesh, dtype=dtype)
-
-        self._writer = Writer(load, tokenizer, self._encoder, sample, batch_size=batch_size, mesh=mesh)
-        told = {name: value for name, value in (("template", template), ("date", date)) if value is not None}
+        self._architecture, self._cache = place.architecture, cache
+        spoken = {"template": template, "date": date}
+        told: dict[str, Any] = {name: value for name, value in spoken.items() if value is not None}
+        self._writer = open_writer(place, sample, mesh=mesh, batch_size=batch_size, dtype=dtype, **told)
         self._setting, self._mesh = {"dtype": dtype, "sample": asdict(sample), **told}, mesh
         self.asked = self.cached = 0
 
@@ -112,7 +103,7 @@ class LocalModel:
         return [found[key] for key in keys]
 
     def _ids(self, question: Question, *, first: bool) -> list[int]:
-        ids = self._encoder.prompt_ids([Message(m["role"], m["content"]) for m in question.messages])
+        ids = self._writer.encoder.prompt_ids([Message(m["role"], m["content"]) for m in question.messages])
         new = SampleConfig(max_new_tokens=1) if first else self._writer.sample
         with naming("a question"):
             check_context(self._architecture, len(ids), new)

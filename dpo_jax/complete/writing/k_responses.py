@@ -7,22 +7,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 
 from dpo_jax.complete.writing.responses import Response
 from dpo_jax.complete.writing.writer import Draw, Some, Writer
-from dpo_jax.config import RejectionRun
 from dpo_jax.data.sets.prompts import PromptDataset
-from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.files.jsonl import Row, read_lines
 from dpo_jax.processes import distributed
-from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import load_tokenizer
 
 
 def key_of(prompt: str | list[dict[str, str]]) -> str:
@@ -34,22 +27,6 @@ def select(data: PromptDataset, indices: Sequence[int]) -> PromptDataset:
     """Some of the prompts."""
     prompts = tuple(data.prompts[i] for i in indices)
     return data.taken(indices, ids=data.ids.take(indices), prompts=prompts, safety=data.safety[list(indices)])
-
-
-def open_writer(source: str, config: RejectionRun, mesh: Mesh) -> Writer:
-    """The model `source` (as for `--model`), with its own tokenizer: a student's may differ from the teacher's."""
-    train, tokenizer = config.train, load_tokenizer(source)
-    load = partial(
-        load_pretrained,
-        source,
-        mesh=mesh,
-        dtype=train.kept_dtype,
-        compute_dtype=train.dtype,
-        attention=train.attention,
-    )
-    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
-    raw = config.data.template == RAW
-    return Writer(load, tokenizer, encoder, config.sample, batch_size=config.sample_batch_size, raw=raw, mesh=mesh)
 
 
 def write_responses(

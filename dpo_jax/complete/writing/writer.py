@@ -15,13 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.complete.writing.responses import Response, StopStrings, decode, terminators
 from dpo_jax.config import SampleConfig
 from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.files.jsonl import Row, RowsFile
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.integrity.fingerprint import fingerprint
-from dpo_jax.weights.tokenizer import text_ids
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.tokenizer import check_vocabulary, text_ids
 
 Some = Sequence[tuple[Request, Response]]
 """Responses that ended together."""
@@ -164,6 +167,34 @@ class Writer:
                     speed = tokens / (time.monotonic() - start)
                     bar.update(len(file.rows), f"{note(file.rows)}{speed:.0f} tokens/s")
             return file.finish(order=key, form=form)
+
+
+def open_writer(
+    source: str | StoredModel,
+    sample: SampleConfig,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    template: str | None = None,
+    date: str | None = None,
+    raw: bool = False,
+    **loading: Any,
+) -> Writer:
+    """The model `source`, of which no weights are read yet, asked with its own chat template or another, or `raw`.
+
+    loading: dtype and whatever else `load_pretrained` is to be told.
+
+    Raises `InputError` for what is no model, and for a tokenizer that does not fit it.
+    """
+    place = open_checkpoint(source)
+    tokenizer = place.tokenizer()
+    check_vocabulary(tokenizer, place.architecture)
+    encoder = ConversationEncoder(tokenizer, RAW if raw else template, date)
+
+    def load() -> tuple[Llama, Any]:
+        return load_pretrained(place, mesh=mesh, **loading)
+
+    return Writer(load, tokenizer, encoder, sample, batch_size, raw=raw, mesh=mesh)
 
 
 def _search(
