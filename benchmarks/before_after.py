@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.files.jsonl import read_lines, write_lines
-from dpo_jax.judge.rewards.functions import Vader
+from dpo_jax.judge.rewards.shipped import Vader
 from dpo_jax.report.statistics import interval
 
 ROOT = Path(__file__).resolve().parents[1]

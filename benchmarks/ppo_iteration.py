@@ -122,8 +122,8 @@ def prompt_data(ids: np.ndarray, tokenizer: Any) -> Any:
 
 def length_reward() -> Any:
     """The score of a text is its length: next to free."""
-    from dpo_jax.judge.rewards.functions import OfText
     from dpo_jax.judge.rewards.scores import scored
+    from dpo_jax.judge.rewards.shipped import OfText
 
     return partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True)
 

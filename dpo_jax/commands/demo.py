@@ -40,7 +40,7 @@ from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 from dpo_jax.judge.rewards.continuations import make_pairs, write_judged
-from dpo_jax.judge.rewards.functions import OfText, Vader
+from dpo_jax.judge.rewards.shipped import OfText, Vader
 from dpo_jax.model.llama import Llama
 from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import per_prompt

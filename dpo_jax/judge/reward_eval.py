@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.config import EvalRun, RewardLossConfig
 from dpo_jax.data.sets.comparison_sets import load_comparisons
@@ -18,7 +16,7 @@ from dpo_jax.files.log import say
 from dpo_jax.judge.figures import rewards as reward_judgement
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
-from dpo_jax.report import html
+from dpo_jax.report import html, terminal
 from dpo_jax.report.datasets import data_section
 from dpo_jax.report.statistics import correlation, ranked
 
@@ -109,25 +107,23 @@ def _beside_scores(data: PreferenceDataset, scores: np.ndarray) -> dict[str, flo
 
 def _show(result: dict[str, Any]) -> None:
     """The result as tables on stdout."""
-    console = Console()
-    table = Table("figure", "value", title=f"{result['model']} on {result['pairs']:,} rows of {result['data']}")
-    for name, value in result.items():
-        if name.startswith(("eval_", "judge/")):
-            table.add_row(name, f"{value:.4f}")
-    console.print(table)
-    for column, rows in result["tables"].items():
-        grouped = Table(column, *_NAMES, title=f"by {column}")
-        for row in rows:
-            grouped.add_row(*_cells(row))
-        console.print(grouped)
+    title = f"{result['model']} on {result['pairs']:,} rows of {result['data']}"
+    groups = (terminal.table(f"by {column}", _group(column, rows)) for column, rows in result["tables"].items())
+    terminal.show(terminal.table(title, _figures(result)), *groups)
 
 
-_NAMES = ("pairs", "accuracy", "error", "margin")
+def _figures(result: dict[str, Any]) -> html.Table:
+    rows = [(name, f"{value:.4f}") for name, value in result.items() if name.startswith(("eval_", "judge/"))]
+    return html.Table(("figure", "value"), rows)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    value = "(none)" if row["value"] is None else str(row["value"])
-    return [value, f"{row['pairs']:g}", *(f"{row[name]:.4f}" for name in _NAMES[1:])]
+def _group(column: str, rows: list[dict[str, Any]]) -> html.Table:
+    names = ("pairs", "accuracy", "error", "margin")
+    cells = [
+        ("(none)" if row["value"] is None else row["value"], f"{row['pairs']:g}", *(f"{row[x]:.4f}" for x in names[1:]))
+        for row in rows
+    ]
+    return html.Table((column, *names), cells)
 
 
 def _write_report(
@@ -141,17 +137,10 @@ def _write_report(
     present = data.response_lengths > 0
     edges = np.linspace(scores[present].min(), scores[present].max() + 1e-6, 41)
 
-    def histogram(label: str, values: np.ndarray) -> html.Series:
-        return html.Series(label, edges.tolist(), np.histogram(values, edges)[0].tolist())
-
+    sides = {"better": pairs.scores[:, 0], "worse": pairs.scores[:, 1]}
     by_length = _by_length(scores[present], data.response_lengths[present])
     plots = (
-        html.Plot(
-            "Scores",
-            (histogram("better", pairs.scores[:, 0]), histogram("worse", pairs.scores[:, 1])),
-            x_label="score",
-            bars=True,
-        ),
+        html.histogram("Scores", sides, edges, x_label="score"),
         html.Plot(
             f"Reliability (ECE {bins.error:.3f})",
             (html.Series("observed accuracy", bins.predicted.tolist(), bins.observed.tolist()),),
@@ -160,13 +149,9 @@ def _write_report(
         ),
         html.Plot("Mean score by length", (by_length,), x_label="tokens of the response"),
     )
-    figures = [(name, f"{v:.4f}") for name, v in result.items() if name.startswith(("eval_", "judge/"))]
-    groups = [
-        html.Section(f"By {column}", table=html.Table((column, *_NAMES), [_cells(row) for row in rows]))
-        for column, rows in result["tables"].items()
-    ]
+    groups = (html.Section(f"By {column}", table=_group(column, rows)) for column, rows in result["tables"].items())
     sections = [
-        html.Section("Figures", table=html.Table(("figure", "value"), figures)),
+        html.Section("Figures", table=_figures(result)),
         html.Section("Scores, calibration, length", "The grey line is perfect calibration.", plots=plots),
         *groups,
         data_section("Data", data),

@@ -35,7 +35,7 @@ def check_score(source: str, architecture: LlamaConfig) -> None:
 class RewardModel:
     """A reward model on its devices.
 
-    `score_tokens` is the reward function of PPO and rejection sampling; of texts it is `reward_functions.ModelReward`.
+    `score_tokens` is the reward function of PPO and rejection sampling; of texts it is `rewards.functions.ModelReward`.
 
     Attributes:
       model, variables: with the head `score`.
@@ -131,17 +131,14 @@ class RewardModel:
                     f"text {i}: prompt of {len(prompt)} and response of {len(response)} tokens cannot be scored; each"
                     f" takes at least one token, and both at most {longest}"
                 )
-        return self._scored([np.asarray(p, np.int32) for p in prompts], [np.asarray(r, np.int32) for r in responses])
-
-    def _scored(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
         if not prompts:
             return np.zeros(0, np.float32)
-        largest, rows = max(int(ids.max()) for ids in (*prompts, *responses)), self.model.config.vocab_size
+        largest, rows = max(max(ids) for ids in (*prompts, *responses)), self.model.config.vocab_size
         if largest >= rows:
             raise InputError(f"a text to score has the id {largest}, and the reward model's embedding has {rows} rows")
         data = PreferenceDataset(
-            prompts=Ragged.of(prompts, np.int32),
-            responses=Ragged.of(responses, np.int32),
+            prompts=Ragged.of([np.asarray(ids, np.int32) for ids in prompts], np.int32),
+            responses=Ragged.of([np.asarray(ids, np.int32) for ids in responses], np.int32),
             formats=None,
             row_numbers=np.arange(1, len(prompts) + 1, dtype=np.int32),
             extras={},

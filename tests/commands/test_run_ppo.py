@@ -33,8 +33,8 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.sample_log import SampleLog
-from dpo_jax.judge.rewards.functions import OfText
 from dpo_jax.judge.rewards.scores import part_figures, scored, short_names, summed
+from dpo_jax.judge.rewards.shipped import OfText
 from dpo_jax.report.samples import read_rows
 from dpo_jax.sample import generate
 from dpo_jax.train import session as training

@@ -17,7 +17,6 @@ from dpo_jax.complete.asking.answers import without_reasoning
 from dpo_jax.data.rows.binarise import mean_of_aspects
 from dpo_jax.errors import InputError
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, read_prompts
-from dpo_jax.judge.asked.judging import Judgement
 
 CRITIQUE = "critique"
 _TYPED = ("truthfulness", "helpfulness")
@@ -82,8 +81,7 @@ def annotation(aspect: str, one: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def list_annotations(aspect: str, judgement: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of each response of a row that was judged as a list, in the row's order."""
-    count = len(judgement["scores"])
-    found: list[Any] = [None] * count
+    found: list[Any] = [None] * len(judgement["scores"])
     for reply in judgement["replies"]:
         if reply["read"] is not None:
             for place, one in zip(reply["order"], reply["read"], strict=True):
@@ -98,12 +96,6 @@ def critiques(judgement: Mapping[str, Any]) -> list[tuple[str, float | None]]:
         (place,) = reply["order"]
         found[place] = (without_reasoning(reply["reply"]).strip(), judgement["scores"][place])
     return found
-
-
-def score_annotations(name: str, judgement: Mapping[str, Any] | Judgement) -> list[dict[str, Any]]:
-    """Of each response that got one number: `Rating` is that number as it is, of whatever scale."""
-    scores = judgement.scores if isinstance(judgement, Judgement) else judgement["scores"]
-    return [{name: {"Rating": score, "Rationale": ""}} for score in scores]
 
 
 def completed(
@@ -121,8 +113,8 @@ def completed(
         elif prompt is not None and prompt.ask == "list":
             for one, said in zip(aspects, list_annotations(name, found), strict=True):
                 one[name] = said
-        else:
-            aspects = score_annotations(name, found)
+        else:  # one number each, of whatever scale: `Rating` is that number as it is
+            aspects = [{name: {"Rating": score, "Rationale": ""}} for score in found["scores"]]
             overall = [("", score) for score in found["scores"]]
     made = [
         one | {"annotations": said, "critique": text, "overall_score": score}

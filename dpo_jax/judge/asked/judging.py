@@ -34,6 +34,8 @@ FIRST_TOKENS = 20
 """Likeliest first tokens that `expected` looks at: what endpoints give at most."""
 AGAIN = 1
 """Seed of the second question, added to that of the first."""
+SHARES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
+"""A verdict on two -> the scores of both."""
 ONE_SCORE = 0.95
 """A judge that gives this share of its scores the same value is warned about."""
 
@@ -199,8 +201,7 @@ def _judgement(
         if unparsed:
             return Judgement(tuple(scores), None, None, unparsed, tuple(told))
         verdict = said[0] if said[0] == said[1] else "tie"
-        of = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}[str(verdict)]
-        return Judgement(of, verdict, said[0] != said[1], 0, tuple(told))
+        return Judgement(SHARES[str(verdict)], verdict, said[0] != said[1], 0, tuple(told))
     for order, value in found:
         if value is None:
             continue

@@ -22,7 +22,7 @@ import numpy as np
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import told
-from dpo_jax.judge.asked.judging import Item, Judgement
+from dpo_jax.judge.asked.judging import SHARES, Item, Judgement
 from dpo_jax.judge.figures.agreement import cohen_kappa, gwet_ac1, table
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ COLUMNS = ("item", "verdict", "rater")
 LONGEST = 16 * 2**20
 """Bytes of a file of verdicts."""
 _NAME = 80
-_SIDES = {"a": "a", "b": "b", "tie": "tie"}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
 section { border-top: 1px solid #ccc; padding: 1rem 0 } .text { white-space: pre-wrap; overflow-wrap: anywhere }
@@ -134,7 +133,7 @@ def read_verdicts(files: Sequence[str], items: Sequence[Item], seed: int) -> lis
             said = row["verdict"].lower()
             if not said:
                 continue
-            if said not in _SIDES:
+            if said not in SHARES:
                 raise InputError(f"{where}: verdict {told(row['verdict'])} is none of A, B and tie")
             rater = row["rater"] or Path(path.name.removesuffix(".gz").removesuffix(".zst")).stem
             if len(rater) > _NAME or rater[0] in "=+-@" or not rater.isprintable():
@@ -177,15 +176,14 @@ def judgements(verdicts: Sequence[Mapping[str, str]]) -> list[Judgement]:
             found.append(Judgement((None, None), None, None, 1, ()))
             continue
         verdict = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else "tie"
-        of = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}[verdict]
-        found.append(Judgement(of, verdict, None, 0, replies))
+        found.append(Judgement(SHARES[verdict], verdict, None, 0, replies))
     return found
 
 
 def rater_agreement(verdicts: Sequence[Mapping[str, str]]) -> list[tuple[str, str, int, float, float, float]]:
     """Of each two raters with an item in common: names, items, agreement, Cohen's kappa, Gwet's AC1 (three kinds)."""
     raters, found = sorted({rater for said in verdicts for rater in said}), []
-    kinds = list(_SIDES)
+    kinds = list(SHARES)
     for one, other in combinations(raters, 2):
         both = [(kinds.index(said[one]), kinds.index(said[other])) for said in verdicts if {one, other} <= said.keys()]
         if both:

@@ -12,7 +12,6 @@ The class runs in a process of its own, as reward functions do (`judge/rewards/u
 call for all episodes of a turn takes too long. That is no sandbox. Of a run's processes the first one's plays.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.rewards.user_code import TIMEOUT, Worker
+from dpo_jax.judge.rewards.user_code import Worker
 from dpo_jax.judge.rewards.user_process import KIND
 from dpo_jax.processes import distributed
 
@@ -56,17 +55,12 @@ class Environment:
         Raises `InputError` for a file or class that cannot be used.
         """
         file, colon, name = spec.rpartition(":")
-        self._path = path = Path(file).expanduser()
+        path = Path(file).expanduser()
         if not colon or path.suffix != ".py" or not path.is_file():
             raise InputError(f"{OPTION} {spec}: {file or spec} is no file of Python; write FILE.py:NAME")
-        self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
-        self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        self._worker = Worker(spec, environment, option=OPTION)
-        described = self._worker.load(path, name, self._timeout)
-        if "error" in described:
-            raise InputError(f"{OPTION} {spec}: {self._told(described)}")
-        if described.get("absent"):
-            raise InputError(f"{OPTION} {spec}: {file} has no class {name} with reset(row) and step(messages)")
+        wanted = f"class {name} with reset(row) and step(messages)"
+        self._worker = Worker(f"{OPTION} {spec}", path, wanted, timeout, environment)
+        self.identity = self._worker.identity
 
     def reset(self, prompts: Sequence[Prompt]) -> list[tuple[Message, ...] | Failed]:
         """The first messages of an episode of each row, numbered from 0; those of before are forgotten."""
@@ -81,21 +75,13 @@ class Environment:
     def _play(self, method: str, episodes: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
         request = {"play": method, "episodes": list(episodes)}
         # Of several processes one plays: another answer elsewhere would be another prompt of the sampler there.
-        answer = distributed.json_from_main(
-            lambda: self._worker.ask(request, self._timeout, f"{method} of {len(episodes)} episodes")
-        )
-        if "played" not in answer:
-            raise InputError(f"{OPTION} {self._spec}: {self._told(answer)}")
-        return answer["played"]
-
-    def _told(self, answer: Mapping[str, Any]) -> str:
-        where = "" if answer["line"] is None else f"{self._path}, line {answer['line']}: "
-        return f"{where}{answer['error']}"
+        doing = f"{method} of {len(episodes)} episodes"
+        return distributed.json_from_main(lambda: self._worker.ask(request, doing))["played"]
 
     def _messages(self, answer: Mapping[str, Any], method: str, *, none: bool = False) -> Any:
         """The messages that `answer` holds, of which the last is not the model's; a `Failed`."""
         if "error" in answer:
-            return Failed(self._told(answer))
+            return Failed(self._worker.told(answer))
         found = answer["found"]
         if not isinstance(found, list):
             return Failed(f"{method} gave {_kind(found)} in place of a list of messages")
@@ -111,7 +97,7 @@ class Environment:
 
     def _step(self, answer: Mapping[str, Any]) -> Step | Failed:
         if "error" in answer:
-            return Failed(self._told(answer))
+            return Failed(self._worker.told(answer))
         found = answer["found"]
         if not isinstance(found, list) or len(found) != 3:
             return Failed(f"step gave {_kind(found)} in place of (messages, reward, done)")

@@ -1,11 +1,6 @@
 """What judges texts of `dpo-jax ppo` and `rejection`: functions of prompts and responses that give a number each.
 
-vader            sentiment, from -1 to 1 (Hutto & Gilbert 2014)
-length           hundreds of characters
-regex:PATTERN    1 where Python's re finds the pattern, else 0
-language:CODE    share of the letters that belong to the script of a language, such as language:zh; of a language
-                 without a script of its own, such as language:fr, 1 where trigrams say so (py3langid), else 0
-exact: numeric: math: json format: ramp: repetition: run:    see `judge/rewards/shipped.py`
+vader and others of the package, KIND or KIND:WHAT: see `judge/rewards/shipped.py`
 FILE.py:FUNCTION the user's own code, see `judge/rewards/user_code.py`. The file is executed.
 http(s)://...    POST {"prompts": [...], "responses": [...]}, answered by {"scores": [...]}. A token, if one is
                  needed, comes from the environment variable DPO_JAX_REWARD_TOKEN and is sent as a bearer token.
@@ -16,8 +11,7 @@ anything else    a reward model: a folder, a hub id, or a run of ours
 import logging
 import os
 import time
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import httpx
@@ -27,7 +21,6 @@ from jax.sharding import Mesh
 from dpo_jax.complete.asking.http import RETRIED, checked_url, retry_after
 from dpo_jax.config import JudgedRun, JudgeRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
-from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.data.tokens.chat_tokenizer import end_of
 from dpo_jax.data.tokens.encode import ScoredEncoder
 from dpo_jax.data.tokens.templates import RAW
@@ -35,7 +28,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge.asked.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.judge.rewards.command import Command
-from dpo_jax.judge.rewards.shipped import OfColumn, OfText, compiled, shipped
+from dpo_jax.judge.rewards.shipped import OfColumn, shipped
 from dpo_jax.judge.rewards.user_code import PythonFunction
 from dpo_jax.processes import distributed
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -50,19 +43,6 @@ ATTEMPTS, FIRST_WAIT = 5, 1.0
 TRIAL = "Yes, that is so."
 """The response that a function of the user is tried out with."""
 
-# Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
-SCRIPTS = {
-    "ar": ("ARABIC",),
-    "el": ("GREEK",),
-    "he": ("HEBREW",),
-    "hi": ("DEVANAGARI",),
-    "ja": ("HIRAGANA", "KATAKANA", "CJK UNIFIED", "CJK COMPATIBILITY"),
-    "ko": ("HANGUL",),
-    "ru": ("CYRILLIC",),
-    "th": ("THAI",),
-    "zh": ("CJK UNIFIED", "CJK COMPATIBILITY"),
-}
-
 
 class RewardFunction(Protocol):
     """Prompts and responses in, a number for each response out.
@@ -76,26 +56,6 @@ class RewardFunction(Protocol):
     everywhere: bool
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any: ...
-
-
-class Vader:
-    """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
-
-    def __init__(self) -> None:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        self._analyzer = SentimentIntensityAnalyzer()
-
-    def __call__(self, text: str) -> float:
-        """The compound score: -1 most negative, 0 neutral, 1 most positive."""
-        return float(self._analyzer.polarity_scores(text)["compound"])
-
-
-def share_of_script(text: str, language: str) -> float:
-    """Share of the letters of `text` that belong to the script of `language`; 0 where there is no letter."""
-    letters = [character for character in text if character.isalpha()]
-    own = [x for x in letters if unicodedata.name(x, "").startswith(SCRIPTS[language])]
-    return len(own) / len(letters) if letters else 0.0
 
 
 class Endpoint:
@@ -209,19 +169,9 @@ def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> Reward
 
     Raises `InputError` for what `open_reward` could not open.
     """
-    kind, _, rest = judge.partition(":")
-    if judge == "vader":
-        return OfText("vader", Vader())
-    if judge == "length":
-        return OfText("length", lambda text: len(text) / 100)
     if judge.startswith(PREFIX):
         asked = JudgeReward(judge, config.out or judge.removeprefix(PREFIX))
         return asked if asked.opened else None
-    if kind == "regex":
-        pattern = compiled(judge, rest)
-        return OfText(judge, lambda text: float(pattern.search(text) is not None))
-    if kind == "language":
-        return OfText(judge, _language(judge, rest))
     found = shipped(judge, timeout=config.reward_timeout, memory=config.reward_memory)
     if found is not None:
         return found
@@ -235,15 +185,6 @@ def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> Reward
         known = "vader, length, those with a colon (docs/rewards.md), FILE.py:FUNCTION, judge:FILE.yaml, a URL"
         raise InputError(f"--reward {judge}: is none of {known}, and as a reward model: {error}") from error
     return None
-
-
-def _language(judge: str, code: str) -> Callable[[str], float]:
-    """Share of the letters in the language's script, where that tells it from others; else 1 where trigrams do."""
-    if code in SCRIPTS:
-        return lambda text: share_of_script(text, code)
-    if code not in languages():
-        raise InputError(f"--reward {judge}: {code!r} is no language that is told apart; such as en, fr or zh")
-    return lambda text: float(bool(text.strip()) and identify(text)[0] == code)
 
 
 def try_out(
@@ -291,7 +232,7 @@ def scores_of(
 
     Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
     """
-    scores, said = _asked(function, prompts, responses, rows, name)
+    scores, said = scores_and_said(function, prompts, responses, rows, name, finite=False)
     return _all_finite(scores, np.ones_like(said), rows, name) if finite else scores
 
 
@@ -305,14 +246,6 @@ def scores_and_said(
     finite: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `scores_of`, and bool [N]: where the function said something, not None, of which the score is NaN."""
-    scores, said = _asked(function, prompts, responses, rows, name)
-    return _all_finite(scores, said, rows, name) if finite else scores, said
-
-
-def _asked(
-    function: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [N], and bool [N]: what is not None."""
     both = np.zeros((2, len(responses)), np.float32)
     if function.everywhere or distributed.is_main():
         try:
@@ -321,11 +254,12 @@ def _asked(
             if not isinstance(function, PythonFunction | OfColumn):
                 raise
             raise InputError(f"{error} (responses to {told_rows(rows)} of the prompts)") from error
-        said = [one is not None for one in found] if isinstance(found, list | tuple) else True
+        given = [one is not None for one in found] if isinstance(found, list | tuple) else True
         scores = _checked(found, rows, name)
-        both = np.stack([scores, np.broadcast_to(np.asarray(said, np.float32), scores.shape)])
+        both = np.stack([scores, np.broadcast_to(np.asarray(given, np.float32), scores.shape)])
     both = both if function.everywhere else distributed.from_main(both)
-    return both[0], both[1] > 0
+    scores, said = both[0], both[1] > 0
+    return _all_finite(scores, said, rows, name) if finite else scores, said
 
 
 def told_rows(rows: Sequence[int] | np.ndarray, most: int = 6) -> str:

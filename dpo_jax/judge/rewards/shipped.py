@@ -1,5 +1,10 @@
-"""Rewards that can be checked, and that come with the package; each is written KIND or KIND:WHAT.
+"""Rewards that come with the package; each is written KIND or KIND:WHAT.
 
+vader              sentiment, from -1 to 1 (Hutto & Gilbert 2014)
+length             hundreds of characters
+regex:PATTERN      1 where Python's re finds the pattern, else 0
+language:CODE      share of the letters that belong to the script of a language, such as language:zh; of a language
+                   without a script of its own, such as language:fr, 1 where trigrams say so (py3langid), else 0
 exact:COLUMN       1 where the whole response is the row's value in COLUMN (or one of a list), else 0; what counts as
                    equal is `right_answers.same`
 numeric:COLUMN     1 where the last numbers of the two are equal (to 1e-6), such as "#### 42" of GSM8K
@@ -10,7 +15,7 @@ ramp:A:B           1 up to A characters, 0 from B on, linear between (B < A: 0 u
 repetition:N       -(share of the response's N-grams of words that occurred in it before), 0 to -1
 run:COMMAND        what a command of the user says, see `judge/rewards/command.py`
 
-The first three give None for a row without a value. (`vader`, `regex`, `language` are older: `reward_functions.py`.)
+Those of a COLUMN give None for a row without a value.
 """
 
 import contextlib
@@ -18,16 +23,31 @@ import importlib.util
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.errors import InputError
-from dpo_jax.judge.rewards import math_answers as reward_math
+from dpo_jax.judge.rewards import math_answers
 from dpo_jax.judge.rewards.command import Command
 from dpo_jax.judge.rewards.right_answers import NUMBER, near, same
 from dpo_jax.judge.rewards.user_code import PythonFunction
+
+# Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
+SCRIPTS = {
+    "ar": ("ARABIC",),
+    "el": ("GREEK",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK UNIFIED", "CJK COMPATIBILITY"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "th": ("THAI",),
+    "zh": ("CJK UNIFIED", "CJK COMPATIBILITY"),
+}
 
 _PASSED = ("PATH", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME")
 """What Python itself may need of the environment."""
@@ -80,6 +100,26 @@ class OfColumn:
 
 
 # ---------------------------------------------------------------- functions of a text, and of a text and a right answer
+
+
+class Vader:
+    """VADER (Hutto & Gilbert 2014): a sentiment lexicon with rules for negation and emphasis."""
+
+    def __init__(self) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, text: str) -> float:
+        """The compound score: -1 most negative, 0 neutral, 1 most positive."""
+        return float(self._analyzer.polarity_scores(text)["compound"])
+
+
+def share_of_script(text: str, language: str) -> float:
+    """Share of the letters of `text` that belong to the script of `language`; 0 where there is no letter."""
+    letters = [character for character in text if character.isalpha()]
+    own = [x for x in letters if unicodedata.name(x, "").startswith(SCRIPTS[language])]
+    return len(own) / len(letters) if letters else 0.0
 
 
 def is_same(text: str, right: Any) -> float:
@@ -137,6 +177,15 @@ def shipped(spec: str, *, timeout: float | None, memory: int | None) -> Any:
     """
     kind, colon, rest = spec.partition(":")
     match kind:
+        case "vader" if not colon:
+            return OfText(spec, Vader())
+        case "length" if not colon:
+            return OfText(spec, lambda text: len(text) / 100)
+        case "regex":
+            found = compiled(spec, rest)
+            return OfText(spec, lambda text: float(found.search(text) is not None))
+        case "language":
+            return OfText(spec, _language(spec, rest))
         case "exact":
             return OfColumn(spec, rest, lambda texts, values: list(map(is_same, texts, values)))
         case "numeric":
@@ -169,6 +218,15 @@ def compiled(spec: str, pattern: str, flags: int = 0) -> "re.Pattern[str]":
         raise InputError(f"--reward {spec}: {error}") from error
 
 
+def _language(judge: str, code: str) -> Callable[[str], float]:
+    """Share of the letters in the language's script, where that tells it from others; else 1 where trigrams do."""
+    if code in SCRIPTS:
+        return lambda text: share_of_script(text, code)
+    if code not in languages():
+        raise InputError(f"--reward {judge}: {code!r} is no language that is told apart; such as en, fr or zh")
+    return lambda text: float(bool(text.strip()) and identify(text)[0] == code)
+
+
 def _lengths(spec: str, rest: str) -> tuple[int, int]:
     words = rest.split(":")
     if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words) or words[0] == words[1]:
@@ -181,7 +239,7 @@ def _math(spec: str, column: str, timeout: float | None) -> OfColumn:
         raise InputError(f"--reward {spec}: needs math-verify: pip install 'dpo_jax[math]'")
     # In a process of its own: simplifying an expression of the model may take for ever. No secret is in its reach.
     environment = {name: os.environ[name] for name in _PASSED if name in os.environ}
-    verified = PythonFunction(f"{reward_math.__file__}:verified", timeout, environment=environment)
+    verified = PythonFunction(f"{math_answers.__file__}:verified", timeout, environment=environment)
 
     def scores(texts: list[str], values: list[Any]) -> Sequence[float]:
         nothing = Prompt((), "")

@@ -32,7 +32,7 @@ from typing import Any
 
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
-from dpo_jax.judge.rewards import user_process as reward_worker
+from dpo_jax.judge.rewards import user_process
 
 TIMEOUT = 600.0
 """Seconds that a call may take, where the user names no other number: scores of a whole batch, tests run and all."""
@@ -41,14 +41,30 @@ TRLS_OWN = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class Worker:
-    """The process: a request at a time, each answered within so many seconds."""
+    """The process with the user's function or class in it: a request at a time, each answered within so many seconds.
 
-    def __init__(self, spec: str, environment: Mapping[str, str], *, option: str = "--reward"):
-        """`spec`: FILE.py:NAME that `option` named; `environment`: of the process."""
-        self._named = f"{option} {spec}"
+    Attributes:
+      identity: its name, and a hash of its file.
+      described: what `user_process.load` says of it.
+    """
+
+    def __init__(self, named: str, path: Path, wanted: str, timeout: float | None, environment: Mapping[str, str]):
+        """Loads the file `path`.
+
+        Args:
+          named: the option as it was typed, with FILE.py:NAME.
+          wanted: what NAME is to be, such as "function NAME(prompts, responses)".
+          timeout: seconds that a call may take.
+          environment: of the process.
+
+        Raises `InputError` for a file that cannot be loaded, or has nothing callable of that name.
+        """
+        self._named, self._path, name = named, path, named.rpartition(":")[2]
+        self._seconds = TIMEOUT if timeout is None else timeout
+        self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
         # JAX of the function computes on the CPU: the devices are taken, all of their memory often, by the training.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", reward_worker.__file__],
+            [sys.executable, "-P", user_process.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # so that what it starts is ended with it, and Ctrl-C is ours alone
@@ -57,18 +73,25 @@ class Worker:
         self._answers: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
         self.end = weakref.finalize(self, _end, self._process)
-
-    def load(self, path: Path, name: str, seconds: float) -> dict[str, Any]:
-        """What `reward_worker.load` says of the file's function or class `name`."""
         # The kernel takes the end of the thread that started it for the end of the whole process (prctl(2)).
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
         asked = {"load": str(path), "name": name, "sys_path": sys.path, "parent": parent}
-        return self.ask(asked, max(seconds, TIMEOUT), "loading the file")  # it may import much
+        self.described = self._answer(asked, max(self._seconds, TIMEOUT), "loading the file")  # it may import much
+        if self.described.get("absent"):
+            raise InputError(f"{named}: {path} has no {wanted}")
 
-    def ask(self, request: Mapping[str, Any], seconds: float, doing: str) -> dict[str, Any]:
-        """The answer. Raises `InputError` where there is none in time, or the process is gone."""
+    def ask(self, request: Mapping[str, Any], doing: str) -> dict[str, Any]:
+        """The answer. Raises `InputError` for an exception, where there is none in time, or the process is gone."""
+        return self._answer(request, self._seconds, doing)
+
+    def told(self, answer: Mapping[str, Any]) -> str:
+        """An exception that is an answer, in one line."""
+        where = "" if answer["line"] is None else f"{self._path}, line {answer['line']}: "
+        return f"{where}{answer['error']}"
+
+    def _answer(self, request: Mapping[str, Any], seconds: float, doing: str) -> dict[str, Any]:
         assert self._process.stdin is not None, "it is a pipe"
-        written = json.dumps(request, default=reward_worker.encoded).encode() + b"\n"
+        written = json.dumps(request, default=user_process.encoded).encode() + b"\n"
         if self._process.stdin.closed:
             raise InputError(f"{self._named}: {doing}: its process was ended before, in a call that took too long")
         try:
@@ -86,7 +109,10 @@ class Worker:
         if not line:
             code = self._process.wait()
             raise InputError(f"{self._named}: {doing}: its process ended with the exit code {code}")
-        return json.loads(line)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise InputError(f"{self._named}: {self.told(answer)}")
+        return answer
 
 
 def _read(stream: Any, answers: "queue.Queue[bytes]") -> None:
@@ -115,21 +141,16 @@ class PythonFunction:
         Raises `InputError` for a file or function that cannot be used.
         """
         file, _, name = spec.rpartition(":")
-        self._path = path = Path(file).expanduser()
+        path = Path(file).expanduser()
         if not path.is_file():
             raise InputError(f"--reward {spec}: {file} is no file")
-        self._spec, self._timeout = spec, TIMEOUT if timeout is None else timeout
-        self.identity = f"{name} of a file with the hash {hashlib.sha256(path.read_bytes()).hexdigest()}"
-        self._worker = Worker(spec, environment)
-        described = self._worker.load(path, name, self._timeout)
-        if "error" in described:
-            raise self._told(described)
-        if described.get("absent"):
-            raise InputError(f"--reward {spec}: {file} has no function {name}(prompts, responses)")
+        wanted = f"function {name}(prompts, responses)"
+        self._spec, self._worker = spec, Worker(f"--reward {spec}", path, wanted, timeout, environment)
+        self.identity = self._worker.identity
         self._taken, self._needed, self._welcome, self._all = set[str](), set[str](), set[str](), False
         self._like_trl = False
-        if described["parameters"] is not None:
-            self._read_signature(name, described["parameters"])
+        if (parameters := self._worker.described["parameters"]) is not None:
+            self._read_signature(name, parameters)
 
     def _read_signature(self, name: str, parameters: Sequence[Sequence[Any]]) -> None:
         """How it is called, and with which columns: those it needs, those it can do without, all others.
@@ -187,12 +208,4 @@ class PythonFunction:
         else:
             positional = [[prompt.plain for prompt in prompts], list(responses)]
         request = {"positional": positional, "named": named}
-        answer = self._worker.ask(request, self._timeout, f"scoring {len(responses)} responses")
-        if "error" in answer:
-            raise self._told(answer)
-        return answer["scores"]
-
-    def _told(self, answer: Mapping[str, Any]) -> InputError:
-        """The exception in one line."""
-        where = "" if answer["line"] is None else f"{self._path}, line {answer['line']}: "
-        return InputError(f"--reward {self._spec}: {where}{answer['error']}")
+        return self._worker.ask(request, f"scoring {len(responses)} responses")["scores"]
