@@ -240,10 +240,14 @@ def _carried(before: TrainState, after: TrainState, rows: _Rows, present: jax.Ar
     return carried
 
 
-def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig) -> _Whole:
+def _whole(
+    state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig, *, accumulate: int
+) -> _Whole:
     w, weight = pairs.weights, jnp.sum(pairs.weights)
     weight = jnp.where(weight > 0, weight, 1.0)  # pairs that are sampled may all be ties: a loss of 0, not of 0 / 0
-    kl, mismatched = _kl_point(state, batch, config) if config.loss == "kto" else (jnp.zeros(()), jnp.zeros(()))
+    kl = mismatched = jnp.zeros(())
+    if config.loss == "kto":
+        kl, mismatched = _kl_point(state, batch, config, accumulate)
     return _Whole(
         weight=weight,
         nll_length=jnp.sum(w * pairs.response_lengths[:, CHOSEN]) / weight,
@@ -254,7 +258,9 @@ def _whole(state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, co
     )
 
 
-def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> tuple[jax.Array, jax.Array]:
+def _kl_point(
+    state: TrainState, batch: PreferenceBatch, config: DPOConfig, accumulate: int
+) -> tuple[jax.Array, jax.Array]:
     """KTO's z₀ = max(0, mean over the batch of log π_θ − log π_ref on mismatched pairs), and over how many.
 
     Scalars, no gradient. Without any the estimate is the least that a divergence can be, 0.
@@ -268,7 +274,7 @@ def _kl_point(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> t
         assert reference is not None
         return sums_of(state.apply_fn, state.variables, rows, config).scored - reference
 
-    ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, config.accumulate))
+    ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, accumulate))
     return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
 
 
@@ -306,7 +312,7 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
       InputError: the batch lacks what `config` asks for (at trace time).
     """
     pairs = responses_of(batch, CHOSEN, REJECTED + 1)
-    whole = _whole(state, batch, pairs, config)
+    whole = _whole(state, batch, pairs, config, accumulate=config.accumulate)
 
     across = _across(state, pairs, config)
 
@@ -365,9 +371,9 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
       (KTO's KL point, `nll_normalization` token, AOT's ranks), it takes from this one; BCO's mean of rewards is that of
       the steps before.
     """
-    config = dataclasses.replace(config, accumulate=1)  # without a backward pass there is little to save by splitting
     pairs = responses_of(batch, CHOSEN, REJECTED + 1)
-    whole = _whole(state, batch, pairs, config)
+    # Without a backward pass there is little to save by splitting.
+    whole = _whole(state, batch, pairs, config, accumulate=1)
     rows = _row_values(state, state.variables, pairs, whole, config, None, learns=False)
     terms = rows.terms if len(rows.terms) > 1 else {}
     return {

@@ -69,9 +69,4 @@ class DistillRun(SampledRun):
 
     def step_config(self, vocabulary: int | None) -> DistillStepConfig:
         """What the step needs to know of these options."""
-        return DistillStepConfig(
-            **vars(self.distill),
-            optimizer=self.optimizer,
-            accumulate=self.train.accumulate,
-            vocabulary=vocabulary,
-        )
+        return self.step(DistillStepConfig, self.distill, vocabulary=vocabulary)

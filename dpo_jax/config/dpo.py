@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, cast, get_args
 
 from dpo_jax.config.checks import (
@@ -195,12 +196,12 @@ class DPOLossConfig(Options, prefix="--dpo."):
             f"--dpo.use_weighting weighs pairs, and {', '.join(no_pairs)} has none of its own; choose another loss",
         )
 
-    @property
+    @cached_property
     def losses(self) -> tuple[Loss, ...]:
         """The losses that are added; one, as a rule."""
         return tuple(cast(Loss, name.strip()) for name in self.loss.split(","))
 
-    @property
+    @cached_property
     def weighted(self) -> tuple[tuple[str, float], ...]:
         """Each of them with its weight."""
         weights = [1.0] * len(self.losses) if self.loss_weights is None else map(float, self.loss_weights.split(","))
@@ -215,17 +216,17 @@ class DPOLossConfig(Options, prefix="--dpo."):
                 return 1e-3
         return super().resolved(name)
 
-    @property
+    @cached_property
     def reference_free(self) -> bool:
         """True where no loss has a reference policy (SimPO, ORPO, sft)."""
         return set(self.losses) <= set(_REFERENCE_FREE)
 
-    @property
+    @cached_property
     def unpaired(self) -> bool:
         """Whether a row may have one response only (KTO, unpaired APO)."""
         return self.loss in _UNPAIRED
 
-    @property
+    @cached_property
     def takes_across(self) -> bool:
         """Whether a loss takes something from all rows of its batch that a forward pass must find first."""
         return bool({"bco_pair", *_SORTED} & set(self.losses))
@@ -257,9 +258,4 @@ class DPORun(HoldoutRun):
 
     def step_config(self) -> DPOConfig:
         """What the step needs to know of these options."""
-        return DPOConfig(
-            **vars(self.dpo),
-            optimizer=self.optimizer,
-            accumulate=self.train.accumulate,
-            layout=self.train.layout_of(sampled=False),
-        )
+        return self.step(DPOConfig, self.dpo, layout=self.train.layout_of(sampled=False))

@@ -159,12 +159,11 @@ class PPORun(SampledRun, JudgedRun):
 
     def step_config(self) -> PPOConfig:
         """What the step needs to know of these options."""
-        return PPOConfig(
-            **vars(self.ppo),
+        return self.step(
+            PPOConfig,
+            self.ppo,
             temperature=self.sample.temperature,
             max_response=self.response_room,
-            optimizer=self.optimizer,
-            accumulate=self.train.accumulate,
             layout=self.train.layout_of(sampled=True),
             seed=self.train.seed,
         )

@@ -125,10 +125,5 @@ class RewardRun(HoldoutRun):
 
     def step_config(self) -> RewardConfig:
         """What the step needs to know of these options."""
-        return RewardConfig(
-            **vars(self.reward),
-            seed=self.train.seed,
-            optimizer=self.optimizer,
-            accumulate=self.train.accumulate,
-            layout=self.train.layout_of(sampled=False),
-        )
+        layout = self.train.layout_of(sampled=False)
+        return self.step(RewardConfig, self.reward, seed=self.train.seed, layout=layout)

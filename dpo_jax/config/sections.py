@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal, get_args
 
 from dpo_jax.config.checks import (
@@ -54,7 +55,7 @@ class LoraConfig(Options, prefix="--lora."):
         require(not unknown, f"--lora.targets {' '.join(unknown)}: choose from {' '.join(LINEAR_LAYERS)}")
         require(bool(self.targets), f"--lora.targets is empty: choose from {' '.join(LINEAR_LAYERS)}")
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """alpha / rank."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank

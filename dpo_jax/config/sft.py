@@ -95,13 +95,7 @@ class SFTRun(HoldoutRun):
 
     def step_config(self, *, packed: bool) -> SFTConfig:
         """What the step needs to know of these options; `packed`: whether a window holds several sequences."""
-        return SFTConfig(
-            **vars(self.sft),
-            packed=packed,
-            optimizer=self.optimizer,
-            accumulate=self.train.accumulate,
-            seed=self.train.seed,
-        )
+        return self.step(SFTConfig, self.sft, packed=packed, seed=self.train.seed)
 
 
 def sft_inside(run: TrainingRun, folder: Path, *, data: Mapping[str, Any], **changes: Any) -> SFTRun:

@@ -1,10 +1,10 @@
 """The options that every training command has."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from dpo_jax.config.bases import ReadsModels
-from dpo_jax.config.checks import Count, Finite, Positive, Share, not_given, part, require
+from dpo_jax.config.checks import Count, Finite, Options, Positive, Share, not_given, part, require
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.sections import (
     CheckpointConfig,
@@ -16,8 +16,11 @@ from dpo_jax.config.sections import (
     MeshConfig,
     OptimizerConfig,
     SampleConfig,
+    StepConfig,
     TrainConfig,
 )
+
+Step = TypeVar("Step", bound=StepConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,11 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
         return self.eval_data is not None
+
+    def step(self, kind: type[Step], loss: Options, **more: Any) -> Step:
+        """What a step needs to know of these options: those of its `loss`, what every step has, and `more`."""
+        told = {one.name: getattr(loss, one.name) for one in fields(loss)}  # pyright: ignore[reportArgumentType]
+        return kind(**told, optimizer=self.optimizer, accumulate=self.train.accumulate, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

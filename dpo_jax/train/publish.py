@@ -1,13 +1,13 @@
 """Where a run's figures and its model go besides its own folder: Weights & Biases, the Hugging Face hub."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.config import TrainingRun
 from dpo_jax.errors import InputError
 from dpo_jax.files import wandb_log as wandb
-from dpo_jax.files.folder import RunFolder, as_json, flatten
+from dpo_jax.files.folder import RunFolder, flatten
 from dpo_jax.files.log import say
 from dpo_jax.report import card
 from dpo_jax.weights import hub_upload
@@ -16,36 +16,39 @@ from dpo_jax.weights.opened import StoredModel
 _COORDINATOR = "distributed.coordinator"
 
 
-def check(config: TrainingRun) -> None:
-    """Raise `InputError`, before anything is done, for what would fail at the end of the run."""
-    if config.log.wandb is not None:
-        wandb.check(config.log.wandb)
-    if config.push_to_hub is not None:
-        hub_upload.check(config.push_to_hub)
+def check(project: str | None, repository: str | None) -> None:
+    """Raise `InputError`, before anything is done, for what would fail at the end of the run.
+
+    `project`: on Weights & Biases; `repository`: on the hub.
+    """
+    if project is not None:
+        wandb.check(project)
+    if repository is not None:
+        hub_upload.check(repository)
 
 
-def wandb_log(config: TrainingRun, folder: Path) -> wandb.WandbLog | None:
+def wandb_log(project: str | None, options: Mapping[str, Any], folder: Path) -> wandb.WandbLog | None:
     """Who is told of the figures, and of the options as a model card tells them; None where nobody is asked for."""
-    if config.log.wandb is None:
+    if project is None:
         return None
-    told = {name: card.told(name, value) for name, value in flatten(as_json(config)).items() if name != _COORDINATOR}
-    log = wandb.WandbLog(folder, config.log.wandb, told)
+    told = {name: card.told(name, value) for name, value in flatten(options).items() if name != _COORDINATOR}
+    log = wandb.WandbLog(folder, project, told)
     if log.place is not None:
         say(f"Weights & Biases: {log.place}")
     return log
 
 
 def card_of(
-    config: TrainingRun, folder: RunFolder, start: StoredModel, *, steps: str, adapter: bool, **told: Any
+    options: Mapping[str, Any], folder: RunFolder, start: StoredModel, *, steps: str, adapter: bool, **told: Any
 ) -> dict[str, bytes]:
     """The model card's files, by name. One that cannot be written is said, and ends no run.
 
-    `folder`: of the run; `start`: what it began with; `steps`: how many, in words, if any; `adapter`, `told`: see
-    `card.Card` and `card.of_run`.
+    `options`: of the run, as JSON has them; `folder`: of the run; `start`: what it began with; `steps`: how many, in
+    words, if any; `adapter`, `told`: see `card.Card` and `card.of_run`.
     """
     try:
-        basis, options = card.Basis.of(start), as_json(config)
-        made = card.of_run(folder.command, options, folder.given, basis, steps=f" in {steps}" if steps else "", **told)
+        basis, after = card.Basis.of(start), f" in {steps}" if steps else ""
+        made = card.of_run(folder.command, options, folder.given, basis, steps=after, **told)
         return dataclasses.replace(made, adapter=adapter).files()
     except Exception as error:  # whatever it is, what was trained is worth more than its description
         say(f"warning: {folder.path}: no model card could be written ({type(error).__name__}: {error})", "warning")

@@ -89,7 +89,7 @@ class Training(Generic[Config]):
         Nothing is written yet. Raises `InputError` for options that do not fit the devices or the folder.
         """
         _check_options(config)
-        publish.check(config)
+        publish.check(config.log.wandb, config.push_to_hub)
         distributed.initialize(config.distributed)
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
@@ -109,6 +109,11 @@ class Training(Generic[Config]):
     def out(self) -> Path:
         """The run folder's path."""
         return self.folder.path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options, with what was filled in, as JSON has them."""
+        return as_json(self.config)
 
     @cached_property
     def start(self) -> StoredModel:
@@ -288,7 +293,7 @@ class Training(Generic[Config]):
             given = config.train.peak_flops
             meter = Meter(flops_of, len(self.devices), peak_flops(self.devices, given))
             self.say(describe_peak(self.devices, given))
-        also = publish.wandb_log(config, self.out) if self.main else None
+        also = publish.wandb_log(config.log.wandb, self.options, self.out) if self.main else None
         with (
             MetricLog(self.out, total=total, start=start, writes=self.main, also=also) as log,
             distributed.expecting_signs(),
@@ -376,7 +381,7 @@ class Training(Generic[Config]):
             if wrote := training_samples(self.out):
                 parts.append(fixed_section(wrote))
             parts += [*sections, section]
-            parts.append(html.options_section(as_json(config)))
+            parts.append(html.options_section(self.options))
             html.write_report(self.out / "report.html", title, summary, parts)
         distributed.barrier("run finished")
         self.folder.finish()
@@ -392,7 +397,7 @@ class Training(Generic[Config]):
             return {}
         rows = [row for row in rows if row["step"] <= (self.best or row["step"])]
         told = {"fingerprints": self.identity, "rows": rows, "reward": reward, "steps": self.told_steps}
-        return publish.card_of(self.config, self.folder, self.start, adapter=adapter, **told)
+        return publish.card_of(self.options, self.folder, self.start, adapter=adapter, **told)
 
     def publish(self) -> None:
         """Send the finished model where `--push_to_hub` says, from process 0. Raises `InputError` where that fails."""

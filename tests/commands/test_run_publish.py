@@ -379,7 +379,7 @@ def test_a_card_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monke
     told = {"steps": "", "fingerprints": {}, "rows": [], "reward": False}
     monkeypatch.setattr(card, "of_run", lambda *_, **__: 1 / 0)
     start = open_checkpoint(tiny.folder(tmp_path / "tiny", hidden=16, heads=2, kv_heads=1, layers=1))
-    assert publish.card_of(run, folder, start, adapter=False, **told) == {}
+    assert publish.card_of(as_json(run), folder, start, adapter=False, **told) == {}
     assert "no model card could be written (ZeroDivisionError" in capsys.readouterr().err
 
 
