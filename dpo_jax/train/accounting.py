@@ -62,7 +62,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Meter:
-    """Turns the work of a step and its time into figures.
+    """Turns the FLOPs of a step and its time into figures.
 
     Attributes:
       flops_of: batch (host arrays, global) -> FLOPs.
@@ -74,13 +74,9 @@ class Meter:
     devices: int
     peak: float | None
 
-    def work(self, batch: Any) -> float:
-        """FLOPs of the step on `batch`."""
-        return self.flops_of(batch)
-
-    def rates(self, work: float, seconds: float) -> Row:
+    def rates(self, flops: float, seconds: float) -> Row:
         """`tflops_per_device`, and `mfu` (a share of 1) where the peak is known."""
-        per_device = work / seconds / self.devices
+        per_device = flops / seconds / self.devices
         row: Row = {"tflops_per_device": per_device / 1e12}
         return row if self.peak is None else {**row, "mfu": per_device / self.peak}
 

@@ -33,6 +33,7 @@ from dpo_jax.mesh import put_batch
 from dpo_jax.processes import distributed
 from dpo_jax.processes.distributed import leave
 from dpo_jax.state import TrainState
+from dpo_jax.train.accounting import Meter
 from dpo_jax.train.stopping import without_gain
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
@@ -60,14 +61,6 @@ class Loader(Protocol):
     def summary(self) -> str: ...
 
     def close(self) -> None: ...
-
-
-class Meter(Protocol):
-    """Counts what the step on a batch computes, and rates it against the time that it took."""
-
-    def work(self, batch: Any) -> float: ...
-
-    def rates(self, work: float, seconds: float) -> Row: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +144,7 @@ def fit(
             del on_device
             done += 1
             epoch = None if plan.steps_per_epoch is None else done / plan.steps_per_epoch
-            rates = None if meter is None else partial(meter.rates, meter.work(batch))
+            rates = None if meter is None else partial(meter.rates, meter.flops_of(batch))
             waiting = _Pending(done, epoch, metrics, np.asarray(batch.rows), rates, figures)
             previous, pending = pending, waiting
             if previous is not None:

@@ -11,6 +11,7 @@ from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.row_mixture import Rows, read_mixture
+from dpo_jax.data.sets.steps_loader import RowOptions
 from dpo_jax.mesh import batch_parts, pieces
 from dpo_jax.types import REJECTED
 
@@ -54,17 +55,25 @@ def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> P
     return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, pieces(mesh, "length")))
 
 
+def row_options(config: TrainingRun, *, steps: int | None = None, epochs: float | None = None) -> RowOptions:
+    """What every loader of rows takes, as a run's options say."""
+    return {
+        "batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+        "shuffle": config.data.shuffle,
+        "workers": config.data.workers,
+        "steps": steps,
+        "epochs": epochs,
+    }
+
+
 def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
     """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
     return PreferenceLoader(
         data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
         buckets=config.data.buckets,
-        workers=config.data.workers,
         packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
-        **length,
+        **row_options(config, **length),
     )
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +12,8 @@ from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
-from dpo_jax.train.row_data import read_both, units_of
+from dpo_jax.report.datasets import dialogues_section
+from dpo_jax.train.row_data import read_both, row_options, units_of
 from dpo_jax.types import TokenBatch
 
 
@@ -84,18 +84,12 @@ class Dialogues:
 
     def loader(self, *, steps: int | None, epochs: float | None, mesh: Mesh | None = None) -> TokenLoader:
         """The windows of the whole run, for the devices of `mesh`."""
-        config = self.config
         return TokenLoader(
             self.data,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
             window=self._window,
-            shuffle=config.data.shuffle,
-            buckets=config.data.buckets,
-            steps=steps,
-            epochs=epochs,
-            workers=config.data.workers,
-            views=units_of(mesh, config.train.accumulate, packed=self.packed),
+            buckets=self.config.data.buckets,
+            views=units_of(mesh, self.config.train.accumulate, packed=self.packed),
+            **row_options(self.config, steps=steps, epochs=epochs),
         )
 
     def eval_batches(self, batch_size: int, mesh: Mesh) -> list[TokenBatch]:
@@ -110,17 +104,5 @@ class Dialogues:
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read, what was left out and why, how long the sequences are and how much of them the loss counts."""
-        data = self.data
-        lengths: dict[str, np.ndarray] = {"dialogue": data.lengths, "in the loss": data.target_lengths}
-        counts: list[tuple[str, int | str]] = [("rows read", data.rows_read), ("rows used", len(data))]
-        counts += [] if steps is None else self.loader(steps=steps, epochs=None).told()
-        counts.append(("rows cut at their end", data.cut))
-        counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-        counts += [("tokens", int(data.lengths.sum())), ("tokens in the loss", int(data.target_lengths.sum()))]
-        section = html.Section(
-            title,
-            note=data.source,
-            plots=(html.lengths_plot("Lengths", lengths),),
-            table=html.Table(("what", "count"), counts),
-        )
-        return [section]
+        taken = [] if steps is None else self.loader(steps=steps, epochs=None).told()
+        return [dialogues_section(title, self.data, taken)]

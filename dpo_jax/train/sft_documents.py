@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +11,8 @@ from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_source
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
-from dpo_jax.train.row_data import units_of
+from dpo_jax.report.datasets import documents_section
+from dpo_jax.train.row_data import row_options, units_of
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,14 @@ class Documents:
 
     def loader(self, *, steps: int | None, epochs: float | None, mesh: Mesh | None = None) -> TextLoader:
         """The windows of the whole run, for the devices of `mesh`."""
-        config = self.config
+        data = self.config.data
         return TextLoader(
             self.sources,
             self.weights,
-            length=config.data.max_length,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle,
-            documents=config.data.resolved("documents"),
-            steps=steps,
-            epochs=epochs,
-            workers=config.data.workers,
-            views=units_of(mesh, config.train.accumulate, packed=self.packed),
+            length=data.max_length,
+            documents=data.resolved("documents"),
+            views=units_of(mesh, self.config.train.accumulate, packed=self.packed),
+            **row_options(self.config, steps=steps, epochs=epochs),
         )
 
     def eval_batches(self, batch_size: int, mesh: Mesh) -> EvalWindows:
@@ -122,19 +117,5 @@ class Documents:
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read and left out, and with `steps` how often a run of so many goes through each source."""
         passes = None if steps is None else self.loader(steps=steps, epochs=None).passes(steps)
-        return [_section(title, source, None if passes is None else passes[i]) for i, source in enumerate(self.sources)]
-
-
-def _section(title: str, data: DocumentDataset, passes: float | None) -> html.Section:
-    counts: list[tuple[str, int | str]] = [("documents read", data.rows_read), ("documents used", len(data))]
-    counts += [(f"left out: {reason}", count) for reason, count in data.dropped.most_common()]
-    counts += [("tokens, with BOS and EOS", data.total), ("of them <unk>", data.unknown)]
-    if passes is not None:
-        counts.append(("epochs in this run", f"{passes:.2f}"))
-    lengths: dict[str, np.ndarray] = {"document": data.lengths}
-    return html.Section(
-        title,
-        note=data.source,
-        plots=(html.lengths_plot("Lengths", lengths),),
-        table=html.Table(("what", "count"), counts),
-    )
+        often = [None] * len(self.sources) if passes is None else passes
+        return [documents_section(title, source, times) for source, times in zip(self.sources, often, strict=True)]

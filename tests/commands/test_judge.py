@@ -20,6 +20,7 @@ from dpo_jax.complete.asking.reply_cache import ReplyCache
 from dpo_jax.config import SampleConfig
 from dpo_jax.judge.asked.judging import expected_score, family, one_score
 from dpo_jax.judge.figures import agreement as figures, reward_bench
+from dpo_jax.report import statistics
 from dpo_jax.weights.pretrained import load_pretrained
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -233,10 +234,10 @@ def test_figures_by_hand() -> None:
     assert one_score([5.0] * 20) == (5, 1)
     assert one_score([5.0, 4.0] * 10) is None
     shares = np.array([[20, 5], [10, 15]]) / 50
-    assert figures.cohen_kappa(shares) == pytest.approx(0.4)  # Cohen 1960: (.7 - .5) / (1 - .5)
+    assert statistics.cohen_kappa(shares) == pytest.approx(0.4)  # Cohen 1960: (.7 - .5) / (1 - .5)
     q = (0.5 + 0.6) / 2
     chance = 2 * q * (1 - q)
-    assert figures.gwet_ac1(shares) == pytest.approx((0.7 - chance) / (1 - chance))
+    assert statistics.gwet_ac1(shares) == pytest.approx((0.7 - chance) / (1 - chance))
 
 
 def test_reward_bench_s_table_by_hand() -> None:

@@ -13,7 +13,7 @@ import pytest
 from dpo_jax.cli import main
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.judge.asked import sheet
-from dpo_jax.judge.figures.agreement import cohen_kappa, gwet_ac1, table
+from dpo_jax.report.statistics import cohen_kappa, gwet_ac1, table
 
 NASTY = "<script>alert(1)</script> =1+1"
 

@@ -147,7 +147,7 @@ def test_pairs_count_the_prompt_once() -> None:
 
 def test_rates() -> None:
     meter = Meter(lambda batch: 8e12, devices=4, peak=10e12)
-    assert meter.rates(meter.work(None), 2.0) == {"tflops_per_device": 1.0, "mfu": pytest.approx(0.1)}
+    assert meter.rates(meter.flops_of(None), 2.0) == {"tflops_per_device": 1.0, "mfu": pytest.approx(0.1)}
     assert Meter(lambda batch: 0.0, devices=1, peak=None).rates(1e12, 1.0) == {"tflops_per_device": 1.0}
 
 

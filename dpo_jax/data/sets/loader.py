@@ -13,7 +13,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Unpack
 
 import numpy as np
@@ -48,6 +48,10 @@ class IndexedBatches(Generic[Batch]):
     def rows(self) -> np.ndarray:
         """int [M]: positions in the data set of all rows that occur."""
         return np.concatenate([one.indices for one in self.many])
+
+    def of(self, rows: np.ndarray) -> "IndexedBatches[Batch]":
+        """Batches of some rows of the data set (positions), in the shapes of this plan."""
+        return replace(self, many=self.plan.of(rows))
 
     def __len__(self) -> int:
         return len(self.many)

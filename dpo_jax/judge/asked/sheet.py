@@ -23,7 +23,7 @@ from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import told
 from dpo_jax.judge.asked.judging import SHARES, Item, Judgement
-from dpo_jax.judge.figures.agreement import cohen_kappa, gwet_ac1, table
+from dpo_jax.report.statistics import cohen_kappa, gwet_ac1, table
 
 log = logging.getLogger(__name__)
 COLUMNS = ("item", "verdict", "rater")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.report.statistics import RESAMPLES
+from dpo_jax.report.statistics import RESAMPLES, cohen_kappa, gwet_ac1, table
 
 Sides = ("a", "b", "tie")
 
@@ -18,27 +18,6 @@ class PairVerdict(NamedTuple):
     people: int
     judge: int
     flipped: bool | None
-
-
-def table(one: np.ndarray, other: np.ndarray, kinds: int) -> np.ndarray:
-    """[kinds, kinds] shares of what two raters said; one and other: int [N]."""
-    found = np.zeros((kinds, kinds))
-    np.add.at(found, (one, other), 1)
-    return found / max(len(one), 1)
-
-
-def cohen_kappa(shares: np.ndarray) -> float:
-    """Cohen's kappa (1960): (p - e) / (1 - e), e the agreement by chance from both raters' shares; nan if e is 1."""
-    chance = float(shares.sum(1) @ shares.sum(0))
-    return float((np.trace(shares) - chance) / (1 - chance)) if chance < 1 else float("nan")
-
-
-def gwet_ac1(shares: np.ndarray) -> float:
-    """Gwet's AC1 (2008): as kappa with e = sum q (1 - q) / (kinds - 1), q the mean share of a kind: stable where one
-    kind is rare."""
-    q = (shares.sum(0) + shares.sum(1)) / 2
-    chance = float(np.sum(q * (1 - q)) / (len(q) - 1))
-    return float((np.trace(shares) - chance) / (1 - chance))
 
 
 def figures(pairs: Sequence[PairVerdict], seed: int = 0) -> dict[str, tuple[float, float, float] | int]:
