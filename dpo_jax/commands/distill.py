@@ -30,7 +30,6 @@ from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 
@@ -48,7 +47,7 @@ def train(config: DistillRun) -> Path:
     # -------------------------------------------------------------- the shapes of both models, the prompts
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    teacher = open_checkpoint(to_train(config.teacher))
+    teacher = open_checkpoint(config.teacher, merged=True)
     if teacher.has_adapters:
         raise InputError(f"--teacher {config.teacher}: is an adapter folder; merge it with dpo-jax convert first")
     for name, shape in (

@@ -27,7 +27,6 @@ from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.source import to_train
 
 
 def train(config: DPORun) -> Path:
@@ -171,7 +170,7 @@ def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
     assert config.reference is not None
     live = config.dpo.reference == "live"
     model, variables = load_pretrained(
-        to_train(config.reference) if live else config.reference,
+        open_checkpoint(config.reference, merged=live),
         mesh=mesh,
         dtype=jnp.dtype(config.train.kept_dtype),
         compute_dtype=jnp.dtype(config.train.dtype),

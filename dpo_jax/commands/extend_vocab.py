@@ -78,7 +78,7 @@ def extend_vocab(run: ExtendVocabRun) -> Extension:
     target = Path(run.to)
     check_free(target, replace=False)
     place = open_checkpoint(run.model)
-    if not place.by_tensors:
+    if place.tensors is None:
         raise InputError(f"{run.model}: is no Hugging Face folder; make one with dpo-jax convert --from {run.model}")
     own = own_tokenizer(place)
     base = base_pieces(place, own, run.base_tokenizer)

@@ -21,6 +21,7 @@ from dpo_jax.files.log import say
 from dpo_jax.judge.loading import load_data, load_vocabulary
 from dpo_jax.report import html, terminal
 from dpo_jax.types import CHOSEN, REJECTED
+from dpo_jax.weights.opened import open_checkpoint
 
 STYLES = {"prompt": "dim", "response": "black on green", "format": "black on yellow", "terminator": "bold white on red"}
 MEANINGS = {
@@ -53,7 +54,7 @@ def inspect(run: InspectRun) -> None:
 
 def _table(run: InspectRun) -> Table:
     """Comparisons by source, file by file."""
-    _, tokenizer = load_vocabulary(run.model, run.data)
+    _, tokenizer = load_vocabulary(open_checkpoint(run.model), run.data)
     head = ("source", "comparisons", "turns", "tokens of an example", "of a prompt", "of a response")
     told: dict[str, Any] = {"columns": run.data.columns, "limit": run.data.limit, "on_bad_rows": run.on_bad_rows}
     rows = []
@@ -65,7 +66,8 @@ def _table(run: InspectRun) -> Table:
 
 
 def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
-    tokenizer, dataset = load_data(run.model, run.data.files, run.data, run.on_bad_rows, with_format_masks=True)
+    place, data = open_checkpoint(run.model), run.data
+    tokenizer, dataset = load_data(place, data.files, data, run.on_bad_rows, with_format_masks=True)
     for i in _shown(run, dataset.row_numbers):
         for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
             found = pieces(dataset, tokenizer, i, side)
@@ -75,7 +77,7 @@ def _pairs(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
 
 
 def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
-    architecture, tokenizer = load_vocabulary(run.model, run.data)
+    architecture, tokenizer = load_vocabulary(open_checkpoint(run.model), run.data)
     dataset = load_dialogues(
         run.data.files,
         tokenizer,

@@ -35,7 +35,6 @@ from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import text_ids
 
 
@@ -99,7 +98,7 @@ def train(config: PPORun) -> Path:
     value = None
     if config.value_model is not None:
         # Beneath adapters it shares the policy's weights; without, it is a model of its own.
-        start = config.value_model if "adapters" in variables else to_train(config.value_model)
+        start = open_checkpoint(config.value_model, merged="adapters" not in variables)
         _, value = load_pretrained(start, mesh=mesh, dtype=jnp.float32)
         identity["the value model"] = fingerprint(value)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)

@@ -46,7 +46,6 @@ from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.folder import new_folder, write_beside
 from dpo_jax.weights.opened import open_checkpoint
-from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer
 
 _SAMPLES, _HELDOUT = 1, 2
@@ -91,7 +90,7 @@ class _Run:
         architectures = [_language_model(config.model, architecture)]
         if config.rejection.student is not None:
             architectures.append(_read_student(config, training))
-        if config.lora.rank and open_checkpoint(to_train(config.trained)).has_adapters:
+        if config.lora.rank and open_checkpoint(config.trained, merged=True).has_adapters:
             raise InputError(
                 f"{config.trained}: has adapters already; leave --lora.rank out, or merge them with dpo-jax convert"
             )

@@ -20,7 +20,7 @@ from dpo_jax.files.log import say, show_log
 from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
-from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
 
@@ -58,12 +58,9 @@ class Setting:
         return policy_logps(dataset, model, variables, mesh=self.mesh, batches=batches, label=label).astype(np.float64)
 
 
-def load_vocabulary(
-    model: str | StoredModel, data: DataConfig | None = None
-) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
+def load_vocabulary(model: StoredModel, data: DataConfig | None = None) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
     """The model's architecture and its tokenizer, which fit together and `data`; its weights are not read."""
     show_log()
-    model = open_checkpoint(model)
     architecture, tokenizer = model.architecture, model.tokenizer()
     check_vocabulary(tokenizer, architecture)
     if data is not None:
@@ -72,7 +69,7 @@ def load_vocabulary(
 
 
 def load_data(
-    model: str | StoredModel,
+    model: StoredModel,
     source: str,
     config: DataConfig,
     on_bad_rows: Literal["refuse", "skip"],

@@ -19,6 +19,7 @@ from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.report import html, terminal
 from dpo_jax.report.datasets import data_section
 from dpo_jax.report.statistics import correlation, ranked
+from dpo_jax.weights.opened import open_checkpoint
 
 
 def evaluate(run: EvalRun) -> dict[str, Any]:
@@ -68,7 +69,8 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
 
 def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceDataset, np.ndarray]:
     """The comparisons as the tokenizer of `source` reads them, and its scores [N, K]."""
-    architecture, tokenizer = load_vocabulary(source, run.data if source == run.model else None)
+    place = open_checkpoint(source)
+    architecture, tokenizer = load_vocabulary(place, run.data if source == run.model else None)
     check_score(source, architecture)
     rules = RewardLossConfig(ties="drop")
     data = load_comparisons(
@@ -76,7 +78,7 @@ def _judged(run: EvalRun, source: str, setting: Setting) -> tuple[PreferenceData
     )
     check_lengths(data, architecture, run.data.max_length)
     say(data.summary())
-    model, variables = setting.load(source, tokenizer)
+    model, variables = setting.load(place, tokenizer)
     rewards = RewardModel(model, variables, mesh=setting.mesh, batch_size=run.batch_size)
     return data, rewards.rewards(eval_batches(data, run.batch_size, run.data.buckets), f"scores of {source}")
 

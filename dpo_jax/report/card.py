@@ -95,7 +95,7 @@ class Basis:
                     head["base_model"] = found["base_model"]
                 if not str(head.get("license_link", "https://")).startswith(("https://", "http://")):
                     del head["license_link"]
-        if not exists(place.name) and _HUB_ID.fullmatch(place.name):
+        if _HUB_ID.fullmatch(place.lasting.model):  # no place on this machine
             return cls(place.name, head | {"base_model": place.name})
         return cls(public(place.name), head)
 

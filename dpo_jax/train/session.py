@@ -52,7 +52,6 @@ from dpo_jax.weights.integrity import base
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
-from dpo_jax.weights.source import to_train
 from dpo_jax.weights.tokenizer import check_vocabulary
 
 Config = TypeVar("Config", bound=TrainingRun)
@@ -118,7 +117,7 @@ class Training(Generic[Config]):
     @cached_property
     def start(self) -> StoredModel:
         """The model that is trained: `--model`, or the merged weights of a run with LoRA."""
-        return open_checkpoint(to_train(self.config.model))
+        return open_checkpoint(self.config.model, merged=True)
 
     @property
     def devices(self) -> list[Any]:
@@ -355,22 +354,17 @@ class Training(Generic[Config]):
         config = self.config
         tokenizer = self.exported(tokenizer)
         rows = read_metrics(self.out / "metrics.jsonl") if self.main else []
-        told: dict[str, Any] = {"source": self.start, "classes": classes, "terminators": terminators}
-        reward = SCORE in variables.get("heads", {})
-        dtype = config.train.resolved("export_dtype")
-        lost = save_pretrained(
-            self.out / "model",
-            model,
-            variables,
-            tokenizer,
-            dtype=jnp.dtype(dtype),
-            beside=self.card(rows, reward=reward),
-            **told,
-        )
-        notes = [] if lost is None else [f"model/ in {dtype}: rounding lost {lost:.0%} of what was learnt"]
+        exports: dict[str, dict[str, Any]] = {"model": {"dtype": jnp.dtype(config.train.resolved("export_dtype"))}}
         if "adapters" in variables:
-            told["beside"] = self.card(rows, reward=reward, adapter=True)
-            save_pretrained(self.out / "adapter", model, variables, tokenizer, merge=False, **told)
+            exports["adapter"] = {"merge": False}
+        reward = SCORE in variables.get("heads", {})
+        notes = []
+        for name, how in exports.items():
+            told = {"source": self.start, "classes": classes, "terminators": terminators}
+            told["beside"] = self.card(rows, reward=reward, adapter=name == "adapter")
+            lost = save_pretrained(self.out / name, model, variables, tokenizer, **how, **told)
+            if lost is not None:
+                notes.append(f"model/ in {how['dtype']}: rounding lost {lost:.0%} of what was learnt")
         if self.main:
             cost = cost_lines(rows, len(self.devices), self.electricity)
             for line in ("; ".join(cost), *notes):

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +20,7 @@ from dpo_jax.model.architecture import LlamaConfig, to_hf
 from dpo_jax.weights.huggingface import layout, model_folder
 from dpo_jax.weights.integrity.folder import check_free, write_json
 from dpo_jax.weights.opened import StoredModel
-from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all
-from dpo_jax.weights.tokenizers import tokenizer_files
+from dpo_jax.weights.pretrained import stored_tensors
 
 PROVENANCE = "average.json"
 # Ids of tokens and the longest text change no weight's meaning.
@@ -63,13 +61,7 @@ class _Digested:
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        slots = layout.parameter_slots(self._config)
-        if self._place.by_tensors and self._place.tensors is not None:
-            tensors = read_all(self._place.tensors, layout.tensor_shapes(slots), np.dtype(np.float32))
-        else:
-            model, variables = load_pretrained(self._place, dtype=jnp.float32)
-            tensors = layout.tensors(slots, merged_params(model, variables), jnp.float32)
-        for tensor in tensors:
+        for tensor in stored_tensors(self._place, self._config, np.float32):
             values = np.ascontiguousarray(tensor, np.float32)
             self._hash.update(values.data)
             yield values
@@ -115,8 +107,7 @@ def average(
     tensors = (mean(each, shares).astype(stored) for each in zip(*read, strict=True))
 
     def finish(folder: Path) -> None:
-        model_folder.write_configs(folder, config, stored, origin, terminators)
-        tokenizer_files.save_tokenizer(tokenizer, folder, origin)
+        model_folder.write_configs(folder, config, stored, origin, terminators, tokenizer)
         models = [
             {"model": place.lasting.model, "revision": place.lasting.revision, "weight": share, "sha256": one.sha256}
             for place, share, one in zip(places, shares, read, strict=True)

@@ -1,6 +1,6 @@
 """Checkpoints from one format into another: what `dpo-jax convert` does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +10,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
-from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights.gguf import writer as gguf_writer
 from dpo_jax.weights.huggingface import layout, merging, model_folder
 from dpo_jax.weights.integrity.folder import check_free
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.orbax import params as orbax_params
-from dpo_jax.weights.pretrained import load_pretrained, merged_params, read_all, save_pretrained
+from dpo_jax.weights.pretrained import load_pretrained, merged_params, save_pretrained, stored_tensors
 from dpo_jax.weights.tokenizer import check_published
 from dpo_jax.weights.tokenizers import tokenizer_files
 
@@ -77,34 +76,36 @@ def convert(
     if dtype is None:
         dtype = place.dtype if place.beneath is None else np.float32
     stored = np.dtype(dtype)
-    spoken = tokenizer, tuple(dict.fromkeys((*place.terminators, *terminators)))
-    scores, adapted = bool(place.architecture.num_labels), place.has_adapters
-    if scores and to == "orbax":
+    terminators = tuple(dict.fromkeys((*place.terminators, *terminators)))
+    config, adapted = place.architecture, place.has_adapters
+    if config.num_labels and to == "orbax":
         raise InputError(f"{place.name}: is a reward model, which is converted to --format huggingface only")
-    if to == "huggingface" and (scores or adapted):
+    if to == "huggingface" and (config.num_labels or adapted):
         # Adapters are added in float32, so that the weights beneath them are read as they are stored.
-        beneath = place.dtype if adapted else stored
-        model, variables = load_pretrained(place, mesh=mesh, dtype=beneath)
-        carried: dict[str, Any] = {"source": place, "classes": place.classes, "terminators": spoken[1]}
+        model, variables = load_pretrained(place, mesh=mesh, dtype=place.dtype if adapted else stored)
+        carried: dict[str, Any] = {"source": place, "classes": place.classes, "terminators": terminators}
         tokenizer = tokenizer or place.tokenizer()
         return save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
-    if to == "huggingface" and place.tensors is not None:
-        config = place.architecture
+    origin = place.origin
+    if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
+        tokenizer = tokenizer or place.tokenizer()
+        check_published(tokenizer, config, place.tokenizer)
+
+    def finish(folder: Path) -> None:
+        model_folder.write_configs(folder, config, stored, origin, terminators, tokenizer)
+        if tokenizer is None and origin is not None:
+            tokenizer_files.copy_tokenizer(origin, folder)
+
+    if to == "huggingface":
         shapes = layout.tensor_shapes(layout.parameter_slots(config))
-        tensors = read_all(place.tensors, shapes, stored)
-    else:
-        model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32 if adapted else stored)
-        config, params = model.config, merged_params(model, variables)
-        if to == "orbax":
-            lost = _lost(variables["params"], params, stored) if adapted and stored != np.float32 else None
-            params = jax.tree.map(lambda x: x.astype(stored), params)
-            orbax_params.write_folder(target, params, _finisher(place, config, stored, to, *spoken))
-            return lost
-        slots = layout.parameter_slots(config)
-        shapes, tensors = layout.tensor_shapes(slots), layout.tensors(slots, params, stored)
-    finish = _finisher(place, config, stored, to, *spoken)
-    model_folder.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
-    return None
+        tensors = stored_tensors(place, config, stored, mesh)
+        model_folder.write_weights(target, shapes, tensors, stored, finish, shard_bytes=shard_bytes, replace=False)
+        return None
+    model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32 if adapted else stored)
+    params = merged_params(model, variables)
+    lost = _lost(variables["params"], params, stored) if adapted and stored != np.float32 else None
+    orbax_params.write_folder(target, jax.tree.map(lambda x: x.astype(stored), params), finish)
+    return lost
 
 
 def _to_gguf(
@@ -121,13 +122,10 @@ def _to_gguf(
     config = place.architecture
     gguf_writer.check_model(config, place.name)
     check_published(tokenizer, config, place.tokenizer)
-    slots = layout.parameter_slots(config)
-    shapes = layout.tensor_shapes(slots)
-    if place.tensors is not None and not place.has_adapters:
-        tensors = read_all(place.tensors, shapes, np.dtype(np.float32))
-    else:
-        model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32)
-        tensors = layout.tensors(slots, merged_params(model, variables), np.float32)
+    shapes, tensors = (
+        layout.tensor_shapes(layout.parameter_slots(config)),
+        stored_tensors(place, config, np.float32, mesh),
+    )
     gguf_writer.write_gguf(
         target, config, tokenizer, shapes, tensors, stored, name=target.stem, terminators=terminators
     )
@@ -138,27 +136,3 @@ def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:
     for pair in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         rounding.store(*(np.asarray(x, np.float32) for x in pair))
     return rounding.lost
-
-
-def _finisher(
-    place: StoredModel,
-    config: LlamaConfig,
-    dtype: np.dtype,
-    to: Format,
-    tokenizer: PreTrainedTokenizerBase | None,
-    terminators: Sequence[int],
-) -> Callable[[Path], None]:
-    """What writes the configuration and the tokenizer; the tokenizer is read now, before the weights are written."""
-    origin = place.origin
-    if origin != place.path or (to == "huggingface" and (place.path / tokenizer_files.JSON).is_file()):
-        tokenizer = tokenizer or place.tokenizer()
-        check_published(tokenizer, config, place.tokenizer)
-
-    def finish(folder: Path) -> None:
-        model_folder.write_configs(folder, config, dtype, origin, terminators)
-        if tokenizer is not None:
-            tokenizer_files.save_tokenizer(tokenizer, folder, origin)
-        elif origin is not None:
-            tokenizer_files.copy_tokenizer(origin, folder)
-
-    return finish

@@ -8,14 +8,14 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import ClassHead, LoraConfig
@@ -25,11 +25,11 @@ from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables, shardings
 from dpo_jax.weights.gguf import tensors as gguf_tensors, tokenizer as gguf_tokenizer
-from dpo_jax.weights.huggingface import heads, layout, model_folder, peft
+from dpo_jax.weights.huggingface import heads, layout, model_folder, peft, shards
 from dpo_jax.weights.integrity import base as bases
 from dpo_jax.weights.integrity.base import Base
 from dpo_jax.weights.orbax import params as orbax_params
-from dpo_jax.weights.source import resolve, to_train
+from dpo_jax.weights.source import resolve
 from dpo_jax.weights.tokenizers import folder_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 Loaded = tuple[Llama, dict[str, Any]]
 
 
+@dataclass(eq=False)
 class StoredModel:
     """A model on this machine; what is asked of it is read when it is first asked for.
 
@@ -46,31 +47,31 @@ class StoredModel:
       beneath: the model that it adds adapters to, or began with; None where it is whole.
       base: the same as its folder names it.
       has_adapters: whether it, or the model beneath, keeps adapters apart from the weights.
-      by_tensors: whether `tensors` reads the weights one by one, as of a Hugging Face folder or GGUF file.
       terminators: ids that end a response, as an adapter folder keeps them.
     """
 
-    beneath: "StoredModel | None" = None
-    base: Base | None = None
-    has_adapters: bool = False
-    by_tensors = True
-    terminators: tuple[int, ...] = ()
-
-    def __init__(self, path: Path, name: str | Path | None = None):
-        self.path, self.name = path, str(path if name is None else name)
+    path: Path
+    name: str
+    beneath: ClassVar["StoredModel | None"] = None
+    base: ClassVar[Base | None] = None
+    has_adapters: ClassVar[bool] = False
+    terminators: ClassVar[tuple[int, ...]] = ()
 
     @cached_property
-    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
-        return model_folder.open_folder(self.path)
+    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader]:
+        """Configuration and checked weights. Raises `InputError` for a damaged folder, or another architecture."""
+        config, reader = model_folder.read_config(self.path / "config.json"), shards.open_folder(self.path)
+        model_folder.check_weights(config, reader)
+        return config, reader
 
-    @property
+    @cached_property
     def architecture(self) -> LlamaConfig:
         """The architecture; names and shapes of the tensors are checked too, without reading them."""
         return self._contents[0]
 
     @property
     def tensors(self) -> layout.TensorReader | None:
-        """Its checked weights; None where they are not read so (`by_tensors`)."""
+        """Its checked weights, one by one; None of what is neither a Hugging Face folder nor a GGUF file."""
         return self._contents[1]
 
     @property
@@ -87,7 +88,7 @@ class StoredModel:
     @property
     def classes(self) -> tuple[ClassHead, ...]:
         """The classes of auxiliary heads, as `save_pretrained` was told them; none where it was not."""
-        return heads.read_classes(self.path)
+        return heads.read_classes(self.path / heads.FILE)
 
     @cached_property
     def lasting(self) -> Base:
@@ -107,18 +108,17 @@ class StoredModel:
         `chosen`: fields of `Llama`. `lora`: adapters that will be put on it. `mesh` and `dtype`: see `load_pretrained`.
         """
         config, reader = self._contents
-        assert reader is not None
         model = Llama(config, lora=lora, **chosen)
         target = _target(model, "params", mesh, dtype)
         variables = {"params": layout.load_tree(layout.parameter_slots(config), reader.read, target)}
         found = heads.load_score(model, reader.read, mesh) if config.num_labels else {}
-        found |= heads.load_others(self.path, model, mesh)
+        found |= heads.load_others(self.path / heads.FILE, model, mesh)
         return model, variables | ({"heads": found} if found else {})
 
 
 class _GGUFFile(StoredModel):
     @cached_property
-    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
+    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader]:
         return gguf_tensors.open_file(self.path)
 
     @property
@@ -132,11 +132,11 @@ class _GGUFFile(StoredModel):
 class _OrbaxFolder(StoredModel):
     """What `convert` wrote."""
 
-    by_tensors = False
+    tensors = None  # pyright: ignore[reportAssignmentType]
 
     @cached_property
-    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
-        return model_folder.read_config(self.path), None
+    def architecture(self) -> LlamaConfig:
+        return model_folder.read_config(self.path / "config.json")
 
     @property
     def dtype(self) -> np.dtype:
@@ -156,7 +156,7 @@ class _OnAnother(StoredModel):
       adds_score: whether they make a reward model of a language model.
     """
 
-    by_tensors = False
+    tensors = None  # pyright: ignore[reportAssignmentType]
     folder: Path
     base: Base
     lora: LoraConfig
@@ -173,14 +173,15 @@ class _OnAnother(StoredModel):
             # As PEFT resolves it; what other tools wrote says nothing by which the weights could be known again.
             _log.info("%s: its base model %s is taken to be %s", self.path, base.model, found.absolute())
         try:
-            return open_checkpoint(to_train(base.model), base.revision)
+            return open_checkpoint(base.model, base.revision, merged=True)
         except InputError as problem:
             raise self._not_that(base.model, f"is not there ({problem})") from problem
 
     @cached_property
-    def _contents(self) -> tuple[LlamaConfig, layout.TensorReader | None]:
+    def architecture(self) -> LlamaConfig:
         config = self.beneath.architecture
-        return dataclasses.replace(config, num_labels=1) if self.adds_score else config, None
+        config = dataclasses.replace(config, num_labels=1) if self.adds_score else config
+        return model_folder.with_stops(config, self.terminators)
 
     @property
     def dtype(self) -> np.dtype:
@@ -227,12 +228,8 @@ class _AdapterFolder(_OnAnother):
         return bases.read(self.path, named) or Base(*named)
 
     @property
-    def architecture(self) -> LlamaConfig:
-        return model_folder.with_stops(super().architecture, self.terminators)
-
-    @property
     def terminators(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return model_folder.read_stops(self.path)
+        return model_folder.read_stops(self.path / model_folder.GENERATION)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         own = folder_tokenizer.has_tokenizer(self.path)
@@ -287,17 +284,17 @@ _CLASSES = {
 }
 
 
-def open_checkpoint(source: str | Path | StoredModel, revision: str | None = None) -> StoredModel:
-    """The stored model that `source` names (see `source.resolve`); an opened one stays as it is."""
+def open_checkpoint(
+    source: str | Path | StoredModel, revision: str | None = None, *, merged: bool = False
+) -> StoredModel:
+    """The stored model that `source` names (arguments of `source.resolve`); an opened one stays as it is."""
     if isinstance(source, StoredModel):
         return source
-    place = resolve(source, revision)
-    return _CLASSES[place.kind](place.path, source)
+    place = resolve(source, revision, merged=merged)
+    return _CLASSES[place.kind](place.path, place.name)
 
 
 def _target(model: Llama, part: str, mesh: Mesh | None, dtype: Any) -> Any:
     """Shape, dtype and place of every leaf of "params" or "adapters"."""
-    shapes = abstract_variables(model)[part]
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: one, shapes) if mesh is None else shardings(model, mesh)[part]
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
+    places = None if mesh is None else shardings(model, mesh)[part]
+    return layout.placed(abstract_variables(model)[part], places, dtype)

@@ -22,11 +22,11 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, merge_adapters
 from dpo_jax.weights.huggingface import fused_adapters, heads, layout, merging, model_folder, peft
 from dpo_jax.weights.integrity import base as bases
+from dpo_jax.weights.integrity.base import Base
 from dpo_jax.weights.integrity.folder import write_beside
 from dpo_jax.weights.opened import RunCheckpoint, StoredModel, open_checkpoint
 from dpo_jax.weights.source import config_file
 from dpo_jax.weights.tokenizer import check_published
-from dpo_jax.weights.tokenizers import tokenizer_files
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 def read_shape(source: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint, of which a config.json alone is read where there is one."""
     found = config_file(source)
-    return open_checkpoint(source).architecture if found is None else model_folder.read_config(found.parent)
+    return open_checkpoint(source).architecture if found is None else model_folder.read_config(found)
 
 
 def merged_params(model: Llama, variables: Mapping[str, Any]) -> Any:
@@ -83,10 +83,11 @@ def load_pretrained(
         "remat": remat,
         "attention": attention,
     }
-    if lora is not None and lora.rank and place.has_adapters:
-        raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
     if lora is not None and lora.rank:
-        fused_adapters.check_targets(place.architecture.model_type, lora, place.path)
+        if place.has_adapters:
+            raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
+        if problem := fused_adapters.told_apart(place.architecture.model_type, lora):
+            raise InputError(f"{place.path}: {problem}")
     with ignoring(ignore_config_keys):
         model, variables = place.load(chosen, lora or LoraConfig(), mesh, dtype)
     if model.lora.rank and "adapters" not in variables:
@@ -141,63 +142,72 @@ def save_pretrained(
     place = source if isinstance(source, StoredModel | None) else open_checkpoint(source)
     if tokenizer is not None:
         check_published(tokenizer, model.config, None if place is None else place.tokenizer)
+    params, adapters, collection = variables["params"], variables.get("adapters"), variables.get("heads", {})
+    config = replace(model.config, num_labels=1 if SCORE in collection else 0)
+    base: Base | None = None
     if not merge:
-        if "adapters" not in variables:
+        if adapters is None:
             raise InputError(f"{path}: there are no adapters to save apart from the weights (merge=False)")
         if place is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         named = place.base if place.base is not None and place.has_adapters else place.lasting
-        base = replace(named, fingerprint=bases.weights_hash(variables["params"]))
-        told = {"dtype": dtype or jnp.float32, "classes": classes, "terminators": terminators, "beside": beside}
-        peft.save_adapters(path, model, variables, tokenizer, base=base, **told)
-        return None
-    params, adapters = variables["params"], variables.get("adapters")
-    if dtype is None:
-        dtype = jnp.float32 if adapters is not None else jax.tree.leaves(params)[0].dtype
-    rounding = merging.Rounding(dtype)
-    origin = None if place is None else place.origin
-    collection = variables.get("heads", {})
-    config = replace(model.config, num_labels=1 if SCORE in collection else 0)
+        base = replace(named, fingerprint=bases.weights_hash(params))
     if config.num_labels and tokenizer is not None:
         config, tokenizer = heads.padded_apart(config, tokenizer)
+    if dtype is None:
+        dtype = jnp.float32 if adapters is not None else jax.tree.leaves(params)[0].dtype
+    origin = None if place is None else place.origin
+    rounding, slots = merging.Rounding(dtype), layout.parameter_slots(config)
     others = heads.gathered(collection)
 
     def finish(folder: Path) -> None:
-        model_folder.write_configs(folder, config, dtype, origin, terminators)
+        if base is None:
+            model_folder.write_configs(folder, config, dtype, origin, terminators, tokenizer)
+        else:
+            peft.write_configs(folder, model, config, base, terminators, tokenizer)
         heads.write_others(folder, collection, others, classes)
-        if tokenizer is not None:
-            tokenizer_files.save_tokenizer(tokenizer, folder, origin)
         write_beside(folder, beside)
 
-    slots = layout.parameter_slots(config)
     shapes = layout.tensor_shapes(slots)
     if adapters is None:
         tensors = layout.tensors(slots, params, dtype)
+    elif base is not None:
+        shapes, tensors = fused_adapters.tensors(model, adapters, dtype)
+        shard_bytes = 1 << 62  # PEFT reads one file
     else:
-        leaf = jax.tree.leaves(params)[0]
-        if place is None or leaf.dtype == jnp.float32:
+        if place is None or jax.tree.leaves(params)[0].dtype == jnp.float32:
             beneath = layout.tensors(slots, params, jnp.float32)
         else:
-            beneath = _as_stored(place, leaf, slots)
+            beneath = _as_stored(place, config, params)
         tensors = merging.merged(shapes, beneath, merging.factors(model, adapters), rounding)
     if config.num_labels:
-        score = [layout.score_slot(config)]
+        score = [layout.score_slot(config, "" if base is None else peft.PREFIX)]
         shapes = shapes | layout.tensor_shapes(score)  # a new one: the tensors are made later, by the keys of the old
         tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
     model_folder.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=shard_bytes)
     return rounding.lost
 
 
-def _as_stored(place: StoredModel, leaf: Any, slots: list[layout.Slot]) -> Iterator[np.ndarray]:
-    """The weights that `place` stores beneath adapters, in float32, on the devices of `leaf`."""
+def _as_stored(place: StoredModel, config: LlamaConfig, params: Any) -> Iterator[np.ndarray]:
+    """The weights that `place` stores beneath adapters, in float32, by way of the devices of `params`."""
     if place.has_adapters and place.beneath is not None:
         place = place.beneath
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return stored_tensors(place, config, np.float32, mesh if isinstance(mesh, Mesh) else None)
+
+
+def stored_tensors(
+    place: StoredModel, config: LlamaConfig, dtype: Any, mesh: Mesh | None = None
+) -> Iterator[np.ndarray]:
+    """The weights of a model, as `layout.tensors` gives those of `config`; adapters are added to them.
+
+    Those of a Hugging Face folder or GGUF file pass through no device; others are loaded whole first, onto `mesh`.
+    """
+    slots = layout.parameter_slots(config)
     if place.tensors is not None:
-        return read_all(place.tensors, layout.tensor_shapes(slots), np.dtype(np.float32))
-    mesh = getattr(leaf.sharding, "mesh", None)
-    chosen = {"dtype": jnp.dtype(jnp.float32), "remat": "none", "attention": "auto"}
-    exact = place.load(chosen, LoraConfig(), mesh if isinstance(mesh, Mesh) else None, jnp.float32)[1]
-    return layout.tensors(slots, exact["params"], jnp.float32)
+        return read_all(place.tensors, layout.tensor_shapes(slots), np.dtype(dtype))
+    model, variables = load_pretrained(place, mesh=mesh, dtype=np.float32 if place.has_adapters else dtype)
+    return layout.tensors(slots, merged_params(model, variables), dtype)
 
 
 def read_all(

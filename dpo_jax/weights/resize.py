@@ -26,7 +26,6 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.weights.huggingface import layout, model_folder
 from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pieces import Pieces
-from dpo_jax.weights.tokenizers import tokenizer_files
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")
 """The tensors with a row a token."""
@@ -97,8 +96,7 @@ def write_resized(
             yield grown(values, spelled, size) if key in GROWING else values
 
     def finish(folder: Path) -> None:
-        model_folder.write_configs(folder, config, dtype, place.origin)
-        tokenizer_files.save_tokenizer(tokenizer, folder)
+        model_folder.write_configs(folder, config, dtype, place.origin, tokenizer=tokenizer)
         (folder / "tokenizer.model").write_bytes(longer.proto.SerializeToString(deterministic=True))
 
     model_folder.write_weights(target, shapes, tensors(), dtype, finish, shard_bytes=shard_bytes, replace=False)

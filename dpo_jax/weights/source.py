@@ -3,7 +3,7 @@
 import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Literal
 from dpo_jax.errors import InputError, first_line, nearest
 from dpo_jax.headers import read_json
 from dpo_jax.weights import smollm2
+from dpo_jax.weights.huggingface.shards import INDEX
 from dpo_jax.weights.integrity.digests import damage_seen_here
 from dpo_jax.weights.integrity.folder import is_step, steps_in
 
@@ -25,18 +26,19 @@ _HUB_IGNORED = ["*/*", "consolidated*", "tekken.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A GGUF file of a hub repository: by its name, or by how it is quantised.
 _HUB_GGUF = re.compile(rf"({_HUB_ID.pattern})(?:/([\w][\w./-]*\.gguf)|:(\w[\w-]*))")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved checkpoint: what it is, and where it lies on this machine."""
+    """A resolved checkpoint: what it is, where it lies on this machine, and what it was asked for as."""
 
     kind: Kind
     path: Path
+    name: str
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Source:
+def resolve(source: str | Path, revision: str | None = None, *, merged: bool = False) -> Source:
     """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
 
     A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
@@ -45,50 +47,62 @@ def resolve(source: str | Path, revision: str | None = None) -> Source:
     there (`owner/name/file.gguf`, or `owner/name:Q4_K_M` by its quantisation: that file alone is fetched), or
     `smollm2`.
 
-    Raises `InputError` for anything else. `revision`: of a hub repository; not given: the newest.
+    Raises `InputError` for anything else.
+
+    Args:
+      revision: of a hub repository; not given: the newest.
+      merged: of a finished run with LoRA take its merged `model`, in float32, which training starts from: so a run can
+        follow another with adapters of its own, or with none.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
+    path, name = Path(source).expanduser(), str(source)
+    if not path.exists():
+        if name == "smollm2":
+            path = smollm2.fetch()
+        elif named := _HUB_GGUF.fullmatch(name):
+            path = _download_gguf(named[1], named[2], named[3], revision)
+        elif _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+            path = _download(name, revision=revision)
+        else:
+            raise InputError(
+                f"{source}: no such folder or file{nearest(source)}; give a model folder, a .gguf file, a hub id, or"
+                " smollm2"
+            )
+    if not path.is_dir():
         if path.suffix == ".gguf":
-            return Source("gguf", path)
+            return Source("gguf", path, name)
         raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
-    if str(source) == "smollm2":
-        return Source("gguf", smollm2.fetch())
-    if named := _HUB_GGUF.fullmatch(str(source)):
-        return Source("gguf", _download_gguf(named[1], named[2], named[3], revision))
-    if _HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
-        return _folder(_download(str(source), revision=revision))
-    raise InputError(
-        f"{source}: no such folder or file{nearest(source)}; give a model folder, a .gguf file, a hub id, or smollm2"
-    )
-
-
-def _folder(path: Path) -> Source:
-    if (path / "adapter_config.json").is_file():
-        return Source("peft", path)
-    if (path / "config.json").is_file() and (path / "params").is_dir():
-        return Source("orbax", path)
-    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path}: config.json is missing; copy it from the original model")
-        return Source("huggingface", path)
-    if (path / "model").is_dir():
-        adapter = path / "adapter"
-        return _folder(adapter if (adapter / "adapter_config.json").is_file() else path / "model")
-    if pickles := sorted(p.name for pattern in _PICKLES for p in path.glob(pattern)):
+    kind = _weights_among(there := {entry.name for entry in path.glob("*")})
+    if kind is None and (path / "model").is_dir():  # a finished run
+        adapter = (path / "adapter" / "adapter_config.json").is_file()
+        path = path / ("adapter" if adapter and not merged else "model")
+        name = str(path) if adapter and merged else name
+        kind = _weights_among(there := {entry.name for entry in path.glob("*")})
+    if kind == "huggingface" and "config.json" not in there:
+        raise InputError(f"{path}: config.json is missing; copy it from the original model")
+    if kind is not None:
+        return Source(kind, path, name)
+    if pickles := sorted(entry for entry in there if entry.endswith(_PICKLES)):
         raise InputError(
             f"{path}: only pickled weights ({pickles[0]}), which are not read; save the model as safetensors, "
             "e.g. with transformers' save_pretrained"
         )
     if (path / "checkpoints").is_dir():
-        return Source("checkpoint", _newest_intact(path))
+        return Source("checkpoint", _newest_intact(path), name)
     if is_step(path) and (path / "state").is_dir():
-        return Source("checkpoint", path)
+        return Source("checkpoint", path, name)
     if ggufs := sorted(path.glob("*.gguf")):
         raise InputError(f"{path}: give the GGUF file itself, e.g. {ggufs[0]}")
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
+
+
+def _weights_among(there: Set[str]) -> Literal["huggingface", "orbax", "peft"] | None:
+    """What the model is whose folder has these entries; None where they hold no weights that are read."""
+    if "adapter_config.json" in there:
+        return "peft"
+    if {"config.json", "params"} <= there:
+        return "orbax"
+    found = INDEX in there or any(entry.endswith(".safetensors") for entry in there)
+    return "huggingface" if found else None
 
 
 def _newest_intact(run: Path) -> Path:
@@ -121,16 +135,6 @@ def _said_damaged(checkpoint: Path, files: tuple[tuple[Path, int, int], ...]) ->
     if reason is not None:
         _log.warning("checkpoint %s is damaged (%s); the one before it is looked at", checkpoint, reason)
     return reason
-
-
-def to_train(source: str) -> str:
-    """What training starts from where `source` is named: of a finished run with LoRA its merged `model`, in float32.
-
-    So that a run can follow another with adapters of its own, or with none.
-    """
-    path = Path(source).expanduser()
-    merged = (path / "adapter" / "adapter_config.json").is_file() and (path / "model").is_dir()
-    return str(path / "model") if merged else source
 
 
 def config_file(source: str | Path) -> Path | None:

@@ -151,7 +151,7 @@ def test_harmless_and_empty_keys_are_named_once(model: Path, tmp_path: Path, cap
     folder = changed(model, tmp_path / "m", unsloth_fixed=True, future=False, transformers_version="4.1")
     with caplog.at_level(logging.INFO, "dpo_jax.weights.huggingface.model_folder"):
         for _ in range(3):
-            model_folder.read_config(folder)
+            model_folder.read_config(folder / "config.json")
     said = [record.getMessage() for record in caplog.records if "keys without effect" in record.getMessage()]
     assert said == [f"{folder / 'config.json'}: keys without effect, not read: future, unsloth_fixed"]
 

@@ -29,7 +29,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig, to_hf
 from dpo_jax.weights import resize, vocabulary
 from dpo_jax.weights.huggingface import shards
-from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.pieces import NORMAL, ModelProto, Pieces, check_extends, read_pieces
 from dpo_jax.weights.pieces_tokenizer import base_pieces, fast_tokenizer, own_tokenizer
 
@@ -275,7 +275,7 @@ def test_a_tokenizer_json_keeps_its_rules(llama2: Path, tmp_path: Path) -> None:
     raw = json.loads(fast.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     raw |= {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": None}
     Tokenizer.from_str(json.dumps(raw)).save(str(folder / "tokenizer.json"))
-    place, base = StoredModel(folder), read_pieces(llama2)
+    place, base = open_checkpoint(folder), read_pieces(llama2)
     longer = extend(["鑫鑫"], base, pieces=2)
     tokenizer = fast_tokenizer(longer, place, own_tokenizer(place))
     assert tokenizer("鑫鑫 a")["input_ids"] == [1, OLD + 1, *longer.spell([" a"])[0]]

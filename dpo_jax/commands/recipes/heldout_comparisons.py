@@ -19,6 +19,7 @@ from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.figures.rewards import figures
 from dpo_jax.judge.loading import Setting, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel
+from dpo_jax.weights.opened import open_checkpoint
 
 
 def is_heldout(prompt: Any, share: float, seed: int) -> bool:
@@ -64,8 +65,8 @@ def rated(pairs: Sequence[Row]) -> list[Row]:
 def accuracies(model: Path, sources: Sequence[Path], options: RewardRun) -> list[Row]:
     """Of a reward model on files of comparisons: `pairs`, `accuracy` and its standard `error` for each; no ties."""
     setting = Setting.of(options.mesh, options.data, options.train)
-    architecture, tokenizer = load_vocabulary(str(model))
-    rewards = RewardModel(*setting.load(str(model), tokenizer), mesh=setting.mesh, batch_size=options.train.batch_size)
+    architecture, tokenizer = load_vocabulary(place := open_checkpoint(model))
+    rewards = RewardModel(*setting.load(place, tokenizer), mesh=setting.mesh, batch_size=options.train.batch_size)
     found = []
     for source in sources:
         rules = RewardLossConfig(ties="drop")

@@ -112,5 +112,5 @@ def open_file(path: Path) -> tuple[LlamaConfig, GGUFTensors]:
     config = read_config(header.metadata, names, partial(_vector, header), str(path), rows=rows)
     slots = layout.parameter_slots(config)
     tensors = GGUFTensors(header, config, [key for slot in slots for key in slot.keys])
-    layout.check_keys(slots, tensors.where, tensors.shapes)
+    layout.check_keys(slots, tensors)
     return config, tensors

@@ -35,14 +35,15 @@ KINDS = {whole: parts for family in FAMILIES.values() for whole, parts in kinds(
 """Of all families."""
 
 
-def check_targets(model_type: str, lora: LoraConfig, where: object) -> None:
-    """Raise `InputError` where some of the projections of one tensor have adapters, and others not."""
+def told_apart(model_type: str, lora: LoraConfig) -> str | None:
+    """What is wrong where some of the projections of one tensor have adapters, and others not; else None."""
     for whole, parts in kinds(FAMILIES[model_type].fused).items():
         if 0 < len(named := [part for part in parts if part in lora.targets]) < len(parts):
-            raise InputError(
-                f"{where}: its files hold {', '.join(parts)} as one tensor, {whole}: --lora.targets names all of"
-                f" them or none, not {' '.join(named)} alone"
+            return (
+                f"its files hold {', '.join(parts)} as one tensor, {whole}: --lora.targets names all of them or none,"
+                f" not {' '.join(named)} alone"
             )
+    return None
 
 
 def named(model: Llama) -> dict[str, Any]:

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import ClassHead
@@ -35,10 +34,8 @@ _CLASSES = "classes"
 
 def target_of(model: Llama, sizes: Mapping[str, int], mesh: Mesh | None) -> Any:
     """Shape, dtype and place of every head."""
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = heads.abstract_heads(model, sizes)
-    places = jax.tree.map(lambda _: one, shapes) if mesh is None else heads.shardings(model, sizes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s), shapes, places)
+    places = None if mesh is None else heads.shardings(model, sizes, mesh)
+    return layout.placed(heads.abstract_heads(model, sizes), places, jnp.float32)
 
 
 def load_score(model: Llama, read: layout.Read, mesh: Mesh | None, prefix: str = "") -> dict[str, Any]:
@@ -47,36 +44,36 @@ def load_score(model: Llama, read: layout.Read, mesh: Mesh | None, prefix: str =
     return layout.load_tree([slot], read, target_of(model, {heads.SCORE: 1}, mesh))
 
 
-def load_others(folder: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]:
-    """The heads in the folder's `heads.safetensors`; none where it has no such file."""
-    if not (folder / FILE).is_file():
+def load_others(file: Path, model: Llama, mesh: Mesh | None) -> dict[str, Any]:
+    """The heads in a `heads.safetensors`; none where there is no such file."""
+    if not file.is_file():
         return {}
-    reader = shards.SafetensorsReader(folder, [FILE])
+    reader = shards.SafetensorsReader(file.parent, [FILE])
     width, sizes = model.config.hidden_size, {}
     for key, shape in reader.shapes.items():
         name = key.removesuffix(".weight")
         if name == key or name == heads.SCORE or len(shape) != 2 or shape[1] != width:
-            raise InputError(f"{folder / FILE}: tensor {key} {shape} is not a head NAME.weight of [n, {width}]")
+            raise InputError(f"{file}: tensor {key} {shape} is not a head NAME.weight of [n, {width}]")
         sizes[name] = shape[0]
     target = target_of(model, sizes, mesh)
     return layout.load_tree(layout.head_slots(target), reader.read, target)
 
 
-def read_classes(folder: Path) -> tuple[ClassHead, ...]:
-    """The heads whose classes the folder's `heads.safetensors` names (weight 1). Raises `InputError`."""
-    if not (folder / FILE).is_file():
+def read_classes(file: Path) -> tuple[ClassHead, ...]:
+    """The heads whose classes a `heads.safetensors` names (weight 1). Raises `InputError`."""
+    if not file.is_file():
         return ()
     found = []
-    shapes = shards.SafetensorsReader(folder, [FILE]).shapes
+    shapes = shards.SafetensorsReader(file.parent, [FILE]).shapes
     try:
-        for name, told in json.loads(shards.read_metadata(folder / FILE).get(_CLASSES, "{}")).items():
+        for name, told in json.loads(shards.read_metadata(file).get(_CLASSES, "{}")).items():
             head = ClassHead(name, tuple(map(str, told["classes"])), 1.0, bool(told["overlapping"]))
             if len(head.classes) != shapes[f"{name}.weight"][0]:
                 raise ValueError(f"{len(head.classes)} classes of {name}")
             found.append(head)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"what its header says of classes does not fit its heads ({error})"
-        raise InputError(f"{folder / FILE}: {problem}; export the model again") from error
+        raise InputError(f"{file}: {problem}; export the model again") from error
     return tuple(found)
 
 

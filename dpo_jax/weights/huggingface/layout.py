@@ -182,13 +182,9 @@ def _some(keys: set[str]) -> str:
     return ", ".join(first) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def check_keys(
-    slots: list[Slot], where: str, shapes: Mapping[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()
-) -> None:
-    """Raise `InputError` unless the tensors are those of `slots`, in their shapes, and (but `ignored`) no more.
-
-    `where`, `shapes`: of the `TensorReader`.
-    """
+def check_keys(slots: list[Slot], reader: TensorReader, ignored: frozenset[str] = frozenset()) -> None:
+    """Raise `InputError` unless the tensors are those of `slots`, in their shapes, and (but `ignored`) no more."""
+    where, shapes = reader.where, reader.shapes
     wanted = {key: slot.tensor_shape for slot in slots for key in slot.keys}
     if missing := set(wanted) - set(shapes):
         raise InputError(
@@ -280,6 +276,13 @@ def load_tree(slots: list[Slot], read: Read, target: Mapping[str, Any]) -> Tree:
     for slot in slots:
         insert(tree, slot.path, _load_leaf(slot, read, lookup(target, slot.path)))
     return tree
+
+
+def placed(shapes: Any, places: Any, dtype: Any) -> Any:
+    """A tree of shapes as a target of `load_tree`: in `dtype`, at `places`; None: on the first device."""
+    if places is None:
+        places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
 
 
 def _in_file_order(slots: list[Slot]) -> list[tuple[list[Slot], int]]:

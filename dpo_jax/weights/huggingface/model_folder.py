@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
@@ -18,6 +19,7 @@ from dpo_jax.model.architecture import LlamaConfig, read_hf, to_hf
 from dpo_jax.model.config_keys import ignored
 from dpo_jax.weights.huggingface import layout, shards
 from dpo_jax.weights.integrity.folder import new_folder, write_json
+from dpo_jax.weights.tokenizers.tokenizer_files import PIECES, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +32,12 @@ SHARD_BYTES = 5_000_000_000
 _NOT_CARRIED = {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"}
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """The architecture that a folder's config.json describes, and where generation ends by generation_config.json."""
-    where = str(folder / "config.json")
-    config, unread = read_hf(read_json(folder / "config.json"), where)
+def read_config(file: Path) -> LlamaConfig:
+    """The architecture that a config.json describes, and where generation ends by the generation_config.json beside."""
+    config, unread = read_hf(read_json(file), str(file))
     if unread:
-        _name_unread(where, ", ".join(unread))
-    return with_stops(config, read_stops(folder))
+        _name_unread(str(file), ", ".join(unread))
+    return with_stops(config, read_stops(file.with_name(GENERATION)))
 
 
 def with_stops(config: LlamaConfig, ids: Sequence[int]) -> LlamaConfig:
@@ -50,24 +51,17 @@ def _name_unread(where: str, keys: str) -> None:
     logger.info("%s: keys without effect, not read: %s", where, keys)
 
 
-def open_folder(folder: Path) -> tuple[LlamaConfig, shards.SafetensorsReader]:
-    """Configuration and checked weights of a Hugging Face folder: every tensor is there once, in its shape.
-
-    Raises `InputError` for a missing, unknown, duplicate or mis-shaped tensor, a truncated or missing file, or an
-    unsupported architecture.
-    """
-    config = read_config(folder)
-    reader = shards.open_folder(folder)
+def check_weights(config: LlamaConfig, reader: shards.SafetensorsReader) -> None:
+    """Raise `InputError` unless every tensor of such a model is there once, in its shape, and no other."""
     slots = layout.parameter_slots(config)
     if config.num_labels:
         slots.append(layout.score_slot(config))
         if "score.weight" not in reader.shapes:
-            raise InputError(f"{folder}: config.json says reward model, and the weights have no score.weight")
+            raise InputError(f"{reader.where}: config.json says reward model, and the weights have no score.weight")
     redundant = frozenset({"lm_head.weight"} if config.tie_embeddings and not config.num_labels else ())
-    layout.check_keys(slots, reader.where, reader.shapes, redundant)
+    layout.check_keys(slots, reader, redundant)
     if redundant & reader.shapes.keys():
         _check_tied(reader)
-    return config, reader
 
 
 def _check_tied(reader: shards.SafetensorsReader) -> None:
@@ -86,11 +80,16 @@ def _check_tied(reader: shards.SafetensorsReader) -> None:
 
 
 def write_configs(
-    folder: Path, config: LlamaConfig, dtype: Any, source: Path | None, terminators: Sequence[int] = ()
+    folder: Path,
+    config: LlamaConfig,
+    dtype: Any,
+    source: Path | None,
+    terminators: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """config.json and generation_config.json; what else those of the folder `source` say is carried along.
+    """What stands beside the weights: config.json, generation_config.json, the files of `tokenizer`.
 
-    `terminators`: see `write_generation`.
+    What else those of the folder `source` say is carried along. `terminators`: see `write_generation`.
     """
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         config = dataclasses.replace(config, pad_token_id=None)  # transformers cannot make an embedding with such a row
@@ -100,17 +99,18 @@ def write_configs(
         known = raw.keys() | _NOT_CARRIED
         extras = {k: v for k, v in read_json(source / "config.json").items() if k not in known and not ignored(k)}
     write_json(folder / "config.json", {**raw, **extras, "torch_dtype": np.dtype(dtype).name})
-    write_generation(folder, config, source, terminators)
+    write_generation(folder, config, None if source is None else source / GENERATION, terminators)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder, None if source is None else source / PIECES)
 
 
-def write_generation(folder: Path, config: LlamaConfig, source: Path | None, terminators: Sequence[int] = ()) -> None:
-    """generation_config.json, as in the folder `source` where it has one.
+def write_generation(folder: Path, config: LlamaConfig, given: Path | None, terminators: Sequence[int] = ()) -> None:
+    """generation_config.json, as `given` where that is there.
 
     `terminators`: ids that end an answer under the chat template. They join those at which generation stops already: a
     base model with `<|endoftext|>` that learnt a template of its own would go on behind its answer elsewhere.
     """
     path, raw = folder / GENERATION, to_hf(config)
-    given = None if source is None else source / GENERATION
     if given is not None and given.is_file():
         if not terminators:
             shutil.copyfile(given, path)
@@ -126,10 +126,9 @@ def write_generation(folder: Path, config: LlamaConfig, source: Path | None, ter
     write_json(path, generation)
 
 
-def read_stops(folder: Path) -> tuple[int, ...]:
-    """The ids at which generation ends by the folder's generation_config.json; none where it has no such file."""
-    kept = folder / GENERATION
-    return _stops(read_json(kept)) if kept.is_file() else ()
+def read_stops(file: Path) -> tuple[int, ...]:
+    """The ids at which generation ends by a generation_config.json; none where there is no such file."""
+    return _stops(read_json(file)) if file.is_file() else ()
 
 
 def _stops(generation: Mapping[str, Any]) -> tuple[int, ...]:

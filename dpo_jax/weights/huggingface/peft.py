@@ -1,24 +1,25 @@
 """LoRA adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors."""
 
-import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import LINEAR_LAYERS, ClassHead, LoraConfig
+from dpo_jax.config import LINEAR_LAYERS, LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, read_json, told
 from dpo_jax.model import heads
+from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.weights.huggingface import fused_adapters, heads as head_files, layout, model_folder, shards
 from dpo_jax.weights.integrity import base as bases
-from dpo_jax.weights.integrity.folder import write_beside
-from dpo_jax.weights.tokenizers import tokenizer_files
+from dpo_jax.weights.integrity.folder import write_json
+from dpo_jax.weights.tokenizers.tokenizer_files import save_tokenizer
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What stands before the name of each tensor of an adapter file."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # PEFT's own sequence classifiers list both names that such a head may have; a Llama's is called score.
@@ -99,37 +100,29 @@ def load_adapters(folder: Path, model: Llama, target: Any, mesh: Mesh | None) ->
     """
     reader = fused_adapters.FusedReader(shards.SafetensorsReader(folder, [WEIGHTS]), model)
     slots = layout.adapter_slots(model)
-    score = [layout.score_slot(model.config, _PREFIX)] if has_score(folder) else []
-    layout.check_keys([*slots, *score], reader.where, reader.shapes)
-    found = head_files.load_score(model, reader.read, mesh, _PREFIX) if score else {}
-    found |= head_files.load_others(folder, model, mesh)
+    score = [layout.score_slot(model.config, PREFIX)] if has_score(folder) else []
+    layout.check_keys([*slots, *score], reader)
+    found = head_files.load_score(model, reader.read, mesh, PREFIX) if score else {}
+    found |= head_files.load_others(folder / head_files.FILE, model, mesh)
     return {"adapters": layout.load_tree(slots, reader.read, target), **({"heads": found} if found else {})}
 
 
-def save_adapters(
-    path: Path,
+def write_configs(
+    folder: Path,
     model: Llama,
-    variables: Mapping[str, Any],
-    tokenizer: Any,
-    *,
+    config: LlamaConfig,
     base: bases.Base,
-    dtype: Any,
-    classes: Sequence[ClassHead] = (),
     terminators: Sequence[int] = (),
-    beside: Mapping[str, bytes] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads. Every process calls this.
+    """What makes a folder of `fused_adapters.tensors` one that `peft.PeftModel.from_pretrained` loads.
 
-    With a head "score" among the variables it is PEFT's form for a sequence classifier, score included. `terminators`
-    are kept in a generation_config.json, for the model that `convert` makes of it. `beside`: further files, by name.
+    A reward model's (`config`) is PEFT's form for a sequence classifier. `terminators` are kept in a
+    generation_config.json, for the model that `convert` makes of it.
     """
-    lora, collection = model.lora, variables.get("heads", {})
-    scored = heads.SCORE in collection
-    config_of_model = model.config
-    if scored and tokenizer is not None:
-        config_of_model, tokenizer = head_files.padded_apart(config_of_model, tokenizer)
+    lora, scored = model.lora, bool(config.num_labels)
     alpha = lora.scale * lora.rank
-    config = {
+    told = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scored else "CAUSAL_LM",
         "base_model_name_or_path": base.model,
@@ -146,24 +139,10 @@ def save_adapters(
         "use_rslora": False,
         "use_dora": False,
     }
-
-    others = head_files.gathered(collection)
-
-    def finish(folder: Path) -> None:
-        head_files.write_others(folder, collection, others, classes)
-        (folder / shards.SINGLE).rename(folder / WEIGHTS)
-        bases.write(folder, base)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if terminators:
-            model_folder.write_generation(folder, config_of_model, None, terminators)
-        if tokenizer is not None:
-            tokenizer_files.save_tokenizer(tokenizer, folder)
-        write_beside(folder, beside)
-
-    shapes, tensors = fused_adapters.tensors(model, variables["adapters"], dtype)
-    if scored:
-        score = [layout.score_slot(config_of_model, _PREFIX)]
-        shapes |= layout.tensor_shapes(score)
-        tensors = itertools.chain(tensors, layout.tensors(score, collection, dtype))
-    unlimited = 1 << 62  # PEFT reads one file
-    model_folder.write_weights(path, shapes, tensors, dtype, finish, shard_bytes=unlimited)
+    (folder / shards.SINGLE).rename(folder / WEIGHTS)
+    bases.write(folder, base)
+    write_json(folder / CONFIG, told)
+    if terminators:
+        model_folder.write_generation(folder, config, None, terminators)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)

@@ -9,7 +9,6 @@
 Adapters on other weights than their own give numbers that look sound, so a difference is refused.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.weights.integrity.fingerprint import fingerprint
+from dpo_jax.weights.integrity.folder import write_json
 
 FILE = "base.json"
 PLACE = "DPO_JAX_BASE"
@@ -41,7 +41,7 @@ def weights_hash(params: Any) -> str:
 
 def write(folder: Path, base: Base) -> None:
     """Keep it beside a run's checkpoints, or in an adapter folder."""
-    (folder / FILE).write_text(json.dumps(asdict(base), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FILE, asdict(base))
 
 
 def read(folder: Path, named: tuple[str, str | None] | None = None) -> Base | None:

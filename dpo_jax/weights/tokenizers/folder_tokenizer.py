@@ -69,7 +69,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if (folder / "tokenizer.json").is_file():
             with _panics_unsaid():
-                return _as_in_file(folder)
+                return _as_in_file(folder / "tokenizer.json")
         if not (folder / "tokenizer.model").is_file():
             what = "no tokenizer.json or tokenizer.model; copy the tokenizer files of the model there"
             raise InputError(f"{folder}: {what}")
@@ -95,20 +95,20 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _as_in_file(folder: Path) -> PreTrainedTokenizerFast:
-    """What tokenizer.json says, with what stands beside it; see the module."""
-    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def _as_in_file(path: Path) -> PreTrainedTokenizerFast:
+    """What a tokenizer.json says, with what stands beside it; see the module."""
+    file = Tokenizer.from_file(str(path))
     file.no_padding()  # a false length here ends the process, and neither has a part in what a text's ids are
     file.no_truncation()
     ids = file.get_vocab(with_added_tokens=False).values()
     if len(set(ids)) != len(ids):
-        raise InputError(f"{folder / 'tokenizer.json'}: two tokens have the same id; fetch the file again")
+        raise InputError(f"{path}: two tokens have the same id; fetch the file again")
     if max(ids, default=0) > 2 * len(ids) + _GAP:  # the library goes through all ids up to the largest, in memory
-        raise InputError(f"{folder / 'tokenizer.json'}: a token has the id {max(ids)}, far beyond all others; mend it")
+        raise InputError(f"{path}: a token has the id {max(ids)}, far beyond all others; mend it")
     for text in _TRIED:
         file.encode(text)
-    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
-    settings = folder / "tokenizer_config.json"
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), trust_remote_code=False)
+    settings = path.with_name("tokenizer_config.json")
     config = read_json(settings) if settings.is_file() else {}
     vocabulary = file.get_vocab()
     for name, token in _OF_CLASS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {}).items():

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from dpo_jax.headers import read_json
 from dpo_jax.weights.integrity.folder import write_json
 
-JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
+JSON, CONFIG, PIECES = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 TOKENIZER_FILES = (
     JSON,
     CONFIG,
-    *"special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model".split(),
+    PIECES,
+    *"special_tokens_map.json added_tokens.json vocab.json merges.txt".split(),
     *"chat_template.jinja chat_template.json".split(),
 )
 
@@ -38,8 +39,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> None:
-    """Write a `transformers` tokenizer, and the SentencePiece model of `source`, which other tools read.
+def save_tokenizer(tokenizer: Any, folder: Path, pieces: Path | None = None) -> None:
+    """Write a `transformers` tokenizer, and the SentencePiece model `pieces`, if it is there, which other tools read.
 
     Its tokenizer.json is that of the folder it was loaded from where the two agree in everything that decides ids.
     """
@@ -57,8 +58,8 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: Path | None = None) -> 
     original = Path(tokenizer.name_or_path or "") / JSON
     if original.is_file() and _deciding(tokenizer.backend_tokenizer) == _deciding(Tokenizer.from_file(str(original))):
         shutil.copyfile(original, folder / JSON)
-    if source is not None and (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+    if pieces is not None and pieces.is_file():
+        shutil.copyfile(pieces, folder / PIECES)
 
 
 def readable(config: Mapping[str, Any]) -> dict[str, Any]:
