@@ -1,7 +1,7 @@
 """The command line: words in, one frozen dataclass of `config/` out, handed to the function that does the work.
 
 Nothing here computes anything, and nothing here imports JAX: `dpo-jax --help` and a mistyped option answer at once.
-`config/help.py` draws the help of a command, `config/values.py` reads the values.
+`config/command_line/help.py` draws the help of a command, `config/values.py` reads the values.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import Any, get_origin
 
 from dpo_jax import __version__, config, voice
 from dpo_jax.commands.config_keys import without_keys_of
-from dpo_jax.config import shipped, yaml_file
-from dpo_jax.config.checks import left_out
-from dpo_jax.config.help import VOICE, help_text
+from dpo_jax.config.command_line import shipped, yaml_file
+from dpo_jax.config.command_line.help import VOICE, help_text
+from dpo_jax.config.command_line.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN, PLANNED
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
+from dpo_jax.config.options import left_out
 from dpo_jax.config.values import built, negated
-from dpo_jax.config.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN, PLANNED
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
 
 PROGRAM = "dpo-jax"

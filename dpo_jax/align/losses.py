@@ -55,7 +55,7 @@ from jax.typing import ArrayLike
 
 from dpo_jax.align.across import of_batch
 from dpo_jax.config import DPOLossConfig, Loss
-from dpo_jax.config.dpo import MARGIN
+from dpo_jax.config.training.dpo import MARGIN
 from dpo_jax.errors import InputError
 
 Numbers = ArrayLike | list[float] | list[int] | tuple[float, ...]

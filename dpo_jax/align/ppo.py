@@ -15,7 +15,7 @@ K = `config.group` neighbouring rows answer one prompt, which is computed once f
 
 Means are over all response tokens of a mini-batch, over devices and micro-batches, or as `config.averaging` says, which
 holds for all terms alike. A_t and R_t: `align/advantages.py`; other ratios, surrogates and averages:
-`align/surrogates.py`. `config.preset` names the published combinations (`config/presets.py`).
+`align/surrogates.py`. `config.preset` names the published combinations (`config/training/presets.py`).
 
 The value model is one of
     separate   a trunk of its own, under `trainable["value"]`: a copy of the policy's (or another model, such as the

@@ -1,7 +1,7 @@
 """`dpo-jax completion SHELL`: what lets a shell complete commands, options and values."""
 
 from dpo_jax.config import CompletionRun
-from dpo_jax.config.completion import script
+from dpo_jax.config.command_line.completion import script
 
 
 def completion(run: CompletionRun) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from dpo_jax.config import BenchRun, PlanRun, RewardRun, SFTRun, TrainingRun
-from dpo_jax.config.words import COMMANDS
+from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.log import ProgressBar, say

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.config import PrepareRun
-from dpo_jax.config.prepare import split_shares
+from dpo_jax.config.commands.rows import split_shares
 from dpo_jax.data.rows.problems import BadRow, Tally
 from dpo_jax.data.rows.readable import Readable, check_named, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.sets.documents import is_text, text_documents

@@ -5,70 +5,57 @@ they were not given, and `__post_init__` refuses them where they do not apply. W
 says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property.
 """
 
-from dpo_jax.config.aif import ASPECTS as ASPECTS, AIFRun as AIFRun, WriterConfig as WriterConfig
-from dpo_jax.config.average import AverageRun as AverageRun
-from dpo_jax.config.checks import ON_COMMAND_LINE as ON_COMMAND_LINE, OPEN as OPEN, SET_BY_RECIPE as SET_BY_RECIPE
-from dpo_jax.config.commands import (
+from dpo_jax.config.command_line.shipped import derive as derive
+from dpo_jax.config.commands.guide import (
     CompletionRun as CompletionRun,
     ConfigsRun as ConfigsRun,
-    ConvertRun as ConvertRun,
     DemoRun as DemoRun,
+    ReportRun as ReportRun,
+)
+from dpo_jax.config.commands.judge import EndpointConfig as EndpointConfig, JudgeRun as JudgeRun, PairsRun as PairsRun
+from dpo_jax.config.commands.measuring import (
     EvalRun as EvalRun,
     ForwardRun as ForwardRun,
-    GenerateRun as GenerateRun,
-    InspectRun as InspectRun,
+    LmEvalRun as LmEvalRun,
     LogpsRun as LogpsRun,
-    ReportRun as ReportRun,
+    SafetyRun as SafetyRun,
     ScoreRun as ScoreRun,
+    WinRateRun as WinRateRun,
 )
-from dpo_jax.config.distill import (
-    DistillConfig as DistillConfig,
-    DistillRun as DistillRun,
-    DistillStepConfig as DistillStepConfig,
+from dpo_jax.config.commands.models import (
+    AverageRun as AverageRun,
+    ConvertRun as ConvertRun,
+    ExtendVocabRun as ExtendVocabRun,
 )
-from dpo_jax.config.dpo import (
-    BETAS as BETAS,
-    DPOConfig as DPOConfig,
-    DPOLossConfig as DPOLossConfig,
-    DPORun as DPORun,
-    Loss as Loss,
-    Ties as Ties,
-)
-from dpo_jax.config.dsft import (
-    DialogueFilterConfig as DialogueFilterConfig,
-    DSFTRun as DSFTRun,
-    SelfInstructConfig as SelfInstructConfig,
-)
-from dpo_jax.config.frontier import (
-    FRONTIER_SIZES as FRONTIER_SIZES,
-    FrontierConfig as FrontierConfig,
-    FrontierRun as FrontierRun,
-)
-from dpo_jax.config.gatt import ConstraintKind as ConstraintKind, GattConfig as GattConfig, GattRun as GattRun
-from dpo_jax.config.iterative_rpo import IterativeRPORun as IterativeRPORun
-from dpo_jax.config.judge import EndpointConfig as EndpointConfig, JudgeRun as JudgeRun, PairsRun as PairsRun
-from dpo_jax.config.llama2_chat import ChatRecipeConfig as ChatRecipeConfig, Llama2ChatRun as Llama2ChatRun
-from dpo_jax.config.llama3 import Llama3Run as Llama3Run
-from dpo_jax.config.lm_eval import LmEvalRun as LmEvalRun
-from dpo_jax.config.mt_bench import (
+from dpo_jax.config.commands.mt_bench import (
     MTBenchAnswerRun as MTBenchAnswerRun,
     MTBenchJudgeRun as MTBenchJudgeRun,
     MTBenchShowRun as MTBenchShowRun,
 )
-from dpo_jax.config.online_dpo import OnlineConfig as OnlineConfig, OnlineDPORun as OnlineDPORun
-from dpo_jax.config.plan import AssumeConfig as AssumeConfig, BenchRun as BenchRun, PlanRun as PlanRun
-from dpo_jax.config.ppo import PPOConfig as PPOConfig, PPOLossConfig as PPOLossConfig
-from dpo_jax.config.ppo_run import GRPORun as GRPORun, PPORun as PPORun
-from dpo_jax.config.prepare import PrepareRun as PrepareRun
-from dpo_jax.config.presets import PRESETS as PRESETS
-from dpo_jax.config.rejection import RejectionConfig as RejectionConfig, RejectionRun as RejectionRun
-from dpo_jax.config.reward import (
-    ClassHead as ClassHead,
-    RewardConfig as RewardConfig,
-    RewardLossConfig as RewardLossConfig,
-    RewardRun as RewardRun,
+from dpo_jax.config.commands.plan import AssumeConfig as AssumeConfig, BenchRun as BenchRun, PlanRun as PlanRun
+from dpo_jax.config.commands.rows import InspectRun as InspectRun, PrepareRun as PrepareRun
+from dpo_jax.config.commands.writing import (
+    ChatRun as ChatRun,
+    GenerateRun as GenerateRun,
+    ServeRun as ServeRun,
+    TalkOptions as TalkOptions,
 )
-from dpo_jax.config.safety import SafetyRun as SafetyRun
+from dpo_jax.config.options import ON_COMMAND_LINE as ON_COMMAND_LINE, OPEN as OPEN, SET_BY_RECIPE as SET_BY_RECIPE
+from dpo_jax.config.recipes.aif import ASPECTS as ASPECTS, AIFRun as AIFRun, WriterConfig as WriterConfig
+from dpo_jax.config.recipes.dsft import (
+    DialogueFilterConfig as DialogueFilterConfig,
+    DSFTRun as DSFTRun,
+    SelfInstructConfig as SelfInstructConfig,
+)
+from dpo_jax.config.recipes.frontier import (
+    FRONTIER_SIZES as FRONTIER_SIZES,
+    FrontierConfig as FrontierConfig,
+    FrontierRun as FrontierRun,
+)
+from dpo_jax.config.recipes.iterative_rpo import IterativeRPORun as IterativeRPORun
+from dpo_jax.config.recipes.llama2_chat import ChatRecipeConfig as ChatRecipeConfig, Llama2ChatRun as Llama2ChatRun
+from dpo_jax.config.recipes.llama3 import Llama3Run as Llama3Run
+from dpo_jax.config.recipes.zephyr import ZephyrRun as ZephyrRun
 from dpo_jax.config.sections import (
     GATHERED as GATHERED,
     LINEAR_LAYERS as LINEAR_LAYERS,
@@ -91,7 +78,39 @@ from dpo_jax.config.sections import (
     SampleLayout as SampleLayout,
     TrainConfig as TrainConfig,
 )
-from dpo_jax.config.sft import (
+from dpo_jax.config.training.distill import (
+    DistillConfig as DistillConfig,
+    DistillRun as DistillRun,
+    DistillStepConfig as DistillStepConfig,
+)
+from dpo_jax.config.training.dpo import (
+    BETAS as BETAS,
+    DPOConfig as DPOConfig,
+    DPOLossConfig as DPOLossConfig,
+    DPORun as DPORun,
+    Loss as Loss,
+    Ties as Ties,
+)
+from dpo_jax.config.training.gatt import ConstraintKind as ConstraintKind, GattConfig as GattConfig, GattRun as GattRun
+from dpo_jax.config.training.online_dpo import OnlineConfig as OnlineConfig, OnlineDPORun as OnlineDPORun
+from dpo_jax.config.training.ppo import PPOConfig as PPOConfig, PPOLossConfig as PPOLossConfig
+from dpo_jax.config.training.ppo_run import GRPORun as GRPORun, PPORun as PPORun
+from dpo_jax.config.training.presets import PRESETS as PRESETS
+from dpo_jax.config.training.rejection import RejectionConfig as RejectionConfig, RejectionRun as RejectionRun
+from dpo_jax.config.training.reward import (
+    ClassHead as ClassHead,
+    RewardConfig as RewardConfig,
+    RewardLossConfig as RewardLossConfig,
+    RewardRun as RewardRun,
+)
+from dpo_jax.config.training.run import (
+    HoldoutRun as HoldoutRun,
+    JudgedRun as JudgedRun,
+    SampledRun as SampledRun,
+    TrainingRun as TrainingRun,
+    is_url as is_url,
+)
+from dpo_jax.config.training.sft import (
     Proposal as Proposal,
     SFTConfig as SFTConfig,
     SFTDataConfig as SFTDataConfig,
@@ -99,15 +118,3 @@ from dpo_jax.config.sft import (
     SFTRun as SFTRun,
     sft_inside as sft_inside,
 )
-from dpo_jax.config.shipped import derive as derive
-from dpo_jax.config.talk import ChatRun as ChatRun, ServeRun as ServeRun, TalkOptions as TalkOptions
-from dpo_jax.config.training import (
-    HoldoutRun as HoldoutRun,
-    JudgedRun as JudgedRun,
-    SampledRun as SampledRun,
-    TrainingRun as TrainingRun,
-    is_url as is_url,
-)
-from dpo_jax.config.vocabulary import ExtendVocabRun as ExtendVocabRun
-from dpo_jax.config.win_rate import WinRateRun as WinRateRun
-from dpo_jax.config.zephyr import ZephyrRun as ZephyrRun

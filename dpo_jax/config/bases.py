@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dpo_jax.config.checks import Options, part, require
+from dpo_jax.config.options import Options, part, require
 from dpo_jax.config.sections import MeshConfig
 
 

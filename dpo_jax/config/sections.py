@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal, get_args
 
-from dpo_jax.config.checks import (
+from dpo_jax.config.options import (
     ON_COMMAND_LINE,
     Count,
     Finite,

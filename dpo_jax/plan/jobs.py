@@ -12,7 +12,7 @@ from typing import Any
 
 import dpo_jax
 from dpo_jax.config import TrainingRun
-from dpo_jax.config.words import COMMANDS
+from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.files.folder import as_json
 from dpo_jax.model.architecture import LlamaConfig
 
@@ -96,7 +96,7 @@ def _versions() -> list[str]:
 _SOURCES = (
     "*.py",
     "align/*.py",
-    "config/*.py",
+    "config/**/*.py",
     "model/*.py",
     "sample/*.py",
     "commands/dpo.py",

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from dpo_jax import __version__
+from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.config.names import option
-from dpo_jax.config.words import COMMANDS
 from dpo_jax.data.sources.hub import names_hub, read_metadata
 from dpo_jax.errors import InputError, exists
 from dpo_jax.files.folder import FREE, as_json, flatten

@@ -12,7 +12,7 @@ import pytest
 from pairs import quick_jit
 
 from dpo_jax.align.sampled_softmax import draw, sampled_logps
-from dpo_jax.config.dpo import Loss
+from dpo_jax.config.training.dpo import Loss
 from dpo_jax.model import logprobs, products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

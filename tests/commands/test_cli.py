@@ -16,8 +16,9 @@ import pytest
 import tiny
 
 from dpo_jax import __version__, cli, voice
-from dpo_jax.config import DPORun, completion, names
-from dpo_jax.config.checks import left_out
+from dpo_jax.config import DPORun, names
+from dpo_jax.config.command_line import completion
+from dpo_jax.config.options import left_out
 from dpo_jax.errors import InputError, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def test_every_command_parses_and_explains_itself(word: str, capsys: pytest.Capt
 
 
 def test_every_option_is_documented() -> None:
-    files = sorted((ROOT / "dpo_jax" / "config").glob("*.py"))
+    files = sorted((ROOT / "dpo_jax" / "config").rglob("*.py"))
     for cls in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(cls, ast.ClassDef):
             assert ast.get_docstring(cls), cls.name

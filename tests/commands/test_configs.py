@@ -8,7 +8,7 @@ import pytest
 from dpo_jax import cli
 from dpo_jax.commands.configs import whole
 from dpo_jax.config import derive
-from dpo_jax.config.shipped import shipped
+from dpo_jax.config.command_line.shipped import shipped
 from dpo_jax.errors import InputError
 
 

@@ -28,7 +28,7 @@ from dpo_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.config.shipped import load
+from dpo_jax.config.command_line.shipped import load
 from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax.complete.asking.chat_client import BudgetReached, ChatClient, Question
 from dpo_jax.complete.asking.http import retry_after
 from dpo_jax.complete.asking.reply_cache import ReplyCache
-from dpo_jax.config.judge import EndpointConfig
+from dpo_jax.config.commands.judge import EndpointConfig
 from dpo_jax.errors import InputError
 
 

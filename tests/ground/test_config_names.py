@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import cli
 from dpo_jax.config import DataConfig, DPORun, RejectionRun, RewardRun, SFTDataConfig, SFTRun, names
-from dpo_jax.config.words import COMMANDS
+from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json
 

@@ -39,6 +39,7 @@ FLOORS = {
 
 # Floors inside a room that has rooms of its own, lowest first; "." stands for files of the room itself, if it has any.
 INNER = {
+    "config": (".", "training", "commands", "recipes", "command_line"),
     "data": ("rows", "sources", "tokens", "sets"),
     "complete": ("writing", "asking", "serving"),
     "weights": ("integrity", "tokenizers", "huggingface", "gguf", "orbax", "."),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax import cli
-from dpo_jax.config.words import COMMANDS
+from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.files import stages
 
 LIMIT = 400

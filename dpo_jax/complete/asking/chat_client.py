@@ -19,7 +19,7 @@ import httpx
 
 from dpo_jax.complete.asking.http import RETRIED, KeptHTTP, backoff, checked_url, retry_after
 from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
-from dpo_jax.config.judge import EndpointConfig
+from dpo_jax.config.commands.judge import EndpointConfig
 from dpo_jax.errors import InputError
 
 FIRST_WAIT = 1.0

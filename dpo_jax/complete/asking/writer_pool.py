@@ -17,7 +17,7 @@ from typing import Any
 from dpo_jax.complete.asking.answers import Answer
 from dpo_jax.complete.asking.chat_client import Question
 from dpo_jax.complete.asking.yaml_options import fields_of, read_yaml
-from dpo_jax.config.aif import WriterConfig
+from dpo_jax.config.recipes.aif import WriterConfig
 from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError, naming

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-from dpo_jax.config.yaml_file import FAULTS, Strict
+from dpo_jax.config.command_line.yaml_file import FAULTS, Strict
 from dpo_jax.errors import InputError
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -1,0 +1,202 @@
+"""Options of judges."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.names import RunOptions
+from dpo_jax.config.options import Count, NotNegative, Options, Positive, Within, not_given, part, require, require_day
+from dpo_jax.config.sections import FilesConfig, SampleConfig
+from dpo_jax.config.training.run import takes_timeout
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig(Options, prefix="endpoint."):
+    """An OpenAI-compatible endpoint: POST {url}/chat/completions. The key comes from the environment alone."""
+
+    url: str | None = None
+    """Such as https://api.openai.com/v1 or http://127.0.0.1:8000/v1."""
+    model: str | None = not_given(needs="url")
+    """What the endpoint calls the model."""
+    key_variable: str | None = not_given("OPENAI_API_KEY", needs="url")
+    """Environment variable that holds the key; without one nothing is sent. The key stands in no file and no log."""
+    concurrency: Count | None = not_given(8, needs="url")
+    """Requests in flight at once."""
+    per_minute: Positive | None = not_given(needs="url")
+    """Most requests that are begun in a minute. Not given: no limit but the server's."""
+    timeout: Positive | None = not_given(120.0, needs="url")
+    """Seconds for one attempt, all of it."""
+    attempts: Count | None = not_given(6, needs="url")
+    """Of one request, where a fault may pass: no connection, time-out, 429, 5xx, a body that is cut or no JSON."""
+    longest_wait: Positive | None = not_given(120.0, needs="url")
+    """Seconds: the longest wait between two attempts; a server that asks for more ends the command."""
+    temperature: NotNegative | None = not_given(0.0, needs="url")
+    """Of the answers."""
+    top_p: Positive | None = not_given(1.0, needs="url")
+    """Of the answers."""
+    max_tokens: Count | None = not_given(1024, needs="url")
+    """Longest answer. One that was cut gives no verdict."""
+    stream: bool | None = not_given(False, needs="url")
+    """Ask for the answer piece by piece."""
+    price_in: NotNegative | None = not_given(needs="url")
+    """Price of a million tokens of prompts, in the currency of `budget`."""
+    price_out: NotNegative | None = not_given(needs="url")
+    """Price of a million tokens of answers."""
+    budget: Positive | None = not_given(needs="url")
+    """Most that all answers may cost, those of runs before included. What would go beyond is not asked: the command
+    ends, and goes on with a larger budget."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.url is None or self.model, "endpoint.model is missing: what the endpoint calls the model")
+        priced = self.price_in is not None and self.price_out is not None
+        require(self.budget is None or priced, "endpoint.budget needs endpoint.price_in and endpoint.price_out")
+        name = self.resolved("key_variable")
+        require(
+            re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII),
+            "endpoint.key_variable is the name of an environment variable, and not the key itself",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeRun(WritesTexts, metaclass=RunOptions):
+    """Judge responses, row by row: `dpo-jax judge`.
+
+    --data holds a prompt and one response or several: pairs, lists, the layouts of docs/data.md. The judge is one of
+    --endpoint.url, --model, --function and people: --sheet writes a page for them, and --read what they said.
+    """
+
+    data: FilesConfig = part(FilesConfig)
+    out: str | None = None
+    """JSONL file to write: scores, verdicts and replies of each row, in order; an interrupted one is gone on with."""
+    sheet: str | None = None
+    """HTML file to write, instead of judging: the two responses of each row side by side, in an order drawn by the
+    seed, for people to choose from; it needs no server."""
+    read: tuple[str, ...] = ()
+    """CSV files of verdicts, from that page or filled in by hand (item,verdict,rater): the judge is what most people
+    say."""
+    ask: Literal["rating", "expected", "pair", "list", "checklist"] | None = not_given("rating")
+    """rating: a score for each response. expected: likewise, from the probabilities of the first token. pair: which of
+    two is better, asked in both orders. list: all in one prompt, shuffled. checklist: --criteria, met or not."""
+    prompts: str | None = None
+    """File of prompts, read as they are: FastChat's judge_prompts.jsonl, UltraFeedback's templates. Not given: ours."""
+    prompt_name: str | None = not_given(needs="prompts")
+    """Which of them."""
+    language: Literal["en", "zh"] | None = not_given("en")
+    """Of our prompts."""
+    scale: Annotated[int, Within(2, 100, "[]")] | None = None
+    """Highest score of our prompts, the lowest being 1. Not given: 10 for rating, 5 for expected and list."""
+    criteria: tuple[str, ...] = ()
+    """What a checklist asks, a text each."""
+    agreement: bool = False
+    """Also compare the verdicts with those of the data (choices, ranks, scores, votes): OUT.agreement.json."""
+    function: str | None = None
+    """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE.yaml."""
+    reward_timeout: float | None = not_given(60.0, needs="function")
+    """Seconds to wait where --function is a URL (60), or for one call of your own code (600), or of a command
+    of run: for one response (10)."""
+    reward_memory: int | None = not_given(1024)
+    """MiB that a command of run: may take for one response."""
+    model: str | None = None
+    """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
+    template: str | None = None
+    """Chat template of --model. Not given: its tokenizer's own."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
+    batch_size: Count = 8
+    """Questions at once, of --model or of a reward model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of --model or of a reward model."""
+    cache: str | None = None
+    """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
+    seed: int = 0
+    """Of the order of lists, and of questions that are asked again."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+    endpoint: EndpointConfig = part(EndpointConfig)
+    sample: SampleConfig = part(SampleConfig, without=("beams", "length_penalty"), max_new_tokens=512, temperature=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        judges = (self.endpoint.url, self.model, self.function, self.read or None)
+        given = sum(x is not None for x in judges)
+        if self.sheet is not None:
+            require(not given, "--sheet is for people: --endpoint.url, --model, --function and --read judge themselves")
+            require(self.out is None, "--out has no effect with --sheet, which names the file to write")
+            require(not self.agreement, "--agreement has no effect with --sheet; give it with --read")
+        else:
+            require(
+                given == 1,
+                "give one judge: --endpoint.url URL, --model MODEL, --function FUNCTION or --read VERDICTS.csv",
+            )
+            require(self.out is not None, "--out is missing: the JSONL file to write")
+        require(self.prompts is None or self.prompt_name, "--prompts needs --prompt_name: which prompt of the file")
+        require(self.prompts is None or self.ask is None, "--ask has no effect with --prompts, which say what is asked")
+        require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
+        require(self.prompts is None or self.scale is None, "--scale has no effect with --prompts")
+        ask = self.resolved("ask")
+        silent = "sheet" if self.sheet is not None else "read" if self.read else "function" if self.function else None
+        if silent is not None:
+            for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
+                require(getattr(self, name) is None, f"--{name} has no effect with --{silent}, which asks nothing")
+        self._refuse_of_models()
+        if self.function is not None:
+            require(
+                not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
+            )
+            require(
+                self.reward_timeout is None or takes_timeout(self.function),
+                "--reward_timeout has no effect: no URL or function of yours",
+            )
+        runs = self.function is not None and self.function.startswith("run:")
+        require(self.reward_memory is None or runs, "--reward_memory has no effect: no run:COMMAND")
+        scaled = ask in ("rating", "expected", "list")
+        require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
+        require(ask != "expected" or (self.scale or 5) <= 9, "--ask expected reads one token: --scale is at most 9")
+        require(ask == "checklist" or not self.criteria, f"--criteria has no effect with --ask {ask}")
+        require(ask != "checklist" or self.criteria, "--ask checklist needs --criteria: a text for each criterion")
+        for name in ("template", "date"):
+            require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
+        require_day(self.date, "--date")
+
+    def _refuse_of_models(self) -> None:
+        """What only a model of this machine takes, with another judge."""
+        other = next((n for n in ("sheet", "read", "function") if getattr(self, n)), None)
+        other = "endpoint.url" if self.endpoint.url is not None else other
+        idle = [] if other is None else ["sample"] if other == "function" else ["sample", "batch_size", "dtype", "mesh"]
+        for name in idle:
+            require(not self.given(name), f"--{name} has no effect with --{other}: it is of a model on this machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsRun(Options, metaclass=RunOptions):
+    """Preference pairs out of scored lists, by a named rule: `dpo-jax pairs`.
+
+    --data holds a prompt and several responses with a score each, or UltraFeedback's schema, its aspects averaged; for
+    --rule corrupt right solutions, as for `dpo-jax sft`.
+    """
+
+    data: FilesConfig = part(FilesConfig)
+    out: str
+    """JSONL file to write: pairs with their scores, as `dpo-jax dpo` and `dpo-jax reward` read them."""
+    rule: Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all", "corrupt"] = "zephyr"
+    """zephyr: the best against a random one that scores lower. ultrafeedback_binarized: the best by overall_score
+    against a random other one. best_worst: best against worst. all: every pair of different scores. corrupt: a right
+    solution against itself with one place made wrong (Smaug), its edit distance beside it."""
+    corrupt: Literal["number", "step"] | None = not_given("number", rule=("corrupt",))
+    """number: one number becomes another of as many digits. step: two neighbouring steps change places."""
+    ties: Literal["draw", "strict"] = "draw"
+    """What a shared best score does. draw: the seed chooses one. strict: it drops the row."""
+    repair: Literal["ultrafeedback"] | None = None
+    """Apply UltraFeedback's published repair to overall scores of 10 that contradict their aspects."""
+    seed: int = 0
+    """Of the draws; a row's depend on it and on the row's number alone."""
+    on_bad_rows: Literal["refuse", "skip"] = "refuse"
+    """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rule != "corrupt" or self.ties == "draw", "--ties has no effect with --rule corrupt")
+        overall = self.rule == "ultrafeedback_binarized"
+        require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")

@@ -1,0 +1,1 @@
+"""Options of the chains of commands."""

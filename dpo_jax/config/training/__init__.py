@@ -1,0 +1,1 @@
+"""Options of the training commands, and of the steps that they take."""
