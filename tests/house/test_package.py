@@ -154,7 +154,8 @@ def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
     packed = {path.name: path.read_text() for path in (tmp_path / "dpo_jax" / "configs").glob("*.py")}
     assert packed == {path.name: path.read_text() for path in (ROOT / "configs").glob("*.py")}
     script = (
-        "from dpo_jax.config import derive; from dpo_jax.config.command_line import shipped; run = derive('dpo_llama2_13b_v5e32', {'mesh.fsdp': 8});"
+        "from dpo_jax.config import derive; from dpo_jax.config.command_line import shipped;"
+        "run = derive('dpo_llama2_13b_v5e32', {'mesh.fsdp': 8});"
         "assert (run.optimizer.learning_rate, run.mesh.fsdp) == (5e-7, 8); print(shipped.find('llama2_ppo'))"
     )
     done = subprocess.run(
