@@ -7,7 +7,7 @@ from typing import Any
 from dpo_jax.config import MTBenchShowRun
 from dpo_jax.data.sources.questions import read_questions
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write, write_atomically
+from dpo_jax.files.folder import write_atomically, writing
 from dpo_jax.files.log import say
 from dpo_jax.report import mt_bench as report
 from dpo_jax.report.judgements import chosen, read_judgements, summary, swap_consistency
@@ -51,8 +51,6 @@ def make_folder(out: str) -> Path:
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
     return path

@@ -33,7 +33,7 @@ from dpo_jax.data.sources.store_writer import (
     write_report,
 )
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write
+from dpo_jax.files.folder import writing
 from dpo_jax.files.log import say
 from dpo_jax.weights.integrity.folder import new_folder
 
@@ -76,11 +76,9 @@ def _target(to: str) -> Iterator[Path]:
         with new_folder(Path(to).expanduser(), replace=False) as folder:
             yield folder
         return
-    try:
-        with tempfile.TemporaryDirectory(prefix="dpo-jax-") as scratch, upload(Path(scratch), to):
-            yield Path(scratch)
-    except OSError as error:
-        raise cannot_write(tempfile.gettempdir(), error) from error
+    scratch = tempfile.TemporaryDirectory(prefix="dpo-jax-")
+    with writing(tempfile.gettempdir()), scratch as name, upload(Path(name), to):
+        yield Path(name)
 
 
 class Lengths:
@@ -230,10 +228,8 @@ class _Pass:
         for (_, row), split in zip(chunk, splits, strict=True):
             self.writer.add(store_schema.serialise(row.columns, self.kind), split)
         said = [text.partition(": ")[2] for text in texts]  # without the first role, which all have
-        try:
+        with writing(self.run.to):
             self.index.add(said, hashes, splits, [number for number, _ in chunk])
-        except OSError as error:
-            raise cannot_write(self.run.to, error) from error
         self.lengths.add([row for _, row in chunk])
         self.written += len(chunk)
         if time.monotonic() - self._said >= SECONDS:

@@ -9,7 +9,8 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,15 @@ def cannot_write(path: Path | str, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder")
 
 
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Within the block an `OSError` is the one line for a full or unwritable disk."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def close_after(file: Any, path: Path, error: BaseException | None) -> None:
     """Close a file at the end of a `with` block that `error` ended, if anything did.
 
@@ -157,11 +167,9 @@ class RunFolder:
         return "finished" if finished else "unfinished"
 
     def _check_free(self) -> None:
-        try:
+        with writing(self.path):
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise InputError(f"{self.path}: exists and is not a run of dpo-jax; choose another --out")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"{self.path}: {parent} is not a writable folder; choose another --out")

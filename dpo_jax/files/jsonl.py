@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write, close_after, write_atomically
+from dpo_jax.files.folder import close_after, write_atomically, writing
 from dpo_jax.processes import distributed
 
 Row = dict[str, Any]
@@ -66,12 +66,10 @@ class RowsFile:
             self.rows = found[1:]
         if not self._writes:
             return
-        try:
+        with writing(self.part):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.part, _lines([header, *self.rows]))
             self._file = open(self.part, "ab")  # noqa: SIM115 - closed by `__exit__`
-        except OSError as error:
-            raise cannot_write(self.part, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -88,12 +86,10 @@ class RowsFile:
         self.rows.extend(rows)
         if not self._writes:
             return
-        try:
+        with writing(self.part):
             self._file.write(_lines(rows))
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise cannot_write(self.part, error) from error
 
     def finish(
         self, *, order: Callable[[Row], Any] | None = None, form: Callable[[list[Row]], Iterable[Row]] | None = None

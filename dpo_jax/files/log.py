@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write, close_after
+from dpo_jax.files.folder import close_after, writing
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.wandb_log import WandbLog
 from dpo_jax.processes import distributed
@@ -192,7 +192,7 @@ class MetricLog:
             )
         from dpo_jax.files.events import EventFile
 
-        try:
+        with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             kept = "".join(json.dumps(row) + "\n" for row in self.rows)
             self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115 - closed by `close`
@@ -200,8 +200,6 @@ class MetricLog:
             self._file.truncate()
             self._file.flush()
             self._events = EventFile(folder / "tensorboard", purge_from=start + 1 if start else None)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def __enter__(self) -> Self:
         self.bar.__enter__()
@@ -227,12 +225,10 @@ class MetricLog:
         if not self._writes:
             distributed.sign()
             return
-        try:
+        with writing(self.path):
             self._file.write((json.dumps(row) + "\n").encode())
             self._file.flush()
             self._events.add(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
         if self._also is not None:
             self._also.add(row)
         self.bar.update(int(row["step"]), summary_text(row), row)
@@ -244,12 +240,10 @@ class MetricLog:
         """Make sure that what was written is on the disk (before a checkpoint claims those steps as done)."""
         if not self._writes:
             return
-        try:
+        with writing(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._events.sync()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
 
 _TELLING = (

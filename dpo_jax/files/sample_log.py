@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write
+from dpo_jax.files.folder import writing
 
 
 class SampleLog:
@@ -24,7 +24,7 @@ class SampleLog:
         if not self._writes:
             return
         lines = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
-        try:
+        with writing(self.path):
             if not self._begun:
                 self._cut(step - 1)
                 self._begun = True
@@ -32,8 +32,6 @@ class SampleLog:
                 file.write(lines.encode("utf-8", "replace"))
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def _cut(self, done: int) -> None:
         """Keep the rows of the steps up to `done`, which must all be there."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.align import rejection
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import cannot_write
+from dpo_jax.files.folder import writing
 from dpo_jax.files.jsonl import Row
 from dpo_jax.report import html
 from dpo_jax.report.samples import prompt_text
@@ -241,15 +241,13 @@ def write(
 def _write_events(folder: Path, rows: Sequence[Row]) -> None:
     from tensorboardX import SummaryWriter
 
-    try:
+    with writing(folder):
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed while it wrote the report
         with SummaryWriter(str(folder)) as events:
             for row in rows:
                 for name, value in row.items():
                     if name != "step":
                         events.add_scalar(name, value, row["step"])
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def _table(rows: Sequence[Row]) -> html.Table:

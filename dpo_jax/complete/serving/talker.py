@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.complete.writing.responses import decode
+from dpo_jax.complete.writing.responses import StopStrings, decode
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
@@ -201,10 +201,10 @@ class Talker(threading.Thread):
         question = row.question
         ended = done and ids[-1] in question.settings.stop_tokens
         text = self._text(question, ids[:-1] if ended else ids)
-        cut = min((i for i in map(text.find, question.stop_strings) if i >= 0), default=None)
+        stops = StopStrings(lambda _, some: self._text(question, some), question.stop_strings)
+        cut = stops.begin(text)
         if cut is not None:  # the tokens up to the one that completes it
-            held = (n for n in range(1, len(ids) + 1) if self._has_stop(question, ids[:n]))
-            ids, text = ids[: next(held, len(ids))], text[:cut]
+            ids, text = ids[: stops((at, row.choice), ids)], text[:cut]
         reason = "stop" if ended or cut is not None else "length" if done else None
         if reason is None:
             text = text[: len(text) - _undecided(text, question.stop_strings)]
@@ -212,10 +212,6 @@ class Talker(threading.Thread):
         tokens = [self._token(question, view, at, t) for t in range(row.tokens, len(ids))]
         row.characters, row.tokens = max(row.characters, len(text)), max(row.tokens, len(ids))
         return Piece(row.choice, new, tokens, reason)
-
-    def _has_stop(self, question: Question, ids: Sequence[int]) -> bool:
-        text = self._text(question, ids)
-        return any(stop in text for stop in question.stop_strings)
 
     def _token(self, question: Question, view: View, at: int, t: int) -> Token:
         token, logp = int(view.tokens[at, t]), float(view.logps[at, t])
