@@ -1,31 +1,27 @@
 """`dpo-jax distill`: from a student, a teacher and prompts to a better student, in the order in which it happens."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from dpo_jax.align import distill, ppo
-from dpo_jax.complete.writing.responses import terminators
 from dpo_jax.config import DistillRun
-from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_answered_prompts
+from dpo_jax.data.sets.prompts import PromptDataset, load_answered_prompts
 from dpo_jax.data.sets.tokenised import fingerprint_of
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.ragged import Ragged
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
-from dpo_jax.sample import with_layout
 from dpo_jax.train.answered import Policy
 from dpo_jax.train.distillation import StudentResponses
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
-from dpo_jax.train.prompt_data import check_context, read_prompts
+from dpo_jax.train.prompt_data import check_context, loader_of, read_prompts
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
@@ -63,8 +59,7 @@ def train(config: DistillRun) -> Path:
     check_context(config, data, teacher.architecture, whose="teacher's")
 
     # -------------------------------------------------------------- options that follow from the data
-    options: dict[str, Any] = {"seed": config.train.seed, "shuffle": config.data.shuffle}
-    loader = partial(PromptLoader, data, batch_size=config.train.batch_size, group=1, **options)
+    loader = loader_of(config, data, rows=config.train.batch_size)
     planned = loader(**training.length)
     step_config = training.resolve(planned.total_steps).step_config(vocabulary)
 
@@ -84,20 +79,10 @@ def train(config: DistillRun) -> Path:
     training.say(flops.describe())
     state = distill.init_state(model, variables, judged_by, step_config)
     del variables, judged_by, starting
-    writer = terminators(model, encoder, config.sample)
-    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=state)
+    how: dict[str, Any] = {"rows": config.train.batch_size, "vocabulary": vocabulary, "held": state}
+    policy = Policy.of(config, state, model, tokenizer, encoder, mesh, **how)
 
     # -------------------------------------------------------------- training
-    policy = Policy(
-        model,
-        tokenizer,
-        sampling,
-        mesh,
-        piece=config.rollout_batch_size or config.train.batch_size,
-        raw=config.data.template == RAW,
-        seed=config.train.seed,
-        vocabulary=vocabulary,
-    )
     responses = StudentResponses(
         policy,
         data,
@@ -113,7 +98,7 @@ def train(config: DistillRun) -> Path:
         identity=identity,
         flops_of=distill_flops(flops, ModelFlops.of(teacher.architecture, None)),
         prepare=responses.prepare,
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=policy.sample),
     )
 
     # -------------------------------------------------------------- the student, and the report

@@ -2,32 +2,26 @@
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from dpo_jax.align import dpo, ppo
-from dpo_jax.complete.writing.responses import terminators
 from dpo_jax.config import BETAS, OnlineDPORun
-from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import RAW
-from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import Judges
 from dpo_jax.mesh import batch_parts
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
-from dpo_jax.sample import with_layout
 from dpo_jax.train.answered import Policy, reference_of
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, online_dpo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
 from dpo_jax.train.online_pairs import OnlinePairs, jit_measure
-from dpo_jax.train.prompt_data import read_prompts
+from dpo_jax.train.prompt_data import loader_of, read_prompts
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.tokenizer import text_ids
@@ -47,28 +41,17 @@ def train(config: OnlineDPORun) -> Path:
     # -------------------------------------------------------------- the model's shape, the prompts, the judge
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    if architecture.num_labels:
-        raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, heldout = read_prompts(training, architecture, encoder)
     samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     together = math.gcd(config.rollout_batch_size or config.responses, training.eval_batch_size)
     # Of two judges the combination is compared as it is: a standardised one would rank the same.
     judges = Judges(config, mesh=mesh, batch_size=together, whiten=True)
-    for prompts in (data, heldout):
-        if prompts is not None:
-            judges.try_out(prompts)
+    judges.try_out(data, heldout)
     reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
-    loader = partial(
-        PromptLoader,
-        data,
-        batch_size=config.responses,
-        group=config.online.samples,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    loader = loader_of(config, data, rows=config.responses, group=config.online.samples)
     planned = loader(**training.length)
     step_config = training.resolve(planned.total_steps).step_config()
     if config.dpo.beta is None and config.dpo.loss in BETAS:
@@ -90,30 +73,20 @@ def train(config: OnlineDPORun) -> Path:
     training.say(flops.describe())
     state = dpo.init_state(model, variables, dataclasses.replace(step_config, reference="cached"))
     del variables, starting
-    writer = terminators(model, encoder, config.sample)
     again = ppo.policy_of(state.variables) if config.online.opponent == "mixture" else ()  # two copies are laid out
     held = (state, reference, judges.weights(), again)
-    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=held)
+    how: dict[str, Any] = {"rows": config.responses, "vocabulary": text_ids(tokenizer, architecture), "held": held}
+    policy = Policy.of(config, state, model, tokenizer, encoder, mesh, **how)
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
-    policy = Policy(
-        model,
-        tokenizer,
-        sampling,
-        mesh,
-        piece=config.rollout_batch_size or config.responses,
-        raw=config.data.template == RAW,
-        seed=config.train.seed,
-        vocabulary=text_ids(tokenizer, architecture),
-    )
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     options: dict[str, Any] = {"reference": reference, "config": config.online, "step": step_config}
     pairs = OnlinePairs(policy, data, prompts, judges.as_they_are, log, **options)
     evaluate = None
     if heldout is not None:
         measure = jit_measure(model, mesh, temperature=config.sample.temperature, vocabulary=policy.vocabulary)
-        how: dict[str, Any] = {"reference": reference, "measure": measure, "width": prompts.width}
+        how = {"reference": reference, "measure": measure, "width": prompts.width}
         evaluate = HeldOutPrompts(policy, heldout, judges, training.out, **how)
     final = training.fit(
         state,
@@ -123,7 +96,7 @@ def train(config: OnlineDPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=online_dpo_flops(flops, config.online.samples),
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=policy.sample),
         prepare=pairs.prepare,
     )
 

@@ -2,17 +2,14 @@
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
 from dpo_jax.align import ppo
-from dpo_jax.complete.writing.responses import terminators
 from dpo_jax.config import GRPORun, PPOConfig, PPORun
-from dpo_jax.data.sets.prompts import PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.sample_log import SampleLog
@@ -23,13 +20,12 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
-from dpo_jax.sample import with_layout
 from dpo_jax.train.answered import Policy, reference_of
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
-from dpo_jax.train.prompt_data import read_prompts
+from dpo_jax.train.prompt_data import loader_of, read_prompts
 from dpo_jax.train.rollouts import Rollouts, jit_measure
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -52,8 +48,6 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- the model's shape, the prompts, the reward
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    if architecture.num_labels:
-        raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     _check_value_model(config, architecture)
     encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
     data, heldout = read_prompts(training, architecture, encoder)
@@ -66,20 +60,11 @@ def train(config: PPORun) -> Path:
     else:
         together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
         judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
-        judges.try_out(data)
-        if heldout is not None:
-            judges.try_out(heldout)
+        judges.try_out(data, heldout)
         reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
-    loader = partial(
-        PromptLoader,
-        data,
-        batch_size=config.train.batch_size,
-        group=config.ppo.group,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
+    loader = loader_of(config, data, rows=config.train.batch_size, group=config.ppo.group)
     planned = loader(**training.length)
     resolved = training.resolve(planned.total_steps)
     step_config = dataclasses.replace(resolved.step_config(), vocabulary=text_ids(tokenizer, architecture))
@@ -108,22 +93,12 @@ def train(config: PPORun) -> Path:
     state = ppo.init_state(model, ppo.policy_of(variables), step_config, value=value)
     del variables, starting, value
     held = (state, reference, [] if judges is None else judges.weights())
-    writer = terminators(model, encoder, config.sample)
-    sampling = with_layout(writer, model, ppo.policy_of(state.variables), mesh, held=held)
-    training.say(f"sampling: weights {sampling.layout} (--sample.layout)")
+    how: dict[str, Any] = {"rows": config.train.batch_size, "vocabulary": step_config.vocabulary, "held": held}
+    policy = Policy.of(config, state, model, tokenizer, encoder, mesh, **how)
+    training.say(f"sampling: weights {policy.sample.layout} (--sample.layout)")
 
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
-    policy = Policy(
-        model,
-        tokenizer,
-        sampling,
-        mesh,
-        piece=config.rollout_batch_size or config.train.batch_size,
-        raw=config.data.template == RAW,
-        seed=step_config.seed,
-        vocabulary=step_config.vocabulary,
-    )
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     if judges is not None:
         rollouts = Rollouts(policy, data, prompts, judges, log, reference=reference, config=step_config)
@@ -167,7 +142,7 @@ def train(config: PPORun) -> Path:
         evaluate=evaluate,
         evaluate_first=True,
         flops_of=ppo_flops(flops, step_config),
-        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=sampling),
+        sample=None if samples is None else samples.answered_by(model, mesh, training.out, like=policy.sample),
         prepare=rollouts.prepare,
     )
 

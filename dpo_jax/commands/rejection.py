@@ -103,9 +103,7 @@ class _Run:
             own = [prompt.plain for prompt in self.data.prompts]
             _check_apart(self.heldout, config.data.files, own, self.data.row_numbers.tolist())
         self.judges = Judges(config, mesh=training.mesh, batch_size=training.eval_batch_size)
-        for prompts in (self.data, self.heldout):
-            if prompts is not None:
-                self.judges.try_out(prompts)
+        self.judges.try_out(self.data, self.heldout)
         before = config.rejection.pool_from
         self._before = [] if before is None else best_responses.read_pool(before)
         if self.heldout is not None:

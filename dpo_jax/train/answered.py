@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import ppo
-from dpo_jax.complete.writing.responses import decode
-from dpo_jax.config import SampleConfig
+from dpo_jax.complete.writing.responses import decode, terminators
+from dpo_jax.config import SampleConfig, SampledRun
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.data.tokens.encode import ConversationEncoder
+from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.mesh import put_batch
 from dpo_jax.model.llama import Llama
-from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve
+from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve, with_layout
 from dpo_jax.state import TrainState
 from dpo_jax.types import Rollout
 
@@ -50,6 +52,33 @@ class Policy:
     raw: bool
     seed: int
     vocabulary: int | None
+
+    @classmethod
+    def of(
+        cls,
+        config: SampledRun,
+        state: TrainState,
+        model: Llama,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: ConversationEncoder,
+        mesh: Mesh,
+        *,
+        rows: int,
+        vocabulary: int | None,
+        held: Any,
+    ) -> "Policy":
+        """The policy of a run with these options, `rows` responses an iteration, beside all that `held` is laid out."""
+        sample = terminators(model, encoder, config.sample)
+        return cls(
+            model,
+            tokenizer,
+            with_layout(sample, model, ppo.policy_of(state.variables), mesh, held=held),
+            mesh,
+            piece=config.rollout_batch_size or rows,
+            raw=config.data.template == RAW,
+            seed=config.train.seed,
+            vocabulary=vocabulary,
+        )
 
     def prepared(self, of: TrainState | Mapping[str, Any]) -> Weights:
         """What the sampler reads, the policy of a state or other variables, laid out for it once.

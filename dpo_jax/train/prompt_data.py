@@ -1,10 +1,12 @@
 """Prompts of a run that learns from what the model writes: those that it learns from, and those that are held out."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dpo_jax.config import JudgedRun, PPORun, SampledRun
 from dpo_jax.data.rows.messages import MAX_TEXT
-from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
+from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
@@ -16,9 +18,12 @@ def read_prompts(
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """`--data`, and `--eval_data` where it is given; checked, and told.
 
-    Raises `InputError` for bad rows, and for a prompt that leaves no room for its response in the model's context.
+    Raises `InputError` for a reward model, for bad rows, and for a prompt that leaves no room for its response in the
+    model's context.
     """
     config: SampledRun = training.config
+    if architecture.num_labels:
+        raise InputError(f"--model {config.model}: is a reward model; the policy is a language model")
     tagged = isinstance(config, JudgedRun) and config.safety_reward is not None
     plays = isinstance(config, PPORun) and config.environment is not None
 
@@ -44,6 +49,12 @@ def read_prompts(
             training.say(f"--eval_data {config.eval_data}: {shared} of {len(heldout)} prompts are learnt from, too")
     training.told(data, heldout)
     return data, heldout
+
+
+def loader_of(config: SampledRun, data: PromptDataset, *, rows: int, group: int = 1) -> Callable[..., PromptLoader]:
+    """Makes the loader of `rows` responses a step, `group` to a prompt, of so many steps or epochs."""
+    told: dict[str, Any] = {"seed": config.train.seed, "shuffle": config.data.shuffle}
+    return partial(PromptLoader, data, batch_size=rows, group=group, **told)
 
 
 def check_context(
