@@ -125,7 +125,7 @@ def length_reward() -> Any:
     from dpo_jax.judge.rewards.scores import scored
     from dpo_jax.judge.rewards.shipped import OfText
 
-    return partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True)
+    return partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True, finite=True)
 
 
 def answer_turns(desk: Desk, step: Any, state: Any, rollouts: Any, mesh: Any, told: Sequence[str]) -> None:

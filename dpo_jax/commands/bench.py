@@ -30,8 +30,7 @@ from dpo_jax.plan.programs_ppo import sampler_calls
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.sample import with_layout
 from dpo_jax.train.row_data import preference_loader
-from dpo_jax.train.sft_dialogues import Dialogues
-from dpo_jax.train.sft_documents import Documents
+from dpo_jax.train.sft_data import load_both
 from dpo_jax.weights.opened import open_checkpoint
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
 
@@ -167,8 +166,7 @@ def _loader(run: DPORun | RewardRun | SFTRun, mesh: Mesh, budget: float) -> Figu
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, date=today()))
     start = time.perf_counter()
     if isinstance(run, SFTRun):
-        material = Documents if run.data.kind == "text" else Dialogues
-        loader = material.load_both(run, tokenizer, architecture)[0].loader(steps=None, epochs=1.0, mesh=mesh)
+        loader = load_both(run, tokenizer, architecture)[0].loader(steps=None, epochs=1.0, mesh=mesh)
     else:
         data, _ = (
             dpo.load_data(run, tokenizer, architecture.vocab_size)

@@ -10,8 +10,7 @@ from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, sft_flops
 from dpo_jax.train.heldout import of_language_model
 from dpo_jax.train.session import Training
-from dpo_jax.train.sft_dialogues import Dialogues
-from dpo_jax.train.sft_documents import Documents
+from dpo_jax.train.sft_data import load_both
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 
@@ -28,8 +27,7 @@ def train(config: SFTRun) -> Path:
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    material = Documents if config.data.kind == "text" else Dialogues
-    data, heldout = material.load_both(config, tokenizer, architecture)
+    data, heldout = load_both(config, tokenizer, architecture)
     training.told(data, heldout)
     samples = FixedPrompts.of(config, tokenizer, architecture, None if heldout is None else heldout.first, data.first)
     windows = None if heldout is None else heldout.eval_batches(training.eval_batch_size, mesh)

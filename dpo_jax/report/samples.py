@@ -16,9 +16,10 @@ _STEPS = 8
 
 def samples_section(path: Path) -> html.Section:
     """Some responses of the first and of the last iteration, with their scores."""
-    rows = read_rows(path)
+    rows: list[Any] = read_metrics(path)
     steps = sorted({row["step"] for row in rows})
-    shown = [row for step in dict.fromkeys((*steps[:1], *steps[-1:])) for row in _of_step(rows, step)]
+    ends = dict.fromkeys((*steps[:1], *steps[-1:]))
+    shown = [row for step in ends for row in [row for row in rows if row["step"] == step][:_SHOWN]]
     cells = [
         (row["step"], prompt_text(row["prompt"]), prompt_text(row["response"]), f"{row['score']:.4g}") for row in shown
     ]
@@ -60,16 +61,6 @@ def compared_section(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> html.Se
     steps = ", ".join(f"{name}: step {rows[-1]['step']}" for name, rows in runs.items())
     head = ("prompt", *runs)
     return html.Section("Samples", f"The last greedy answers ({steps}).", table=html.Table(head, cells, texts=head))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a samples.jsonl."""
-    rows: list[Any] = read_metrics(path)
-    return rows
-
-
-def _of_step(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    return [row for row in rows if row["step"] == step][:_SHOWN]
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:

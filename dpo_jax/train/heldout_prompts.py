@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax import mesh as meshes
 from dpo_jax.data.sets.prompts import PromptDataset
 from dpo_jax.files.jsonl import Row, write_lines
-from dpo_jax.judge.rewards.scores import Judges, part_figures, told_parts
+from dpo_jax.judge.rewards.scores import Judges, Responses, part_figures, told_parts
 from dpo_jax.processes import distributed
 from dpo_jax.report.statistics import interval, kl_estimates, pass_at
 from dpo_jax.report.text_health import health
@@ -79,9 +79,7 @@ class HeldOutPrompts:
         bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
         of = np.repeat(np.arange(len(self._data)), self._samples)
         texts = self._policy.texts(self._prompts[of], self._lengths[of], tokens, lengths, ended)
-        scores, combined = self._judges.as_they_are(
-            [self._data.prompts[i] for i in of], texts, np.asarray(self._data.row_numbers)[of], self._data.safety[of]
-        )
+        scores, combined = self._judges.as_they_are(Responses.to(self._data, of, texts))
         kl = np.where(mask, logps - reference, 0.0).sum(axis=1, dtype=np.float64)
         self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, lengths, ended)
         found: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, online, ppo
 from dpo_jax.config import DPOConfig, OnlineConfig
-from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
-from dpo_jax.judge.rewards.scores import part_figures, told_parts
+from dpo_jax.judge.rewards.scores import Responses, part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
@@ -66,9 +66,9 @@ class OnlinePairs(Answered):
         tokens, mask, logps = self._responses(state, batch)
         clock.append(time.perf_counter())
         lengths, ended = mask.sum(axis=1).astype(np.int32), self._policy.ended(tokens, mask)
-        prompts = [self._data.prompts[index] for index in batch.indices]
         texts = self._policy.texts(batch.prompts, batch.prompt_lengths, tokens, lengths, ended)
-        scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
+        responses = Responses.to(self._data, batch.indices, texts)
+        scores, parts = self._scorer(responses)
         if self._config.missing_eos_penalty is not None:
             scores = np.where(ended, scores, scores - np.float32(self._config.missing_eos_penalty))
         clock.append(time.perf_counter())
@@ -81,7 +81,7 @@ class OnlinePairs(Answered):
         pairs = jax.device_get(online.pairs_of(groups, choice, exploration=self._config.exploration))
         choice = jax.device_get(choice)
         policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k) if policy is None else policy
-        told = _Written(batch.rows, prompts, texts, scores, parts, policy - reference, lengths, ended)
+        told = _Written(responses, scores, parts, policy - reference, lengths, ended)
         self._write(batch.step + 1, told, choice)
         own = slice(None) if self._config.opponent == "policy" else slice(0, online.OPPONENT)
         figures = self._figures(scores.reshape(-1, k), policy, reference, ended.reshape(-1, k), choice, own)
@@ -145,9 +145,9 @@ class OnlinePairs(Answered):
             prompt, place = divmod(i, k)
             own = opponent == "policy" or place != online.OPPONENT
             return {
-                "row": int(told.rows[i]),
-                "prompt": told.prompts[i].plain,
-                "response": told.texts[i],
+                "row": int(told.responses.rows[i]),
+                "prompt": told.responses.prompts[i].plain,
+                "response": told.responses.texts[i],
                 "by": "policy" if own else opponent,
                 "score": float(told.scores[i]),
                 **told_parts(told.parts, i),
@@ -157,16 +157,14 @@ class OnlinePairs(Answered):
                 "ended": bool(told.ended[i]),
             }
 
-        self._samples.append(step, map(row, range(len(told.texts))))
+        self._samples.append(step, map(row, range(len(told.scores))))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
     """Of each response, what samples.jsonl says; `ratios` [B, K], log π / π_ref at temperature 1."""
 
-    rows: np.ndarray
-    prompts: Sequence[Prompt]
-    texts: Sequence[str]
+    responses: Responses
     scores: np.ndarray
     parts: Mapping[str, np.ndarray]
     ratios: np.ndarray

@@ -19,16 +19,16 @@ from dpo_jax import mesh as meshes
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import flat_groups, next_kl_coefficient
 from dpo_jax.config import PPOConfig
-from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
+from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
-from dpo_jax.judge.rewards.scores import part_figures, told_parts
+from dpo_jax.judge.rewards.scores import Responses, Scores, part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered, Policy, unmeasured, with_reference
 from dpo_jax.types import Rollout
 
-Scorer = Callable[[Sequence[Prompt], Sequence[str], np.ndarray, np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
+Scorer = Callable[[Responses], Scores]
 
 
 class Rollouts(Answered):
@@ -78,9 +78,8 @@ class Rollouts(Answered):
         clock = [time.perf_counter()]
         rollout = self._sampled(state, batch)
         clock.append(time.perf_counter())
-        prompts = [self._data.prompts[index] for index in batch.indices]
         texts = self._texts(rollout)
-        scores, parts = self._scorer(prompts, texts, batch.rows, self._data.safety[batch.indices])
+        scores, parts = self._scorer(Responses.to(self._data, batch.indices, texts))
         rollout = dataclasses.replace(rollout, scores=scores)
         clock.append(time.perf_counter())
         more: Row = {}
@@ -92,7 +91,7 @@ class Rollouts(Answered):
         rollout = self._measured(state, rollout)
         clock.append(time.perf_counter())
         kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
-        self._write(batch.step + 1, prompts, texts, rollout, parts, kl)
+        self._write(batch, texts, rollout, parts, kl)
         self._move_kl_coefficient(float(kl.mean()))
         first, scoring, further, measuring = np.diff(clock).tolist()
         figures: Row = {"seconds_sampling": first + further, "seconds_measuring": measuring, "seconds_scoring": scoring}
@@ -143,8 +142,7 @@ class Rollouts(Answered):
                 sampler_logps=logps,
             )
             written = self._texts(new)
-            prompts = [self._data.prompts[index] for index in batch.indices[flat]]
-            scores, own = self._scorer(prompts, written, batch.rows[flat], self._data.safety[batch.indices[flat]])
+            scores, own = self._scorer(Responses.to(self._data, batch.indices[flat], written))
             new = dataclasses.replace(new, scores=scores)
             rollout = jax.tree.map(lambda x, y: _with_rows(x, flat, y), rollout, new)  # noqa: B023 - used at once
             for i, text in zip(flat, written, strict=True):
@@ -158,9 +156,8 @@ class Rollouts(Answered):
         policy, group, rows = self._policy, self._config.group, np.arange(len(batch.rows))
         tokens, mask, _ = self._drawn(policy.prepared(state), batch, rows, self._key, greedy=True)
         lengths, ended = mask.sum(axis=1), policy.ended(tokens, mask)
-        prompts = [self._data.prompts[index] for index in batch.indices[::group]]
         texts = policy.texts(batch.prompts[::group], batch.prompt_lengths[::group], tokens, lengths, ended)
-        scores, _ = self._scorer(prompts, texts, batch.rows[::group], self._data.safety[batch.indices[::group]])
+        scores, _ = self._scorer(Responses.to(self._data, batch.indices[::group], texts))
         return np.repeat(scores, group)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
@@ -175,19 +172,18 @@ class Rollouts(Answered):
 
     def _write(
         self,
-        step: int,
-        prompts: Sequence[Prompt],
+        batch: PromptBatch,
         texts: Sequence[str],
         rollout: Rollout,
         parts: Mapping[str, np.ndarray],
         kl: np.ndarray,
     ) -> None:
         self._samples.append(
-            step,
+            batch.step + 1,
             (
                 {
                     "row": int(rollout.rows[i]),
-                    "prompt": prompts[i].plain,
+                    "prompt": self._data.prompts[index].plain,
                     "response": texts[i],
                     "score": float(rollout.scores[i]),
                     **told_parts(parts, i),
@@ -195,7 +191,7 @@ class Rollouts(Answered):
                     "tokens": int(rollout.response_lengths[i]),
                     "ended": bool(rollout.ended[i]),
                 }
-                for i in range(len(texts))
+                for i, index in enumerate(batch.indices)
             ),
         )
 

@@ -126,4 +126,4 @@ def test_another_pad_token_is_taken_where_it_has_no_row(narrow: Path) -> None:
 def test_a_reward_model_refuses_ids_that_it_has_no_row_for(model: tuple[Any, Any]) -> None:
     judge: Any = SimpleNamespace(model=model[0])
     with pytest.raises(InputError, match="id 320, and the reward model's embedding has 320 rows"):
-        RewardModel._scored(judge, [np.asarray([5])], [np.asarray([7, 320])])
+        RewardModel.score_tokens(judge, [[5]], [[7, 320]])

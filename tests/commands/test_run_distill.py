@@ -11,7 +11,6 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.files.log import read_metrics
-from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
 
 pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
@@ -49,7 +48,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_whole_run(whole: Path, inputs: Path) -> None:
-    rows, samples = read_metrics(whole / "metrics.jsonl"), read_rows(whole / "samples.jsonl")
+    rows, samples = read_metrics(whole / "metrics.jsonl"), read_metrics(whole / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {row["rollout/on_policy"] for row in rows} == {0, 1}
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -19,7 +19,6 @@ from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.rewards.environment import Step
-from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
 from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _check_beginnings, _Episode, padded
 
@@ -95,7 +94,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_run(whole: Path) -> None:
-    rows, samples = read_metrics(whole / "metrics.jsonl"), read_rows(whole / "samples.jsonl")
+    rows, samples = read_metrics(whole / "metrics.jsonl"), read_metrics(whole / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     several = 0
     for row in rows:
@@ -127,7 +126,7 @@ def test_pieces_and_the_calculator(inputs: Path, whole: Path, tmp_path: Path) ->
     """Four at once: episodes at different turns are sampled together, and become what they became."""
     assert cli.main(words(inputs, tmp_path / "four", "--rollout_batch_size", "4", "--train.steps", "1")) == 0
     conversations = [
-        [s["response"] for s in read_rows(out / "samples.jsonl") if s["step"] == 1]
+        [s["response"] for s in read_metrics(out / "samples.jsonl") if s["step"] == 1]
         for out in (tmp_path / "four", whole)
     ]
     assert conversations[0] == conversations[1]
@@ -177,7 +176,7 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in together] == [2, 2], said
     assert "RuntimeError: broken" in said[0].splitlines()[-1], said
     assert len(set((tmp_path / "calls").read_text().split())) == 1, "one process plays"
-    samples = read_rows(out / "samples.jsonl")
+    samples = read_metrics(out / "samples.jsonl")
     assert len({message["content"] for s in samples for message in s["prompt"]}) > 1, "it answers by chance"
     (row,) = read_metrics(out / "metrics.jsonl")
     assert row["sampling/sampling_logp_difference/max"] < 1e-4

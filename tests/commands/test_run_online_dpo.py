@@ -12,7 +12,6 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.files.log import read_metrics
-from dpo_jax.report.samples import read_rows
 from dpo_jax.train import session as training
 
 pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
@@ -59,7 +58,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_whole_run(whole: Path, inputs: Path) -> None:
-    rows, samples = read_metrics(whole / "metrics.jsonl"), read_rows(whole / "samples.jsonl")
+    rows, samples = read_metrics(whole / "metrics.jsonl"), read_metrics(whole / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert (whole / "report.html").exists()
     for row in rows:
@@ -101,7 +100,7 @@ def test_eight_devices_micro_batches_and_pieces_make_the_same_run(inputs: Path, 
     assert cli.main(words(inputs, tmp_path / "run", *XPO, *more)) == 0
     for row, other in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
-    texts = [[s["response"] for s in read_rows(out / "samples.jsonl")] for out in (tmp_path / "run", whole)]
+    texts = [[s["response"] for s in read_metrics(out / "samples.jsonl")] for out in (tmp_path / "run", whole)]
     assert texts[0] == texts[1]
 
 
@@ -113,7 +112,7 @@ def test_best_of_four_and_the_mixture(inputs: Path, tmp_path: Path) -> None:
     assert cli.main(words(inputs, tmp_path / "four", *four)) == 0
     (row,) = read_metrics(tmp_path / "four" / "metrics.jsonl")
     assert row["objective/kl"] == pytest.approx(0, abs=1e-5)
-    samples = read_rows(tmp_path / "four" / "samples.jsonl")
+    samples = read_metrics(tmp_path / "four" / "samples.jsonl")
     for i in range(0, len(samples), 4):
         sides = {s["side"]: s["score"] for s in samples[i : i + 4]}
         scores = [s["score"] for s in samples[i : i + 4]]

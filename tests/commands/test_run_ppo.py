@@ -28,14 +28,13 @@ from dpo_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.data.sets.prompts import PromptLoader, load_prompts
+from dpo_jax.data.sets.prompts import Prompt, PromptLoader, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.files.sample_log import SampleLog
-from dpo_jax.judge.rewards.scores import part_figures, scored, short_names, summed
+from dpo_jax.judge.rewards.scores import Responses, part_figures, scored, short_names, summed
 from dpo_jax.judge.rewards.shipped import OfText
-from dpo_jax.report.samples import read_rows
 from dpo_jax.sample import generate
 from dpo_jax.train import session as training
 from dpo_jax.weights.pretrained import load_pretrained
@@ -135,7 +134,7 @@ def test_the_whole_run(whole: Path, inputs: Path) -> None:
         expected = row["kl_coefficient"] * (1 + error * BATCH / 256)
         assert following["kl_coefficient"] == pytest.approx(expected, rel=1e-5)
 
-    samples = read_rows(whole / "samples.jsonl")
+    samples = read_metrics(whole / "samples.jsonl")
     assert len(samples) == STEPS * BATCH
     assert all(row["score"] == np.float32(sum(c.islower() for c in row["response"]) / 6) for row in samples)
     for row in rows:
@@ -209,7 +208,7 @@ def test_held_out_prompts_and_an_end_without_gain(inputs: Path, tmp_path: Path, 
     run_ppo.train(config)
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]  # the first, and two without gain
-    texts = [read_rows(out / "eval_samples" / f"{step}.jsonl") for step in range(4)]
+    texts = [read_metrics(out / "eval_samples" / f"{step}.jsonl") for step in range(4)]
     assert all([row["response"] for row in some] == [row["response"] for row in texts[0]] for some in texts)
     assert len({row["response"] for row in texts[0]}) > 1
     for row, some in zip(rows, texts, strict=True):
@@ -232,7 +231,7 @@ def test_samples_that_a_checkpoint_counts_must_be_there(tmp_path: Path) -> None:
     log.append(1, [{"score": 1.0}])
     log.append(2, [{"score": 2.0}])
     SampleLog(tmp_path / "samples.jsonl", writes=True).append(2, [{"score": 3.0}])
-    assert [row["score"] for row in read_rows(tmp_path / "samples.jsonl")] == [1.0, 3.0]
+    assert [row["score"] for row in read_metrics(tmp_path / "samples.jsonl")] == [1.0, 3.0]
     with pytest.raises(InputError, match="does not hold steps 1 to 3"):
         SampleLog(tmp_path / "samples.jsonl", writes=True).append(4, [])
 
@@ -254,7 +253,7 @@ def test_full_fine_tuning_without_values(inputs: Path, tmp_path: Path) -> None:
     assert row["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert row["val/ratio"] == pytest.approx(1, abs=1e-5)
-    samples = read_rows(tmp_path / "run" / "samples.jsonl")
+    samples = read_metrics(tmp_path / "run" / "samples.jsonl")
     assert [s["row"] for s in samples[::2]] == [s["row"] for s in samples[1::2]]
     assert len({s["response"] for s in samples}) > 8
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
@@ -274,7 +273,7 @@ def test_eight_devices_make_the_same_run(inputs: Path, whole: Path, tmp_path: Pa
     for row, other in zip(runs.metrics(tmp_path / "run"), runs.metrics(whole)[:2], strict=True):
         assert row == pytest.approx({**other, "epoch": row["epoch"]}, rel=1e-3, abs=1e-4)
     texts = [
-        [s["response"] for s in read_rows(out / "samples.jsonl")][: 2 * BATCH] for out in (tmp_path / "run", whole)
+        [s["response"] for s in read_metrics(out / "samples.jsonl")][: 2 * BATCH] for out in (tmp_path / "run", whole)
     ]
     assert texts[0] == texts[1]
 
@@ -295,7 +294,7 @@ def test_two_processes_make_the_same_iteration(inputs: Path, whole: Path, tmp_pa
         assert process.returncode == 0, said
     (row,), first = runs.metrics(out), runs.metrics(whole)[0]
     assert row == pytest.approx({**first, "epoch": row["epoch"]}, rel=1e-3, abs=1e-4)
-    texts = [[s["response"] for s in read_rows(folder / "samples.jsonl")][:BATCH] for folder in (out, whole)]
+    texts = [[s["response"] for s in read_metrics(folder / "samples.jsonl")][:BATCH] for folder in (out, whole)]
     assert texts[0] == texts[1]
 
 
@@ -323,7 +322,8 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
         for name, function in (("helpful", lambda text: len(text)), ("safe", lambda text: -9.0 if "bad" in text else 9))
     ]
     texts, tagged = ["abc", "bad", "abcd", "a"], np.asarray([False, False, True, False])
-    scores, parts = scored(judges, ("helpful", "safe"), [None] * 4, texts, np.arange(4), tagged, whiten=True)
+    asked = Responses([Prompt((), "p")] * 4, texts, np.arange(4), tagged)
+    scores, parts = scored(judges, ("helpful", "safe"), asked, whiten=True, finite=True)
     chosen = np.asarray([3.0, -9, 9, 1])
     np.testing.assert_allclose(scores, (chosen - chosen.mean()) / chosen.std(ddof=1), rtol=1e-5)
     assert parts["helpfulness"].tolist() == [3, 3, 4, 1]
@@ -332,7 +332,8 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
 def test_several_rewards() -> None:
     judges = [OfText("a", len), OfText("b", lambda text: None if "b" in text else 1.0)]
     texts, rows = ["abc", "c", "bb", "bbb"], np.arange(4)
-    every = (judges, ("vader", "m.py:score"), (1.0, 10.0), [None] * 4, texts, rows)
+    asked = Responses([Prompt((), "p")] * 4, texts, rows, np.zeros(4, bool))
+    every = (judges, ("vader", "m.py:score"), (1.0, 10.0), asked)
     scores, parts = summed(*every, group=None, finite=True)
     assert scores.tolist() == [3, 11, 2, 3]
     assert list(parts) == ["vader", "score_"]
@@ -343,7 +344,7 @@ def test_several_rewards() -> None:
     assert short_names(["a_2", "x.py:a", "y.py:a", "http://a/b", "runs/rm"]) == ["a_2", "a", "a_3", "url", "rm"]
     silent = [OfText("b", lambda text: None if "b" in text else 1.0)] * 2
     with pytest.raises(InputError, match="each gave None for responses to rows 0, 2, 3 of the prompts"):
-        summed(silent, ("b", "c"), (1, 1), [None] * 4, texts, rows, group=None, finite=True)
+        summed(silent, ("b", "c"), (1, 1), asked, group=None, finite=True)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ def test_grpo_is_a_word_of_its_own(inputs: Path, tmp_path: Path, preset: str) ->
     assert all(0 <= row["frac_reward_zero_std"] <= 1 for row in rows)
     assert all(("rollout/resampled" in row) == (preset == "dapo") for row in rows)
     if preset == "dapo":
-        drawn = read_rows(tmp_path / "out" / "samples.jsonl")
+        drawn = read_metrics(tmp_path / "out" / "samples.jsonl")
         assert all(s["score"] == 2 * s["some"] and s["row_"] == (0 if s["some"] else None) for s in drawn)
         assert rows[0]["rewards/some/mean"] == np.mean([s["some"] for s in drawn if s["step"] == 1])
         assert rows[0]["rewards/row_/mean"] == rows[0]["rewards/row_/std"] == 0 < rows[0]["rewards/some/std"]

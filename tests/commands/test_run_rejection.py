@@ -348,10 +348,11 @@ def test_an_earlier_pool_is_judged_anew(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in [best("a", 9.0, safety=True), best("b", 1.0)]))
     pool = best_responses.read_pool(str(path))
 
-    def length(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
-        return np.asarray([len(text) for text in texts]) + tagged + [p.columns.get("bonus", 0) for p in asked], {}
+    def length(asked: responses.Responses) -> Any:
+        bonus = [prompt.columns.get("bonus", 0) for prompt in asked.prompts]
+        return np.asarray([len(text) for text in asked.texts]) + asked.tagged + bonus, {}
 
-    def broken(asked: Any, texts: list[str], rows: np.ndarray, tagged: np.ndarray) -> Any:
+    def broken(_: responses.Responses) -> Any:
         return np.asarray([np.nan, 1.0]), {}
 
     judges: Any = length

@@ -22,7 +22,7 @@ from dpo_jax.data.sets.prompts import Prompt, PromptDataset
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
-from dpo_jax.judge.rewards.scores import SCORED, Judges
+from dpo_jax.judge.rewards.scores import SCORED, Judges, Responses
 from dpo_jax.report.statistics import as_matrix
 
 
@@ -64,7 +64,7 @@ def judged(pool: Sequence[Row], judges: Judges, source: str, known: Sequence[Pro
         ]
         numbers = np.arange(first + 1, first + 1 + len(rows))
         tagged = np.asarray([row.get("safety") is True for row in rows])
-        scores += judges(prompts, [row["completion"] for row in rows], numbers, tagged)[0].tolist()
+        scores += judges(Responses(prompts, [row["completion"] for row in rows], numbers, tagged))[0].tolist()
     bad = [str(i + 1) for i, score in enumerate(scores) if not math.isfinite(score)]
     if bad:
         raise InputError(

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +33,30 @@ SCORED = 512
 LLAMA2 = ("helpfulness", "safety")
 _TAKEN = (*LLAMA2, "row", "prompt", "response", "score", "kl", "tokens", "ended", "temperature", "sample")
 """Names that mean something else in the files that scores stand in."""
+
+
+class Responses(NamedTuple):
+    """N responses that are judged at once.
+
+    Attributes:
+      prompts, texts: of each.
+      rows: int [N], of the prompts in their file, for messages.
+      tagged: bool [N], whether a safety reward is to judge it.
+    """
+
+    prompts: Sequence[Prompt]
+    texts: Sequence[str]
+    rows: np.ndarray
+    tagged: np.ndarray
+
+    @classmethod
+    def to(cls, data: PromptDataset, at: np.ndarray, texts: Sequence[str]) -> "Responses":
+        """Texts that answer the prompts `at` of a data set."""
+        return cls([data.prompts[i] for i in at], texts, np.asarray(data.row_numbers)[at], data.safety[at])
+
+
+Scores = tuple[np.ndarray, dict[str, np.ndarray]]
+"""float32 [N], and under their names those that they were combined from."""
 
 
 class Judges:
@@ -89,59 +113,36 @@ class Judges:
         """They change when a judge does."""
         return [judge.identity for judge in self._opened()]
 
-    def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores float32 [N], all finite under `whiten` only, and under their names those that they were combined from.
+    def __call__(self, responses: Responses) -> Scores:
+        """What they score, all finite under `whiten` only."""
+        return self._scored(responses, whiten=self._whiten, finite=self._whiten, group=self._group)
 
-        `rows` int [N]: for messages; `tagged` bool [N]: prompts that a safety reward is to judge.
-        """
-        return self._scored(prompts, responses, rows, tagged, whiten=self._whiten, group=self._group)
-
-    def as_they_are(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], rows: np.ndarray, tagged: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def as_they_are(self, responses: Responses) -> Scores:
         """As `__call__`, all finite, none standardised: what one model's responses score beside another's."""
-        return self._scored(prompts, responses, rows, tagged, whiten=False, finite=True)
+        return self._scored(responses, whiten=False, finite=True, group=None)
 
-    def _scored(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        rows: np.ndarray,
-        tagged: np.ndarray,
-        *,
-        whiten: bool,
-        group: int | None = None,
-        finite: bool | None = None,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _scored(self, responses: Responses, *, whiten: bool, finite: bool, group: int | None) -> Scores:
         judges, names = self._opened(), self._names
         if self._two or len(judges) == 1:
-            return scored(judges, names, prompts, responses, rows, tagged, whiten=whiten, finite=finite)
-        finite = whiten if finite is None else finite
-        return summed(judges, names, self._weights, prompts, responses, rows, group=group, finite=finite)
+            return scored(judges, names, responses, whiten=whiten, finite=finite)
+        return summed(judges, names, self._weights, responses, group=group, finite=finite)
 
 
 def scored(
     judges: Sequence[RewardFunction],
     names: Sequence[str],
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    rows: np.ndarray,
-    tagged: np.ndarray,
+    responses: Responses,
     *,
     whiten: bool,
-    finite: bool | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    finite: bool,
+) -> Scores:
     """What `Judges` gives, of one judge or two, combined as Llama 2 did (`align/rewards.py`).
 
-    `whiten`: for PPO: two are standardised over these responses, and scores that are not finite refused, as `finite`
-    does, where it is given.
+    `whiten`: two are standardised over these responses, for PPO; `finite`: other scores are refused.
     """
-    finite = whiten if finite is None else finite
+    prompts, texts, rows, tagged = responses
     found = [
-        scores_of(judge, prompts, responses, rows, name, finite=finite)
-        for judge, name in zip(judges, names, strict=True)
+        scores_of(judge, prompts, texts, rows, name, finite=finite) for judge, name in zip(judges, names, strict=True)
     ]
     if len(found) == 1:
         return found[0], {}
@@ -155,20 +156,19 @@ def summed(
     judges: Sequence[RewardFunction],
     names: Sequence[str],
     weights: Sequence[float],
-    prompts: Sequence[Prompt],
-    responses: Sequence[str],
-    rows: np.ndarray,
+    responses: Responses,
     *,
     group: int | None,
     finite: bool,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> Scores:
     """The weighted sum of several judges' scores, and each judge's own: NaN where it said None, which is in no sum.
 
     `group`: each is standardised first over so many neighbouring responses. Raises `InputError` for a response of which
     no judge says anything, and under `finite` for scores that are not finite.
     """
+    prompts, texts, rows, _ = responses
     both = [
-        scores_and_said(judge, prompts, responses, rows, name, finite=finite)
+        scores_and_said(judge, prompts, texts, rows, name, finite=finite)
         for judge, name in zip(judges, names, strict=True)
     ]
     found, said = np.stack([x for x, _ in both]), np.stack([x for _, x in both])
@@ -227,17 +227,13 @@ def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges
         with ProgressBar(label, len(samples), done=len(file.rows), shown=distributed.is_main()) as bar:
             while len(file.rows) < len(samples):
                 some = samples[len(file.rows) : len(file.rows) + SCORED]
-                file.append(_scored(some, [place[row["row"]] for row in some], data, judges))
+                at = np.asarray([place[row["row"]] for row in some])
+                scores, parts = judges(Responses.to(data, at, [row["response"] for row in some]))
+                file.append(_told(row, {"score": scores} | parts, i) for i, row in enumerate(some))
                 bar.update(len(file.rows))
 
     return write_once(path, settings, work)
 
 
-def _scored(samples: Sequence[Row], at: Sequence[int], data: PromptDataset, judges: Judges) -> Iterator[Row]:
-    rows = np.asarray([row["row"] for row in samples])
-    texts = [row["response"] for row in samples]
-    scores, parts = judges([data.prompts[i] for i in at], texts, rows, data.safety[list(at)])
-    for i, row in enumerate(samples):
-        values = {"score": scores[i], **{name: part[i] for name, part in parts.items()}}
-        finite = {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
-        yield {"row": row["row"], "temperature": row["temperature"], "sample": row["sample"], **finite}
+def _told(row: Row, scores: Mapping[str, np.ndarray], at: int) -> Row:
+    return {"row": row["row"], "temperature": row["temperature"], "sample": row["sample"], **told_parts(scores, at)}
