@@ -110,6 +110,25 @@ CASES = (
         (f"ppo {_SAMPLED} {_LETTERS} --sample.max_new_tokens 6 --ppo.value stopped --lora.rank 2 --ppo.kl_target 1",),
     ),
     Case("ppo grpo", (f"ppo {_SAMPLED} {_LETTERS} --sample.max_new_tokens 6 --ppo.advantage grpo --ppo.group_size 4",)),
+    Case("grpo dapo", (f"grpo {_SAMPLED} {_LETTERS} --sample.max_new_tokens 6 --ppo.preset dapo --ppo.group_size 4",)),
+    Case(
+        "grpo gspo in rows, epochs, int8 sampler",
+        (
+            f"grpo {_SAMPLED} {_LETTERS} --sample.max_new_tokens 6 --ppo.preset gspo --ppo.group_size 4 --ppo.epochs 2"
+            " --sample.weights int8 --train.layout separate",
+        ),
+    ),
+    Case(
+        "dpo online xpo",
+        (
+            f"dpo --online {_SAMPLED} {_LETTERS} --sample.max_new_tokens 6 --online.opponent reference"
+            " --online.exploration 1e-3 --lora.rank 2",
+        ),
+    ),
+    Case(
+        "distill",
+        (f"distill --teacher @rm2 {_SAMPLED} --sample.max_new_tokens 6 --distill.on_policy 0.5 --distill.beta 0.5",),
+    ),
     Case(
         "rejection",
         (
@@ -208,9 +227,87 @@ CASES = (
             + " "
             + " ".join(_ROOM.format(name) for name in ("sft", "helpful", "safety", "rejection"))
             + " --helpful.data.max_prompt_length 40 --safety.data.max_prompt_length 40 --helpful.reward.margin small"
+            " --ppo.sample.stop_strings e o r t --rejection.sample.stop_strings e o r t"
             " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 8"
             " --ppo.ppo.epochs 1 --ppo.ppo.value stopped --ppo.sample.max_new_tokens 6 --ppo.data.max_length 56"
             " --ppo.data.max_prompt_length 40",
         ),
     ),
+    Case(
+        "recipe llama3",
+        (
+            "recipe llama3 --model @model --prompts @prompts.jsonl --judge @mine.py:letters --sft_data @chat_eval.jsonl"
+            " --preferences @pairs.jsonl --out out --rounds 2 --average_over train.seed=1 --pair_samples 3"
+            " --batch_size 16 --heldout 0.25 --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6"
+            " --rejection.sample_batch_size 16 --rejection.sample.stop_strings e o r t "
+            + " ".join(_STAGE.format(name) for name in ("sft", "reward", "rejection", "dpo"))
+            + " "
+            + " ".join(_ROOM.format(name) for name in ("sft", "reward", "rejection", "dpo"))
+            + " --reward.data.max_prompt_length 40 --dpo.data.max_prompt_length 40",
+        ),
+    ),
+    Case(
+        "recipe iterative_rpo",
+        (
+            "recipe iterative_rpo --model @model --prompts @sums.jsonl --eval_prompts @sums.jsonl --out out --rounds 2"
+            " --samples 8 --pairs_per_prompt 3 --temperatures 1.0 1.2 --batch_size 16 --answer_pattern ([a-m])"
+            " --sample.max_new_tokens 8 --sample.stop_strings e o --dpo.data.max_prompt_length 40 "
+            + _STAGE.format("dpo")
+            + " "
+            + _ROOM.format("dpo"),
+        ),
+    ),
+    Case(
+        "recipe zephyr",
+        (
+            "generate --model @rm2 --prompts @prompts.jsonl --out other.jsonl --sample.max_new_tokens 6",
+            "recipe zephyr --model @model --seeds @heldout.jsonl --prompts @prompts.jsonl --pool @pool.yaml --judge"
+            " length --out out --heldout 0.3 --batch_size 4 --sample.max_new_tokens 6 --dsft.model @rm2"
+            " --dsft.sample.max_new_tokens 6 --dsft.write.rounds 0 --dsft.filter.near None"
+            " --dsft.filter.least_characters 1 --dsft.filter.most_characters 1000 --aif.samples 2"
+            " --aif.principles none "
+            + " ".join(_STAGE.format(name) for name in ("sft", "dpo"))
+            + " "
+            + " ".join(_ROOM.format(name) for name in ("sft", "dpo"))
+            + " --dpo.data.max_prompt_length 40",
+        ),
+    ),
+    # what judges and compares
+    Case(
+        "judge, pairs of what it scored",
+        (
+            "judge --data @ranked.jsonl --out judged.jsonl --function @mine.py:letters",
+            "judge --data @ranked.jsonl --out read.jsonl --model @model --template chatml --ask rating"
+            " --sample.max_new_tokens 4",
+            "pairs --data @ranked.jsonl --out zephyr.jsonl --rule zephyr",
+            "pairs --data @ranked.jsonl --out all.jsonl --rule all",
+        ),
+    ),
+    Case(
+        "mt-bench answered, judged, shown",
+        (
+            "mt-bench answer --model @model --questions @question.jsonl --out a.jsonl --sample.max_new_tokens 6"
+            " --model_id a",
+            "mt-bench answer --model @rm2 --questions @question.jsonl --out b.jsonl --sample.max_new_tokens 6"
+            " --model_id b",
+            "mt-bench judge --questions @question.jsonl --answers a.jsonl b.jsonl --out judged.jsonl --mode"
+            " pairwise-all --model @rm2 --template chatml --sample.max_new_tokens 4",
+            "mt-bench show --judgments judged.jsonl --questions @question.jsonl --json",
+        ),
+        stdout=True,
+    ),
+    Case(
+        "safety, win-rate",
+        (
+            "generate --model @model --prompts @prompts.jsonl --out a.jsonl --sample.max_new_tokens 6",
+            "generate --model @rm2 --prompts @prompts.jsonl --out b.jsonl --sample.max_new_tokens 6",
+            "win-rate --answers a.jsonl --against b.jsonl --judge @mine.py:letters --judgments v.json --out w.json",
+            "safety --data a.jsonl --safety_reward length --threshold 12 --reward length --rows rows.jsonl --out"
+            " s.json",
+        ),
+        stdout=True,
+    ),
+    Case("average", ("average --models @model @rm2 --weights 0.25 0.75 --to out",)),
+    Case("configs", ("configs", "configs show smollm2_hh_dpo", "configs copy llama2_ppo --to mine.py"), stdout=True),
+    Case("completion", ("completion bash",), stdout=True),
 )

@@ -239,6 +239,20 @@ def build(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(sentence(rng, rng.randint(20, 60)) for _ in range(20)) + "\n")
     mixed = ["".join(rng.choice(CHINESE) for _ in range(12)) + "。" + sentence(rng, 3) for _ in range(120)]
     rows(folder / "chinese.jsonl", [{"text": text} for text in mixed])
+    rows(folder / "sums.jsonl", [{"prompt": f"s{i} {sentence(rng, 2)}", "answer": "aeiou"[i % 5]} for i in range(12)])
+    asked = [
+        ("writing", ["write of a film", "and a book"]),
+        ("roleplay", ["the red one", "the blue"]),
+        ("stem", ["hate?"]),
+    ]
+    rows(
+        folder / "question.jsonl",
+        [{"question_id": 81 + i, "category": name, "turns": turns} for i, (name, turns) in enumerate(asked)],
+    )
+    (folder / "pool.yaml").write_text(
+        f"- {{name: own, model: {folder / 'model'}, sample: {{max_new_tokens: 6}}}}\n"
+        "- {name: other, responses: other.jsonl}\n"
+    )
     (folder / "mine.py").write_text(
         "def letters(prompts, responses):\n    return [sum(c.islower() for c in text) / 6 for text in responses]\n"
         "def short(prompts, responses):\n    return [-len(text) / 6 for text in responses]\n"
