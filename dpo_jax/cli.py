@@ -204,7 +204,7 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     default, args = _split_recipe(word, args)
     cls, names = COMMANDS[word].options, option_names(word)
-    given = _given(word, args, names)
+    given = _greedy(_given(word, args, names), names)
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
         if open_ended:
@@ -214,12 +214,33 @@ def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     else:
         default = _give_way(default, set(given))
     options = built(cls, given, default, f"({PROGRAM} {word} --help)")
-    for prefix, field in () if open_ended else _walk(cls):
-        value = getattr(reduce(getattr, prefix.split(".")[:-1], options), field.name)
-        open_here = value in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,))
-        if open_here and option(prefix + field.name).removeprefix("--") in names:
-            raise InputError(f"missing {option(prefix + field.name)}: the CONFIG.py leaves it open")
+    left_open = [] if open_ended else list(_left_open(options, names))
+    if left_open:
+        raise InputError(f"missing {' and '.join(left_open)}: the CONFIG leaves that to the command line")
     return options
+
+
+def _left_open(options: Any, names: dict[str, bool]) -> Iterator[str]:
+    for prefix, field in _walk(type(options)):
+        value = getattr(reduce(getattr, prefix.split(".")[:-1], options), field.name)
+        name = option(prefix + field.name)
+        if value in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)) and name.removeprefix("--") in names:
+            yield name
+
+
+def _greedy(given: dict[str, list[str]], names: dict[str, bool]) -> dict[str, list[str]]:
+    """With a temperature of 0, what defaults or a CONFIG.py filter samples with gives way, for it would do nothing."""
+    for name in [name for name, words in given.items() if name.endswith("sample.temperature") and _is_zero(words)]:
+        filters = [name.removesuffix("temperature") + one for one in ("top_k", "top_p", "min_p")]
+        given = {one: ["None"] for one in filters if one in names} | given
+    return given
+
+
+def _is_zero(words: list[str]) -> bool:
+    try:
+        return float(" ".join(words)) == 0
+    except ValueError:  # told when it is read
+        return False
 
 
 def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list[str]]:
@@ -261,6 +282,9 @@ def _split_recipe(word: str, args: list[str]) -> tuple[Any, list[str]]:
     path, cls = args[0], COMMANDS[word].options
     loaded = _load(path)
     if not isinstance(loaded, cls):
+        others = [name for name, command in COMMANDS.items() if type(loaded) is command.options and command.recipe]
+        if others:
+            raise InputError(f"{path}: is for {PROGRAM} {' or '.join(others)}, not for {PROGRAM} {word}")
         raise InputError(
             f"{path}: must define `config`, a dpo_jax.config.{cls.__name__}; it is {type(loaded).__name__}"
         )
@@ -373,12 +397,12 @@ def _check_name(word: str, token: str, names: dict[str, bool]) -> str:
 
 def _guess(word: str, known: Any, prefix: str = "") -> str:
     """`; did you mean X?` for the nearest known word, or what another library's word is called here, or nothing."""
-    if ELSEWHERE.get(word) in known:
-        told = f", {OTHERWISE[word]}" if word in OTHERWISE else ""
-        return f"; here that is {prefix}{ELSEWHERE[word]}{told}"
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=GUESS_CUTOFF)
-    if not near:  # `--learning_rate` for `--optimizer.learning_rate`
-        near = [name for name in known if name.rpartition(".")[2] == word][:1]
+    here = [name for name in ELSEWHERE.get(word, ()) if name in known]
+    if here or (prefix and word in OTHERWISE):
+        told = [f"here that is {prefix}{name}" for name in here[:1]] + [OTHERWISE.get(word, "")]
+        return f"; {', '.join(filter(None, told))}"
+    near = [name for name in known if name.rpartition(".")[2] == word][:1]  # the option without its section
+    near = near or difflib.get_close_matches(word, list(known), n=1, cutoff=GUESS_CUTOFF)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 

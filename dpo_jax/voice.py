@@ -75,6 +75,10 @@ def listen(*libraries: str) -> None:
             notes.addHandler(Notes())
             notes.propagate = False  # importing orbax gives the root logger a handler, which would say every note twice
             notes.setLevel(level)
+    # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
+    # event loop and the thread pool in which it writes, for each of the other files.
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if _mode != "lines":
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)

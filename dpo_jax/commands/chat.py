@@ -15,7 +15,7 @@ from dpo_jax.sample.live import Settings
 
 _HELP = (
     "/system TEXT sets the system prompt (alone: none), /reset forgets the dialogue, /undo the last turn, /save FILE "
-    "writes it as JSONL, /quit ends"
+    "writes it as JSONL, /quit ends; [length] behind a response: --sample.max_new_tokens cut it"
 )
 
 
@@ -80,12 +80,17 @@ class _Chat:
             return False
         if word == "/system":
             self.system = rest or None
+            say("the system prompt is set" if rest else "no system prompt")
         elif word == "/reset":
             for dialogue in self.dialogues:
                 dialogue.turns.clear()
+            say("the dialogue is forgotten" + (", the system prompt stays" if self.system else ""))
         elif word == "/undo":
+            if not self.dialogues[0].turns:
+                raise InputError("/undo: nothing was said yet")
             for dialogue in self.dialogues:
                 del dialogue.turns[-2:]
+            say("the last turn is forgotten")
         elif word == "/save":
             self._save(rest)
         elif word in ("/help", "/?"):
@@ -114,6 +119,8 @@ class _Chat:
         if not file:
             raise InputError("/save needs a file: /save dialogue.jsonl")
         path = Path(file).expanduser()
+        if path.exists():
+            raise InputError(f"{path}: is there already; give /save another name")
         rows = [
             {"model": d.talker.model, "messages": [m.as_dict() for m in d.messages(self.system)]}
             for d in self.dialogues

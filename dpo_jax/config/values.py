@@ -1,6 +1,7 @@
 """How the words after an option are read as its value."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -77,7 +78,9 @@ def _one(name: str, kind: Any, word: str, *, optional: bool = False) -> Any:
     choices = ("True", "False") if kind is bool else get_args(kind)
     if choices and word not in choices:
         expected = (("None",) if optional else ()) + choices
-        raise ValueError(f"invalid choice '{word}' for argument '--{name}'. Expected one of {expected}.")
+        near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"invalid choice '{word}' for argument '--{name}'. Expected one of {expected}.{guess}")
     if choices:
         return word == "True" if kind is bool else word
     try:

@@ -160,8 +160,10 @@ class RunFolder:
             bound = (name == _METRIC and now.get("train.stop_after") is not None) or (name == _TIMEOUT and commands)
             if (name.startswith(FREE) and not bound) or before.get(name) == now.get(name):
                 continue
+            has, wants = before.get(name), now.get(name)
             raise InputError(
-                f"{self.path}: the run in it has {option(name)} {before.get(name)}, this command has {now.get(name)};"
+                f"{self.path}: the run in it has {f'no {option(name)}' if has is None else f'{option(name)} {has}'},"
+                f" this command has {'none' if wants is None else wants};"
                 " give the same value to go on with it, or choose another --out"
             )
         return "finished" if finished else "unfinished"

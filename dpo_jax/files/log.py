@@ -38,7 +38,7 @@ def _console() -> Console:
 
 
 def show_log(*libraries: str) -> None:
-    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, and quiet orbax.
+    """Let the package's notes (which attention kernel runs, rows left out) through to stderr, of one process only.
 
     libraries: whose warnings are to be ours, too.
     """
@@ -46,10 +46,6 @@ def show_log(*libraries: str) -> None:
     if jax.process_index() > 0:
         for name in ("dpo_jax", *libraries):
             logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax tells of every file of a checkpoint, and logs a failed one several times before it raises it; so do the
-    # event loop and the thread pool in which it writes, for each of the other files.
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def show_cursor() -> None:

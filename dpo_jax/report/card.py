@@ -240,7 +240,8 @@ class Card:
             if rest:
                 parts[-1] += "\n\n" + "\n".join(f"Fingerprint of {name}: `{one[:16]}`." for name, one in rest.items())
         parts.append(f"## How it was made\n\n```bash\n{self.command}\n```")
-        parts[-1] += f"\n\nWith dpo_jax {__version__}; all other options have their defaults."
+        parts[-1] += f"\n\nWith dpo_jax {__version__}; files and folders are told by their last names, and all other"
+        parts[-1] += " options have their defaults."
         if self.rows:
             parts.append(self._results())
         if picture:
@@ -267,7 +268,8 @@ class Card:
             first, end = (f"{row[name]:.4g} (step {row['step']})" for row in (having[0], having[-1]))
             lines.append(f"| {name} | {first} | {end} |")
         table = "| figure | first | last |\n|---|---|---|\n" + "\n".join(lines)
-        return f"## Results\n\n{last} steps; `eval_` figures are of held-out rows.\n\n{table}"
+        held = "; `eval_` figures are of held-out rows" if any(name.startswith("eval_") for name in names) else ""
+        return f"## Results\n\n{last} step{'s' * (last != 1)}{held}.\n\n{table}"
 
 
 def _use(*, reward: bool, chat: bool, adapter: bool) -> str:
@@ -280,11 +282,17 @@ def _use(*, reward: bool, chat: bool, adapter: bool) -> str:
     lines += [f'model = {model}{kind}.from_pretrained("FOLDER")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     if chat and not reward:
-        asked = "messages, add_generation_prompt=True"
+        asked = 'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True'
         lines += ['messages = [{"role": "user", "content": "Hello!"}]']
-        lines += [f'inputs = tokenizer.apply_chat_template({asked}, return_tensors="pt")']
+        lines += [f"inputs = tokenizer.apply_chat_template({asked})"]
     elif not reward:
         lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    else:
+        lines += ['inputs = tokenizer("TEXT THROUGH THE CHAT TEMPLATE", return_tensors="pt")']
+        lines += ["print(model(**inputs).logits)"]
+    if not reward:
+        lines += ["written = model.generate(**inputs, max_new_tokens=128)[0]"]
+        lines += ['print(tokenizer.decode(written[inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
     code = "\n".join(lines)
     return f"```python\n{code}\n```"
 

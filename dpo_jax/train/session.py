@@ -311,7 +311,7 @@ class Training(Generic[Config]):
                 sample=sample,
             )
             log.stopped = outcome.stopped_by is not None
-        final, self.told_steps = outcome.state, f"{total} steps"
+        final, self.told_steps = outcome.state, f"{total} step{'s' * (total != 1)}"
         patience, metric = config.train.stop_after, config.checkpoint.best
         if outcome.stopped_by is None and patience is not None and metric is not None:
             if outcome.ended_early:

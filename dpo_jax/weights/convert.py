@@ -58,8 +58,10 @@ def convert(
     Raises `InputError` for anything wrong with the source, or a target that cannot be written.
     """
     target = Path(target)
-    if to == "gguf" and (target.suffix.lower() != ".gguf" or target.exists()):
-        raise InputError(f"{target}: --format gguf writes one new file, and its name ends with .gguf")
+    if to == "gguf" and target.suffix.lower() != ".gguf":
+        raise InputError(f"{target}: --format gguf writes one file, and its name ends with .gguf")
+    if to == "gguf" and target.exists():
+        raise InputError(f"{target}: is there already; choose another --to")
     if to != "gguf" and target.suffix.lower() in _FILES:
         raise InputError(
             f"{target}: names a file, and a folder is written, as safetensors or orbax; --format gguf writes a file"

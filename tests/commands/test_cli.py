@@ -199,8 +199,33 @@ def test_names_of_other_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     assert "here that is --out" in error(capsys, "dpo", *GIVEN, "--output-dir", "x")
     assert "--num_generations; here that is --ppo.group_size" in error(capsys, "grpo", *GIVEN, "--num_generations", "4")
     assert "here that is" not in error(capsys, "dpo", *GIVEN, "--num_generations", "4"), "it has no such option"
+    assert "a run goes on by the same command" in error(capsys, "dpo", *GIVEN, "--resume_from_checkpoint", "x")
+    assert "did you mean --optimizer.learning_rate" in error(capsys, "dpo", *GIVEN, "--learning_rate", "1")
     every = {name for word in cli.COMMANDS for name in cli.option_names(word)}
-    assert set(names.ELSEWHERE.values()) <= every
+    assert {name for here in names.ELSEWHERE.values() for name in here} <= every
+
+
+@pytest.mark.parametrize(("word", "heading"), [("dpo", "## Options of DPO"), ("grpo", "## Options of GRPO")])
+def test_every_name_of_the_table_is_answered_as_the_table_has_it(word: str, heading: str) -> None:
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    lines = page.split(heading)[1].split("\n## ")[0].splitlines()
+    known, asked = cli.option_names(word), 0
+    for cells in [line.strip("|").split("|") for line in lines if line.startswith("| ")][1:]:
+        here = set(re.findall(r"--([\w.]+)", cells[-1]))
+        for name in re.findall(r"`(\w+)[`:]", "|".join(cells[:-1])):
+            if name in known or not here & known.keys() or name in ("template", "LogCompletionsCallback"):
+                continue
+            told = set(re.findall(r"--([\w.]+)", cli._guess(name, known, "--")))
+            assert told & here, f"{name}: {told or 'nothing'}, and the table says {here}"
+            asked += 1
+    assert asked > 12
+
+
+def test_greedy_leaves_out_what_defaults_filter_with() -> None:
+    assert cli.parse("chat", ["--model", "m"]).sample.top_p == 0.9
+    assert cli.parse("chat", ["--model", "m", "--sample.temperature", "0"]).sample.top_p is None
+    with pytest.raises(InputError, match="have no effect at temperature 0"):
+        cli.parse("chat", ["--model", "m", "--sample.temperature", "0.0", "--sample.top_p", "0.5"])
 
 
 def test_help_as_a_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,7 +438,7 @@ def test_several_sources_are_one_word_or_many() -> None:
 
 def test_a_recipe_leaves_open_what_the_command_line_must_give(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(ROOT / "configs" / "dpo_paper.py")
-    assert error(capsys, "dpo", path, "--data", "d", "--out", "o").startswith("missing --model: the CONFIG.py leaves")
+    assert error(capsys, "dpo", path, "--data", "d", "--out", "o").startswith("missing --model: the CONFIG leaves")
     assert error(capsys, "dpo", path, "--model", "m", "--out", "o").startswith("missing --data")
     model = cli.parse("dpo", [str(ROOT / "configs" / "smollm2_hh_dpo.py"), "--data", "d", "--out", "o"]).model
     assert model == "smollm2"

@@ -105,10 +105,10 @@ def test_yaml_says_what_the_command_line_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dpo.beta: 1", "with `command: dpo`"),
-        ("- dpo", "with `command: dpo`"),
+        ("dpo.beta: 1", "does not say which command it is for; begin it with the line `command: dpo`"),
+        ("- dpo", "holds no options under their names"),
         ("command: eval", "`command: eval` is none that takes a CONFIG"),
-        ("command: sft", "must define `config`, a dpo_jax.config.DPORun; it is SFTRun"),
+        ("command: sft", "is for dpo-jax sft, not for dpo-jax dpo"),
         ("command: dpo\ndpo.bta: 1", "c.yaml: unknown option --dpo.bta; did you mean --dpo.beta?"),
         ("command: dpo\ndpo: {loss: no}", "c.yaml: invalid choice 'false' for argument '--dpo.loss'"),
         ("command: dpo\ndpo.beta: -1", "c.yaml: --dpo.beta -1.0 must be positive"),

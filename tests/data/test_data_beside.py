@@ -246,13 +246,13 @@ def test_blank_responses_go_by_one_rule(kind: str, tmp_path: Path, caplog: pytes
         assert "1 of 100 rows (1.0%)" in caplog.text
         with pytest.raises(InputError) as caught:
             read(reader, often)
-        for told in ("3 of 20 rows", "15.0%", "--on-bad-rows skip", "up to 2%"):
+        for told in ("3 of 20 rows", "15.0%", "--on_bad_rows skip", "up to 2%"):
             assert told in str(caught.value)
         assert len(read(reader, often, "skip")) == 17
         for on_bad_rows in ("refuse", "skip"):
             with pytest.raises(InputError, match="none of 3 rows can be used: 3 x empty") as caught:
                 read(reader, always, on_bad_rows)
-            assert "--on-bad-rows" not in str(caught.value)
+            assert "--on_bad_rows" not in str(caught.value)
 
 
 def test_what_is_not_learnt_may_be_blank(tmp_path: Path) -> None:

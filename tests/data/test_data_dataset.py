@@ -74,7 +74,7 @@ def test_a_file_with_bad_rows_is_refused_in_one_line_after_the_last(tmp_path: Pa
         "unknown column names (first: row 8",
     ):
         assert words in message
-    assert "--on-bad-rows skip" in message
+    assert "--on_bad_rows skip" in message
 
 
 def test_bad_rows_are_skipped_on_request(tmp_path: Path) -> None:

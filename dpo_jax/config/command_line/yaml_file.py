@@ -47,10 +47,14 @@ def words_of(path: str) -> tuple[str, list[str]]:
         if Path(path).stat().st_size > LARGEST:
             raise InputError(f"{path}: larger than {LARGEST >> 20} MiB, which no list of options is")
         found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=Strict)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
     except (OSError, *FAULTS) as error:
         raise InputError(f"{path}: cannot be read as YAML ({error})") from error
-    if not isinstance(found, dict) or not isinstance(found.get("command"), str):
-        raise InputError(f"{path}: options stand under names, with `command: dpo` (or another command) among them")
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no options under their names, such as `command: dpo` and `model: smollm2`")
+    if not isinstance(found.get("command"), str):
+        raise InputError(f"{path}: does not say which command it is for; begin it with the line `command: dpo`")
     command, base = found.pop("command"), found.pop("from", None)
     if base is not None and (not isinstance(base, str) or base.startswith("-") or base.endswith(SUFFIXES)):
         raise InputError(f"{path}: `from` names a shipped recipe or a CONFIG.py, not {base}")

@@ -66,8 +66,8 @@ class Pair:
 _TRUTH = {"true": True, "false": False}
 """A label as it stands, or as CSV spells it."""
 
-UNDERSTOOD = (
-    "--data.columns chosen=NAME reads another column; understood are prompt + chosen + rejected and the layouts of "
+_UNDERSTOOD = (
+    "--data.columns {}=NAME reads another column; understood are prompt + chosen + rejected and the layouts of "
     "docs/data.md"
 )
 _HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -99,7 +99,7 @@ def _parse(row: Readable, needs_pairs: bool, compared: bool) -> Pair:
     if "completion" in row and not ("chosen" in row or "rejected" in row):
         return _unpaired(row, extras, needs_pairs)
     if not PAIR_COLUMNS.intersection(row) and "messages" not in row:
-        raise BadRow("unknown column names", f"{columns_of(row)}; {UNDERSTOOD}")
+        raise BadRow("unknown column names", f"{columns_of(row)}; {_UNDERSTOOD.format('chosen')}")
     for name in ("chosen", "rejected"):
         if name not in row:
             raise _missing(row, name)
@@ -135,7 +135,7 @@ def blank_response(name: str) -> BadRow:
 def _missing(row: Readable, name: str) -> BadRow:
     hint = _hint(row, name)
     dialogue = {"messages", "conversations"} & row.keys()
-    understood = "a dialogue is for sft (inspect --kind dialogues)" if dialogue else UNDERSTOOD
+    understood = "a dialogue is for sft (inspect --kind dialogues)" if dialogue else _UNDERSTOOD.format(name)
     return missing(row, name, f"{columns_of(row)}{hint}; {understood}")
 
 

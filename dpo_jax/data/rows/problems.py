@@ -3,7 +3,7 @@
 Three kinds of problem, told apart because each asks for another answer:
 
 * `bad`: the row breaks the format (a field is missing, the JSON is malformed). By default the whole file is checked and
-  then refused; `--on-bad-rows skip` leaves such rows out.
+  then refused; `--on_bad_rows skip` leaves such rows out.
 * `noise`: what published sets really hold here and there, such as a blank response, or two conversations without a
   common prompt. Left out and counted while rare; above `NOISE_LIMIT` of the rows the file is not what it was taken for,
   and these rows count as bad.
@@ -79,7 +79,7 @@ class Tally:
             limit = "" if rare else f" (blank responses and the like go without asking up to {NOISE_LIMIT:.0%})"
             raise InputError(
                 f"{source}: {counts.total()} of {rows} rows cannot be used: {self.describe(counts)}; mend these "
-                f"{counts.total() / rows:.1%} of the rows, or leave them out with --on-bad-rows skip{limit}"
+                f"{counts.total() / rows:.1%} of the rows, or leave them out with --on_bad_rows skip{limit}"
             )
 
     def nothing_left(self, source: str, rows: int) -> InputError:
