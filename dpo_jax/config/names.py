@@ -56,7 +56,6 @@ ELSEWHERE = {
     "lora_target": ("lora.targets",),
     "lora_target_modules": ("lora.targets",),
     "deepspeed": ("mesh.fsdp",),
-    "fsdp": ("mesh.fsdp",),
     "reward_funcs": ("reward",),
     "reward_fns": ("reward",),
     "reward_model": ("reward",),
