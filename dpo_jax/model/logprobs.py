@@ -7,6 +7,7 @@ gradient of W is summed over the chunks in float32, whatever the hidden states a
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,6 +85,26 @@ def _of_text(z: jax.Array, vocabulary: int | None) -> jax.Array:
     return z if vocabulary is None else jnp.where(jnp.arange(z.shape[-1]) < vocabulary, z, -1e30)
 
 
+def _by_logits(
+    of: Callable[[jax.Array, jax.Array], Any],
+    hidden: jax.Array,
+    unembedding: Output,
+    targets: jax.Array,
+    budget_bytes: int,
+    temperature: float | None = None,
+) -> Any:
+    """What `of` (logits [N, n, V] / temperature, targets [N, n]) gives, chunk by chunk of positions, of all [N, R]."""
+    (rows, length), head = targets.shape, head_of(unembedding, hidden.dtype)
+
+    def chunk(h: jax.Array, y: jax.Array) -> Any:
+        z = logits_of(h, head)
+        z = z if temperature is None else z / temperature
+        return of(meshes.constrain(z, ("batch", length_axis(length), "vocab")), y)
+
+    size = chunk_length(rows, length, unembedding.shape[1], budget_bytes)
+    return by_chunks(chunk, size, hidden, targets, split=split_over(length))
+
+
 def token_logps(
     hidden: jax.Array,
     unembedding: Output,
@@ -107,14 +128,11 @@ def token_logps(
       float32 [N, R], in nats.
     """
 
-    def chunk(h: jax.Array, y: jax.Array) -> jax.Array:
-        z = logits_of(h, kernel) / temperature
-        z = _of_text(meshes.constrain(z, ("batch", length_axis(targets.shape[1]), "vocab")), vocabulary)
+    def of(z: jax.Array, y: jax.Array) -> jax.Array:
+        z = _of_text(z, vocabulary)
         return _at(z, y) - jax.nn.logsumexp(z, axis=-1)
 
-    kernel = head_of(unembedding, hidden.dtype)
-    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
+    return _by_logits(of, hidden, unembedding, targets, budget_bytes, temperature)
 
 
 def token_scores(
@@ -125,8 +143,7 @@ def token_scores(
     Arguments as for `token_logps`.
     """
 
-    def chunk(h: jax.Array, y: jax.Array) -> TokenScores:
-        z = meshes.constrain(logits_of(h, kernel), ("batch", length_axis(targets.shape[1]), "vocab"))
+    def of(z: jax.Array, y: jax.Array) -> TokenScores:
         at_target, log_sum = _at(z, y), jax.nn.logsumexp(z, axis=-1)
         fixed, log_total = jax.lax.stop_gradient((z, log_sum))
         others = jnp.where(jnp.arange(fixed.shape[-1]) == y[..., None], -jnp.inf, fixed)
@@ -137,9 +154,7 @@ def token_scores(
             entropy=jnp.sum(jnp.exp(-surprise) * surprise, axis=-1),
         )
 
-    kernel = head_of(unembedding, hidden.dtype)
-    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
+    return _by_logits(of, hidden, unembedding, targets, budget_bytes)
 
 
 def token_logps_and_entropy(
@@ -156,16 +171,13 @@ def token_logps_and_entropy(
     Gradients flow through both. Arguments as for `token_logps`.
     """
 
-    def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = meshes.constrain(logits_of(h, kernel) / temperature, ("batch", length_axis(targets.shape[1]), "vocab"))
+    def of(z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = _of_text(z, vocabulary)
         log_sum = jax.nn.logsumexp(z, axis=-1)
         probabilities = jnp.exp(z - log_sum[..., None])
         return _at(z, y) - log_sum, log_sum - jnp.sum(probabilities * z, axis=-1)
 
-    kernel = head_of(unembedding, hidden.dtype)
-    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
+    return _by_logits(of, hidden, unembedding, targets, budget_bytes, temperature)
 
 
 def token_logps_and_collisions(
@@ -177,12 +189,9 @@ def token_logps_and_collisions(
     through it. Arguments as for `token_logps`.
     """
 
-    def chunk(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z = meshes.constrain(logits_of(h, kernel), ("batch", length_axis(targets.shape[1]), "vocab"))
+    def of(z: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         logps = _at(z, y) - jax.nn.logsumexp(z, axis=-1)
         fixed = jax.lax.stop_gradient(z)
         return logps, jax.nn.logsumexp(2 * fixed, axis=-1) - 2 * jax.nn.logsumexp(fixed, axis=-1)
 
-    kernel = head_of(unembedding, hidden.dtype)
-    size = chunk_length(targets.shape[0], targets.shape[1], unembedding.shape[1], budget_bytes)
-    return by_chunks(chunk, size, hidden, targets, split=split_over(targets.shape[1]))
+    return _by_logits(of, hidden, unembedding, targets, budget_bytes)

@@ -49,22 +49,12 @@ def check_alike(places: Sequence[StoredModel], tokenizers: Sequence[PreTrainedTo
             )
 
 
-class _Digested:
-    """The tensors of a model in float32, one after the other; `sha256` of them once all were given."""
-
-    def __init__(self, place: StoredModel, config: LlamaConfig):
-        self._place, self._config = place, config
-        self._hash = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for tensor in stored_tensors(self._place, self._config, np.float32):
-            values = np.ascontiguousarray(tensor, np.float32)
-            self._hash.update(values.data)
-            yield values
+def _digested(place: StoredModel, config: LlamaConfig, digest: Any) -> Iterator[np.ndarray]:
+    """The tensors of a model in float32, one after the other, each put into `digest` (of hashlib)."""
+    for tensor in stored_tensors(place, config, np.float32):
+        values = np.ascontiguousarray(tensor, np.float32)
+        digest.update(values.data)
+        yield values
 
 
 def mean(tensors: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
@@ -103,14 +93,15 @@ def average(
     config, origin = places[0].architecture, places[0].origin
     stored = np.dtype(places[0].dtype if dtype is None else dtype)
     shapes = layout.tensor_shapes(layout.parameter_slots(config))
-    read = [_Digested(place, config) for place in places]
+    digests = [hashlib.sha256() for _ in places]
+    read = [_digested(place, config, digest) for place, digest in zip(places, digests, strict=True)]
     tensors = (mean(each, shares).astype(stored) for each in zip(*read, strict=True))
 
     def finish(folder: Path) -> None:
         model_folder.write_configs(folder, config, stored, origin, terminators, tokenizer)
         models = [
-            {"model": place.lasting.model, "revision": place.lasting.revision, "weight": share, "sha256": one.sha256}
-            for place, share, one in zip(places, shares, read, strict=True)
+            {"model": base.model, "revision": base.revision, "weight": share, "sha256": digest.hexdigest()}
+            for base, share, digest in zip((place.lasting for place in places), shares, digests, strict=True)
         ]
         write_json(folder / PROVENANCE, {**made_by, "dtype": stored.name, "models": models})
 

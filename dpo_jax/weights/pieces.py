@@ -8,14 +8,12 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from dpo_jax.errors import InputError, first_line, nearest
+from dpo_jax.weights.tokenizers.sentencepiece_bpe import SPACE
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The types of a piece."""
-
-SPACE = "▁"
-"""What SentencePiece writes for a space."""
 
 _BPE = 2
 

@@ -10,16 +10,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.weights.gguf.tokenizer import surround
 from dpo_jax.weights.opened import StoredModel
-from dpo_jax.weights.pieces import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Pieces, read_pieces
+from dpo_jax.weights.pieces import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Pieces, read_pieces
+from dpo_jax.weights.tokenizers import sentencepiece_bpe
 from dpo_jax.weights.tokenizers.folder_tokenizer import has_tokenizer
-from dpo_jax.weights.tokenizers.merges import merges_by_score
 
 _CARRIED = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 
@@ -100,31 +100,24 @@ def fast_tokenizer(pieces: Pieces, place: StoredModel, own: PreTrainedTokenizerB
     return tokenizer
 
 
-def _merges(pieces: Pieces) -> list[tuple[str, str]]:
-    return merges_by_score(
-        pieces.ids, {p.piece: p.score for p in pieces.proto.pieces if p.type in (NORMAL, USER_DEFINED)}
-    )
+def _scores(pieces: Pieces) -> dict[str, float]:
+    """Of the pieces that text can become."""
+    return {p.piece: p.score for p in pieces.proto.pieces if p.type in (NORMAL, USER_DEFINED)}
 
 
 def _with_pieces(backend: Tokenizer, pieces: Pieces) -> Tokenizer:
     """A copy of `backend` with the vocabulary and merges of `pieces`."""
     raw = json.loads(backend.to_str())
-    raw["model"] |= {"vocab": pieces.ids, "merges": [list(pair) for pair in _merges(pieces)]}
+    merges = sentencepiece_bpe.merges_by_score(pieces.ids, _scores(pieces))
+    raw["model"] |= {"vocab": pieces.ids, "merges": [list(pair) for pair in merges]}
     return Tokenizer.from_str(json.dumps(raw))
 
 
 def _published_form(pieces: Pieces, settings: Mapping[str, Any]) -> Tokenizer:
     """As in Llama 2's tokenizer.json; a BOS is put before a text, unless `settings` say otherwise."""
     model = pieces.processor
-    backend = Tokenizer(
-        models.BPE(pieces.ids, _merges(pieces), unk_token=model.id_to_piece(model.unk_id()), byte_fallback=True,
-                   fuse_unk=True)
-    )  # fmt: skip
-    spaces, prefix = normalizers.Replace(" ", SPACE), pieces.proto.normalizer_spec.add_dummy_prefix
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    backend.decoder = decoders.Sequence(steps)
+    inner = sentencepiece_bpe.bpe(pieces.ids, _scores(pieces), model.id_to_piece(model.unk_id()))
+    backend = sentencepiece_bpe.whole(inner, prefix=pieces.proto.normalizer_spec.add_dummy_prefix)
     unknown = [p.piece for p in pieces.proto.pieces if p.type == UNKNOWN]
     backend.add_special_tokens([AddedToken(piece, normalized=False) for piece in unknown])
     bos, eos = (model.id_to_piece(id) if id >= 0 else None for id in (model.bos_id(), model.eos_id()))

@@ -165,7 +165,7 @@ def save_pretrained(
             model_folder.write_configs(folder, config, dtype, origin, terminators, tokenizer)
         else:
             peft.write_configs(folder, model, config, base, terminators, tokenizer)
-        heads.write_others(folder, collection, others, classes)
+        heads.write_others(folder, others, classes)
         write_beside(folder, beside)
 
     shapes = layout.tensor_shapes(slots)

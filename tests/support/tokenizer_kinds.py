@@ -28,7 +28,7 @@ from tokenizers import (
 from dpo_jax.weights.gguf.tokenizer import _LLAMA3
 from dpo_jax.weights.pieces import NORMAL, SPACE, read_pieces
 from dpo_jax.weights.tokenizers.folder_tokenizer import read_tokenizer
-from dpo_jax.weights.tokenizers.merges import merges_by_score
+from dpo_jax.weights.tokenizers.sentencepiece_bpe import merges_by_score
 from dpo_jax.weights.tokenizers.tokenizer_files import save_tokenizer
 
 _QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.errors import InputError
 from dpo_jax.headers import Fields, told
 from dpo_jax.weights.gguf.header import open_gguf
-from dpo_jax.weights.tokenizers.merges import merges_by_score
+from dpo_jax.weights.tokenizers import sentencepiece_bpe
 
 # Entries of `tokenizer.ggml.token_type`.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -31,19 +31,10 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 def cuts() -> dict[str, pre_tokenizers.PreTokenizer]:
     """How byte-level BPE cuts a text before merging, by the names that GGUF has for it."""
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return {
-        "llama-bpe": pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-        "qwen2": pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
+        "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), bytes_alone]),
+        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2), "isolated"), bytes_alone]),
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
         "gpt-2": pre_tokenizers.Sequence([plain]),
     }
@@ -182,18 +173,5 @@ def _sentencepiece(path: Path, meta: Mapping[str, Any]) -> Tokenizer:
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
     other = (_UNKNOWN, _CONTROL, _BYTE)
     mergeable = {t: s for t, s, its in zip(vocabulary, scores, types, strict=True) if its not in other}
-    backend = Tokenizer(
-        models.BPE(
-            vocabulary,
-            merges_by_score(vocabulary, mergeable),
-            unk_token=meta["tokenizer.ggml.tokens"][unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-    ends = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
-    return backend
+    model = sentencepiece_bpe.bpe(vocabulary, mergeable, meta["tokenizer.ggml.tokens"][unknown])
+    return sentencepiece_bpe.whole(model, prefix=meta.get("tokenizer.ggml.add_space_prefix", True))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -16,57 +15,15 @@ _NO_SCORE = -1e6
 """Of pieces that no merge makes: single characters, which nothing ranks."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The entries `tokenizer.*` of the metadata.
+def add_vocabulary(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, ends: Sequence[int]
+) -> None:
+    """The entries `tokenizer.*` of the metadata: a fast tokenizer's, for a model of `config`.
 
-    Attributes:
-      model: "gpt2" (byte-level BPE) or "llama" (SentencePiece's).
-      pre: how a text is cut; `default` for SentencePiece, which cuts nothing.
-      tokens, types: one for each row of the embedding.
-      merges: of byte-level BPE; scores: of SentencePiece, by which pieces are joined. The other is empty.
-      flags: add_bos_token and the like.
-      ids: special tokens, by GGUF's names.
-      template: the chat template, or None.
+    `ends`: at most two ids that end a response, the tokenizer's EOS first.
+
+    Raises `InputError` where GGUF cannot say how the tokenizer works.
     """
-
-    model: str
-    pre: str
-    tokens: Sequence[str]
-    types: Sequence[int]
-    merges: Sequence[str]
-    scores: Sequence[float]
-    flags: Mapping[str, bool]
-    ids: Mapping[str, int | None]
-    template: str | None
-
-    def add_to(self, writer: GGUFWriter, ends: Sequence[int]) -> None:
-        """Write all of it. `ends`: at most two ids that end a response, the tokenizer's EOS first."""
-        writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        if self.merges:
-            writer.add_token_merges(self.merges)
-        if self.scores:
-            writer.add_token_scores(self.scores)
-        writer.add_add_bos_token(self.flags["bos"])
-        writer.add_add_eos_token(self.flags["eos"])
-        if self.model == "llama":
-            writer.add_add_space_prefix(self.flags["space"])
-        for name, add in (("bos", writer.add_bos_token_id), ("unk", writer.add_unk_token_id)):
-            if (id := self.ids[name]) is not None:
-                add(id)
-        if (id := self.ids["pad"]) is not None:
-            writer.add_pad_token_id(id)
-        for add, id in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends, strict=False):
-            add(id)
-        if self.template is not None:
-            writer.add_chat_template(self.template)
-
-
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> Vocabulary:
-    """Of a fast tokenizer, for a model of `config`. Raises `InputError` where GGUF cannot say how it works."""
     if not tokenizer.is_fast:
         raise InputError("the tokenizer has no fast form (tokenizer.json), which GGUF's is made from")
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[union-attr]
@@ -76,31 +33,36 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig) -> Vo
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     by_pieces = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, model, config.vocab_size, by_pieces)
+    writer.add_tokenizer_model("llama" if by_pieces else "gpt2")
+    writer.add_tokenizer_pre("default" if by_pieces else _cut(backend["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if by_pieces:
+        writer.add_token_scores(_scores(tokens, merges))
+    elif merges:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     sample = tokenizer("a")["input_ids"]
     assert isinstance(sample, list)
-    names = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    writer.add_add_bos_token(bos is not None and sample[0] == bos)
+    writer.add_add_eos_token(eos is not None and sample[-1] == eos)
+    if by_pieces:
+        writer.add_add_space_prefix(
+            "Prepend" in json.dumps(backend["normalizer"]) or _prepends(backend["pre_tokenizer"])
+        )
+    special = (bos, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    for id, add in zip(
+        special, (writer.add_bos_token_id, writer.add_unk_token_id, writer.add_pad_token_id), strict=True
+    ):
+        if isinstance(id, int):
+            add(id)
+    for add, id in zip((writer.add_eos_token_id, writer.add_eot_token_id), ends, strict=False):
+        add(id)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return Vocabulary(
-        model="llama" if by_pieces else "gpt2",
-        pre="default" if by_pieces else _cut(backend["pre_tokenizer"]),
-        tokens=tokens,
-        types=types,
-        merges=[] if by_pieces else [" ".join(pair) for pair in merges],
-        scores=_scores(tokens, merges) if by_pieces else [],
-        flags={
-            "bos": names["bos"] is not None and sample[0] == names["bos"],
-            "eos": names["eos"] is not None and sample[-1] == names["eos"],
-            "space": "Prepend" in json.dumps(backend["normalizer"]) or _prepends(backend["pre_tokenizer"]),
-        },
-        ids={"bos": _id(names["bos"]), "unk": _id(tokenizer.unk_token_id), "pad": _id(tokenizer.pad_token_id)},
-        template=template,
-    )
-
-
-def _id(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def _tokens(

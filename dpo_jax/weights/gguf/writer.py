@@ -22,7 +22,7 @@ from dpo_jax.model.families import FAMILIES
 from dpo_jax.weights.gguf.architecture import check_expressed, factors_of, gguf_name, metadata_of
 from dpo_jax.weights.gguf.tensors import NORM, PERMUTED, interleaved
 from dpo_jax.weights.gguf.tokenizer import read_tokenizer
-from dpo_jax.weights.gguf.vocabulary import vocabulary_of
+from dpo_jax.weights.gguf.vocabulary import add_vocabulary
 from dpo_jax.weights.huggingface import layout
 
 Stored = Literal["float32", "bfloat16", "float16", "q8_0"]
@@ -85,18 +85,18 @@ def write_gguf(
     kind, file_type = _KINDS[stored]
     form = FAMILIES[config.model_type].gguf
     assert form is not None
-    vocabulary = vocabulary_of(tokenizer, config)
     kinds = {key: _kind(kind, shapes[key]) for key in shapes}
     partial = path.with_name(f".{path.name}.partial")
+    writer = GGUFWriter(partial, form.architecture)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    for key, value in metadata_of(config).items():
+        add[type(value)](key, value)
+    add_vocabulary(writer, tokenizer, config, _ends(tokenizer, config, terminators))
+    factors = factors_of(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, form.architecture)
-        writer.add_name(name)
-        writer.add_file_type(file_type)
-        for key, value in metadata_of(config).items():
-            _add(writer, key, value)
-        vocabulary.add_to(writer, _ends(tokenizer, config, terminators))
-        factors = factors_of(config)
         for key, values in factors.items():
             writer.add_tensor_info(key, values.shape, values.dtype, values.nbytes)
         for key in shapes:
@@ -146,15 +146,6 @@ def _encoded(key: str, values: np.ndarray, kind: GGMLQuantizationType, config: L
     if kind == _Q.F32:
         return np.ascontiguousarray(values)
     return values.astype(np.float16) if kind == _Q.F16 else quantize(values, kind)
-
-
-def _add(writer: GGUFWriter, key: str, value: int | float | str) -> None:
-    if isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_uint32(key, value)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, further: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ that ends answers: `padded_apart` chooses another.
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,20 +77,15 @@ def read_classes(file: Path) -> tuple[ClassHead, ...]:
     return tuple(found)
 
 
-def write_others(
-    folder: Path,
-    collection: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    classes: Sequence[ClassHead],
-) -> None:
+def write_others(folder: Path, tensors: Mapping[str, np.ndarray], classes: Sequence[ClassHead]) -> None:
     """Write `heads.safetensors`, where there is a head beside the score. For one process; see `gathered`."""
     if not tensors:
         return
-    slots = layout.head_slots({name: collection[name] for name in tensors})
-    shapes = layout.tensor_shapes(slots)
-    values: Iterator[np.ndarray] = (tensors[slot.path[0]] for slot in slots)
+    shapes = {f"{name}.weight": values.shape for name, values in tensors.items()}
     named = {h.name: {"classes": h.classes, "overlapping": h.overlapping} for h in classes if h.name in tensors}
-    shards.write_file(folder / FILE, shapes, values, np.float32, {_CLASSES: json.dumps(named)} if named else {})
+    shards.write_file(
+        folder / FILE, shapes, iter(tensors.values()), np.float32, {_CLASSES: json.dumps(named)} if named else {}
+    )
 
 
 def gathered(collection: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -221,19 +221,14 @@ class Checkpoints:
         return meta
 
     def _check_identity(self, step: int, meta: Mapping[str, Any], expected: Mapping[str, list[Any]]) -> None:
-        there = meta["identity"]
-        for name in sorted(there.keys() | self._identity.keys()):
-            if there.get(name) != self._identity.get(name):
-                raise InputError(
-                    f"{self.folder / str(step)}: belongs to another run: {name} is {there.get(name)} there and"
-                    f" {self._identity.get(name)} here; choose another --out"
-                )
-        for name in sorted(meta["arrays"].keys() | expected.keys()):
-            if meta["arrays"].get(name) != expected.get(name):
-                raise InputError(
-                    f"{self.folder / str(step)}: belongs to another model or optimizer: {name} is"
-                    f" {meta['arrays'].get(name)} there and {expected.get(name)} here; choose another --out"
-                )
+        pairs = ("run", meta["identity"], self._identity), ("model or optimizer", meta["arrays"], expected)
+        for what, there, here in pairs:
+            for name in sorted(there.keys() | here.keys()):
+                if there.get(name) != here.get(name):
+                    raise InputError(
+                        f"{self.folder / str(step)}: belongs to another {what}: {name} is {there.get(name)} there and"
+                        f" {here.get(name)} here; choose another --out"
+                    )
 
     def _set_aside_damaged(self) -> None:
         """Set aside checkpoints whose files are not all there, or that orbax could not list. Arrays are read later."""

@@ -18,12 +18,12 @@ from typing import Any
 
 import sentencepiece
 import transformers
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_jax.errors import InputError, first_line
 from dpo_jax.headers import read_json
-from dpo_jax.weights.tokenizers.merges import merges_by_score
+from dpo_jax.weights.tokenizers import sentencepiece_bpe
 
 _log = logging.getLogger(__name__)
 
@@ -138,23 +138,13 @@ def _as_sentencepiece(backend: Tokenizer, folder: Path) -> None:
 
     Where `legacy` is false, a text that begins with a space gets no other in front: so it was meant.
     """
-    backend.model = _merged_by_score(folder / "tokenizer.model")
-    settings = folder / "tokenizer_config.json"
-    config = read_json(settings) if settings.is_file() else {}
-    if config.get("legacy") is not False:
-        spaces, prefix = normalizers.Replace(" ", "▁"), config.get("add_prefix_space") is not False
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-        backend.pre_tokenizer = None
-
-
-def _merged_by_score(path: Path) -> models.BPE:
-    """SentencePiece's BPE merges in the order of their scores, as in the tokenizer.json that Llama 2 is published with.
-
-    transformers 5 orders them by id when it finds a tokenizer.model alone, and then joins two spaces before a word
-    where SentencePiece does not.
-    """
-    pieces = sentencepiece.SentencePieceProcessor(str(path))
+    pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     others = (pieces.is_unknown, pieces.is_control, pieces.is_byte)
     scores = {piece: pieces.get_score(i) for piece, i in ids.items() if not any(other(i) for other in others)}
-    return models.BPE(ids, merges_by_score(ids, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend.model = sentencepiece_bpe.bpe(ids, scores, "<unk>")
+    settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.is_file() else {}
+    if config.get("legacy") is not False:
+        backend.normalizer = sentencepiece_bpe.spaces_marked(config.get("add_prefix_space") is not False)
+        backend.pre_tokenizer = None
