@@ -319,11 +319,6 @@ class Replicated:
             return self._jitted.lower(*args)
 
 
-def jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Replicated:
-    """`function` jitted for `mesh`; see `Replicated`."""
-    return Replicated(function, mesh)
-
-
 class ShardedStep:
     """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings.
 

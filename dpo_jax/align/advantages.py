@@ -152,15 +152,6 @@ def deviations(totals: jax.Array, group_size: int) -> jax.Array:
     return jnp.repeat(jnp.std(groups, axis=1, ddof=1), group_size)
 
 
-def group_relative(scores: jax.Array, group_size: int) -> jax.Array:
-    """GRPO's advantage of each response: its score, standardised (unbiased) over those to the same prompt.
-
-    `scores` [B]; groups as for `leave_one_out`. A group of equal scores gives 0.
-    """
-    groups = scores.reshape(-1, group_size)
-    return (groups - jnp.mean(groups, axis=1, keepdims=True)).reshape(-1) / (deviations(scores, group_size) + _EPSILON)
-
-
 def critic_free(
     rewards: jax.Array, mask: jax.Array, config: PPOLossConfig, *, greedy: jax.Array | None = None
 ) -> jax.Array:

@@ -12,15 +12,16 @@ the whole batch, so that micro-batches and devices change nothing but rounding. 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import Mesh
 
 from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align import update
+from dpo_jax.align.figures import Metrics
 from dpo_jax.config import DistillStepConfig
 from dpo_jax.model.divergence import token_divergence
 from dpo_jax.model.groups import predicting_states
@@ -30,7 +31,6 @@ from dpo_jax.types import PreferenceBatch
 
 __all__ = ["init_state", "jit_train_step", "train_step"]
 
-Metrics = dict[str, jax.Array]
 TEACHER = "teacher"
 """Name of the teacher's parameters among the frozen ones."""
 
@@ -49,20 +49,15 @@ def init_state(
     return states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
 
 
-@struct.dataclass
-class _Rows:
-    """Of each row: the divergence summed over its response tokens, [B]."""
-
-    divergence: jax.Array
-
-
 def _divergence(
     state: TrainState,
     variables: Any,
     batch: PreferenceBatch,
     teacher: Callable[..., Any],
     config: DistillStepConfig,
-) -> _Rows:
+) -> jax.Array:
+    """[B]: the divergence summed over the response tokens of each row."""
+
     def whole(apply_fn: Callable[..., Any], variables: Any) -> tuple[jax.Array, Any]:
         # With one response there is nothing to share, and every kernel runs whole sequences.
         states = predicting_states(apply_fn, variables, batch, layout="separate")
@@ -78,7 +73,7 @@ def _divergence(
         budget_bytes=config.head_budget_bytes,
     )
     mask = batch.response_mask[:, 0] & (batch.weights > 0)[:, None]
-    return _Rows(masked.total(found, mask, axis=1))
+    return masked.total(found, mask, axis=1)
 
 
 def train_step(
@@ -99,22 +94,18 @@ def train_step(
     lengths = batch.response_lengths[:, 0] * (batch.weights > 0)
     tokens = jnp.maximum(jnp.sum(lengths), 1).astype(jnp.float32)
 
-    def values(variables: Any, part: PreferenceBatch) -> _Rows:
+    def values(variables: Any, part: PreferenceBatch) -> jax.Array:
         return _divergence(state, variables, part, teacher, config)
 
-    def share(part: PreferenceBatch, rows: _Rows) -> jax.Array:
-        return jnp.sum(rows.divergence) / tokens
+    def share(_: PreferenceBatch, divergence: jax.Array) -> jax.Array:
+        return jnp.sum(divergence) / tokens
 
-    new_state, rows, metrics = update.descend(state, batch, values, share, config)
+    new_state, divergence, metrics = update.descend(state, batch, values, share, config)
     real = batch.weights > 0
-    metrics |= update.of_batch(batch, rows.divergence, rows.divergence[:, None])
+    metrics |= update.of_batch(batch, divergence, divergence[:, None])
     return new_state, metrics | {"lengths/response": masked.mean(lengths.astype(jnp.float32), real)}
 
 
 def jit_train_step(config: DistillStepConfig, mesh: Mesh, teacher: Callable[..., Any]) -> meshes.ShardedStep:
     """`step(state, batch) -> (state, metrics)`, jitted for `mesh`; see `update.jit_train`."""
-
-    def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        return train_step(state, batch, config=config, teacher=teacher)
-
-    return meshes.ShardedStep(step, mesh)
+    return update.jit_train(partial(train_step, teacher=teacher))(config, mesh)

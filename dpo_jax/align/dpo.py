@@ -31,6 +31,7 @@ from flax import struct
 from dpo_jax import masked, state as states
 from dpo_jax.align import figures, microbatches, update
 from dpo_jax.align.across import of_batch, running_mean
+from dpo_jax.align.figures import Metrics
 from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss, preference_terms, total
 from dpo_jax.align.pair_logps import reference_logps, reference_of, responses_of, scored_lengths, sums_of
 from dpo_jax.config import DPOConfig
@@ -49,8 +50,6 @@ __all__ = [
     "reference_logps",
     "train_step",
 ]
-
-Metrics = dict[str, jax.Array]
 
 
 def init_state(

@@ -4,7 +4,7 @@ One step takes a rollout (`types.Rollout`: responses, and what was measured when
 epochs x mini-batches optimizer updates, in one compiled scan. The rollout is read, never computed again: ρ_t compares
 the policy as it becomes with the policy as it was before the first of them, so it is 1 there and not afterwards. Where
 there is only one, π_old is the policy itself without a gradient, and nothing is measured for it. What was drawn by
-other weights is weighted (`align/samplers.py`).
+other weights is weighted (`align/surrogates.py`).
 
     ρ_t  = π_θ(y_t | x, y_<t) / π_old(y_t | x, y_<t)                                    both at the sampling temperature
     L^π  = mean_t max(−A_t ρ_t, −A_t clip(ρ_t, 1 − ε, 1 + ε))                           Eq. 7
@@ -44,9 +44,9 @@ from dpo_jax.align.advantages import (
     learning_targets,
     token_rewards,
 )
+from dpo_jax.align.figures import Metrics
 from dpo_jax.align.ppo_figures import TokenParts, UpdateFigures, figures, metrics, nonfinite
-from dpo_jax.align.samplers import importance_weights
-from dpo_jax.align.surrogates import Rule, beyond, log_ratios, policy_terms, row_weights
+from dpo_jax.align.surrogates import Rule, beyond, importance_weights, log_ratios, policy_terms, row_weights
 from dpo_jax.config import Layout, PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import heads
@@ -69,7 +69,6 @@ __all__ = [
     "value_loss",
 ]
 
-Metrics = dict[str, jax.Array]
 VALUE = "value"
 """Name of the value model's collection, and of its head."""
 
@@ -182,6 +181,12 @@ def _layout(config: PPOConfig, k: int) -> Layout:
     return config.layout if k > 1 else "separate"
 
 
+def _how(config: PPOConfig, k: int) -> dict[str, Any]:
+    """What log-probabilities of groups of k responses are computed with."""
+    names = ("temperature", "vocabulary", "head_budget_bytes")
+    return {"layout": _layout(config, k), **{name: getattr(config, name) for name in names}}
+
+
 def _rows(x: jax.Array) -> jax.Array:
     """What is said of groups, [B / k, k, R], of their responses: [B, R]."""
     return meshes.constrain(x.reshape(-1, *x.shape[2:]), meshes.batch_axes(x.ndim - 1))
@@ -217,10 +222,7 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
         state.apply_fn,
         policy_of(variables),
         rollout.groups(k),
-        layout=_layout(config, k),
-        temperature=config.temperature,
-        vocabulary=config.vocabulary,
-        head_budget_bytes=config.head_budget_bytes,
+        **_how(config, k),
     )
     values = _values(state, variables, rollout, out.states, config, k)
     return _Predictions(_rows(out.logps), _rows(out.entropy), values)
@@ -245,10 +247,7 @@ def reference_logps(
         apply_fn,
         variables,
         rollout.groups(k),
-        layout=_layout(config, k),
-        temperature=config.temperature,
-        vocabulary=config.vocabulary,
-        head_budget_bytes=config.head_budget_bytes,
+        **_how(config, k),
     )
     return _rows(found)
 

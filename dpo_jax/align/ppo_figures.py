@@ -7,12 +7,13 @@ from flax import struct
 from dpo_jax import masked
 from dpo_jax.align.advantages import Targets, deviations
 from dpo_jax.align.figures import figure, mean
-from dpo_jax.align.samplers import Sampled, sampler_figures
 from dpo_jax.align.surrogates import ratio_of
 from dpo_jax.config import PPOConfig
 from dpo_jax.types import Rollout
 
 _QUANTILES = (0.05, 0.5, 0.95)
+_SAMPLED_QUANTILES = (0.5, 0.95, 0.99)
+_LOGP, _RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
 
 
 @struct.dataclass
@@ -28,6 +29,15 @@ class TokenParts:
     value_clipped: jax.Array
     difference: jax.Array
     weight: jax.Array
+
+
+@struct.dataclass
+class Sampled:
+    """Of the tokens of some updates, [U, B, R]: d_t, the weight, and whether it is there."""
+
+    difference: jax.Array
+    weight: jax.Array
+    mask: jax.Array
 
 
 @struct.dataclass
@@ -93,6 +103,27 @@ def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
     return (rollout.weights > 0) & ~good
 
 
+def sampler_figures(tokens: Sampled, config: PPOConfig) -> dict[str, jax.Array]:
+    """Under TRL's names: |d_t| (mean, max, quantiles), and of a correction its weights and how many the cap acts on.
+
+    Weights of a sequence are counted once for each of its tokens.
+    """
+    mask, apart = tokens.mask, jnp.abs(tokens.difference)
+    count = jnp.sum(mask)
+    found = mean(f"{_LOGP}/mean", apart, mask) | figure(f"{_LOGP}/max", jnp.max(masked.select(apart, mask)), count)
+    quantiles = jnp.nanquantile(jnp.where(mask, apart, jnp.nan), jnp.asarray(_SAMPLED_QUANTILES))
+    for q, value in zip(_SAMPLED_QUANTILES, quantiles, strict=True):
+        found |= figure(f"{_LOGP}/q{round(100 * q)}", value, count)
+    correction = config.resolved("sampler_correction")
+    if correction != "none":
+        weight = tokens.weight
+        cut = weight >= config.resolved("sampler_cap") if correction.endswith("truncate") else weight == 0
+        found |= mean(f"{_RATIO}/mean", weight, mask) | mean(f"{_RATIO}/cut", cut, mask)
+        found |= figure(f"{_RATIO}/min", jnp.min(jnp.where(mask, weight, jnp.inf)), count)
+        found |= figure(f"{_RATIO}/max", jnp.max(jnp.where(mask, weight, -jnp.inf)), count)
+    return found
+
+
 def _prompt_tokens(rollout: Rollout, config: PPOConfig) -> jax.Array:
     """Of real prompts, each once for its responses."""
     group = rollout.groups(config.group)
@@ -131,11 +162,14 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
     found |= sampler_figures(first, config)
     several = updates.tokens > 1
     found |= figure("val/ratio_var", masked.mean(updates.ratio_var, several), jnp.sum(several))
-    found |= mean("policy/approxkl_avg", updates.kl, some)
-    found |= mean("policy/clipfrac_avg", updates.clipped_low + updates.clipped_high, some)
-    found |= mean("policy/entropy_avg", updates.entropy, some)
-    found |= mean("loss/policy_avg", updates.policy, some)
-    found |= mean("val/ratio", updates.ratio, some)
+    clipped = updates.clipped_low + updates.clipped_high
+    means = {
+        "policy/approxkl_avg": updates.kl,
+        "policy/clipfrac_avg": clipped,
+        "policy/entropy_avg": updates.entropy,
+        "loss/policy_avg": updates.policy,
+        "val/ratio": updates.ratio,
+    }
     if config.critic is None:
         found |= {
             "reward": found["objective/scores"],
@@ -147,12 +181,16 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
         }
         if config.group > 1:
             found["reward_std"] = masked.mean(deviations(rollout.scores.astype(jnp.float32), config.group), real)
-        found |= mean("entropy", updates.entropy, some)
-        found |= mean("clip_ratio/low_mean", updates.clipped_low, some)
-        found |= mean("clip_ratio/high_mean", updates.clipped_high, some)
-        found |= mean("clip_ratio/region_mean", updates.clipped_low + updates.clipped_high, some)
+        means |= {
+            "entropy": updates.entropy,
+            "clip_ratio/low_mean": updates.clipped_low,
+            "clip_ratio/high_mean": updates.clipped_high,
+            "clip_ratio/region_mean": clipped,
+        }
     if targets.returns is not None:
-        found |= mean("loss/value_avg", updates.value, some) | mean("val/clipfrac_avg", updates.value_clipped, some)
+        means |= {"loss/value_avg": updates.value, "val/clipfrac_avg": updates.value_clipped}
+    for name, of_updates in means.items():
+        found |= mean(name, of_updates, some)
     for i, q in enumerate(_QUANTILES):
         found |= figure(f"policy/ratio_q{round(100 * q):02d}", last.ratio_quantiles[i], last.tokens)
         found |= figure(f"policy/approxkl_q{round(100 * q):02d}", last.kl_quantiles[i], last.tokens)

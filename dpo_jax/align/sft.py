@@ -23,6 +23,7 @@ from flax import struct
 
 from dpo_jax import masked, state as states
 from dpo_jax.align import update
+from dpo_jax.align.figures import Metrics
 from dpo_jax.align.sampled_softmax import Negatives, draw, sampled_logps
 from dpo_jax.config import SFTConfig
 from dpo_jax.errors import InputError
@@ -32,8 +33,6 @@ from dpo_jax.state import TrainState
 from dpo_jax.types import TokenBatch
 
 __all__ = ["eval_step", "init_state", "jit_eval_step", "jit_train_step", "train_step"]
-
-Metrics = dict[str, jax.Array]
 
 
 def init_state(model: Llama, variables: Mapping[str, Any], config: SFTConfig) -> TrainState:

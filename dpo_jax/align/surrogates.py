@@ -19,6 +19,22 @@ PPO: Schulman et al. 2017 (1707.06347). GRPO: Shao et al. 2024 (2402.03300). DAP
 Zheng et al. 2025 (2507.18071). Dr. GRPO: Liu et al. 2025 (2503.20783). MiniMax-M1: 2025 (2506.13585).
 
 sg stops the gradient.
+
+Where what drew a response is not quite the policy that learns from it. The sampler μ reads weights and caches in fewer
+bits (`--sample.weights`, `--sample.cache`), or rounds otherwise; π_old is the policy before the first update, as the
+update computes it. With the log-ratio d_t = log π_old − log μ of a token and a cap C, what a token adds to the loss is
+multiplied by
+
+    token_truncate      min(e^d_t, C)                          truncated importance sampling, TIS
+    token_mask          e^d_t where it is at most C, else 0    masked importance sampling, MIS
+    sequence_truncate   min(e^(Σ_t d_t), C)
+    sequence_mask       e^(Σ_t d_t) where it is at most C, else 0
+
+TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; MIS: Liu et al. 2025,
+"When speed kills stability". Without the cap, e^(Σ_t d_t) makes the gradient of what μ drew that of what π_old would
+have drawn; the token's own weight takes the prefixes as they came. In TRL (1.16) these are
+`vllm_importance_sampling_mode` and `_clip_max`; it weights the policy's term alone. Here the KL divergence and the
+entropy of a drawn token are weighted too: they are expectations over the same draws. The value loss is not.
 """
 
 from typing import Literal
@@ -28,6 +44,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
+from dpo_jax.config.ppo import SamplerCorrection
 
 _LARGEST = 30.0
 """A log-ratio up to which e^x is taken as it is: there products of two, and sums of squares, are finite."""
@@ -135,3 +152,21 @@ def row_weights(
             assert longest is not None
             weights = jnp.full(tokens.shape, 1 / (rows * longest))
     return jnp.where(held, weights, 0.0)
+
+
+def importance_weights(difference: jax.Array, mask: jax.Array, correction: SamplerCorrection, cap: float) -> jax.Array:
+    """What each token counts, [B, R]; 1 without a correction. No gradient goes into it.
+
+    Args:
+      difference: [B, R], d_t, 0 outside the mask.
+      mask: bool or 0/1 [B, R].
+      correction: as at the top of this file.
+      cap: C, positive.
+    """
+    if correction == "none":
+        return jnp.ones_like(difference)
+    log_ratio = jax.lax.stop_gradient(masked.select(difference, mask))
+    if correction.startswith("sequence"):
+        log_ratio = jnp.broadcast_to(jnp.sum(log_ratio, axis=1, keepdims=True), log_ratio.shape)
+    ratio = ratio_of(log_ratio)
+    return jnp.minimum(ratio, cap) if correction.endswith("truncate") else jnp.where(ratio > cap, 0.0, ratio)

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align import microbatches
+from dpo_jax.align.figures import Metrics
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch
 
 Batch = TypeVar("Batch")
 Rows = TypeVar("Rows")
-Metrics = dict[str, jax.Array]
 
 
 def descend(
@@ -87,4 +87,4 @@ def jit_eval(eval_step: Callable[..., Metrics]) -> Callable[[Any, Mesh], Callabl
 
     The state stays as it is.
     """
-    return lambda config, mesh: meshes.jit_replicated(partial(eval_step, config=config), mesh)
+    return lambda config, mesh: meshes.Replicated(partial(eval_step, config=config), mesh)

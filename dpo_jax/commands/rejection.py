@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.commands import sft
-from dpo_jax.complete.writing.k_responses import key_of, select, write_responses
+from dpo_jax.complete.writing.k_responses import key_of, write_responses
 from dpo_jax.complete.writing.writer import Writer, open_writer
 from dpo_jax.config import RejectionRun, sft_inside
 from dpo_jax.data.sets.prompts import PromptDataset, load_prompts
@@ -146,7 +146,7 @@ class _Run:
                 f"{source}: left out {len(different) - len(kept)} of {len(different)} prompts: more than {room} tokens,"
                 " which leaves no room for a response"
             )
-        data = select(data, kept)
+        data = data.taken(kept)
         say(data.summary())
         return data
 

@@ -77,7 +77,7 @@ class ScoredModel:
             states = jnp.take_along_axis(hidden, places[..., None], axis=1)
             return token_scores(states, model.apply(variables, method="unembedding"), targets)  # pyright: ignore
 
-        self._scores = meshes.jit_replicated(scores, mesh)
+        self._scores = meshes.Replicated(scores, mesh)
 
     def loglikelihoods(
         self,

@@ -27,7 +27,7 @@ from dpo_jax.data.sets.loader import IndexedBatches
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import ProgressBar, say
-from dpo_jax.mesh import Replicated, jit_replicated, one_ahead
+from dpo_jax.mesh import Replicated, one_ahead
 from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -115,7 +115,7 @@ def _compute(model: Llama, config: DPOConfig, mesh: Mesh) -> Replicated:
         part = partial(dpo.reference_logps, model.apply, variables, config=config)
         return microbatches.map_rows(part, batch, config.accumulate)
 
-    return jit_replicated(sums, mesh)
+    return Replicated(sums, mesh)
 
 
 def _fill(

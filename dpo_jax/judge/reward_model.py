@@ -74,7 +74,7 @@ class RewardModel:
             chances = {h.name: nn.sigmoid(x) if h.overlapping else nn.softmax(x) for h, x in logits.items()}
             return heads.apply(variables, heads.SCORE, hidden)[..., 0], chances
 
-        self._forward = meshes.jit_replicated(forward, mesh)
+        self._forward = meshes.Replicated(forward, mesh)
 
     @classmethod
     def load(

@@ -186,7 +186,7 @@ def jit_sums(model: Llama, config: DPOConfig, mesh: Mesh, *, narrow: bool) -> me
 
         return sums(with_reference(state, reference)), sums(ppo.policy_of(state.variables)) if narrow else None
 
-    return meshes.jit_replicated(measure, mesh)
+    return meshes.Replicated(measure, mesh)
 
 
 def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int | None) -> meshes.Replicated:
@@ -202,4 +202,4 @@ def jit_measure(model: Llama, mesh: Mesh, *, temperature: float, vocabulary: int
 
         return logps(with_reference(state, reference)), logps(ppo.policy_of(state.variables)), None
 
-    return meshes.jit_replicated(measure, mesh)
+    return meshes.Replicated(measure, mesh)

@@ -226,4 +226,4 @@ def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | Non
         measured = ppo.measure(state, rollout, config=config, group=group)
         return logps, measured.old_logps, measured.values
 
-    return meshes.jit_replicated(measure, mesh)
+    return meshes.Replicated(measure, mesh)

@@ -12,7 +12,7 @@ from dpo_jax.data.sets.dataset import check_context
 from dpo_jax.data.sets.documents import DocumentDataset, is_text, load_documents
 from dpo_jax.data.sets.loader import TokenLoader, eval_windows
 from dpo_jax.data.sets.segment_views import SegmentViews
-from dpo_jax.data.sets.sequences import SequenceDataset, join_sequences, load_dialogues, split_sequences
+from dpo_jax.data.sets.sequences import SequenceDataset, load_dialogues, split_sequences
 from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_sources
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
@@ -55,7 +55,7 @@ class Dialogues:
             check_context(data.source, data.row_numbers, data.lengths, architecture, config.data.max_length)
             return data
 
-        data, held = read_both(config, read, join_sequences, split_sequences)
+        data, held = read_both(config, read, SequenceDataset.joined, split_sequences)
         return cls(config, data), None if held is None else cls(config, held)
 
     @property

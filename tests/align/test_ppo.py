@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.align import ppo
-from dpo_jax.align.advantages import group_relative, kl_term, learning_targets, leave_one_out, next_kl_coefficient
+from dpo_jax.align.advantages import critic_free, kl_term, learning_targets, leave_one_out, next_kl_coefficient
 from dpo_jax.config import PPOConfig, PPOLossConfig, PPORun, RejectionRun, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.types import Rollout
@@ -137,7 +137,8 @@ def test_value_loss() -> None:
 def test_critic_free_advantages() -> None:
     np.testing.assert_allclose(leave_one_out(jnp.array([1.0, 2.0, 6.0, 0, 0, 3.0]), 3), [-3, -1.5, 4.5, -1.5, -1.5, 3])
     scores = jnp.array([1.0, 3.0, 5.0, 5.0])
-    np.testing.assert_allclose(group_relative(scores, 2), [-(2**-0.5), 2**-0.5, 0, 0], atol=1e-3)
+    found = critic_free(scores[:, None], jnp.ones((4, 1), bool), PPOLossConfig(advantage="grpo", group_size=2))
+    np.testing.assert_allclose(found[:, 0], [-(2**-0.5), 2**-0.5, 0, 0], atol=1e-3)
 
 
 def test_the_coefficient_follows_the_divergence() -> None:

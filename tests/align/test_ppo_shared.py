@@ -14,7 +14,7 @@ from pairs import quick_jit
 from dpo_jax.align import microbatches, ppo
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
 from dpo_jax.errors import InputError
-from dpo_jax.mesh import jit_replicated, make_mesh, put_batch
+from dpo_jax.mesh import Replicated, make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, init_variables
@@ -81,8 +81,8 @@ def result(config: PPOConfig, rollout: Rollout, lora: int = 0, mesh=None):
     else:
         with jax.set_mesh(mesh):
             placed = put_batch(mesh, rollout)
-        ready = jit_replicated(measure, mesh)(state, other, placed)
-        new, metrics = jit_replicated(step, mesh)(state, ready)
+        ready = Replicated(measure, mesh)(state, other, placed)
+        new, metrics = Replicated(step, mesh)(state, ready)
     rate = config.optimizer.learning_rate
     gradients = jax.tree.map(lambda a, b: np.asarray(a - b) / rate, state.trainable, new.trainable)
     return jax.device_get((gradients, (ready.reference_logps, ready.old_logps, ready.values), metrics))

@@ -14,7 +14,7 @@ from dpo_jax.align import ppo
 from dpo_jax.align.figures import defined
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
 from dpo_jax.errors import InputError
-from dpo_jax.mesh import jit_replicated, make_mesh, put_batch
+from dpo_jax.mesh import Replicated, make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
@@ -284,7 +284,7 @@ def test_devices_change_nothing() -> None:
         placed = init_variables(model, jax.random.key(0), mesh=mesh)
         with jax.set_mesh(mesh):
             state = ppo.init_state(model, placed, options)
-        ready = jit_replicated(partial(ppo.measure, config=options), mesh)(state, put_batch(mesh, rollout))
+        ready = Replicated(partial(ppo.measure, config=options), mesh)(state, put_batch(mesh, rollout))
         new, metrics = ppo.jit_train_step(options, mesh)(state, ready)
         results.append(jax.device_get((new.trainable, metrics)))
     chex.assert_trees_all_close(*results, atol=2e-5)

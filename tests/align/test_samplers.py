@@ -11,7 +11,7 @@ from test_bandit import ARMS, MODEL, REFERENCE, REWARD, start
 from test_presets import MARKOV, config as preset_config, ragged, table
 
 from dpo_jax.align import ppo
-from dpo_jax.align.samplers import importance_weights
+from dpo_jax.align.surrogates import importance_weights
 from dpo_jax.config import GRPORun, OptimizerConfig, PPOConfig, PPOLossConfig, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.types import Rollout

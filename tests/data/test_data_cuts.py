@@ -9,7 +9,7 @@ import tiny
 
 from dpo_jax import cli
 from dpo_jax.config import DataConfig, DPORun, PPORun, RewardLossConfig, SampleConfig
-from dpo_jax.data.sets.comparison_sets import join, load_comparisons, load_responses, take
+from dpo_jax.data.sets.comparison_sets import join, load_comparisons, load_responses
 from dpo_jax.data.sets.dataset import load_preferences
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.prompts import load_prompts
@@ -63,7 +63,7 @@ def test_preferences_comparisons_and_responses_tell_what_they_lost(source: str) 
 
     compared = load_comparisons(source, TOKENIZER, config, RewardLossConfig(), **options)
     assert compared.cuts == data.cuts == load_responses(source, TOKENIZER, config, **options).cuts
-    part = take(compared, compared.row_numbers[1:3] - 1)
+    part = compared.taken(compared.row_numbers[1:3] - 1)
     assert part.cuts == data.cuts[1:3]
     assert join(part, part).cuts == part.cuts * 2
 

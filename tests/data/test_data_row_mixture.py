@@ -16,7 +16,7 @@ from dpo_jax.data.sets.comparison_sets import join, split_by_prompt
 from dpo_jax.data.sets.dataset import load_preferences
 from dpo_jax.data.sets.loader import PreferenceLoader, TokenLoader
 from dpo_jax.data.sets.row_mixture import RowMixture, read_mixture
-from dpo_jax.data.sets.sequences import join_sequences, load_dialogues, split_sequences
+from dpo_jax.data.sets.sequences import SequenceDataset, load_dialogues, split_sequences
 from dpo_jax.errors import InputError
 from dpo_jax.train.row_data import summaries
 
@@ -138,7 +138,7 @@ def test_pairs_by_weight(tmp_path: Path, shuffle: bool) -> None:
 @pytest.mark.parametrize("window", [None, 64])
 def test_dialogues_by_weight(tmp_path: Path, window: int | None) -> None:
     a, b = pairs(tmp_path, "a", 8), pairs(tmp_path, "b", 24)
-    data, _ = read_mixture(f"{a}:3,{b}:1", read_dialogues, join_sequences)
+    data, _ = read_mixture(f"{a}:3,{b}:1", read_dialogues, SequenceDataset.joined)
     loader = TokenLoader(data, batch_size=4, seed=1, window=window, epochs=2, workers=0)
     drawn = rows_of(loader)
     assert len(drawn) == 64
@@ -149,7 +149,9 @@ def test_dialogues_by_weight(tmp_path: Path, window: int | None) -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_packed_windows_hold_what_each_epoch_draws(tmp_path: Path, shuffle: bool) -> None:
     """No row is left out for good, the shares hold, batches keep their shape, and a run goes on exactly."""
-    data, _ = read_mixture(f"{pairs(tmp_path, 'a', 8)}:3,{pairs(tmp_path, 'b', 24)}:1", read_dialogues, join_sequences)
+    data, _ = read_mixture(
+        f"{pairs(tmp_path, 'a', 8)}:3,{pairs(tmp_path, 'b', 24)}:1", read_dialogues, SequenceDataset.joined
+    )
 
     def loader(**changes: Any) -> TokenLoader:
         options: dict[str, Any] = {"batch_size": 3, "seed": 1, "window": 64, "epochs": 4, "workers": 0, **changes}
@@ -182,7 +184,7 @@ def test_a_share_of_the_prompts_of_each_source_is_held_out(tmp_path: Path) -> No
     assert data.mixture is not None
     assert data.mixture.sizes == (8, 16)
     dialogues, heldout = read_mixture(
-        words, read_dialogues, join_sequences, holdout=0.2, split=lambda rows: split_sequences(rows, 0.2, 0)
+        words, read_dialogues, SequenceDataset.joined, holdout=0.2, split=lambda rows: split_sequences(rows, 0.2, 0)
     )
     assert heldout is not None
     assert (len(dialogues), len(heldout)) == (24, 6)

@@ -139,7 +139,7 @@ class LocalModel:
             logps = jax.nn.log_softmax(model.apply(variables, last, method="logits"))  # pyright: ignore
             return jax.lax.top_k(logps, min(max(counts), logps.shape[-1]))
 
-        run = meshes.jit_replicated(likeliest, self._mesh) if ids else None
+        run = meshes.Replicated(likeliest, self._mesh) if ids else None
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), size):
             some = order[start : start + size]

@@ -23,12 +23,6 @@ def key_of(prompt: str | list[dict[str, str]]) -> str:
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
-def select(data: PromptDataset, indices: Sequence[int]) -> PromptDataset:
-    """Some of the prompts."""
-    prompts = tuple(data.prompts[i] for i in indices)
-    return data.taken(indices, ids=data.ids.take(indices), prompts=prompts, safety=data.safety[list(indices)])
-
-
 def write_responses(
     writer: Writer,
     path: Path,

@@ -186,29 +186,13 @@ def _render(encoder: ScoredEncoder, found: Comparison, order: Sequence[int]) -> 
 # ---------------------------------------------------------------- parts of data sets, and mixtures
 
 
-def take(data: PreferenceDataset, rows: np.ndarray) -> PreferenceDataset:
-    """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
-    k = data.responses_per_prompt
-    places = [i * k + j for i in rows for j in range(k)]
-    return data.taken(
-        rows,
-        prompts=data.prompts.take(rows),
-        responses=data.responses.take(places),
-        formats=None if data.formats is None else data.formats.take(places),
-        extras={name: [values[i] for i in rows] for name, values in data.extras.items()},
-        margins=None if data.margins is None else data.margins[rows],
-        ranks=None if data.ranks is None else data.ranks[rows],
-        labels=None if data.labels is None else {name: values[rows] for name, values in data.labels.items()},
-    )
-
-
 def split_by_prompt(data: PreferenceDataset, share: float, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
     """(the rest, about `share` of the prompts): rows of one prompt stay together. Which prompts depends on the seed.
 
     What was left out of the file is told of the rest, once. Raises `InputError` where one side would be empty.
     """
     rest, held = held_out([data.prompts[i] for i in range(len(data))], share, seed, data.source)
-    return take(data, rest), replace(take(data, held), dropped=Counter())
+    return data.taken(rest), replace(data.taken(held), dropped=Counter())
 
 
 def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed: int) -> PreferenceDataset:
@@ -223,7 +207,7 @@ def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed:
             f"{second.source}: a share of {share:g} beside the {len(first)} rows of {first.source} takes {wanted} rows,"
             f" and it has {len(second)}; change --mix"
         )
-    drawn = take(second, np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
+    drawn = second.taken(np.sort(permutation(len(second), seed, 0, 0)[:wanted]))
     told = f"{len(first)} of {first.source} + {wanted} drawn from the {len(second)} of {second.source}"
     return replace(join(first, drawn), source=f"{told} (--mix {share:g})")
 
@@ -231,32 +215,16 @@ def mix(first: PreferenceDataset, second: PreferenceDataset, share: float, seed:
 def join(first: PreferenceDataset, drawn: PreferenceDataset) -> PreferenceDataset:
     """All rows of both, made under the same rules. Sources are named, and rows numbered, as in `mix`."""
     k = max(first.responses_per_prompt, drawn.responses_per_prompt)
-    first, drawn = (_widened(_named(data), k) for data in (first, drawn))
-    names = sorted({*first.extras, *drawn.extras})
-
-    def joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-        return None if a is None or b is None else np.concatenate([a, b])
-
-    labels = {n: np.concatenate([v, (drawn.labels or {})[n]]) for n, v in (first.labels or {}).items()}
-    return first.joined(
-        drawn,
-        prompts=first.prompts + drawn.prompts,
-        responses=first.responses + drawn.responses,
-        formats=None if first.formats is None or drawn.formats is None else first.formats + drawn.formats,
-        extras={name: [*_column(first, name), *_column(drawn, name)] for name in names},
-        margins=joined(first.margins, drawn.margins),
-        ranks=joined(first.ranks, drawn.ranks),
-        labels=labels or None,
-    )
+    names = sorted({*first.extras, *drawn.extras, "source"})
+    first, drawn = (_widened(_named(data, names), k) for data in (first, drawn))
+    return first.joined(drawn)
 
 
-def _column(data: PreferenceDataset, name: str) -> list[Any]:
-    return data.extras.get(name, [None] * len(data))
-
-
-def _named(data: PreferenceDataset) -> PreferenceDataset:
-    name = Path(data.source).name.split(".")[0]
-    return replace(data, extras={**data.extras, "source": [value or name for value in _column(data, "source")]})
+def _named(data: PreferenceDataset, names: Sequence[str]) -> PreferenceDataset:
+    """With all these columns beside the texts; the source of rows that name none is their file."""
+    extras = {name: data.extras.get(name, [None] * len(data)) for name in names}
+    own = Path(data.source).name.split(".")[0]
+    return replace(data, extras={**extras, "source": [value or own for value in extras["source"]]})
 
 
 def _widened(data: PreferenceDataset, k: int) -> PreferenceDataset:

@@ -27,7 +27,8 @@ import numpy as np
 from dpo_jax.data.sets.batches import RowBatch, Shape, collate, completed, length_classes, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.dealing import arrange, compose
-from dpo_jax.types import PreferenceBatch, Views, Windows
+from dpo_jax.data.sets.segment_views import slots_of, views_of
+from dpo_jax.types import PreferenceBatch, Windows
 
 _SAMPLE = 128  # batches whose shapes are looked at beforehand, at least, and those of one epoch
 _EPOCHS = 16  # most epochs of them
@@ -62,8 +63,8 @@ class WindowShape:
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """int [n of all classes]: tokens that each sequence may have, longest first."""
-        return np.repeat([length for _, length in self.views], [n for n, _ in self.views])
+        """See `segment_views.slots_of`."""
+        return slots_of(self.views)
 
 
 @dataclass(frozen=True)
@@ -395,18 +396,11 @@ def pack(
             homes[w, places[:prompt], which] = where[:prompt]
             homes[w, places[prompt:], 0] = where[prompt:]
             held[w, slot] = length
-    ns = np.cumsum([n for n, _ in shape.views])[:-1]
-    cuts = np.cumsum([n * length for n, length in shape.views])[:-1]
-    classes = zip(np.split(along, cuts, axis=1), shape.views, strict=True)
     arrays: dict[str, Any] = {
         "source": source,
         "positions": positions,
         "real": real,
-        "views": Views(
-            places=tuple(part.reshape(windows, *view) for part, view in classes),  # type: ignore[arg-type]
-            lengths=tuple(np.split(held, ns, axis=1)),  # type: ignore[arg-type]
-            homes=homes,  # type: ignore[arg-type]
-        ),
+        "views": views_of(along, held, homes, shape.views),
         "reads": reads,
         "targets": targets,
         "spread": spread,

@@ -75,13 +75,13 @@ def _longest(found: list[np.ndarray]) -> np.ndarray:
 
 
 def _fits(lengths: np.ndarray, shape: tuple[Shape, ...]) -> bool:
-    slots = np.repeat([size for _, size in shape], [n for n, _ in shape])
+    slots = slots_of(shape)
     return len(lengths) <= len(slots) and bool((-np.sort(-lengths) <= slots[: len(lengths)]).all())
 
 
 def _views(runs: list[tuple[np.ndarray, np.ndarray]], shape: tuple[Shape, ...], size: int) -> Views:
     """The views of units of `size` places each, in a shape that holds them: the longest sequence in the first slot."""
-    slots = np.repeat([length for _, length in shape], [n for n, _ in shape])
+    slots = slots_of(shape)
     offsets = np.concatenate([[0], np.cumsum(slots)])
     along = np.zeros((len(runs), offsets[-1]), np.int32)
     held = np.zeros((len(runs), len(slots)), np.int32)
@@ -93,10 +93,24 @@ def _views(runs: list[tuple[np.ndarray, np.ndarray]], shape: tuple[Shape, ...], 
             here = np.arange(int(lengths[i]))
             along[unit, offsets[slot] + here] = starts[i] + here
             homes[unit, starts[i] + here, 0] = offsets[slot] + here
+    return views_of(along, held, homes, shape)
+
+
+def slots_of(shape: tuple[Shape, ...]) -> np.ndarray:
+    """int [n of all classes]: tokens that each sequence may have, longest first."""
+    return np.repeat([length for _, length in shape], [n for n, _ in shape])
+
+
+def views_of(along: np.ndarray, held: np.ndarray, homes: np.ndarray, shape: tuple[Shape, ...]) -> Views:
+    """Views in the classes of a shape.
+
+    along: int [W, all n L], `Views.places` of the classes one behind the other.
+    held: int [W, all n], `Views.lengths` likewise.
+    """
     cuts, ns = np.cumsum([n * length for n, length in shape])[:-1], np.cumsum([n for n, _ in shape])[:-1]
     parts = zip(np.split(along, cuts, axis=1), shape, strict=True)
     arrays: dict[str, Any] = {
-        "places": tuple(part.reshape(len(runs), *one) for part, one in parts),
+        "places": tuple(part.reshape(len(along), *one) for part, one in parts),
         "lengths": tuple(np.split(held, ns, axis=1)),
         "homes": homes,
     }

@@ -112,18 +112,5 @@ def split_sequences(data: SequenceDataset, share: float, seed: int) -> tuple[Seq
     """
     firsts = [int(data.targets[i].argmax()) for i in range(len(data))]
     prompts = [data.tokens[i][:first] if first > 1 else data.tokens[i] for i, first in enumerate(firsts)]
-    rest, held = (
-        data.taken(rows, tokens=data.tokens.take(rows), targets=data.targets.take(rows))
-        for rows in held_out(prompts, share, seed, data.source)
-    )
-    return rest, held
-
-
-def join_sequences(first: SequenceDataset, second: SequenceDataset) -> SequenceDataset:
-    """All rows of both; those of `second` are numbered on from those of `first`."""
-    return first.joined(
-        second,
-        tokens=first.tokens + second.tokens,
-        targets=first.targets + second.targets,
-        cut=first.cut + second.cut,
-    )
+    rest, held = held_out(prompts, share, seed, data.source)
+    return data.taken(rest), data.taken(held)

@@ -3,12 +3,13 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from dpo_jax.data.tokens.cuts import RowCut
+from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,24 +56,49 @@ class Tokenised:
         used = (("columns used", self.used_columns), ("columns not used", self.unused_columns))
         return "\n".join([*filter(None, lines), *(f"{what}: {', '.join(names)}" for what, names in used if names)])
 
-    def taken(self, rows: Sequence[int] | np.ndarray, **own: Any) -> Self:
-        """The rows at the positions `rows`, whose own fields are `own`. What was left out of the file stays told."""
-        cuts = tuple(self.cuts[i] for i in rows) if self.cuts else ()
-        return replace(self, row_numbers=self.row_numbers[np.asarray(rows, int)], cuts=cuts, **own)
+    def taken(self, rows: Sequence[int] | np.ndarray) -> Self:
+        """The rows at the positions `rows`, in that order. What was left out of the file stays told."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_THE_FILE}
+        return replace(self, **{name: _some(value, np.asarray(rows, int), len(self)) for name, value in own.items()})
 
-    def joined(self, other: Self, **own: Any) -> Self:
-        """All rows of both, whose own fields are `own`; those of `other` are numbered on."""
+    def joined(self, other: Self) -> Self:
+        """All rows of both, those of `other` numbered on; they have the same columns."""
+        own = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return replace(
             self,
+            **{name: _both(*values) for name, values in own.items() if name not in _OF_THE_FILE},
             row_numbers=np.concatenate([self.row_numbers, other.row_numbers + self.last_row]),
             dropped=self.dropped + other.dropped,
             rows_read=self.rows_read + other.rows_read,
             source=f"{self.source} + {other.source}",
-            cuts=self.cuts + other.cuts,
             used_columns=tuple(sorted({*self.used_columns, *other.used_columns})),
             unused_columns=tuple(sorted({*self.unused_columns, *other.unused_columns})),
-            **own,
         )
+
+
+_OF_THE_FILE = {f.name for f in fields(Tokenised)} - {"cuts", "row_numbers"}
+"""Fields that say something of a file, not of each of its rows."""
+
+
+def _some(value: Any, rows: np.ndarray, n: int) -> Any:
+    """Of what a field holds of n rows (of `Ragged`s one or several sequences each), what it holds of `rows`."""
+    if isinstance(value, Ragged):
+        each = len(value) // n
+        return value.take((rows[:, None] * each + np.arange(each)).reshape(-1))
+    if isinstance(value, dict):
+        return {name: _some(one, rows, n) for name, one in value.items()}
+    if isinstance(value, list | tuple) and value:
+        return type(value)(value[i] for i in rows)
+    return value[rows] if isinstance(value, np.ndarray) else value
+
+
+def _both(value: Any, other: Any) -> Any:
+    """What a field holds of the rows of both; None where it holds nothing of one."""
+    if value is None or other is None:
+        return None
+    if isinstance(value, dict):
+        return {name: _both(one, other[name]) for name, one in value.items()}
+    return np.concatenate([value, other]) if isinstance(value, np.ndarray) else value + other
 
 
 def fingerprint_of(arrays: Iterable[np.ndarray], *texts: bytes) -> str:
