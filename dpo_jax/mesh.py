@@ -206,8 +206,7 @@ def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
 
 def parts(axis: str) -> int:
     """How many pieces the mesh in force splits a logical axis into; 1 without a mesh."""
-    mesh = _current()
-    return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis])
+    return pieces(_current(), axis)
 
 
 def platform() -> str:
@@ -259,14 +258,14 @@ def for_sampling(mesh: Mesh, *, whole_rows: bool = False) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def pieces(mesh: Mesh, axis: str) -> int:
-    """How many pieces a logical axis is split into on `mesh`."""
-    return math.prod(mesh.shape[n] for n in RULES[axis])
+def pieces(mesh: Mesh | jax.sharding.AbstractMesh | None, axis: str) -> int:
+    """How many pieces a logical axis is split into on `mesh`; 1 without one."""
+    return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis])
 
 
 def batch_parts(mesh: Mesh | None) -> int:
     """How many pieces a batch is split into on `mesh`, if there is one: a batch size must be a multiple of it."""
-    return 1 if mesh is None else pieces(mesh, "batch")
+    return pieces(mesh, "batch")
 
 
 def device_bytes(tree: Any) -> float:

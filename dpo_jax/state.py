@@ -117,7 +117,7 @@ def create(
         like = optax.tree_map_params(
             tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
         )
-        opt_state, step = jax.tree.map(_placed, (opt_state, step), (like, everywhere))
+        opt_state, step = jax.tree.map(lambda x, where: x.update(sharding=where), (opt_state, step), (like, everywhere))
         like = (like, everywhere)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         # One jitted call makes each array in its place: no moment is ever whole on one device.
@@ -133,8 +133,10 @@ def as_float32(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtyp
     return x.astype(jnp.float32)
 
 
-def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return x.update(sharding=where)
+def copied(tree: Any) -> Any:
+    """A real copy, for a step is given the buffers of its trained weights for good; of shapes, themselves."""
+    abstract = isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
+    return tree if abstract else jax.tree.map(jnp.copy, tree)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -74,37 +74,24 @@ def init_state(
     """
     live = config.reference == "live" and not config.reference_free
     moving = config.reference_sync_steps is not None
-    frozen, carried = {}, {}
+    frozen, carried, start = {}, {}, None
     if reference is not None:
         if not live:
             raise InputError(f"a reference policy has no effect with reference {config.reference}, loss {config.loss}")
         if moving and "adapters" in variables:
             raise InputError("reference_sync_steps: what moves towards adapters starts from them; give no reference")
-        frozen["reference"] = reference["params"]
-    elif moving:
-        start = variables["adapters" if "adapters" in variables else "params"]
-        carried["reference"] = start if _abstract(start) else jax.tree.map(jnp.copy, start)
-    elif live and "adapters" not in variables:
-        # A real copy: the step is given the buffers of the trained weights for good.
-        start = variables["params"]
-        frozen["reference"] = start if _abstract(start) else jax.tree.map(jnp.copy, start)
-    if moving and "reference" in frozen:
-        carried["reference"] = frozen.pop("reference")
+        start = reference["params"]
+    elif moving or (live and "adapters" not in variables):
+        start = states.copied(variables["adapters" if "adapters" in variables else "params"])
     if moving:  # small steps of bfloat16 weights would be rounded away
-        carried["reference"] = jax.tree.map(states.as_float32, carried["reference"])
+        carried["reference"] = jax.tree.map(states.as_float32, start)
+    elif start is not None:
+        frozen["reference"] = start
     state = states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
     if "bco_pair" in config.losses:
-        carried |= {name: _zero_like(state.step) for name in ("reward_mean", "reward_count")}
+        # Zeros that lie on the devices as the step, 0, does.
+        carried |= {name: states.as_float32(state.step) for name in ("reward_mean", "reward_count")}
     return dataclasses.replace(state, carried=carried)
-
-
-def _abstract(tree: Any) -> bool:
-    return isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct)
-
-
-def _zero_like(step: Any) -> Any:
-    """A float32 zero that lies on the devices as `step`, 0, does."""
-    return step.update(dtype=jnp.float32) if _abstract(step) else step.astype(jnp.float32)
 
 
 @struct.dataclass
@@ -330,14 +317,20 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     return new_state, metrics | _row_metrics(pairs, rows, whole, config)
 
 
+def _sides(batch: PreferenceBatch, rows: _Rows) -> dict[str, tuple[jax.Array, int]]:
+    """name -> ([B], of which response) of what is reported of chosen and rejected responses."""
+    told = {"rewards": rows.rewards, "logps": rows.policy, "lengths": batch.response_lengths}
+    sides = (("chosen", CHOSEN), ("rejected", REJECTED))
+    return {f"{name}/{side}": (values[:, k], k) for name, values in told.items() for side, k in sides}
+
+
 def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPOConfig) -> Metrics:
     present = batch.present
     wins = rows.rewards[:, CHOSEN] > rows.rewards[:, REJECTED]
     metrics = update.of_batch(batch, rows.loss, rows.policy)
     metrics |= figures.mean("rewards/accuracies", wins, jnp.all(present, axis=1))
-    for name, values in (("rewards", rows.rewards), ("logps", rows.policy), ("lengths", batch.response_lengths)):
-        for side, k in (("chosen", CHOSEN), ("rejected", REJECTED)):
-            metrics |= figures.mean(f"{name}/{side}", values[:, k], present[:, k])
+    for name, (values, k) in _sides(batch, rows).items():
+        metrics |= figures.mean(name, values, present[:, k])
     metrics |= figures.difference("rewards/margins", "rewards/chosen", "rewards/rejected", metrics)
     chosen, has_chosen = metrics["rewards/chosen"], present[:, CHOSEN]
     if len(rows.terms) > 1:
@@ -378,12 +371,7 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
     return {
         "loss": rows.loss,
         **{f"loss/{name}": values for name, values in terms.items()},
-        "rewards/chosen": rows.rewards[:, CHOSEN],
-        "rewards/rejected": rows.rewards[:, REJECTED],
-        "logps/chosen": rows.policy[:, CHOSEN],
-        "logps/rejected": rows.policy[:, REJECTED],
-        "lengths/chosen": pairs.response_lengths[:, CHOSEN],
-        "lengths/rejected": pairs.response_lengths[:, REJECTED],
+        **{name: values for name, (values, _) in _sides(pairs, rows).items()},
         "nll": rows.nll,
     }
 

@@ -157,9 +157,7 @@ def _separate_value_model(
         raise InputError(f"the value model to start from has no {collection}, which the policy trains")
     trunk = {name: tree for name, tree in start[collection].items() if name != "lm_head"}
     own = {collection: trunk, "heads": head if value is None else {VALUE: value["heads"][heads.SCORE]}}
-    abstract = isinstance(jax.tree.leaves(own)[0], jax.ShapeDtypeStruct)
-    # A real copy: the policy's arrays and the value model's are given to the step for good, each its own.
-    return own if abstract else jax.tree.map(jnp.copy, own)
+    return states.copied(own)
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ B rows, P prompt tokens, N new tokens, S cache slots, V vocabulary, K samples a 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -260,11 +261,11 @@ class Decoder:
 
     def prefill(self, prompts: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, caches.Caches]:
         """float32 [B, V], the logits behind each prompt [B, P], and a cache that holds it."""
-        model, variables = self.program.model, self.weights.prompt
-        cache: Any = caches.init_cache(model.config, len(prompts), slots, self.program.cache)
-        hidden, cache = _apply(model, variables, prompts, cache=cache)
+        cache: Any = caches.init_cache(self.program.model.config, len(prompts), slots, self.program.cache)
+        apply: Any = partial(self.program.model.apply, self.weights.prompt)
+        hidden, cache = apply(prompts, cache=cache)
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        logits = _apply(model, variables, jnp.take_along_axis(hidden, last, axis=1)[:, 0], method="logits")
+        logits = apply(jnp.take_along_axis(hidden, last, axis=1)[:, 0], method="logits")
         return self._of_text(logits), caches.unstack(cache) if self.program.unrolled else cache
 
     def _of_text(self, logits: jax.Array) -> jax.Array:
@@ -274,9 +275,10 @@ class Decoder:
 
     def step(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """float32 [B, V], the logits behind one more token a row, written to slot `positions` [B]; and the cache."""
-        model, variables = self.program.model.clone(unrolled=self.program.unrolled), self.weights.token
-        hidden, cache = _apply(model, variables, tokens[:, None], positions[:, None], cache=cache)
-        return self._of_text(_apply(model, variables, hidden[:, 0], method="logits")), cache
+        model = self.program.model.clone(unrolled=self.program.unrolled)
+        apply: Any = partial(model.apply, self.weights.token)
+        hidden, cache = apply(tokens[:, None], positions[:, None], cache=cache)
+        return self._of_text(apply(hidden[:, 0], method="logits")), cache
 
     def begin(self, prompts: jax.Array, lengths: jax.Array, keys: jax.Array, **size: Any) -> Rows:
         """`fresh` rows with one token each."""
@@ -333,17 +335,12 @@ class Decoder:
         )
         return rows, copies(logits)
 
-    def adjusted(self, rows: Rows, logits: jax.Array) -> jax.Array | None:
-        """The logits after the filters that change them; None where there is none."""
-        how = self.settings.adjustments
-        if how is None:
-            return None
-        lengths = rows.lengths + rows.count
-        return filters.adjust(logits, how, count=rows.count, lengths=lengths, seen=rows.seen, text=rows.text)
-
     def record(self, rows: Rows, logits: jax.Array) -> Rows:
         """Draw the next token of every row that is not done from logits [B, V], and write it down."""
-        s, live = self.settings, ~rows.done
+        s, live, adjusted = self.settings, ~rows.done, None
+        if s.adjustments is not None:
+            text = {"lengths": rows.lengths + rows.count, "seen": rows.seen, "text": rows.text}
+            adjusted = filters.adjust(logits, s.adjustments, count=rows.count, **text)
 
         def noise(bits: jax.Array, count: jax.Array) -> jax.Array:
             key = jax.random.wrap_key_data(bits, impl=self.program.implementation)
@@ -356,7 +353,7 @@ class Decoder:
             top_k=s.top_k,
             top_p=s.top_p,
             min_p=s.min_p,
-            adjusted=self.adjusted(rows, logits),
+            adjusted=adjusted,
         )
         plain, text, seen = rows.plain, rows.text, rows.seen
 
@@ -393,10 +390,6 @@ class Decoder:
     def advance(self, rows: Rows) -> Rows:
         """One more token in every row that is not done."""
         return self.record(*self.following(rows))
-
-
-def _apply(model: llama.Llama, variables: Any, *args: Any, **options: Any) -> Any:
-    return model.apply(variables, *args, **options)
 
 
 def everywhere(program: Program, tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """What compiled generation depends on beside shapes, and the weights that it reads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,11 +92,15 @@ def make_weights(program: Program, variables: Any, to: Narrow | None) -> Weights
         if made != to:
             raise InputError(f"these weights were prepared as {made}, and config.weights is {to}")
         return variables
-    own = _token_weights(variables, program=program, to=to) if program.unrolled or to is not None else None
+    return _weights(program, variables, to, lambda make, **how: make(variables, program=program, **how))
+
+
+def _weights(program: Program, variables: Any, to: Narrow | None, made: Callable[..., Any]) -> Weights:
+    """`made`: what calls a function that makes weights."""
+    own = made(_token_weights, to=to) if program.unrolled or to is not None else None
     # Prompts are computed at once and may gather a layer at a time, where each device has rows of its own.
-    if program.layout == TENSOR:
-        return Weights(_laid_out(variables, program=program), own, TENSOR)
-    return Weights(_in_place(program, variables), own, program.layout)
+    prompt = made(_laid_out) if program.layout == TENSOR else _in_place(program, variables)
+    return Weights(prompt, own, program.layout)
 
 
 def _in_place(program: Program, variables: Any) -> Any:
@@ -155,9 +160,7 @@ def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, me
             shapes = jax.eval_shape(partial(function, program=program, **options), variables)
         return jax.tree_util.tree_map_with_path(place, shapes)
 
-    own = made(_token_weights, to=config.weights) if program.unrolled or config.weights is not None else None
-    prompt = made(_laid_out) if program.layout == TENSOR else _in_place(program, variables)
-    return Weights(prompt, own, program.layout)
+    return _weights(program, variables, config.weights, made)
 
 
 def prepare(model: llama.Llama, variables: Any, config: SampleConfig, *, mesh: Mesh | None = None) -> Weights:

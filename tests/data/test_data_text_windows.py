@@ -47,7 +47,7 @@ def documents(
 
 def stream_of(data: DocumentDataset, length: int, windows: range, **options: Any) -> list[np.ndarray]:
     stream = Stream(data, length, **{"seed": 0, "shuffle": True, **options})
-    return [np.concatenate([data.tokens[p.document][p.start : p.stop] for p in stream.pieces(k)]) for k in windows]
+    return [np.concatenate([ids for ids, _, _ in stream.pieces(k)]) for k in windows]
 
 
 # ---------------------------------------------------------------- the windows of one source

@@ -201,7 +201,7 @@ def _prompt(
         if any(turns_of(context) != turns_of(contexts[0]) for context in contexts):
             raise BadRow("no shared prompt", f"the messages before the last differ in '{column}'; remove the row")
         told["messages"] = [message.as_dict() for message in contexts[0]]
-    return parse_prompt(Readable(told, row.sources, nulls=row.nulls))
+    return parse_prompt(row.of(told))
 
 
 def _told_evidence(row: Readable) -> dict[str, Evidence]:

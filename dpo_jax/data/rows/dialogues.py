@@ -150,9 +150,7 @@ def _answered(row: Readable) -> Dialogue:
     if not answers:
         raise _no_answer(row)
     asked = (*PROMPT_COLUMNS, "messages", "input", "context", "history", *SYSTEM_COLUMNS)
-    prompt, raw = parse_prompt(
-        Readable({name: row[name] for name in asked if name in row}, row.sources, nulls=row.nulls)
-    )
+    prompt, raw = parse_prompt(row.of({name: row[name] for name in asked if name in row}))
     *said, answer = answer_of(row[answers[0]], answers[0])
     if said and said[0].role != "assistant":  # it repeats the prompt
         if turns_of(said[: len(prompt)]) != turns_of(prompt):

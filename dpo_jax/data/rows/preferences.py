@@ -211,7 +211,7 @@ def parse_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
     if "messages" in row:
         if not isinstance(row["messages"], list):
             raise BadRow("'messages' is not a list", 'write [{"role": "user", "content": ...}]')
-        row = Readable({**row, "conversations": row["messages"]}, row.sources, nulls=row.nulls)
+        row = row.of({**row, "conversations": row["messages"]})
     prompt = _prompt(row)
     if prompt is None:
         raise missing(row, "prompt", f"{columns_of(row)}; understood are prompt (a text) and messages")

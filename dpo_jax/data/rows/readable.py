@@ -50,6 +50,10 @@ class Readable(Row):
         super().__init__(row)
         self.sources, self.named, self.nulls = dict(sources), named, nulls
 
+    def of(self, row: Row) -> "Readable":
+        """Another row, whose names stand where those of this one do."""
+        return Readable(row, self.sources, nulls=self.nulls)
+
     def called(self, name: str, index: int | None = None) -> str:
         """What the row itself calls `name`, or (with `index`) one entry of its list."""
         places = self.sources.get(name, (name,))

@@ -1,7 +1,7 @@
 """Tokenised comparisons: a file of any layout as a `PreferenceDataset` with ranks, margins, labels; mixed and split."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +23,14 @@ from dpo_jax.data.rows.comparisons import (
 )
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.layouts import COMPARISON_COLUMNS, PROMPTS
-from dpo_jax.data.rows.preferences import Extra
-from dpo_jax.data.rows.ratings import Evidence
 from dpo_jax.data.rows.readable import readable
 from dpo_jax.data.sets.batches import permutation
-from dpo_jax.data.sets.dataset import NO_TOKENS, PreferenceDataset, Told, load_groups
+from dpo_jax.data.sets.dataset import NO_TOKENS, PreferenceDataset, Usable, load_groups
 from dpo_jax.data.sets.tokenised import held_out
-from dpo_jax.data.sources.checked_rows import CheckedRows, OnBadRows
+from dpo_jax.data.sources.checked_rows import OnBadRows
 from dpo_jax.data.tokens.encode import Rendered, ScoredEncoder
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
-
-Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]
 
 
 def load_comparisons(
@@ -54,14 +50,13 @@ def load_comparisons(
     `rules` ask for margins (one a row, where K > 2 marks of the responses), `labels` where they name auxiliary heads.
 
     Args:
-      source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`.
+      source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`, which raises the same
+        errors.
       rules: what to do with ties and long lists, where margins come from, which heads read labels.
-
-    Raises:
-      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
+    encoder = ScoredEncoder(tokenizer, config.template, config.date)
 
-    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, _Learnt]:
+    def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, _Learnt]:
         found = parse_comparison(row)
         order = ordered(found, rules)
         assert found.places is not None, "it was ordered by them"
@@ -78,7 +73,7 @@ def load_comparisons(
         return _render(encoder, found, order), learnt
 
     limits = {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
-    data, rows = _load(source, tokenizer, config, parse, compared=True, **limits)
+    data, rows, _ = load_groups(source, encoder, config, parse, known=COMPARISON_COLUMNS, rendered=PROMPTS, **limits)
     n, k = len(data), data.responses_per_prompt
     labels: dict[str, np.ndarray] = {}
     for head in rules.heads:
@@ -94,6 +89,7 @@ def load_comparisons(
     extras = {name: [learnt.extras.get(name) for learnt in rows] for name in EXTRAS}
     return replace(
         data,
+        formats=None,
         ranks=_filled([learnt.ranks for learnt in rows], (n, k), k, np.int32) if k > 2 else None,
         margins=margins,
         labels=labels or None,
@@ -114,8 +110,9 @@ def load_responses(
     Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. `extras["layout"]`
     says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
     """
+    encoder = ScoredEncoder(tokenizer, config.template, config.date)
 
-    def parse(row: dict[str, Any], encoder: ScoredEncoder, usable: Usable) -> tuple[Rendered, str]:
+    def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, str]:
         del usable
         row = readable(row)
         found = parse_responses(row)
@@ -124,8 +121,9 @@ def load_responses(
         return _render(encoder, found, range(count)), layout
 
     limits = {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
-    data, layouts = _load(source, tokenizer, config, parse, compared=False, **limits)
-    return replace(data, extras={"layout": layouts})
+    limits |= {"known": COMPARISON_COLUMNS, "rendered": PROMPTS, "compared": False}
+    data, layouts, _ = load_groups(source, encoder, config, parse, **limits)
+    return replace(data, formats=None, extras={"layout": layouts})
 
 
 def parse_responses(row: dict[str, Any]) -> Comparison:
@@ -144,30 +142,6 @@ class _Learnt(NamedTuple):
     marks: list[float]
     labels: dict[str, list[Any]]
     extras: dict[str, Any]
-
-
-def _load(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    parse: Callable[[dict[str, Any], ScoredEncoder, Usable], tuple[Rendered, Told]],
-    *,
-    compared: bool,
-    **limits: Any,
-) -> tuple[PreferenceDataset, list[Told]]:
-    encoder = ScoredEncoder(tokenizer, config.template, config.date)
-    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
-    data, told = load_groups(
-        rows,
-        encoder,
-        config,
-        lambda row: parse(row, encoder, rows.usable),
-        known=COMPARISON_COLUMNS,
-        rendered=PROMPTS,
-        compared=compared,
-        **limits,
-    )
-    return replace(data, formats=None), told
 
 
 def _filled(rows: Sequence[Sequence[Any]], shape: tuple[int, ...], filler: int, dtype: Any) -> np.ndarray:

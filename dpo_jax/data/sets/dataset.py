@@ -1,6 +1,6 @@
 """A tokenised preference data set, in memory: two flat arrays of ids and where each row lies in them."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from dpo_jax.data.rows.comparisons import parse_preference
 from dpo_jax.data.rows.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, PROMPT_COLUMNS, REPLIES_COLUMNS
 from dpo_jax.data.rows.preferences import Extra
 from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.ratings import Evidence
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
 from dpo_jax.data.tokens.cuts import RowCut, summary as cuts_summary
@@ -21,6 +22,8 @@ from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 
 Told = TypeVar("Told")
+Usable = Callable[[Mapping[str, Evidence]], dict[str, Extra]]
+"""`CheckedRows.usable`."""
 NO_TOKENS = np.zeros(0, np.int32)
 """An absent response."""
 
@@ -131,15 +134,14 @@ def load_preferences(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = ConversationEncoder(tokenizer, config.template, config.date)
-    rows = CheckedRows(source, config.limit, columns=config.columns, compared=True)
 
-    def parse(row: dict[str, Any]) -> tuple[Rendered, dict[str, Extra]]:
+    def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, dict[str, Extra]]:
         pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)
-        return encoder.render(pair), rows.usable(pair.extras)
+        return encoder.render(pair), usable(pair.extras)
 
     known, limits = PAIR_COLUMNS | REPLIES_COLUMNS, {"vocab_size": vocab_size, "on_bad_rows": on_bad_rows}
-    data, extras = load_groups(rows, encoder, config, parse, known=known, rendered=PROMPT_COLUMNS, **limits)
-    told = rows.columns | {name for each in extras for name in each}
+    data, extras, columns = load_groups(source, encoder, config, parse, known=known, rendered=PROMPT_COLUMNS, **limits)
+    told = columns | {name for each in extras for name in each}
     dataset = replace(
         data,
         formats=data.formats if with_format_masks else None,
@@ -149,27 +151,28 @@ def load_preferences(
 
 
 def load_groups(
-    rows: CheckedRows,
+    source: str,
     encoder: ConversationEncoder,
     config: DataConfig,
-    parse: Callable[[dict[str, Any]], tuple[Rendered, Told]],
+    parse: Callable[[dict[str, Any], Usable], tuple[Rendered, Told]],
     *,
     known: Collection[str],
     rendered: Collection[str],
     vocab_size: int,
     on_bad_rows: OnBadRows,
     compared: bool = True,
-) -> tuple[PreferenceDataset, list[Told]]:
-    """Prompts with their responses, and what `parse` told beside the texts, for each row.
+) -> tuple[PreferenceDataset, list[Told], set[str]]:
+    """Prompts with their responses; what `parse` told beside the texts, for each row; and the columns that there are.
 
     K is that of the longest list; rows with fewer have absent responses, of length 0.
 
     Args:
-      rows, on_bad_rows: what is read, and what is done with bad rows.
-      parse: a row -> its texts, and what it tells beside them.
+      source, encoder, config, vocab_size, on_bad_rows: as for `load_preferences`.
+      parse: (a row, what keeps of its evidence what can be used) -> its texts, and what it tells beside them.
       known, rendered: see `CheckedRows.unused`.
-      compared: see `encode.truncate`.
+      compared: see `encode.truncate`; rows with one scored response each are put together.
     """
+    rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
 
     def encode(chunk: Numbered[tuple[Rendered, Told]]) -> Iterator[tuple[Encoded, RowCut, Told] | BadRow]:
         encoded = encoder.encode([texts for _, (texts, _) in chunk], compared=compared)
@@ -184,7 +187,7 @@ def load_groups(
             check_ids(max(int(ids.max(initial=0)) for ids in (group.prompt, *group.responses)), vocab_size, number)
             yield group, cut_of(whole, group, system=texts.system), told
 
-    made, read = rows.collect(parse, encode, on_bad_rows)
+    made, read = rows.collect(lambda row: parse(row, rows.usable), encode, on_bad_rows)
     groups, cuts, told = zip(*made, strict=True)
     k = max(len(group.responses) for group in groups)
     responses, formats = (
@@ -202,7 +205,7 @@ def load_groups(
         cuts=cuts,
         **read,
     )
-    return data, list(told)
+    return data, list(told), rows.columns
 
 
 def partners(prompts: Ragged) -> np.ndarray | None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.rows.messages import columns_of, text_of
@@ -28,6 +27,7 @@ from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows
 from dpo_jax.data.sources.files import MAX_LINE, open_bytes, read_rows_or_problems
 from dpo_jax.data.sources.store import names_store
+from dpo_jax.data.tokens.chat_tokenizer import bare
 from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.errors import InputError
 
@@ -147,19 +147,11 @@ class _Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
-        if not tokenizer.is_fast:
-            raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
+        self._backend, bos = bare(tokenizer)
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no EOS token, which ends each document; add one to it")
-        # A copy that adds nothing and reads the names of control tokens as text.
-        self._backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
-        self._backend.post_processor = None
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.encode_special_tokens = True
-        bos = cast(int | None, tokenizer.bos_token_id)
-        added = bos is not None and tokenizer("a")["input_ids"][0] == bos
-        self._first = [bos] if added else []
+        self._backend.encode_special_tokens = True  # names of control tokens are text
+        self._first = [] if bos is None else [bos]
         self._last = [cast(int, tokenizer.eos_token_id)]
         self._unk = cast(int | None, tokenizer.unk_token_id)
         self._vocab_size = vocab_size

@@ -18,7 +18,7 @@ response tokens.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -67,8 +67,7 @@ class WindowShape:
         return slots_of(self.views)
 
 
-@dataclass(frozen=True)
-class _Need:
+class _Need(NamedTuple):
     """What windows of some responses need; leading axes as the rows were given.
 
     Attributes:
@@ -266,7 +265,7 @@ def plan_windows(
     if not alike:
         always = _always(lengths, spans, batch_size, windows, multiple, redrawn=redrawn)
         shapes = [always] if buckets == 1 else [*shapes, always]
-    first = [replace(need, **{f.name: getattr(need, f.name)[: len(epochs[0])] for f in fields(need)}) for need in needs]
+    first = [_Need(*(x[: len(epochs[0])] for x in need)) for need in needs]
     fits = np.stack([_holds(shape, first).all(axis=1) for shape in shapes]).argmax(axis=0)  # [batches of an epoch]
     places, reads = (windows * sum(getattr(one, name) for i in fits for one in shapes[i]) for name in ("size", "reads"))
     return WindowPlan(
@@ -325,7 +324,7 @@ def _always(
         one = own.need(order[:, None])  # of each row alone, longest first
         size, reads, views = (
             np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
-            for x in (one.size, one.reads, one.views)
+            for x in one
         )
         envelope = -np.sort(-views.reshape(-1))
         found.append(

@@ -256,12 +256,10 @@ class PromptLoader(StepsLoader[PromptBatch]):
         multiple: int = 8,
         **run: Unpack[RunOptions],
     ):
-        """Args: see `RunOptions`, and:
+        """Args: see `RowOptions`, and:
         dataset: the prompts.
         batch_size: responses an iteration, a multiple of `group`.
         group: responses to each prompt.
-        seed: of the shuffle, at least 0.
-        shuffle: a new order every epoch; else the same in all.
         multiple: prompts are padded to a multiple of this, the same in all batches.
         """
         check_seed(seed)

@@ -71,16 +71,9 @@ def load_dialogues(
     """Read, check and tokenise a file of dialogues.
 
     Args:
-      source: see `files.read_rows`; the layouts of rows: see `dialogues.py`.
-      tokenizer: a fast tokenizer.
-      config: template, max_length, limit.
+      source, tokenizer, config, vocab_size, on_bad_rows: as for `dataset.load_preferences`, which raises the same
+        errors; the layouts of rows: see `dialogues.py`.
       train_on: what the loss counts: every answer, the last answer alone, or all tokens.
-      vocab_size: rows of the model's embedding.
-      on_bad_rows: "refuse": read the whole file, then raise one error that counts the bad rows by reason and names the
-        first of each. "skip": leave them out. Which rows are left out in either case: see `problems.py`.
-
-    Raises:
-      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = DialogueEncoder(tokenizer, config.template, train_on, config.date)
     rows = CheckedRows(source, config.limit, columns=config.columns)

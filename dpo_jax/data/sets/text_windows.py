@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Unpack
 
@@ -134,21 +134,28 @@ class Mixture:
 # ---------------------------------------------------------------- the windows of one source
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Tokens start..stop - 1 of a document, as a window holds them."""
-
-    document: int
-    start: int
-    stop: int
-
-
 class Stream:
     """The endless stream of one source, cut into windows."""
 
-    def __init__(self, data: DocumentDataset, length: int, *, seed: int, shuffle: bool, source: int = 0):
-        """`length`: T. `source`: its place in the mixture, so that equal sources have unequal orders."""
+    def __init__(
+        self,
+        data: DocumentDataset,
+        length: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        source: int = 0,
+        first_row: int = 0,
+        once: bool = False,
+    ):
+        """Args:
+        length: T.
+        source: its place in the mixture, so that equal sources have unequal orders.
+        first_row: added to the numbers of its rows.
+        once: it ends with its first epoch.
+        """
         self.data, self.length = data, length
+        self._first_row, self._end = first_row, data.total if once else None
         self._seed, self._shuffle, self._source = seed, shuffle, source
         self._order = functools.lru_cache(maxsize=4)(self._order_of)
         self._windows = functools.lru_cache(maxsize=4)(self._windows_of)
@@ -167,17 +174,19 @@ class Stream:
         n = end - first
         return first, self._permutation(n, epoch, 1) if self._shuffle else np.arange(n)
 
-    def pieces(self, k: int) -> Iterator[Piece]:
-        """What the k-th window to be taken holds, in order: T tokens."""
+    def pieces(self, k: int) -> Iterator[tuple[np.ndarray, bool, int]]:
+        """What the k-th window to be taken holds, in order, as `Windows.fill` takes it: T tokens, all targets."""
         first, order = self._windows(k * self.length // self.data.total)
         at = (first + int(order[k - first])) * self.length
-        end = at + self.length
+        end = at + self.length if self._end is None else min(at + self.length, self._end)
         while at < end:
             epoch, offset = divmod(at, self.data.total)
             documents, starts = self._order(epoch)
             here = int(np.searchsorted(starts, offset, side="right")) - 1
             stop = min(int(starts[here + 1]), offset + end - at)
-            yield Piece(int(documents[here]), offset - int(starts[here]), stop - int(starts[here]))
+            document, start = int(documents[here]), int(starts[here])
+            ids = self.data.tokens[document][offset - start : stop - start]
+            yield ids, True, self._first_row + int(self.data.row_numbers[document])
             at += stop - offset
 
 
@@ -189,15 +198,6 @@ def most_pieces(lengths: np.ndarray, window: int) -> int:
 
 
 # ---------------------------------------------------------------- batches
-
-
-def _held(
-    data: DocumentDataset, pieces: Iterable[Piece], first_row: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray | bool, int]]:
-    """What `Windows.fill` takes of `pieces` of the documents `data`: every token is a target."""
-    for piece in pieces:
-        ids = data.tokens[piece.document][piece.start : piece.stop]
-        yield ids, True, first_row + int(data.row_numbers[piece.document])
 
 
 class TextLoader(StepsLoader[TokenBatch]):
@@ -234,10 +234,13 @@ class TextLoader(StepsLoader[TokenBatch]):
         named = [(s.source, float(s.total if w is None else w)) for s, w in zip(sources, weights, strict=True)]
         self._sources, self.mixture = sources, Mixture(named)
         self._length, self._batch_size, self._joined = length, batch_size, documents == "joined"
-        self._streams = [Stream(s, length, seed=seed, shuffle=shuffle, source=i) for i, s in enumerate(sources)]
-        self._slots = max(most_pieces(s.lengths, length) for s in sources)
         # What is added to the row numbers of each source, so that they run on over all of them.
         self._first_rows = [sum(s.last_row for s in sources[:i]) for i in range(len(sources))]
+        self._streams = [
+            Stream(s, length, seed=seed, shuffle=shuffle, source=i, first_row=first)
+            for i, (s, first) in enumerate(zip(sources, self._first_rows, strict=True))
+        ]
+        self._slots = max(most_pieces(s.lengths, length) for s in sources)
         self._views = None
         super().__init__(
             self._batch_of,
@@ -262,7 +265,7 @@ class TextLoader(StepsLoader[TokenBatch]):
         made = Windows(self._batch_size, self._length, self._slots, joined=self._joined)
         for row in range(self._batch_size):
             source, k = self.mixture[step * self._batch_size + row]
-            made.fill(row, _held(self._sources[source], self._streams[source].pieces(k), self._first_rows[source]))
+            made.fill(row, self._streams[source].pieces(k))
         batch = made.batch()
         return batch if self._views is None else self._views.seen(batch)
 
@@ -312,19 +315,10 @@ class EvalWindows:
 
     def _plain(self) -> Iterator[TokenBatch]:
         slots = max(most_pieces(s.lengths, self.length) for s in self.sources)
-        streams = [Stream(s, self.length, seed=0, shuffle=False) for s in self.sources]
+        streams = [Stream(s, self.length, seed=0, shuffle=False, once=True) for s in self.sources]
         windows = [(s, k) for s in streams for k in range(math.ceil(s.data.total / self.length))]
         for start in range(0, len(windows), self.batch_size):
             made = Windows(self.batch_size, self.length, slots, joined=self.documents == "joined")
             for row, (stream, k) in enumerate(windows[start : start + self.batch_size]):
-                made.fill(row, _held(stream.data, _until(stream.pieces(k), stream.data.total - k * self.length)))
+                made.fill(row, stream.pieces(k))
             yield made.batch()
-
-
-def _until(pieces: Iterable[Piece], tokens: int) -> Iterator[Piece]:
-    """Only the first `tokens` tokens: those before the next epoch begins, at the end of a document."""
-    for piece in pieces:
-        if tokens <= 0:
-            return
-        tokens -= piece.stop - piece.start
-        yield piece

@@ -63,11 +63,11 @@ class Tokenised:
 
     def joined(self, other: Self) -> Self:
         """All rows of both, those of `other` numbered on; they have the same columns."""
+        other = replace(other, row_numbers=other.row_numbers + self.last_row)
         own = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return replace(
             self,
             **{name: _both(*values) for name, values in own.items() if name not in _OF_THE_FILE},
-            row_numbers=np.concatenate([self.row_numbers, other.row_numbers + self.last_row]),
             dropped=self.dropped + other.dropped,
             rows_read=self.rows_read + other.rows_read,
             source=f"{self.source} + {other.source}",

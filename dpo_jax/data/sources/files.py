@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.hub import fetch, names_hub, read_metadata
 from dpo_jax.data.sources.parquet import read_parquet
-from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config
+from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config, in_folder
 from dpo_jax.data.sources.store import names_store, open_store
 from dpo_jax.errors import InputError, nearest
 from dpo_jax.headers import told
@@ -109,10 +109,8 @@ def _resolve(source: str) -> list[Path]:
 
 def _in_folder(folder: Path, split: str | None) -> list[Path]:
     """The files of one split in a folder, as in a hub data set that was downloaded."""
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    card = folder / "README.md"
-    metadata = read_metadata(card) if card.is_file() else {}
-    files = data_files(paths, metadata)
+    metadata = read_metadata(folder / "README.md")
+    files = data_files(in_folder(folder), metadata)
     if not files:
         raise InputError(f"{folder}: the folder holds no file of {_FORMATS}, by their names")
     return [folder / path for path in choose(files, split, default_config(files, metadata), str(folder))]

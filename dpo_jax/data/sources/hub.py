@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from dpo_jax.data.sources.splits import choose, data_files, default_config, whole
+from dpo_jax.data.sources.splits import choose, data_files, default_config, in_folder, whole
 from dpo_jax.errors import InputError, first_line, nearest
 
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<part>[^:]+))?")
@@ -51,6 +51,8 @@ def read_metadata(card: Path) -> Mapping[str, Any]:
     """The YAML head of a README.md; empty where there is none. Raises `InputError` for one that cannot be read."""
     from huggingface_hub import metadata_load
 
+    if not card.is_file():
+        return {}
     try:
         return metadata_load(card) or {}
     except Exception as error:  # a YAMLError derives from nothing narrower
@@ -76,9 +78,7 @@ def _kept(found: re.Match[str], place: str, where: dict[str, Any], error: Except
         folder = Path(huggingface_hub.snapshot_download(found["id"], local_files_only=True, **where))
     except (OSError, ValueError):
         raise _unreachable(place, error) from error
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    card = folder / "README.md"
-    chosen = _chosen(place, paths, read_metadata(card) if card.is_file() else {}, found["part"])
+    chosen = _chosen(place, in_folder(folder), read_metadata(folder / "README.md"), found["part"])
     if not whole(chosen):
         raise _unreachable(place, error) from error
     return [folder / path for path in chosen]

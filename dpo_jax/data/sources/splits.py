@@ -16,6 +16,7 @@ finds `validation`, and so on.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import InputError
@@ -79,6 +80,11 @@ def data_files(paths: Sequence[str], metadata: Mapping[str, Any]) -> list[DataFi
         if config.get("data_files") is None:
             found += [replace(file, config=name, folder="") for file in _by_names(inside)]
     return found
+
+
+def in_folder(folder: Path) -> list[str]:
+    """The paths of all files in a folder, from there."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def default_config(files: Sequence[DataFile], metadata: Mapping[str, Any]) -> str | None:

@@ -36,15 +36,8 @@ class ChatTokenizer:
 
         Raises `InputError` when they do not fit together.
         """
-        if not tokenizer.is_fast:
-            raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
-        # A copy without post-processor: it adds no BOS and trims no spaces off the offsets (the ids are the same).
-        self._backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
-        self._backend.post_processor = None
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._backend, self._added_bos = bare(tokenizer)
         bos = cast(int | None, tokenizer.bos_token_id)
-        self._added_bos = bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
         self._eos = cast(int | None, tokenizer.eos_token_id)
         self._template = None if template == RAW else ChatTemplate(tokenizer, template, date)
         probe = self._probe()
@@ -231,6 +224,21 @@ class ChatTokenizer:
             detail = "what it writes around the answer depends on the answer; name another template"
             raise BadRow("the chat template renders the prompt differently with an answer", detail)
         return start, end
+
+
+def bare(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, int | None]:
+    """(a copy without post-processor, which adds no BOS and trims no spaces off the offsets; the BOS that it added).
+
+    (The ids are the same.) Raises `InputError` for a tokenizer that is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise InputError("the tokenizer has no fast form (tokenizer.json); save one with transformers")
+    backend = Tokenizer.from_str(cast(Tokenizer, tokenizer.backend_tokenizer).to_str())
+    backend.post_processor = None
+    backend.no_padding()
+    backend.no_truncation()
+    bos = cast(int | None, tokenizer.bos_token_id)
+    return backend, bos if bos is not None and tokenizer("a")["input_ids"][0] == bos else None
 
 
 def first_token(encoding: Encoding, character: int, length: int) -> int:
