@@ -6,7 +6,7 @@ before anything trusts it; a field is asked for by type and range. Whatever is w
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_jax.errors import InputError, first_line
@@ -135,30 +135,26 @@ class Fields:
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
+        return self._checked(key, lambda value: isinstance(value, bool), "true or false", default)
 
     def text(self, key: str, default: str | None = None) -> str | None:
         """A text, or None."""
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.wrong(key, "a text")
-        return value
+        return self._checked(key, lambda value: isinstance(value, str), "a text", default)
 
     def items(self, key: str, kind: type | tuple[type, ...], what: str) -> list[Any]:
         """A list of values of one kind; empty where the field is absent."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+        return self._checked(key, fits, f"a list of {what}", [])
+
+    def _checked(self, key: str, fits: Callable[[Any], bool], expected: str, default: Any) -> Any:
+        """The value of a field, where it fits; `default` where there is none."""
         value = self.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):
-            raise self.wrong(key, f"a list of {what}")
-        return value
+        if value is not None and not fits(value):
+            raise self.wrong(key, expected)
+        return default if value is None else value
 
     def wrong(self, key: str, expected: str) -> InputError:
         """The error for a field that is not what it should be."""

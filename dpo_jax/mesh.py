@@ -306,41 +306,30 @@ class Replicated:
 
     def __init__(self, function: Callable[..., Any], mesh: Mesh):
         self.mesh = mesh
-        self._jitted = jax.jit(function, out_shardings=replicated(mesh))
+        self._function = function
+        self._jitted: Any = None
+
+    def _jit(self, *args: Any) -> Any:
+        del args
+        return jax.jit(self._function, out_shardings=replicated(self.mesh))
+
+    def _ready(self, *args: Any) -> Any:
+        self._jitted = self._jit(*args) if self._jitted is None else self._jitted
+        return self._jitted
 
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self.mesh):
-            return self._jitted(*args)
+            return self._ready(*args)(*args)
 
     def lower(self, *args: Any) -> Any:
-        """`jax.jit(...).lower`, for `jax.ShapeDtypeStruct`s with shardings too."""
+        """`jax.jit(...).lower`, for compiling ahead of time, for `jax.ShapeDtypeStruct`s with shardings too."""
         with jax.set_mesh(self.mesh):
-            return self._jitted.lower(*args)
+            return self._ready(*args).lower(*args)
 
 
-class ShardedStep:
-    """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings.
+class ShardedStep(Replicated):
+    """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings."""
 
-    Call it like the step. `lower(state, batch)` takes `jax.ShapeDtypeStruct`s with shardings too, for compiling ahead
-    of time.
-    """
-
-    def __init__(self, step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh):
-        self._step = step
-        self.mesh = mesh
-        self._jitted: Any = None
-
-    def _jit(self, state: Any) -> Any:
-        if self._jitted is None:
-            kept = jax.tree.map(lambda x: x.sharding, state)
-            self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(kept, replicated(self.mesh)))
-        return self._jitted
-
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        with jax.set_mesh(self.mesh):
-            return self._jit(state)(state, batch)
-
-    def lower(self, state: Any, batch: Any) -> Any:
-        """`jax.jit(...).lower`, with this step's mesh and shardings."""
-        with jax.set_mesh(self.mesh):
-            return self._jit(state).lower(state, batch)
+    def _jit(self, *args: Any) -> Any:
+        kept = jax.tree.map(lambda x: x.sharding, args[0])
+        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, replicated(self.mesh)))

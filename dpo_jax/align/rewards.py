@@ -78,10 +78,8 @@ def whitened(
     """R̃_c = whiten(logit(R_c)) over the batch, from the scores of the two models.
 
     Args:
-      helpful, safe: [B] scores (any real number, not σ of them).
-      is_safety_prompt: bool [B].
+      helpful, safe, is_safety_prompt, threshold: as for `combined`.
       mask: bool [B], the responses to whiten over.
-      threshold: as for `combine`, of σ(safe).
 
     Returns:
       float32 [B], of mean 0 and unbiased variance 1 over the mask.

@@ -18,9 +18,8 @@ from dpo_jax.config import PrepareRun
 from dpo_jax.config.commands.rows import split_shares
 from dpo_jax.data.rows.problems import BadRow, Tally
 from dpo_jax.data.rows.readable import Readable, check_named, column_of, parse_columns, renamed, sources, together
-from dpo_jax.data.sets.documents import is_text, text_documents
+from dpo_jax.data.sets.documents import is_text, rows_of
 from dpo_jax.data.sources import duplicates, store_schema
-from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.data.sources.staging import is_remote, upload
 from dpo_jax.data.sources.store_schema import Kind, Parsed
 from dpo_jax.data.sources.store_writer import (
@@ -204,7 +203,7 @@ class _Pass:
 
     def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows under the names that `--data.columns` gives, counted, and what columns they have."""
-        for number, row in itertools.islice(_read(self.run), self.run.limit):
+        for number, row in itertools.islice(rows_of(self.run.data.files, self.run.separator), self.run.limit):
             self.read += 1
             if isinstance(row, BadRow):
                 yield number, row
@@ -265,14 +264,6 @@ class _Pass:
             }
             for (a, b), shared in counts.shared.items()
         ]
-
-
-def _read(run: PrepareRun) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    if not is_text(run.data.files):
-        yield from read_rows_or_problems(run.data.files)
-        return
-    for number, text in text_documents(run.data.files, run.separator):
-        yield number, text if isinstance(text, BadRow) else {"text": text}
 
 
 # ---------------------------------------------------------------- the report as tables

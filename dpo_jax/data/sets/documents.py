@@ -121,20 +121,14 @@ def load_documents(
             short = len(ids) - encoder.ends < 2
             yield BadRow("document shorter than two tokens", severity="lost") if short else ids
 
-    read_texts = partial(_text_rows, separator=separator) if is_text(source) else read_rows_or_problems
-    documents, read = CheckedRows(source, limit, read=read_texts).collect(parse, encode, on_bad_rows)
+    read_rows = partial(rows_of, separator=separator)
+    documents, read = CheckedRows(source, limit, read=read_rows).collect(parse, encode, on_bad_rows)
     return DocumentDataset(
         tokens=Ragged.of(documents, encoder.dtype),
         unknown=encoder.unknown,
         unused_columns=tuple(sorted(found - {column_of(place)})),
         **read,
     )
-
-
-def _text_rows(source: str, separator: str | None) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """The documents of text files as rows."""
-    for number, text in text_documents(source, separator):
-        yield number, text if isinstance(text, BadRow) else {"text": text}
 
 
 class _Encoder:
@@ -197,8 +191,11 @@ def _is_text_name(path: Path) -> bool:
     return path.name.lower().endswith((".txt", ".txt.gz"))
 
 
-def text_documents(source: str, separator: str | None) -> Iterator[tuple[int, str | BadRow]]:
-    """The documents of text files, numbered from 1 over all files."""
+def rows_of(source: str, separator: str | None) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """The rows of a source; of text files their documents as such, numbered from 1 over all files."""
+    if not is_text(source):
+        yield from read_rows_or_problems(source)
+        return
     path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())
     number = 0
@@ -206,7 +203,7 @@ def text_documents(source: str, separator: str | None) -> Iterator[tuple[int, st
         try:
             for text in _pieces(file, separator):
                 number += 1
-                yield number, text
+                yield number, {"text": text}
         except UnicodeDecodeError:
             number += 1
             yield number, BadRow("invalid UTF-8", f"in {file}, the rest of which cannot be read; save it as UTF-8")
