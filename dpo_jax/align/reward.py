@@ -295,10 +295,7 @@ def _row_values(
 
 
 def train_step(state: TrainState, batch: PreferenceBatch, *, config: RewardConfig) -> tuple[TrainState, Metrics]:
-    """One optimizer step on a batch of comparisons. Pure: neither jitted nor tied to a mesh (`jit_train_step` is).
-
-    Where the loss or the gradient is not finite, the state comes back as it was, so that the caller can name the step
-    and the rows and stop with nothing spoilt.
+    """One optimizer step on a batch of comparisons; pure, and safe against what is not finite: see `dpo.train_step`.
 
     Args:
       state: from `init_state`.

@@ -122,10 +122,9 @@ def _draw(state: TrainState, config: SFTConfig) -> Negatives | None:
 
 
 def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tuple[TrainState, Metrics]:
-    """One optimizer step on a batch of windows. Pure: neither jitted nor tied to a mesh (`jit_train_step` is).
+    """One optimizer step on a batch of windows; pure, and safe against what is not finite: see `dpo.train_step`.
 
-    Where the loss or the gradient is not finite, the state comes back as it was, so that the caller can name the step
-    and the rows and stop with nothing spoilt. A batch without a single target token is such a case: its loss is NaN.
+    A batch without a single target token is such a case: its loss is NaN.
 
     Args:
       state: from `init_state`.

@@ -118,14 +118,9 @@ def load_prompts(
     Args:
       source: see `files.read_rows`; the layouts of rows: see `preferences.parse_prompt`.
       encoder: of the policy's tokenizer and template.
-      config: template and limit.
+      config, vocab_size, on_bad_rows: as for `dataset.load_preferences`, which raises the same errors.
       longest: a prompt of more tokens loses its beginning (its BOS is kept).
-      vocab_size: rows of the model's embedding.
-      on_bad_rows: see `checked_rows.OnBadRows`.
       tagged: read the column `safety`, which tags rows for a safety reward.
-
-    Raises:
-      InputError: unreadable file, bad rows, no usable row, ids beyond the embedding.
     """
     rows = CheckedRows(source, config.limit, columns=config.columns)
     raw = config.template == RAW
@@ -181,9 +176,7 @@ def load_answered_prompts(
 ) -> tuple[PromptDataset, Ragged]:
     """The prompts of a file of dialogues, and the last answer of each, its terminator included.
 
-    Args: as `load_prompts`, and `answer`: of a longer one the first so many tokens are kept.
-
-    Raises `InputError` as `load_prompts` does.
+    Args and errors: as of `load_prompts`, and `answer`: of a longer one the first so many tokens are kept.
     """
     rows = CheckedRows(source, config.limit, columns=config.columns)
 

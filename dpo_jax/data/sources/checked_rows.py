@@ -151,19 +151,17 @@ class CheckedRows:
             if isinstance(row, BadRow):
                 yield number, row
                 continue
-            self.note(row)
+            self.columns.update(str(name) for name, value in row.items() if value is not None)
+            for name, value in row.items():
+                if isinstance(value, list | dict) and (keys := keys_beside(value)):
+                    self.keys.setdefault(str(name), set()).update(keys)
             try:
-                yield number, renamed(row, self._renamed) if self._renamed else row
+                named = renamed(row, self._renamed) if self._renamed else row
             except BadRow as problem:
                 yield number, problem
-
-    def note(self, row: dict[str, Any]) -> None:
-        """Remember what a row holds."""
-        self.columns.update(str(name) for name, value in row.items() if value is not None)
-        self.sources.update(sources(renamed(row, self._renamed)) if self._renamed else sources(row))
-        for name, value in row.items():
-            if isinstance(value, list | dict) and (keys := keys_beside(value)):
-                self.keys.setdefault(str(name), set()).update(keys)
+                continue
+            self.sources.update(sources(named))
+            yield number, named
 
     def usable(self, evidence: Mapping[str, Evidence]) -> dict[str, Any]:
         """What of it can be used; the rest is counted, to be named by `unused`."""

@@ -91,9 +91,7 @@ TEMPLATES: dict[str, str] = {
 
 # Tokens that each named template writes and that must be one token each, or generation could not stop at its turn end.
 _NEEDED = {
-    "llama2": (),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "zephyr": (),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 
