@@ -1,8 +1,9 @@
 """Generation for more requests than rows: a row that is done makes room for the next request (continuous batching).
 
 The host drives: it prefills some prompts into free rows of the cache, lets all rows advance on the devices until enough
-of them are free again, collects what is finished, and goes on. A request's text is that of `engine.generate` for the
-same prompt, key, row id and sample number, whatever row it gets and whoever stands beside it.
+of them are free again, collects what is finished, and goes on (the moves are those of `live.py`). A request's text is
+that of `engine.generate` for the same prompt, key, row id and sample number, whatever row it gets and whoever stands
+beside it.
 
 B rows, G prompts that begin together, K samples of one prompt that do, N new tokens, S cache slots.
 """
@@ -22,6 +23,7 @@ from dpo_jax.config import SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama
 from dpo_jax.sample import decode
+from dpo_jax.sample.live import State, admit, empty, run
 from dpo_jax.sample.program import Program, Weights, make_weights
 
 CHUNK = 64
@@ -48,77 +50,11 @@ class Finished(NamedTuple):
     logps: list[float]
 
 
-class _View(NamedTuple):
-    """What the host looks at."""
-
-    count: jax.Array
-    done: jax.Array
-    tokens: jax.Array
-    logps: jax.Array
-
-
-@partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words"))
-def _empty(
-    settings: decode.Settings, *, program: Program, rows: int, new: int, slots: int, key_words: int
-) -> decode.Rows:
-    return decode.constrain(
-        decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=False)
-    )
-
-
-@partial(jax.jit, static_argnames=("program",), donate_argnums=0)
-def _admit(
-    rows: decode.Rows,
-    weights: Weights,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    targets: jax.Array,
-    ids: jax.Array,
-    numbers: jax.Array,
-    key_data: jax.Array,
-    settings: decode.Settings,
-    *,
-    program: Program,
-) -> decode.Rows:
-    """Prompts [G, P], each computed once, into the rows `targets` [G, K]; B there means nowhere.
-
-    `ids` [G] and `numbers` [G, K] (row ids and samples) decide the draw.
-    """
-    samples, new = targets.shape[1], rows.tokens.shape[1]
+@partial(jax.jit, static_argnames=("program",))
+def _keys(key_data: jax.Array, ids: jax.Array, numbers: jax.Array, *, program: Program) -> jax.Array:
+    """uint32 [G K, W]: the key of each row that `ids` [G] and `numbers` [G, K] (row ids and samples) name."""
     key = jax.random.wrap_key_data(key_data, impl=program.implementation)
-    keys = decode.row_keys(key, jnp.repeat(ids, samples), numbers.reshape(-1))
-    fresh = decode.Decoder(program, weights, settings).begin(
-        prompts, lengths, keys, samples=samples, new=new, slots=prompts.shape[1], plain=False
-    )
-    return decode.constrain(decode.place(rows, fresh, targets.reshape(-1)))
-
-
-@partial(jax.jit, static_argnames=("program",), donate_argnums=0)
-def _run(
-    rows: decode.Rows,
-    weights: Weights,
-    ended: jax.Array,
-    steps: jax.Array,
-    wanted: jax.Array,
-    settings: decode.Settings,
-    *,
-    program: Program,
-) -> tuple[decode.Rows, _View]:
-    """At most `steps` tokens a row, until `wanted` rows are done; `ended` bool [B] were ended by the host."""
-    decoder = decode.Decoder(program, weights, settings)
-
-    def more(loop: tuple[jax.Array, decode.Rows]) -> jax.Array:
-        step, rows = loop
-        return (step < steps) & (jnp.sum(rows.done) < wanted)
-
-    def body(loop: tuple[jax.Array, decode.Rows]) -> tuple[jax.Array, decode.Rows]:
-        step, rows = loop
-        return step + 1, decoder.advance(rows)
-
-    rows = decode.constrain(rows._replace(done=rows.done | ended))
-    _, rows = jax.lax.while_loop(more, body, (jnp.int32(0), rows))
-    view = decode.everywhere(program, _View(rows.count, rows.done, rows.tokens, rows.logps))
-    return decode.constrain(rows), view
+    return decode.row_keys(key, jnp.repeat(ids, numbers.shape[1]), numbers.reshape(-1))
 
 
 def _units(requests: Sequence[Request], width: int) -> list[tuple[int, list[int]]]:
@@ -216,7 +152,7 @@ class _Batch:
         waiting = list(reversed(units))
         with meshes.in_force(self.program.mesh):
             size = {"rows": self.rows, "new": self.new, "slots": self.slots, "key_words": len(self.bits)}
-            state = _empty(self.settings, program=self.program, **size)
+            state = empty(self.settings, program=self.program, plain=False, **size)
         stop = np.zeros(self.rows, bool)
         while waiting or any(owner is not None for owner in self.owner):
             while waiting:
@@ -229,7 +165,7 @@ class _Batch:
             following = waiting[-together:]
             wanted = sum(len(samples) for _, samples in following) if following else self.rows
             with meshes.in_force(self.program.mesh):
-                state, view = _run(
+                state, view = run(
                     state,
                     self.weights,
                     meshes.put_batch(self.program.mesh, stop),
@@ -238,7 +174,7 @@ class _Batch:
                     self.settings,
                     program=self.program,
                 )
-            count, done, tokens, logps = (np.asarray(x) for x in view)
+            count, done, tokens, logps, _ = jax.tree.map(np.asarray, view)
             finished = []
             for i, owner in enumerate(self.owner):
                 if owner is None:
@@ -253,7 +189,7 @@ class _Batch:
             if finished:
                 yield finished
 
-    def _admit(self, state: decode.Rows, units: list[tuple[int, list[int]]], together: int, width: int) -> decode.Rows:
+    def _admit(self, state: State, units: list[tuple[int, list[int]]], together: int, width: int) -> State:
         """Give each sample of the units a free row, and prefill them."""
         size = together + -together % meshes.batch_parts(self.program.mesh)
         longest = max(int(self.lengths[prompt]) for prompt, _ in units)
@@ -269,5 +205,8 @@ class _Batch:
                 self.owner[row] = (prompt, sample)
                 targets[g, k], numbers[g, k] = row, sample
         with meshes.in_force(self.program.mesh):
-            arrays = meshes.put_batch(self.program.mesh, (prompts, lengths, targets, ids, numbers))
-            return _admit(state, self.weights, *arrays, self.bits, self.settings, program=self.program)
+            prompts, lengths, ids, numbers = meshes.put_batch(self.program.mesh, (prompts, lengths, ids, numbers))
+            keys = _keys(self.bits, ids, numbers, program=self.program)
+            where = meshes.put_batch(self.program.mesh, targets.reshape(-1))
+            batch = (prompts, lengths, where, keys, self.settings)
+            return admit(state, self.weights, *batch, program=self.program)

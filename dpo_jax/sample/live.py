@@ -51,10 +51,10 @@ class Tops(NamedTuple):
 
 
 class State(NamedTuple):
-    """What lies on the devices."""
+    """What lies on the devices; without the likeliest tokens where nobody will ask for them."""
 
     rows: decode.Rows
-    tops: Tops
+    tops: Tops | None
 
 
 class View(NamedTuple):
@@ -64,7 +64,8 @@ class View(NamedTuple):
       count: int32 [B]       new tokens so far.
       done:  bool [B]        nothing more will be drawn.
       tokens: int32 [B, N]   the new tokens.
-      logps: float32 [B, N]  their log-probabilities at temperature 1, before all filters.
+      logps: float32 [B, N]  their log-probabilities before all filters: at temperature 1 where rows have those, else at
+             the temperature of the draw.
       tops:  of all rows, where one of them asked for them.
     """
 
@@ -86,11 +87,15 @@ def _tops(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tokens, logps
 
 
-@partial(jax.jit, static_argnames=("program", "rows", "slots", "key_words"))
-def _empty(settings: decode.Settings, *, program: Program, rows: int, slots: int, key_words: int) -> State:
-    empty = decode.empty(program, settings, rows=rows, new=slots, slots=slots, key_words=key_words, plain=True)
-    shape = (rows, slots, min(ALTERNATIVES, program.model.config.vocab_size))
-    return _constrain(State(empty, Tops(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))))
+@partial(jax.jit, static_argnames=("program", "rows", "new", "slots", "key_words", "plain"))
+def empty(
+    settings: decode.Settings, *, program: Program, rows: int, new: int, slots: int, key_words: int, plain: bool
+) -> State:
+    """Rows that nobody uses; `plain`: with log-probabilities at temperature 1, and the likeliest tokens."""
+    made = decode.empty(program, settings, rows=rows, new=new, slots=slots, key_words=key_words, plain=plain)
+    shape = (rows, new, min(ALTERNATIVES, program.model.config.vocab_size))
+    tops = Tops(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)) if plain else None
+    return _constrain(State(made, tops))
 
 
 @partial(jax.jit, static_argnames=("program", "slots"))
@@ -102,6 +107,7 @@ def _grow(state: State, *, program: Program, slots: int) -> State:
 
     rows, tops = state
     assert rows.plain is not None
+    assert tops is not None
     rows = rows._replace(
         tokens=wider(rows.tokens, 1),
         logps=wider(rows.logps, 1),
@@ -112,7 +118,7 @@ def _grow(state: State, *, program: Program, slots: int) -> State:
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnums=0)
-def _admit(
+def admit(
     state: State,
     weights: Weights,
     prompts: jax.Array,
@@ -123,7 +129,7 @@ def _admit(
     *,
     program: Program,
 ) -> State:
-    """Prompts [G, P], all but one of them fillers, into the rows `targets` [G K] (B: nowhere), keys [G K, W]."""
+    """Prompts [G, P], each computed once, into the rows `targets` [G K] (B: nowhere), with the keys [G K, W]."""
     decoder = decode.Decoder(program, weights, settings)
     fresh, logits = decoder.fresh(
         prompts,
@@ -132,45 +138,50 @@ def _admit(
         samples=len(targets) // len(prompts),
         new=state.rows.tokens.shape[1],
         slots=prompts.shape[1],
-        plain=True,
+        plain=state.rows.plain is not None,
     )
-    rows = decode.place(state.rows, decoder.record(fresh, logits), targets)
-    tops = Tops(*(old.at[targets, 0].set(new, mode="drop") for old, new in zip(state.tops, _tops(logits), strict=True)))
+    rows, tops = decode.place(state.rows, decoder.record(fresh, logits), targets), state.tops
+    if tops is not None:
+        tops = Tops(*(old.at[targets, 0].set(new, mode="drop") for old, new in zip(tops, _tops(logits), strict=True)))
     return _constrain(State(rows, tops))
 
 
 @partial(jax.jit, static_argnames=("program", "alternatives"), donate_argnums=0)
-def _run(
+def run(
     state: State,
     weights: Weights,
     ended: jax.Array,
     steps: jax.Array,
+    wanted: jax.Array | None,
     settings: decode.Settings,
     *,
     program: Program,
-    alternatives: bool,
+    alternatives: bool = False,
 ) -> tuple[State, View]:
-    """At most `steps` tokens a row, until a row is done; `ended` bool [B] were ended by the host."""
+    """At most `steps` tokens a row, until `wanted` rows are done, or one more than before where nobody says how many.
+
+    `ended` bool [B] were ended by the host.
+    """
     decoder = decode.Decoder(program, weights, settings)
     state = _constrain(state._replace(rows=state.rows._replace(done=state.rows.done | ended)))
-    before = jnp.sum(state.rows.done)
+    until = jnp.minimum(jnp.sum(state.rows.done) + 1, len(state.rows.done)) if wanted is None else wanted
 
     def more(loop: tuple[jax.Array, State]) -> jax.Array:
         step, state = loop
-        done = jnp.sum(state.rows.done)
-        return (step < steps) & (done == before) & (done < len(state.rows.done))
+        return (step < steps) & (jnp.sum(state.rows.done) < until)
 
     def body(loop: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         step, (rows, tops) = loop
         rows, logits = decoder.following(rows)
-        if alternatives:
+        if alternatives and tops is not None:
             at, column = jnp.arange(len(rows.count)), jnp.where(rows.done, rows.tokens.shape[1], rows.count)
             tops = Tops(*(x.at[at, column].set(new, mode="drop") for x, new in zip(tops, _tops(logits), strict=True)))
         return step + 1, State(decoder.record(rows, logits), tops)
 
     _, state = jax.lax.while_loop(more, body, (jnp.int32(0), state))
     rows, tops = state
-    view = View(rows.count, rows.done, rows.tokens, rows.plain, tops if alternatives else None)
+    logps = rows.logps if rows.plain is None else rows.plain
+    view = View(rows.count, rows.done, rows.tokens, logps, tops if alternatives else None)
     return _constrain(state), decode.everywhere(program, view)
 
 
@@ -252,7 +263,7 @@ class Live:
         keys[: len(samples)] = np.asarray(own)
         with meshes.in_force(self.mesh):
             arrays = meshes.put_batch(self.mesh, (prompts, lengths, where, keys, self._arrays([settings] * everyone)))
-            self._state = _admit(self._state, self._weights, *arrays, program=self._program)
+            self._state = admit(self._state, self._weights, *arrays, program=self._program)
         for row in targets:
             self._settings[row], self._ended[row] = settings, False
         return targets
@@ -263,11 +274,12 @@ class Live:
         alternatives = any(s is not None and s.alternatives for s in self._settings)
         with meshes.in_force(self.mesh):
             ended, settings = meshes.put_batch(self.mesh, (self._ended, self._arrays(self._settings)))
-            self._state, view = _run(
+            self._state, view = run(
                 self._state,
                 self._weights,
                 ended,
                 np.int32(steps),
+                None,
                 settings,
                 program=self._program,
                 alternatives=alternatives,
@@ -282,8 +294,8 @@ class Live:
         slots = min(slots, decode.bucket(self.longest))
         with meshes.in_force(self.mesh):
             if self._state is None:
-                empty = self._arrays(self._settings)
-                self._state = _empty(empty, program=self._program, rows=self.size, slots=slots, key_words=self._words)
+                size = {"rows": self.size, "new": slots, "slots": slots, "key_words": self._words, "plain": True}
+                self._state = empty(self._arrays(self._settings), program=self._program, **size)
             elif slots > self._slots:
                 self._state = _grow(self._state, program=self._program, slots=slots)
         self._slots = slots

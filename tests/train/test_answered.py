@@ -55,16 +55,16 @@ def test_pieces_change_no_text(answered: Any) -> None:
 def test_a_long_response_holds_up_none(answered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that four rows take for all responses, against pieces that wait for their longest."""
     taken = []
-    run = continuous._run
+    run = continuous.run
 
-    def counted(rows: Any, *args: Any, **options: Any) -> Any:
-        before = np.array(rows.count)
-        rows, view = run(rows, *args, **options)
+    def counted(state: Any, *args: Any, **options: Any) -> Any:
+        before = np.array(state.rows.count)
+        state, view = run(state, *args, **options)
         taken.append(int(np.max(np.asarray(view.count) - before)))
-        return rows, view
+        return state, view
 
     lengths = answered(ROWS, np.arange(ROWS))[1].sum(axis=1)
     waiting = int(lengths.reshape(-1, 4).max(axis=1).sum())
-    monkeypatch.setattr(continuous, "_run", counted)
+    monkeypatch.setattr(continuous, "run", counted)
     answered(4, np.arange(ROWS))
     assert sum(taken) < 0.8 * waiting
