@@ -44,7 +44,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
-from dpo_jax.config.ppo import SamplerCorrection
+from dpo_jax.config.training.ppo import SamplerCorrection
 
 _LARGEST = 30.0
 """A log-ratio up to which e^x is taken as it is: there products of two, and sums of squares, are finite."""
