@@ -55,12 +55,11 @@ def policy_logps(
     finite (the row is named), or the cache cannot be written.
     """
     config = DPOConfig() if config is None else config
-    key = cache_key(dataset, model, variables, config)
-    path = cache_folder() / "reference" / f"{key}.npz"
-    known = _load(path, key, (len(dataset), dataset.responses_per_prompt))
+    path = cache_folder() / "reference" / f"{cache_key(dataset, model, variables, config)}.npz"
+    known = _load(path, (len(dataset), dataset.responses_per_prompt))
     if np.isnan(known[batches.rows]).any():
         compute = partial(_compute(model, config, mesh), variables)
-        known = _fill(dataset, known, compute, path, key, mesh=mesh, batches=batches, label=label)
+        known = _fill(dataset, known, compute, path, mesh=mesh, batches=batches, label=label)
     elif distributed.is_main():
         say(f"{label}: {len(batches.rows):,} rows from the cache ({path})")
     return known
@@ -82,14 +81,14 @@ def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _load(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
+def _load(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """float32 [N, K] from the cache of process 0, NaN where nothing is known yet."""
     known = np.full(shape, np.nan, np.float32)
     if distributed.is_main() and path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
                 logps, stored_key = file["logps"], str(file["key"])
-            if logps.shape != shape or logps.dtype != np.float32 or stored_key != key:
+            if logps.shape != shape or logps.dtype != np.float32 or stored_key != path.stem:
                 raise ValueError(f"it holds {logps.dtype} {logps.shape} of {stored_key}")
             known = logps
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -97,11 +96,11 @@ def _load(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
     return np.asarray(distributed.from_main(known))
 
 
-def _save(path: Path, key: str, logps: np.ndarray) -> None:
+def _save(path: Path, logps: np.ndarray) -> None:
     if not distributed.is_main():
         return
     buffer = io.BytesIO()
-    np.savez(buffer, logps=logps, key=np.asarray(key))
+    np.savez(buffer, logps=logps, key=np.asarray(path.stem))
     try:
         write_atomically(path, buffer.getvalue())
     except InputError as error:
@@ -123,7 +122,6 @@ def _fill(
     known: np.ndarray,
     compute: Callable[[Any], jax.Array],
     path: Path,
-    key: str,
     *,
     mesh: Mesh,
     batches: IndexedBatches,
@@ -148,7 +146,7 @@ def _fill(
             known[indices[real]] = sums[real]
             bar.update(done())
             if time.monotonic() - saved_at > SAVE_SECONDS:
-                _save(path, key, known)
+                _save(path, known)
                 saved_at = time.monotonic()
-    _save(path, key, known)
+    _save(path, known)
     return known

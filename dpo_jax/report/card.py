@@ -143,12 +143,7 @@ def _last_part(place: str) -> str:
 
 
 def command_line(word: str, given: Mapping[str, Any]) -> str:
-    """The command that was typed, with the options that differ from their defaults.
-
-    Args:
-      word: of the command.
-      given: the options as given, nested, as JSON has them (`RunFolder.given`).
-    """
+    """The command that was typed, with the options that differ from their defaults; `given`: see `RunFolder.given`."""
     words = ["dpo-jax", *word.split()]
     usual = dict(_defaults(COMMANDS[word].options))
     for name, value in flatten(given).items():

@@ -128,10 +128,7 @@ def _bars(points: Sequence[Row], name: str) -> list[list[float]]:
 
 
 def write(out: Path, summary: Mapping[str, Any], runs: Mapping[Path, Path]) -> None:
-    """Write `frontier.png` and `report.html`.
-
-    runs: run folder -> the texts of its last checkpoint.
-    """
+    """Write `frontier.png` and `report.html`. `runs`: run folder -> the texts of its last checkpoint."""
     with rc_context(html.LOOK):
         figure = draw(summary)
         html.write_figure(out / "frontier.png", figure)

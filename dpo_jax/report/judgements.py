@@ -7,8 +7,9 @@ same model, all else a tie; win rate = wins / n, adjusted win rate = (wins + tie
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from dpo_jax.data.sources.files import read_rows
@@ -204,11 +205,14 @@ def summary(kind: Kind, rows: Sequence[Judgement], models: Sequence[str] = ()) -
     return made if models else dict(sorted(made.items(), key=lambda item: (-item[1][best], item[0])))
 
 
-def _groups(rows: Iterable[Judgement], by: Literal["turn", "category"]) -> dict[str, list[Judgement]]:
+def _by(
+    rows: Iterable[Judgement], by: Literal["turn", "category"], figure: Callable[[list[Judgement]], Any]
+) -> dict[str, Any]:
+    """The figure of each turn, or of each category."""
     groups: dict[str, list[Judgement]] = {}
     for row in rows:
         groups.setdefault(str(getattr(row, by)), []).append(row)
-    return {name: groups[name] for name in (sorted(groups) if by == "turn" else groups)}
+    return {name: figure(groups[name]) for name in (sorted(groups) if by == "turn" else groups)}
 
 
 def _mean(rows: Sequence[Judgement]) -> float:
@@ -217,20 +221,13 @@ def _mean(rows: Sequence[Judgement]) -> float:
 
 def _single(rows: Sequence[Judgement], model: str) -> dict[str, Any]:
     own = [row for row in rows if row.models == (model,)]
-    turns, categories = _groups(own, "turn"), _groups(own, "category")
     return {
         "mean": _mean(own),
         "n": len(own),
-        "turns": {name: _mean(some) for name, some in turns.items()},
-        "categories": {name: _mean(some) for name, some in categories.items()},
-        "turn_categories": {
-            turn: {name: _mean(some) for name, some in _groups(of_turn, "category").items()}
-            for turn, of_turn in turns.items()
-        },
-        "counts": {
-            "turns": {name: len(some) for name, some in turns.items()},
-            "categories": {name: len(some) for name, some in categories.items()},
-        },
+        "turns": _by(own, "turn", _mean),
+        "categories": _by(own, "category", _mean),
+        "turn_categories": _by(own, "turn", lambda of_turn: _by(of_turn, "category", _mean)),
+        "counts": {"turns": _by(own, "turn", len), "categories": _by(own, "category", len)},
     }
 
 
@@ -247,7 +244,7 @@ def swap_consistency(rows: Sequence[Judgement]) -> float:
     return sum(len(set(row.winners)) == 1 for row in rows) / len(rows)
 
 
-def _tally(rows: Sequence[Judgement], model: str) -> dict[str, float]:
+def _tally(model: str, rows: Sequence[Judgement]) -> dict[str, float]:
     said = [outcome(row, model) for row in rows]
     wins, losses, ties, n = said.count("win"), said.count("loss"), said.count("tie"), len(said)
     return {
@@ -263,9 +260,5 @@ def _tally(rows: Sequence[Judgement], model: str) -> dict[str, float]:
 
 
 def _pair(rows: Sequence[Judgement], model: str) -> dict[str, Any]:
-    own = [row for row in rows if model in row.models]
-    return {
-        **_tally(own, model),
-        "turns": {name: _tally(some, model) for name, some in _groups(own, "turn").items()},
-        "categories": {name: _tally(some, model) for name, some in _groups(own, "category").items()},
-    }
+    own, tally = [row for row in rows if model in row.models], partial(_tally, model)
+    return {**tally(own), "turns": _by(own, "turn", tally), "categories": _by(own, "category", tally)}

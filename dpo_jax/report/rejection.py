@@ -195,16 +195,10 @@ def write(
     texts: Sequence[Sequence[Row]],
     options: Mapping[str, Any],
 ) -> None:
-    """`report.html`, the curves as PNG files in `figures/`, and the figures as TensorBoard events.
+    """`report.html`, the curves as PNG files in `figures/`, and the figures as TensorBoard events, into a run folder.
 
-    Args:
-      out: the run folder.
-      summary: a few sentences.
-      rows: of metrics.jsonl.
-      found: the `curves` of each iteration.
-      pool: the last one.
-      texts: the held-out responses before the first and after the last iteration; empty where there are none.
-      options: of the run.
+    `rows`: of metrics.jsonl; `found`: the `curves` of each iteration; `pool`: the last one; `texts`: the held-out
+    responses before the first and after the last iteration, if there are any.
     """
     _write_events(out / "tensorboard", rows)
     rewards = [reward_plot(each, t) for t, each in enumerate(found, 1)]

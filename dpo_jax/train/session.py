@@ -240,20 +240,13 @@ class Training(Generic[Config]):
         """Go on from the newest checkpoint, or begin, and train to the end.
 
         Args:
-          state: at step 0; donated.
-          step: a jitted step (`mesh.ShardedStep`).
-          loader: of the whole run, at its beginning.
+          state, loader: of the whole run, at its beginning; the state is donated.
+          step, evaluate, prepare, sample: see `loop.fit`.
           identity: what a checkpoint must have been made from for it to be gone on with: name -> fingerprint.
-          evaluate: figures of a state on held-out data.
           evaluate_first: also before the first step.
           flops_of: model FLOPs of the step on a batch (`train/flops.py`).
-          prepare, sample: see `loop.fit`.
 
-        Returns:
-          The last state.
-
-        Raises:
-          Stopped: a signal asked to stop; all is saved, and said.
+        Returns the last state. Raises `Stopped` where a signal asked to stop; all is saved, and said.
         """
         config, self.identity, total = self.config, dict(identity), self.config.train.steps
         assert total is not None, "resolve() comes first"

@@ -30,16 +30,9 @@ def best_step(rows: Sequence[Row], metric: str, kept: Sequence[int]) -> int:
 def best_state(
     state: TrainState, step: int, checkpoints: Checkpoints, rows: Sequence[Row], metric: str, say: Callable[[str], None]
 ) -> tuple[TrainState, int]:
-    """The state of the best evaluation, and its step.
+    """The state of the evaluation with the best `metric` in the log's `rows`, those of process 0; and its step.
 
-    Args:
-      state: the last one, of `step`; freed where another is better.
-      checkpoints: of the run.
-      rows: of its log; those of process 0 count.
-      metric: that of `--checkpoint.best`.
-      say: where it is told.
-
-    Raises `InputError` where the checkpoint cannot be read.
+    `state`: the last one, of `step`; freed where another is better. Raises `InputError` where that cannot be read.
     """
     best = int(from_main(np.asarray(best_step(rows, metric, checkpoints.steps()))))
     if best == step:

@@ -7,16 +7,14 @@ list), "Rationale" is then about those and "Rationale For Rating" about the rati
 of the ratings, N/A left out. What had no reading is null there, and counted.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from dpo_jax.complete.asking.answers import without_reasoning
 from dpo_jax.data.rows.binarise import mean_of_aspects
 from dpo_jax.errors import InputError
-from dpo_jax.judge.asked.judge_prompts import JudgePrompt, read_prompts
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt, read_ours, read_prompts
 
 CRITIQUE = "critique"
 _TYPED = ("truthfulness", "helpfulness")
@@ -48,10 +46,7 @@ def feedback_prompts(
 
 
 def _ours(name: str, language: str) -> JudgePrompt:
-    def read(file: str) -> Any:
-        return json.loads(resources.files("dpo_jax.judge.asked").joinpath("prompts", file).read_text(encoding="utf-8"))
-
-    whole, like = read("aspects.json"), read(f"{language}.json")
+    whole, like = read_ours("aspects.json"), read_ours(f"{language}.json")
     own, version = whole[language], f"ours ({language}, aspects version {whole['version']})"
     told: dict[str, Any] = {"published": False, "roles": tuple(like["roles"].items()), "text": like["text"]}
     if name == CRITIQUE:

@@ -70,10 +70,14 @@ class JudgePrompt:
         return (*system, {"role": "user", "content": text})
 
 
+def read_ours(file: str) -> Any:
+    """What a JSON file of this project's prompts holds."""
+    return json.loads(resources.files("dpo_jax.judge.asked").joinpath("prompts", file).read_text(encoding="utf-8"))
+
+
 def our_prompt(ask: Ask, language: str, high: float | None = None) -> JudgePrompt:
     """This project's prompt for `ask`; `high`: another end of its scale."""
-    text = resources.files("dpo_jax.judge.asked").joinpath("prompts", f"{language}.json").read_text(encoding="utf-8")
-    found = json.loads(text)
+    found = read_ours(f"{language}.json")
     one, roles = found[ask], tuple(found["roles"].items())
     return JudgePrompt(
         f"ours ({language}, version {found['version']})",

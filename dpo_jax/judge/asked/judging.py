@@ -148,10 +148,8 @@ def judge(
 ) -> list[Judgement]:
     """What `asker` says of each of `items`.
 
-    Args:
-      seed: of the order of lists, and of second questions.
-      criteria: of a checklist.
-      done: is told how many questions are answered.
+    `seed`: of the order of lists, and of second questions; `criteria`: of a checklist; `done` is told how many
+    questions are answered.
 
     Raises `InputError` for a row that the prompt does not fit, and what `asker` raises.
     """

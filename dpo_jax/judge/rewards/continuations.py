@@ -146,13 +146,6 @@ def make_pairs(rows: Sequence[Row], column: str = "score") -> list[Row]:
             continue
         best, worst = (choose(samples, key=lambda row: row[column]) for choose in (max, min))
         if best[column] > worst[column]:
-            pairs.append(
-                {
-                    "prompt": prompt,
-                    "chosen": best["response"],
-                    "rejected": worst["response"],
-                    "score_chosen": best[column],
-                    "score_rejected": worst[column],
-                }
-            )
+            row = {"prompt": prompt, "chosen": best["response"], "rejected": worst["response"]}
+            pairs.append(row | {"score_chosen": best[column], "score_rejected": worst[column]})
     return pairs

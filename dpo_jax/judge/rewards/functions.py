@@ -140,12 +140,7 @@ class ModelReward:
 def open_reward(judge: str, config: JudgedRun, *, mesh: Mesh, batch_size: int) -> RewardFunction:
     """The function that `judge` (`--reward` or `--safety_reward`) names; see the module.
 
-    Args:
-      judge: the option's value.
-      config: gives time-outs, dtypes, and whether texts are raw.
-      mesh, batch_size: where and how a reward model computes.
-
-    Raises `InputError` for what cannot be opened.
+    `mesh`, `batch_size`: where and how a reward model computes. Raises `InputError` for what cannot be opened.
     """
     function = check_reward(judge, config)
     if function is not None:
@@ -223,12 +218,7 @@ def scores_of(
 ) -> np.ndarray:
     """The scores of responses to prompts, float32 [N], the same in every process.
 
-    Args:
-      function: the judge.
-      prompts, responses: N of each.
-      rows: int [N], rows of the prompts in their file, for the message.
-      name: of the judge, for the message.
-      finite: refuse scores that are not finite; else they are given back.
+    `rows`: int [N], of the prompts in their file; `name`: of the judge; `finite`: refuse scores that are not.
 
     Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
     """

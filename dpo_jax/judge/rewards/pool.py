@@ -78,11 +78,7 @@ def bests(
 ) -> tuple[list[Row | None], list[str]]:
     """The best response to each prompt, in their order, None where every response is blank; and what to tell.
 
-    Args:
-      data: P prompts.
-      samples, scores: the files of the iteration.
-      iteration: its number.
-      reward: what the options call the judge.
+    `samples`, `scores`: the files of the iteration; `reward`: what the options call the judge.
 
     Raises `InputError` where no response to a prompt has a finite score, or no prompt's responses differ in score.
     """
