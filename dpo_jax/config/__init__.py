@@ -5,6 +5,7 @@ they were not given, and `__post_init__` refuses them where they do not apply. W
 says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property.
 """
 
+from dpo_jax.config.bases import is_url as is_url
 from dpo_jax.config.command_line.shipped import derive as derive
 from dpo_jax.config.commands.guide import (
     CompletionRun as CompletionRun,
@@ -108,7 +109,6 @@ from dpo_jax.config.training.run import (
     JudgedRun as JudgedRun,
     SampledRun as SampledRun,
     TrainingRun as TrainingRun,
-    is_url as is_url,
 )
 from dpo_jax.config.training.sft import (
     Proposal as Proposal,

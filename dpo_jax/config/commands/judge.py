@@ -4,11 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dpo_jax.config.bases import WritesTexts
+from dpo_jax.config.bases import AsksRewards, WritesTexts
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.options import Count, NotNegative, Options, Positive, Within, not_given, part, require, require_day
 from dpo_jax.config.sections import FilesConfig, SampleConfig
-from dpo_jax.config.training.run import takes_timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,28 @@ class EndpointConfig(Options, prefix="endpoint."):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeRun(WritesTexts, metaclass=RunOptions):
+class AsksOne(WritesTexts):
+    """A command that asks an endpoint, or a model of this machine."""
+
+    model: str | None = None
+    """One of this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
+    template: str | None = not_given(needs="model")
+    """Chat template of --model. Not given: its tokenizer's own."""
+    date: str | None = not_given(needs="model")
+    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
+    batch_size: Count = 8
+    """Questions at once, of a model on this machine."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a model on this machine."""
+    endpoint: EndpointConfig = part(EndpointConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_day(self.date, "--date")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeRun(AsksOne, AsksRewards, metaclass=RunOptions):
     """Judge responses, row by row: `dpo-jax judge`.
 
     --data holds a prompt and one response or several: pairs, lists, the layouts of docs/data.md. The judge is one of
@@ -93,28 +113,12 @@ class JudgeRun(WritesTexts, metaclass=RunOptions):
     """Also compare the verdicts with those of the data (choices, ranks, scores, votes): OUT.agreement.json."""
     function: str | None = None
     """A judge without a prompt: whatever --reward of `dpo-jax ppo` takes but judge:FILE.yaml."""
-    reward_timeout: float | None = not_given(60.0, needs="function")
-    """Seconds to wait where --function is a URL (60), or for one call of your own code (600), or of a command
-    of run: for one response (10)."""
-    reward_memory: int | None = not_given(1024)
-    """MiB that a command of run: may take for one response."""
-    model: str | None = None
-    """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
-    template: str | None = None
-    """Chat template of --model. Not given: its tokenizer's own."""
-    date: str | None = None
-    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
-    batch_size: Count = 8
-    """Questions at once, of --model or of a reward model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of --model or of a reward model."""
     cache: str | None = None
     """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
     seed: int = 0
     """Of the order of lists, and of questions that are asked again."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: a bad row stops the command. skip: leave them out, counted by reason."""
-    endpoint: EndpointConfig = part(EndpointConfig)
     sample: SampleConfig = part(SampleConfig, without=("beams", "length_penalty"), max_new_tokens=512, temperature=0.0)
 
     def __post_init__(self) -> None:
@@ -141,24 +145,14 @@ class JudgeRun(WritesTexts, metaclass=RunOptions):
             for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):
                 require(getattr(self, name) is None, f"--{name} has no effect with --{silent}, which asks nothing")
         self._refuse_of_models()
-        if self.function is not None:
-            require(
-                not self.function.startswith("judge:"), "--function judge:FILE.yaml: give the file's options instead"
-            )
-            require(
-                self.reward_timeout is None or takes_timeout(self.function),
-                "--reward_timeout has no effect: no URL or function of yours",
-            )
-        runs = self.function is not None and self.function.startswith("run:")
-        require(self.reward_memory is None or runs, "--reward_memory has no effect: no run:COMMAND")
+        nested = self.function is not None and self.function.startswith("judge:")
+        require(not nested, "--function judge:FILE.yaml: give the file's options instead")
+        self.check_limits(self.function)
         scaled = ask in ("rating", "expected", "list")
         require(self.scale is None or scaled, f"--scale has no effect with --ask {ask}")
         require(ask != "expected" or (self.scale or 5) <= 9, "--ask expected reads one token: --scale is at most 9")
         require(ask == "checklist" or not self.criteria, f"--criteria has no effect with --ask {ask}")
         require(ask != "checklist" or self.criteria, "--ask checklist needs --criteria: a text for each criterion")
-        for name in ("template", "date"):
-            require(getattr(self, name) is None or self.model, f"--{name} has no effect without --model")
-        require_day(self.date, "--date")
 
     def _refuse_of_models(self) -> None:
         """What only a model of this machine takes, with another judge."""

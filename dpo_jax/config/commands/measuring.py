@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dpo_jax.config.bases import RunsModels, WritesTexts
+from dpo_jax.config.bases import AsksRewards, RunsModels, WritesTexts
 from dpo_jax.config.commands.rows import RowsRun
 from dpo_jax.config.options import Count, Finite, Options, Positive, Seed, Within, not_given, part, require
 from dpo_jax.config.sections import AttentionKernel, SampleConfig
@@ -72,7 +72,7 @@ class ScoreRun(ForwardRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetyRun(WritesTexts):
+class SafetyRun(WritesTexts, AsksRewards):
     """What a model refuses, and whether it should: `dpo-jax safety`.
 
     Refusals by class and category, safe and unsafe prompts apart; with --safety_reward the share of violations, and
@@ -95,11 +95,6 @@ class SafetyRun(WritesTexts):
     """Of --safety_reward."""
     reward: str | None = None
     """A judge of helpfulness, likewise; its mean stands beside."""
-    reward_timeout: Positive | None = not_given(60.0)
-    """Seconds to wait for an answer of a judge that is a URL (60), for a call of your own code (600), or for a command
-    of run: on one response (10)."""
-    reward_memory: Count | None = not_given(1024)
-    """MiB that a command of run: may take for one response."""
     out: str | None = None
     """JSON file for the figures."""
     rows: str | None = None
@@ -116,8 +111,7 @@ class SafetyRun(WritesTexts):
     def __post_init__(self) -> None:
         super().__post_init__()
         require((self.safety_reward is None) == (self.threshold is None), "--safety_reward and --threshold go together")
-        runs = any(name is not None and name.startswith("run:") for name in (self.safety_reward, self.reward))
-        require(self.reward_memory is None or runs, "--reward_memory has no effect: no judge is run:COMMAND")
+        self.check_limits(self.safety_reward, self.reward)
 
 
 @dataclass(frozen=True)

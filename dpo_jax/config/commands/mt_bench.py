@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.bases import WritesTexts
-from dpo_jax.config.commands.judge import EndpointConfig
+from dpo_jax.config.commands.judge import AsksOne, EndpointConfig
 from dpo_jax.config.options import Count, Seed, not_given, part, require, require_day
 from dpo_jax.config.sections import SampleConfig
 
@@ -46,7 +46,7 @@ class MTBenchAnswerRun(WritesTexts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTBenchJudgeRun(WritesTexts):
+class MTBenchJudgeRun(AsksOne):
     """Judgements of answers in FastChat's files, as `mt-bench show` reads them: `dpo-jax mt-bench judge`.
 
     The judge is --endpoint.url or --model, at temperature 0.
@@ -70,16 +70,6 @@ class MTBenchJudgeRun(WritesTexts):
     """FastChat's judge_prompts.jsonl, read as it is. Not given: ours, whose figures compare with no published ones."""
     language: Literal["en", "zh"] | None = not_given("en")
     """Of our prompts."""
-    model: str | None = None
-    """A model that judges on this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
-    template: str | None = not_given(needs="model")
-    """Chat template of --model. Not given: its tokenizer's own."""
-    date: str | None = not_given(needs="model")
-    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
-    batch_size: Count = 8
-    """Questions at once, of --model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of --model."""
     cache: str | None = None
     """Folder of replies, by a hash of all that decides them. Not given: OUT.replies."""
     endpoint: EndpointConfig = part(EndpointConfig, without=("temperature", "top_p"))

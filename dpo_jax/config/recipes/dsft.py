@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dpo_jax.config.bases import WritesTexts
-from dpo_jax.config.commands.judge import EndpointConfig
-from dpo_jax.config.options import Count, Options, RecipeSeed, UpToOne, Within, not_given, part, require, require_day
+from dpo_jax.config.commands.judge import AsksOne
+from dpo_jax.config.options import Count, Options, RecipeSeed, UpToOne, Within, part, require
 from dpo_jax.config.sections import SampleConfig
 
 
@@ -57,7 +56,7 @@ class DialogueFilterConfig(Options, prefix="--filter."):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DSFTRun(WritesTexts):
+class DSFTRun(AsksOne):
     """Dialogues for distilled SFT (Tunstall et al. 2023, section 3), written by a teacher: `dpo-jax recipe dsft`.
 
     Seed prompts -> answers -> refined instructions -> their answers -> dialogues -> filters. The teacher is an endpoint
@@ -68,27 +67,15 @@ class DSFTRun(WritesTexts):
     """Seed prompts: rows with `prompt` or another layout of `dpo-jax generate`; each a single user's message."""
     out: str
     """Folder of all stages; data.jsonl in it is what `dpo-jax sft` learns from. The same command goes on."""
-    model: str | None = None
-    """A teacher of this machine: a Hugging Face folder, a hub id, a .gguf file, a run of ours, or smollm2."""
-    template: str | None = not_given(needs="model")
-    """Chat template of --model. Not given: its tokenizer's own."""
-    date: str | None = not_given(needs="model")
-    """Day (YYYY-MM-DD) that the chat template of --model writes where it writes today's."""
-    batch_size: Count = 8
-    """Answers of --model at once."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of --model."""
     seed: RecipeSeed = 0
     """Of all that the teacher draws."""
     write: SelfInstructConfig = part(SelfInstructConfig)
     filter: DialogueFilterConfig = part(DialogueFilterConfig)
-    endpoint: EndpointConfig = part(EndpointConfig)
     sample: SampleConfig = part(SampleConfig, without=("beams", "length_penalty"), max_new_tokens=512)
     """How --model draws."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_day(self.date, "--date")
         require(
             self.model is None or self.endpoint.url is None, "give one teacher: --endpoint.url URL or --model MODEL"
         )

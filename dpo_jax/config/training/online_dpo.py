@@ -46,7 +46,7 @@ class OnlineConfig(Options, prefix="--online."):
     """Who writes one of the two responses beside the policy: the policy itself (online DPO), the reference policy
     (XPO), or the two mixed token by token (Nash-MD)."""
     mixture: Share | None = not_given(0.125, opponent=("mixture",))
-    """Weight of the reference in the mixture's logits: near 0 the policy, near 1 the reference. Not given: 0.125."""
+    """Weight of the reference in the mixture's logits: near 0 the policy, near 1 the reference."""
     exploration: Positive | None = not_given(opponent=("reference",))
     """XPO's alpha: adds this times the log-probability of the reference's response to the loss, whether that response
     won or lost (TRL's XPOConfig: 1e-5). Not given: no such term."""

@@ -43,7 +43,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
     """gae: with a value model. Without one, the return less: none (nothing), leave_one_out (the mean of the other
     responses to the prompt), group_mean (of all of them), batch_mean, greedy (the score of the greedy response). rloo:
     leave_one_out, and grpo: group_mean with --ppo.scale group and --ppo.kl_placement loss, as before there were
-    presets. Not given: gae."""
+    presets."""
     scale: Literal["none", "group", "batch"] | None = not_given("none", advantage=_CRITIC_FREE)
     """Divide by the standard deviation: of the returns of the prompt's responses, or of the rollout. Not given: none;
     group for grpo."""
@@ -57,7 +57,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
     """clipped: PPO's. cispo: log-probabilities weighted by the clipped ratio, which has no gradient. reinforce:
     log-probabilities, without a ratio."""
     clip: Share | None = not_given(0.2, surrogate=_WITH_RATIO)
-    """Clip range of the ratio between new and old policy, on both sides. Not given: 0.2."""
+    """Clip range of the ratio between new and old policy, on both sides."""
     clip_low: UpToOne | None = not_given(surrogate=_WITH_RATIO)
     """Below 1, the ratio is clipped at 1 less this (1: never). Not given: as --ppo.clip."""
     clip_high: Positive | None = not_given(surrogate=_WITH_RATIO)
@@ -69,11 +69,11 @@ class PPOLossConfig(Options, prefix="--ppo."):
     of means over all tokens of their responses (DAPO). sum: over responses, of sums. constant: the same, over
     --sample.max_new_tokens (Dr. GRPO)."""
     epochs: Count | None = not_given(4)
-    """Passes over each rollout (Llama 2: 1). Not given: 1 for grpo, else 4."""
+    """Passes over each rollout (Llama 2: 1); 1 for grpo."""
     minibatches: Count = 1
     """Optimizer updates a pass: the rollout is split into this many mini-batches."""
     kl_coefficient: NotNegative | None = not_given(0.05)
-    """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above). Not given: 0.05."""
+    """Price of a nat of KL(policy, reference) (Llama 2: 0.01 at 7B and 13B, 0.005 above)."""
     kl_placement: Literal["reward", "loss"] | None = not_given("reward")
     """reward: taken off the rewards. loss: a term of the loss. Not given: loss for grpo, else reward."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_corrected"] | None = not_given()
@@ -88,9 +88,9 @@ class PPOLossConfig(Options, prefix="--ppo."):
     sampler_correction: SamplerCorrection | None = not_given("none")
     """Where the sampler's probabilities are not the trainer's, as with --sample.weights int8: a token's loss times the
     ratio of the two, of the token or of the whole response, truncated at --ppo.sampler_cap (TIS) or 0 above it (MIS).
-    TRL: vllm_importance_sampling_mode. Not given: none."""
+    TRL: vllm_importance_sampling_mode."""
     sampler_cap: Positive | None = not_given(3.0, sampler_correction=_CORRECTIONS)
-    """The largest such ratio (TRL: vllm_importance_sampling_clip_max). Not given: 3."""
+    """The largest such ratio (TRL: vllm_importance_sampling_clip_max)."""
     stop_kl: Positive | None = None
     """Leave out the rest of a rollout's updates once a mini-batch is farther than this from the old policy (nats a
     token)."""
@@ -122,7 +122,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
     """Groups whose scores are all equal: keep; leave_out of the loss and its average; resample: answer their prompts
     again first (DAPO's dynamic sampling)."""
     resample_rounds: Count | None = not_given(2, zero_variance=("resample",))
-    """How often groups without variance are sampled again; those left then are left out. Not given: 2."""
+    """How often groups without variance are sampled again; those left then are left out."""
     overlong: Literal["score", "mask", "ramp"] | None = not_given("score")
     """Responses that were cut: score, as the others. mask: learn nothing from them. ramp: take up to 1 off the score of
     a response as its length goes through the last --ppo.overlong_buffer tokens (DAPO, Eq. 13)."""

@@ -32,14 +32,14 @@ class PPORun(SampledRun, JudgedRun):
     """In place of --reward, FILE.py:NAME, a class of your own that answers the model turn by turn and rewards it
     (docs/environments.md). --reward_timeout holds for one call of it."""
     environment_turns: Count | None = not_given(8, needs="environment")
-    """The most turns of the model in an episode. Not given: 8."""
+    """The most turns of the model in an episode."""
     environment_tokens: Count | None = not_given(needs="environment")
     """The most tokens of an episode behind its first messages, the environment's among them; a turn is begun where
     --sample.max_new_tokens of them are left. Not given: --sample.max_new_tokens x --environment_turns, but at most half
     of --data.max_length."""
     environment_errors: Literal["stop", "end"] | None = not_given("stop", needs="environment")
     """Where the environment raises an exception or gives what is no answer: stop the run, or end that episode with the
-    rewards that it had, counted in environment/errors (a first message always stops the run). Not given: stop."""
+    rewards that it had, counted in environment/errors (a first message always stops the run)."""
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] | None = not_given("sum_then_normalize")
     """Of several --reward: the weighted sum is compared within a prompt's responses, or each is standardised over them
     and the results are summed (GDPO, arXiv 2601.05242)."""
@@ -131,6 +131,11 @@ class PPORun(SampledRun, JudgedRun):
             return self.environment_tokens
         turn = self.sample.max_new_tokens
         return max(turn, min(turn * self.resolved("environment_turns"), self.data.max_length // 2))
+
+    @property
+    def limited(self) -> tuple[str | None, ...]:
+        """The judges that --reward_timeout and --reward_memory hold for; an environment is code of the user's."""
+        return (*super().limited, self.environment)
 
     @property
     def judges_are_given(self) -> bool:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.bases import AsksRewards, ReadsModels
 from dpo_jax.config.names import RunOptions
-from dpo_jax.config.options import Count, Finite, Options, Positive, Share, not_given, part, require
+from dpo_jax.config.options import Finite, Options, Share, part, require
 from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -132,7 +132,7 @@ class SampledRun(TrainingRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedRun(TrainingRun):
+class JudgedRun(TrainingRun, AsksRewards):
     """A run on prompts, whose responses are judged."""
 
     eval_data: str | None = None
@@ -148,11 +148,6 @@ class JudgedRun(TrainingRun):
     """What each of several --reward is multiplied with, in their order. Not given: 1 each."""
     safety_reward: str | None = None
     """A second judge, for safety: combined with --reward as Llama 2 did, by the column `safety` of the prompts."""
-    reward_timeout: Positive | None = not_given(60.0)
-    """Seconds to wait for an answer of a URL (60), or for one call of your own code (600), or of a command
-    of run: for one response (10)."""
-    reward_memory: Count | None = not_given(1024)
-    """MiB that a command of run: may take for one response."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,15 +164,12 @@ class JudgedRun(TrainingRun):
             self.safety_reward is None or not several,
             "--safety_reward is combined with one --reward as Llama 2 did, not with several",
         )
-        judges = [name for name in (*self.rewards, self.safety_reward) if name is not None]
-        require(
-            self.reward_timeout is None or any(map(takes_timeout, judges)) or (self.judges_are_given and not judges),
-            "--reward_timeout has no effect: no reward is a URL, a function of yours, math: or run:",
-        )
-        require(
-            self.reward_memory is None or any(name.startswith("run:") for name in judges),
-            "--reward_memory has no effect: no --reward or --safety_reward is run:COMMAND",
-        )
+        self.check_limits(*self.limited)
+
+    @property
+    def limited(self) -> tuple[str | None, ...]:
+        """The judges that --reward_timeout and --reward_memory hold for."""
+        return (*self.rewards, self.safety_reward)
 
     @property
     def judges_are_given(self) -> bool:
@@ -193,13 +185,3 @@ class JudgedRun(TrainingRun):
     def told_reward(self) -> str:
         """For one line: all of them."""
         return " + ".join(self.rewards)
-
-
-def takes_timeout(judge: str | None) -> bool:
-    """Whether a reward may keep one waiting: a URL, a function or a command of the user, or mathematics."""
-    return judge is not None and (is_url(judge) or ".py:" in judge or judge.startswith(("run:", "math:")))
-
-
-def is_url(judge: str | None) -> bool:
-    """Whether a reward is asked for over HTTP."""
-    return judge is not None and judge.startswith(("http://", "https://"))
