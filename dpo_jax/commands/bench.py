@@ -26,7 +26,7 @@ from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.plan import programs, worker
 from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.measured import made, measured, sampled, topology_here
-from dpo_jax.plan.programs_ppo import sampler_calls
+from dpo_jax.plan.programs_sampled import sampler_calls
 from dpo_jax.plan.shapes import parameters
 from dpo_jax.sample import with_layout
 from dpo_jax.train.row_data import preference_loader

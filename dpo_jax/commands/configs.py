@@ -4,10 +4,10 @@ import ast
 from pathlib import Path
 
 from dpo_jax.config import ConfigsRun, derive
+from dpo_jax.config.command_line.config_text import config_text
 from dpo_jax.config.command_line.shipped import find, shipped
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically
-from dpo_jax.plan.config_text import config_text
 
 
 def configs(run: ConfigsRun) -> None:

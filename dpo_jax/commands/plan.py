@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from dpo_jax.config import BenchRun, PlanRun, RewardRun, SFTRun, TrainingRun
+from dpo_jax.config.command_line.config_text import config_text
 from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.errors import DoesNotFit, InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.plan import compiling
-from dpo_jax.plan.config_text import config_text
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.jobs import Job
 from dpo_jax.plan.outcome import Outcome, Planned, as_result

@@ -180,7 +180,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse numbers that an option does not take, and what was given and has no effect beside the others."""
-        prefix, fields = self._prefix, self._fields()
+        prefix, fields = self._prefix, self.fields()
         for name, interval in _intervals(type(self)):
             given, owner = getattr(self, name), next(c for c in type(self).__mro__ if name in _own(c))
             for number in given if isinstance(given, tuple) else () if given is None else (given,):
@@ -203,7 +203,8 @@ class Options:
                 require(not idle, f"{prefix}{name}.{inner} has no effect here: leave it out")
 
     @classmethod
-    def _fields(cls) -> dict[str, dataclasses.Field[Any]]:
+    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Of the class, by name."""
         return vars(cls)["__dataclass_fields__"]
 
     def given(self, name: str) -> bool:
@@ -213,11 +214,11 @@ class Options:
     @classmethod
     def usual(cls, name: str) -> Any:
         """An option or a section where nothing is given."""
-        field = cls._fields()[name]
+        field = cls.fields()[name]
         made = field.default_factory
         return field.default if made is dataclasses.MISSING else made()
 
     def resolved(self, name: str) -> Any:
         """Option `name`, or what stands for it where it was not given."""
         given = getattr(self, name)
-        return self._fields()[name].metadata.get("value") if given is None else given
+        return self.fields()[name].metadata.get("value") if given is None else given

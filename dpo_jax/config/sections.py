@@ -288,7 +288,7 @@ class CheckpointConfig(Options, prefix="--checkpoint."):
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Options, prefix="--mesh."):
     """How devices are arranged; see `dpo_jax/mesh.py`."""
 
     data: int = 1

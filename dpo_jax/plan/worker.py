@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.config import DistillRun, DPORun, OnlineDPORun, PPORun, RewardRun, SFTRun
 from dpo_jax.errors import InputError
-from dpo_jax.plan import programs, programs_ppo, programs_sampled
+from dpo_jax.plan import programs, programs_sampled
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.hlo import read_traffic
 from dpo_jax.plan.jobs import Job
@@ -75,7 +75,7 @@ def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     run = programs.with_schedule(job.run)
     memory = Topology.parse(job.topology).hardware.memory if job.topology else None
     if isinstance(run, PPORun):
-        return programs_ppo.build(run, job.shape, mesh, lengths, job.program, memory)
+        return programs_sampled.build_ppo(run, job.shape, mesh, lengths, job.program, memory)
     if isinstance(run, OnlineDPORun):
         return programs_sampled.build_online(run, job.shape, mesh, lengths, job.program, memory)
     if isinstance(run, DistillRun):

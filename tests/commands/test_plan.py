@@ -28,13 +28,14 @@ from dpo_jax.config import (
     SampleConfig,
     TrainConfig,
 )
+from dpo_jax.config.command_line.config_text import config_text
 from dpo_jax.config.command_line.shipped import load
+from dpo_jax.errors import InputError
 from dpo_jax.files.folder import as_json
 from dpo_jax.mesh import make_mesh, sharding
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.plan import compiling, hlo, jobs, programs, programs_ppo, programs_sampled, worker
-from dpo_jax.plan.config_text import config_text
+from dpo_jax.plan import compiling, hlo, jobs, programs, programs_sampled, worker
 from dpo_jax.plan.estimate import assumptions, estimate
 from dpo_jax.plan.hardware import HARDWARE, Topology
 from dpo_jax.plan.jobs import Job
@@ -217,7 +218,7 @@ def test_topologies(text: str, devices: int) -> None:
     ],
 )
 def test_what_is_no_topology(text: str, expected: str) -> None:
-    with pytest.raises(config.checks.InputError, match=expected.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(InputError, match=expected.replace("(", r"\(").replace(")", r"\)")):
         Topology.parse(text)
 
 
@@ -315,13 +316,15 @@ def test_episodes_are_planned_whole() -> None:
     lengths, mesh = programs.lengths_of(run, None, None), make_mesh(devices=jax.devices()[:1])
     assert lengths == programs.Lengths(run.longest_prompt, 64)
     shape = dataclasses.replace(SHAPES["smollm2_135m"], num_layers=1)
-    step, measure, sampler = (programs_ppo.build(run, shape, mesh, lengths, name) for name in programs.names(run))
+    step, measure, sampler = (
+        programs_sampled.build_ppo(run, shape, mesh, lengths, name) for name in programs.names(run)
+    )
     for program in (step, measure):
         assert program.arguments[-1].responses.shape == program.arguments[-1].own.shape == (8, 64)
-    assert programs_ppo.sampler_calls(run, lengths) == (programs.Lengths(lengths.prompt + 48, 16), 1, 4)
+    assert programs_sampled.sampler_calls(run, lengths) == (programs.Lengths(lengths.prompt + 48, 16), 1, 4)
     assert (sampler.repeats, sampler.trips) == (4, 15)
     plain = dataclasses.replace(run, environment=None, environment_turns=None, reward="vader")
-    assert programs_ppo.sampler_calls(plain, lengths) == (lengths, 4, 1)
+    assert programs_sampled.sampler_calls(plain, lengths) == (lengths, 4, 1)
 
 
 SMALL = dataclasses.replace(
@@ -360,7 +363,7 @@ def test_online_dpo_is_planned_whole(opponent: str) -> None:
     for name in ("train step", "measure"):  # (on CPUs the sampler copies weights, and is not compiled ahead)
         assert "func" in made[name].lower().as_text()
     mixed = dataclasses.replace(run, online=OnlineConfig(opponent="mixture"))
-    with pytest.raises(config.checks.InputError, match="mixture cannot be planned"):
+    with pytest.raises(InputError, match="mixture cannot be planned"):
         programs_sampled.build_online(mixed, SMALL, mesh, lengths, "generate", None)
 
 
@@ -454,7 +457,7 @@ def test_candidates_divide_and_have_room() -> None:
     assert found[len(first) :] == sorted(found[len(first) :], key=lambda one: one.bytes)
     assert {one.remat for one in first[:6]} <= {"dots", "full"}
     assert "none" in {one.remat for one in found[-3:]}
-    with pytest.raises(config.checks.InputError, match="has room for the state"):
+    with pytest.raises(InputError, match="has room for the state"):
         Frontier(candidates(run, SHAPES["llama2_70b"], Topology.parse("v5e:4x4"), lengths))
 
 

@@ -1,9 +1,8 @@
 """Options as the text of a CONFIG.py that gives them back."""
 
-import dataclasses
 from typing import Any
 
-from dpo_jax.config import ON_COMMAND_LINE
+from dpo_jax.config.options import ON_COMMAND_LINE, Options
 
 
 def config_text(options: Any, docstring: str) -> str:
@@ -18,20 +17,14 @@ def _expression(value: Any, names: set[str], indent: str) -> str:
     if value == ON_COMMAND_LINE and isinstance(value, str):
         names.add("ON_COMMAND_LINE")
         return "ON_COMMAND_LINE"
-    if not dataclasses.is_dataclass(value):
+    if not isinstance(value, Options):
         return repr(value)
     names.add(type(value).__name__)
     inner = indent + "    "
     given = [
-        f"{inner}{field.name}={_expression(getattr(value, field.name), names, inner)},\n"
-        for field in dataclasses.fields(value)
-        if field.init and not _is_default(field, getattr(value, field.name))
+        f"{inner}{name}={_expression(getattr(value, name), names, inner)},\n"
+        for name in value.fields()
+        if value.given(name)
     ]
     inside = "".join(["\n", *given, indent]) if given else ""
     return f"{type(value).__name__}({inside})"
-
-
-def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
-    if field.default is not dataclasses.MISSING:
-        return value == field.default
-    return field.default_factory is not dataclasses.MISSING and value == field.default_factory()
