@@ -23,7 +23,7 @@ from dpo_jax.config.command_line.words import BENCH, COMMANDS, GROUPS, ONLINE, P
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.options import left_out
 from dpo_jax.config.values import built, negated
-from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk
+from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk, naming
 
 PROGRAM = "dpo-jax"
 OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
@@ -299,10 +299,8 @@ def _load(path: str) -> Any:
     known = [name for name, command in COMMANDS.items() if command.recipe]
     if word not in known:
         raise InputError(f"{path}: `command: {word}` is none that takes a CONFIG; those are {', '.join(known)}")
-    try:
+    with naming(path):
         return _parse(word, words, open_ended=True)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _parse_about(word: str, args: list[str]) -> Any:

@@ -90,12 +90,9 @@ def training_run(run: DemoRun, size: Size) -> DPORun:
     )
 
 
-def demo(run: DemoRun) -> Path:
-    """The `demo` command; returns its folder. See the module for the stages."""
-    return _demo(run, FAST if run.fast else FULL)
-
-
-def _demo(run: DemoRun, size: Size) -> Path:
+def demo(run: DemoRun, size: Size | None = None) -> Path:
+    """The `demo` command; returns its folder. See the module for the stages. `size`: another than --fast says."""
+    size = size or (FAST if run.fast else FULL)
     out = Path(run.out)
     stages = Stages(RunFolder(out, "demo", as_json(run)))
     if stages.status == "finished":

@@ -42,8 +42,12 @@ def lm_eval(run: LmEvalRun) -> dict[str, Any]:
             log_samples=run.rows is not None,
         )
     rows, _ = found.pop("samples", {}), found.pop("git_hash", None)
-    for path, content in zip(outputs, _contents(run, found, rows), strict=True):
-        write_atomically(path, content)
+    if run.out is not None:
+        write_atomically(outputs[0], json.dumps(found, indent=2, default=str) + "\n")
+    if run.rows is not None:
+        lines = ({"task": task, **row} for task in rows for row in rows[task])
+        text = "".join(json.dumps(line, default=str, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(outputs[-1], text)
     table = import_module("lm_eval.utils").make_table
     print(table(found))
     if found.get("groups"):
@@ -78,12 +82,3 @@ def _check_template(run: LmEvalRun, tokenizer: Any) -> None:
     except TemplateError as problem:
         advice = "--system_instruction" if system else "--apply_chat_template"
         raise InputError(f"{run.model}: its chat template refuses this: {problem}; leave {advice} out") from problem
-
-
-def _contents(run: LmEvalRun, found: dict[str, Any], rows: dict[str, list[Any]]) -> list[str]:
-    """Of the files that are asked for."""
-    results = [json.dumps(found, indent=2, default=str) + "\n"] if run.out is not None else []
-    if run.rows is None:
-        return results
-    lines = [json.dumps({"task": task, **row}, default=str, ensure_ascii=False) for task in rows for row in rows[task]]
-    return [*results, "".join(f"{line}\n" for line in lines)]

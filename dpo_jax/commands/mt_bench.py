@@ -39,18 +39,12 @@ def show(run: MTBenchShowRun) -> dict[str, Any]:
     else:
         report.show(result)
     if run.out is not None:
-        folder = make_folder(run.out)
+        folder = Path(run.out).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{run.out}: is a file; --out names a folder")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "summary.json", text + "\n")
         report.write_plots(folder, result)
         say(f"{folder}: radar.png, bars.png, summary.json")
     return result
-
-
-def make_folder(out: str) -> Path:
-    """The folder `out`, made where it is not there. Raises `InputError`."""
-    path = Path(out).expanduser()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{out}: is a file; --out names a folder")
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path

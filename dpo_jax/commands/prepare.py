@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dpo_jax.config import PrepareRun
 from dpo_jax.config.commands.rows import split_shares
@@ -34,6 +32,7 @@ from dpo_jax.data.sources.store_writer import (
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import writing
 from dpo_jax.files.log import say
+from dpo_jax.report import html, terminal
 from dpo_jax.weights.integrity.folder import new_folder
 
 CHUNK = 1024
@@ -59,9 +58,10 @@ def prepare(run: PrepareRun) -> None:
         report["rows_per_second"] = round(report["rows_read"] / report["seconds"], 1)
         tables = _tables(report)
         write_report(data, report, _markdown(report, tables))
-    console = Console(highlight=False)
-    for table in tables:
-        console.print(_shown(table))
+    for title, (head, *rows) in tables:
+        table = terminal.table(title, html.Table(tuple(head), rows), left=1)
+        table.title_justify = "left"
+        terminal.show(table)
     say(
         f"{run.to}: {report['rows_written']} of {report['rows_read']} rows in {report['seconds']:.1f} s "
         f"({report['rows_per_second']:.0f} rows/s); read it with --data tfds:{run.to}"
@@ -295,16 +295,6 @@ def _tables(report: dict[str, Any]) -> list[Cells]:
     lengths = [[name, *(f"{of[head]:.0f}" for head in heads)] for name, of in report["lengths"].items()]
     tables.append(("Lengths", [["", *heads], *lengths]))
     return tables
-
-
-def _shown(cells: Cells) -> Table:
-    title, (head, *rows) = cells
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _markdown(report: dict[str, Any], tables: list[Cells]) -> str:

@@ -23,7 +23,7 @@ from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
@@ -274,10 +274,8 @@ def try_out(environment: Environment, encoder: ConversationEncoder, longest: int
     Raises `InputError` where one has no beginning, or where the template cannot go on behind an answer.
     """
     _begun(environment, encoder, longest, data.prompts[:_TRIED], [int(row) for row in data.row_numbers[:_TRIED]])
-    try:
+    with naming(f"{OPTION} needs turns"):
         encoder.following_ids((Message("user", "go on"),))
-    except BadRow as problem:
-        raise InputError(f"{OPTION} needs turns: {problem}") from problem
 
 
 def _begun(

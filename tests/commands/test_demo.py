@@ -83,7 +83,7 @@ def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo.Vader, "__call__", lambda self, text: len(set(text)) / 40 - 0.3)
     folder = str(tiny.folder(tmp_path / "model"))
     first = DemoRun(out=str(tmp_path / "first"), model=folder)
-    demo._demo(first, SIZE)
+    demo.demo(first, SIZE)
     shown = capsys.readouterr()
     assert "mean sentiment" in shown.out
     assert "95 % interval" in " ".join(shown.out.split())
@@ -106,7 +106,7 @@ def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
         (second / name).write_bytes((out / name).read_bytes())
     marker = json.loads((out / "run.json").read_text()) | {"finished": False}
     (second / "run.json").write_text(json.dumps(marker))
-    demo._demo(DemoRun(out=str(second), model=folder), SIZE)
+    demo.demo(DemoRun(out=str(second), model=folder), SIZE)
     for name in ("pairs.jsonl", "after.jsonl"):
         assert (second / name).read_bytes() == (out / name).read_bytes()
     a, b = (json.loads((o / "summary.json").read_text()) for o in (out, second))
@@ -114,7 +114,7 @@ def test_the_whole_demo_resumes_and_repeats(tmp_path, capsys, monkeypatch):
     assert a == b
 
     capsys.readouterr()
-    demo._demo(first, SIZE)
+    demo.demo(first, SIZE)
     again = capsys.readouterr()
     assert "is finished" in again.err
     assert "mean sentiment" in again.out
