@@ -62,11 +62,7 @@ def train(config: OnlineDPORun) -> Path:
     model, variables = training.load_model()
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else variables
-    identity = {
-        "the starting model": fingerprint(starting),
-        "the prompts": data.fingerprint,
-        "the reward": reward,
-    }
+    identity = {"the starting model": fingerprint(starting), "the prompts": data.fingerprint, "the reward": reward}
     fresh, dtype = bool(config.lora.rank), jnp.dtype(config.train.kept_dtype)
     reference = reference_of(variables, fresh_adapters=fresh, dtype=dtype)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)

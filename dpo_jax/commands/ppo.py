@@ -73,11 +73,7 @@ def train(config: PPORun) -> Path:
     model, variables = training.load_model()
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else ppo.policy_of(variables)
-    identity = {
-        "the starting model": fingerprint(starting),
-        "the prompts": data.fingerprint,
-        "the reward": reward,
-    }
+    identity = {"the starting model": fingerprint(starting), "the prompts": data.fingerprint, "the reward": reward}
     dtype = jnp.dtype(config.train.kept_dtype)
     reference = reference_of(variables, fresh_adapters=bool(config.lora.rank), dtype=dtype)
     value = None

@@ -117,14 +117,7 @@ def close_after(file: Any, path: Path, error: BaseException | None) -> None:
 class RunFolder:
     """One run folder of one command. `open` decides what may happen in it, before anything expensive."""
 
-    def __init__(
-        self,
-        path: Path,
-        command: str,
-        config: Mapping[str, Any],
-        *,
-        writes: bool = True,
-    ):
+    def __init__(self, path: Path, command: str, config: Mapping[str, Any], *, writes: bool = True):
         """Args:
         path, command: the folder, and what runs in it.
         config: the options as given (JSON-able, nested).

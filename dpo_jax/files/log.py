@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -97,9 +96,7 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._plain and not self._transient and self._printed != self._done:
             self._line()
         self._bar.stop()
@@ -201,9 +198,7 @@ class MetricLog:
         self.bar.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.bar.__exit__(kind, error, trace)
         if self._also is not None:
             self._also.close(error is not None or self.stopped)

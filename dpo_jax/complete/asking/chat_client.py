@@ -192,11 +192,7 @@ class _Asking:
     """The questions of one call, in flight."""
 
     def __init__(
-        self,
-        client: ChatClient,
-        missing: Mapping[str, Question],
-        found: dict[str, Reply],
-        done: Callable[[int], None],
+        self, client: ChatClient, missing: Mapping[str, Question], found: dict[str, Reply], done: Callable[[int], None]
     ):
         self._client, self._config, self._found, self._done = client, client._config, found, done
         self._left, self._total = list(missing.items())[::-1], len(missing) + len(found)

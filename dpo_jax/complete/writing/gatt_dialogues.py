@@ -159,14 +159,7 @@ def check_template(encoder: ConversationEncoder) -> None:
 
 
 def write_dialogues(
-    writer: Writer,
-    path: Path,
-    label: str,
-    outlines: Sequence[Outline],
-    *,
-    seed: int,
-    purpose: str,
-    where: gatt.Where,
+    writer: Writer, path: Path, label: str, outlines: Sequence[Outline], *, seed: int, purpose: str, where: gatt.Where
 ) -> list[Row]:
     """The answers of all dialogues, judged, one row each, kept in `path`; or read them where they are there.
 
