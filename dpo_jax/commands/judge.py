@@ -1,10 +1,8 @@
 """`dpo-jax judge`: what a judge says of the responses of a file, one JSON object a row; and whether people agree."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,27 @@ from rich.table import Table
 from dpo_jax.complete.asking.answers import Asker, open_asker, weights_of
 from dpo_jax.complete.asking.chat_client import ChatClient
 from dpo_jax.complete.asking.local_model import LocalModel
-from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.sets.comparison_sets import parse_responses
-from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
+from dpo_jax.data.sets.prompts import other_columns, same_columns
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
-from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.files.log import say
 from dpo_jax.judge.asked import sheet
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 from dpo_jax.judge.asked.judge_reward import prompt_of
-from dpo_jax.judge.asked.judging import Item, Judgement, contestants, family, judge as put, one_score, side_of
+from dpo_jax.judge.asked.judging import Item, Judgement, contestants, judge as put, one_score, warn_of_family
 from dpo_jax.judge.figures.agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.figures.reward_bench import by_subset
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward, scores_of, try_out
+from dpo_jax.judge.rewards.file_of_judgements import by_function, deciding, prompt_of_item, write_judgements
+from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward, try_out
 from dpo_jax.mesh import make_mesh
 
 log = logging.getLogger(__name__)
-_AT_ONCE = 256  # rows between two writes of the file
 
 
 class _Rows:
@@ -97,19 +94,18 @@ def judge(run: JudgeRun) -> Path:
         if function is None:
             function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
         numbers = np.asarray([item.number for item in rows.items])
-        try_out(function, list(map(_prompt, rows.items)), numbers, run.function, needed=True)
+        try_out(function, list(map(prompt_of_item, rows.items)), numbers, run.function, needed=True)
     settings = deciding(run, prompt, rows.items, function=function, weights=weights_of(asker))
-    with RowsFile(out, settings) as file, ProgressBar("judged", len(rows.items)) as bar:
-        while len(file.rows) < len(rows.items):
-            start = len(file.rows)
-            some = rows.items[start : start + _AT_ONCE]
-            if prompt is not None and asker is not None:
-                found = put(some, prompt, asker, seed=run.seed, criteria=run.criteria)
-            else:
-                assert function is not None
-                found = by_function(some, function, str(run.function))
-            file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
-            bar.update(len(file.rows))
+
+    def judged(some: Sequence[Item]) -> list[Judgement]:
+        if function is not None:
+            return by_function(some, function, str(run.function))
+        assert prompt is not None
+        assert asker is not None
+        return put(some, prompt, asker, seed=run.seed, criteria=run.criteria)
+
+    with RowsFile(out, settings) as file:
+        write_judgements(file, rows.items, judged, "judged")
         done = file.finish()
     _summary(out, done, prompt, asker)
     if run.agreement:
@@ -140,71 +136,6 @@ def _by_people(run: JudgeRun, out: Path, rows: _Rows) -> Path:
     if run.agreement:
         _agreement(run, out, done, rows, None)
     return out
-
-
-def deciding(
-    judge: JudgeRun,
-    prompt: JudgePrompt | None,
-    items: Sequence[Item],
-    *,
-    function: RewardFunction | None,
-    weights: str | None,
-) -> dict[str, Any]:
-    """All that decides what `judge` says of `items`: the settings of the file of its judgements.
-
-    `function`: where it is one; `weights`: fingerprint of a model of this machine.
-    """
-    endpoint = judge.endpoint
-    return {
-        "prompt": None if prompt is None else prompt.version,
-        "judge": function.identity if function is not None else [endpoint.url, endpoint.model, judge.model],
-        "weights": None if weights is None else [weights, judge.dtype, judge.template, judge.date],
-        "sample": asdict(judge.sample),
-        "endpoint": [endpoint.temperature, endpoint.top_p, endpoint.max_tokens],
-        "criteria": judge.criteria,
-        "seed": judge.seed,
-        "data": key_of(
-            {"items": [[i.number, [m.as_dict() for m in i.messages], i.responses, i.reference] for i in items]}
-        ),
-        "columns": None if function is None else _key_of_columns(items),
-    }
-
-
-def warn_of_family(judge_name: str, models: set[str]) -> None:
-    """Say so where a judge is of the family of models that it judges."""
-    own = sorted(name for name in models if family(name) == family(judge_name))
-    if own:
-        log.warning(
-            "the judge %s is of the family of %s, which it judges: judges favour their own (Zheng et al. 2023)",
-            judge_name,
-            ", ".join(own[:4]),
-        )
-
-
-def _key_of_columns(items: Sequence[Item]) -> str:
-    """Of what a function may read beside prompts and responses."""
-    return key_of({"columns": json.dumps([dict(item.columns) for item in items], default=str)})
-
-
-def _prompt(item: Item) -> Prompt:
-    """As reward functions are given it."""
-    return Prompt(item.messages, item.messages[0].content if len(item.messages) == 1 else None, item.columns)
-
-
-def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
-    """A function's scores, as judgements."""
-    prompts, texts, numbers = [], [], []
-    for item in items:
-        for response in item.responses:
-            prompts.append(_prompt(item))
-            texts.append(response)
-            numbers.append(item.number)
-    scores = iter(scores_of(function, prompts, texts, np.asarray(numbers), name).tolist())
-    found = []
-    for item in items:
-        own = tuple(next(scores) for _ in item.responses)
-        found.append(Judgement(own, side_of(own), None, 0, ()))
-    return found
 
 
 def _summary(out: Path, done: Sequence[Row], prompt: JudgePrompt | None, asker: Asker | None) -> None:

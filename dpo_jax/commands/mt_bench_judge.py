@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from dpo_jax.commands.judge import warn_of_family
 from dpo_jax.complete.asking.answers import open_asker
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
@@ -11,6 +10,7 @@ from dpo_jax.data.sources.questions import check_complete, read_answers, read_qu
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import RowsFile
 from dpo_jax.files.log import ProgressBar, say
+from dpo_jax.judge.asked.judging import warn_of_family
 from dpo_jax.judge.asked.mt_bench import Prompts, matches, requests, rows
 from dpo_jax.judge.loading import check_output
 from dpo_jax.mesh import make_mesh

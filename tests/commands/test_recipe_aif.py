@@ -17,6 +17,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.judge.asked import feedback
 from dpo_jax.judge.asked.judging import Item, Judgement, Reply, read
+from dpo_jax.judge.rewards import file_of_judgements
 
 GRADES = {"good": 5, "fair": 4, "poor": 2, "bad": 1}
 
@@ -147,7 +148,7 @@ def test_a_judge_that_was_changed_begins_its_file_anew(tmp_path: Path, monkeypat
             raise InputError("killed")
         return [Judgement((said, said), "tie", None, 0, ()) for _ in items]
 
-    monkeypatch.setattr(aif, "_AT_ONCE", 1)
+    monkeypatch.setattr(file_of_judgements, "AT_ONCE", 1)
     monkeypatch.setattr(aif, "put", put)
     head = "ask: rating\nendpoint: {url: 'http://127.0.0.1:9/v1', model: "
     edits = ["m}", "m, temperature: 0.5}", "m}\nseed: 1", "m}\nscale: 5", "n}"]

@@ -19,7 +19,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dpo_jax.commands.judge import by_function, deciding, warn_of_family
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete.asking import writer_pool as pool
@@ -31,19 +30,18 @@ from dpo_jax.data.rows.preferences import parse_prompt
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_atomically, write_json
-from dpo_jax.files.jsonl import RowsFile, read_lines, write_lines, write_once
+from dpo_jax.files.jsonl import read_lines, write_lines, write_once
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.asked import feedback
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt
 from dpo_jax.judge.asked.judge_reward import PREFIX, prompt_of, read_judge, without_dashes
-from dpo_jax.judge.asked.judging import Item, Judgement, judge as put, one_score
+from dpo_jax.judge.asked.judging import Item, Judgement, judge as put, one_score, warn_of_family
+from dpo_jax.judge.rewards.file_of_judgements import by_function, deciding, write_judgements
 from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward
 from dpo_jax.mesh import make_mesh
 from dpo_jax.report import feedback as feedback_report
 from dpo_jax.weights.opened import open_checkpoint
-
-_AT_ONCE = 256  # rows between two writes of a judged file
 
 
 def recipe(run: AIFRun) -> Path:
@@ -287,16 +285,9 @@ class AIF:
             weights = None if self._asker is None else self._asker.weights
             return deciding(judge, prompt, items, function=function, weights=weights)
 
-        def work(file: RowsFile) -> None:
-            with ProgressBar(name, len(items), done=len(file.rows)) as bar:
-                while len(file.rows) < len(items):
-                    some = items[len(file.rows) : len(file.rows) + _AT_ONCE]
-                    found = self._judgements(some, prompt)
-                    file.append({"row": item.number, **one.as_row()} for item, one in zip(some, found, strict=True))
-                    bar.update(len(file.rows))
-
         with self._named_judge():
-            rows = write_once(path, settings, work)
+            judged = partial(self._judgements, prompt=prompt)
+            rows = write_once(path, settings, lambda file: write_judgements(file, items, judged, name))
         told = "" if self._asker is None else self._asker.told
         return {"unparsed": sum(row["unparsed"] for row in rows)} | ({"judge": told} if told else {})
 

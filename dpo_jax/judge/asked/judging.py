@@ -12,6 +12,7 @@ A reply without a defined reading (`verdicts.py`), or that was cut or refused, i
 and a key of its own; then it is unparsed, counted and kept. No score is guessed.
 """
 
+import logging
 import math
 import random
 import re
@@ -28,6 +29,8 @@ from dpo_jax.data.rows.messages import Message
 from dpo_jax.errors import InputError
 from dpo_jax.judge.asked import verdicts
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
+
+log = logging.getLogger(__name__)
 
 LEAST_MASS = 0.1
 FIRST_TOKENS = 20
@@ -232,6 +235,17 @@ def family(model: str) -> str:
     """Of a model's name: the letters that its last part begins with: gpt of openai/gpt-4o, llama of Llama-2-7b."""
     match = re.match(r"[a-z]+", model.lower().rstrip("/").rpartition("/")[2])
     return match[0] if match else model.lower()
+
+
+def warn_of_family(judge_name: str, models: set[str]) -> None:
+    """Say so where a judge is of the family of models that it judges."""
+    own = sorted(name for name in models if family(name) == family(judge_name))
+    if own:
+        log.warning(
+            "the judge %s is of the family of %s, which it judges: judges favour their own (Zheng et al. 2023)",
+            judge_name,
+            ", ".join(own[:4]),
+        )
 
 
 def contestants(row: Mapping[str, Any]) -> set[str]:

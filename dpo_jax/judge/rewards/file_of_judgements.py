@@ -1,0 +1,80 @@
+"""What a judge says of many rows, as a file that can be gone on with: by a prompt, or by a function of texts."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.complete.asking.reply_cache import key_of
+from dpo_jax.config import JudgeRun
+from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.files.jsonl import RowsFile
+from dpo_jax.files.log import ProgressBar
+from dpo_jax.judge.asked.judge_prompts import JudgePrompt
+from dpo_jax.judge.asked.judging import Item, Judgement, side_of
+from dpo_jax.judge.rewards.functions import RewardFunction, scores_of
+
+AT_ONCE = 256
+"""Rows between two writes of the file."""
+
+
+def deciding(
+    judge: JudgeRun,
+    prompt: JudgePrompt | None,
+    items: Sequence[Item],
+    *,
+    function: RewardFunction | None,
+    weights: str | None,
+) -> dict[str, Any]:
+    """All that decides what `judge` says of `items`: the settings of the file of its judgements.
+
+    `function`: where it is one; `weights`: fingerprint of a model of this machine.
+    """
+    endpoint, beside = judge.endpoint, [dict(item.columns) for item in items]
+    return {
+        "prompt": None if prompt is None else prompt.version,
+        "judge": function.identity if function is not None else [endpoint.url, endpoint.model, judge.model],
+        "weights": None if weights is None else [weights, judge.dtype, judge.template, judge.date],
+        "sample": asdict(judge.sample),
+        "endpoint": [endpoint.temperature, endpoint.top_p, endpoint.max_tokens],
+        "criteria": judge.criteria,
+        "seed": judge.seed,
+        "data": key_of(
+            {"items": [[i.number, [m.as_dict() for m in i.messages], i.responses, i.reference] for i in items]}
+        ),
+        "columns": None if function is None else key_of({"columns": json.dumps(beside, default=str)}),
+    }
+
+
+def write_judgements(
+    file: RowsFile, items: Sequence[Item], judge: Callable[[Sequence[Item]], Sequence[Judgement]], label: str
+) -> None:
+    """Judge the items of which the file has no row yet. `label`: of the progress bar."""
+    with ProgressBar(label, len(items), done=len(file.rows)) as bar:
+        while len(file.rows) < len(items):
+            some = items[len(file.rows) : len(file.rows) + AT_ONCE]
+            file.append({"row": item.number, **one.as_row()} for item, one in zip(some, judge(some), strict=True))
+            bar.update(len(file.rows))
+
+
+def prompt_of_item(item: Item) -> Prompt:
+    """As reward functions are given it, with all that they may read beside."""
+    return Prompt(item.messages, item.messages[0].content if len(item.messages) == 1 else None, item.columns)
+
+
+def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> list[Judgement]:
+    """A function's scores, as judgements."""
+    prompts, texts, numbers = [], [], []
+    for item in items:
+        for response in item.responses:
+            prompts.append(prompt_of_item(item))
+            texts.append(response)
+            numbers.append(item.number)
+    scores = iter(scores_of(function, prompts, texts, np.asarray(numbers), name).tolist())
+    found = []
+    for item in items:
+        own = tuple(next(scores) for _ in item.responses)
+        found.append(Judgement(own, side_of(own), None, 0, ()))
+    return found
