@@ -30,10 +30,7 @@ from dpo_jax.weights.tokenizer import check_vocabulary
 
 
 def train(config: DistillRun) -> Path:
-    """Run the distillation; return the run folder. An unfinished run in `config.out` is resumed exactly.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run the distillation; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     training = Training.begin(config, "distill")
     if training is None:
         return Path(config.out)

@@ -30,10 +30,7 @@ from dpo_jax.weights.pretrained import load_pretrained
 
 
 def train(config: DPORun) -> Path:
-    """Run DPO; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run DPO; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     _check_options(config)
     training = Training.begin(config, "dpo")
     if training is None:

@@ -26,7 +26,7 @@ from dpo_jax.judge.loading import Setting, check_output, load_data
 from dpo_jax.mesh import put_batch, replicated
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
-from dpo_jax.report import text_health as texts
+from dpo_jax.report import html, terminal, text_health as texts
 from dpo_jax.report.statistics import kl_estimates
 from dpo_jax.types import PreferenceBatch
 from dpo_jax.weights.opened import open_checkpoint
@@ -173,15 +173,11 @@ def _health(answers: list[Response]) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     """The result as tables on stdout."""
-    console = Console()
-    table = Table(title=f"{result['model']} on {result['pairs']:,} pairs of {result['data']}")
-    table.add_column("figure")
-    table.add_column("chosen", justify="right")
-    table.add_column("rejected", justify="right")
+    console, head = Console(), ("figure", "chosen", "rejected")
     both = [name.removesuffix("/chosen") for name in result if name.endswith("/chosen")]
-    for name in sorted(both):
-        table.add_row(name, *(f"{result[f'{name}/{side}']:.4f}" for side in ("chosen", "rejected")))
-    console.print(table)
+    cells = [(name, *(f"{result[f'{name}/{side}']:.4f}" for side in head[1:])) for name in sorted(both)]
+    title = f"{result['model']} on {result['pairs']:,} pairs of {result['data']}"
+    console.print(terminal.table(title, html.Table(head, cells), left=1))
 
     single = Table("figure", "value", title="whole pairs and texts")
     sides = {f"{name}/{side}" for name in both for side in ("chosen", "rejected")}

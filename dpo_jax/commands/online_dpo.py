@@ -28,10 +28,7 @@ from dpo_jax.weights.tokenizer import text_ids
 
 
 def train(config: OnlineDPORun) -> Path:
-    """Run online DPO; return the run folder. An unfinished run in `config.out` is resumed exactly.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run online DPO; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     training = Training.begin(config, "dpo --online")
     if training is None:
         return Path(config.out)

@@ -35,10 +35,7 @@ from dpo_jax.weights.tokenizer import text_ids
 
 
 def train(config: PPORun) -> Path:
-    """Run PPO or one of its relatives; return the run folder. An unfinished run in `config.out` is resumed exactly.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run PPO or a relative; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     training = Training.begin(config, "grpo" if isinstance(config, GRPORun) else "ppo")
     if training is None:
         return Path(config.out)

@@ -53,10 +53,7 @@ _SAMPLES, _HELDOUT = 1, 2
 
 
 def train(config: RejectionRun) -> Path:
-    """Run rejection sampling; return the run folder. An unfinished run in `config.out` is gone on with.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run rejection sampling; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     training = Training.begin(config, "rejection")
     if training is None:
         return Path(config.out)

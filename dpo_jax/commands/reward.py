@@ -23,10 +23,7 @@ from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 
 def train(config: RewardRun) -> Path:
-    """Train a reward model; return the run folder. An unfinished run in `config.out` is resumed exactly.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Train a reward model; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     if config.train.frozen_dtype is not None and not config.lora.rank:
         raise InputError("--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
     training = Training.begin(config, "reward")

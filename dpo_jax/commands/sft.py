@@ -15,10 +15,7 @@ from dpo_jax.weights.integrity.fingerprint import fingerprint
 
 
 def train(config: SFTRun) -> Path:
-    """Run SFT; return the run folder. An unfinished run in `config.out` is resumed exactly, a finished one left alone.
-
-    Raises `InputError` for bad input; everything that can be checked before the weights are read is checked before.
-    """
+    """Run SFT; return the run folder. Resumed and refused as every training (`train/session.py`)."""
     training = begin(config)
     if training is None:
         return Path(config.out)

@@ -1,6 +1,7 @@
 """What every training command does around its algorithm: join processes, claim the run folder, resume, fit, export.
 
-A command asks for these in the order of a run:
+A run that is unfinished in `--out` is resumed exactly, a finished one left alone. Everything that can be checked before
+the weights are read is checked before, and raises `InputError`. A command asks for these in the order of a run:
 
     training = Training.begin(config, "dpo")       # None: this run is finished already
     architecture, tokenizer = training.read_model_shape()

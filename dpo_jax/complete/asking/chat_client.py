@@ -68,9 +68,7 @@ class ChatClient:
       uncounted: answers whose tokens the server did not say.
     """
 
-    def __init__(
-        self, config: EndpointConfig, cache: ReplyCache, *, first_wait: float = FIRST_WAIT, option: str = "endpoint.url"
-    ):
+    def __init__(self, config: EndpointConfig, cache: ReplyCache, *, first_wait: float = FIRST_WAIT):
         """Raises `InputError` for a URL that is none."""
         assert config.url is not None
         self._config, self._cache, self._first_wait = config, cache, first_wait
@@ -78,7 +76,7 @@ class ChatClient:
         self._key = os.environ.get(self._variable, "").strip()
         if not self._key.isascii():
             raise InputError(f"{self._variable} holds characters that no key has; set it again")
-        checked_url(config.url, option, self._variable)
+        checked_url(config.url, "endpoint.url", self._variable)
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._name = f"{config.url} ({config.model})"
         self._rng = random.Random(0)
