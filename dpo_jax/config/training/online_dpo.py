@@ -1,29 +1,14 @@
 """Options of `dpo-jax dpo --online`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dpo_jax.config.options import Options, Positive, Several, Share, not_given, part, require
-from dpo_jax.config.training.dpo import DPOConfig, DPOLossConfig
+from dpo_jax.config.training.dpo import DPOConfig, DPOLossConfig, Loss
 from dpo_jax.config.training.run import JudgedRun, SampledRun
 
-ONLINE_LOSSES = (
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "ipo_sum",
-    "sigmoid_norm",
-    "simpo",
-    "orpo",
-    "dpop",
-    "exo_pair",
-    "nca_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-)
+_STORED = ("kto", "apo_zero_unpaired", "bco_pair", "aot", "aot_unpaired", "odpo", "sft")
+ONLINE_LOSSES = tuple(loss for loss in get_args(Loss) if loss not in _STORED)
 """Losses that need nothing but a pair and its log-probabilities."""
 _OFFLINE = (
     "ties",
