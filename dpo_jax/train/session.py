@@ -166,6 +166,10 @@ class Training(Generic[Config]):
             if dataset is not None:
                 check_lengths(dataset, architecture, self.config.data.max_length)
         self.told(data, heldout)
+        rows, batch = len(data), self.config.train.batch_size
+        if rows < batch:
+            told = f"warning: each step takes {batch} rows (--train.batch_size), and there are {rows}: some count several"
+            self.say(f"{told} times in each", "warning")
         loader = self.preference_loader(data)
         self.resolve(loader.total_steps)
         return loader

@@ -520,3 +520,11 @@ def test_several_files_with_weights_and_a_share_held_out(
     assert not (tmp_path / "resumed" / "model").exists()
     run_dpo.train(resumed)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_step_of_more_rows_than_there_are_says_so(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {"train.steps": 1, "train.eval_every": None, "eval_data": None, "train.batch_size": 32}
+    run_dpo.train(options(inputs, tmp_path / "run", **few))
+    assert "each step takes 32 rows (--train.batch_size), and there are 20" in capsys.readouterr().err
