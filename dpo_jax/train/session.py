@@ -168,8 +168,8 @@ class Training(Generic[Config]):
         self.told(data, heldout)
         rows, batch = len(data), self.config.train.batch_size
         if rows < batch:
-            told = f"warning: each step takes {batch} rows (--train.batch_size), and there are {rows}: some count several"
-            self.say(f"{told} times in each", "warning")
+            told = f"each step takes {batch} rows (--train.batch_size), and there are {rows}"
+            self.say(f"warning: {told}: some count several times in each", "warning")
         loader = self.preference_loader(data)
         self.resolve(loader.total_steps)
         return loader

@@ -525,6 +525,5 @@ def test_several_files_with_weights_and_a_share_held_out(
 def test_a_step_of_more_rows_than_there_are_says_so(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = {"train.steps": 1, "train.eval_every": None, "eval_data": None, "train.batch_size": 32}
-    run_dpo.train(options(inputs, tmp_path / "run", **few))
+    run_dpo.train(options(inputs, tmp_path / "run", eval_data=None, train=TrainConfig(steps=1, batch_size=32)))
     assert "each step takes 32 rows (--train.batch_size), and there are 20" in capsys.readouterr().err
