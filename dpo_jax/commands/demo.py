@@ -20,7 +20,7 @@ from typing import Any
 
 from dpo_jax.commands import dpo
 from dpo_jax.complete.writing.openings import review_openings
-from dpo_jax.complete.writing.writer import Writer
+from dpo_jax.complete.writing.writer import raw_writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -32,7 +32,6 @@ from dpo_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, as_json, write_json
@@ -45,7 +44,6 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.report import demo as demo_report
 from dpo_jax.report.statistics import per_prompt
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import load_tokenizer
 
 TEMPERATURE = 0.8
 """Of all samples. At 1 the texts of so small a model lose their thread. KL is measured at the same temperature."""
@@ -138,9 +136,9 @@ class _Demo:
 
     def _write(self, name: str, variables: Any, openings: Sequence[str], samples: int, **told: Any) -> list[Row]:
         """What the model writes with these variables."""
-        size, model, tokenizer = self._size, self._loaded[0], load_tokenizer(self._run.model)
-        encoder, sample = ConversationEncoder(tokenizer, RAW), SampleConfig(size.new_tokens, temperature=TEMPERATURE)
-        writer = Writer(lambda: (model, variables), tokenizer, encoder, sample, size.batch_size, raw=True)
+        size, policy = self._size, (self._loaded[0], variables)
+        sample = SampleConfig(size.new_tokens, temperature=TEMPERATURE)
+        writer = raw_writer(self._run.model, policy, sample, size.batch_size)
         told |= {"judge": OfText("vader", Vader()), "name": "vader", "column": SCORE}
         return write_judged(writer, self._out / f"{name}.jsonl", name, openings, samples, **told)
 

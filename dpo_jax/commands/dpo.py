@@ -62,18 +62,14 @@ def train(config: DPORun) -> Path:
         judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
         if step_config.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
-            label, batches = "reference log-probabilities", planned.every_row()
-            logps = policy_logps(
-                data, judge, judge_variables, config=step_config, mesh=mesh, batches=batches, label=label
-            )
-            data = data.with_reference(logps)
+            label = "reference log-probabilities"
+            told: dict[str, Any] = {"mesh": mesh, "config": step_config, "batches": planned.every_row()}
+            data = data.with_reference(policy_logps(data, judge, judge_variables, label=label, **told))
             if heldout is not None:
-                label, batches = f"{label} of the evaluation data", eval_batches(heldout, **evaluation)
-                whole = dataclasses.replace(step_config, accumulate=1)
-                logps = policy_logps(
-                    heldout, judge, judge_variables, config=whole, mesh=mesh, batches=batches, label=label
-                )
-                heldout = heldout.with_reference(logps)
+                told["batches"] = eval_batches(heldout, **evaluation)
+                told["config"] = dataclasses.replace(step_config, accumulate=1)
+                label += " of the evaluation data"
+                heldout = heldout.with_reference(policy_logps(heldout, judge, judge_variables, label=label, **told))
         elif config.reference is not None or ("adapters" not in variables and config.dpo.reference_sync_steps is None):
             moving = config.dpo.reference_sync_steps is not None
             dtype = jnp.dtype("float32" if moving else config.train.kept_dtype)

@@ -14,6 +14,7 @@ from dpo_jax.data.rows.corrupt import corrupt, edit_distance
 from dpo_jax.data.rows.dialogues import CUT, parse_dialogue
 from dpo_jax.data.rows.layouts import LIST_COLUMNS
 from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.preferences import pair_row
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.comparison_sets import parse_responses
 from dpo_jax.data.sources.checked_rows import CheckedRows
@@ -110,15 +111,7 @@ def _corrupted(run: PairsRun, out: Path) -> Path:
 
 def _texts(prompt: Sequence[Message], chosen: str, rejected: str) -> Row:
     single = len(prompt) == 1 and prompt[0].role == "user"
-    pair: Row = {
-        "prompt": prompt[0].content if single else [message.as_dict() for message in prompt],
-        "chosen": chosen,
-        "rejected": rejected,
-    }
-    if not single:  # a prompt of messages goes with answers of messages
-        for side in ("chosen", "rejected"):
-            pair[side] = [{"role": "assistant", "content": pair[side]}]
-    return pair
+    return pair_row(prompt[0].content if single else [message.as_dict() for message in prompt], chosen, rejected)
 
 
 def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:

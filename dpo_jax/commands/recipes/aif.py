@@ -46,7 +46,7 @@ from dpo_jax.weights.opened import open_checkpoint
 
 def recipe(run: AIFRun) -> Path:
     """The `recipe aif` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    return perform("aif", run, AIF, feedback_report.show, found="report.json")
+    return perform("aif", run, lambda run, out: AIF(run, out).stages(), feedback_report.show, found="report.json")
 
 
 class AIF:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +17,10 @@ from dpo_jax.files.log import show_log
 from dpo_jax.files.stages import Figures, Stage, Stages, last_figures
 
 
-class Recipe(Protocol):
-    """The work of a recipe, whose inputs have been checked."""
-
-    def stages(self) -> list[Stage]:
-        """All of them, in order."""
-        ...
-
-
 def perform(
     name: str,
     run: Any,
-    made: Callable[[Any, Path], Recipe],
+    stages_of: Callable[[Any, Path], list[Stage]],
     show: Callable[[Any, Path], None],
     *,
     found: str = "summary.json",
@@ -39,12 +31,12 @@ def perform(
     Args:
       name: second word of the command.
       run, resolved: its options, and those with everything filled in where that is more.
-      made: the recipe of options and a folder; it checks all that can be checked before the first stage.
+      stages_of: the stages by options and folder; it checks all that can be checked before the first of them.
       show: is given what the file `found` of the last stage holds, and the folder.
     """
     show_log()
     stages = Stages(RunFolder(Path(run.out).absolute(), f"recipe {name}", as_json(run)))
-    stages.perform(made(run, stages.out).stages(), run if resolved is None else resolved)
+    stages.perform(stages_of(run, stages.out), run if resolved is None else resolved)
     stages.finish()
     show(json.loads((stages.out / found).read_text()), stages.out)
     return stages.out

@@ -39,7 +39,7 @@ from dpo_jax.mesh import make_mesh
 
 def recipe(run: DSFTRun) -> Path:
     """The `recipe dsft` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    return perform("dsft", run, DSFT, _show, found="report.json")
+    return perform("dsft", run, lambda run, out: DSFT(run, out).stages(), _show, found="report.json")
 
 
 def _show(report: dict[str, Any], out: Path) -> None:

@@ -27,7 +27,7 @@ from dpo_jax.align.rejection import order_statistic
 from dpo_jax.commands import dpo, ppo, sft
 from dpo_jax.commands.recipes.chain import perform
 from dpo_jax.complete.writing.openings import review_openings
-from dpo_jax.complete.writing.writer import Writer
+from dpo_jax.complete.writing.writer import raw_writer
 from dpo_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -44,7 +44,6 @@ from dpo_jax.config import (
     TrainConfig,
     TrainingRun,
 )
-from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
@@ -59,7 +58,6 @@ from dpo_jax.report import frontier as frontier_report
 from dpo_jax.report.statistics import by_prompt, interval, kl_figures, log_ratios, per_prompt
 from dpo_jax.weights.orbax.params import load_trained
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import load_tokenizer
 
 _PAIRS = 8  # pairs, or chosen texts, in a step
 _PROMPT = 128  # most tokens of an opening
@@ -95,7 +93,9 @@ class Method:
 def recipe(run: FrontierRun) -> Path:
     """The `recipe frontier` command; returns its folder. See the module for the stages. Raises `InputError`."""
     resolved = dataclasses.replace(run, recipe=run.sizes)
-    return perform("frontier", run, Frontier, frontier_report.show, resolved=resolved)
+    return perform(
+        "frontier", run, lambda run, out: Frontier(run, out).stages(), frontier_report.show, resolved=resolved
+    )
 
 
 class Frontier:
@@ -221,37 +221,23 @@ class Frontier:
         return open_reward(self._run.reward, like, mesh=mesh, batch_size=_PAIRS)
 
     def _write(
-        self,
-        path: Path,
-        label: str,
-        policy: tuple[Llama, Any],
-        openings: Sequence[str],
-        samples: int,
-        seed: int,
-        reference: tuple[Llama, Any] | None = None,
+        self, path: Path, label: str, policy: tuple[Llama, Any], openings: Sequence[str], samples: int, **told: Any
     ) -> Figures:
-        """What `policy` writes to openings."""
-        sizes, tokenizer = self._sizes, load_tokenizer(self._run.model)
-        writer = Writer(
-            lambda: policy,
-            tokenizer,
-            ConversationEncoder(tokenizer, RAW),
-            SampleConfig(sizes.new_tokens, temperature=sizes.temperature),
-            batch_size=sizes.batch_size,
-            raw=True,
-        )
-        judge: dict[str, Any] = {"judge": self._judge, "name": self._run.reward}
-        rows = write_judged(writer, path, label, openings, samples, seed=seed, reference=reference, **judge)
+        """What `policy` writes to openings; `told`: seed and reference of `write_judged`."""
+        sample = SampleConfig(self._sizes.new_tokens, temperature=self._sizes.temperature)
+        writer = raw_writer(self._run.model, policy, sample, self._sizes.batch_size)
+        told |= {"judge": self._judge, "name": self._run.reward}
+        rows = write_judged(writer, path, label, openings, samples, **told)
         return {"texts": len(rows), "reward": float(per_prompt(rows).mean())}
 
     def _samples(self) -> Figures:
         path, seed = self._out / "samples.jsonl", self._run.seed
-        return self._write(path, "samples", self._reference, self._seen, self._sizes.samples, seed)
+        return self._write(path, "samples", self._reference, self._seen, self._sizes.samples, seed=seed)
 
     def _reference_texts(self) -> Figures:
         path, seed = self._out / "unseen.jsonl", self._run.seed + 1
         samples = max(self._sizes.best_of, self._sizes.unseen_samples)
-        return self._write(path, "reference", self._reference, self._unseen, samples, seed)
+        return self._write(path, "reference", self._reference, self._unseen, samples, seed=seed)
 
     def _pairs(self) -> Figures:
         rows = read_lines(self._out / "samples.jsonl")
@@ -281,7 +267,7 @@ class Frontier:
         if not path.exists():
             policy = self._checkpoint(self._out / method.key / "checkpoints" / str(step))
             label, samples, seed = f"{_title(method)}, step {step}", self._sizes.unseen_samples, self._run.seed + 1
-            self._write(path, label, policy, self._unseen, samples, seed, self._reference)
+            self._write(path, label, policy, self._unseen, samples, seed=seed, reference=self._reference)
         point = self._measured(method, step)
         return {"reward": point["reward"], "kl": point["kl"]}
 

@@ -23,6 +23,7 @@ from dpo_jax.commands import dpo
 from dpo_jax.commands.recipes.chain import answer, perform, trained
 from dpo_jax.config import IterativeRPORun
 from dpo_jax.data.rows.dialogues import CUT
+from dpo_jax.data.rows.preferences import pair_row
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_json
@@ -39,7 +40,7 @@ COUNTS = ("problems", *report.REASONS, "used", "pairs", "cut")
 
 def recipe(run: IterativeRPORun) -> Path:
     """The `recipe iterative_rpo` command; returns its folder. See the module. Raises `InputError`."""
-    return perform("iterative_rpo", run, IterativeRPO, report.show)
+    return perform("iterative_rpo", run, lambda run, out: IterativeRPO(run, out).stages(), report.show)
 
 
 class IterativeRPO:
@@ -145,7 +146,7 @@ class IterativeRPO:
             if reason == "used":
                 rng = np.random.default_rng([run.seed, t, number])
                 drawn = draw_pairs(winners, losers, run.pairs_per_prompt, rng)
-                pairs += [_pair(number, group[0]["prompt"], chosen, rejected) for chosen, rejected in drawn]
+                pairs += [{"row": number, **pair_row(group[0]["prompt"], *both)} for both in drawn]
         told = {name: counts[name] for name in COUNTS} | {"problems": counts.total(), "pairs": len(pairs)}
         told["cut"] = sum(row["finish_reason"] == CUT for row in rows)
         if not pairs:
@@ -209,11 +210,3 @@ def sides(group: Sequence[Row], marks: Sequence[bool]) -> tuple[str, list[str], 
 
 def _place(row: Row) -> tuple[int, int]:
     return row["row"], row["sample"]
-
-
-def _pair(number: int, prompt: str | list[dict[str, str]], chosen: str, rejected: str) -> Row:
-    if isinstance(prompt, str):
-        return {"row": number, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-    sides = {"chosen": chosen, "rejected": rejected}  # a prompt of messages goes with answers of messages
-    answers = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
-    return {"row": number, "prompt": prompt, **answers}

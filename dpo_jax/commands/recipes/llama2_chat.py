@@ -47,7 +47,7 @@ HELPFUL, SAFE = "helpful", "safety"
 
 def recipe(run: Llama2ChatRun) -> Path:
     """The `recipe llama2_chat` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    return perform("llama2_chat", run, Llama2Chat, llama2_chat_report.show)
+    return perform("llama2_chat", run, lambda run, out: Llama2Chat(run, out).stages(), llama2_chat_report.show)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ _TAUGHT = RATINGS[2:]
 
 def recipe(run: Llama3Run) -> Path:
     """The `recipe llama3` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    return perform("llama3", run, Llama3, report.show)
+    return perform("llama3", run, lambda run, out: Llama3(run, out).stages(), report.show)
 
 
 class Llama3:

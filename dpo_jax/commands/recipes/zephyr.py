@@ -47,7 +47,7 @@ _ENDPOINT = re.compile(r"(?<![\w./-])endpoint\.(?=[a-z_])")
 
 def recipe(run: ZephyrRun) -> Path:
     """The `recipe zephyr` command; returns its folder. See the module for the stages. Raises `InputError`."""
-    return perform("zephyr", run, Zephyr, zephyr_report.show)
+    return perform("zephyr", run, lambda run, out: Zephyr(run, out).stages(), zephyr_report.show)
 
 
 class Zephyr:

@@ -24,7 +24,7 @@ from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
-from dpo_jax.weights.tokenizer import check_vocabulary, text_ids
+from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer, text_ids
 
 Some = Sequence[tuple[Request, Response]]
 """Responses that ended together."""
@@ -195,6 +195,12 @@ def open_writer(
         return load_pretrained(place, mesh=mesh, **loading)
 
     return Writer(load, tokenizer, encoder, sample, batch_size, raw=raw, mesh=mesh)
+
+
+def raw_writer(source: str, policy: tuple[Llama, Any], sample: SampleConfig, batch_size: int) -> Writer:
+    """A policy, model and variables, that goes on with texts; its tokenizer is that of the model `source`."""
+    tokenizer = load_tokenizer(source)
+    return Writer(lambda: policy, tokenizer, ConversationEncoder(tokenizer, RAW), sample, batch_size, raw=True)
 
 
 def _search(

@@ -329,3 +329,11 @@ def _unpaired(row: Readable, extras: dict[str, Evidence], needs_pairs: bool) -> 
         raise blank_response("'completion'")
     chosen, rejected = (text, None) if label else (None, text)
     return Pair(messages, chosen, rejected, raw=None if raw is None else (raw, chosen, rejected), extras=extras)
+
+
+def pair_row(prompt: str | list[dict[str, str]], chosen: str, rejected: str) -> dict[str, Any]:
+    """A pair as a row of a file: a prompt of messages goes with responses of messages."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    if isinstance(prompt, str):
+        return {"prompt": prompt, **sides}
+    return {"prompt": prompt, **{side: [{"role": "assistant", "content": text}] for side, text in sides.items()}}
