@@ -5,7 +5,7 @@ B rows, T query tokens, S key tokens, H query heads, G key/value heads, M = H / 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,14 @@ from dpo_jax.model.products import capped
 
 SCORES = 512 * 2**20
 """Bytes of float32 scores a device may hold at once in plain XLA; of more queries they are made again backwards."""
+
+
+class Scoring(NamedTuple):
+    """What becomes of products of queries and keys; fields as the arguments of `attention.attend`."""
+
+    scale: float
+    cap: float | None
+    windowed: jax.Array | None
 
 
 def attend(
@@ -31,10 +39,8 @@ def attend(
     """Arguments and result of `attention.attend`."""
     slots = 1 if mask.positions is None else 2  # the axis of S
     q = q.reshape(*q.shape[:2], k.shape[3 - slots], -1, q.shape[3])  # [B, T, G, M, C]
-    if mask.prefix is not None:
-        out = _with_prefix(q, k, v, mask, scale, cap, windowed)
-    else:
-        out = _plain(q, k, v, mask, scale, cap, windowed, slots)
+    how = Scoring(scale, cap, windowed)
+    out = _plain(q, k, v, mask, how, slots) if mask.prefix is None else _with_prefix(q, k, v, mask, how)
     return out.reshape(*q.shape[:2], -1, q.shape[-1])
 
 
@@ -49,9 +55,9 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _scores(spec: str, q: jax.Array, k: jax.Array, scale: float, cap: float | None = None) -> jax.Array:
-    scores = scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
-    return scores if cap is None else capped(scores, cap)
+def _scores(spec: str, q: jax.Array, k: jax.Array, how: Scoring) -> jax.Array:
+    scores = how.scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+    return scores if how.cap is None else capped(scores, how.cap)
 
 
 def _near(t: Any, s: Any, window: int | None, windowed: jax.Array | None) -> jax.Array:
@@ -66,16 +72,7 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def _plain(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    scale: float,
-    cap: float | None,
-    windowed: jax.Array | None,
-    slots: int,
-) -> jax.Array:
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, how: Scoring, slots: int) -> jax.Array:
     """The layouts without a shared prefix; so many queries at once that their scores have room.
 
     `slots`: the axis of S in k and v.
@@ -93,8 +90,8 @@ def _plain(
             if mask.segments is not None and own.segments is not None:
                 visible = visible & (own.segments[:, :, None] == mask.segments[:, None, :])
         if mask.window is not None:
-            visible = visible & _near(own.at, at, mask.window, windowed)
-        return _block(q, k, v, visible, scale, keys, cap)
+            visible = visible & _near(own.at, at, mask.window, how.windowed)
+        return _block(q, k, v, visible, how, keys)
 
     size, places = _at_once(B, G * M, S), jnp.arange(T)
     if size >= T:
@@ -108,29 +105,13 @@ def _by_queries(of: Callable[..., jax.Array], size: int, q: jax.Array, *rest: An
     return by_chunks(lambda q, *some: of(q, *jax.tree.unflatten(tree, some)), size, q, *leaves)
 
 
-def _block(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible: jax.Array,
-    scale: float,
-    keys: str = "bsgc",
-    cap: float | None = None,
-) -> jax.Array:
-    """q [B, T, G, M, C], k and v [B, S, G, C] (or as `keys` says), visible [B or 1, T, S] -> [B, T, G, M, C]."""
-    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, scale, cap), visible[:, None, None])
+def _block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, how: Scoring, keys: str) -> jax.Array:
+    """q [B, T, G, M, C], k and v with the axes `keys`, visible [B or 1, T, S] -> [B, T, G, M, C]."""
+    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, how), visible[:, None, None])
     return jnp.einsum(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
 
 
-def _with_prefix(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    scale: float,
-    cap: float | None,
-    windowed: jax.Array | None,
-) -> jax.Array:
+def _with_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, how: Scoring) -> jax.Array:
     """The shared-prefix layout, block by block: P^2 + K R (P + R) scores instead of (P + K R)^2.
 
     Of each block so many queries at once that their scores have room.
@@ -147,7 +128,7 @@ def _with_prefix(
     s_p, s_r = split(segments)
     at_p, at_r = split(jnp.zeros_like(segments) if mask.at is None else mask.at)
     alone = AttentionMask(segments=s_p, window=mask.window, at=None if mask.window is None else at_p)
-    prompt = _plain(q_p, k_p, v_p, alone, scale, cap, windowed, 1)
+    prompt = _plain(q_p, k_p, v_p, alone, how, 1)
 
     def of(q: jax.Array, s: jax.Array, at: jax.Array, t: jax.Array) -> jax.Array:
         """Queries t [B, n] of all responses: q [B, n, K, G, M, C], segments and positions [B, n, K]."""
@@ -155,10 +136,10 @@ def _with_prefix(
         own = (jnp.arange(R) <= t[:, None, :, None]) & (s[..., :, None] == s_r[..., None, :])  # [B, K, n, R]
         shared = s[..., None] == s_p[:, None, None]  # [B, K, n, P]
         if mask.window is not None:
-            own = own & _near(at, at_r, mask.window, windowed)
-            shared = shared & _near(at, at_p[:, None], mask.window, windowed)
+            own = own & _near(at, at_r, mask.window, how.windowed)
+            shared = shared & _near(at, at_p[:, None], mask.window, how.windowed)
         scores = jnp.concatenate(
-            [_scores("brkgmc,bpgc->bkgmrp", q, k_p, scale, cap), _scores("brkgmc,bksgc->bkgmrs", q, k_r, scale, cap)],
+            [_scores("brkgmc,bpgc->bkgmrp", q, k_p, how), _scores("brkgmc,bksgc->bkgmrs", q, k_r, how)],
             axis=-1,
         )
         weights = _softmax(scores, jnp.concatenate([shared, own], axis=-1)[:, :, None, None]).astype(v.dtype)

@@ -151,14 +151,6 @@ def _layout(batch: PreferenceBatch, layout: Layout) -> _Sequences:
     return _separate(batch) if layout == "separate" else _shared(batch)
 
 
-def _run(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, layout: Layout
-) -> tuple[_Sequences, jax.Array]:
-    """The sequences of a batch, and their hidden states [S, T, D]."""
-    at = _layout(batch, layout)
-    return at, apply_fn(variables, at.tokens, at.positions, at.segments, **at.options)
-
-
 def response_states(
     apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, layout: Layout = "shared"
 ) -> jax.Array:
@@ -168,8 +160,8 @@ def response_states(
     Arguments as for `response_logps`.
     """
     b, k, _ = batch.responses.shape
-    at, hidden = _run(apply_fn, variables, batch, layout)
-    states = jnp.take_along_axis(hidden, at.last[..., None], axis=1).reshape(b, k, -1)
+    hidden = predicting_states(apply_fn, variables, batch, layout=layout).hidden
+    states = jnp.take_along_axis(hidden, _layout(batch, layout).last[..., None], axis=1).reshape(b, k, -1)
     states = meshes.constrain(states, ("batch", "responses", None))
     return jnp.where((batch.response_lengths > 0)[..., None], states, 0)
 
@@ -271,8 +263,8 @@ def predicting_states(
     apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, layout: Layout = "shared"
 ) -> PredictingStates:
     """The hidden state before each response token. Arguments as for `response_logps`."""
-    _, hidden = _run(apply_fn, variables, batch, layout)
-    return PredictingStates(hidden, batch, layout)
+    at = _layout(batch, layout)
+    return PredictingStates(apply_fn(variables, at.tokens, at.positions, at.segments, **at.options), batch, layout)
 
 
 @struct.dataclass

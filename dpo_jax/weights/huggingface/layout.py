@@ -126,7 +126,8 @@ def _fused(slots: list[Slot], fused: Mapping[str, Sequence[str]]) -> list[Slot]:
     """The slots with those that one tensor holds together naming it (`Family.fused`)."""
     for whole, parts in fused.items():
         for name in {slot.path[-1] for slot in slots}:
-            places = [(i, slot) for i, slot in enumerate(slots) if ".".join(slot.path[1:]) in _leaves(parts, name)]
+            leaves = [f"{part}.{name}" for part in parts]
+            places = [(i, slot) for i, slot in enumerate(slots) if ".".join(slot.path[1:]) in leaves]
             places.sort(key=lambda one: parts.index(".".join(one[1].path[1:-1])))
             rows, row = sum(slot.part_shape[0] for _, slot in places), 0
             for i, slot in places:
@@ -135,10 +136,6 @@ def _fused(slots: list[Slot], fused: Mapping[str, Sequence[str]]) -> list[Slot]:
                 slots[i] = replace(slot, keys=keys, row=row, rows=rows)
                 row += slot.part_shape[0]
     return slots
-
-
-def _leaves(modules: Sequence[str], name: str) -> list[str]:
-    return [f"{module}.{name}" for module in modules]
 
 
 def score_slot(config: LlamaConfig, prefix: str = "") -> Slot:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json, told
 from dpo_jax.weights.huggingface.layout import Slices
+from dpo_jax.weights.integrity.folder import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16"}
@@ -234,4 +235,4 @@ def write_all(
         size = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(dtype).itemsize
         weight_map = {key: name for name, keys in files.items() for key in keys}
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)

@@ -44,9 +44,8 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
       wanted: whether the contents of a file, by its name in `files.json`, are read; of the others only the size counts.
     """
     known = _known(folder)
-    if _everywhere(known is None) >= 0:
+    if _everywhere(known is None) >= 0 or known is None:
         return _UNKNOWN
-    assert known is not None
     names = sorted(known)
     mine = names[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_THREADS) as pool:
