@@ -17,6 +17,7 @@ from dpo_jax.data.sets.dataset import PreferenceDataset, load_preferences, with_
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
 from dpo_jax.judge.policy_logps import policy_logps
+from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.fixed_prompts import FixedPrompts
@@ -25,7 +26,7 @@ from dpo_jax.train.heldout import of_rows, policy_figures
 from dpo_jax.train.row_data import read_both
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
-from dpo_jax.weights.opened import open_checkpoint
+from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.pretrained import load_pretrained
 
 
@@ -40,9 +41,10 @@ def train(config: DPORun) -> Path:
     # -------------------------------------------------------------- the model's shape, and the data
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    vocabulary = architecture.vocab_size
+    vocabulary, other = architecture.vocab_size, None
     if config.reference is not None:
-        vocabulary = min(vocabulary, open_checkpoint(config.reference).architecture.vocab_size)
+        other = open_checkpoint(config.reference, merged=config.dpo.reference == "live")
+        vocabulary = min(vocabulary, other.architecture.vocab_size)
     data, heldout = load_data(config, tokenizer, vocabulary)
     samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     planned = training.preferences(data, heldout, architecture)
@@ -59,7 +61,9 @@ def train(config: DPORun) -> Path:
     evaluation = training.evaluation(heldout)
     reference = None
     if not step_config.reference_free:
-        judge, judge_variables = (model, starting) if config.reference is None else _load_reference(config, mesh)
+        judge, judge_variables = model, starting
+        if other is not None:
+            judge, judge_variables = _load_reference(config, other, architecture, mesh)
         if step_config.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
             label = "reference log-probabilities"
@@ -159,18 +163,19 @@ def load_data(
     return data, heldout
 
 
-def _load_reference(config: DPORun, mesh: Mesh) -> tuple[Llama, dict[str, Any]]:
-    assert config.reference is not None
-    live = config.dpo.reference == "live"
+def _load_reference(
+    config: DPORun, place: StoredModel, policy: LlamaConfig, mesh: Mesh
+) -> tuple[Llama, dict[str, Any]]:
+    """The model of `--reference`, laid out on the mesh; a live one must be of the policy's architecture."""
     model, variables = load_pretrained(
-        open_checkpoint(config.reference, merged=live),
+        place,
         mesh=mesh,
         dtype=jnp.dtype(config.train.kept_dtype),
         compute_dtype=jnp.dtype(config.train.dtype),
         remat="none",
         attention=config.train.attention,
     )
-    if live and ("adapters" in variables or model.config != open_checkpoint(config.model).architecture):
+    if config.dpo.reference == "live" and ("adapters" in variables or model.config != policy):
         raise InputError(
             f"--reference {config.reference}: a live reference must have the architecture of --model, and no adapters"
             " of its own; use --dpo.reference cached"

@@ -325,9 +325,10 @@ def _language_model(source: str, architecture: LlamaConfig) -> LlamaConfig:
 
 def _read_student(config: RejectionRun, training: Training[RejectionRun]) -> LlamaConfig:
     """The student's architecture, checked as `Training.read_model_shape` checks that of `--model`."""
-    architecture = _language_model(config.trained, open_checkpoint(config.trained).architecture)
+    trained = open_checkpoint(config.trained)
+    architecture = _language_model(config.trained, trained.architecture)
     shardings(Llama(architecture, lora=config.lora), training.mesh)
-    check_vocabulary(load_tokenizer(config.trained), architecture)
+    check_vocabulary(trained.tokenizer(), architecture)
     return architecture
 
 
