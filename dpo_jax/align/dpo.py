@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked, state as states
-from dpo_jax.align import figures, microbatches, update
+from dpo_jax.align import figures, update
 from dpo_jax.align.across import of_batch, running_mean
 from dpo_jax.align.figures import Metrics
 from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss, preference_terms, total
@@ -203,7 +203,7 @@ def _across(state: TrainState, pairs: PreferenceBatch, config: DPOConfig) -> dic
         assert reference is not None
         return sums_of(state.apply_fn, state.variables, rows, config).scored, reference
 
-    policy, reference = microbatches.map_rows(both, pairs, config.accumulate)
+    policy, reference = update.map_rows(both, pairs, config.accumulate)
     return of_batch(policy, reference, pairs.present, config, state.carried)
 
 
@@ -260,7 +260,7 @@ def _kl_point(
         assert reference is not None
         return sums_of(state.apply_fn, state.variables, rows, config).scored - reference
 
-    ratios = jax.lax.stop_gradient(microbatches.map_rows(log_ratio, mismatched, accumulate))
+    ratios = jax.lax.stop_gradient(update.map_rows(log_ratio, mismatched, accumulate))
     return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
 
 

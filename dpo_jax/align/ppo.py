@@ -35,7 +35,7 @@ import optax
 from flax import struct
 
 from dpo_jax import masked, mesh as meshes, state as states
-from dpo_jax.align import microbatches, update
+from dpo_jax.align import update
 from dpo_jax.align.advantages import (
     Targets,
     gae,
@@ -230,10 +230,10 @@ def sharing(config: PPOConfig, rows: int, pieces: int, group: int | None = None)
     """How many neighbouring responses have their prompt computed once, where `rows` rows are cut into equal pieces.
 
     All of a group (`group`, by default of `config`) where that leaves every piece whole ones, else as many as do
-    (`microbatches.together`); 1 with the layout "separate". The numbers are the same whatever it is.
+    (`update.together`); 1 with the layout "separate". The numbers are the same whatever it is.
     """
     group = config.group if group is None else group
-    return microbatches.together(rows, group, pieces) if config.layout == "shared" else 1
+    return update.together(rows, group, pieces) if config.layout == "shared" else 1
 
 
 def reference_logps(
@@ -368,7 +368,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
         )
     targets = learning_targets(rollout, config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    unit = microbatches.together(b, config.group, m)
+    unit = update.together(b, config.group, m)
     orders = [_order(jax.random.fold_in(key, e), b, unit).reshape(m, b // m) for e in range(config.passes)]
     k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
     lr, averaging = states.learning_rate_schedule(config.optimizer)(state.step), config.resolved("averaging")
@@ -391,7 +391,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
         # Micro-batches are made of blocks, so that responses that share a prompt stay together.
         blocks = jax.tree.map(partial(_blocks, k=k), (part, aims, counts))
-        found, blocks = microbatches.sum_gradients(gradients, blocks, config.accumulate, like=trainable)
+        found, blocks = update.sum_gradients(gradients, blocks, config.accumulate, like=trainable)
         shares, parts = jax.tree.map(_rows, blocks)
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))

@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_jax.config import InspectRun
-from dpo_jax.data.sets.comparison_table import comparison_table
 from dpo_jax.data.sets.dataset import check_context
-from dpo_jax.data.sets.inspect import Piece, pieces, sequence_pieces
+from dpo_jax.data.sets.inspect import Piece, comparison_table, pieces, sequence_pieces
 from dpo_jax.data.sets.sequences import load_dialogues
 from dpo_jax.data.sets.text_windows import parse_sources
 from dpo_jax.errors import InputError

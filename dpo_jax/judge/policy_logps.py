@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.align import dpo, microbatches
+from dpo_jax.align import dpo, update
 from dpo_jax.config import DPOConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import IndexedBatches
@@ -112,7 +112,7 @@ def _compute(model: Llama, config: DPOConfig, mesh: Mesh) -> Replicated:
 
     def sums(variables: Any, batch: Any) -> jax.Array:
         part = partial(dpo.reference_logps, model.apply, variables, config=config)
-        return microbatches.map_rows(part, batch, config.accumulate)
+        return update.map_rows(part, batch, config.accumulate)
 
     return Replicated(sums, mesh)
 

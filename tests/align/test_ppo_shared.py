@@ -11,7 +11,7 @@ import optax
 import pytest
 from pairs import quick_jit
 
-from dpo_jax.align import microbatches, ppo
+from dpo_jax.align import ppo, update
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import Replicated, make_mesh, put_batch
@@ -159,11 +159,11 @@ def test_each_prompt_goes_through_the_layers_once() -> None:
 
 
 def test_how_many_stay_together() -> None:
-    assert microbatches.together(64, 8, 8) == 8
-    assert microbatches.together(64, 8, 16) == 4
-    assert microbatches.together(64, 8, 64) == 1
-    assert microbatches.together(48, 6, 16) == 3
-    assert microbatches.together(64, 1, 8) == 1
+    assert update.together(64, 8, 8) == 8
+    assert update.together(64, 8, 16) == 4
+    assert update.together(64, 8, 64) == 1
+    assert update.together(48, 6, 16) == 3
+    assert update.together(64, 1, 8) == 1
 
 
 def test_no_windows_of_what_is_sampled() -> None:

@@ -116,12 +116,7 @@ LAYOUTS = (
         where=rebuilt.is_arena,
         make=rebuilt.arena_votes,
     ),
-    Layout(
-        "RewardBench 2",
-        {"responses": "chosen rejected"},
-        where=rebuilt.is_lists_of_texts,
-        make=rebuilt.ranked_lists,
-    ),
+    Layout("RewardBench 2", {"responses": "chosen rejected"}, {}, rebuilt.is_lists_of_texts, rebuilt.ranked_lists),
     # Pairs
     Layout(
         "RLHF-V",
@@ -144,11 +139,7 @@ LAYOUTS = (
     ),
     Layout("StackExchange paired", {"chosen": "response_j", "rejected": "response_k"}),
     # Dialogues
-    Layout(
-        "ms-swift KTO",
-        {"prompt": "messages[:-1]", "completion": "messages[-1]"},
-        where=rebuilt.is_labelled_dialogue,
-    ),
+    Layout("ms-swift KTO", {"prompt": "messages[:-1]", "completion": "messages[-1]"}, {}, rebuilt.is_labelled_dialogue),
     Layout("WildChat, LMSYS-Chat-1M, Capybara", {"messages": "conversation"}),
     Layout("MATH, NuminaMath", {"completion": "solution"}),
 )
