@@ -44,25 +44,6 @@ class RowOptions(RunOptions, total=False):
     shuffle: bool
 
 
-class _Source(Generic[Batch]):
-    """Random access to the batch of a step: what grain calls a data source."""
-
-    def __init__(self, batch_of: Callable[[int], Batch], holds: Callable[[int], str], steps: int):
-        self._batch_of, self._holds, self._steps = batch_of, holds, steps
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __getitem__(self, index: SupportsIndex) -> Batch:
-        step = int(index)
-        try:
-            return self._batch_of(step)
-        except Exception as error:  # told apart from the end of the data, and with the rows that it struck
-            raise RuntimeError(
-                f"step {step}: the batch of {self._holds(step)} could not be prepared: {error}"
-            ) from error
-
-
 class StepsLoader(Generic[Batch]):
     """Iterator over the batches of a whole run, epoch after epoch.
 
@@ -92,9 +73,21 @@ class StepsLoader(Generic[Batch]):
         self.total_steps = run_length(steps_per_epoch, epochs=epochs, steps=steps)
         self._identity = dict(identity)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=_AHEAD * workers)
-        source = _Source(batch_of, holds, self.total_steps)
-        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self._make, self._holds = batch_of, holds
+        self._iterator = iter(grain.MapDataset.source(self).to_iter_dataset(options))
         self._seek(start_step)
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        """The batch of a step, wherever the loader stands."""
+        step = int(index)
+        try:
+            return self._make(step)
+        except Exception as error:  # told apart from the end of the data, and with the rows that it struck
+            held = self._holds(step)
+            raise RuntimeError(f"step {step}: the batch of {held} could not be prepared: {error}") from error
 
     def __iter__(self) -> Iterator[Batch]:
         return self
