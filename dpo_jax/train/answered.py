@@ -96,9 +96,41 @@ class Policy:
         """The text of a response, without its terminator, to a prompt; ids without padding."""
         return decode(self.tokenizer, prompt.tolist(), response.tolist(), raw=self.raw)
 
-    def texts(self, prompts: Any, prompt_lengths: Any, responses: Any, response_lengths: Any, ended: Any) -> list[str]:
-        """The texts of padded responses [N, R] to padded prompts [N, P]: see `Rollout`."""
-        bounds = zip(prompt_lengths, response_lengths, ended, strict=True)
+    def written(
+        self,
+        prompts: np.ndarray,
+        prompt_lengths: np.ndarray,
+        rows: np.ndarray,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        logps: np.ndarray,
+        **known: Any,
+    ) -> Rollout:
+        """A rollout of what was sampled: `tokens`, `mask` and `logps` [B, R], as `sample.generate` gives them.
+
+        What is not `known` of the rest is 0, and the weights are 1.
+        """
+        zeros = np.zeros(len(rows), np.float32)
+        arrays: dict[str, Any] = {
+            "prompts": prompts,
+            "prompt_lengths": prompt_lengths,
+            "responses": tokens,
+            "response_lengths": mask.sum(axis=1).astype(np.int32),
+            "ended": self.ended(tokens, mask),
+            "sampler_logps": logps,
+            "reference_logps": np.zeros_like(logps),
+            "values": None,
+            "scores": zeros,
+            "kl_coefficient": zeros,
+            "weights": np.ones_like(zeros),
+            "rows": np.asarray(rows, np.int32),
+        }
+        return Rollout(**arrays | known)
+
+    def texts(self, written: Rollout) -> list[str]:
+        """The texts of responses, host arrays, without their terminators."""
+        bounds = zip(written.prompt_lengths, written.response_lengths, written.ended, strict=True)
+        prompts, responses = np.asarray(written.prompts), np.asarray(written.responses)
         return [
             self.text(prompts[i, :prompt], responses[i, : length - int(end)])
             for i, (prompt, length, end) in enumerate(bounds)
@@ -248,34 +280,3 @@ def with_reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str,
     """The reference policy's variables: what it has of its own, and beneath adapters the frozen weights."""
     frozen = {"params": state.frozen["params"]} if "params" in state.frozen else {}
     return {**frozen, **reference}
-
-
-def unmeasured(
-    prompts: np.ndarray,
-    prompt_lengths: np.ndarray,
-    tokens: np.ndarray,
-    mask: np.ndarray,
-    logps: np.ndarray,
-    rows: np.ndarray,
-    **known: Any,
-) -> Rollout:
-    """A rollout of what was sampled: `tokens`, `mask` and `logps` [B, R], as `sample.generate` gives them.
-
-    What is not `known` of the rest is 0, and the weights are 1.
-    """
-    zeros = np.zeros(len(rows), np.float32)
-    arrays: dict[str, Any] = {
-        "prompts": prompts,
-        "prompt_lengths": prompt_lengths,
-        "responses": tokens,
-        "response_lengths": mask.sum(axis=1).astype(np.int32),
-        "ended": zeros.astype(bool),
-        "sampler_logps": logps,
-        "reference_logps": np.zeros_like(logps),
-        "values": None,
-        "scores": zeros,
-        "kl_coefficient": zeros,
-        "weights": np.ones_like(zeros),
-        "rows": np.asarray(rows, np.int32),
-    }
-    return Rollout(**arrays | known)

@@ -10,8 +10,8 @@ from dpo_jax.data.tokens.ragged import Ragged
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered, Policy, unmeasured
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.train.answered import Answered, Policy
+from dpo_jax.types import PreferenceBatch, Rollout
 
 _COIN = 0xC014  # sets the draw of on-policy steps apart from the order of prompts, which the same seed decides
 
@@ -52,10 +52,10 @@ class StudentResponses(Answered):
             figures["objective/entropy"] = float(-logps.sum(axis=1, dtype=np.float64).mean())
         else:
             tokens, mask, logps = self._given(batch)
-        lengths, ended = mask.sum(axis=1).astype(np.int32), self._policy.ended(tokens, mask)
-        figures |= {"val/contain_eos_token": float(ended.mean()), "seconds_sampling": time.perf_counter() - start}
-        self._write(batch, tokens, lengths, ended, own=own)
-        written = unmeasured(batch.prompts, batch.prompt_lengths, tokens, mask, logps, batch.rows)
+        written = self._policy.written(batch.prompts, batch.prompt_lengths, batch.rows, tokens, mask, logps)
+        ended = float(np.mean(written.ended))
+        figures |= {"val/contain_eos_token": ended, "seconds_sampling": time.perf_counter() - start}
+        self._write(batch, written, own=own)
         return written.groups(), figures
 
     def _is_own(self, step: int) -> bool:
@@ -71,10 +71,8 @@ class StudentResponses(Answered):
             tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
         return tokens, mask, np.zeros(tokens.shape, np.float32)
 
-    def _write(
-        self, batch: PromptBatch, tokens: np.ndarray, lengths: np.ndarray, ended: np.ndarray, *, own: bool
-    ) -> None:
-        texts = self._policy.texts(batch.prompts, batch.prompt_lengths, tokens, lengths, ended)
+    def _write(self, batch: PromptBatch, written: Rollout, *, own: bool) -> None:
+        texts = self._policy.texts(written)
         self._samples.append(
             batch.step + 1,
             (
@@ -83,8 +81,8 @@ class StudentResponses(Answered):
                     "prompt": self._data.prompts[index].plain,
                     "response": texts[i],
                     "by": "student" if own else "data",
-                    "tokens": int(lengths[i]),
-                    "ended": bool(ended[i]),
+                    "tokens": int(written.response_lengths[i]),
+                    "ended": bool(written.ended[i]),
                 }
                 for i, index in enumerate(batch.indices)
             ),

@@ -29,7 +29,7 @@ from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
 from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Policy, unmeasured
+from dpo_jax.train.answered import Policy
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.types import Rollout
 
@@ -219,13 +219,13 @@ class EpisodeRollouts(Rollouts):
             prompts[i, : len(e.prompt)] = e.prompt
             at = (i, slice(len(e.ids)))
             responses[at], real[at], own[at], logps[at] = e.ids, True, e.own, e.logps
-        return unmeasured(
+        return self._policy.written(
             prompts,
             np.asarray([len(e.prompt) for e in episodes], np.int32),
+            batch.rows,
             responses,
             real,
             logps,
-            batch.rows,
             ended=np.asarray([e.ended for e in episodes]),
             scores=np.asarray([e.score for e in episodes], np.float32),
             kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),

@@ -20,7 +20,8 @@ from dpo_jax.report.statistics import interval, kl_estimates, pass_at
 from dpo_jax.report.text_health import health
 from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Policy, unmeasured
+from dpo_jax.train.answered import Policy
+from dpo_jax.types import Rollout
 
 _STREAM = 0xE7A1  # sets these draws apart from those that are learnt from, which the same seed decides
 
@@ -74,14 +75,14 @@ class HeldOutPrompts:
         tokens, mask, logps, reference = (
             np.concatenate(arrays)[: len(self._data) * self._samples] for arrays in zip(*parts, strict=True)
         )
-        lengths = mask.sum(axis=1)
-        ended = self._policy.ended(tokens, mask)
-        bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
         of = np.repeat(np.arange(len(self._data)), self._samples)
-        texts = self._policy.texts(self._prompts[of], self._lengths[of], tokens, lengths, ended)
+        written = self._written(of, tokens, mask, logps)
+        lengths, ended = np.asarray(written.response_lengths), np.asarray(written.ended)
+        bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
+        texts = self._policy.texts(written)
         scores, combined = self._judges.as_they_are(Responses.to(self._data, of, texts))
         kl = np.where(mask, logps - reference, 0.0).sum(axis=1, dtype=np.float64)
-        self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, lengths, ended)
+        self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, written)
         found: dict[str, float] = {}
         every = {"reward": scores, "kl": kl, "length": lengths}
         means = {name: np.asarray(x, np.float64).reshape(-1, self._samples).mean(axis=1) for name, x in every.items()}
@@ -120,12 +121,15 @@ class HeldOutPrompts:
         )
         tokens, mask, logps = (np.asarray(x) for x in generation)
         at = np.repeat(at, self._samples)
-        written = tokens, mask, logps, self._data.row_numbers[at]
-        rollout = meshes.put_batch(policy.mesh, unmeasured(self._prompts[at], self._lengths[at], *written))
+        rollout = meshes.put_batch(policy.mesh, self._written(at, tokens, mask, logps))
         reference, old, _ = jax.device_get(self._measure(state, self._reference, rollout))
         logps = logps if old is None else old  # the sampler's weights may be narrow
         rows = len(real) * self._samples
         return tokens[:rows], mask[:rows], logps[:rows], reference[:rows]
+
+    def _written(self, at: np.ndarray, *drawn: np.ndarray) -> Rollout:
+        """Responses to the prompts `at`: tokens, mask, log-probabilities."""
+        return self._policy.written(self._prompts[at], self._lengths[at], self._data.row_numbers[at], *drawn)
 
     def _write(
         self,
@@ -134,8 +138,7 @@ class HeldOutPrompts:
         scores: np.ndarray,
         combined: Mapping[str, np.ndarray],
         kl: np.ndarray,
-        lengths: np.ndarray,
-        ended: np.ndarray,
+        written: Rollout,
     ) -> None:
         if not distributed.is_main():
             return
@@ -148,8 +151,8 @@ class HeldOutPrompts:
                 "score": float(scores[i]),
                 **told_parts(combined, i),
                 "kl": float(kl[i]),
-                "tokens": int(lengths[i]),
-                "ended": bool(ended[i]),
+                "tokens": int(written.response_lengths[i]),
+                "ended": bool(written.ended[i]),
             }
             for i, text in enumerate(texts)
         ]

@@ -21,7 +21,7 @@ from dpo_jax.judge.rewards.scores import Responses, part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered, Policy, unmeasured, with_reference
+from dpo_jax.train.answered import Answered, Policy, with_reference
 from dpo_jax.train.rollouts import Scorer
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -65,14 +65,14 @@ class OnlinePairs(Answered):
         clock, k = [time.perf_counter()], self._group
         tokens, mask, logps = self._responses(state, batch)
         clock.append(time.perf_counter())
-        lengths, ended = mask.sum(axis=1).astype(np.int32), self._policy.ended(tokens, mask)
-        texts = self._policy.texts(batch.prompts, batch.prompt_lengths, tokens, lengths, ended)
-        responses = Responses.to(self._data, batch.indices, texts)
+        written = self._policy.written(batch.prompts, batch.prompt_lengths, batch.rows, tokens, mask, logps)
+        lengths, ended = np.asarray(written.response_lengths), np.asarray(written.ended)
+        responses = Responses.to(self._data, batch.indices, self._policy.texts(written))
         scores, parts = self._scorer(responses)
         if self._config.missing_eos_penalty is not None:
             scores = np.where(ended, scores, scores - np.float32(self._config.missing_eos_penalty))
         clock.append(time.perf_counter())
-        groups = unmeasured(batch.prompts, batch.prompt_lengths, tokens, mask, logps, batch.rows).groups(k)
+        groups = written.groups(k)
         measure = partial(self._measure, state, self._reference)
         reference, policy = self._policy.measured(measure, groups, self._policy.piece // k)
         clock.append(time.perf_counter())

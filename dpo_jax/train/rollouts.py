@@ -25,7 +25,7 @@ from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import Responses, Scores, part_figures, told_parts
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered, Policy, unmeasured, with_reference
+from dpo_jax.train.answered import Answered, Policy, with_reference
 from dpo_jax.types import Rollout
 
 Scorer = Callable[[Responses], Scores]
@@ -78,7 +78,7 @@ class Rollouts(Answered):
         clock = [time.perf_counter()]
         rollout = self._sampled(state, batch)
         clock.append(time.perf_counter())
-        texts = self._texts(rollout)
+        texts = self._policy.texts(rollout)
         scores, parts = self._scorer(Responses.to(self._data, batch.indices, texts))
         rollout = dataclasses.replace(rollout, scores=scores)
         clock.append(time.perf_counter())
@@ -101,17 +101,9 @@ class Rollouts(Answered):
         """Responses and the behaviour policy's log-probabilities."""
         rows = len(batch.rows)
         key = jax.random.fold_in(self._key, batch.step)
-        tokens, mask, logps = self._drawn(self._policy.prepared(state), batch, np.arange(rows), key)
-        return unmeasured(
-            batch.prompts,
-            batch.prompt_lengths,
-            tokens,
-            mask,
-            logps,
-            batch.rows,
-            ended=self._policy.ended(tokens, mask),
-            kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),
-        )
+        drawn = self._drawn(self._policy.prepared(state), batch, np.arange(rows), key)
+        price = np.full(rows, self.kl_coefficient, np.float32)
+        return self._policy.written(batch.prompts, batch.prompt_lengths, batch.rows, *drawn, kl_coefficient=price)
 
     def _again(
         self,
@@ -141,7 +133,7 @@ class Rollouts(Answered):
                 ended=self._policy.ended(tokens, mask),
                 sampler_logps=logps,
             )
-            written = self._texts(new)
+            written = self._policy.texts(new)
             scores, own = self._scorer(Responses.to(self._data, batch.indices[flat], written))
             new = dataclasses.replace(new, scores=scores)
             rollout = jax.tree.map(lambda x, y: _with_rows(x, flat, y), rollout, new)  # noqa: B023 - used at once
@@ -154,10 +146,9 @@ class Rollouts(Answered):
     def _greedy(self, state: TrainState, batch: PromptBatch) -> np.ndarray:
         """The score of the greedy response to each row's prompt, float32 [B]: ReMax's baseline."""
         policy, group, rows = self._policy, self._config.group, np.arange(len(batch.rows))
-        tokens, mask, _ = self._drawn(policy.prepared(state), batch, rows, self._key, greedy=True)
-        lengths, ended = mask.sum(axis=1), policy.ended(tokens, mask)
-        texts = policy.texts(batch.prompts[::group], batch.prompt_lengths[::group], tokens, lengths, ended)
-        scores, _ = self._scorer(Responses.to(self._data, batch.indices[::group], texts))
+        drawn = self._drawn(policy.prepared(state), batch, rows, self._key, greedy=True)
+        written = policy.written(batch.prompts[::group], batch.prompt_lengths[::group], batch.rows[::group], *drawn)
+        scores, _ = self._scorer(Responses.to(self._data, batch.indices[::group], policy.texts(written)))
         return np.repeat(scores, group)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
@@ -165,10 +156,6 @@ class Rollouts(Answered):
         measure = partial(self._measure, state, self._reference)
         logps, old, values = self._policy.measured(measure, rollout, self._policy.piece)
         return dataclasses.replace(rollout, reference_logps=logps, old_logps=old, values=values)
-
-    def _texts(self, rollout: Rollout) -> list[str]:
-        of = rollout
-        return self._policy.texts(of.prompts, of.prompt_lengths, of.responses, of.response_lengths, of.ended)
 
     def _write(
         self,
