@@ -22,15 +22,11 @@ def convert(run: ConvertRun) -> None:
     lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **spoken(place))
     if lost is not None:
         say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
-    _describe(place, run)
-    say(f"{run.to}: {run.format} checkpoint of {run.from_}")
-
-
-def _describe(place: StoredModel, run: ConvertRun) -> None:
-    """The model card: in the folder, or beside a GGUF file, called after it."""
+    # The model card: in the folder, or beside a GGUF file, called after it.
+    folder = Path(run.to) if run.format != "gguf" else Path(run.to).parent
     for name, content in card.of_conversion(place, run).items():
-        folder = Path(run.to) if run.format != "gguf" else Path(run.to).parent
         write_atomically(folder / name, content)
+    say(f"{run.to}: {run.format} checkpoint of {run.from_}")
 
 
 def spoken(place: StoredModel) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def test_a_finished_run_is_left_alone(inputs: Path, whole: Path, capsys: pytest.
 
 
 def test_another_configuration_is_refused(inputs: Path, whole: Path) -> None:
-    with pytest.raises(InputError, match=r"has --dpo\.beta None, this command has 0\.3"):
+    with pytest.raises(InputError, match=r"has no --dpo\.beta, this command has 0\.3"):
         run_dpo.train(options(inputs, whole, dpo=DPOLossConfig(beta=0.3)))
 
 
