@@ -112,7 +112,7 @@ def _run(args: list[str]) -> int:
     options = parse(args[0], args[1:])
     module, function = command.function.split(":")
     with without_keys_of(options):
-        getattr(importlib.import_module(module), function)(options)
+        getattr(importlib.import_module(f"dpo_jax.commands.{module}"), function)(options)
     return OK
 
 

@@ -25,8 +25,7 @@ def built(cls: Any, given: Mapping[str, list[str]], default: Any, advice: str, p
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         if dataclasses.is_dataclass(field.type):
-            assert field.default_factory is not dataclasses.MISSING, "a section has a default"
-            section = field.default_factory() if default is None else getattr(default, field.name)
+            section = cls.usual(field.name) if default is None else getattr(default, field.name)
             values[field.name] = built(field.type, given, section, advice, f"{name}.")
             continue
         name = option(name).removeprefix("--")

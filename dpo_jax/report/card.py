@@ -6,6 +6,7 @@ address of a server and no command of the user; options that say where and how a
 
 import contextlib
 import dataclasses
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,7 +146,9 @@ def _last_part(place: str) -> str:
 def command_line(word: str, given: Mapping[str, Any]) -> str:
     """The command that was typed, with the options that differ from their defaults; `given`: see `RunFolder.given`."""
     words = ["dpo-jax", *word.split()]
-    usual = dict(_defaults(COMMANDS[word].options))
+    options: Any = COMMANDS[word].options
+    known = {name: each for name in options.fields() if (each := options.usual(name)) is not dataclasses.MISSING}
+    usual = flatten(json.loads(json.dumps(known, default=dataclasses.asdict)))
     for name, value in flatten(given).items():
         if name in usual and usual[name] == value and type(usual[name]) is type(value):
             continue
@@ -163,18 +166,6 @@ def command_line(word: str, given: Mapping[str, Any]) -> str:
 def _flat(values: Sequence[Any]) -> Iterator[Any]:
     for value in values:
         yield from _flat(value) if isinstance(value, list) else [value]
-
-
-def _defaults(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field that has a default -> that, as JSON has it."""
-    for field in dataclasses.fields(cls):
-        made = field.default_factory
-        if made is not dataclasses.MISSING:
-            section: Any = made()
-            for name, value in flatten(as_json(section)).items():
-                yield f"{prefix}{field.name}.{name}", value
-        elif field.default is not dataclasses.MISSING:
-            yield f"{prefix}{field.name}", list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 @dataclass(frozen=True)

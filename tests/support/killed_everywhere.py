@@ -81,7 +81,7 @@ def _run(words: Sequence[str], log: Path, moment: str) -> int:
 def main(argv: Sequence[str]) -> int:
     """The exit code of the last start. Fails where one ends by itself, and not well."""
     log, moment, words = Path(argv[0]), argv[1], argv[2:]
-    importlib.import_module(COMMANDS[" ".join(words[:2])].function.partition(":")[0])
+    importlib.import_module("dpo_jax.commands." + COMMANDS[" ".join(words[:2])].function.partition(":")[0])
     for _ in range(LIMIT):
         before = len(_killed(log))
         child = os.fork()

@@ -108,7 +108,7 @@ def _shown(cls: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Show
     # What every command that reads models has is needed least.
     for field in sorted(dataclasses.fields(cls), key=lambda one: one.name == "ignore_config_keys"):
         name = prefix + field.name
-        given = _default(field) if default is None else getattr(default, field.name)
+        given = cls.usual(field.name) if default is None else getattr(default, field.name)
         if dataclasses.is_dataclass(field.type):
             yield from _shown(field.type, given, f"{name}.")
             continue
@@ -117,11 +117,6 @@ def _shown(cls: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Show
         spelled = option(name).removeprefix("--")
         text = " ".join(_texts(cls)[field.name].split())
         yield name, Shown(spelled, kinds[field.name], text, said, prefix.rstrip("."))
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
 
 
 def _said(value: Any) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.bases import ReadsModels
-from dpo_jax.config.options import Seed, require
+from dpo_jax.config.options import Options, Seed, require
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DemoRun(ReadsModels):
 
 
 @dataclass(frozen=True)
-class ReportRun:
+class ReportRun(Options):
     """Runs on one page: curves over each other, options that differ, last figures: `dpo-jax report RUN RUN ...`."""
 
     runs: tuple[str, ...]
@@ -42,7 +42,7 @@ class ReportRun:
 
 
 @dataclass(frozen=True)
-class ConfigsRun:
+class ConfigsRun(Options):
     """The recipes that come with the package: `dpo-jax configs`, `dpo-jax configs show|copy NAME`."""
 
     action: Literal["list", "show", "copy"] = "list"
@@ -60,7 +60,7 @@ class ConfigsRun:
 
 
 @dataclass(frozen=True)
-class CompletionRun:
+class CompletionRun(Options):
     """What lets a shell complete commands, options and values: `dpo-jax completion bash|zsh|fish`."""
 
     shell: Literal["bash", "zsh", "fish"]

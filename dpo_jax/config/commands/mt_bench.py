@@ -5,7 +5,7 @@ from typing import Literal
 
 from dpo_jax.config.bases import WritesTexts
 from dpo_jax.config.commands.judge import AsksOne, EndpointConfig
-from dpo_jax.config.options import Count, Seed, not_given, part, require, require_day
+from dpo_jax.config.options import Count, Options, Seed, not_given, part, require, require_day
 from dpo_jax.config.sections import SampleConfig
 
 _FIXED_DRAW = ("temperature", "top_k", "top_p", "min_p", "beams", "length_penalty")
@@ -86,7 +86,7 @@ class MTBenchJudgeRun(AsksOne):
 
 
 @dataclass(frozen=True)
-class MTBenchShowRun:
+class MTBenchShowRun(Options):
     """Scores and win rates from FastChat's judgement files: `dpo-jax mt-bench show`.
 
     Single judgements (gpt-4_single.jsonl) give mean scores, pairwise ones (gpt-4_pair.jsonl) wins, losses and ties: a
