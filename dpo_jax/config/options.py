@@ -113,14 +113,16 @@ def not_given(value: Any = None, *, needs: str = "", **only: tuple[str, ...]) ->
     return dataclasses.field(default=None, metadata={"value": value, "needs": needs, "only": only})
 
 
-def part(section: Any, *, without: tuple[str, ...] = (), **usual: Any) -> Any:
+def part(section: Any, *, without: tuple[str, ...] = (), instead: str = "leave it out", **usual: Any) -> Any:
     """A section of a command's options, or the run of a recipe's stage.
 
     without: options of it (or sections inside it) that the command does not read: they are no options of the command,
-    and refused where a CONFIG.py gives them. usual: defaults that are not those of `section`.
+    and refused where a CONFIG.py gives them, with `instead` as advice. usual: defaults other than those of `section`.
     """
     # One instance for all, since nothing in it changes.
-    return dataclasses.field(default_factory=cache(partial(section, **usual)), metadata={"without": without})
+    return dataclasses.field(
+        default_factory=cache(partial(section, **usual)), metadata={"without": without, "instead": instead}
+    )
 
 
 def no_option(section: Any = None) -> Any:
@@ -200,7 +202,7 @@ class Options:
             for inner in field.metadata.get("without", ()):
                 chosen, plain = (reduce(getattr, inner.split("."), one) for one in (given, self.usual(name)))
                 idle = chosen not in (plain, ON_COMMAND_LINE, SET_BY_RECIPE)
-                require(not idle, f"{prefix}{name}.{inner} has no effect here: leave it out")
+                require(not idle, f"{prefix}{name}.{inner} has no effect here: {field.metadata['instead']}")
 
     @classmethod
     def fields(cls) -> dict[str, dataclasses.Field[Any]]:

@@ -51,7 +51,12 @@ class IterativeRPORun(ReadsModels):
     """Seed of the answers and of which pairs are drawn; that of the training is --dpo.train.seed."""
     batch_size: Count = 32
     """Answers written at once, over all devices; one that is done makes room for the next. Changes no text."""
-    sample: SampleConfig = part(SampleConfig, without=("temperature", "beams", "length_penalty"), max_new_tokens=512)
+    sample: SampleConfig = part(
+        SampleConfig,
+        without=("temperature", "beams", "length_penalty"),
+        instead="give --temperatures",
+        max_new_tokens=512,
+    )
     dpo: DPORun = stage(
         DPORun,
         *("reference", "holdout"),

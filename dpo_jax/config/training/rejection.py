@@ -85,7 +85,9 @@ class RejectionRun(JudgedRun):
     sample_batch_size: Count = 32
     """Responses written at once, over all devices; one that is done makes room for the next. Changes no text."""
     rejection: RejectionConfig = part(RejectionConfig)
-    sample: SampleConfig = part(SampleConfig, without=("temperature", "beams", "length_penalty"))
+    sample: SampleConfig = part(
+        SampleConfig, without=("temperature", "beams", "length_penalty"), instead="give --rejection.temperatures"
+    )
     optimizer: OptimizerConfig = part(OptimizerConfig, learning_rate=2e-5)
     data: SFTDataConfig = part(
         SFTDataConfig, without=("kind", "separator", "documents", "max_prompt_length"), train_on="last"
