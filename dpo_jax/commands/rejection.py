@@ -188,7 +188,7 @@ class _Run:
             self._writer = None
             config, train, data = self.config, self.config.train, self.config.data
             writer = open_writer(  # with its own tokenizer: a student's may differ from the teacher's
-                model,
+                open_checkpoint(model),
                 config.sample,
                 mesh=self.training.mesh,
                 batch_size=config.sample_batch_size,

@@ -22,7 +22,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.processes import distributed
 from dpo_jax.sample import Finished, Request, beam_search, serve
 from dpo_jax.weights.integrity.fingerprint import fingerprint
-from dpo_jax.weights.opened import StoredModel, open_checkpoint
+from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pretrained import load_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary, load_tokenizer, text_ids
 
@@ -170,7 +170,7 @@ class Writer:
 
 
 def open_writer(
-    source: str | StoredModel,
+    place: StoredModel,
     sample: SampleConfig,
     *,
     mesh: Mesh,
@@ -180,13 +180,12 @@ def open_writer(
     raw: bool = False,
     **loading: Any,
 ) -> Writer:
-    """The model `source`, of which no weights are read yet, asked with its own chat template or another, or `raw`.
+    """The model `place`, of which no weights are read yet, asked with its own chat template or another, or `raw`.
 
     loading: dtype and whatever else `load_pretrained` is to be told.
 
-    Raises `InputError` for what is no model, and for a tokenizer that does not fit it.
+    Raises `InputError` for a damaged model, and for a tokenizer that does not fit it.
     """
-    place = open_checkpoint(source)
     tokenizer = place.tokenizer()
     check_vocabulary(tokenizer, place.architecture)
     encoder = ConversationEncoder(tokenizer, RAW if raw else template, date)
