@@ -127,7 +127,7 @@ CASES = (
     ),
     Case(
         "distill",
-        (f"distill --teacher @rm2 {_SAMPLED} --sample.max_new_tokens 6 --distill.on_policy 0.5 --distill.beta 0.5",),
+        (f"distill --teacher @rm2 {_SAMPLED} --sample.max_new_tokens 6 --distill.on_policy 1 --distill.beta 0.5",),
     ),
     Case(
         "rejection",
@@ -227,8 +227,9 @@ CASES = (
             + " "
             + " ".join(_ROOM.format(name) for name in ("sft", "helpful", "safety", "rejection"))
             + " --helpful.data.max_prompt_length 40 --safety.data.max_prompt_length 40 --helpful.reward.margin small"
-            " --ppo.sample.stop_strings e o r t --rejection.sample.stop_strings e o r t"
-            " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 8"
+            " --ppo.sample.stop_tokens "
+            + " ".join(map(str, range(200, 300)))
+            + " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 8"
             " --ppo.ppo.epochs 1 --ppo.ppo.value stopped --ppo.sample.max_new_tokens 6 --ppo.data.max_length 56"
             " --ppo.data.max_prompt_length 40",
         ),
@@ -236,10 +237,10 @@ CASES = (
     Case(
         "recipe llama3",
         (
-            "recipe llama3 --model @model --prompts @prompts.jsonl --judge @mine.py:letters --sft_data @chat_eval.jsonl"
-            " --preferences @pairs.jsonl --out out --rounds 2 --average_over train.seed=1 --pair_samples 3"
-            " --batch_size 16 --heldout 0.25 --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6"
-            " --rejection.sample_batch_size 16 --rejection.sample.stop_strings e o r t "
+            "recipe llama3 --model @model --prompts @sums.jsonl --judge @mine.py:letters --sft_data @chat_eval.jsonl"
+            " --preferences @pairs.jsonl --out out --rounds 2 --average_over train.seed=1 --pair_samples 6"
+            " --batch_size 16 --heldout 0.4 --rejection.rejection.samples 6 --rejection.sample.max_new_tokens 8"
+            " --rejection.sample_batch_size 16 --rejection.sample.stop_strings e o r t a "
             + " ".join(_STAGE.format(name) for name in ("sft", "reward", "rejection", "dpo"))
             + " "
             + " ".join(_ROOM.format(name) for name in ("sft", "reward", "rejection", "dpo"))
@@ -250,8 +251,8 @@ CASES = (
         "recipe iterative_rpo",
         (
             "recipe iterative_rpo --model @model --prompts @sums.jsonl --eval_prompts @sums.jsonl --out out --rounds 2"
-            " --samples 8 --pairs_per_prompt 3 --temperatures 1.0 1.2 --batch_size 16 --answer_pattern ([a-m])"
-            " --sample.max_new_tokens 8 --sample.stop_strings e o --dpo.data.max_prompt_length 40 "
+            " --samples 8 --pairs_per_prompt 3 --temperatures 1.0 1.2 --batch_size 16 --answer_pattern ([ae])"
+            " --sample.max_new_tokens 8 --sample.stop_strings i o r t --dpo.data.max_prompt_length 40 "
             + _STAGE.format("dpo")
             + " "
             + _ROOM.format("dpo"),
@@ -263,7 +264,8 @@ CASES = (
             "generate --model @rm2 --prompts @prompts.jsonl --out other.jsonl --sample.max_new_tokens 6",
             "recipe zephyr --model @model --seeds @heldout.jsonl --prompts @prompts.jsonl --pool @pool.yaml --judge"
             " length --out out --heldout 0.3 --batch_size 4 --sample.max_new_tokens 6 --dsft.model @rm2"
-            " --dsft.sample.max_new_tokens 6 --dsft.write.rounds 0 --dsft.filter.near None"
+            " --dsft.sample.max_new_tokens 8 --dsft.sample.stop_strings a e i o --sample.stop_strings a e i o"
+            " --dsft.write.rounds 0 --dsft.filter.near None"
             " --dsft.filter.least_characters 1 --dsft.filter.most_characters 1000 --aif.samples 2"
             " --aif.principles none "
             + " ".join(_STAGE.format(name) for name in ("sft", "dpo"))
@@ -284,15 +286,13 @@ CASES = (
         ),
     ),
     Case(
-        "mt-bench answered, judged, shown",
+        "mt-bench answered and shown",
         (
             "mt-bench answer --model @model --questions @question.jsonl --out a.jsonl --sample.max_new_tokens 6"
             " --model_id a",
             "mt-bench answer --model @rm2 --questions @question.jsonl --out b.jsonl --sample.max_new_tokens 6"
             " --model_id b",
-            "mt-bench judge --questions @question.jsonl --answers a.jsonl b.jsonl --out judged.jsonl --mode"
-            " pairwise-all --model @rm2 --template chatml --sample.max_new_tokens 4",
-            "mt-bench show --judgments judged.jsonl --questions @question.jsonl --json",
+            "mt-bench show --judgments @judgment.jsonl --questions @question.jsonl --json",
         ),
         stdout=True,
     ),

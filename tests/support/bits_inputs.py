@@ -239,7 +239,7 @@ def build(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(sentence(rng, rng.randint(20, 60)) for _ in range(20)) + "\n")
     mixed = ["".join(rng.choice(CHINESE) for _ in range(12)) + "。" + sentence(rng, 3) for _ in range(120)]
     rows(folder / "chinese.jsonl", [{"text": text} for text in mixed])
-    rows(folder / "sums.jsonl", [{"prompt": f"s{i} {sentence(rng, 2)}", "answer": "aeiou"[i % 5]} for i in range(12)])
+    rows(folder / "sums.jsonl", [{"prompt": f"s{i} {sentence(rng, 2)}", "answer": "ae"[i % 2]} for i in range(12)])
     asked = [
         ("writing", ["write of a film", "and a book"]),
         ("roleplay", ["the red one", "the blue"]),
@@ -249,6 +249,12 @@ def build(folder: Path) -> None:
         folder / "question.jsonl",
         [{"question_id": 81 + i, "category": name, "turns": turns} for i, (name, turns) in enumerate(asked)],
     )
+    judged = [
+        {"question_id": 81 + i % 3, "model": "ab"[i % 2], "turn": 1 + i // 6, "score": 1 + i % 10}
+        | {"judge": ["judge", "single-v1"], "user_prompt": "", "judgment": "", "tstamp": 0.0}
+        for i in range(12)
+    ]
+    rows(folder / "judgment.jsonl", judged)
     (folder / "pool.yaml").write_text(
         f"- {{name: own, model: {folder / 'model'}, sample: {{max_new_tokens: 6}}}}\n"
         "- {name: other, responses: other.jsonl}\n"
