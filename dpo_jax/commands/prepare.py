@@ -75,8 +75,7 @@ def _target(to: str) -> Iterator[Path]:
         with new_folder(Path(to).expanduser(), replace=False) as folder:
             yield folder
         return
-    scratch = tempfile.TemporaryDirectory(prefix="dpo-jax-")
-    with writing(tempfile.gettempdir()), scratch as name, upload(Path(name), to):
+    with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="dpo-jax-") as name, upload(Path(name), to):
         yield Path(name)
 
 

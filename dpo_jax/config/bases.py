@@ -11,7 +11,8 @@ class ReadsModels(Options):
     """A command that reads models."""
 
     ignore_config_keys: tuple[str, ...] = ()
-    """Keys of a model's config.json that are not known here and change nothing: they are left out."""
+    """Keys of a model's config.json that are not known here and change nothing: they are left out. (From Python it is
+    `load_pretrained` that takes them.)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import inspect
 import math
 from collections.abc import Iterator
 from functools import cache, partial, reduce
@@ -50,7 +51,7 @@ class Within:
     def fault(self, number: float) -> str | None:
         """What is wrong with a number, to be said behind it; None where nothing is."""
         told = self._fault(number)
-        return f"{told} ({self.why})" if told and self.why else told
+        return f"{told} ({self.why})" if told and self.why and number <= self.low else told
 
     def _fault(self, number: float) -> str | None:
         above = self.low <= number if self.ends[0] == "[" else self.low < number
@@ -84,15 +85,12 @@ RecipeSeed = Annotated[int, Within(0, 2**31)]
 
 
 @cache
-def _intervals(cls: type) -> tuple[tuple[str, Within], ...]:
-    """Options, and what each may be, or each of its numbers where it takes several."""
+def _intervals(cls: type["Options"]) -> tuple[tuple[str, str, Within], ...]:
+    """Options, their spelling, and what each may be, or each of its numbers where it takes several."""
+    owners = {name: owner for owner in reversed(cls.__mro__) for name in inspect.get_annotations(owner)}
     hints = get_type_hints(cls, include_extras=True)
-    return tuple((name, found) for name, kind in hints.items() for found in _within(kind))
-
-
-def _own(cls: type) -> Any:
-    """The fields that a class declares itself."""
-    return vars(cls).get("__annotations__", ())
+    intervals = ((name, found) for name, kind in hints.items() for found in _within(kind))
+    return tuple((name, f"{owners[name]._prefix}{name}", found) for name, found in intervals)
 
 
 def _within(kind: Any) -> Iterator[Within]:
@@ -183,11 +181,11 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse numbers that an option does not take, and what was given and has no effect beside the others."""
         prefix, fields = self._prefix, self.fields()
-        for name, interval in _intervals(type(self)):
-            given, owner = getattr(self, name), next(c for c in type(self).__mro__ if name in _own(c))
+        for name, spelled, interval in _intervals(type(self)):
+            given = getattr(self, name)
             for number in given if isinstance(given, tuple) else () if given is None else (given,):
                 fault = interval.fault(number)
-                require(fault is None, f"{owner._prefix}{name} {number} {fault}")
+                require(fault is None, f"{spelled} {number} {fault}")
         for name, field in fields.items():
             given, needs = getattr(self, name), field.metadata.get("needs")
             if given is None:

@@ -103,7 +103,7 @@ class OptimizerConfig(Options, prefix="--optimizer."):
         require(self.clip_norm is None or self.clip_norm > 0, "--optimizer.clip_norm must be positive, or None")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepConfig(Options, prefix="--train."):
     """What every step needs to know beside its loss."""
 

@@ -1,12 +1,15 @@
 """What a command shows on the terminal when it is done: tables, and lines below them."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
-from dpo_jax.report import html
+if TYPE_CHECKING:  # it draws plots, and loads what that takes
+    from dpo_jax.report import html
 
 
-def table(title: str, content: html.Table, *, left: int | None = None) -> Table:
+def table(title: str, content: "html.Table", *, left: int | None = None) -> Table:
     """A table as the terminal draws it. Columns behind the first `left` hold numbers, which end below each other."""
     made = Table(title=title)
     for i, name in enumerate(content.head):

@@ -221,7 +221,7 @@ CASES = (
         "recipe llama2_chat",
         (
             "recipe llama2_chat --model @model --sft_data @chat_eval.jsonl --helpful_data @rated.jsonl --prompts"
-            " @prompts.jsonl --judge @mine.py:letters --safety_data @safety.jsonl --safety_judge @mine.py:short --out"
+            " @more.jsonl --judge @mine.py:letters --safety_data @safety.jsonl --safety_judge @mine.py:short --out"
             " out --recipe.rounds 1 --recipe.pair_samples 3 --recipe.pair_batch_size 8 --recipe.heldout 0.25 "
             + " ".join(_STAGE.format(name) for name in ("sft", "helpful", "safety", "rejection", "ppo"))
             + " "
@@ -261,7 +261,7 @@ CASES = (
     Case(
         "recipe zephyr",
         (
-            "generate --model @rm2 --prompts @prompts.jsonl --out other.jsonl --sample.max_new_tokens 6",
+            "generate --model @rm2 --prompts @prompts.jsonl --out other.jsonl --sample.stop_strings a e i o",
             "recipe zephyr --model @model --seeds @heldout.jsonl --prompts @prompts.jsonl --pool @pool.yaml --judge"
             " length --out out --heldout 0.3 --batch_size 4 --sample.max_new_tokens 6 --dsft.model @rm2"
             " --dsft.sample.max_new_tokens 8 --dsft.sample.stop_strings a e i o --sample.stop_strings a e i o"

@@ -249,6 +249,8 @@ def build(folder: Path) -> None:
         folder / "question.jsonl",
         [{"question_id": 81 + i, "category": name, "turns": turns} for i, (name, turns) in enumerate(asked)],
     )
+    asked = [{"prompt": f"m{i} {sentence(rng, 2)}", "safety": i % 2 == 1} for i in range(24)]
+    rows(folder / "more.jsonl", asked)
     judged = [
         {"question_id": 81 + i % 3, "model": "ab"[i % 2], "turn": 1 + i // 6, "score": 1 + i % 10}
         | {"judge": ["judge", "single-v1"], "user_prompt": "", "judgment": "", "tstamp": 0.0}
@@ -256,7 +258,7 @@ def build(folder: Path) -> None:
     ]
     rows(folder / "judgment.jsonl", judged)
     (folder / "pool.yaml").write_text(
-        f"- {{name: own, model: {folder / 'model'}, sample: {{max_new_tokens: 6}}}}\n"
+        f"- {{name: own, model: {folder / 'model'}, sample: {{max_new_tokens: 8, stop_strings: [a, e, i, o]}}}}\n"
         "- {name: other, responses: other.jsonl}\n"
     )
     (folder / "mine.py").write_text(
