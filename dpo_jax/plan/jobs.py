@@ -104,6 +104,7 @@ _SOURCES = (
     "data/sets/dealing.py",
     "data/sets/group_windows.py",
     "data/sets/segment_views.py",
+    "train/answered.py",
     "train/flops.py",
     "commands/ppo.py",
     "train/online_pairs.py",

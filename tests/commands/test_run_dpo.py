@@ -32,7 +32,8 @@ from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.policy_logps import cache_key
 from dpo_jax.train import session as training
-from dpo_jax.weights.pretrained import load_pretrained
+from dpo_jax.weights.convert import convert
+from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.tokenizer import load_tokenizer
 
 
@@ -527,3 +528,18 @@ def test_a_step_of_more_rows_than_there_are_says_so(
 ) -> None:
     run_dpo.train(options(inputs, tmp_path / "run", eval_data=None, train=TrainConfig(steps=1, batch_size=32)))
     assert "each step takes 32 rows (--train.batch_size), and there are 20" in capsys.readouterr().err
+
+
+def test_the_adapters_that_a_run_began_with_are_merged_once(inputs: Path, tmp_path: Path) -> None:
+    """Its checkpoints hold them, further trained: what is beneath is the model below all adapters."""
+    model, variables = load_pretrained(inputs / "model", lora=LoraConfig(rank=2))
+    variables["adapters"] = jax.tree.map(lambda x: 0.01 + x, variables["adapters"])
+    save_pretrained(tmp_path / "adapter", model, variables, None, source=inputs / "model", merge=False)
+    train = TrainConfig(steps=1, batch_size=4, dtype="bfloat16")
+    out = run_dpo.train(options(inputs, tmp_path / "run", model=str(tmp_path / "adapter"), eval_data=None, train=train))
+    convert(out / "checkpoints" / "1", tmp_path / "converted")
+    merged, converted = (load_file(folder / "model.safetensors") for folder in (out / "model", tmp_path / "converted"))
+    for name, tensor in load_file(inputs / "model" / "model.safetensors").items():
+        np.testing.assert_array_equal(converted[name], merged[name], err_msg=name)
+        if "q_proj" in name:
+            assert 1e-5 < np.abs(merged[name] - tensor).max() < 0.1

@@ -90,9 +90,9 @@ def write_gguf(
     writer = GGUFWriter(partial, form.architecture)
     writer.add_name(name)
     writer.add_file_type(file_type)
-    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     for key, value in metadata_of(config).items():
-        add[type(value)](key, value)
+        number = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        (writer.add_string if isinstance(value, str) else number)(key, value)
     add_vocabulary(writer, tokenizer, config, _ends(tokenizer, config, terminators))
     factors = factors_of(config)
     try:
