@@ -190,9 +190,8 @@ def save_pretrained(
 
 def _as_stored(place: StoredModel, config: LlamaConfig, params: Any) -> Iterator[np.ndarray]:
     """The weights that `place` stores beneath all adapters, in float32, by way of the devices of `params`."""
-    while (
-        place.has_adapters and place.beneath is not None
-    ):  # a run may have begun with an adapter, which it goes on with
+    # A run may have begun with an adapter, which its own go on from.
+    while place.has_adapters and place.beneath is not None:
         place = place.beneath
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
     return stored_tensors(place, config, np.float32, mesh if isinstance(mesh, Mesh) else None)
