@@ -22,7 +22,7 @@ from dpo_jax.config.command_line.help import VOICE, help_text
 from dpo_jax.config.command_line.words import BENCH, COMMANDS, GROUPS, ONLINE, PLAN, PLANNED
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.options import left_out
-from dpo_jax.config.values import built, negated
+from dpo_jax.config.values import built, greedy, negated
 from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk, naming
 
 PROGRAM = "dpo-jax"
@@ -204,7 +204,7 @@ def parse(word: str, args: Sequence[str], *, open_ended: bool = False) -> Any:
 def _parse(word: str, args: list[str], *, open_ended: bool = False) -> Any:
     default, args = _split_recipe(word, args)
     cls, names = COMMANDS[word].options, option_names(word)
-    given = _greedy(_given(word, args, names), names)
+    given = greedy(_given(word, args, names), names)
     if default is None:
         missing = [name for name, required in names.items() if required and name not in given]
         if open_ended:
@@ -226,21 +226,6 @@ def _left_open(options: Any, names: dict[str, bool]) -> Iterator[str]:
         name = option(prefix + field.name)
         if value in (config.ON_COMMAND_LINE, (config.ON_COMMAND_LINE,)) and name.removeprefix("--") in names:
             yield name
-
-
-def _greedy(given: dict[str, list[str]], names: dict[str, bool]) -> dict[str, list[str]]:
-    """With a temperature of 0, what defaults or a CONFIG.py filter samples with gives way, for it would do nothing."""
-    for name in [name for name, words in given.items() if name.endswith("sample.temperature") and _is_zero(words)]:
-        filters = [name.removesuffix("temperature") + one for one in ("top_k", "top_p", "min_p")]
-        given = {one: ["None"] for one in filters if one in names} | given
-    return given
-
-
-def _is_zero(words: list[str]) -> bool:
-    try:
-        return float(" ".join(words)) == 0
-    except ValueError:  # told when it is read
-        return False
 
 
 def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list[str]]:

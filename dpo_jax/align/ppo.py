@@ -22,6 +22,8 @@ The value model is one of
                reward model) with a head; under LoRA only adapters and head, beside the policy's frozen weights;
     shared     the policy's trunk with a head;
     stopped    the same, without a gradient from the values into the trunk.
+
+(One file, though long: all of it is the one scan, and its parts have no other caller.)
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -37,6 +37,21 @@ def built(cls: Any, given: Mapping[str, list[str]], default: Any, advice: str, p
                 raise InputError(f"{error} {advice}") from None
             values[field.name] = value if said == name else not value
     return cls(**values) if default is None else dataclasses.replace(default, **values)
+
+
+def greedy(given: Mapping[str, list[str]], names: Container[str]) -> Mapping[str, list[str]]:
+    """With a temperature of 0, what defaults or a CONFIG.py filter samples with gives way, for it would do nothing."""
+    for name in [name for name, words in given.items() if name.endswith("sample.temperature") and _is_zero(words)]:
+        filters = [name.removesuffix("temperature") + one for one in ("top_k", "top_p", "min_p")]
+        given = {one: ["None"] for one in filters if one in names} | dict(given)
+    return given
+
+
+def _is_zero(words: list[str]) -> bool:
+    try:
+        return float(" ".join(words)) == 0
+    except ValueError:  # told when it is read
+        return False
 
 
 def _is_tuple(kind: Any) -> bool:

@@ -9,6 +9,8 @@ SwiGLU, tied or untied embeddings, optional biases; and what its neighbours add,
 The layers are stacked on a leading L axis and scanned, so compile time does not grow with depth. Trained adapters
 (LoRA) live in their own collection, `adapters`; applying the module to {"params": ...} alone gives the base model, so
 the reference policy under LoRA costs no second copy of the weights.
+
+(One file, though long: whoever looks for a line of the model finds it here.)
 """
 
 import dataclasses

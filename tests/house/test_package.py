@@ -188,3 +188,10 @@ def test_ci_runs_the_readmes_command() -> None:
     assert pattern is not None
     first = next(line for line in README.splitlines() if re.search(pattern[1], line))
     assert first.endswith("pip install -e '.[test]' && pytest")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in (ROOT / "dpo_jax").rglob("*.py") if path.read_text().count("\n") > 400]
+)
+def test_a_long_file_says_why(path: Path) -> None:
+    assert "though long" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""), path

@@ -222,13 +222,13 @@ CASES = (
         (
             "recipe llama2_chat --model @model --sft_data @chat_eval.jsonl --helpful_data @rated.jsonl --prompts"
             " @more.jsonl --judge @mine.py:letters --safety_data @safety.jsonl --safety_judge @mine.py:short --out"
-            " out --recipe.rounds 1 --recipe.pair_samples 3 --recipe.pair_batch_size 8 --recipe.heldout 0.25 "
+            " out --recipe.rounds 1 --recipe.pair_samples 8 --recipe.pair_batch_size 8 --recipe.heldout 0.5 "
             + " ".join(_STAGE.format(name) for name in ("sft", "helpful", "safety", "rejection", "ppo"))
             + " "
             + " ".join(_ROOM.format(name) for name in ("sft", "helpful", "safety", "rejection"))
             + " --helpful.data.max_prompt_length 40 --safety.data.max_prompt_length 40 --helpful.reward.margin small"
             " --ppo.sample.stop_tokens "
-            + " ".join(map(str, range(200, 300)))
+            + " ".join(map(str, range(260, 300)))
             + " --rejection.rejection.samples 2 --rejection.sample.max_new_tokens 6 --rejection.sample_batch_size 8"
             " --ppo.ppo.epochs 1 --ppo.ppo.value stopped --ppo.sample.max_new_tokens 6 --ppo.data.max_length 56"
             " --ppo.data.max_prompt_length 40",

@@ -11,6 +11,8 @@ and one shape or a few hold all windows of a run.
 
 All of it is a pure function of the lengths, the seed and the epoch.
 
+(One file, though long: dealing, shapes and filling are one plan, and none means anything without the others.)
+
 N rows, B rows a batch, W windows a batch, g = B / W groups a window, K responses a row, T places of a window, M of its
 response tokens.
 """
