@@ -39,11 +39,11 @@ def built(cls: Any, given: Mapping[str, list[str]], default: Any, advice: str, p
     return cls(**values) if default is None else dataclasses.replace(default, **values)
 
 
-def greedy(given: Mapping[str, list[str]], names: Container[str]) -> Mapping[str, list[str]]:
+def greedy(given: dict[str, list[str]], names: Container[str]) -> dict[str, list[str]]:
     """With a temperature of 0, what defaults or a CONFIG.py filter samples with gives way, for it would do nothing."""
     for name in [name for name, words in given.items() if name.endswith("sample.temperature") and _is_zero(words)]:
         filters = [name.removesuffix("temperature") + one for one in ("top_k", "top_p", "min_p")]
-        given = {one: ["None"] for one in filters if one in names} | dict(given)
+        given = {one: ["None"] for one in filters if one in names} | given
     return given
 
 
