@@ -9,7 +9,7 @@ import uvicorn
 
 from dpo_jax.complete.serving.openai_api import application
 from dpo_jax.complete.serving.talker import Talker
-from dpo_jax.config import ServeRun, TalkOptions
+from dpo_jax.config import ChatRun, ServeRun
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import say
 from dpo_jax.mesh import make_mesh
@@ -22,7 +22,7 @@ TOKEN = "DPO_JAX_SERVE_TOKEN"
 """Environment variable with what clients must send as their API key."""
 
 
-def talker_of(source: str, run: TalkOptions, *, waiting: int = 1) -> Talker:
+def talker_of(source: str, run: ServeRun | ChatRun, *, waiting: int = 1) -> Talker:
     """A running talker of the model `source`. Raises `InputError`."""
     place = open_checkpoint(source)
     tokenizer = place.tokenizer()

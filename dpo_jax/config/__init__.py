@@ -39,7 +39,6 @@ from dpo_jax.config.commands.writing import (
     ChatRun as ChatRun,
     GenerateRun as GenerateRun,
     ServeRun as ServeRun,
-    TalkOptions as TalkOptions,
 )
 from dpo_jax.config.options import ON_COMMAND_LINE as ON_COMMAND_LINE, OPEN as OPEN, SET_BY_RECIPE as SET_BY_RECIPE
 from dpo_jax.config.recipes.aif import ASPECTS as ASPECTS, AIFRun as AIFRun, WriterConfig as WriterConfig

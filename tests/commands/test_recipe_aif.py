@@ -294,7 +294,7 @@ def test_what_a_judge_does_not_use_is_refused(judge, more, message, tmp_path: Pa
         (TWO, ["--aspects", "honesty"], "--aspects has no effect with --judge length, which gives one score"),
         (TWO, ["--no-critique"], "--critique has no effect with --judge length"),
         (TWO, ["--repair", "ultrafeedback", "--rule", "ultrafeedback_binarized"], "--repair has no effect with"),
-        (TWO, ["--reward_timeout", "3"], "--reward_timeout has no effect: no URL or function of yours"),
+        (TWO, ["--reward_timeout", "3"], "--reward_timeout has no effect: no judge is a URL, a function of yours"),
         (TWO, ["--judge_batch_size", "1"], "--judge_batch_size has no effect with --judge length"),
         (TWO, ["--judge_dtype", "float32"], "--judge_dtype has no effect with --judge length"),
         (TWO, ["--principles", "none", "--language", "zh"], "--language has no effect with --judge length"),

@@ -370,7 +370,7 @@ def test_real_files(shared_data, name, rules, rows, longest, blanks):
     rules = RewardLossConfig(ties="drop", **rules)
     source = str(shared_data / name)
     if blanks:
-        with pytest.raises(InputError, match=rf"{blanks} of the rows, or leave them out with --on-bad-rows skip"):
+        with pytest.raises(InputError, match=rf"{blanks} of the rows, or leave them out with --on_bad_rows skip"):
             load_comparisons(source, TOKENIZER, config, rules, vocab_size=320)
     on_bad_rows = "skip" if blanks else "refuse"
     data = load_comparisons(source, TOKENIZER, config, rules, vocab_size=320, on_bad_rows=on_bad_rows)
