@@ -3,6 +3,7 @@
 Nothing of the package is imported: the same bytes come out beside any version of it.
 """
 
+import io
 import json
 import random
 from pathlib import Path
@@ -169,10 +170,10 @@ def gguf_model(source: Path, path: Path) -> None:
 def sentencepiece_model(path: Path) -> None:
     """A Llama with a small SentencePiece tokenizer of its own, whose vocabulary can be extended."""
     path.mkdir()
-    rng = random.Random(3)
+    rng, written = random.Random(3), io.BytesIO()  # with a prefix it would hold the path
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
         sentence_iterator=iter([sentence(rng, 12) for _ in range(200)]),
-        model_prefix=str(path / "tokenizer"),
+        model_writer=written,
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
@@ -181,7 +182,7 @@ def sentencepiece_model(path: Path) -> None:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    (path / "tokenizer.vocab").unlink()
+    (path / "tokenizer.model").write_bytes(written.getvalue())
     told = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
     told |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (path / "tokenizer_config.json").write_text(json.dumps(told))
