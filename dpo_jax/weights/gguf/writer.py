@@ -91,8 +91,12 @@ def write_gguf(
     writer.add_name(name)
     writer.add_file_type(file_type)
     for key, value in metadata_of(config).items():
-        number = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        (writer.add_string if isinstance(value, str) else number)(key, value)
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
     add_vocabulary(writer, tokenizer, config, _ends(tokenizer, config, terminators))
     factors = factors_of(config)
     try:
