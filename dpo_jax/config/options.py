@@ -51,7 +51,7 @@ class Within:
     def fault(self, number: float) -> str | None:
         """What is wrong with a number, to be said behind it; None where nothing is."""
         told = self._fault(number)
-        return f"{told} ({self.why})" if told and self.why and number <= self.low else told
+        return f"{told} ({self.why})" if told and self.why and math.isfinite(number) else told
 
     def _fault(self, number: float) -> str | None:
         above = self.low <= number if self.ends[0] == "[" else self.low < number
