@@ -12,6 +12,7 @@ import bisect
 import functools
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Unpack
@@ -60,7 +61,7 @@ class IndexedBatches(Generic[Batch]):
         return (self.plan.batch(self.dataset, one) for one in self.many)
 
 
-class RowLoader(StepsLoader[Batch]):
+class RowLoader(StepsLoader[Batch], ABC):
     """The batches of a run, epoch after epoch: each row once an epoch, or as a mixture of sources draws them.
 
     Attributes:
@@ -105,12 +106,13 @@ class RowLoader(StepsLoader[Batch]):
             **run,
         )
 
+    @abstractmethod
     def _plan_of(self, epoch: int) -> Plan:
-        raise NotImplementedError
+        """How the rows of an epoch are dealt."""
 
+    @abstractmethod
     def _shapes(self) -> dict[str, Any]:
         """What of the plan decides the batches."""
-        raise NotImplementedError
 
     def _drawn(self, epoch: int) -> np.ndarray | None:
         """The rows that a mixture draws for an epoch; None: each once."""

@@ -12,6 +12,7 @@ of it is a pure function of the lengths, the seed and the epoch.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class WindowBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WindowPlan:
+class WindowPlan(ABC):
     """How the sequences of a data set are laid out in batches of windows, epoch by epoch.
 
     Attributes:
@@ -65,12 +66,12 @@ class WindowPlan:
             f"sequence{'s' * (self.sequences > 1)}; {self.padding:.2f} tokens with padding for each real one"
         )
 
+    @abstractmethod
     def epoch(self, seed: int, epoch: int, *, shuffle: bool, order: np.ndarray | None = None) -> list[WindowBatch]:
         """The batches of an epoch, in order; without `shuffle` the same in all.
 
         `order`: int64 [N], the sequences that a mixture draws for this epoch (see `row_mixture.py`).
         """
-        raise NotImplementedError
 
     def batch(self, dataset: SequenceDataset, one: WindowBatch) -> tuple[np.ndarray, TokenBatch]:
         """(its sequences int [B, slots], -1 where a window holds fewer; the batch)."""
