@@ -6,13 +6,14 @@ metrics.jsonl, TensorBoard events, checkpoints/, model/, adapter/, report.html
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from dpo_jax.config.names import option, with_new_names
 from dpo_jax.errors import InputError
@@ -65,22 +66,55 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all. Raises `InputError` when the disk is full or read-only."""
+    """Write a file so that it is there whole or not at all. Raises `InputError` when the disk is full or read-only.
+
+    It grows as .NAME.partial. What a process that was killed left there is taken over by whoever writes NAME next.
+    """
     data = data.encode() if isinstance(data, str) else data
-    temporary = None
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with _taken(partial) as file:
+            try:
+                file.truncate(0)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[BinaryIO]:
+    """The file `path`, for this writer alone: another process that writes it (jobs share caches) is waited for.
+
+    Where the file system has no locks, nobody waits.
+    """
+    while True:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+            if _is_at(file, path):  # and has not got its name meanwhile
+                yield file
+                return
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2, ensure_ascii: bool = True) -> None:
@@ -163,7 +197,8 @@ class RunFolder:
 
     def _check_free(self) -> None:
         with writing(self.path):
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            begun = _partial(self.marker)  # by a process that was killed before the folder was its own
+            if self.path.exists() and (not self.path.is_dir() or any(path != begun for path in self.path.iterdir())):
                 raise InputError(f"{self.path}: exists and is not a run of dpo-jax; choose another --out")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -34,6 +34,10 @@ def read_lines(path: Path) -> list[Row]:
     return rows
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
 
@@ -57,7 +61,7 @@ class RowsFile:
         """
         self.path = path
         self._writes = distributed.is_main()
-        self.part = path.with_name(path.name + ".part")
+        self.part = _part(path)
         self.rows: list[Row] = []
         header = json.loads(json.dumps({"settings": settings}))
         found = read_lines(self.part) if self.part.exists() else []
@@ -111,6 +115,9 @@ def write_once(path: Path, settings: Callable[[], Mapping[str, Any]], work: Call
     `settings` and `work` are called only where there is something to make.
     """
     if distributed.flag_from_main(path.exists()):
+        if distributed.is_main():
+            with writing(path):
+                _part(path).unlink(missing_ok=True)  # of a process that was killed before it did so
         return read_lines(path)
     with RowsFile(path, settings()) as file:
         work(file)

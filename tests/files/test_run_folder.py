@@ -1,6 +1,7 @@
 """The run folder: new, unfinished, finished, somebody else's, another command's, other options."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,28 @@ def test_unwritable_files_are_one_line(tmp_path: Path) -> None:
     write_atomically(tmp_path / "deep" / "x", "text")
     assert (tmp_path / "deep" / "x").read_text() == "text"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]
+
+
+def test_a_killed_writer_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    """The next one takes over what it left, a folder that it had not made its own yet included."""
+    (tmp_path / ".x.partial").write_text("longer than what comes")
+    write_atomically(tmp_path / "x", "text")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "text")]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.partial").write_text("{")
+    folder = RunFolder(out, "dpo", GIVEN)
+    assert folder.open() == "new"
+    folder.claim(GIVEN)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "run.json"]
+
+
+def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
+    texts = [str(i) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in pool.map(lambda text: write_atomically(tmp_path / "x", text), texts * 5):
+            assert (tmp_path / "x").read_text() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_flatten() -> None:

@@ -2,16 +2,16 @@
 
     python killed_everywhere.py LOG MOMENT WORDS...      WORDS: of dpo-jax
 
-Every start is a fork of one process that has read the modules, and has not begun to compute. A stage that trains is
-killed when its first checkpoint is there. Another one is killed, where MOMENT is `rows`, when the first rows of its
-file are on the disk, and else, or where it writes none, when its work is done and not yet recorded. Stages within a
-stage (AI feedback's, within Zephyr's) are stages too. LOG: a line for each stage that was killed, with its output.
+Every start is a fork of one process that has read the modules, and has not begun to compute (`killing.py`). A stage
+that trains is killed when its first checkpoint is there. Another one is killed, where MOMENT is `rows`, when the first
+rows of its file are on the disk, and else, or where it writes none, when its work is done and not yet recorded. Stages
+within a stage (AI feedback's, within Zephyr's) are stages too. LOG: a line for each stage that was killed, with its
+output.
 """
 
 import dataclasses
 import importlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,16 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import killing
+
 from dpo_jax import cli
 from dpo_jax.config.command_line.words import COMMANDS
 from dpo_jax.files import stages
 
 LIMIT = 400
 """Starts, at most."""
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _killed(log: Path) -> set[str]:
@@ -44,7 +42,7 @@ def _dying(stage: stages.Stage, log: Path, moment: str) -> stages.Stage:
             file.write(name + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _die()
+        killing.die()
 
     def watch(done: threading.Event) -> None:
         checkpoint = stage.output / "checkpoints" / "1"
@@ -84,18 +82,9 @@ def main(argv: Sequence[str]) -> int:
     importlib.import_module("dpo_jax.commands." + COMMANDS[" ".join(words[:2])].function.partition(":")[0])
     for _ in range(LIMIT):
         before = len(_killed(log))
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                code = _run(words, log, moment)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            return os.waitstatus_to_exitcode(status)
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        ended = killing.forked(lambda: _run(words, log, moment))
+        if not ended.killed:
+            return ended.code
         assert len(_killed(log)) == before + 1, "it was killed by another"
     return 71
 

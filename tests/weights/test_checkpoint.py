@@ -382,6 +382,18 @@ def test_leftovers_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1", "2"]
 
 
+def test_killed_while_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a checkpoint that was not to be kept is no damaged one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        fill(tmp_path, 3, keep=2)
+    (tmp_path / ".deleted" / "1" / "files.json").unlink()
+    checkpoints = Checkpoints(tmp_path, keep=2, say=pytest.fail)
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
 def test_what_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, keep=1)

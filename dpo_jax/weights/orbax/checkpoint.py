@@ -33,6 +33,9 @@ from dpo_jax.weights.integrity.folder import steps_in
 
 Identity = Mapping[str, str | int | float | bool | None]
 
+_DELETED = ".deleted"
+"""Where a checkpoint that is not kept goes by a rename, before its files go one by one: a kill leaves no half of it."""
+
 # A smaller value of these is better; of every other metric, a larger one.
 _SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
 
@@ -82,6 +85,7 @@ class Checkpoints:
         self._identity = dict(identity or {})
         self._say = say if jax.process_index() == 0 else (lambda text: None)
         self._damaged: list[int] = []
+        self._remove_deleted()
         self._set_aside_damaged()
         self._manager = self._open(keep)
         expect_closed_loops()
@@ -101,6 +105,7 @@ class Checkpoints:
             preservation_policy=policy,
             best_fn=None if self._best is None else self._metric,
             cleanup_tmp_directories=True,
+            todelete_subdir=_DELETED,
             step_name_format=_StepNames(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
         )
@@ -162,6 +167,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except _WRITE_ERRORS as error:
             raise self._cannot_write(error) from error
+        self._remove_deleted()
+
+    def _remove_deleted(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait, and release the threads."""
