@@ -97,7 +97,7 @@ BY_DESIGN = {
 
 @dataclass
 class Result:
-    """Of one command: `kills` holds where each fell, `differences` a line each."""
+    """Of one command: `kills` holds where each fell, `differences` a line each; seconds of the clock, of processors."""
 
     command: str
     kills: list[dict[str, Any]] = field(default_factory=list)
@@ -105,6 +105,7 @@ class Result:
     missed: int = 0
     differences: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 # ---------------------------------------------------------------- what a command leaves
@@ -195,6 +196,7 @@ class Campaign:
                 plan.append(next(kinds))
             self._trial(trial, sorted(plan, key=lambda one: one[0]), whole)
         self.result.seconds = round(time.monotonic() - start, 1)
+        self.result.cpu_seconds = round(sum(os.times()[:4]), 1)
         return self.result
 
     def _fresh(self) -> None:
@@ -304,17 +306,29 @@ def campaign(names: Sequence[str], kills: int, seed: int, work: Path, jobs: int)
 
 def table(results: Sequence[Result]) -> str:
     """Rows of Markdown, a command each and their sum."""
-    lines = ["| command | kills | where | restarts | differences | seconds |", "|---|--:|---|--:|--:|--:|"]
+    lines = [
+        "| command | kills | where | restarts | differences | seconds | CPU seconds |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
     for one in results:
         kinds = Counter(kill["kind"] for kill in one.kills)
         where = ", ".join(f"{kind} {count}" if count > 1 else kind for kind, count in sorted(kinds.items()))
-        cells = one.command, len(one.kills), where, one.restarts, len(one.differences), round(one.seconds)
+        cells = (
+            one.command,
+            len(one.kills),
+            where,
+            one.restarts,
+            len(one.differences),
+            round(one.seconds),
+            round(one.cpu_seconds),
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     kinds = Counter(kill["kind"] for one in results for kill in one.kills)
     where = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     kills, restarts = sum(len(one.kills) for one in results), sum(one.restarts for one in results)
-    differences, seconds = sum(len(one.differences) for one in results), sum(one.seconds for one in results)
-    lines.append(f"| all | {kills} | {where} | {restarts} | {differences} | {seconds:.0f} |")
+    differences = sum(len(one.differences) for one in results)
+    seconds, processors = sum(one.seconds for one in results), sum(one.cpu_seconds for one in results)
+    lines.append(f"| all | {kills} | {where} | {restarts} | {differences} | {seconds:.0f} | {processors:.0f} |")
     return "\n".join(lines)
 
 
