@@ -1,13 +1,11 @@
 """`dpo-jax convert`: a checkpoint in another format. The work is in `weights/convert.py`."""
 
-from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import ConvertRun
 from dpo_jax.data.tokens.chat_tokenizer import ChatTokenizer
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically
 from dpo_jax.files.log import say, show_log
 from dpo_jax.headers import read_json
 from dpo_jax.report import card
@@ -19,13 +17,10 @@ def convert(run: ConvertRun) -> None:
     """Write `run.from_` to the folder `run.to`. Raises `InputError`."""
     show_log()
     place = open_checkpoint(run.from_)
-    lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **spoken(place))
+    told = {**spoken(place), "beside": card.of_conversion(place, run)}
+    lost = formats.convert(place, run.to, to=run.format, dtype=run.dtype, **told)
     if lost is not None:
         say(f"{run.to}: rounding to {run.dtype} lost {lost:.0%} of what the adapters learnt")
-    # The model card: in the folder, or beside a GGUF file, called after it.
-    folder = Path(run.to) if run.format != "gguf" else Path(run.to).parent
-    for name, content in card.of_conversion(place, run).items():
-        write_atomically(folder / name, content)
     say(f"{run.to}: {run.format} checkpoint of {run.from_}")
 
 

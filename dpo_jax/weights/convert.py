@@ -1,6 +1,6 @@
 """Checkpoints from one format into another: what `dpo-jax convert` does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.errors import InputError
 from dpo_jax.weights.gguf import writer as gguf_writer
 from dpo_jax.weights.huggingface import layout, merging, model_folder
-from dpo_jax.weights.integrity.folder import check_free
+from dpo_jax.weights.integrity.folder import check_free, write_beside
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.orbax import params as orbax_params
 from dpo_jax.weights.pretrained import load_pretrained, merged_params, save_pretrained, stored_tensors
@@ -34,6 +34,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | None = None,
     terminators: Sequence[int] = (),
     shard_bytes: int = model_folder.SHARD_BYTES,
+    beside: Mapping[str, bytes] | None = None,
 ) -> float | None:
     """Write the checkpoint `source` as a new folder `target`, with its configuration and tokenizer.
 
@@ -51,6 +52,7 @@ def convert(
       tokenizer: written in place of the source's own.
       terminators: ids that end an answer, beside those that the source names (see `save_pretrained`).
       shard_bytes: largest safetensors file.
+      beside: further files of the folder, or of that of the GGUF file, by name (its card): there when it appears.
 
     Returns:
       What storing merged adapters in less than float32 lost of them, relative to their size; None: nothing.
@@ -71,7 +73,8 @@ def convert(
     place = open_checkpoint(source)
     if to == "gguf":
         stored = dtype or (place.dtype.name if place.beneath is None else "float32")
-        _to_gguf(place, target, stored, mesh, tokenizer or place.tokenizer(), (*place.terminators, *terminators))
+        ends = (*place.terminators, *terminators)
+        _to_gguf(place, target, stored, mesh, tokenizer or place.tokenizer(), ends, beside)
         return None
     if dtype == "q8_0":
         raise InputError(f"--dtype q8_0 belongs to --format gguf, and {target} is written as {to}")
@@ -86,6 +89,7 @@ def convert(
         # Adapters are added in float32, so that the weights beneath them are read as they are stored.
         model, variables = load_pretrained(place, mesh=mesh, dtype=place.dtype if adapted else stored)
         carried: dict[str, Any] = {"source": place, "classes": place.classes, "terminators": terminators}
+        carried["beside"] = beside
         tokenizer = tokenizer or place.tokenizer()
         return save_pretrained(target, model, variables, tokenizer, **carried, dtype=stored, shard_bytes=shard_bytes)
     origin = place.origin
@@ -97,6 +101,7 @@ def convert(
         model_folder.write_configs(folder, config, stored, origin, terminators, tokenizer)
         if tokenizer is None and origin is not None:
             tokenizer_files.copy_tokenizer(origin, folder)
+        write_beside(folder, beside)
 
     if to == "huggingface":
         shapes = layout.tensor_shapes(layout.parameter_slots(config))
@@ -117,6 +122,7 @@ def _to_gguf(
     mesh: Mesh | None,
     tokenizer: PreTrainedTokenizerBase,
     terminators: Sequence[int],
+    beside: Mapping[str, bytes] | None,
 ) -> None:
     """One file; Hugging Face and GGUF weights pass through no device."""
     if jax.process_count() > 1:
@@ -128,9 +134,8 @@ def _to_gguf(
         layout.tensor_shapes(layout.parameter_slots(config)),
         stored_tensors(place, config, np.float32, mesh),
     )
-    gguf_writer.write_gguf(
-        target, config, tokenizer, shapes, tensors, stored, name=target.stem, terminators=terminators
-    )
+    told: dict[str, Any] = {"name": target.stem, "terminators": terminators, "beside": beside}
+    gguf_writer.write_gguf(target, config, tokenizer, shapes, tensors, stored, **told)
 
 
 def _lost(before: Any, after: Any, dtype: np.dtype) -> float | None:

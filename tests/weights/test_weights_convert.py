@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,22 @@ def test_to_orbax_and_back_is_bit_identical(source: Path, tmp_path: Path) -> Non
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast", "the name that transformers 4 knows, too"
+
+
+@pytest.mark.parametrize("to", ["huggingface", "orbax", "gguf"])
+def test_what_lies_beside_is_there_when_the_result_appears(source: Path, tmp_path: Path, monkeypatch, to: Any) -> None:
+    """A command that is killed leaves no result that lacks its card, for it would not write over it."""
+    target = tmp_path / ("out.gguf" if to == "gguf" else "out")
+
+    def appears(scratch: Any, path: Any) -> None:
+        assert Path(path) == target
+        assert ((Path(scratch).parent if to == "gguf" else Path(scratch)) / "CARD.md").read_bytes() == b"a card"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", appears)
+    monkeypatch.setattr(os, "replace", appears)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, to=to, beside={"CARD.md": b"a card"})
 
 
 def test_folder_to_folder_keeps_or_changes_the_dtype(source: Path, tmp_path: Path) -> None:

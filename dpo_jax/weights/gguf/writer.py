@@ -24,6 +24,7 @@ from dpo_jax.weights.gguf.tensors import NORM, PERMUTED, interleaved
 from dpo_jax.weights.gguf.tokenizer import read_tokenizer
 from dpo_jax.weights.gguf.vocabulary import add_vocabulary
 from dpo_jax.weights.huggingface import layout
+from dpo_jax.weights.integrity.folder import write_beside
 
 Stored = Literal["float32", "bfloat16", "float16", "q8_0"]
 
@@ -69,6 +70,7 @@ def write_gguf(
     *,
     name: str,
     terminators: Sequence[int] = (),
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the file `path`, which appears whole or not at all.
 
@@ -79,6 +81,7 @@ def write_gguf(
       stored: what matrices are kept in.
       name: of the model, for those who read the metadata.
       terminators: ids that end a response, beside the tokenizer's EOS and the model's: GGUF has room for two.
+      beside: further files of its folder, by name, which are there when it appears.
 
     Raises `InputError`: a tokenizer that GGUF cannot express, a value beyond float16, a full disk.
     """
@@ -117,6 +120,7 @@ def write_gguf(
             writer.write_tensor_data(_encoded(key, values, kinds[key], config))
         writer.close()
         _check_ids(read_tokenizer(partial), tokenizer)
+        write_beside(path.parent, beside)
         os.replace(partial, path)
     except OSError as error:
         reason = error.strerror or str(error)
