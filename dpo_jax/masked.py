@@ -8,6 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+EPSILON = 1e-8
+"""What `whiten` adds to the variance."""
+
 
 def select(x: jax.Array, mask: jax.Array) -> jax.Array:
     """`x` where the mask holds, 0 elsewhere: unlike `x * mask`, this stops NaN, forwards and backwards."""
@@ -39,7 +42,7 @@ def var(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(n > 0, jnp.sum(jnp.square(deviation)) / jnp.maximum(n - 1, 1), jnp.nan)
 
 
-def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = EPSILON) -> jax.Array:
     """Scale the masked-in positions to unit (unbiased) variance and, if `shift_mean`, to zero mean.
 
     Args:

@@ -171,6 +171,8 @@ class Rollout:
       old_logps:        float32 [B, R]  of each token under the policy before the first update, as the update computes
                                         them; or None where one update is all there is, so that they are its own.
       greedy_scores:    float32 [B]     the reward of the greedy response to the same prompt, or None.
+      step_scores:      float32 [B, R]  what of `scores` stands at tokens before the last one (a score for each step, or
+                                        for each turn); the rest stands on the last. None: all of it does.
       own:              bool [B, R]     tokens that the policy wrote, where others stand among them (what an environment
                                         says between its turns); the last real one is the policy's. None: all are.
     """
@@ -189,6 +191,7 @@ class Rollout:
     rows: jax.Array
     old_logps: jax.Array | None = None
     greedy_scores: jax.Array | None = None
+    step_scores: jax.Array | None = None
     own: jax.Array | None = None
 
     @property

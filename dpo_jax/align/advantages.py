@@ -5,6 +5,9 @@ policy, and the score of the whole response stands on its last token T, the term
 
     r_t = −β KL_t + s [t = T]
 
+Where steps of the response have scores s_k of their own, each stands on the token with which its step ends, and on the
+last one what is left: r_t = −β KL_t + Σ_{k ends at t} s_k + (s − Σ_k s_k) [t = T]. Returns to go and GAE see where.
+
 Kullback-Leibler estimators of one sample (Schulman 2020, "Approximating KL divergence"), with δ_t = log π − log π_ref:
 
     k1 = δ          unbiased
@@ -241,11 +244,18 @@ class Targets:
     kl: jax.Array
 
 
-def _shaped_scores(rollout: Rollout, config: PPOConfig) -> jax.Array:
-    """[B]: normalised, clipped, and less the penalty of a response that was cut."""
+def _shaped_scores(rollout: Rollout, config: PPOConfig) -> tuple[jax.Array, jax.Array | None]:
+    """[B]: normalised, clipped, and less the penalty of a response that was cut; of them [B, R], at the ends of steps.
+
+    Normalising divides the scores of steps too; all else that it and the others do stands on the last token.
+    """
     real = rollout.weights > 0
-    scores = masked.select(rollout.scores.astype(jnp.float32), real)
+    scores, steps = masked.select(rollout.scores.astype(jnp.float32), real), rollout.step_scores
+    if steps is not None:
+        steps = masked.select(steps.astype(jnp.float32), rollout.response_mask)
     if config.normalize_scores:
+        if steps is not None:
+            steps = steps * jax.lax.rsqrt(masked.var(scores, real) + masked.EPSILON)
         scores = masked.whiten(scores, real)
     if config.score_clip is not None:
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
@@ -255,7 +265,7 @@ def _shaped_scores(rollout: Rollout, config: PPOConfig) -> jax.Array:
         assert config.max_response is not None
         over = rollout.response_lengths - (config.max_response - config.ramp)
         scores -= jnp.clip(over / config.ramp, 0.0, 1.0)
-    return masked.select(scores, real)
+    return masked.select(scores, real), steps
 
 
 def flat_groups(rollout: Rollout, group_size: int) -> jax.Array:
@@ -288,11 +298,14 @@ def learning_targets(rollout: Rollout, config: PPOConfig) -> Targets:
     """
     if rollout.responses.shape[0] % config.group:
         raise InputError(f"a rollout of {rollout.responses.shape[0]} rows is not made of groups of {config.group}")
-    mask, scores = rollout.response_mask, _shaped_scores(rollout, config)
+    mask, (scores, steps) = rollout.response_mask, _shaped_scores(rollout, config)
     logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
     beta = jnp.zeros(()) if config.kl_in_loss else rollout.kl_coefficient[:, None]
     kl = kl_estimate(logps, reference)
-    rewards = token_rewards(scores, kl, mask, kl_coefficient=beta)
+    if steps is None:
+        rewards = token_rewards(scores, kl, mask, kl_coefficient=beta)
+    else:
+        rewards = steps + token_rewards(scores - jnp.sum(steps, axis=1), kl, mask, kl_coefficient=beta)
     returns = None
     if config.estimator == "gae":
         if rollout.values is None:

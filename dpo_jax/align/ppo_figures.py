@@ -96,7 +96,8 @@ def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
     good = jnp.isfinite(rollout.scores)
     if rollout.greedy_scores is not None:
         good &= jnp.isfinite(rollout.greedy_scores)
-    for x in (rollout.sampler_logps, rollout.old_logps, rollout.reference_logps, rollout.values):
+    measured = (rollout.sampler_logps, rollout.old_logps, rollout.reference_logps, rollout.values, rollout.step_scores)
+    for x in measured:
         if x is None:
             continue
         good &= jnp.all(jnp.isfinite(masked.select(x, mask)), axis=1)

@@ -98,12 +98,23 @@ def standardised(scores: jax.Array, said: jax.Array, group: int) -> jax.Array:
     Returns:
       float32 [F, B].
     """
+    differences, spread = _spread(scores, said, group)
+    return (differences / spread).reshape(scores.shape)
+
+
+def scales(scores: jax.Array, said: jax.Array, group: int) -> jax.Array:
+    """What `standardised` multiplies differences of scores by, 1 / (deviation + 10⁻⁴); its arguments, and its shape."""
+    differences, spread = _spread(scores, said, group)
+    return jnp.broadcast_to(1 / spread, differences.shape).reshape(scores.shape)
+
+
+def _spread(scores: jax.Array, said: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Differences from the mean of their prompt, [F, prompts, K], 0 where nothing was said; their deviation + 10⁻⁴."""
     r = jnp.where(said, scores, 0.0).astype(jnp.float32).reshape(len(scores), -1, group)
     real = said.reshape(r.shape)
     n = jnp.sum(real, axis=-1, keepdims=True)
     d = jnp.where(real, r - jnp.sum(r, axis=-1, keepdims=True) / jnp.maximum(n, 1), 0.0)
-    std = jnp.sqrt(jnp.sum(d * d, axis=-1, keepdims=True) / jnp.maximum(n - 1, 1))
-    return (d / (std + 1e-4)).reshape(scores.shape)
+    return d, jnp.sqrt(jnp.sum(d * d, axis=-1, keepdims=True) / jnp.maximum(n - 1, 1)) + 1e-4
 
 
 def weighted_sum(scores: jax.Array, said: jax.Array, weights: jax.Array) -> jax.Array:

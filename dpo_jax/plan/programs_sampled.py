@@ -262,6 +262,7 @@ def _rollout(rows: int, lengths: Lengths, config: PPOConfig, *, measured: bool, 
         "rows": np.arange(rows, dtype=np.int32),
         "old_logps": of_tokens if measured and config.stores_old_logps else None,
         "own": np.ones((rows, r), bool) if plays else None,
+        "step_scores": of_tokens if plays else None,
         "greedy_scores": of_rows if config.estimator == "greedy" else None,
     }
     return Rollout(**arrays)

@@ -4,7 +4,7 @@ What is drawn is a function of the seed, the iteration and the row alone, so a r
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from dpo_jax.config import SampleConfig, SampledRun
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.judge.rewards.step_scores import Steps, at_tokens
 from dpo_jax.mesh import put_batch
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve, with_layout
@@ -135,6 +136,18 @@ class Policy:
             self.text(prompts[i, :prompt], responses[i, : length - int(end)])
             for i, (prompt, length, end) in enumerate(bounds)
         ]
+
+    def step_scores(self, written: Rollout, texts: Sequence[str], steps: Steps | None) -> np.ndarray | None:
+        """[N, R]: the scores of steps of responses, whose texts these are, at the tokens they end with; or None."""
+        if steps is None:
+            return None
+        found = np.zeros(np.shape(written.responses), np.float32)
+        for i, (text, own) in enumerate(zip(texts, steps, strict=True)):
+            count = int(written.response_lengths[i])
+            prompt = np.asarray(written.prompts[i])[: int(written.prompt_lengths[i])]
+            tokens = np.asarray(written.responses[i])[:count]
+            found[i, :count] = at_tokens(own, text, count, lambda n: self.text(prompt, tokens[:n]))  # noqa: B023 - used at once
+        return found
 
     def measured(self, measure: Callable[[Any], Any], rows: Any, at_once: int) -> tuple[Any, ...]:
         """What a jitted `measure` gives of `rows`, a batch or rollout of host arrays, so many at once, on the host."""

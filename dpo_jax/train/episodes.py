@@ -67,6 +67,7 @@ class _Episode:
     logps: list[float] = field(default_factory=list)
     turns: int = 0
     score: float = 0.0
+    step_scores: list[tuple[int, float]] = field(default_factory=list)
     done: bool = False
     ended: bool = False
     failed: bool = False
@@ -173,6 +174,7 @@ class EpisodeRollouts(Rollouts):
                 episode, f"rewards add up to {episode.score + answer.reward:g}, more than float32 holds"
             )
         episode.score += answer.reward
+        episode.step_scores.append((len(episode.ids) - 1, answer.reward))
         episode.done = answer.done
         if answer.done or not episode.ended:  # what was cut has no terminator, and nothing can follow it
             return False
@@ -214,11 +216,16 @@ class EpisodeRollouts(Rollouts):
             _check_beginnings(episodes, self._config.group)
         rows, width = len(episodes), padded(max(len(e.prompt) for e in episodes), self._bounds.prompt)
         prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
-        (real, own), logps = np.zeros((2, *responses.shape), bool), np.zeros(responses.shape, np.float32)
+        (real, own), (logps, at_turns) = (
+            np.zeros((2, *responses.shape), bool),
+            np.zeros((2, *responses.shape), np.float32),
+        )
         for i, e in enumerate(episodes):
             prompts[i, : len(e.prompt)] = e.prompt
             at = (i, slice(len(e.ids)))
             responses[at], real[at], own[at], logps[at] = e.ids, True, e.own, e.logps
+            for place, score in e.step_scores:
+                at_turns[i, place] = score
         return self._policy.written(
             prompts,
             np.asarray([len(e.prompt) for e in episodes], np.int32),
@@ -230,6 +237,7 @@ class EpisodeRollouts(Rollouts):
             scores=np.asarray([e.score for e in episodes], np.float32),
             kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),
             own=own,
+            step_scores=at_turns,
         )
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:

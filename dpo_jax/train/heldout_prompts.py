@@ -80,7 +80,7 @@ class HeldOutPrompts:
         lengths, ended = np.asarray(written.response_lengths), np.asarray(written.ended)
         bodies = [row[: n - end].tolist() for row, n, end in zip(tokens, lengths, ended, strict=True)]
         texts = self._policy.texts(written)
-        scores, combined = self._judges.as_they_are(Responses.to(self._data, of, texts))
+        scores, combined, _ = self._judges.as_they_are(Responses.to(self._data, of, texts))
         kl = np.where(mask, logps - reference, 0.0).sum(axis=1, dtype=np.float64)
         self._write(int(jax.device_get(state.step)), texts, scores, combined, kl, written)
         found: dict[str, float] = {}

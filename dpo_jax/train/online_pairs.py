@@ -68,7 +68,7 @@ class OnlinePairs(Answered):
         written = self._policy.written(batch.prompts, batch.prompt_lengths, batch.rows, tokens, mask, logps)
         lengths, ended = np.asarray(written.response_lengths), np.asarray(written.ended)
         responses = Responses.to(self._data, batch.indices, self._policy.texts(written))
-        scores, parts = self._scorer(responses)
+        scores, parts, _ = self._scorer(responses)
         if self._config.missing_eos_penalty is not None:
             scores = np.where(ended, scores, scores - np.float32(self._config.missing_eos_penalty))
         clock.append(time.perf_counter())

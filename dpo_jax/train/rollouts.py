@@ -23,6 +23,7 @@ from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import Responses, Scores, part_figures, told_parts
+from dpo_jax.judge.rewards.step_scores import Steps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered, Policy, with_reference
@@ -79,19 +80,21 @@ class Rollouts(Answered):
         rollout = self._sampled(state, batch)
         clock.append(time.perf_counter())
         texts = self._policy.texts(rollout)
-        scores, parts = self._scorer(Responses.to(self._data, batch.indices, texts))
+        scores, parts, steps = self._scorer(Responses.to(self._data, batch.indices, texts))
         rollout = dataclasses.replace(rollout, scores=scores)
+        rollout = dataclasses.replace(rollout, step_scores=self._policy.step_scores(rollout, texts, steps))
+        steps = steps or [[] for _ in texts]
         clock.append(time.perf_counter())
         more: Row = {}
         if self._config.resolved("zero_variance") == "resample":
-            rollout, texts, more["rollout/resampled"] = self._again(state, batch, rollout, texts, parts)
+            rollout, texts, more["rollout/resampled"] = self._again(state, batch, rollout, texts, parts, steps)
         if self._config.estimator == "greedy":
             rollout = dataclasses.replace(rollout, greedy_scores=self._greedy(state, batch))
         clock.append(time.perf_counter())
         rollout = self._measured(state, rollout)
         clock.append(time.perf_counter())
         kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
-        self._write(batch, texts, rollout, parts, kl)
+        self._write(batch, texts, rollout, parts, steps, kl)
         self._move_kl_coefficient(float(kl.mean()))
         first, scoring, further, measuring = np.diff(clock).tolist()
         figures: Row = {"seconds_sampling": first + further, "seconds_measuring": measuring, "seconds_scoring": scoring}
@@ -112,6 +115,7 @@ class Rollouts(Answered):
         rollout: Rollout,
         texts: list[str],
         parts: dict[str, np.ndarray],
+        steps: Steps,
     ) -> tuple[Rollout, list[str], float]:
         """The rollout with other responses in place of those of groups without variance, and the share sampled again.
 
@@ -134,11 +138,12 @@ class Rollouts(Answered):
                 sampler_logps=logps,
             )
             written = self._policy.texts(new)
-            scores, own = self._scorer(Responses.to(self._data, batch.indices[flat], written))
-            new = dataclasses.replace(new, scores=scores)
+            scores, own, of_steps = self._scorer(Responses.to(self._data, batch.indices[flat], written))
+            new = dataclasses.replace(new, scores=scores, step_scores=self._policy.step_scores(new, written, of_steps))
+            rollout, new = _alike(rollout, new), _alike(new, rollout)
             rollout = jax.tree.map(lambda x, y: _with_rows(x, flat, y), rollout, new)  # noqa: B023 - used at once
-            for i, text in zip(flat, written, strict=True):
-                texts[i] = text
+            for i, text, ends in zip(flat, written, of_steps or [[] for _ in written], strict=True):
+                texts[i], steps[i] = text, ends
             for name, part in own.items():
                 parts[name] = _with_rows(parts[name], flat, part)
         return rollout, texts, first
@@ -148,8 +153,8 @@ class Rollouts(Answered):
         policy, group, rows = self._policy, self._config.group, np.arange(len(batch.rows))
         drawn = self._drawn(policy.prepared(state), batch, rows, self._key, greedy=True)
         written = policy.written(batch.prompts[::group], batch.prompt_lengths[::group], batch.rows[::group], *drawn)
-        scores, _ = self._scorer(Responses.to(self._data, batch.indices[::group], policy.texts(written)))
-        return np.repeat(scores, group)
+        scores = self._scorer(Responses.to(self._data, batch.indices[::group], policy.texts(written)))
+        return np.repeat(scores.total, group)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities, the policy's own, and the values."""
@@ -163,6 +168,7 @@ class Rollouts(Answered):
         texts: Sequence[str],
         rollout: Rollout,
         parts: Mapping[str, np.ndarray],
+        steps: Steps,
         kl: np.ndarray,
     ) -> None:
         self._samples.append(
@@ -174,6 +180,7 @@ class Rollouts(Answered):
                     "response": texts[i],
                     "score": float(rollout.scores[i]),
                     **told_parts(parts, i),
+                    **({"steps": steps[i]} if steps[i] else {}),
                     "kl": float(kl[i]),
                     "tokens": int(rollout.response_lengths[i]),
                     "ended": bool(rollout.ended[i]),
@@ -190,6 +197,13 @@ class Rollouts(Answered):
         self.kl_coefficient = float(
             next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)
         )
+
+
+def _alike(one: Rollout, other: Rollout) -> Rollout:
+    """`one`, with scores of steps where the other has some."""
+    if one.step_scores is not None or other.step_scores is None:
+        return one
+    return dataclasses.replace(one, step_scores=np.zeros(one.responses.shape, np.float32))
 
 
 def _with_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What judges texts of `dpo-jax ppo` and `rejection`: functions of prompts and responses that give a number each.
+"""What judges texts of `dpo-jax ppo` and `rejection`: functions of prompts and responses that give a number each, or
+one for each step of a response (`judge/rewards/step_scores.py`).
 
 vader and others of the package, KIND or KIND:WHAT: see `judge/rewards/shipped.py`
 FILE.py:FUNCTION the user's own code, see `judge/rewards/user_code.py`. The file is executed.
@@ -12,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 import numpy as np
@@ -29,6 +30,7 @@ from dpo_jax.judge.asked.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.reward_model import RewardModel, check_score
 from dpo_jax.judge.rewards.command import Command
 from dpo_jax.judge.rewards.shipped import OfColumn, shipped
+from dpo_jax.judge.rewards.step_scores import Steps, split
 from dpo_jax.judge.rewards.user_code import PythonFunction
 from dpo_jax.processes import distributed
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -222,11 +224,25 @@ def scores_of(
 
     Raises `InputError` for anything but N (finite) numbers; rows whose scores are not finite are named.
     """
-    scores, said = scores_and_said(function, prompts, responses, rows, name, finite=False)
-    return _all_finite(scores, np.ones_like(said), rows, name) if finite else scores
+    judged = judgement(function, prompts, responses, rows, name, finite=False)
+    return _all_finite(judged.scores, np.ones_like(judged.said), rows, name) if finite else judged.scores
 
 
-def scores_and_said(
+class Judged(NamedTuple):
+    """What one function says of N responses.
+
+    Attributes:
+      scores: float32 [N]; NaN where it said None.
+      said: bool [N], where it said something.
+      steps: those of each response, whose scores add up to its score; None where it gave none.
+    """
+
+    scores: np.ndarray
+    said: np.ndarray
+    steps: Steps | None
+
+
+def judgement(
     function: RewardFunction,
     prompts: Sequence[Prompt],
     responses: Sequence[str],
@@ -234,9 +250,9 @@ def scores_and_said(
     name: str,
     *,
     finite: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `scores_of`, and bool [N]: where the function said something, not None, of which the score is NaN."""
-    both = np.zeros((2, len(responses)), np.float32)
+) -> Judged:
+    """As `scores_of`, with None for what the function says nothing of, and with the steps of responses."""
+    both, steps = np.zeros((2, len(responses)), np.float32), None
     if function.everywhere or distributed.is_main():
         try:
             found = function(prompts, responses)
@@ -244,12 +260,14 @@ def scores_and_said(
             if not isinstance(function, PythonFunction | OfColumn):
                 raise
             raise InputError(f"{error} (responses to {told_rows(rows)} of the prompts)") from error
+        found, steps = split(found, responses, rows, name)
         given = [one is not None for one in found] if isinstance(found, list | tuple) else True
         scores = _checked(found, rows, name)
         both = np.stack([scores, np.broadcast_to(np.asarray(given, np.float32), scores.shape)])
-    both = both if function.everywhere else distributed.from_main(both)
-    scores, said = both[0], both[1] > 0
-    return _all_finite(scores, said, rows, name) if finite else scores, said
+    if not function.everywhere:
+        both, steps = distributed.from_main(both), distributed.json_from_main(lambda: steps)
+    said = both[1] > 0
+    return Judged(_all_finite(both[0], said, rows, name) if finite else both[0], said, steps)
 
 
 def told_rows(rows: Sequence[int] | np.ndarray, most: int = 6) -> str:

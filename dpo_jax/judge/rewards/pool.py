@@ -64,7 +64,7 @@ def judged(pool: Sequence[Row], judges: Judges, source: str, known: Sequence[Pro
         ]
         numbers = np.arange(first + 1, first + 1 + len(rows))
         tagged = np.asarray([row.get("safety") is True for row in rows])
-        scores += judges(Responses(prompts, [row["completion"] for row in rows], numbers, tagged))[0].tolist()
+        scores += judges(Responses(prompts, [row["completion"] for row in rows], numbers, tagged)).total.tolist()
     bad = [str(i + 1) for i, score in enumerate(scores) if not math.isfinite(score)]
     if bad:
         raise InputError(

@@ -20,12 +20,12 @@ from dpo_jax.judge.rewards.functions import (
     ModelReward,
     RewardFunction,
     check_reward,
+    judgement,
     open_reward,
-    scores_and_said,
-    scores_of,
     told_rows,
     try_out,
 )
+from dpo_jax.judge.rewards.step_scores import Steps, scaled, together
 from dpo_jax.processes import distributed
 
 SCORED = 512
@@ -55,8 +55,18 @@ class Responses(NamedTuple):
         return cls([data.prompts[i] for i in at], texts, np.asarray(data.row_numbers)[at], data.safety[at])
 
 
-Scores = tuple[np.ndarray, dict[str, np.ndarray]]
-"""float32 [N], and under their names those that they were combined from."""
+class Scores(NamedTuple):
+    """What N responses score.
+
+    Attributes:
+      total: float32 [N].
+      parts: under their names the scores [N] that it was combined from; empty of one judge.
+      steps: what of `total` stands at the ends of steps (`judge/rewards/step_scores.py`); None where no judge gave any.
+    """
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
+    steps: Steps | None = None
 
 
 class Judges:
@@ -141,15 +151,19 @@ def scored(
     `whiten`: two are standardised over these responses, for PPO; `finite`: other scores are refused.
     """
     prompts, texts, rows, tagged = responses
-    found = [
-        scores_of(judge, prompts, texts, rows, name, finite=finite) for judge, name in zip(judges, names, strict=True)
-    ]
+    found = [judgement(one, prompts, texts, rows, name, finite=finite) for one, name in zip(judges, names, strict=True)]
     if len(found) == 1:
-        return found[0], {}
+        return Scores(found[0].scores, {}, found[0].steps)
+    if any(one.steps is not None for one in found):
+        raise InputError(
+            "--safety_reward: Llama 2's rule chooses between two scores of whole responses, and one of the two judges"
+            " gave scores of steps"
+        )
+    found = [one.scores for one in found]
     helpful, safe, at = (jnp.asarray(x) for x in (*found, tagged))
     every = jnp.ones(len(rows), bool)
     both = rewards.whitened(helpful, safe, at, every) if whiten else rewards.combined(helpful, safe, at)
-    return np.asarray(both), dict(zip(LLAMA2, found, strict=True))
+    return Scores(np.asarray(both), dict(zip(LLAMA2, found, strict=True)))
 
 
 def summed(
@@ -167,18 +181,18 @@ def summed(
     no judge says anything, and under `finite` for scores that are not finite.
     """
     prompts, texts, rows, _ = responses
-    both = [
-        scores_and_said(judge, prompts, texts, rows, name, finite=finite)
-        for judge, name in zip(judges, names, strict=True)
-    ]
-    found, said = np.stack([x for x, _ in both]), np.stack([x for _, x in both])
+    every = [judgement(one, prompts, texts, rows, name, finite=finite) for one, name in zip(judges, names, strict=True)]
+    found, said = np.stack([one.scores for one in every]), np.stack([one.said for one in every])
     if len(silent := rows[~said.any(axis=0)]):
         raise InputError(
             f"--reward: each gave None for responses to {told_rows(silent)} of the prompts; one must judge"
         )
+    factors = jnp.ones_like(found) if group is None else rewards.scales(jnp.asarray(found), jnp.asarray(said), group)
     values = found if group is None else rewards.standardised(jnp.asarray(found), jnp.asarray(said), group)
-    total = rewards.weighted_sum(jnp.asarray(values), jnp.asarray(said), jnp.asarray(weights, jnp.float32))
-    return np.asarray(total), dict(zip(short_names(names), found, strict=True))
+    by = jnp.asarray(weights, jnp.float32)
+    total = rewards.weighted_sum(jnp.asarray(values), jnp.asarray(said), by)
+    steps = together([scaled(one.steps, of) for one, of in zip(every, np.asarray(factors * by[:, None]), strict=True)])
+    return Scores(np.asarray(total), dict(zip(short_names(names), found, strict=True)), steps)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -228,8 +242,8 @@ def write_scores(path: Path, data: PromptDataset, samples: Sequence[Row], judges
             while len(file.rows) < len(samples):
                 some = samples[len(file.rows) : len(file.rows) + SCORED]
                 at = np.asarray([place[row["row"]] for row in some])
-                scores, parts = judges(Responses.to(data, at, [row["response"] for row in some]))
-                file.append(_told(row, {"score": scores} | parts, i) for i, row in enumerate(some))
+                scores = judges(Responses.to(data, at, [row["response"] for row in some]))
+                file.append(_told(row, {"score": scores.total} | scores.parts, i) for i, row in enumerate(some))
                 bar.update(len(file.rows))
 
     return write_once(path, settings, work)
