@@ -21,10 +21,11 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
 from dpo_jax.train.answered import Policy, reference_of
-from dpo_jax.train.episodes import Bounds, EpisodeRollouts, try_out
+from dpo_jax.train.episodes import EpisodeRollouts, HeldOutEpisodes
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, ppo_flops
 from dpo_jax.train.heldout_prompts import HeldOutPrompts
+from dpo_jax.train.playing import Bounds, Player, try_out
 from dpo_jax.train.prompt_data import loader_of, read_prompts
 from dpo_jax.train.rollouts import Rollouts, jit_measure
 from dpo_jax.train.session import Training
@@ -52,12 +53,17 @@ def train(config: PPORun) -> Path:
     judges, environment = None, None
     if config.environment is not None:
         environment = Environment(config.environment, config.reward_timeout)
-        try_out(environment, encoder, config.longest_prompt, data)
+        for prompts in filter(None, (data, heldout)):
+            try_out(environment, encoder, config.longest_prompt, prompts)
         reward = environment.identity
     else:
         together = math.gcd(config.rollout_batch_size or config.train.batch_size, training.eval_batch_size)
         judges = Judges(config, mesh=mesh, batch_size=together, whiten=True, group=config.standardised_over)
-        judges.try_out(data, heldout)
+        if judges.try_out(data, heldout) and not config.ppo.by_token:
+            training.say(
+                "--reward gives scores of steps, and whole responses learn from their sum; --ppo.returns to_go or"
+                " --ppo.advantage gae see where they stand"
+            )
         reward = " with ".join(judges.identities())
 
     # -------------------------------------------------------------- options that follow from the data
@@ -93,40 +99,33 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
+    each = config.resolved("eval_samples")
+    learning: dict[str, Any] = {"reference": reference, "config": step_config}
+    measured = jit_measure(model, step_config, mesh, group=each)
+    held_out: dict[str, Any] = {
+        "samples": each,
+        "passes": config.eval_pass,
+        "reference": reference,
+        "measure": measured,
+    }
+    evaluate = None
     if judges is not None:
-        rollouts = Rollouts(policy, data, prompts, judges, log, reference=reference, config=step_config)
+        rollouts = Rollouts(policy, data, prompts, judges, log, **learning)
+        if heldout is not None:
+            evaluate = HeldOutPrompts(policy, heldout, judges, training.out, width=prompts.width, **held_out)
     else:
         assert environment is not None, "one of the two rewards"
-        rollouts = EpisodeRollouts(
-            policy,
-            data,
-            prompts,
-            log,
-            environment=environment,
-            encoder=encoder,
-            bounds=Bounds(
-                turns=config.resolved("environment_turns"),
-                tokens=config.response_room,
-                prompt=config.longest_prompt,
-                on_error=config.resolved("environment_errors"),
-            ),
-            reference=reference,
-            config=step_config,
+        bounds = Bounds(
+            turns=config.resolved("environment_turns"),
+            tokens=config.response_room,
+            prompt=config.longest_prompt,
+            on_error=config.resolved("environment_errors"),
         )
-    evaluate = None
-    if heldout is not None and judges is not None:
-        each = config.resolved("eval_samples")
-        evaluate = HeldOutPrompts(
-            policy,
-            heldout,
-            judges,
-            training.out,
-            reference=reference,
-            measure=jit_measure(model, step_config, mesh, group=each),
-            width=prompts.width,
-            samples=each,
-            passes=config.eval_pass,
-        )
+        player = Player(policy, environment, encoder, bounds)
+        rollouts = EpisodeRollouts(policy, data, prompts, log, player=player, **learning)
+        if heldout is not None:
+            shares = step_config.layout == "shared"
+            evaluate = HeldOutEpisodes(policy, heldout, training.out, player=player, shares=shares, **held_out)
     final = training.fit(
         state,
         ppo.jit_train_step(step_config, mesh),

@@ -1,76 +1,27 @@
-"""Rollouts of several turns: the policy and an environment speak in turn, and the policy learns from its own words.
+"""Rollouts of several turns, and held-out ones: the policy learns from its own words in conversations.
 
 A rollout's response is everything behind the first messages; `Rollout.own` tells the policy's tokens from those that
-the environment's turns and the template put between them, which are context and carry no loss. Tokens that the policy
-drew stay as it drew them: nothing is tokenised again.
-
-Every turn is drawn with the key of the iteration and a number of the episode and the turn, so what an episode becomes
-depends on the seed, the weights and the environment, and not on which episodes were answered beside it. Episodes wait
-in one line, and each call of the sampler takes the first of them, whichever turn they are at.
+the environment's turns and the template put between them, which are context and carry no loss. What a turn was rewarded
+with stands on its last token (`Rollout.step_scores`). How episodes are played: `train/playing.py`.
 """
 
 import dataclasses
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from dpo_jax.data.rows.messages import Message
-from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sets.prompts import Prompt, PromptBatch, PromptDataset, PromptLoader
-from dpo_jax.data.tokens.encode import ConversationEncoder
-from dpo_jax.errors import InputError, naming
+from dpo_jax import mesh as meshes
+from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.files.log import Row
 from dpo_jax.files.sample_log import SampleLog
-from dpo_jax.judge.rewards.environment import LARGEST, OPTION, Environment, Failed, Step
-from dpo_jax.sample import Weights, generate
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Policy
+from dpo_jax.train.heldout_prompts import Answers, HeldOut
+from dpo_jax.train.playing import Player, check_beginnings, figures
 from dpo_jax.train.rollouts import Rollouts
 from dpo_jax.types import Rollout
-
-_TRIED = 2
-"""Rows of the prompts that an environment is tried out on, before the weights are read."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far an episode goes.
-
-    Attributes:
-      turns: of the policy, at most.
-      tokens: behind the first messages, at most, R.
-      prompt: tokens of the first messages, at most.
-      on_error: stop: the run; end: the episode.
-    """
-
-    turns: int
-    tokens: int
-    prompt: int
-    on_error: str
-
-
-@dataclass
-class _Episode:
-    """One conversation as it goes on."""
-
-    row: int
-    prompt: list[int]
-    messages: list[Message]
-    opening: int
-    ids: list[int] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    turns: int = 0
-    score: float = 0.0
-    step_scores: list[tuple[int, float]] = field(default_factory=list)
-    done: bool = False
-    ended: bool = False
-    failed: bool = False
 
 
 class EpisodeRollouts(Rollouts):
@@ -83,162 +34,37 @@ class EpisodeRollouts(Rollouts):
         loader: PromptLoader,
         samples: SampleLog,
         *,
-        environment: Environment,
-        encoder: ConversationEncoder,
-        bounds: Bounds,
+        player: Player,
         **options: Any,
     ):
-        """Args: as `Rollouts`, without a scorer; the environment; the template; the bounds of an episode."""
-        super().__init__(policy, data, loader, environment_scores, samples, **options)
-        self._environment, self._encoder, self._bounds = environment, encoder, bounds
+        """Args: as `Rollouts`, with a player in place of a scorer."""
+        super().__init__(policy, data, loader, _unscored, samples, **options)
+        self._player = player
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[Rollout, Row]:
         """Episodes that begin with the rows of `batch`, with all that the step is to read; and figures.
 
-        Beside those of `Rollouts`: environment/turns (mean turns of the policy), environment/tokens (mean tokens that
-        are not the policy's), environment/done (share that the environment ended), environment/errors (share that an
-        error of the environment ended).
+        Beside those of `Rollouts`: those of `playing.figures`.
         """
         clock = [time.perf_counter()]
-        self._seconds = 0.0
-        episodes = self._played(state, batch)
+        key, prompts = jax.random.fold_in(self._key, batch.step), [self._data.prompts[i] for i in batch.indices]
+        episodes, scoring = self._player.play(self._policy.prepared(state), key, prompts, batch.rows.tolist())
         clock.append(time.perf_counter())
-        rollout = self._measured(state, self._rollout(batch, episodes))
+        if self._config.layout == "shared":
+            check_beginnings(episodes, self._config.group)
+        price = np.full(len(episodes), self.kl_coefficient, np.float32)
+        rollout = self._measured(state, self._player.rollout(episodes, kl_coefficient=price))
         clock.append(time.perf_counter())
         kl = np.asarray(rollout.logps - rollout.reference_logps, np.float64).sum(axis=1)
-        self._samples.append(batch.step + 1, map(self._told, episodes, kl.tolist()))
+        self._samples.append(batch.step + 1, (e.told(one) for e, one in zip(episodes, kl.tolist(), strict=True)))
         self._move_kl_coefficient(float(kl.mean()))
         playing, measuring = np.diff(clock).tolist()
-        figures: Row = {
-            "environment/turns": float(np.mean([e.turns for e in episodes])),
-            "environment/tokens": float(np.mean([len(e.own) - sum(e.own) for e in episodes])),
-            "environment/done": float(np.mean([e.done for e in episodes])),
-            "environment/errors": float(np.mean([e.failed for e in episodes])),
-            "seconds_sampling": playing - self._seconds,
-            "seconds_scoring": self._seconds,
+        seconds: Row = {
+            "seconds_sampling": playing - scoring,
+            "seconds_scoring": scoring,
             "seconds_measuring": measuring,
         }
-        return rollout, figures
-
-    # ---------------------------------------------------------------- playing
-
-    def _played(self, state: TrainState, batch: PromptBatch) -> list[_Episode]:
-        """All episodes of an iteration, to their ends."""
-        weights, key = self._policy.prepared(state), jax.random.fold_in(self._key, batch.step)
-        episodes = self._begun(batch)
-        waiting = deque(range(len(episodes)))
-        while waiting:
-            at = [waiting.popleft() for _ in range(min(self._policy.piece, len(waiting)))]
-            self._answered(weights, key, episodes, at)
-            answers = self._timed(lambda: self._environment.step([(i, episodes[i].messages) for i in at]))  # noqa: B023
-            for i, answer in zip(at, answers, strict=True):
-                if self._goes_on(episodes[i], answer):
-                    waiting.append(i)
-        return episodes
-
-    def _begun(self, batch: PromptBatch) -> list[_Episode]:
-        prompts, rows = [self._data.prompts[i] for i in batch.indices], batch.rows.tolist()
-        return self._timed(lambda: _begun(self._environment, self._encoder, self._bounds.prompt, prompts, rows))
-
-    def _answered(self, weights: Weights, key: jax.Array, episodes: list[_Episode], at: Sequence[int]) -> None:
-        """One turn of the policy in the episodes `at`."""
-        filled = np.resize(np.asarray(at), self._policy.piece)  # filled up, so that all calls have as many rows
-        generation = generate(
-            self._policy.model,
-            weights,
-            [[*episodes[i].prompt, *episodes[i].ids] for i in filled],
-            key,
-            config=self._policy.sample,
-            row_ids=[i + len(episodes) * episodes[i].turns for i in filled],
-            vocabulary=self._policy.vocabulary,
-            mesh=self._policy.mesh,
-        )
-        tokens, mask, logps = (np.asarray(x)[: len(at)] for x in generation)
-        ended = self._policy.ended(tokens, mask)
-        for i, drawn, count, logp, end in zip(at, tokens, mask.sum(axis=1), logps, ended, strict=True):
-            episode = episodes[i]
-            said = drawn[: count - int(end)]
-            text = self._policy.text(np.asarray([*episode.prompt, *episode.ids]), said)
-            episode.messages.append(Message("assistant", text))
-            episode.ids += drawn[:count].tolist()
-            episode.own += [True] * int(count)
-            episode.logps += logp[:count].tolist()
-            episode.turns, episode.ended = episode.turns + 1, bool(end)
-
-    def _goes_on(self, episode: _Episode, answer: Step | Failed) -> bool:
-        """Whether the policy has another turn, of which the episode then holds all that stands before it."""
-        if isinstance(answer, Failed):
-            return self._failed(episode, answer.why)
-        if abs(episode.score + answer.reward) > LARGEST:
-            return self._failed(
-                episode, f"rewards add up to {episode.score + answer.reward:g}, more than float32 holds"
-            )
-        episode.score += answer.reward
-        episode.step_scores.append((len(episode.ids) - 1, answer.reward))
-        episode.done = answer.done
-        if answer.done or not episode.ended:  # what was cut has no terminator, and nothing can follow it
-            return False
-        episode.ended = False  # unless a further turn ends it
-        if episode.turns >= self._bounds.turns:
-            return False
-        try:
-            between = self._encoder.following_ids(answer.messages)
-        except BadRow as problem:
-            return self._failed(episode, f"step: {problem}")
-        if episode.ids[-1] not in self._encoder.terminators:  # a stop token of the user ended the turn
-            between = [self._encoder.terminators[0], *between]
-        if len(episode.ids) + len(between) + self._policy.sample.max_new_tokens > self._bounds.tokens:
-            return False
-        episode.messages += answer.messages
-        episode.ids += between
-        episode.own += [False] * len(between)
-        episode.logps += [0.0] * len(between)
-        return True
-
-    def _failed(self, episode: _Episode, why: str) -> bool:
-        """The environment gave what is no answer: the run stops, or the episode does, and False comes back."""
-        if self._bounds.on_error == "stop":
-            raise _error(episode.row, why)
-        episode.failed = True
-        return False
-
-    def _timed(self, call: Any) -> Any:
-        start = time.perf_counter()
-        found = call()
-        self._seconds += time.perf_counter() - start
-        return found
-
-    # ---------------------------------------------------------------- as a rollout
-
-    def _rollout(self, batch: PromptBatch, episodes: Sequence[_Episode]) -> Rollout:
-        """The episodes as arrays."""
-        if self._config.layout == "shared":
-            _check_beginnings(episodes, self._config.group)
-        rows, width = len(episodes), padded(max(len(e.prompt) for e in episodes), self._bounds.prompt)
-        prompts, responses = np.zeros((rows, width), np.int32), np.zeros((rows, self._bounds.tokens), np.int32)
-        (real, own), (logps, at_turns) = (
-            np.zeros((2, *responses.shape), bool),
-            np.zeros((2, *responses.shape), np.float32),
-        )
-        for i, e in enumerate(episodes):
-            prompts[i, : len(e.prompt)] = e.prompt
-            at = (i, slice(len(e.ids)))
-            responses[at], real[at], own[at], logps[at] = e.ids, True, e.own, e.logps
-            for place, score in e.step_scores:
-                at_turns[i, place] = score
-        return self._policy.written(
-            prompts,
-            np.asarray([len(e.prompt) for e in episodes], np.int32),
-            batch.rows,
-            responses,
-            real,
-            logps,
-            ended=np.asarray([e.ended for e in episodes]),
-            scores=np.asarray([e.score for e in episodes], np.float32),
-            kl_coefficient=np.full(rows, self.kl_coefficient, np.float32),
-            own=own,
-            step_scores=at_turns,
-        )
+        return rollout, figures(episodes) | seconds
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
         measured = super()._measured(state, rollout)
@@ -246,68 +72,50 @@ class EpisodeRollouts(Rollouts):
         reference: Any = np.where(rollout.own, measured.reference_logps, 0.0)
         return dataclasses.replace(measured, reference_logps=reference)
 
-    def _told(self, episode: _Episode, kl: float) -> dict[str, Any]:
-        said = [message.as_dict() for message in episode.messages]
-        return {
-            "row": episode.row,
-            "prompt": said[: episode.opening],
-            "response": said[episode.opening :],
-            "score": episode.score,
-            "kl": kl,
-            "turns": episode.turns,
-            "tokens": sum(episode.own),
-            "ended": episode.ended,
-            "done": episode.done,
-        }
 
-
-def _check_beginnings(episodes: Sequence[_Episode], group: int) -> None:
-    """Refuse episodes of one row of the prompts that begin unlike each other, where one prompt is to stand for all."""
-    for i, episode in enumerate(episodes):
-        if episode.prompt != episodes[i - i % group].prompt:
-            raise _error(
-                episode.row,
-                "reset gave other first messages to another episode of the same row; add --train.layout separate",
-            )
-
-
-def padded(longest: int, most: int) -> int:
-    """Width of prompts of `longest` tokens, and of no more than `most`: one of few, since each compiles anew."""
-    return min(max(1 << (longest - 1).bit_length(), 16), -(-most // 8) * 8)
-
-
-def try_out(environment: Environment, encoder: ConversationEncoder, longest: int, data: PromptDataset) -> None:
-    """Begin episodes of the first rows, whose messages may have `longest` tokens, and throw them away.
-
-    Raises `InputError` where one has no beginning, or where the template cannot go on behind an answer.
-    """
-    _begun(environment, encoder, longest, data.prompts[:_TRIED], [int(row) for row in data.row_numbers[:_TRIED]])
-    with naming(f"{OPTION} needs turns"):
-        encoder.following_ids((Message("user", "go on"),))
-
-
-def _begun(
-    environment: Environment, encoder: ConversationEncoder, longest: int, prompts: Sequence[Prompt], rows: Sequence[int]
-) -> list[_Episode]:
-    episodes: list[_Episode] = []
-    for row, messages in zip(rows, environment.reset(prompts), strict=True):
-        if isinstance(messages, Failed):
-            # An episode without a beginning teaches nothing, and has no prompt to stand behind.
-            raise _error(row, messages.why)
-        try:
-            ids = encoder.prompt_ids(messages)
-        except BadRow as problem:
-            raise _error(row, f"reset: {problem}") from problem
-        if len(ids) > longest:
-            raise _error(row, f"reset gave {len(ids)} tokens, and --data.max_length leaves {longest}")
-        episodes.append(_Episode(row, ids, list(messages), len(messages)))
-    return episodes
-
-
-def _error(row: int, why: str) -> InputError:
-    return InputError(f"{OPTION}: row {row} of the prompts: {why}")
-
-
-def environment_scores(*_: Any) -> Any:
+def _unscored(*_: Any) -> Any:
     """Stands where `Rollouts` has a scorer: episodes bring their scores."""
     raise AssertionError("episodes are scored by their environment")
+
+
+class HeldOutEpisodes(HeldOut):
+    """Plays an episode, or several, from every held-out row, and says what came out: `evaluate` of `loop.fit`."""
+
+    def __init__(self, *args: Any, player: Player, shares: bool, **options: Any):
+        """Args: as `HeldOut`; who plays; whether a prompt is computed once for its episodes."""
+        super().__init__(*args, **options)
+        self._player, self._shares = player, shares
+
+    def _answers(self, state: TrainState) -> Answers:
+        weights, at = self._policy.prepared(state), np.repeat(np.arange(len(self._data)), self._samples)
+        rows = self._data.row_numbers[at].tolist()
+        episodes, _ = self._player.play(weights, self._key, [self._data.prompts[i] for i in at], rows)
+        del weights
+        if self._shares:
+            check_beginnings(episodes, self._samples)
+        rollout = self._player.rollout(episodes)
+        at_once, parts = self._piece * self._samples, []
+        for first in range(0, len(at), at_once):
+            own = np.resize(np.arange(first, min(first + at_once, len(at))), at_once)
+            part = meshes.put_batch(self._policy.mesh, jax.tree.map(lambda x: x[own], rollout))  # noqa: B023 - used at once
+            reference, old, _ = jax.device_get(self._measure(state, self._reference, part))
+            parts.append((reference, part.sampler_logps if old is None else old))
+        reference, logps = (
+            np.concatenate([np.asarray(x) for x in side])[: len(at)] for side in zip(*parts, strict=True)
+        )
+        own = np.asarray(rollout.own)
+        drawn = [e.own[:-1] if e.ended else e.own for e in episodes]
+        return Answers(
+            mask=own,
+            logps=logps,
+            reference=reference,
+            ended=np.asarray(rollout.ended),
+            bodies=[
+                [t for t, mine in zip(e.ids, keep, strict=False) if mine]
+                for e, keep in zip(episodes, drawn, strict=True)
+            ],
+            scores=np.asarray(rollout.scores),
+            parts={},
+            told=lambda i, kl: episodes[i].told(kl),
+            figures=figures(episodes),
+        )

@@ -13,14 +13,16 @@ import tiny
 from documented import programs
 
 from dpo_jax import cli
-from dpo_jax.config import GRPORun, SampleConfig
+from dpo_jax.align.advantages import learning_targets
+from dpo_jax.config import GRPORun, PPOConfig, SampleConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.rewards.environment import Step
 from dpo_jax.train import session as training
-from dpo_jax.train.episodes import Bounds, EpisodeRollouts, _check_beginnings, _Episode, padded
+from dpo_jax.train.answered import Policy
+from dpo_jax.train.playing import Bounds, Episode, Player, check_beginnings, padded
 
 pytestmark = pytest.mark.usefixtures("compile_roughly", "few_devices")
 
@@ -62,6 +64,16 @@ class Chance:
             raise RuntimeError("broken")
         chance = random.SystemRandom()
         return [{{"role": "user", "content": "book " * chance.randint(1, 12)}}], chance.random(), chance.random() < 0.3
+"""
+
+
+LENGTHS = """
+class Lengths:
+    def reset(self, row):
+        return [{"role": "user", "content": row["prompt"]}]
+
+    def step(self, messages):
+        return [{"role": "user", "content": "on"}], len(messages[-1]["content"]) % 7 / 8, False
 """
 
 
@@ -113,6 +125,33 @@ def test_the_whole_run(whole: Path) -> None:
             several += sample["turns"] > 1
     assert several > 5
     assert (whole / "report.html").exists()
+
+
+def test_held_out_episodes(inputs: Path, tmp_path: Path) -> None:
+    """They are played with the same draws each time, two from every row, and change nothing of what is learnt."""
+    out, held = tmp_path / "run", inputs / "held_out.jsonl"
+    held.write_text("".join((inputs / "rows.jsonl").read_text().splitlines(keepends=True)[:3]))
+    more = ["--eval_data", str(held), "--train.eval_every", "3", "--eval_samples", "2", "--eval_pass", "0.5"]
+    (inputs / "lengths.py").write_text(LENGTHS)
+    assert cli.main(words(inputs, out, *more, environment="lengths.py:Lengths")) == 0
+    assert cli.main(words(inputs, tmp_path / "without", environment="lengths.py:Lengths")) == 0
+    rows = read_metrics(out / "metrics.jsonl")
+    evaluated = {row["step"]: row for row in rows if "eval_reward" in row}
+    assert sorted(evaluated) == [0, 3]
+    for step, row in evaluated.items():
+        samples = [json.loads(line) for line in (out / "eval_samples" / f"{step}.jsonl").read_text().splitlines()]
+        assert [(s["row"], s["sample"]) for s in samples] == [(r, k) for r in (1, 2, 3) for k in (0, 1)]
+        for name, key in (("reward", "score"), ("kl", "kl"), ("length", "tokens"), ("environment/turns", "turns")):
+            assert row[f"eval_{name}"] == pytest.approx(np.mean([s[key] for s in samples]), abs=1e-6)
+        right = np.asarray([s["score"] >= 0.5 for s in samples]).reshape(3, 2)
+        assert (row["eval_pass@1"], row["eval_pass@2"]) == pytest.approx((right.mean(), right.any(axis=1).mean()))
+        assert row["eval_reward_low"] <= row["eval_reward"] <= row["eval_reward_high"]
+    assert abs(evaluated[0]["eval_kl"]) < 1e-4
+    assert evaluated[3]["eval_kl"] != evaluated[0]["eval_kl"]
+    learned, without = (
+        [r for r in read_metrics(x / "metrics.jsonl") if "loss" in r] for x in (out, tmp_path / "without")
+    )
+    assert [row["loss"] for row in learned] == [row["loss"] for row in without]
 
 
 @pytest.mark.slow
@@ -186,7 +225,6 @@ def test_one_of_two_processes_plays(inputs: Path, tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--reward", "vader"], "--reward has no effect with --environment"),
-        (["--eval_data", "e.jsonl"], "--eval_data does not go with --environment"),
         (["--ppo.preset", "dapo"], "does not go with --ppo.zero_variance resample"),
         (["--data.template", "raw"], "--environment needs turns"),
         (["--environment_tokens", "0"], "--environment_tokens 0 must be at least 1"),
@@ -207,33 +245,48 @@ def test_what_ends_an_episode_without_ending_the_run() -> None:
     much = Step((Message("user", "a"),), 3e38, False)
     for answers, why in (((two,), "step: "), ((much, much), "rewards add up to 6e\\+38")):
         for on_error in ("end", "stop"):
-            rollouts = EpisodeRollouts.__new__(EpisodeRollouts)
-            rollouts._encoder = ConversationEncoder(tiny.tokenizer(), "llama2")
+            encoder: Any = ConversationEncoder(tiny.tokenizer(), "llama2")
             policy: Any = SimpleNamespace(sample=SampleConfig(max_new_tokens=4))
-            rollouts._bounds, rollouts._policy = Bounds(9, 999, 99, on_error), policy
-            episode = _Episode(7, [1], [], 1, ids=[5, rollouts._encoder.terminators[0]], turns=1)
+            unused: Any = None
+            player = Player(policy, unused, encoder, Bounds(9, 999, 99, on_error))
+            episode = Episode(7, [1], [], 1, ids=[5, encoder.terminators[0]], turns=1)
             for answer in answers[:-1]:
                 episode.ended = True
-                assert rollouts._goes_on(episode, answer)
+                assert player._goes_on(episode, answer)
             episode.ended = True
             if on_error == "end":
-                assert not rollouts._goes_on(episode, answers[-1])
+                assert not player._goes_on(episode, answers[-1])
                 assert episode.failed
             else:
                 with pytest.raises(InputError, match=f"row 7 of the prompts: {why}"):
-                    rollouts._goes_on(episode, answers[-1])
+                    player._goes_on(episode, answers[-1])
+
+
+def test_what_a_turn_is_rewarded_with_stands_on_its_last_token() -> None:
+    unused: Any = None
+    policy = Policy(unused, unused, SampleConfig(stop_tokens=(2,)), unused, piece=1, raw=False, seed=0, vocabulary=None)
+    player = Player(policy, unused, unused, Bounds(9, 12, 8, "stop"))
+    own = [True, True, False, True, True, True]
+    episode = Episode(
+        3, [1, 2], [], 1, ids=[5, 2, 7, 8, 9, 2], own=own, logps=[-1.0] * 6, turns=2, score=0.75, ended=True
+    )
+    episode.step_scores = [(1, -0.25), (5, 1.0)]
+    rollout = player.rollout([episode], kl_coefficient=np.zeros(1, np.float32))
+    targets = learning_targets(rollout, PPOConfig(advantage="none", returns="to_go", whiten_advantages=False))
+    assert targets.rewards[0].tolist() == [0, -0.25, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert targets.advantages[0, :6].tolist() == [0.75, 0.75, 0, 1, 1, 1]
 
 
 def test_one_prompt_stands_for_a_group_only_where_all_begin_alike() -> None:
     episodes = [
-        _Episode(3, [1, 2], [], 1),
-        _Episode(3, [1, 2], [], 1),
-        _Episode(4, [1], [], 1),
-        _Episode(4, [2], [], 1),
+        Episode(3, [1, 2], [], 1),
+        Episode(3, [1, 2], [], 1),
+        Episode(4, [1], [], 1),
+        Episode(4, [2], [], 1),
     ]
-    _check_beginnings(episodes[:2], 2)
+    check_beginnings(episodes[:2], 2)
     with pytest.raises(InputError, match=r"row 4 .*another episode of the same row; add --train\.layout separate"):
-        _check_beginnings(episodes, 2)
+        check_beginnings(episodes, 2)
 
 
 def test_lengths_of_episodes() -> None:

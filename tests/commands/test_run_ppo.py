@@ -323,7 +323,7 @@ def test_rewards_of_llama_2(inputs: Path) -> None:
     ]
     texts, tagged = ["abc", "bad", "abcd", "a"], np.asarray([False, False, True, False])
     asked = Responses([Prompt((), "p")] * 4, texts, np.arange(4), tagged)
-    scores, parts = scored(judges, ("helpful", "safe"), asked, whiten=True, finite=True)
+    scores, parts, _ = scored(judges, ("helpful", "safe"), asked, whiten=True, finite=True)
     chosen = np.asarray([3.0, -9, 9, 1])
     np.testing.assert_allclose(scores, (chosen - chosen.mean()) / chosen.std(ddof=1), rtol=1e-5)
     assert parts["helpfulness"].tolist() == [3, 3, 4, 1]
@@ -334,12 +334,12 @@ def test_several_rewards() -> None:
     texts, rows = ["abc", "c", "bb", "bbb"], np.arange(4)
     asked = Responses([Prompt((), "p")] * 4, texts, rows, np.zeros(4, bool))
     every = (judges, ("vader", "m.py:score"), (1.0, 10.0), asked)
-    scores, parts = summed(*every, group=None, finite=True)
+    scores, parts, _ = summed(*every, group=None, finite=True)
     assert scores.tolist() == [3, 11, 2, 3]
     assert list(parts) == ["vader", "score_"]
     found = part_figures(parts)
     assert (found["rewards/vader/mean"], found["rewards/score_/mean"], found["rewards/score_/std"]) == (2.25, 1, 0)
-    scores, _ = summed(*every, group=2, finite=True)
+    scores, _, _ = summed(*every, group=2, finite=True)
     np.testing.assert_allclose(scores, [2**-0.5, -(2**-0.5), -(2**-0.5), 2**-0.5], rtol=3e-4)
     assert short_names(["a_2", "x.py:a", "y.py:a", "http://a/b", "runs/rm"]) == ["a_2", "a", "a_3", "url", "rm"]
     silent = [OfText("b", lambda text: None if "b" in text else 1.0)] * 2

@@ -245,6 +245,11 @@ class PPOLossConfig(Options, prefix="--ppo."):
         return self.estimator == "gae" if self.whiten_advantages is None else self.whiten_advantages
 
     @property
+    def by_token(self) -> bool:
+        """Whether it matters at which token of a response a reward stands."""
+        return self.estimator == "gae" or self.resolved("returns") == "to_go"
+
+    @property
     def updates(self) -> int:
         """Optimizer updates a step."""
         return self.passes * self.minibatches

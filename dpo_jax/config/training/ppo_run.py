@@ -109,7 +109,6 @@ class PPORun(SampledRun, JudgedRun):
             return
         require(not self.rewards, "--reward has no effect with --environment, which rewards its episodes itself")
         require(self.safety_reward is None, "--safety_reward does not go with --environment")
-        require(self.eval_data is None, "--eval_data does not go with --environment: held-out prompts have one turn")
         require(
             self.ppo.resolved("zero_variance") != "resample" and self.ppo.estimator != "greedy",
             "--environment does not go with --ppo.zero_variance resample or --ppo.advantage greedy, which answer"

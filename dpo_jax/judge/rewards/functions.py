@@ -186,13 +186,13 @@ def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> Reward
 
 def try_out(
     function: RewardFunction, prompts: Sequence[Prompt], rows: np.ndarray, name: str, *, needed: bool = False
-) -> None:
+) -> bool:
     """Call a function of the user once, before time is spent on sampling: with two prompts and a made-up response to
     each, since one number for a whole batch looks right where the batch has one row; and a command with a response that
     holds no code.
 
     Its columns are looked for in all `prompts`, those of `rows` int [N] in their file, and under `needed` the right
-    answer of each; the other judges are not called.
+    answer of each; the other judges are not called. Returns whether it scored steps of a response.
     Raises `InputError` for what would stop the run later.
     """
     if isinstance(function, Command):
@@ -206,7 +206,10 @@ def try_out(
                 " else judges the responses"
             )
         first = prompts[:2]
-        scores_of(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False)
+        return (
+            judgement(function, first, [TRIAL] * len(first), rows[: len(first)], name, finite=False).steps is not None
+        )
+    return False
 
 
 def scores_of(

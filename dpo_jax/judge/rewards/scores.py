@@ -95,13 +95,19 @@ class Judges:
         ]
         self._checked, self._open = checked, list[RewardFunction]()
 
-    def try_out(self, *data: PromptDataset | None) -> None:
-        """Raise `InputError` where a function of the user would fail on any response to these prompts."""
+    def try_out(self, *data: PromptDataset | None) -> bool:
+        """Raise `InputError` where a function of the user would fail on any response to these prompts.
+
+        Returns whether one scores steps of a response.
+        """
         needed = self._whiten and (self._two or len(self._names) == 1)
-        for prompts in filter(None, data):
-            for judge, name in zip(self._checked, self._names, strict=True):
-                if judge is not None:
-                    try_out(judge, prompts.prompts, prompts.row_numbers, name, needed=needed)
+        by_steps = [
+            try_out(judge, prompts.prompts, prompts.row_numbers, name, needed=needed)
+            for prompts in filter(None, data)
+            for judge, name in zip(self._checked, self._names, strict=True)
+            if judge is not None
+        ]
+        return any(by_steps)
 
     def _opened(self) -> list[RewardFunction]:
         if not self._open:
