@@ -350,10 +350,10 @@ def test_an_earlier_pool_is_judged_anew(tmp_path: Path) -> None:
 
     def length(asked: responses.Responses) -> Any:
         bonus = [prompt.columns.get("bonus", 0) for prompt in asked.prompts]
-        return np.asarray([len(text) for text in asked.texts]) + asked.tagged + bonus, {}
+        return responses.Scores(np.asarray([len(text) for text in asked.texts]) + asked.tagged + bonus, {})
 
     def broken(_: responses.Responses) -> Any:
-        return np.asarray([np.nan, 1.0]), {}
+        return responses.Scores(np.asarray([np.nan, 1.0]), {})
 
     judges: Any = length
     assert [row["score"] for row in best_responses.judged(pool, judges, str(path))] == [7, 6]
