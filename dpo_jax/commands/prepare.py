@@ -1,268 +1,303 @@
-"""`dpo-jax prepare`: rows of any layout as a TFDS data set, split, validated and counted, in one pass over them."""
+"""`dpo-jax prepare`: rows of any layout as a TFDS data set, split, validated and counted, piece by piece."""
 
-import itertools
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 import tempfile
+import threading
 import time
-from array import array
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from dpo_jax.config import PrepareRun
 from dpo_jax.config.commands.rows import split_shares
-from dpo_jax.data.rows.problems import BadRow, Tally
-from dpo_jax.data.rows.readable import Readable, check_named, column_of, parse_columns, renamed, sources, together
-from dpo_jax.data.sets.documents import is_text, rows_of
+from dpo_jax.data.rows.readable import check_named
+from dpo_jax.data.sets.documents import is_text
+from dpo_jax.data.sets.pieces import Piece, pieces_of
+from dpo_jax.data.sets.prepare_piece import Job, gather, job_of, piece_folder, prepare_piece, summary_of
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.staging import is_remote, upload
-from dpo_jax.data.sources.store_schema import Kind, Parsed
-from dpo_jax.data.sources.store_writer import (
-    VERSION,
-    Splits,
-    StoreWriter,
-    dataset_name,
-    normalised,
-    prompt_hash,
-    write_report,
-)
+from dpo_jax.data.sources.store import open_store
+from dpo_jax.data.sources.store_writer import VERSION, assemble, dataset_name, write_report
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import writing
 from dpo_jax.files.log import say
 from dpo_jax.report import html, terminal
-from dpo_jax.weights.integrity.folder import new_folder
+from dpo_jax.weights.integrity.folder import check_free
 
-CHUNK = 1024
-"""Rows whose prompts are hashed, and texts tokenised, in one call."""
 SECONDS = 10.0
 """How often to say how far it is."""
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_LAYOUT = 1
+"""Counts the changes after which what an earlier version left unfinished is not gone on with."""
 
 
 def prepare(run: PrepareRun) -> None:
-    """Write the data set `run.to` and its report. Raises `InputError`; then nothing is left behind."""
+    """Write the data set `run.to` and its report; or go on where the same command was killed.
+
+    Raises `InputError`; then nothing is left behind.
+    """
     if run.data.columns is not None and is_text(run.data.files):
         raise InputError(f"--data.columns has no effect: {run.data.files} is text, and has no columns")
     if run.separator is not None and not is_text(run.data.files):
         raise InputError(f"--separator has no effect: {run.data.files} holds rows, and each is one document")
-    lengths = Lengths(run.tokenizer)
-    with _target(run.to) as folder:
-        started = time.monotonic()
-        data = folder / VERSION
-        data.mkdir()
-        report = _Pass(run, data, lengths).report()
-        report["seconds"] = round(time.monotonic() - started, 3)
-        report["rows_per_second"] = round(report["rows_read"] / report["seconds"], 1)
+    started = time.monotonic()
+    with _scratch(run.to) as folder:
+        report = _made(run, folder)
         tables = _tables(report)
-        write_report(data, report, _markdown(report, tables))
+        write_report(folder / _WHOLE / VERSION, report, _markdown(report, tables))
+    seconds = time.monotonic() - started
     for title, (head, *rows) in tables:
         table = terminal.table(title, html.Table(tuple(head), rows), left=1)
         table.title_justify = "left"
         terminal.show(table)
     say(
-        f"{run.to}: {report['rows_written']} of {report['rows_read']} rows in {report['seconds']:.1f} s "
-        f"({report['rows_per_second']:.0f} rows/s); read it with --data tfds:{run.to}"
+        f"{run.to}: {report['rows_written']} of {report['rows_read']} rows in {seconds:.1f} s "
+        f"({report['rows_read'] / seconds:.0f} rows/s); read it with --data tfds:{run.to}"
     )
 
 
+# ---------------------------------------------------------------- where it is made
+
+_PIECES, _WHOLE, _PLAN = "pieces", "whole", "plan.json"
+"""In the folder of what is unfinished: the pieces, the data set that is made of them, and what they are pieces of."""
+
+
 @contextmanager
-def _target(to: str) -> Iterator[Path]:
-    """A folder to write into, that becomes `to` when all is done. Raises `InputError` where `to` is taken."""
-    if not is_remote(to):
-        with new_folder(Path(to).expanduser(), replace=False) as folder:
-            yield folder
+def _scratch(to: str) -> Iterator[Path]:
+    """A folder whose `whole` becomes `to` when all is done. Raises `InputError` where `to` is taken.
+
+    It stands beside `to`, and stays if the process is killed. A bucket's stands among temporary files, and does not.
+    """
+    if is_remote(to):
+        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="dpo-jax-") as name:
+            with upload(Path(name) / _WHOLE, to):
+                yield Path(name)
         return
-    with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="dpo-jax-") as name, upload(Path(name), to):
-        yield Path(name)
-
-
-class Lengths:
-    """Lengths of the parts of rows, in characters and, with a tokenizer, in tokens: 4 bytes a row each."""
-
-    def __init__(self, tokenizer: str | None):
-        """`tokenizer`: the checkpoint to take it from."""
-        self._tokenizer = None
-        self._found: dict[str, array[int]] = {}
-        if tokenizer is not None:
-            from dpo_jax.weights.tokenizer import load_tokenizer  # here, for it may import PyTorch, which takes seconds
-
-            self._tokenizer = load_tokenizer(tokenizer)
-
-    def add(self, chunk: list[Parsed]) -> None:
-        """The parts of some more rows."""
-        names = dict.fromkeys(name for row in chunk for name in row.parts)
-        for name in names:
-            texts = [row.parts[name] for row in chunk if name in row.parts]
-            self._extend(f"{name}, characters", [len(text) for text in texts])
-            if self._tokenizer is not None:
-                ids = cast(list[list[int]], self._tokenizer(texts, add_special_tokens=False)["input_ids"])
-                self._extend(f"{name}, tokens", [len(row) for row in ids])
-
-    def _extend(self, name: str, lengths: list[int]) -> None:
-        self._found.setdefault(name, array("I")).extend(lengths)
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """name -> min, percentiles, max, mean."""
-        found = {}
-        for name, values in self._found.items():
-            of = np.array(values, np.int64)
-            at = np.percentile(of, PERCENTILES).tolist()
-            found[name] = {"min": int(of.min())} | {f"p{p}": round(v, 1) for p, v in zip(PERCENTILES, at, strict=True)}
-            found[name] |= {"max": int(of.max()), "mean": round(float(of.mean()), 1)}
-        return found
-
-
-class _Pass:
-    """One pass over the source: parse, split, write, count."""
-
-    def __init__(self, run: PrepareRun, folder: Path, lengths: Lengths):
-        self.run, self.folder, self.lengths = run, folder, lengths
-        self.shares = split_shares(run.splits)
-        self.splits = Splits(self.shares)
-        self.kind: Kind | None = None if run.kind == "auto" else run.kind
-        self.tally = Tally()
-        self.renamed = parse_columns(run.data.columns)
-        self.seen: set[str] = set()
-        self.columns: set[str] = set()
-        self.kept: set[str] = set()
-        self.unusable: Counter[str] = Counter()
-        self.read = self.written = 0
-        self.writer: StoreWriter | None = None
-        self.index = duplicates.PromptIndex(folder / "signatures")
-        self._said = time.monotonic()
-
-    def report(self) -> dict[str, Any]:
-        """Do it all; returns what report.json holds."""
-        run = self.run
-        chunk: list[tuple[int, Parsed]] = []
-        for number, row in self._rows():
+    target = Path(to).expanduser().absolute()
+    scratch = target.with_name(f".{target.name}.partial")
+    with writing(to):
+        check_free(target, replace=False)
+        scratch.mkdir(parents=True, exist_ok=True)
+        with (scratch / "lock").open("w") as lock:
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                self.columns.update(store_schema.keys_lost(row))
-                if self.kind is None:
-                    self.kind = store_schema.kind_of(row)
-                parsed = store_schema.parse(row, self.kind)
-                self.unusable.update(parsed.unusable)
-                chunk.append((number, parsed))
-            except BadRow as problem:
-                self.tally.add(number, problem)
-            if len(chunk) == CHUNK:
-                self._write(chunk)
-                chunk = []
-        if chunk:
-            self._write(chunk)
-        check_named(run.data.files, self.renamed, self.seen, self.read)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{to}: another dpo-jax prepare is writing it; wait for it, or end it") from error
+            try:
+                yield scratch
+                if target.exists():
+                    target.rmdir()
+                (scratch / _WHOLE).rename(target)
+            except KeyboardInterrupt:
+                if all("." in path.name for path in (scratch / _PIECES).glob("*")):  # none is done
+                    shutil.rmtree(scratch)
+                raise
+            except BaseException:
+                shutil.rmtree(scratch)
+                raise
+            shutil.rmtree(scratch)
+
+
+def _made(run: PrepareRun, folder: Path) -> dict[str, Any]:
+    """Make the data set in `folder`; what report.json holds."""
+    source, shares = run.data.files, split_shares(run.splits)
+    job = job_of(
+        source,
+        run.separator,
+        kind=None if run.kind == "auto" else run.kind,
+        columns=run.data.columns,
+        limit=run.limit,
+        splits=shares,
+    )
+    pieces = pieces_of(source, job.belong, whole=run.limit is not None)
+    _go_on(folder, {"layout": _LAYOUT, "job": asdict(job), "tokenizer": run.tokenizer, "pieces": _told(pieces)}, run.to)
+    processes = min(len(pieces), run.processes or os.cpu_count() or 1)
+    with Workers(processes) as workers:
+        _work(workers, job, pieces, folder / _PIECES, run)
+        made = gather(job, folder / _PIECES, len(pieces))
+        found = made.found
+        check_named(source, job.renamed, found.seen, found.read)
         if run.on_bad_rows == "refuse":
-            self.tally.refuse(run.data.files, self.read)
-        if self.writer is None or self.kind is None:
-            raise self.tally.nothing_left(run.data.files, self.read)
-        say(f"{run.to}: {self.written} rows written; counting equal and nearly equal prompts")
-        counts = self.index.count(len(self.splits.names))
-        written = self.writer.finish(f"{self.kind} from {run.data.files}, written by dpo-jax prepare")
-        return {
-            "data": run.data.files,
-            "kind": self.kind,
-            "format": store_schema.FORMAT,
-            "rows_read": self.read,
-            "rows_written": self.written,
-            "dropped": dict(self.tally.dropped.most_common()),
-            "problems": self.tally.describe(self.tally.dropped),
-            "columns_not_kept": [
-                *sorted(self.columns - self.kept - store_schema.columns_read(self.kind)),
-                *(f"{name} of {count} rows" for name, count in sorted(self.unusable.items())),
-            ],
-            "splits": self._splits(counts, written),
-            "between_splits": self._between(counts),
-            "lengths": self.lengths.summary(),
-            "how": {
-                "split": "BLAKE2b, 64 bits, of the prompt (or document): NFKC, case folded, white space runs as one",
-                "near_duplicates": f"MinHash estimate of the Jaccard similarity of {duplicates.SHINGLE}-character "
-                f"shingles of the first {duplicates.LOOKED_AT} characters >= {duplicates.SIMILAR}; equal prompts are "
-                "not counted again",
-            },
-        }
+            found.tally.refuse(source, found.read)
+        if job.kind is None or not found.written:
+            raise found.tally.nothing_left(source, found.read)
+        say(f"{run.to}: {found.written} rows written; counting equal and nearly equal prompts")
+        counting = folder / "counting"
+        shutil.rmtree(counting, ignore_errors=True)
+        counting.mkdir()
+        counts = duplicates.count_prompts(made.prompts, len(shares), counting, workers.map)
+    whole = folder / _WHOLE / VERSION
+    whole.mkdir(parents=True, exist_ok=True)
+    written = assemble(
+        whole,
+        name=dataset_name(Path(run.to.rstrip("/"))),
+        kind=job.kind,
+        splits=made.splits,
+        description=f"{job.kind} from {source}, written by dpo-jax prepare",
+    )
+    return {
+        "data": source,
+        "kind": job.kind,
+        "format": store_schema.FORMAT,
+        "rows_read": found.read,
+        "rows_written": found.written,
+        "dropped": dict(found.tally.dropped.most_common()),
+        "problems": found.tally.describe(found.tally.dropped),
+        "columns_not_kept": [
+            *sorted(found.columns - found.kept - store_schema.columns_read(job.kind)),
+            *(f"{name} of {count} rows" for name, count in sorted(found.unusable.items())),
+        ],
+        "splits": _splits(shares, counts, written),
+        "between_splits": _between(list(shares), counts),
+        "lengths": {name: summary_of(lengths, PERCENTILES) for name, lengths in found.lengths.items()},
+        "how": {
+            "split": "BLAKE2b, 64 bits, of the prompt (or document): NFKC, case folded, white space runs as one",
+            "near_duplicates": f"MinHash estimate of the Jaccard similarity of {duplicates.SHINGLE}-character "
+            f"shingles of the first {duplicates.LOOKED_AT} characters >= {duplicates.SIMILAR}; equal prompts are "
+            "not counted again",
+        },
+    }
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows; where answers are compared, neighbours that score one answer each to a prompt as one."""
-        rows = self._noted()
-        head = list(itertools.islice(rows, 2))
-        compared = self.kind is None and len(head) == 2 and len(list(together(head))) == 1
-        rows = itertools.chain(head, rows)
-        if not (compared or self.kind == "preferences"):
-            yield from rows
+
+def _told(pieces: list[Piece]) -> list[Any]:
+    """The pieces as JSON gives them back, with what says that their files are still the same."""
+    stats = {span.place: os.stat(span.place) for piece in pieces for span in piece if Path(span.place).is_file()}
+    files = [[place, stat.st_size, stat.st_mtime_ns] for place, stat in stats.items()]
+    stores = sorted({span.place for piece in pieces for span in piece} - stats.keys())
+    return [*files, *([store, open_store(store).fingerprint] for store in stores), json.loads(json.dumps(pieces))]
+
+
+def _go_on(folder: Path, plan: dict[str, Any], to: str) -> None:
+    """Make `folder` ready for the pieces of `plan`, with those that are done already; of another plan none are."""
+    path, pieces = folder / _PLAN, folder / _PIECES
+    plan = json.loads(json.dumps(plan))
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == plan:
+        for left in pieces.iterdir():
+            if "." in left.name:
+                shutil.rmtree(left)
+        say(f"{to}: {len(list(pieces.iterdir()))} of {len(plan['pieces'][-1])} pieces are done already; going on")
+        return
+    for name in (_PIECES, _WHOLE):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    pieces.mkdir(parents=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(plan), encoding="utf-8")
+    new.replace(path)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+class Workers:
+    """`map`, in this process where there is to be one alone, or over several. A context manager."""
+
+    def __init__(self, processes: int):
+        """`processes`: how many."""
+        self._pool = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """What `function` makes of each, in order. Raises `InputError` where a process is killed."""
+        if self._pool is None:
+            yield from map(function, items)
             return
-        for number, row in together(rows):
-            if isinstance(row, Readable):
-                self.kept.update(column_of(place) for places in row.sources.values() for place in places)
-            yield number, row
+        try:
+            yield from self._pool.map(function, items)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process of dpo-jax prepare was killed, perhaps for want of memory; try fewer --processes"
+            ) from error
 
-    def _noted(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows under the names that `--data.columns` gives, counted, and what columns they have."""
-        for number, row in itertools.islice(rows_of(self.run.data.files, self.run.separator), self.run.limit):
-            self.read += 1
-            if isinstance(row, BadRow):
-                yield number, row
-                continue
-            try:
-                self.seen.update(name for name, value in row.items() if value is not None)
-                named = renamed(row, self.renamed) if self.renamed else row
-                self.columns.update(named.keys() - self.renamed.keys() - sources(named).keys())
-                yield number, named
-            except BadRow as problem:
-                yield number, problem
 
-    def _write(self, chunk: list[tuple[int, Parsed]]) -> None:
-        assert self.kind is not None
-        if self.writer is None:
-            name = dataset_name(Path(self.run.to.rstrip("/")))
-            self.writer = StoreWriter(self.folder, name=name, kind=self.kind, splits=self.splits.names)
-        texts = [normalised(row.prompt) for _, row in chunk]
-        hashes = [prompt_hash(text) for text in texts]
-        splits = [self.splits.of(value) for value in hashes]
-        for (_, row), split in zip(chunk, splits, strict=True):
-            self.writer.add(store_schema.serialise(row.columns, self.kind), split)
-        said = [text.partition(": ")[2] for text in texts]  # without the first role, which all have
-        with writing(self.run.to):
-            self.index.add(said, hashes, splits, [number for number, _ in chunk])
-        self.lengths.add([row for _, row in chunk])
-        self.written += len(chunk)
-        if time.monotonic() - self._said >= SECONDS:
-            self._said = time.monotonic()
-            say(f"{self.run.to}: {self.written} rows written")
+def _end_with_parent() -> None:
+    """In a worker: end when the command does, however it ends, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def _splits(self, counts: duplicates.Counts, written: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                "share": share,
-                "rows": counts.rows[i],
-                "distinct_prompts": counts.distinct[i],
-                "repeated_prompts": counts.rows[i] - counts.distinct[i],
-                "near_duplicate_prompts": counts.near[i, i].count,
-                "shards": written.get(name, {}).get("shards", 0),
-                "bytes": written.get(name, {}).get("bytes", 0),
-            }
-            for i, (name, share) in enumerate(self.shares.items())
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _work(workers: Workers, job: Job, pieces: list[Piece], folder: Path, run: PrepareRun) -> None:
+    """Do the pieces that are not done yet."""
+    waiting = [i for i in range(len(pieces)) if not piece_folder(folder, i).exists()]
+    said, done = time.monotonic(), len(pieces) - len(waiting)
+    one = partial(_piece, job, folder, run.tokenizer)
+    for _ in workers.map(one, [(i, pieces[i]) for i in waiting]):
+        done += 1
+        if time.monotonic() - said >= SECONDS:
+            said = time.monotonic()
+            say(f"{run.to}: {done} of {len(pieces)} pieces are done")
+
+
+def _piece(job: Job, folder: Path, tokenizer: str | None, piece: tuple[int, Piece]) -> None:
+    prepare_piece(job, piece[1], folder, piece[0], None if tokenizer is None else _tokenizer(tokenizer))
+
+
+@cache
+def _tokenizer(source: str) -> Any:
+    from dpo_jax.weights.tokenizer import load_tokenizer  # here, for it may import PyTorch, which takes seconds
+
+    return load_tokenizer(source)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def _splits(
+    shares: dict[str, float], counts: duplicates.Counts, written: dict[str, dict[str, int]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "share": share,
+            "rows": counts.rows[i],
+            "distinct_prompts": counts.distinct[i],
+            "repeated_prompts": counts.rows[i] - counts.distinct[i],
+            "near_duplicate_prompts": counts.near[i, i].count,
+            "shards": written.get(name, {}).get("shards", 0),
+            "bytes": written.get(name, {}).get("bytes", 0),
         }
+        for i, (name, share) in enumerate(shares.items())
+    }
 
-    def _between(self, counts: duplicates.Counts) -> list[dict[str, Any]]:
-        names = self.splits.names
-        return [
-            {
-                "splits": [names[a], names[b]],
-                "shared_prompts": shared,
-                f"near_duplicates_of_{names[b]}_in_{names[a]}": counts.near[a, b].count,
-                f"near_duplicates_of_{names[a]}_in_{names[b]}": counts.near[b, a].count,
-                "examples": [
-                    {"rows": [row, other], "similarity": round(similarity, 3)}
-                    for row, other, similarity in counts.near[a, b].examples
-                ],
-            }
-            for (a, b), shared in counts.shared.items()
-        ]
+
+def _between(names: list[str], counts: duplicates.Counts) -> list[dict[str, Any]]:
+    return [
+        {
+            "splits": [names[a], names[b]],
+            "shared_prompts": shared,
+            f"near_duplicates_of_{names[b]}_in_{names[a]}": counts.near[a, b].count,
+            f"near_duplicates_of_{names[a]}_in_{names[b]}": counts.near[b, a].count,
+            "examples": [
+                {"rows": [row, other], "similarity": round(similarity, 3)}
+                for row, other, similarity in counts.near[a, b].examples
+            ],
+        }
+        for (a, b), shared in counts.shared.items()
+    ]
 
 
 # ---------------------------------------------------------------- the report as tables

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.data.rows.problems import BadRow
-from dpo_jax.data.sources import files
+from dpo_jax.data.sources import files, json_lines
 from dpo_jax.data.sources.files import read_rows, read_rows_or_problems
 from dpo_jax.errors import InputError
 
@@ -165,7 +165,7 @@ def test_broken_gzip(tmp_path: Path) -> None:
 
 def test_gzip_bomb_and_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BOMB_FLOOR", 2**16)
-    monkeypatch.setattr(files, "MAX_LINE", 2**14)
+    monkeypatch.setattr(json_lines, "MAX_LINE", 2**14)
     refused(write(tmp_path / "bomb.gz", gzip.compress(b'{"a": 1}\n' * 2**19)), "unpacks to more than")
     refused(write(tmp_path / "line.gz", gzip.compress(b" " * 2**20)), "line is longer")
 
@@ -203,7 +203,7 @@ def test_one_object_around_the_rows(tmp_path: Path, indent: int | None, beside: 
     for row in ({"messages": ROWS, **beside}, {"data": [1, 2], **beside}):
         source = write(tmp_path / "f.json", json.dumps(row, indent=indent).encode())
         assert list(read_rows(source)) == [(1, row)]
-    monkeypatch.setattr(files, "MAX_LINE", 40)  # as large as one likes, where the list stands first
+    monkeypatch.setattr(json_lines, "MAX_LINE", 40)  # as large as one likes, where the list stands first
     if not beside:
         assert list(read_rows(write(tmp_path / "a.json", json.dumps({"data": ROWS}).encode())))[-1] == (3, ROWS[2])
 

@@ -25,7 +25,7 @@ from dpo_jax.data.sets.sequences import load_dialogues
 from dpo_jax.data.sources import store_schema, store_writer
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.sources.store import open_store
-from dpo_jax.data.sources.store_writer import Splits, StoreWriter
+from dpo_jax.data.sources.store_writer import Splits, SplitWriter, assemble
 from dpo_jax.errors import InputError
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
@@ -66,12 +66,13 @@ def write(
     folder = path / "1.0.0"
     folder.mkdir(parents=True)
     splits = Splits(shares or {"train": 1.0})
-    writer = StoreWriter(folder, name=store_writer.dataset_name(path), kind=kind, splits=splits.names)
+    writers = {split: SplitWriter(folder, split) for split in splits.names}
     for row in rows:
         parsed = store_schema.parse(row, kind)
         value = store_writer.prompt_hash(store_writer.normalised(parsed.prompt))
-        writer.add(store_schema.serialise(parsed.columns, kind), splits.of(value))
-    writer.finish("made up")
+        writers[splits.names[splits.of(value)]].add(store_schema.serialise(parsed.columns, kind))
+    parts = {split: [(folder, writer.finish())] for split, writer in writers.items()}
+    assemble(folder, name=store_writer.dataset_name(path), kind=kind, splits=parts, description="made up")
     return f"tfds:{path}"
 
 

@@ -97,6 +97,8 @@ class PrepareRun(Options, metaclass=RunOptions):
     """Use only the first rows of the source."""
     on_bad_rows: Literal["refuse", "skip"] = "refuse"
     """refuse: bad rows stop the command, and nothing is written. skip: they are left out, counted by reason."""
+    processes: Count | None = None
+    """Processes that work on the pieces of a large source; the result is the same. Not given: one for each core."""
 
     data: FilesConfig = part(FilesConfig)
 

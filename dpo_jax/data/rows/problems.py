@@ -11,7 +11,8 @@ Three kinds of problem, told apart because each asks for another answer:
 """
 
 from collections import Counter
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from dpo_jax.errors import InputError
 
@@ -51,6 +52,18 @@ class Tally:
         """Count `problem`, found in row `number`."""
         self._counts[problem.severity][problem.reason] += 1
         self._first.setdefault(problem.reason, (number, problem))
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON holds it."""
+        first = [[n, p.reason, p.detail, p.severity] for n, p in self._first.values()]
+        return {"counts": {severity: dict(counts) for severity, counts in self._counts.items()}, "first": first}
+
+    def take(self, state: Mapping[str, Any], before: int) -> None:
+        """Count what the `state` of another holds, whose rows stand behind `before` others."""
+        for severity, counts in self._counts.items():
+            counts.update(state["counts"][severity])
+        for number, *problem in state["first"]:
+            self._first.setdefault(problem[0], (before + number, BadRow(*problem)))
 
     @property
     def dropped(self) -> Counter[str]:

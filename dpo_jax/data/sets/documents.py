@@ -196,19 +196,29 @@ def rows_of(source: str, separator: str | None) -> Iterator[tuple[int, dict[str,
     if not is_text(source):
         yield from read_rows_or_problems(source)
         return
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())
     number = 0
-    for file in files:
+    for file in text_files(source):
         try:
-            for text in _pieces(file, separator):
+            for row in documents_in(file, separator):
                 number += 1
-                yield number, {"text": text}
-        except UnicodeDecodeError:
-            number += 1
-            yield number, BadRow("invalid UTF-8", f"in {file}, the rest of which cannot be read; save it as UTF-8")
+                yield number, row
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def text_files(source: str) -> list[Path]:
+    """The files of a source that `is_text`, in order."""
+    path = Path(source).expanduser()
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_text_name(p) and p.is_file())
+
+
+def documents_in(file: Path, separator: str | None) -> Iterator[dict[str, Any] | BadRow]:
+    """The documents of a text file as rows. Raises `OSError`."""
+    try:
+        for text in _pieces(file, separator):
+            yield {"text": text}
+    except UnicodeDecodeError:
+        yield BadRow("invalid UTF-8", f"in {file}, the rest of which cannot be read; save it as UTF-8")
 
 
 def _pieces(path: Path, separator: str | None) -> Iterator[str]:

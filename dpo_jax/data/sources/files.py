@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sources.hub import fetch, names_hub, read_metadata
+from dpo_jax.data.sources.json_lines import MAX_LINE, checked, json_line, json_lines, loaded
 from dpo_jax.data.sources.parquet import read_parquet
 from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config, in_folder
 from dpo_jax.data.sources.store import names_store, open_store
@@ -29,8 +30,6 @@ from dpo_jax.headers import told
 
 Row = dict[str, Any]
 
-MAX_LINE = 64 * 2**20
-"""Longest line of a JSONL file, in bytes."""
 BOMB_RATIO, BOMB_FLOOR = 200, 256 * 2**20
 """A gzip or zstd file that unpacks to more than both BOMB_FLOOR bytes and BOMB_RATIO times its size is refused."""
 
@@ -73,9 +72,9 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
         yield from open_store(source).rows()
         return
     base = number = 0
-    for path in _resolve(source):
+    for path in resolve(source):
         try:
-            for line, row in _read_file(path):
+            for line, row in read_file(path):
                 number = base + line
                 yield number, row
         except OSError as error:
@@ -85,7 +84,7 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
         raise InputError(f"{source}: holds no rows; give a file of {_FORMATS}")
 
 
-def _resolve(source: str) -> list[Path]:
+def resolve(source: str) -> list[Path]:
     """The files that `source` names: a file, a folder or FOLDER:SPLIT, a pattern, or a data set of the hub."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -164,89 +163,52 @@ def open_bytes(path: Path) -> io.BufferedReader:
     return path.open("rb") if packed is None else io.BufferedReader(_Unpacked(path, packed), 2**16)
 
 
-def _read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+def read_file(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    """(number, row) of the rows of one file: `read_rows` says of what kinds."""
     with open_bytes(path) as reader:
         packed = isinstance(reader.raw, _Unpacked)
-        head = reader.peek(2**12)
-        start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        form, separator = _form(path, reader)
         stream = cast(BinaryIO, reader)
-        if head.startswith(b"PAR1"):
+        if form == "parquet":
             yield from read_parquet(path, io.BytesIO(stream.read()) if packed else stream)
-        elif start.startswith(b"["):
+        elif form == "list":
             yield from _json_list(path, stream.read())
-        elif re.match(rb'\{\s*"(%s)"\s*:\s*\[' % "|".join((*_HOLD_ROWS, *_SPLITS)).encode(), start):
+        elif form == "object":
             yield from _json_object(path, stream.read())
-        elif re.match(rb"\{[ \t]*\r?\n", start):
+        elif form == "objects":
             yield from _rows_within(path, _json_objects(path, stream))
-        elif (separator := _separator(path, start)) and not start.startswith(b"{"):
+        elif form == "table":
             yield from _table(path, stream, separator)
         else:
-            yield from _rows_within(path, _json_lines(path, stream))
+            yield from _rows_within(path, json_lines(path, stream))
 
 
-def _checked(row: object, where: str) -> Row | BadRow:
-    if isinstance(row, dict):
-        return row
-    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
-    kind = "null" if row is None else names[type(row)]
-    return BadRow("row is not an object", f'{where} holds {kind}; write {{"field": value, ...}}')
+def _form(path: Path, reader: io.BufferedReader) -> tuple[str, str]:
+    """What a file is by its first bytes, and of a table what stands between its cells."""
+    head = reader.peek(2**12)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"PAR1"):
+        return "parquet", ""
+    if start.startswith(b"["):
+        return "list", ""
+    if re.match(rb'\{\s*"(%s)"\s*:\s*\[' % "|".join((*_HOLD_ROWS, *_SPLITS)).encode(), start):
+        return "object", ""
+    if re.match(rb"\{[ \t]*\r?\n", start):
+        return "objects", ""
+    if (separator := _separator(path, start)) and not start.startswith(b"{"):
+        return "table", separator
+    return "lines", ""
 
 
-def _json_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
-    number = 0
-    while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        if len(line) > MAX_LINE:
-            raise InputError(f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB; is this a JSONL file?")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield number, _json_line(line, f"{path}:{number}")
-
-
-def _loaded(text: str) -> Any:
-    """What a JSON text holds; an integer of more digits than Python reads is infinite, for nobody may need it."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:
-        return json.loads(text, parse_int=float)
-
-
-def _json_line(line: bytes, where: str) -> Row | BadRow:
-    try:
-        row = _checked(_loaded(line.decode("utf-8")), where)
-        if b"\\ud" in line.lower() and (key := _broken_key(row)):
-            return BadRow("a name holds broken Unicode", f"{where}: {key!r} is half a character; mend it")
-        return row
-    except UnicodeDecodeError as error:
-        return BadRow("invalid UTF-8", f"{where}: byte {error.start + 1} of the line; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRow("malformed JSON", f"{where}: {error.msg} at column {error.colno}")
-    except (RecursionError, ValueError) as error:  # nested too deeply
-        return BadRow("malformed JSON", f"{where}: {error}")
-
-
-def _broken_key(row: object) -> str | None:
-    """A name somewhere in a row that holds half of a surrogate pair, which nothing can print; None where all are whole.
-
-    Texts are looked at where they are used.
-    """
-    level: list[Any] = [row] if isinstance(row, dict) else []
-    while level:
-        objects = [item for item in level if isinstance(item, dict)]
-        for key in (key for item in objects for key in item):
-            if any("\ud800" <= letter <= "\udfff" for letter in key):
-                return key
-        inside = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
-        level = [value for value in inside if isinstance(value, dict | list)]
-    return None
+def plain_lines(path: Path) -> bool:
+    """Whether a file is JSON lines, not packed: one that can be read from the middle on."""
+    with open_bytes(path) as reader:
+        return not isinstance(reader.raw, _Unpacked) and _form(path, reader)[0] == "lines"
 
 
 def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
     try:
-        rows = _loaded(text.decode("utf-8-sig"))
+        rows = loaded(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -254,16 +216,16 @@ def _json_list(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: malformed JSON: {error}") from error
     for number, row in enumerate(rows, 1):
-        yield number, _checked(row, f"{path}, element {number},")
+        yield number, checked(row, f"{path}, element {number},")
 
 
 def _json_object(path: Path, text: bytes) -> Iterator[tuple[int, Row | BadRow]]:
     """A file that begins as one object around its rows, of any size; as lines or objects where it is not one alone."""
     try:
-        whole = _loaded(text.decode("utf-8-sig"))
+        whole = loaded(text.decode("utf-8-sig"))
     except (UnicodeDecodeError, RecursionError, ValueError):
         stream = io.BytesIO(text)
-        several = _json_objects if re.match(rb"\s*\{[ \t]*\r?\n", text.removeprefix(b"\xef\xbb\xbf")) else _json_lines
+        several = _json_objects if re.match(rb"\s*\{[ \t]*\r?\n", text.removeprefix(b"\xef\xbb\xbf")) else json_lines
         yield from several(path, stream)
         return
     yield from _rows_within(path, iter([(1, whole)]))
@@ -309,7 +271,7 @@ def _rows_within(path: Path, rows: Iterator[tuple[int, Row | BadRow]]) -> Iterat
                 yield at, BadRow("texts that the hub's viewer has cut", detail)
                 continue
             inside = inside["row"]
-        yield at, _checked(inside, where)
+        yield at, checked(inside, where)
 
 
 def _json_objects(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | BadRow]]:
@@ -326,7 +288,7 @@ def _json_objects(path: Path, stream: BinaryIO) -> Iterator[tuple[int, Row | Bad
             raise InputError(f"{path}:{begun}: one object is longer than {MAX_LINE >> 20} MiB; write a row a line")
         if read.rstrip() == b"}" and not read.startswith((b" ", b"\t")):
             number += 1
-            yield number, _json_line(piece, f"{path}:{begun}")
+            yield number, json_line(piece, f"{path}:{begun}")
             piece = b""
     if piece.strip():
         detail = f"{path}:{begun}: no line that is a closing brace alone ends what begins here"

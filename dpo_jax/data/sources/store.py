@@ -78,10 +78,14 @@ class Store:
             raise IndexError(f"{self.source}: row {index} of {len(self)}")
         return self._row(self._fetch([index])[0], index)
 
-    def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
-        """(number from 1, row) of every row in order; a `BadRow` in place of one with text that is not UTF-8."""
-        for start in range(0, len(self), _BATCH):
-            indices = range(start, min(start + _BATCH, len(self)))
+    def rows(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, Row | BadRow]]:
+        """(number from 1, row) of rows in order; a `BadRow` in place of one with text that is not UTF-8.
+
+        `first`, `stop`: indices, from 0; not given: all of them.
+        """
+        stop = len(self) if stop is None else stop
+        for start in range(first, stop, _BATCH):
+            indices = range(start, min(start + _BATCH, stop))
             for index, record in zip(indices, self._fetch(indices), strict=True):
                 try:
                     yield index + 1, self._row(record, index)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,38 +59,57 @@ def dataset_name(folder: Path) -> str:
     return name if re.match(r"[a-z]", name) else f"data_{name}".rstrip("_")
 
 
-class _Split:
-    """The shards of one split, as they are written. They get their final names once their number is known."""
+@dataclass(frozen=True)
+class Written:
+    """The shards of one split that stand in one folder, not yet under their final names.
+
+    Attributes:
+      files: in order.
+      lengths: rows of each.
+      bytes: of their records, before compression.
+      digest: of the records in their order.
+    """
+
+    files: list[str]
+    lengths: list[int]
+    bytes: int
+    digest: str
+
+
+class SplitWriter:
+    """Writes the records of one split into shards `STEM-00000`, `STEM-00001` ..."""
 
     def __init__(self, folder: Path, stem: str):
+        """`folder`: where no file of that name stands."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self._new: Any = ArrayRecordWriter
         self._folder, self._stem = folder, stem
         self._writer: Any = None
         self._room = 0
-        self.lengths: list[int] = []
-        self.bytes = 0
+        self._lengths: list[int] = []
+        self._bytes = 0
         self._digest = hashlib.blake2b(digest_size=16)
 
     def add(self, record: bytes) -> None:
+        """Append a record (see `store_schema.serialise`). Raises `InputError`."""
         try:
             if self._writer is None:
-                self._writer = self._new(str(self._scratch(len(self.lengths))), _OPTIONS)
-                self.lengths.append(0)
+                self._writer = self._new(str(self._folder / self._name(len(self._lengths))), _OPTIONS)
+                self._lengths.append(0)
                 self._room = SHARD_BYTES
             self._writer.write(record)
         except RuntimeError as error:
             raise _cannot_write(self._folder, error) from error
-        self.lengths[-1] += 1
-        self.bytes += len(record)
+        self._lengths[-1] += 1
+        self._bytes += len(record)
         self._digest.update(record)
         self._room -= len(record)
         if self._room <= 0:
             self._close()
 
-    def _scratch(self, index: int) -> Path:
-        return self._folder / f"{self._stem}-{index:05d}"
+    def _name(self, index: int) -> str:
+        return f"{self._stem}-{index:05d}"
 
     def _close(self) -> None:
         if self._writer is None:
@@ -100,15 +120,14 @@ class _Split:
             raise _cannot_write(self._folder, error) from error
         self._writer = None
 
-    def finish(self) -> str:
-        """Close the last shard, name all; returns a digest of the records in their order."""
+    def finish(self) -> Written:
+        """Close the last shard. All of them are on the disk when this returns."""
         self._close()
-        for index in range(len(self.lengths)):
-            path = self._scratch(index)
-            with open(path, "rb") as file:
+        names = [self._name(index) for index in range(len(self._lengths))]
+        for name in names:
+            with open(self._folder / name, "rb") as file:
                 os.fsync(file.fileno())
-            path.rename(f"{path}-of-{len(self.lengths):05d}")
-        return self._digest.hexdigest()
+        return Written(names, self._lengths, self._bytes, self._digest.hexdigest())
 
 
 def _cannot_write(folder: Path, error: RuntimeError) -> InputError:
@@ -116,64 +135,70 @@ def _cannot_write(folder: Path, error: RuntimeError) -> InputError:
     return InputError(f"{folder}: cannot be written ({reason}); free some space or choose another folder")
 
 
-class StoreWriter:
-    """A store that is being written to the empty folder `folder` (that of the version).
+def assemble(
+    folder: Path, *, name: str, kind: Kind, splits: Mapping[str, Sequence[tuple[Path, Written]]], description: str
+) -> dict[str, dict[str, int]]:
+    """Make a store of shards in `folder`; returns rows, shards and bytes (before compression) of each split.
 
-    Without its dataset_info.json, which `finish` writes last, the folder is no data set to anyone.
+    Without its dataset_info.json, which is written last, the folder is no data set to anyone. Called again after it was
+    interrupted, it goes on.
+
+    Args:
+      folder: that of the version.
+      name: of the data set.
+      kind: of its rows.
+      splits: name -> (where they stand, what was written there), in order; the shards move to `folder`.
+      description: for dataset_info.json.
     """
+    import tensorflow_datasets as tfds
+    from etils import epath
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+    from tensorflow_datasets.core.splits import SplitDict
 
-    def __init__(self, folder: Path, *, name: str, kind: Kind, splits: Sequence[str]):
-        self.folder, self._name = folder, name
-        self._kind: Kind = kind
-        self._splits = {split: _Split(folder, f"{name}-{split}.array_record") for split in splits}
-        self._in_order = list(self._splits.values())
-
-    def add(self, record: bytes, split: int) -> None:
-        """Append a record (see `store_schema.serialise`) to the split at that position. Raises `InputError`."""
-        self._in_order[split].add(record)
-
-    def finish(self, description: str) -> dict[str, dict[str, int]]:
-        """Write the metadata; returns rows, shards and bytes (before compression) of each split that has rows."""
-        import tensorflow_datasets as tfds
-        from etils import epath
-        from tensorflow_datasets.core.dataset_info import DatasetIdentity
-        from tensorflow_datasets.core.splits import SplitDict
-
-        written = {name: split for name, split in self._splits.items() if split.lengths}
-        digests = {name: split.finish() for name, split in written.items()}
-        identity = DatasetIdentity(
-            name=self._name, version=tfds.core.Version(VERSION), data_dir=str(self.folder), module_name="dpo_jax"
+    found: dict[str, tuple[list[int], int]] = {}
+    digests: dict[str, str] = {}
+    for split, parts in splits.items():
+        shards = [place / file for place, part in parts for file in part.files]
+        if not shards:
+            continue
+        for index, shard in enumerate(shards):
+            final = folder / f"{name}-{split}.array_record-{index:05d}-of-{len(shards):05d}"
+            if not final.exists():
+                shard.rename(final)
+        found[split] = [n for _, part in parts for n in part.lengths], sum(part.bytes for _, part in parts)
+        digests[split] = hashlib.blake2b("".join(p.digest for _, p in parts).encode(), digest_size=16).hexdigest()
+    identity = DatasetIdentity(
+        name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name="dpo_jax"
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features(kind),
+        description=description,
+        disable_shuffling=True,
+        metadata=tfds.core.MetadataDict(dpo_jax={"format": FORMAT, "kind": kind, "digests": digests}),
+    )
+    info.set_file_format("array_record")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=name, filetype_suffix="array_record"
+    )
+    info.set_splits(
+        SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=lengths,
+                    num_bytes=size,
+                    filename_template=template.replace(split=split),
+                )
+                for split, (lengths, size) in found.items()
+            ]
         )
-        ours = {"format": FORMAT, "kind": self._kind, "digests": digests}
-        info = tfds.core.DatasetInfo(
-            builder=identity,
-            features=features(self._kind),
-            description=description,
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(dpo_jax=ours),
-        )
-        info.set_file_format("array_record")
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=epath.Path(self.folder), dataset_name=self._name, filetype_suffix="array_record"
-        )
-        info.set_splits(
-            SplitDict(
-                [
-                    tfds.core.SplitInfo(
-                        name=name,
-                        shard_lengths=split.lengths,
-                        num_bytes=split.bytes,
-                        filename_template=template.replace(split=name),
-                    )
-                    for name, split in written.items()
-                ]
-            )
-        )
-        info.write_to_directory(self.folder)
-        return {
-            name: {"rows": sum(split.lengths), "shards": len(split.lengths), "bytes": split.bytes}
-            for name, split in written.items()
-        }
+    )
+    info.write_to_directory(folder)
+    return {
+        split: {"rows": sum(lengths), "shards": len(lengths), "bytes": size}
+        for split, (lengths, size) in found.items()
+    }
 
 
 def write_report(folder: Path, report: Mapping[str, Any], markdown: str) -> None:
