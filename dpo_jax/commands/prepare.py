@@ -79,9 +79,9 @@ def _scratch(to: str) -> Iterator[Path]:
     It stands beside `to`, and stays if the process is killed. A bucket's stands among temporary files, and does not.
     """
     if is_remote(to):
-        with writing(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="dpo-jax-") as name:
-            with upload(Path(name) / _WHOLE, to):
-                yield Path(name)
+        temporary = tempfile.TemporaryDirectory(prefix="dpo-jax-")
+        with writing(tempfile.gettempdir()), temporary as name, upload(Path(name) / _WHOLE, to):
+            yield Path(name)
         return
     target = Path(to).expanduser().absolute()
     scratch = target.with_name(f".{target.name}.partial")

@@ -1,9 +1,11 @@
 """`dpo-jax prepare`: what it writes, what it counts, what it refuses, and that nothing half-done is left."""
 
+import fcntl
 import json
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from buckets import Bucket, bucket  # noqa: F401 - a fixture
 from dpo_jax import cli
 from dpo_jax.commands import prepare as command
 from dpo_jax.config import DataConfig, PrepareRun
+from dpo_jax.data.sets import pieces
 from dpo_jax.data.sources import duplicates, store_writer
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
@@ -300,40 +303,152 @@ def test_many_equal_bands_take_no_long(tmp_path: Path) -> None:
     assert len(counts.near[0, 1].examples) == 5
 
 
+def test_counts_in_parts_are_those_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    texts = [" ".join(f"w{rng.randint(0, 99)}" for _ in range(20)) for _ in range(400)]
+    texts += [text + " again" for text in texts[:150]] + texts[:70]
+    hashes = [store_writer.prompt_hash(text) for text in texts]
+    found = duplicates.records(texts, hashes, [value % 3 for value in hashes], range(1, len(texts) + 1))
+    files = [(tmp_path / "a", 0), (tmp_path / "b", 10)]
+    found[:350].tofile(files[0][0])
+    found[350:].tofile(files[1][0])
+    (tmp_path / "scratch").mkdir()
+    whole = duplicates.count_prompts(files, 3, tmp_path / "scratch")
+    assert sum(whole.distinct) == 550
+    assert sum(near.count for near in whole.near.values()) > 200
+    monkeypatch.setattr(duplicates, "_DEALT", 37)
+    monkeypatch.setattr(duplicates, "_CHUNK", 51)
+    monkeypatch.setattr(duplicates, "_PAIRS", 7)
+    parts = duplicates.count_prompts(files, 3, tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+    assert (parts.rows, parts.distinct, parts.shared) == (whole.rows, whole.distinct, whole.shared)
+    assert {pair: near.count for pair, near in parts.near.items()} == {p: near.count for p, near in whole.near.items()}
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def same(one: Path, other: Path) -> None:
+    """Two data sets hold the same files, byte for byte."""
+    names = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) for folder in (one, other)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4000)
+    rows: list[Any] = pairs(300)
+    rows[250] = '{"prompt": '
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    options = {"splits": "train=0.8,test=0.2", "on_bad_rows": "skip"}
+    for processes in (1, 2):
+        report = prepare(source, tmp_path / str(processes) / "set", processes=processes, **options)
+    assert "row 251: " in report["problems"]
+    assert f"{source}:251:" in report["problems"]
+    assert report["splits"]["train"]["shards"] > 4
+    same(tmp_path / "1" / "set", tmp_path / "2" / "set")
+    order = [int(row["rejected"].split()[1]) for _, row in read_rows(f"tfds:{tmp_path / '2' / 'set'}:train")]
+    assert order == sorted(order)
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 50)
+    again = prepare(f"tfds:{tmp_path / '1' / 'set'}:train", tmp_path / "again")
+    assert again["splits"]["train"]["shards"] == -(-len(order) // 50)
+    assert [int(row["rejected"].split()[1]) for _, row in read_rows(f"tfds:{tmp_path / 'again'}")] == order
+
+
+def test_rows_that_are_one_stand_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = [{"prompt": f"Q{i // 7}", "response": f"{i}", "score": i % 7} for i in range(210)]
+    source = jsonl(tmp_path / "a.jsonl", scored)
+    whole = prepare(source, tmp_path / "one" / "set")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 300)
+    report = prepare(source, tmp_path / "two" / "set")
+    assert report["rows_written"] == whole["rows_written"] == 30
+    assert report["splits"]["train"]["shards"] > 10
+    rows = [[row for _, row in read_rows(f"tfds:{tmp_path / name / 'set'}")] for name in ("one", "two")]
+    assert rows[0] == rows[1]
+
+
+def test_many_files_are_pieces_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    (tmp_path / "files").mkdir()
+    rows: list[Any] = pairs(60)
+    rows[50] = "no JSON"
+    for i in range(6):
+        jsonl(tmp_path / "files" / f"{i}.jsonl", rows[10 * i : 10 * i + 10])
+    report = prepare(str(tmp_path / "files"), tmp_path / "set", on_bad_rows="skip")
+    assert report["splits"]["train"]["shards"] > 1
+    assert "row 51: " in report["problems"]
+    assert [row["rejected"] for _, row in read_rows(f"tfds:{tmp_path / 'set'}")] == [
+        row["rejected"] for row in rows if row != "no JSON"
+    ]
+
+
+RUN = """
+import sys
+from dpo_jax import cli
+from dpo_jax.data.sets import pieces
+pieces.PIECE_BYTES = 40_000
+if __name__ == "__main__":
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """Killed three times at any moment, at last it holds the same bytes as without."""
+    source = jsonl(tmp_path / "a.jsonl", pairs(8000))
+    (tmp_path / "run.py").write_text(RUN)
+    words = ["prepare", "--data", source, "--splits", "train=0.9,test=0.1", "--processes", "2", "--to"]
+    command = [sys.executable, str(tmp_path / "run.py"), *words, str(tmp_path / "killed" / "set")]
+    done = tmp_path / "killed" / ".set.partial" / "pieces"
+    for count in (1, 4, 12):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len([p for p in done.glob("*") if "." not in p.name]) < count:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() != 0
+        assert not (tmp_path / "killed" / "set").exists()
+        with pytest.raises(InputError, match="no folder"):
+            list(read_rows(f"tfds:{tmp_path / 'killed' / 'set'}"))
+    left = len([path for path in done.glob("*") if "." not in path.name])
+    ended = subprocess.run(command, check=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert int(ended.stderr.partition(" pieces are done already")[0].split()[-3]) >= left >= 12
+    assert not done.parent.exists()
+    whole = [sys.executable, str(tmp_path / "run.py"), *words, str(tmp_path / "whole" / "set")]
+    subprocess.run(whole, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    same(tmp_path / "killed" / "set", tmp_path / "whole" / "set")
+
+
+def test_another_plan_begins_anew_and_two_at_once_are_refused(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", pairs(3))
+    scratch = tmp_path / ".set.partial"
+    scratch.mkdir()
+    (scratch / "plan.json").write_text("{}")
+    (scratch / "pieces").mkdir()
+    (scratch / "pieces" / "000000").mkdir()
+    with (scratch / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another dpo-jax prepare is writing it"):
+            prepare(source, tmp_path / "set")
+    assert scratch.exists()
+    assert prepare(source, tmp_path / "set")["rows_written"] == 3
+    assert not scratch.exists()
+
+
 @pytest.mark.slow
-def test_memory_stays_bounded(tmp_path: Path) -> None:
-    """200,000 rows in a process of their own; benchmarks/prepare_rows.py does the same with a million."""
-    import prepare_rows
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """benchmarks/streaming.py draws the curve to ten million rows."""
+    import streaming
 
-    source = tmp_path / "rows.jsonl"
-    size = prepare_rows.write_rows(source, 200_000)
-    found = prepare_rows.measure(source, tmp_path / "store", ["--splits", "train=0.98,test=0.02"])
-    assert found["rows"] == 200_000
-    assert found["peak_megabytes"] < 600
-    assert size > 180e6
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle(tmp_path: Path) -> None:
-    import prepare_rows
-
-    source = tmp_path / "rows.jsonl"
-    prepare_rows.write_rows(source, 60_000)
-    words = [sys.executable, "-m", "dpo_jax", "prepare", "--data", str(source), "--to", str(tmp_path / "store")]
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    scratch = tmp_path / ".store.partial" / "1.0.0"
-    while process.poll() is None and not list(scratch.glob("*array_record*")):
-        pass
-    process.kill()
-    assert process.wait() != 0
-    assert not (tmp_path / "store").exists()
-    with pytest.raises(InputError, match="no folder"):
-        list(read_rows(f"tfds:{tmp_path / 'store'}"))
-    with pytest.raises(InputError, match="no whole"):
-        list(read_rows(f"tfds:{tmp_path / '.store.partial'}"))
-    subprocess.run(words, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # and once more, to the end
-    assert not (tmp_path / ".store.partial").exists()
-    assert len(list(read_rows(f"tfds:{tmp_path / 'store'}"))) == 60_000
+    peaks = []
+    for rows in (10_000, 100_000):
+        source = tmp_path / f"{rows}.jsonl"
+        streaming.write_rows(source, rows)
+        took, written = streaming.prepare(source, tmp_path / str(rows), "--splits", "train=0.98,test=0.02")
+        assert written == rows
+        peaks.append(max(took.peak, took.worker))
+    assert peaks[1] < peaks[0] + 60, peaks
 
 
 @pytest.mark.slow

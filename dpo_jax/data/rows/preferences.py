@@ -89,7 +89,8 @@ def parse_pair(row: dict[str, Any], *, needs_pairs: bool = True, compared: bool 
     """
     row = readable(row)
     pair = _parse(row, needs_pairs, compared)
-    pair = replace(pair, messages=with_tools(pair.messages, row))
+    if row.get("tools") is not None:
+        pair = replace(pair, messages=with_tools(pair.messages, row))
     spelled = row.get("as_spelled")
     return pair if spelled is None else replace(pair, raw=_as_spelled(spelled))
 

@@ -265,6 +265,7 @@ def _unspelled(value: Any, name: str) -> Any:
         raise BadRow(f"'{name}' spells messages, and not as JSON", detail) from error
 
 
+@lru_cache(maxsize=4096)
 def column_of(place: str) -> str:
     """The column in which `place` lies."""
     return re.split(r"[.\[]", place, maxsplit=1)[0]

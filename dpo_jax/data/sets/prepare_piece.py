@@ -183,7 +183,10 @@ def piece_folder(folder: Path, index: int) -> Path:
 def prepare_piece(
     job: Job, piece: Piece, folder: Path, index: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Make `piece_folder(folder, index)`. `tokenizer`: to measure lengths in tokens too. Raises `InputError`, `OSError`."""
+    """Make `piece_folder(folder, index)`. `tokenizer`: to measure lengths in tokens too.
+
+    Raises `InputError`, `OSError`.
+    """
     final = piece_folder(folder, index)
     scratch = folder / f"{final.name}.{os.getpid()}"  # another's, of a command that was killed, may still be there
     shutil.rmtree(scratch, ignore_errors=True)

@@ -118,9 +118,7 @@ class _Prompts:
             def read(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 which = np.searchsorted(self._starts, positions, side="right") - 1
                 places = ((positions - self._starts[which]) * RECORD.itemsize).tolist()
-                found = [
-                    os.pread(files[i], RECORD.itemsize, at) for i, at in zip(which.tolist(), places, strict=True)
-                ]
+                found = [os.pread(files[i], RECORD.itemsize, at) for i, at in zip(which.tolist(), places, strict=True)]
                 rows = np.frombuffer(b"".join(found), RECORD)
                 return rows, rows["number"] + self._before[which]
 
@@ -157,7 +155,9 @@ def count_prompts(
     return Counts(rows.tolist(), distinct, shared, near)
 
 
-def _dealt(prompts: _Prompts, scratch: Path, name: str, keyed: Callable[[int, np.ndarray], np.ndarray]) -> Iterator[Any]:
+def _dealt(
+    prompts: _Prompts, scratch: Path, name: str, keyed: Callable[[int, np.ndarray], np.ndarray]
+) -> Iterator[Any]:
     """What `keyed` makes of each chunk of prompts, `_KEYED` [n], in parts: each holds all of its keys, in order."""
     count = max(1, -(-len(prompts) // _DEALT))
     paths = [scratch / f"{name}-{i}" for i in range(count)]

@@ -196,8 +196,7 @@ def assemble(
     )
     info.write_to_directory(folder)
     return {
-        split: {"rows": sum(lengths), "shards": len(lengths), "bytes": size}
-        for split, (lengths, size) in found.items()
+        split: {"rows": sum(lengths), "shards": len(lengths), "bytes": size} for split, (lengths, size) in found.items()
     }
 
 
