@@ -37,7 +37,8 @@ def spoken(place: StoredModel) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: does not say how the run read its data (data)")
     tokenizer, template = place.tokenizer(), data.get("template")
+    told = with_template(tokenizer, template, empty_system=bool(data.get("empty_system")))
     if isinstance(options.get("reward"), dict) or data.get("kind") == "text":  # neither a score nor a text ends answers
-        return {"tokenizer": with_template(tokenizer, template)}
+        return {"tokenizer": told}
     terminators = ChatTokenizer(tokenizer, template, data.get("date")).terminators
-    return {"tokenizer": with_template(tokenizer, template), "terminators": terminators}
+    return {"tokenizer": told, "terminators": terminators}

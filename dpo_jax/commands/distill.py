@@ -50,7 +50,7 @@ def train(config: DistillRun) -> Path:
         if shape.num_labels:
             raise InputError(f"{name}: is a reward model; student and teacher are language models")
     vocabulary = _one_vocabulary(config, tokenizer, teacher)
-    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    encoder = ConversationEncoder.of(tokenizer, config.data)
     data, answers = _read(training, architecture, encoder)
     samples = FixedPrompts.of(config, tokenizer, architecture, data)
     check_context(config, data, teacher.architecture, whose="teacher's")

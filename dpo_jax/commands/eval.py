@@ -103,7 +103,7 @@ def _answer(
     dataset: PreferenceDataset,
 ) -> Answers:
     """The model's answers to the prompts of the first `run.samples` usable rows."""
-    encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)
+    encoder = ConversationEncoder.of(tokenizer, run.data)
     wanted = set(dataset.row_numbers[: run.samples].tolist())
     prompts: list[list[int]] = []
     new = run.sample.max_new_tokens

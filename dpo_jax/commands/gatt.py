@@ -68,13 +68,13 @@ def gatt(run: GattRun) -> Path:
     architecture, tokenizer = place.architecture, place.tokenizer()
     check_vocabulary(tokenizer, architecture)
     run = with_day(run, folder, tokenizer)
-    encoder = ConversationEncoder(tokenizer, run.data.template, run.data.date)
+    encoder = ConversationEncoder.of(tokenizer, run.data)
     check_template(encoder)
     plan = make_plan(run)
     _check_lengths(run, plan, encoder, architecture)
     if run.gatt.train and not run.gatt.evaluate_only and stages.status == "new":
         sft.begin(training_run(run))  # refuses now what it would refuse after sampling
-    to_learn = DialogueEncoder(tokenizer, run.data.template, "last", run.data.date)
+    to_learn = DialogueEncoder.of(tokenizer, run.data, train_on="last")
     model, trained = (
         Writer(
             partial(load_pretrained, source, mesh=mesh, dtype=run.train.dtype),

@@ -38,7 +38,7 @@ def train(config: OnlineDPORun) -> Path:
     # -------------------------------------------------------------- the model's shape, the prompts, the judge
     architecture, tokenizer = training.read_model_shape()
     config = training.config
-    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    encoder = ConversationEncoder.of(tokenizer, config.data)
     data, heldout = read_prompts(training, architecture, encoder)
     samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     together = math.gcd(config.rollout_batch_size or config.responses, training.eval_batch_size)

@@ -47,7 +47,7 @@ def train(config: PPORun) -> Path:
     architecture, tokenizer = training.read_model_shape()
     config = training.config
     _check_value_model(config, architecture)
-    encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+    encoder = ConversationEncoder.of(tokenizer, config.data)
     data, heldout = read_prompts(training, architecture, encoder)
     samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     judges, environment = None, None

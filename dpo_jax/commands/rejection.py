@@ -91,7 +91,7 @@ class _Run:
             raise InputError(
                 f"{config.trained}: has adapters already; leave --lora.rank out, or merge them with dpo-jax convert"
             )
-        encoder = ConversationEncoder(tokenizer, config.data.template, config.data.date)
+        encoder = ConversationEncoder.of(tokenizer, config.data)
         self.tokens = encoder.text_ids
         self.data = self._load(config.data.files, encoder, architectures)
         self.heldout = None

@@ -142,6 +142,9 @@ class DataConfig(FilesConfig):
     date: str | None = None
     """Day (YYYY-MM-DD) that a chat template writes where it writes today's, as Llama 3.1's does. Not given: today; for
     a run the day on which it began, which its config.json keeps."""
+    empty_system: bool = False
+    """Put an empty system message before a conversation without one, as the alignment handbook did until 2025; the
+    chat template that is saved with the model does so from then on."""
     max_length: int = 1024
     """Longest prompt + response in tokens; the end of a longer response is cut."""
     max_prompt_length: Count | None = None
@@ -169,6 +172,10 @@ class DataConfig(FilesConfig):
         )
         require_day(self.date, "--data.date")
         require(self.date is None or self.template != "raw", "--data.date has no effect with --data.template raw")
+        require(
+            not self.empty_system or self.template != "raw",
+            "--data.empty_system has no effect with --data.template raw",
+        )
 
     def prompt_room(self, response: int) -> int:
         """Tokens that a prompt keeps in front of a response of `response` tokens (the longest, of several).

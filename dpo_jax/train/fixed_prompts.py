@@ -83,7 +83,7 @@ class FixedPrompts:
                 f" {architecture.max_position}; lower it"
             )
         raw = config.data.template == RAW or (isinstance(config, SFTRun) and config.data.kind == "text")
-        encoder = ConversationEncoder(tokenizer, RAW if raw else config.data.template, config.data.date)
+        encoder = ConversationEncoder(tokenizer, RAW) if raw else ConversationEncoder.of(tokenizer, config.data)
         if config.train.sample_prompts is None:
             ids = _first_of(next(each for each in data if each is not None))
         else:

@@ -330,7 +330,8 @@ class Training(Generic[Config]):
 
     def exported(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """A copy with the template of the run: whoever loads the model is to speak to it as it was spoken to here."""
-        return with_template(tokenizer, self.config.data.template)
+        data = self.config.data
+        return with_template(tokenizer, data.template, empty_system=data.empty_system)
 
     def finish(
         self,

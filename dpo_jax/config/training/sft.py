@@ -71,6 +71,7 @@ class SFTDataConfig(DataConfig):
         one_size = type(self).buckets
         require(not self.packing or self.buckets == one_size, "--data.buckets has no effect with --data.packing")
         of_dialogues = {"train_on": "answers", "packing": False, "buckets": one_size, "template": None, "date": None}
+        of_dialogues["empty_system"] = False
         for name, default in of_dialogues.items() if self.kind == "text" else ():
             require(getattr(self, name) == default, f"--data.{name} has no effect with --data.kind text")
 

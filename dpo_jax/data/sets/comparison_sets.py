@@ -54,7 +54,7 @@ def load_comparisons(
         errors.
       rules: what to do with ties and long lists, where margins come from, which heads read labels.
     """
-    encoder = ScoredEncoder(tokenizer, config.template, config.date)
+    encoder = ScoredEncoder.of(tokenizer, config)
 
     def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, _Learnt]:
         found = parse_comparison(row)
@@ -110,7 +110,7 @@ def load_responses(
     Rows are comparisons, or a prompt with a single answer; ties and equal responses are welcome. `extras["layout"]`
     says for each row "pair" (chosen, rejected), "single", or "list". Arguments as for `load_comparisons`.
     """
-    encoder = ScoredEncoder(tokenizer, config.template, config.date)
+    encoder = ScoredEncoder.of(tokenizer, config)
 
     def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, str]:
         del usable

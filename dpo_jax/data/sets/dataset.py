@@ -133,7 +133,7 @@ def load_preferences(
     Raises:
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
-    encoder = ConversationEncoder(tokenizer, config.template, config.date)
+    encoder = ConversationEncoder.of(tokenizer, config)
 
     def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, dict[str, Extra]]:
         pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)

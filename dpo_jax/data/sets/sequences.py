@@ -75,7 +75,7 @@ def load_dialogues(
         errors; the layouts of rows: see `dialogues.py`.
       train_on: what the loss counts: every answer, the last answer alone, or all tokens.
     """
-    encoder = DialogueEncoder(tokenizer, config.template, train_on, config.date)
+    encoder = DialogueEncoder.of(tokenizer, config, train_on=train_on)
     rows = CheckedRows(source, config.limit, columns=config.columns)
 
     def encode(chunk: Numbered[RenderedDialogue]) -> Iterator[EncodedSequence | BadRow]:

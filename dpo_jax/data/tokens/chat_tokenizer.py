@@ -13,12 +13,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, Self, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.config import DataConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.tokens.control_tokens import ControlTokens
@@ -31,15 +32,24 @@ _PROBE = "Quicksilver"
 class ChatTokenizer:
     """Renders and tokenises with one tokenizer and one template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, date: str | None = None):
-        """Args: a fast tokenizer; a template name (see `templates.py`), or None for the tokenizer's own; the day.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        date: str | None = None,
+        *,
+        empty_system: bool = False,
+    ):
+        """Args: a fast tokenizer; a template name (see `templates.py`), or None for the tokenizer's own; the day;
+        whether an empty system message stands before a conversation without one.
 
         Raises `InputError` when they do not fit together.
         """
         self._backend, self._added_bos = bare(tokenizer)
         bos = cast(int | None, tokenizer.bos_token_id)
         self._eos = cast(int | None, tokenizer.eos_token_id)
-        self._template = None if template == RAW else ChatTemplate(tokenizer, template, date)
+        written = ChatTemplate(tokenizer, template, date, empty_system=empty_system) if template != RAW else None
+        self._template = written
         probe = self._probe()
         self._control = ControlTokens(self._backend, self._control_tokens(tokenizer, probe))
         self._closers = self._control.texts.keys() - {bos, cast(int | None, tokenizer.unk_token_id)} | {self._eos}
@@ -47,6 +57,11 @@ class ChatTokenizer:
         # Some templates open every turn with the token that the tokenizer calls BOS; there it marks no start.
         written = self._backend.encode(probe, add_special_tokens=False).ids
         self.bos = bos if bos is not None and written[0] == bos and written.count(bos) == 1 else self._added_bos
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, data: DataConfig, **more: Any) -> Self:
+        """As the options of a run say."""
+        return cls(tokenizer, data.template, date=data.date, empty_system=data.empty_system, **more)
 
     @property
     def terminators(self) -> tuple[int, ...]:

@@ -61,13 +61,16 @@ class DialogueEncoder(ChatTokenizer):
     """Renders and tokenises dialogues with one tokenizer and one template."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None, train_on: TrainOn, date: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        train_on: TrainOn,
+        date: str | None = None,
+        *,
+        empty_system: bool = False,
     ):
-        """Args: a fast tokenizer; a template name, or None for the tokenizer's own; what is to be predicted; the day.
-
-        Raises `InputError` when tokenizer and template do not fit together.
-        """
-        super().__init__(tokenizer, template, date)
+        """Args: as of `ChatTokenizer`; what is to be predicted."""
+        super().__init__(tokenizer, template, date, empty_system=empty_system)
         self._train_on: TrainOn = train_on
 
     def render(self, dialogue: Dialogue) -> RenderedDialogue:

@@ -11,6 +11,9 @@ Named templates (`--data.template`), as Jinja:
 
 Without a name, the tokenizer's own `chat_template` is used. Both go through transformers' sandboxed Jinja.
 
+`--data.empty_system` puts an empty system message before a conversation without one, as the alignment handbook did:
+a few words in front of the template itself, so that a model that learnt so is spoken to so wherever it is loaded.
+
 A template may write today's date (`strftime_now`, as Llama 3.1's "Today Date"). The day is then an option, since what a
 run learns must not depend on when it is gone on with.
 """
@@ -54,6 +57,12 @@ _TURNS = """\
 {{- raise_exception('after at most one system message, user and assistant must take turns') -}}
 {%- endif -%}
 {%- endfor -%}
+"""
+
+_EMPTY_SYSTEM = """\
+{%- if messages[0]['role'] != 'system' -%}
+{%- set messages = [{'role': 'system', 'content': ''}] + messages -%}
+{%- endif -%}
 """
 
 TEMPLATES: dict[str, str] = {
@@ -120,10 +129,19 @@ class ChatTemplate:
       jinja: the template's text, as a tokenizer carries it; None for the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str | None, date: str | None = None):
-        """Args: the tokenizer; the name of a template except raw, or None for the tokenizer's own; what day it is.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None,
+        date: str | None = None,
+        *,
+        empty_system: bool = False,
+    ):
+        """Args: the tokenizer; the name of a template except raw, or None for the tokenizer's own; what day it is;
+        whether an empty system message stands before a conversation without one.
 
-        Raises `InputError` for an unknown name, a missing template, or a tokenizer without the tokens it needs.
+        Raises `InputError` for an unknown name, a missing template, a tokenizer without the tokens it needs, or a
+        template that does not write an empty system message.
         """
         self._tokenizer = tokenizer
         self._day = datetime.datetime.fromisoformat(date or today())
@@ -144,6 +162,21 @@ class ChatTemplate:
         self.jinja = TEMPLATES.get(self.name)
         if name == "llama2":
             self.jinja = f"{{%- set turn_space = '{_turn_space(tokenizer)}' -%}}\n{self.jinja}"
+        if empty_system and not self._text.startswith(_EMPTY_SYSTEM):
+            self.jinja = self._with_empty_system()
+
+    def _with_empty_system(self) -> str:
+        plain = (Message("user", "a"),)
+        try:
+            differs = self.render((Message("system", ""), *plain)) != self.render(plain)
+        except BadRow as problem:
+            raise InputError(f"--data.empty_system: {problem}") from problem
+        if not differs:
+            raise InputError("--data.empty_system has no effect: the chat template writes no empty system message")
+        text = _EMPTY_SYSTEM + self._text
+        for seen in ("_text", "_words", "_dates", "marks_answers"):
+            self.__dict__.pop(seen, None)
+        return text
 
     def render(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         """The text of a conversation; `generation` opens the assistant's answer after it.
@@ -219,12 +252,17 @@ class ChatTemplate:
             ) from error
 
 
-def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer that carries the template of a run, for who loads its model; itself for None and raw."""
-    if template in (None, RAW):
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, *, empty_system: bool = False
+) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that carries the template of a run, for who loads its model; itself where that is its own,
+    and for raw.
+    """
+    if template == RAW or (template is None and not empty_system):
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = ChatTemplate(tokenizer, template).jinja
+    if (text := ChatTemplate(tokenizer, template, empty_system=empty_system).jinja) is not None:
+        tokenizer.chat_template = text
     return tokenizer
 
 
