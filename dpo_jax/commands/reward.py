@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.align import reward
 from dpo_jax.config import RewardRun
+from dpo_jax.data.rows.comparisons import SAFETY
 from dpo_jax.data.sets.comparison_sets import join, load_comparisons, mix, split_by_prompt
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.errors import InputError
@@ -91,6 +92,11 @@ def load_data(
         )
 
     data, heldout = read_both(config, load, join, split_by_prompt)
+    if config.reward.exclude_unsafe_chosen and SAFETY not in data.extras:
+        raise InputError(
+            f"--reward.exclude_unsafe_chosen has no effect: no row of {data.source} says in its column 'labels' which"
+            ' response is safe, as in {"safety": ["safe", "unsafe"]}'
+        )
     if config.mix_data is None:
         return data, heldout
     if data.mixture is not None:

@@ -1,9 +1,11 @@
 """What a report says of the data: rows read, left out and why, lengths."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dpo_jax.data.rows.comparisons import SAFETY, SAFETY_BINS
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import DocumentDataset
 from dpo_jax.data.sets.prompts import PromptDataset
@@ -19,7 +21,9 @@ def data_section(title: str, data: PreferenceDataset, taken: Sequence[tuple[str,
     """What was read of preference groups. `taken`: (source, what the run takes of it), where there are several."""
     chosen, rejected = data.response_lengths[:, 0], data.response_lengths[:, 1]
     lengths = {"prompt": data.prompt_lengths, "chosen": chosen[chosen > 0], "rejected": rejected[rejected > 0]}
-    return _section(title, data, lengths, [*taken, *cuts.counts(data.cuts)], head="rows")
+    counts = Counter(data.extras.get(SAFETY, ()))
+    bins = [(f"safety: {name}", counts[name]) for name in SAFETY_BINS if counts.total() > counts[None]]
+    return _section(title, data, lengths, [*taken, *bins, *cuts.counts(data.cuts)], head="rows")
 
 
 def prompts_section(data: PromptDataset) -> html.Section:

@@ -24,7 +24,7 @@ from dpo_jax.processes import distributed
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
-GROUPS = ("rating", "agreement", "source")
+GROUPS = ("rating", "agreement", "source", "safety")
 """Columns whose values get an accuracy of their own in the log."""
 Evaluator = Callable[[TrainState], dict[str, float]]
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax.config import DataConfig, RewardLossConfig
+from dpo_jax.commands.reward import load_data
+from dpo_jax.config import DataConfig, RewardLossConfig, RewardRun
+from dpo_jax.data.rows.comparisons import SAFETY_BINS
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.ratings import margin_of, rating_number
 from dpo_jax.data.sets.batches import collate
@@ -17,6 +19,7 @@ from dpo_jax.data.sets.comparison_sets import load_comparisons, load_responses, 
 from dpo_jax.data.sets.dataset import load_preferences
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.errors import InputError
+from dpo_jax.report.datasets import data_section
 
 TOKENIZER = tiny.tokenizer()
 DATA = DataConfig(max_length=64)
@@ -33,6 +36,7 @@ def load(tmp_path):
             return reader(str(path), TOKENIZER, data, RewardLossConfig(**rules), **arguments)
         return reader(str(path), TOKENIZER, data, **arguments, **rules)
 
+    read.folder = tmp_path
     return read
 
 
@@ -214,6 +218,35 @@ def test_labels(load):
         [*rows[:2], {**rows[2], "labels": {"safety": ["safe", "unsafe"]}}], multi_class=("safety=safe,unsafe",)
     )
     assert others.fingerprint != load(rows, multi_class=("safety=safe,unsafe",)).fingerprint
+
+
+def test_safety_bins(load):
+    """Llama 2's four, by the best and the worst response; the last is left out where that is asked for."""
+    kinds = [["safe", "unsafe"], ["safe", "safe"], ["unsafe", "unsafe"], ["unsafe", "safe"], [None, "safe"], ["a", "b"]]
+    rows = [{**PAIR, "prompt": f"the film {i}", "labels": {"safety": kind}} for i, kind in enumerate(kinds)]
+    second = {"prompt": "we", "response_a": "bad", "response_b": "good", "score_a": 1, "score_b": 2}
+    rows += [{**second, "labels": {"safety": ["unsafe", "safe"]}}, {**PAIR, "labels": ["odd"]}, PAIR]
+    data = load(rows)
+    bins = [*SAFETY_BINS, None, None, "chosen safe only", None, None]
+    assert data.extras["safety"] == bins
+    section = data_section("Data", data)
+    assert section.table is not None
+    told = {what: count for what, count in section.table.rows if what.startswith("safety: ")}
+    assert told == {
+        "safety: chosen safe only": 2,
+        "safety: both safe": 1,
+        "safety: both unsafe": 1,
+        "safety: rejected safe only": 1,
+    }
+    left = load(rows, exclude_unsafe_chosen=True)
+    assert left.extras["safety"] == [one for one in bins if one != "rejected safe only"]
+    assert left.dropped == {"the chosen response is unsafe, and another is safe": 1}
+    assert "safety" not in load([PAIR, rows[-2]]).extras
+    run = RewardRun(model="m", out="o", reward=RewardLossConfig(exclude_unsafe_chosen=True))
+    (path := load.folder / "plain.jsonl").write_text(json.dumps(PAIR) + "\n")
+    run = dataclasses.replace(run, data=dataclasses.replace(DATA, files=str(path)))
+    with pytest.raises(InputError, match=r"--reward\.exclude_unsafe_chosen has no effect: no row of .*plain\.jsonl"):
+        load_data(run, TOKENIZER, 320)
 
 
 # ---------------------------------------------------------------- refused

@@ -39,6 +39,9 @@ class RewardLossConfig(Options, prefix="--reward."):
     """Multiplies the score gap or the agreement."""
     ties: Ties = "error"
     """Rows that prefer nothing: error stops the run before it starts, drop leaves them out, counted."""
+    exclude_unsafe_chosen: bool = False
+    """Leave out rows whose best response is unsafe and whose worst is safe, as Llama 2's safety data did: by
+    {"safety": ["safe", "unsafe"]} in the column `labels`. The report counts the four bins."""
     pairs: Literal["all", "adjacent"] = "all"
     """Of a row with more than two ranked replies: all its pairs (InstructGPT), or neighbours in the ranking only. Each
     prompt counts once, however many pairs it gives."""

@@ -14,7 +14,8 @@ Understood layouts, told apart by their columns under the names of `layouts.py`:
 
 The prompt is `prompt`, `messages`, `conversations`, `question`, or `instruction` with `input` and `history`, and
 `system` or `system_prompt`. Labels for auxiliary heads stand in `labels`: {head: [label of each response, in the row's
-order]}, a label being a class, for overlapping classes a list of classes, or null.
+order]}, a label being a class, for overlapping classes a list of classes, or null. Labels `safety` of `safe` and
+`unsafe` also say in which of Llama 2's bins a row is (`safety_bin`).
 """
 
 from collections.abc import Sequence
@@ -40,8 +41,13 @@ from dpo_jax.data.rows.readable import Readable, readable
 REPLY_KEYS = ("response", "text", "completion", "answer")
 """Keys of an entry of such a list that hold its text."""
 
-EXTRAS = ("rating", "source", "score_gap", "agreement")
+EXTRAS = ("rating", "source", "score_gap", "agreement", "safety")
 """What a row tells that evaluation groups by."""
+
+SAFETY = "safety"
+"""The head whose labels tell Llama 2's bins."""
+SAFETY_BINS = ("chosen safe only", "both safe", "both unsafe", "rejected safe only")
+"""Of a safety comparison (Touvron et al. 2023, section 3.2.1: 18 %, 47 % and 35 % of theirs; the last was left out)."""
 
 _UNDERSTOOD = "understood are chosen + rejected, a list in responses, and the layouts of docs/data.md"
 
@@ -224,6 +230,23 @@ def labels_of(found: Comparison, head: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------- what is learnt from a row
+
+
+def safety_bin(found: Comparison, order: Sequence[int], rules: RewardLossConfig) -> str | None:
+    """Which of the best and the worst response is safe, by the labels `safety`: one of `SAFETY_BINS`, or None without.
+
+    Raises `BadRow` where the rules leave out what prefers an unsafe response to a safe one.
+    """
+    labels = found.labels.get(SAFETY) if isinstance(found.labels, dict) else None
+    if not isinstance(labels, list) or len(labels) != len(found.responses):
+        return None
+    pair = labels[order[0]], labels[order[-1]]
+    if any(label not in ("safe", "unsafe") for label in pair):
+        return None
+    if pair == ("unsafe", "safe") and rules.exclude_unsafe_chosen:
+        raise BadRow("the chosen response is unsafe, and another is safe", "--reward.exclude_unsafe_chosen", "lost")
+    pairs = (("safe", "unsafe"), ("safe", "safe"), ("unsafe", "unsafe"), ("unsafe", "safe"))
+    return SAFETY_BINS[pairs.index(pair)]
 
 
 def ordered(found: Comparison, rules: RewardLossConfig) -> list[int]:

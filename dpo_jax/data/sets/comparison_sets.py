@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.config import DataConfig, RewardLossConfig
 from dpo_jax.data.rows.comparisons import (
     EXTRAS,
+    SAFETY,
     Comparison,
     compares_replies,
     label_of,
@@ -20,6 +21,7 @@ from dpo_jax.data.rows.comparisons import (
     ordered,
     parse_comparison,
     parse_replies,
+    safety_bin,
 )
 from dpo_jax.data.rows.dialogues import parse_dialogue
 from dpo_jax.data.rows.layouts import COMPARISON_COLUMNS, PROMPTS
@@ -68,7 +70,7 @@ def load_comparisons(
                 for head in rules.heads
                 for labels in [labels_of(found, head.name)]
             },
-            extras=usable(found.evidence),
+            extras=usable(found.evidence) | {SAFETY: safety_bin(found, order, rules)},
         )
         return _render(encoder, found, order), learnt
 
