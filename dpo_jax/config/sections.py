@@ -322,7 +322,7 @@ class DistributedConfig(Options, prefix="--distributed."):
     """This process's number, from 0."""
     start_within: Count | None = not_given(300)
     """Seconds in which all processes must have started."""
-    lost_after: Count | None = not_given(100)
+    lost_after: Count | None = not_given(40)
     """Seconds without a sign of life after which a process counts as lost, and the others end."""
     stuck_after: Count | None = not_given(3600)
     """Seconds without a step or a batch of an evaluation, while training, after which all end."""

@@ -2,10 +2,11 @@
 
 import atexit
 import contextlib
+import itertools
 import json
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from dpo_jax.config import DistributedConfig
 from dpo_jax.errors import InputError
+from dpo_jax.processes import alike
 from dpo_jax.processes.watch import Watch, line_of, say_when_aborted
 
 # What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone. Some
@@ -29,12 +31,13 @@ _CONNECTION = re.compile(
 _watch: Watch | None = None
 
 
-def initialize(config: DistributedConfig) -> None:
+def initialize(config: DistributedConfig, options: Mapping[str, Any] | None = None) -> None:
     """Join the other processes of this run, if the options ask for it; call it before anything else touches jax.
 
     On CPU the processes talk through gloo. From then on they watch each other (`processes/watch.py`), and SIGTERM
     is jax's: a notice of preemption, of which all of them hear (`loop.StopRequest`).
-    Raises `InputError` where the cluster is not found or does not answer.
+    Raises `InputError` where the cluster is not found or does not answer, or where one process has other code, packages
+    or `options` (of the whole command, flat) than the others.
     """
     global _watch
     if not config.auto and config.coordinator is None:
@@ -70,6 +73,17 @@ def initialize(config: DistributedConfig) -> None:
     atexit.register(_watch.close)  # runs before jax's own, which waits for the others
     if me:
         say_when_aborted(address, _watch)
+    check_alike(alike.installed() | alike.options_of(options or {}), within=start_within)
+
+
+def check_alike(facts: Mapping[str, str], *, within: float = 3600) -> None:
+    """Raise `InputError`, the same in every process, where one has other `facts`. All processes call it together."""
+    if (client := global_state.client) is not None and global_state.num_processes > 1:
+        me, processes = global_state.process_id, global_state.num_processes
+        alike.check(client, me, processes, str(next(_comparisons)), facts, within=within)
+
+
+_comparisons = itertools.count(1)
 
 
 def sign() -> None:

@@ -48,6 +48,8 @@ class _Other:
     changed: float
     ended: str | None = None
     ended_at: float = 0.0
+    passed_on: bool = False
+    """What `ended` says is of a third process."""
 
 
 class Judge:
@@ -82,7 +84,7 @@ class Judge:
             if note["beat"] != other.beat:
                 other.beat, other.changed, other.host = note["beat"], now, note["host"]
             if note["ended"] is not None and other.ended is None:
-                other.ended, other.ended_at = note["ended"], now
+                other.ended, other.ended_at, other.passed_on = note["ended"], now, note["passed_on"]
 
     def verdict(self, now: float, *, expecting: bool) -> str | None:
         """Why this process must end; None while all is well. `expecting`: that it is making progress."""
@@ -90,8 +92,7 @@ class Judge:
             return failure
         for i, other in self._others.items():
             if other.ended is None and now - other.changed > self._lost_after:
-                where = f" on {other.host}" if other.host else ""
-                return f"process {i}{where} is lost: no sign of life for {now - other.changed:.0f} s"
+                return f"{self.name(i)} is lost: no sign of life for {now - other.changed:.0f} s"
         if not expecting:
             self._progress = now
         if now - self._progress > self._stuck_after:
@@ -104,15 +105,27 @@ class Judge:
         return None
 
     def failure(self, until: float) -> str | None:
-        """What another process that failed by `until` said."""
+        """What another process that failed by `until` said; at once, where it passes on why a third one is missed."""
         for i, other in self._others.items():
+            if other.ended and other.passed_on:
+                return other.ended
             if other.ended and other.ended_at <= until:
-                return f"process {i} on {other.host} ended with an error: {other.ended}"
+                return f"{self.name(i)} ended with an error: {other.ended}"
         return None
 
-    @property
-    def all_ended(self) -> bool:
-        return all(other.ended is not None for other in self._others.values())
+    def silent(self, now: float, seconds: float) -> list[int]:
+        """The processes that are not done and have written no beat for so many seconds."""
+        return [i for i, other in self._others.items() if other.ended is None and now - other.changed > seconds]
+
+    def alone(self, now: float, seconds: float) -> bool:
+        """Whether every other process has ended, or been silent for so many seconds."""
+        silent = self.silent(now, seconds)
+        return all(other.ended is not None or i in silent for i, other in self._others.items())
+
+    def name(self, i: int) -> str:
+        """Process `i` and, where it has told, its host."""
+        other = self._others.get(i)
+        return f"process {i} on {other.host}" if other is not None and other.host else f"process {i}"
 
 
 class Watch:
@@ -134,6 +147,7 @@ class Watch:
         self._judge = Judge(me, processes, lost_after=lost_after, stuck_after=stuck_after, now=time.monotonic())
         self._host = socket.gethostname()
         self._period = min(lost_after / 5, _GRACE / 2)
+        self._silence = 2.5 * self._period
         self._lock, self._failing = threading.Lock(), threading.Lock()
         self._beat, self._signs, self._ended = 0, 0, None
         self._expecting = False
@@ -142,6 +156,11 @@ class Watch:
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._look)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def first(self) -> str:
+        """Process 0, in words."""
+        return self._judge.name(0)
 
     def sign(self) -> None:
         """Tell that the main thread gets on."""
@@ -171,22 +190,34 @@ class Watch:
         """
         self._failing.acquire()  # for good: nobody else is to speak or to end this process
         self._closing.set()
-        until = time.monotonic() + (4 * _GRACE if self._me == 0 else 0)
-        self._briefly(lambda: self._exchange(line))
-        while not self._judge.all_ended and time.monotonic() < until:
-            time.sleep(0.1)
-            self._briefly(lambda: self._exchange(line))
+        self._part(line, passed_on=False)
         self._stop(code)
 
-    def lost_connection(self, error: BaseException) -> str:
-        """What an error that jax raised in the main thread because of another process came from, in one line."""
-        until = time.monotonic() + 2 * self._period
-        while time.monotonic() < until:
-            self._briefly(lambda: self._exchange(None))
-            if failure := self._judge.failure(time.monotonic()):
-                return failure
+    def _part(self, line: str, *, passed_on: bool) -> None:
+        """Tell the others why this process ends; process 0 waits until they have read it and ended, too."""
+        until = time.monotonic() + (4 * _GRACE if self._me == 0 else 0)
+        self._briefly(lambda: self._exchange(line, passed_on))
+        while not self._judge.alone(time.monotonic(), self._silence) and time.monotonic() < until:
             time.sleep(0.1)
-        return f"the connection to another process broke, which is gone or cannot be reached ({line_of(error)})"
+            self._briefly(lambda: self._exchange(line, passed_on))
+
+    def lost_connection(self, error: BaseException) -> str:
+        """What an error that jax raised in the main thread because of another process came from, in one line.
+
+        Whoever is left goes on writing beats, so that the process that is gone is the one without.
+        """
+        began = time.monotonic()
+        while time.monotonic() < began + 2 * self._silence:
+            self._briefly(lambda: self._exchange(None))
+            now = time.monotonic()
+            if failure := self._judge.failure(now):
+                return failure
+            if self._reached > began and (silent := self._judge.silent(now, self._silence)):
+                return f"{self._judge.name(silent[0])} is gone: its connection broke, and it gives no sign of life"
+            time.sleep(0.1)
+        if self._reached < began:
+            return f"{self._judge.name(0)} is gone: its connection broke, and it does not answer"
+        return f"the connection to another process broke, which still gives signs of life ({line_of(error)})"
 
     def fail(self, line: str, *, tell: bool = True) -> None:
         """End this process because of another one; `tell` the others why."""
@@ -196,7 +227,7 @@ class Watch:
         )
         say(f"dpo-jax: error: {told}", "error", code=TRY_AGAIN)
         if tell:
-            self._briefly(lambda: self._tell(line))
+            self._part(line, passed_on=True)
         self._stop(TRY_AGAIN)
 
     def _stop(self, code: int) -> None:
@@ -220,7 +251,6 @@ class Watch:
         while True:  # the first note at once: it tells the others this host's name
             with contextlib.suppress(RuntimeError):  # jax's own: process 0 is gone; `_look` notices
                 self._exchange(None)
-                self._reached = time.monotonic()
             if self._closing.wait(self._period):
                 return
 
@@ -234,21 +264,22 @@ class Watch:
             before = now
             verdict = self._judge.verdict(now, expecting=self._expecting)
             if now - self._reached > self._lost_after:
-                verdict = f"process 0 is lost: it has not answered for {now - self._reached:.0f} s"
+                verdict = f"{self._judge.name(0)} is lost: it has not answered for {now - self._reached:.0f} s"
             if verdict and not self._closing.is_set():
                 self.fail(verdict)
                 return
 
-    def _exchange(self, ended: str | None) -> None:
+    def _exchange(self, ended: str | None, passed_on: bool = False) -> None:
         with self._lock:
-            self._tell(ended)
+            self._tell(ended, passed_on)
             entries = self._store.key_value_dir_get(_FOLDER)
             notes = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
-            self._judge.read(notes, time.monotonic())
+            self._reached = time.monotonic()
+            self._judge.read(notes, self._reached)
 
-    def _tell(self, ended: str | None) -> None:
+    def _tell(self, ended: str | None, passed_on: bool = False) -> None:
         self._beat += 1
-        note = {"host": self._host, "beat": self._beat, "signs": self._signs, "ended": ended}
+        note = {"host": self._host, "beat": self._beat, "signs": self._signs, "ended": ended, "passed_on": passed_on}
         self._store.key_value_set(f"{_FOLDER}/{self._me}", json.dumps(note), allow_overwrite=True)
 
 
@@ -267,7 +298,7 @@ def say_when_aborted(address: str, watch: Watch) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            watch.fail(f"process 0 is gone: nothing answers at {address}", tell=False)
+            watch.fail(f"{watch.first} is gone: nothing answers at {address}", tell=False)
 
     libc = ctypes.CDLL(None)
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)

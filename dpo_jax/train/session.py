@@ -33,14 +33,14 @@ from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.tokens.templates import with_template
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.day import with_day
-from dpo_jax.files.folder import RunFolder, as_json
+from dpo_jax.files.folder import RunFolder, as_json, flatten
 from dpo_jax.files.log import MetricLog, Row, read_metrics, say, show_log
 from dpo_jax.mesh import batch_parts, make_mesh
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
-from dpo_jax.processes import distributed
+from dpo_jax.processes import distributed, notice
 from dpo_jax.report import html
 from dpo_jax.report.samples import fixed_section, training_samples
 from dpo_jax.state import TrainState, learning_rate_schedule
@@ -90,7 +90,8 @@ class Training(Generic[Config]):
         """
         _check_options(config)
         publish.check(config.log.wandb, config.push_to_hub)
-        distributed.initialize(config.distributed)
+        notice.listen()
+        distributed.initialize(config.distributed, flatten(as_json(config)))
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
         check_batch(config, mesh)
@@ -255,6 +256,7 @@ class Training(Generic[Config]):
         """
         config, self.identity, total = self.config, dict(identity), self.config.train.steps
         assert total is not None, "resolve() comes first"
+        distributed.check_alike(self.identity)
         checkpoints = Checkpoints(
             self.out / "checkpoints",
             keep=config.checkpoint.keep,

@@ -20,8 +20,8 @@ from dpo_jax.processes.watch import TRY_AGAIN, Judge, Watch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def note(beat: int, signs: int = 0, ended: str | None = None, host: str = "h") -> dict:
-    return {"beat": beat, "signs": signs, "ended": ended, "host": host}
+def note(beat: int, signs: int = 0, ended: str | None = None, host: str = "h", passed_on: bool = False) -> dict:
+    return {"beat": beat, "signs": signs, "ended": ended, "host": host, "passed_on": passed_on}
 
 
 def judge() -> Judge:
@@ -54,7 +54,8 @@ def test_one_that_finished_is_not_missed() -> None:
     for at in range(5, 36, 5):
         court.read({1: note(1, ended=""), 2: note(at)}, at)
     assert court.verdict(35, expecting=False) is None
-    assert not court.all_ended
+    assert not court.alone(35, 5)
+    assert court.alone(50, 5)
 
 
 def test_an_error_elsewhere_ends_this_one_after_a_grace() -> None:
@@ -62,6 +63,12 @@ def test_an_error_elsewhere_ends_this_one_after_a_grace() -> None:
     court.read({1: note(1, ended="row 3 is empty"), 2: note(1)}, 1)
     assert court.verdict(2, expecting=False) is None
     assert court.verdict(7, expecting=False) == "process 1 on h ended with an error: row 3 is empty"
+
+
+def test_what_is_said_of_a_third_is_passed_on_at_once() -> None:
+    court = judge()
+    court.read({1: note(1, ended="process 2 on b is lost", passed_on=True), 2: note(1, host="b")}, 1)
+    assert court.verdict(1, expecting=False) == "process 2 on b is lost"
 
 
 def test_no_progress_is_stuck_only_where_it_is_expected() -> None:
