@@ -10,11 +10,19 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 _FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+# What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone.
+_CONNECTION = re.compile(
+    r"gloo|nccl|coordination.?service|connection (reset|closed|refused)|socket closed|heartbeat|barrier"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
+    re.IGNORECASE,
+)
 
 
 class InputError(ValueError):
@@ -50,6 +58,11 @@ class Stopped(Exception):
 def first_line(error: BaseException) -> str:
     """What `error` says, to stand within a message: its first line, of a very long one the beginning."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def broken_connection(error: BaseException) -> bool:
+    """Whether `error` came of another process of the run that is gone. Some of these reach Python as ValueError."""
+    return not isinstance(error, InputError) and _CONNECTION.search(str(error)) is not None
 
 
 def full_disk(error: BaseException) -> str | None:

@@ -24,7 +24,7 @@ from dpo_jax.voice import listen, mode, say, tell
 __all__ = ["DriftWarning", "MetricLog", "ProgressBar", "read_metrics", "say", "show_cursor", "show_log", "summary_text"]
 
 # Wall-clock figures: the only keys of metrics.jsonl in which two runs of the same options may differ.
-_SECONDS = ("seconds_per_step", "seconds_sampling", "seconds_measuring", "seconds_scoring")
+_SECONDS = ("seconds_per_step", "seconds_saving", "seconds_sampling", "seconds_measuring", "seconds_scoring")
 CLOCK_KEYS = ("tokens_per_second", *_SECONDS, "tflops_per_device", "mfu")
 
 Row = dict[str, float | int]

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import itertools
 import json
-import re
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -16,17 +15,9 @@ from jax._src.distributed import global_state  # the only way to the coordinatio
 from jax.experimental import multihost_utils
 
 from dpo_jax.config import DistributedConfig
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, broken_connection
 from dpo_jax.processes import alike
 from dpo_jax.processes.watch import Watch, line_of, say_when_aborted
-
-# What stands in errors of the libraries through which devices of several hosts talk, when the other end is gone. Some
-# of them reach Python as ValueError.
-_CONNECTION = re.compile(
-    r"gloo|nccl|coordination.?service|connection (reset|closed|refused)|socket closed|heartbeat|barrier"
-    r"|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED",
-    re.IGNORECASE,
-)
 
 _watch: Watch | None = None
 
@@ -107,7 +98,7 @@ def leave_after(error: Exception) -> None:
     """As `leave`, for an exception that nobody expected: print it, unless it came of another process's end."""
     if _watch is None:
         return
-    if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _CONNECTION.search(str(error)):
+    if isinstance(error, RuntimeError | ValueError | OSError) and broken_connection(error):
         _watch.fail(_watch.lost_connection(error))
     traceback.print_exception(error)
     _watch.leave(1, f"{type(error).__name__}: {line_of(error)}")

@@ -118,7 +118,8 @@ def fit(
       sample: lets the policy of a state write, before the first step too, and keeps what it wrote.
 
     Returns:
-      An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early.
+      An `Outcome`. `seconds_saving` in the row of a step is how long training stood still for the save in front of it:
+      the row of the step that was saved is on the disk before its checkpoint is. SIGTERM and SIGINT save at the next step boundary and end the loop early.
 
     Raises:
       InputError: a figure or a weight is not finite (the step and the rows are named; nothing of it is saved), or the
@@ -134,10 +135,12 @@ def fit(
         if sample is not None and done == 0:
             sample(state)
         mark = time.perf_counter()
+        saving_took: Row = {}
         for batch in itertools.islice(iter(loader), 0 if ended else plan.steps - done):
-            figures: Row = {}
+            figures, saving_took = saving_took, {}
             if prepare is not None:
-                batch, figures = prepare(state, batch)
+                batch, made = prepare(state, batch)
+                figures |= made
             on_device = put_batch(mesh, batch)
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, on_device)
@@ -167,9 +170,11 @@ def fit(
             if sample is not None and (sampling or ended):
                 sample(state)
             if saving or stopping:
+                began = time.perf_counter()
                 _refuse_nonfinite(state, pending)
                 log.sync()
                 checkpoints.save(state, data=loader.get_state(), metrics=row)
+                saving_took = {"seconds_saving": time.perf_counter() - began}
             pending = None
             mark = time.perf_counter()
             if stopping or ended:

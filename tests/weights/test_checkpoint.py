@@ -469,10 +469,17 @@ from dpo_jax.weights.orbax.checkpoint import Checkpoints
 from jax.experimental import multihost_utils
 folder, state = Path(sys.argv[1]), make_state(make_mesh(fsdp=4))
 checkpoints = Checkpoints(folder, keep=9)
-for step in range(1, 5):
+for step in range(1, 6):
     state = update(state)
     checkpoints.save(state, data={"position": step})
 checkpoints.close()
+
+def one_disk_fails(self, step, target, read=Checkpoints._arrays):
+    if (step, jax.process_index()) == (5, 1):
+        raise OSError("Input/output error")
+    return read(self, step, target)
+
+Checkpoints._arrays = one_disk_fails
 if jax.process_index() == 0:
     alter(folder / "4", "state/**/d/*", shuffle)
     alter(folder / "3", "meta/metadata", bit)
@@ -481,6 +488,7 @@ said = []
 checkpoints = Checkpoints(folder, keep=9, say=said.append)
 restored = checkpoints.restore(make_state(make_mesh(fsdp=4), seed=1))
 assert (restored.step, checkpoints.steps()) == (2, [1, 2]), checkpoints.steps()
+assert jax.process_index() or any("5 is damaged (process 1 cannot read it)" in line for line in said), said
 checkpoints.save(update(restored.state), data={"position": 3})
 checkpoints.close()
 print(len(said), sorted(path.name for path in folder.iterdir()))
@@ -503,5 +511,5 @@ def test_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
     ]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    assert [output.splitlines()[-1][:1] for output, _ in outputs] == ["2", "0"]
-    assert outputs[0][0].splitlines()[-1].endswith("['1', '2', '3', 'damaged-3', 'damaged-4']")
+    assert [output.splitlines()[-1][:1] for output, _ in outputs] == ["3", "0"]
+    assert outputs[0][0].splitlines()[-1].endswith("['1', '2', '3', 'damaged-3', 'damaged-4', 'damaged-5']")

@@ -44,14 +44,14 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> s
       wanted: whether the contents of a file, by its name in `files.json`, are read; of the others only the size counts.
     """
     known = _known(folder)
-    if _everywhere(known is None) >= 0 or known is None:
+    if everywhere(known is None) >= 0 or known is None:
         return _UNKNOWN
     names = sorted(known)
     mine = names[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(_THREADS) as pool:
         reasons = list(pool.map(lambda name: _changed(folder / name, *known[name], read=wanted(name)), mine))
     first = next((names.index(name) for name, reason in zip(mine, reasons, strict=True) if reason), None)
-    found = _everywhere(first is not None, first or 0)
+    found = everywhere(first is not None, first or 0)
     if found < 0:
         return None
     own = dict(zip(mine, reasons, strict=True)).get(names[found])
@@ -104,7 +104,7 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _everywhere(found: bool, value: int = 0) -> int:
+def everywhere(found: bool, value: int = 0) -> int:
     """The `value` of the first process that has `found` something, in every process; -1 where none has."""
     own = value if found else -1
     if jax.process_count() == 1:

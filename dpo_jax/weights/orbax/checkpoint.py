@@ -12,11 +12,11 @@ checksum of every file (`weights/integrity/digests.py`), written before the chec
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,12 +25,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dpo_jax.errors import InputError, full_disk
+from dpo_jax.errors import InputError, broken_connection, full_disk
 from dpo_jax.state import TrainState
-from dpo_jax.weights.integrity.digests import damage, write_digests
+from dpo_jax.weights.integrity.digests import damage, everywhere, write_digests
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.integrity.folder import steps_in
 
+T = TypeVar("T")
 Identity = Mapping[str, str | int | float | bool | None]
 
 _DELETED = ".deleted"
@@ -83,12 +84,17 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._best = best
         self._identity = dict(identity or {})
-        self._say = say if jax.process_index() == 0 else (lambda text: None)
+        self._say = say if self._writes_alone else (lambda text: None)
         self._damaged: list[int] = []
         self._remove_deleted()
         self._set_aside_damaged()
         self._manager = self._open(keep)
         expect_closed_loops()
+
+    @property
+    def _writes_alone(self) -> bool:
+        """Whether this process is the one that writes what is not arrays, renames and talks."""
+        return jax.process_index() == 0
 
     def _open(self, keep: int) -> ocp.CheckpointManager:
         newest = policies.LatestN(n=keep)
@@ -145,27 +151,36 @@ class Checkpoints:
         chosen = None
         if self._best is not None and metrics is not None and self._best in metrics:
             chosen = {self._best: float(metrics[self._best])}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         self.wait()
         self._check_space(tree)
         try:
             if step not in self._manager.all_steps():
-                self._manager.save(step, args=arguments, metrics=chosen, force=True)
+                self._manager.save(step, args=self._arguments(tree, meta), metrics=chosen, force=True)
         except _WRITE_ERRORS as error:
+            if broken_connection(error):
+                raise
             raise self._cannot_write(error) from error
+
+    def _arguments(self, tree: Any, meta: Mapping[str, Any]) -> ocp.args.Composite:
+        return ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
 
     def _check_space(self, tree: Any) -> None:
         """Refuse to begin what cannot be finished. Each process looks, for what it will write."""
-        shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards if shard.replica_id == 0]
-        needed, free = sum(shard.data.nbytes for shard in shards), shutil.disk_usage(self.folder).free
+        needed, free = sum(map(self._written, jax.tree.leaves(tree))), shutil.disk_usage(self.folder).free
         if needed > free:
             raise self._cannot_write(f"it takes {needed:,} bytes, and {free:,} are free")
+
+    def _written(self, x: jax.Array) -> int:
+        """Bytes of an array that this process writes."""
+        return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete on the disk. Raises `InputError` when it could not be written."""
         try:
             self._manager.wait_until_finished()
         except _WRITE_ERRORS as error:
+            if broken_connection(error):
+                raise
             raise self._cannot_write(error) from error
         self._remove_deleted()
 
@@ -186,28 +201,9 @@ class Checkpoints:
         freed, as if it had been donated. A damaged checkpoint is passed over, in words, for the one before it.
         Raises `InputError` when the newest belongs to another run, or when every one is damaged.
         """
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved(state))
-        freed = False
-        for step in reversed(self.steps()) if only is None else [only]:
-            if reason := damage(self.folder / str(step)):
-                self._pass_over(step, reason)
-                continue
-            try:
-                meta = self._meta(step)
-                self._check_identity(step, meta, _describe(target))
-                if not freed:  # two copies of a large state would not fit
-                    jax.tree.map(lambda x: x.delete(), saved(state))
-                    freed = True
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                tree = self._manager.restore(step, args=arguments)["state"]
-                if fingerprint(tree) != meta["hash"]:
-                    raise _Damaged("its arrays are not those that were saved")
-            except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # too little memory is no damage
-                raise
-            except Exception as error:  # bad files of a checkpoint without checksums: anything, from these libraries
-                self._pass_over(step, f"{type(error).__name__}: {error}")
-                continue
-            return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
+        for step in reversed(self.held()) if only is None else [only]:
+            if restored := self.attempt(step, state):
+                return restored
         if _agreed(bool(self._damaged)):
             if only is not None:
                 raise InputError(
@@ -220,9 +216,56 @@ class Checkpoints:
             )
         return None
 
+    def held(self) -> list[int]:
+        """The steps of the checkpoints, oldest first: those that process 0 sees, in every process."""
+        return _steps_from_main(self.steps())
+
+    def attempt(self, step: int, state: TrainState) -> Restored | None:
+        """The checkpoint of this step; None, in every process, where any of them finds it damaged: it is set aside."""
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved(state))
+        if reason := self._damage(step):
+            return self._pass_over(step, reason)
+        # Orbax's manager would wait for all processes in the middle of this, where one of them may have failed already.
+        meta, reason = self._reading(lambda: self._meta(step))
+        if reason := _agreed_reason(reason):
+            return self._pass_over(step, reason)
+        assert meta is not None
+        self._check_identity(step, meta, _describe(target))
+        jax.tree.map(lambda x: x.delete(), saved(state))  # two copies of a large state would not fit
+        tree, reason = self._reading(lambda: self._arrays(step, target))
+        if reason := _agreed_reason(reason):
+            return self._pass_over(step, reason)
+        changed = fingerprint(tree) != meta["hash"]
+        if reason := _agreed_reason("its arrays are not those that were saved" if changed else None):
+            return self._pass_over(step, reason)
+        return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
+
+    def _reading(self, read: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What `read` gives, or why this process cannot read it."""
+        try:
+            return read(), None
+        except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # too little memory is no damage
+            raise
+        except _Damaged as error:
+            return None, str(error)
+        except Exception as error:  # bad files of a checkpoint without checksums: anything, from these libraries
+            if broken_connection(error):
+                raise
+            return None, f"{type(error).__name__}: {error}"
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, the same in every process."""
+        return damage(self.folder / str(step))
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        """The arrays of a checkpoint, laid out as `target` says. No process waits for another."""
+        return ocp.StandardCheckpointHandler().restore(
+            epath.Path(self.folder / str(step) / "state"), args=ocp.args.StandardRestore(target)
+        )
+
     def _meta(self, step: int) -> dict[str, Any]:
         """What `save` wrote as `meta`, its parts of the kinds that they must be."""
-        meta: Any = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta: Any = ocp.JsonCheckpointHandler().restore(epath.Path(self.folder / str(step) / "meta"))
         kinds = {"step": int, "identity": dict, "data": dict, "arrays": dict, "hash": str}
         if not isinstance(meta, dict) or any(not isinstance(meta.get(name), kind) for name, kind in kinds.items()):
             raise _Damaged("its metadata are not those of a checkpoint")
@@ -242,7 +285,7 @@ class Checkpoints:
 
     def _set_aside_damaged(self) -> None:
         """Set aside checkpoints whose files are not all there, or that orbax could not list. Arrays are read later."""
-        for step in steps_in(self.folder):
+        for step in _steps_from_main(steps_in(self.folder)):
             if reason := damage(self.folder / str(step), lambda name: not name.startswith("state/")):
                 self._set_aside(step, reason)
         _agreed(True)  # the others wait for process 0
@@ -255,7 +298,7 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         """Say that a checkpoint is damaged, and rename it: its step will be saved again."""
         self._damaged.append(step)
-        if jax.process_index() != 0:
+        if not self._writes_alone:
             return
         path = self.folder / str(step)
         kept = _free_name(self.folder / f"damaged-{step}")
@@ -269,7 +312,7 @@ class Checkpoints:
 
     def _write_digests(self) -> None:
         """Record the files of the checkpoint that is about to get its final name. In the background, of process 0."""
-        if jax.process_index() != 0:
+        if not self._writes_alone:
             return
         for unfinished in self.folder.glob("*orbax-checkpoint-tmp*"):
             # What stands in subfolders is complete by now; orbax still writes to its own notes beside them.
@@ -345,6 +388,21 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
 def _agreed(value: bool) -> bool:
     """Process 0's `value`, in every process."""
     return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _agreed_reason(reason: str | None) -> str | None:
+    """Why a process cannot go on, in all of them; None where no process has a reason."""
+    first = everywhere(reason is not None, jax.process_index())
+    return None if first < 0 else reason or f"process {first} cannot read it"
+
+
+def _steps_from_main(steps: Sequence[int]) -> list[int]:
+    """Process 0's steps, in every process: a host may see a shared folder as it was seconds ago."""
+    if jax.process_count() == 1:
+        return list(steps)
+    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps), np.int32)))
+    own = np.resize(np.asarray([*steps, 0], np.int64), count + 1).view(np.int32)  # jax has no 64 bits
+    return np.asarray(multihost_utils.broadcast_one_to_all(own), np.int32).view(np.int64)[:count].tolist()
 
 
 def _free_name(path: Path) -> Path:
