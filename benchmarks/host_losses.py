@@ -11,11 +11,14 @@ The other must end by itself, with exit code 75 and one line that names the lost
 started again with the same command. At the end metrics (wall-clock figures apart), weights and the position in the data
 are compared with those of a run that lost nobody. The exit code is 1 where anything differs.
 
+With --local both also keep checkpoints on a disk of their own, which half of the lost hosts take along.
+
 Every start is a fork of one process that has read the modules, and has not begun to compute.
 """
 
 import argparse
 import atexit
+import importlib
 import json
 import os
 import random
@@ -45,6 +48,8 @@ class Loss:
     frozen: bool
     calls: int
     delay: float
+    with_disk: bool
+    """Its own checkpoints are gone with it."""
     named: bool = False
     code: int = 0
     seconds: float = 0.0
@@ -61,7 +66,7 @@ def drawn(losses: int, seed: int) -> list[Loss]:
         moment = MOMENTS[i % len(MOMENTS)]
         calls = rng.randint(3, 8) if moment == "step" else 1
         frozen = rng.random() < 0.25
-        found.append(Loss(moment, rng.randrange(2), frozen, calls, rng.uniform(0, 0.15)))
+        found.append(Loss(moment, rng.randrange(2), frozen, calls, rng.uniform(0, 0.15), rng.random() < 0.5))
     return found
 
 
@@ -153,6 +158,8 @@ def lose(words: Sequence[str], work: Path, out: Path, loss: Loss) -> None:
         loss.seconds = time.monotonic() - float(mark.read_text())
     os.kill(children[loss.victim], signal.SIGKILL)
     ended(children[loss.victim])
+    for own in (work / "own").glob(f"*/process-{loss.victim}-*") if loss.with_disk else ():
+        shutil.rmtree(own)
     said = [line for line in (work / f"process{1 - loss.victim}.log").read_text().splitlines() if "error: " in line]
     loss.named = len(said) == 1 and f"process {loss.victim} on " in said[0]
     loss.step = len(read_metrics(out / "metrics.jsonl"))
@@ -211,6 +218,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models, runs and logs; emptied first")
     parser.add_argument("--losses", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--local", action="store_true", help="with --checkpoint.local, too")
     options = parser.parse_args()
     work = options.work.absolute()
     shutil.rmtree(work, ignore_errors=True)
@@ -223,10 +231,13 @@ def main() -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-    import dpo_jax.commands.dpo  # noqa: F401 - read once, before the first fork
+    for module in ("dpo_jax.commands.dpo", "dpo_jax.files.events", "matplotlib.figure", "transformers.models.auto"):
+        importlib.import_module(module)  # read once, before the first fork
 
     began = time.monotonic()
     words = inputs(work)
+    if options.local:
+        words += ["--checkpoint.local", str(work / "own"), "--checkpoint.local_every", "2"]
     whole, out = work / "whole", work / "run"
     run_whole([*words, "--out", str(whole)], work)
     print(f"uninterrupted: {time.monotonic() - began:.0f} s with its inputs")

@@ -289,9 +289,24 @@ class CheckpointConfig(Options, prefix="--checkpoint."):
     """Steps between checkpoints; one more is made at the end and at SIGTERM."""
     keep: Count = 2
     """Newest checkpoints to keep."""
+    local: str | None = None
+    """Folder on each host's own disk, or in its memory (/dev/shm/dpo_jax): checkpoints are kept there too, every
+    `local_every` steps. A run goes on from the newest that all hosts still have; a host that is lost takes its own
+    along, and then that is the newest in --out."""
+    local_every: Count | None = not_given(10, needs="local")
+    """Steps between local checkpoints; fewer than `every`."""
     best: str | None = None
     """Beside the newest also keep the best by this metric of the evaluation (the newest of equals), e.g. eval_loss,
     eval_rewards/accuracies or eval_reward: one is saved after each evaluation. Needs --eval_data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        near = self.resolved("local_every")
+        require(
+            self.local is None or near < self.every,
+            f"--checkpoint.local_every {near} must be less than --checkpoint.every {self.every}: a step is kept in one"
+            " of the two places",
+        )
 
 
 @dataclass(frozen=True)

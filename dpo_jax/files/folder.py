@@ -2,14 +2,17 @@
 
 run.json       marks the folder as a run of ours: the options as given, and whether the run has finished;
 config.json    the resolved options (what was computed from the data, such as the number of steps, filled in);
+local.json     names the run where it keeps checkpoints on its hosts' own disks;
 metrics.jsonl, TensorBoard events, checkpoints/, model/, adapter/, report.html
 """
 
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,6 +220,20 @@ class RunFolder:
         self._mark(finished=False)
         if self.writes:
             write_json(self.path / "config.json", resolved)
+
+    def run_name(self) -> str:
+        """A name of this run with these options, for what it keeps outside its folder: no other run has had it.
+
+        Process 0 asks, once the folder is claimed.
+        """
+        path = self.path / "local.json"
+        try:
+            made = str(read_json(path)["run"])
+        except (InputError, KeyError, TypeError):
+            made = secrets.token_hex(8)
+            write_json(path, {"run": made})
+        bound = {name: value for name, value in flatten(self.given).items() if not name.startswith(FREE)}
+        return f"{made}-{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:8]}"
 
     def _mark(self, *, finished: bool) -> None:
         if self.writes:

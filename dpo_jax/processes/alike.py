@@ -80,6 +80,6 @@ def difference(told: Sequence[Mapping[str, Any]]) -> str | None:
         others = f"; so have {len(odd) - 1} more something else" if len(odd) > 1 else ""
         return (
             f"process {odd[0]} on {told[odd[0]]['host']} differs in {name}: {values[odd[0]]} there, {usual} in process"
-            f" {like} on {told[like]['host']}{others}; start all processes with the same code, packages, options and data"
+            f" {like} on {told[like]['host']}{others}; start all with the same code, packages, options and data"
         )
     return None

@@ -38,7 +38,7 @@ def on_google() -> bool:
 
 
 def announced() -> str | None:
-    """What the metadata server announces, in words; None while nothing is. Raises `OSError` where it does not answer."""
+    """What the metadata server announces, in words; None while nothing is. Raises `OSError` without an answer."""
     for name, value in _SIGNS.items():
         place = f"http://{os.environ.get(_HOST, 'metadata.google.internal')}/computeMetadata/v1/instance/{name}"
         request = urllib.request.Request(place, headers={"Metadata-Flavor": "Google"})

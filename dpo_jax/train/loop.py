@@ -36,6 +36,7 @@ from dpo_jax.state import TrainState
 from dpo_jax.train.accounting import Meter
 from dpo_jax.train.stopping import without_gain
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.local import LocalCheckpoints
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -69,6 +70,8 @@ class Plan:
 
     steps: int
     checkpoint_every: int
+    local_every: int = 0
+    """Between checkpoints on each host's own disk, where there are any."""
     steps_per_epoch: float | None = None
     eval_every: int | None = None
     eval_first: bool = False
@@ -100,6 +103,7 @@ def fit(
     mesh: Mesh,
     log: MetricLog,
     checkpoints: Checkpoints,
+    local: LocalCheckpoints | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     meter: Meter | None = None,
     prepare: Callable[[TrainState, Any], tuple[Any, Row]] | None = None,
@@ -111,6 +115,7 @@ def fit(
       state: donated.
       step: a jitted step, `mesh.ShardedStep`.
       loader: stands at the batch after `state.step`.
+      local: checkpoints on each host's own disk, at the steps of `plan.local_every` that make no other.
       evaluate: figures of a state; logged as `eval_...` in the row of its step (before the first one: of step 0).
       meter: gives the figures of the devices' use for the row of each step.
       prepare: makes the step's batch of the loader's one and of the state before the step (PPO's rollout), and figures
@@ -118,8 +123,9 @@ def fit(
       sample: lets the policy of a state write, before the first step too, and keeps what it wrote.
 
     Returns:
-      An `Outcome`. `seconds_saving` in the row of a step is how long training stood still for the save in front of it:
-      the row of the step that was saved is on the disk before its checkpoint is. SIGTERM and SIGINT save at the next step boundary and end the loop early.
+      An `Outcome`. SIGTERM and SIGINT save at the next step boundary and end the loop early. `seconds_saving` in the
+      row of a step is how long training stood still for the save in front of it, since the row of the step that was
+      saved is on the disk before its checkpoint is.
 
     Raises:
       InputError: a figure or a weight is not finite (the step and the rows are named; nothing of it is saved), or the
@@ -159,7 +165,8 @@ def fit(
             evaluating = evaluate is not None and (last or (plan.eval_every and done % plan.eval_every == 0))
             sampling = sample is not None and (last or (plan.sample_every and done % plan.sample_every == 0))
             saving = last or stopping or done % plan.checkpoint_every == 0 or (evaluating and plan.best is not None)
-            if not (evaluating or sampling or saving or prepare is not None):
+            nearby = local is not None and not saving and done % plan.local_every == 0
+            if not (evaluating or sampling or saving or nearby or prepare is not None):
                 continue
             row = pending.fetch(mark)
             if evaluating:
@@ -169,11 +176,12 @@ def fit(
             ended = _ended(plan, log)
             if sample is not None and (sampling or ended):
                 sample(state)
-            if saving or stopping:
+            if saving or nearby:
                 began = time.perf_counter()
                 _refuse_nonfinite(state, pending)
                 log.sync()
-                checkpoints.save(state, data=loader.get_state(), metrics=row)
+                where = local if nearby and local is not None else checkpoints
+                where.save(state, data=loader.get_state(), metrics=row)
                 saving_took = {"seconds_saving": time.perf_counter() - began}
             pending = None
             mark = time.perf_counter()

@@ -52,6 +52,7 @@ from dpo_jax.train.stopping import best_state
 from dpo_jax.weights.integrity import base
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
+from dpo_jax.weights.orbax.local import LocalCheckpoints, restore_newest
 from dpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from dpo_jax.weights.tokenizer import check_vocabulary
 
@@ -264,7 +265,8 @@ class Training(Generic[Config]):
             identity=dict(identity),
             say=self.say,
         )
-        restored = checkpoints.restore(state)
+        local = self._local_checkpoints(state)
+        restored = checkpoints.restore(state) if local is None else restore_newest(state, checkpoints, local)
         start = 0
         if restored is not None:
             state, start = restored.state, restored.step
@@ -281,6 +283,7 @@ class Training(Generic[Config]):
             steps=total,
             steps_per_epoch=loader.steps_per_epoch,
             checkpoint_every=config.checkpoint.every,
+            local_every=config.checkpoint.resolved("local_every"),
             eval_every=config.train.eval_every,
             eval_first=evaluate_first,
             best=config.checkpoint.best,
@@ -305,6 +308,7 @@ class Training(Generic[Config]):
                 mesh=self.mesh,
                 log=log,
                 checkpoints=checkpoints,
+                local=local,
                 evaluate=evaluate,
                 meter=meter,
                 prepare=prepare,
@@ -321,12 +325,21 @@ class Training(Generic[Config]):
             self.best = best
             self.told_steps = self.told_steps if best == total else f"{best} of {total} steps"
         checkpoints.close()
+        if local is not None:
+            local.remove()  # all of it is in `checkpoints` now
         loader.close()
         if outcome.stopped_by is None:
             return final
         told = f"stopped after step {outcome.step} of {total}, all saved; the same command goes on from there"
         self.say(f"{self.out}: {told}", "warning")
         raise Stopped(outcome.stopped_by)
+
+    def _local_checkpoints(self, state: TrainState) -> LocalCheckpoints | None:
+        place = self.config.checkpoint.local
+        if place is None:
+            return None
+        name = distributed.json_from_main(self.folder.run_name)
+        return LocalCheckpoints(Path(place) / name, state, identity=dict(self.identity), say=self.say)
 
     # ---------------------------------------------------------------- results
 

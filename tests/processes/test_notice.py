@@ -50,9 +50,7 @@ def test_what_is_announced(server: None) -> None:
         notice.announced()
 
 
-def test_it_becomes_sigterm(
-    server: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_becomes_sigterm(server: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     monkeypatch.setattr(notice, "_listening", threading.Lock())

@@ -34,7 +34,7 @@ from dpo_jax.weights.integrity.folder import steps_in
 T = TypeVar("T")
 Identity = Mapping[str, str | int | float | bool | None]
 
-_DELETED = ".deleted"
+DELETED = ".deleted"
 """Where a checkpoint that is not kept goes by a rename, before its files go one by one: a kill leaves no half of it."""
 
 # A smaller value of these is better; of every other metric, a larger one.
@@ -111,8 +111,8 @@ class Checkpoints:
             preservation_policy=policy,
             best_fn=None if self._best is None else self._metric,
             cleanup_tmp_directories=True,
-            todelete_subdir=_DELETED,
-            step_name_format=_StepNames(),
+            todelete_subdir=DELETED,
+            step_name_format=StepNames(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
         )
         try:
@@ -185,8 +185,8 @@ class Checkpoints:
         self._remove_deleted()
 
     def _remove_deleted(self) -> None:
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+        if self._writes_alone:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Wait, and release the threads."""
@@ -227,16 +227,16 @@ class Checkpoints:
             return self._pass_over(step, reason)
         # Orbax's manager would wait for all processes in the middle of this, where one of them may have failed already.
         meta, reason = self._reading(lambda: self._meta(step))
-        if reason := _agreed_reason(reason):
+        if reason := agreed_reason(reason):
             return self._pass_over(step, reason)
         assert meta is not None
         self._check_identity(step, meta, _describe(target))
         jax.tree.map(lambda x: x.delete(), saved(state))  # two copies of a large state would not fit
         tree, reason = self._reading(lambda: self._arrays(step, target))
-        if reason := _agreed_reason(reason):
+        if reason := agreed_reason(reason):
             return self._pass_over(step, reason)
         changed = fingerprint(tree) != meta["hash"]
-        if reason := _agreed_reason("its arrays are not those that were saved" if changed else None):
+        if reason := agreed_reason("its arrays are not those that were saved" if changed else None):
             return self._pass_over(step, reason)
         return Restored(state.replace(**tree), step, meta["data"])  # type: ignore[attr-defined]
 
@@ -319,12 +319,17 @@ class Checkpoints:
             write_digests(unfinished)
 
     def _cannot_write(self, error: BaseException | str) -> InputError:
-        text = " ".join(str(error).split())
-        reason = (full_disk(error) if isinstance(error, BaseException) else None) or text[:200]
-        return InputError(
-            f"{self.folder}: a checkpoint cannot be written ({reason});"
-            " free space or choose another --out; the checkpoints before it are intact"
-        )
+        return cannot_write(self.folder, error, "choose another --out")
+
+
+def cannot_write(folder: Path, error: BaseException | str, instead: str) -> InputError:
+    """The one line for a checkpoint that could not be written, in `folder`; `instead`: what helps beside space."""
+    text = " ".join(str(error).split())
+    reason = (full_disk(error) if isinstance(error, BaseException) else None) or text[:200]
+    return InputError(
+        f"{folder}: a checkpoint cannot be written ({reason});"
+        f" free space or {instead}; the checkpoints before it are intact"
+    )
 
 
 def expect_closed_loops() -> None:
@@ -345,7 +350,7 @@ def expect_closed_loops() -> None:
         sys.unraisablehook = hook
 
 
-class _StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
     """Tells orbax which entries of the folder are checkpoints: those of `steps_in`, and no others."""
 
     def build_name(self, step: int) -> str:
@@ -390,7 +395,7 @@ def _agreed(value: bool) -> bool:
     return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def _agreed_reason(reason: str | None) -> str | None:
+def agreed_reason(reason: str | None) -> str | None:
     """Why a process cannot go on, in all of them; None where no process has a reason."""
     first = everywhere(reason is not None, jax.process_index())
     return None if first < 0 else reason or f"process {first} cannot read it"
