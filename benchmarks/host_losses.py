@@ -11,6 +11,8 @@ The other must end by itself, with exit code 75 and one line that names the lost
 started again with the same command. At the end metrics (wall-clock figures apart), weights and the position in the data
 are compared with those of a run that lost nobody. The exit code is 1 where anything differs.
 
+After them a disk fills up in a save of one of the two: it must end with exit code 2 and say so, and the other as above.
+
 With --local both also keep checkpoints on a disk of their own, which half of the lost hosts take along.
 
 Every start is a fork of one process that has read the modules, and has not begun to compute.
@@ -22,6 +24,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -35,7 +38,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = ("step", "save", "restore")
-AGAIN, LIMIT = 75, 60
+BAD_INPUT, AGAIN, LIMIT = 2, 75, 60
+FULL = 12_000
+"""Bytes of the largest file that still fits: the log of a process, but not what it keeps of the arrays."""
 STEPS = 100
 
 
@@ -67,7 +72,7 @@ def drawn(losses: int, seed: int) -> list[Loss]:
         calls = rng.randint(3, 8) if moment == "step" else 1
         frozen = rng.random() < 0.25
         found.append(Loss(moment, rng.randrange(2), frozen, calls, rng.uniform(0, 0.15), rng.random() < 0.5))
-    return found
+    return [*found, Loss("full disk", rng.randrange(2), False, 2, 0.0, False)]
 
 
 def arm(loss: Loss, mark: Path) -> None:
@@ -78,6 +83,10 @@ def arm(loss: Loss, mark: Path) -> None:
     left = [loss.calls]
 
     def die() -> None:
+        if loss.moment == "full disk":
+            mark.write_text(str(time.monotonic()))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, resource.RLIM_INFINITY))
+            return
         time.sleep(loss.delay)
         mark.write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGSTOP if loss.frozen else signal.SIGKILL)
@@ -86,13 +95,16 @@ def arm(loss: Loss, mark: Path) -> None:
         def wrapped(*args: Any, **named: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
-                threading.Thread(target=die, daemon=True).start()
+                thread = threading.Thread(target=die, daemon=True)
+                thread.start()
+                if loss.moment == "full disk":
+                    thread.join()
             return method(*args, **named)
 
         return wrapped
 
     where: Any = MetricLog if loss.moment == "step" else Checkpoints
-    name = {"step": "write", "save": "save", "restore": "attempt"}[loss.moment]
+    name = {"step": "write", "save": "save", "restore": "attempt", "full disk": "save"}[loss.moment]
     setattr(where, name, dying(getattr(where, name)))
 
 
@@ -156,14 +168,16 @@ def lose(words: Sequence[str], work: Path, out: Path, loss: Loss) -> None:
     loss.code = ended(children[1 - loss.victim])
     if mark.exists():
         loss.seconds = time.monotonic() - float(mark.read_text())
-    os.kill(children[loss.victim], signal.SIGKILL)
-    ended(children[loss.victim])
+    if loss.moment != "full disk":
+        os.kill(children[loss.victim], signal.SIGKILL)
+    own_code = ended(children[loss.victim])
+    lost = loss.moment != "full disk" or own_code == BAD_INPUT
     for own in (work / "own").glob(f"*/process-{loss.victim}-*") if loss.with_disk else ():
         shutil.rmtree(own)
     said = [line for line in (work / f"process{1 - loss.victim}.log").read_text().splitlines() if "error: " in line]
     loss.named = len(said) == 1 and f"process {loss.victim} on " in said[0]
     loss.step = len(read_metrics(out / "metrics.jsonl"))
-    if not (mark.exists() and loss.named and loss.code == AGAIN and loss.seconds < LIMIT):
+    if not (mark.exists() and lost and loss.named and loss.code == AGAIN and loss.seconds < LIMIT):
         logs = [(work / f"process{i}.log").read_text()[-3000:] for i in range(2)]
         raise SystemExit(f"{loss}\n--- process 0\n{logs[0]}\n--- process 1\n{logs[1]}")
 
@@ -209,7 +223,7 @@ def inputs(work: Path) -> list[str]:
         raise SystemExit("the inputs could not be made")
     words = ["dpo", "--model", f"{work}/model", "--data", f"{work}/train.jsonl", "--train.steps", str(STEPS)]
     words += ["--train.batch_size", "4", "--data.max_length", "96", "--data.buckets", "1", "--checkpoint.every", "5"]
-    return [*words, "--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--distributed.lost_after", "5"]
+    return [*words, "--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--distributed.lost_after", "20"]
 
 
 def main() -> None:
@@ -242,17 +256,21 @@ def main() -> None:
     run_whole([*words, "--out", str(whole)], work)
     print(f"uninterrupted: {time.monotonic() - began:.0f} s with its inputs")
     losses = drawn(options.losses, options.seed)
-    print(f"seed {options.seed}\n{'moment':<8} {'lost':<18} {'log at step':>11} {'other ended after':>18}")
+    print(f"seed {options.seed}\n{'moment':<9} {'lost':<18} {'log at step':>11} {'other ended after':>18}")
     for loss in losses:
         lose([*words, "--out", str(out)], work, out, loss)
-        how = f"{loss.victim}, {'frozen' if loss.frozen else 'killed'}"
-        print(f"{loss.moment:<8} process {how:<10} {loss.step:>11} {loss.seconds:>16.1f} s", flush=True)
+        how = f"{loss.victim}, {'full' if loss.moment == 'full disk' else 'frozen' if loss.frozen else 'killed'}"
+        print(f"{loss.moment:<9} process {how:<10} {loss.step:>11} {loss.seconds:>16.1f} s", flush=True)
     run_whole([*words, "--out", str(out)], work)
     differences = same(out, whole)
     seconds = time.monotonic() - began
-    told = {"seed": options.seed, "seconds": round(seconds, 1), "differences": differences}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    told = {"seed": options.seed, "seconds": round(seconds), "cpu_seconds": round(cpu), "differences": differences}
     (work / "losses.json").write_text(json.dumps(told | {"losses": [asdict(loss) for loss in losses]}, indent=1))
-    print(f"{len(losses)} losses in {seconds:.0f} s; differences: {', '.join(differences) or 'none'}")
+    print(
+        f"{options.losses} losses and a full disk in {seconds:.0f} s ({cpu:.0f} s of CPU time); differences: {', '.join(differences) or 'none'}"
+    )
     raise SystemExit(1 if differences else 0)
 
 

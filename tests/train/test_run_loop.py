@@ -1,10 +1,12 @@
 """The training loop with a toy step: exact resume, signals, the guard, evaluation. No model is involved."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -331,3 +333,16 @@ def test_gain_and_the_best_step() -> None:
 def test_a_metric_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--checkpoint.best eval_reward: the evaluation gives eval_norm$"):
         run(tmp_path, eval_every=2, best="eval_reward")
+
+
+def test_a_clock_that_runs_back(tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two looks at the wall clock it is an hour earlier; nothing is decided or measured by it."""
+    hours = itertools.count()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
+    outcome = run(tmp_path, eval_every=3)
+    np.testing.assert_array_equal(kernel(outcome), whole[1])
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert metrics(tmp_path) == metrics(whole[0])
+    assert all(row["seconds_per_step"] > 0 and row.get("seconds_saving", 1) > 0 for row in rows)
+    assert [row["step"] for row in rows if "seconds_saving" in row] == [5, 9]
