@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def start_two(words: Sequence[str], work: Path, loss: Loss | None = None) -> lis
         start(
             [*words, *several, "--distributed.process_id", str(i)],
             work / f"process{i}.log",
-            (lambda: arm(loss, work / "lost")) if loss is not None and loss.victim == i else None,
+            None if loss is None or loss.victim != i else partial(arm, loss, work / "lost"),
         )
         for i in range(2)
     ]
@@ -268,9 +269,8 @@ def main() -> None:
     cpu = used.ru_utime + used.ru_stime
     told = {"seed": options.seed, "seconds": round(seconds), "cpu_seconds": round(cpu), "differences": differences}
     (work / "losses.json").write_text(json.dumps(told | {"losses": [asdict(loss) for loss in losses]}, indent=1))
-    print(
-        f"{options.losses} losses and a full disk in {seconds:.0f} s ({cpu:.0f} s of CPU time); differences: {', '.join(differences) or 'none'}"
-    )
+    took = f"{seconds:.0f} s ({cpu:.0f} s of CPU time)"
+    print(f"{options.losses} losses and a full disk in {took}; differences: {', '.join(differences) or 'none'}")
     raise SystemExit(1 if differences else 0)
 
 

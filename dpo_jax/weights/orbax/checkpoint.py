@@ -12,9 +12,8 @@ checksum of every file (`weights/integrity/digests.py`), written before the chec
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +21,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dpo_jax.errors import InputError, broken_connection, full_disk
 from dpo_jax.state import TrainState
-from dpo_jax.weights.integrity.digests import damage, everywhere, write_digests
+from dpo_jax.weights.integrity.digests import damage, write_digests
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.integrity.folder import steps_in
+from dpo_jax.weights.orbax.step_names import StepNames
+from dpo_jax.weights.orbax.together import agreed, agreed_reason, steps_from_main
 
 T = TypeVar("T")
 Identity = Mapping[str, str | int | float | bool | None]
@@ -204,7 +204,7 @@ class Checkpoints:
         for step in reversed(self.held()) if only is None else [only]:
             if restored := self.attempt(step, state):
                 return restored
-        if _agreed(bool(self._damaged)):
+        if agreed(bool(self._damaged)):
             if only is not None:
                 raise InputError(
                     f"{self.folder}: checkpoint {only} was damaged and is set aside; run the command again to take the"
@@ -218,7 +218,7 @@ class Checkpoints:
 
     def held(self) -> list[int]:
         """The steps of the checkpoints, oldest first: those that process 0 sees, in every process."""
-        return _steps_from_main(self.steps())
+        return steps_from_main(self.steps())
 
     def attempt(self, step: int, state: TrainState) -> Restored | None:
         """The checkpoint of this step; None, in every process, where any of them finds it damaged: it is set aside."""
@@ -285,14 +285,14 @@ class Checkpoints:
 
     def _set_aside_damaged(self) -> None:
         """Set aside checkpoints whose files are not all there, or that orbax could not list. Arrays are read later."""
-        for step in _steps_from_main(steps_in(self.folder)):
+        for step in steps_from_main(steps_in(self.folder)):
             if reason := damage(self.folder / str(step), lambda name: not name.startswith("state/")):
                 self._set_aside(step, reason)
-        _agreed(True)  # the others wait for process 0
+        agreed(True)  # the others wait for process 0
 
     def _pass_over(self, step: int, reason: str) -> None:
         self._set_aside(step, reason)
-        _agreed(True)
+        agreed(True)
         self._manager.reload()
 
     def _set_aside(self, step: int, reason: str) -> None:
@@ -350,32 +350,6 @@ def expect_closed_loops() -> None:
         sys.unraisablehook = hook
 
 
-class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
-    """Tells orbax which entries of the folder are checkpoints: those of `steps_in`, and no others."""
-
-    def build_name(self, step: int) -> str:
-        return str(step)
-
-    def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
-        for step in steps_in(Path(base_path)):
-            yield self.find_step(base_path, step)
-
-    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
-        path = epath.Path(base_path) / str(step)
-        if not path.is_dir():
-            raise ValueError(f"no checkpoint at {path}")
-        return _Found(step, path)
-
-
-class _Found(ocp.path.step.Metadata):
-    """A checkpoint's place. Orbax asks for its age, which decides nothing here, and would read it from a file that no
-    checksum covers."""
-
-    @property
-    def commit_timestamp(self) -> datetime:
-        return datetime.fromtimestamp(self.path.stat().mtime, tz=UTC)
-
-
 class _Damaged(Exception):
     """A checkpoint that reads, and is not what was saved."""
 
@@ -388,26 +362,6 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
     """{path of the leaf: [dtype, shape]}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): [str(np.dtype(x.dtype)), list(x.shape)] for path, x in leaves}
-
-
-def _agreed(value: bool) -> bool:
-    """Process 0's `value`, in every process."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-def agreed_reason(reason: str | None) -> str | None:
-    """Why a process cannot go on, in all of them; None where no process has a reason."""
-    first = everywhere(reason is not None, jax.process_index())
-    return None if first < 0 else reason or f"process {first} cannot read it"
-
-
-def _steps_from_main(steps: Sequence[int]) -> list[int]:
-    """Process 0's steps, in every process: a host may see a shared folder as it was seconds ago."""
-    if jax.process_count() == 1:
-        return list(steps)
-    count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(steps), np.int32)))
-    own = np.resize(np.asarray([*steps, 0], np.int64), count + 1).view(np.int32)  # jax has no 64 bits
-    return np.asarray(multihost_utils.broadcast_one_to_all(own), np.int32).view(np.int64)[:count].tolist()
 
 
 def _free_name(path: Path) -> Path:

@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dpo_jax.errors import InputError
@@ -36,11 +34,11 @@ from dpo_jax.weights.orbax.checkpoint import (
     Checkpoints,
     Identity,
     Restored,
-    StepNames,
-    agreed_reason,
     cannot_write,
     saved,
 )
+from dpo_jax.weights.orbax.step_names import StepNames
+from dpo_jax.weights.orbax.together import agreed_reason, steps_of_all
 
 _KEPT = 2
 """While a host writes one, another may still have only the one before."""
@@ -112,14 +110,7 @@ class LocalCheckpoints(Checkpoints):
 
     def held(self) -> list[int]:
         """The steps that every process holds, oldest first."""
-        own = np.full(2 * _KEPT, -1, np.int64)
-        mine = self.steps()[-len(own) :]
-        own[: len(mine)] = mine
-        if jax.process_count() == 1:
-            return mine
-        pairs = np.asarray(multihost_utils.process_allgather(own.view(np.int32)), np.int32)  # jax has no 64 bits
-        every = [set(row) for row in np.ascontiguousarray(pairs).view(np.int64).tolist()]
-        return sorted(set.intersection(*every) - {-1})
+        return steps_of_all(self.steps(), 2 * _KEPT)
 
     def _damage(self, step: int) -> str | None:
         return agreed_reason(damage_seen_here(self.folder / str(step)))
