@@ -31,6 +31,7 @@ from dpo_jax.state import TrainState
 from dpo_jax.weights.integrity.digests import damage_seen_here, everywhere
 from dpo_jax.weights.integrity.folder import steps_in
 from dpo_jax.weights.orbax.checkpoint import (
+    DELETED,
     Checkpoints,
     Identity,
     Restored,
@@ -89,6 +90,7 @@ class LocalCheckpoints(Checkpoints):
             preservation_policy=policies.LatestN(n=keep),
             create=False,
             cleanup_tmp_directories=True,
+            todelete_subdir=DELETED,
             step_name_format=StepNames(),
             multiprocessing_options=self._only_me,
             enable_per_process_directory_creation=True,
