@@ -29,7 +29,7 @@ from dpo_jax.weights.integrity.digests import damage, write_digests
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.integrity.folder import steps_in
 from dpo_jax.weights.orbax.step_names import StepNames
-from dpo_jax.weights.orbax.together import agreed, agreed_reason, steps_from_main
+from dpo_jax.weights.orbax.together import agreed, agreed_reason, steps_from_main, wait_for_others
 
 T = TypeVar("T")
 Identity = Mapping[str, str | int | float | bool | None]
@@ -113,7 +113,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             todelete_subdir=DELETED,
             step_name_format=StepNames(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._write_digests, barrier_sync_fn=wait_for_others
+            ),
         )
         try:
             return ocp.CheckpointManager(self.folder, options=options)

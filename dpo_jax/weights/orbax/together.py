@@ -1,9 +1,11 @@
 """What the processes of a run agree on about their checkpoints. All of them call these together."""
 
+import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dpo_jax.weights.integrity.digests import everywhere
@@ -39,3 +41,14 @@ def steps_of_all(steps: Sequence[int], most: int) -> list[int]:
     pairs = np.asarray(multihost_utils.process_allgather(own.view(np.int32)), np.int32)
     every = [set(row) for row in np.ascontiguousarray(pairs).view(np.int64).tolist()]
     return sorted(set.intersection(*every) - {-1})
+
+
+def wait_for_others(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier in the background of a save, which a process whose own part has failed does not enter.
+
+    Orbax lets it wait there, with its exception under way, for the others, who wait for its part: for ten minutes. So
+    the exception goes on instead, to `Checkpoints.wait`, and ends the run.
+    """
+    if (failure := sys.exc_info()[1]) is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
