@@ -18,7 +18,7 @@ def test_the_odd_one_is_named() -> None:
     assert alike.difference(told("1", "1", "1")) is None
     said = alike.difference(told("1", "2", "2"))
     assert said is not None
-    assert said.startswith("process 0 on h0 differs in jax: 1 there, 2 in process 1 on h1; start all processes with")
+    assert said.startswith("process 0 on h0 differs in jax: 1 there, 2 in process 1 on h1; start all with the same")
     said = alike.difference(told("1", "2"))
     assert (said or "").startswith("process 1 on h1 differs in jax: 2 there, 1 in process 0 on h0;")
     assert "so have 1 more something else" in (alike.difference(told("1", "2", "1", "3")) or "")
