@@ -8,6 +8,7 @@ import pytest
 
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import RunFolder, flatten, write_atomically
+from dpo_jax.files.jsonl import write_once
 
 GIVEN = {"model": "m", "data": {"files": "d.jsonl"}, "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
 
@@ -121,6 +122,14 @@ def test_a_killed_writer_leaves_nothing_for_ever(tmp_path: Path) -> None:
     assert folder.open() == "new"
     folder.claim(GIVEN)
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "run.json"]
+
+
+def test_killed_between_the_whole_file_and_its_part(tmp_path: Path) -> None:
+    """The rows are read, nothing is made again, and what they grew as goes."""
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "rows.jsonl.part").write_text('{"settings": {}}\n{"a": 1}\n')
+    assert write_once(tmp_path / "rows.jsonl", dict, lambda file: pytest.fail("made again")) == [{"a": 1}]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
