@@ -2,13 +2,13 @@
 
     python benchmarks/streaming.py --kind preferences --rows 10000 100000 1000000 --processes 2
     python benchmarks/streaming.py --kind text --rows 10000 100000 1000000 10000000 --processes 2
-    python benchmarks/streaming.py --kind preferences --rows 1000000 --start
+    python benchmarks/streaming.py --kind preferences --rows 1000000 --part 0.1 --start
 
 Makes synthetic rows (2 kB of preferences, or documents of about 150 characters; of unequal lengths, 1 in 50 a copy of
 another and 1 in 50 nearly one) in a scratch folder, and runs the command on them. A line for each size: rows a second
 of wall time, and of processor time; the peak of resident memory of the command and of its largest worker.
 
-`--start` stores ids, too (`--tokenizer`, of a tiny model that is made here), and then times `dpo-jax dpo` or `sft`
+`--start` stores ids, too (`--store_ids`, of a tiny model that is made here), and then times `dpo-jax dpo` or `sft`
 from the command to its first step.
 """
 
@@ -28,14 +28,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_rows(path: Path, rows: int, kind: str = "preferences", seed: int = 0) -> int:
-    """Write `rows` JSON lines. Returns the size of the file in bytes."""
+def write_rows(path: Path, rows: int, kind: str = "preferences", seed: int = 0, *, part: float = 1.0) -> int:
+    """Write `rows` JSON lines, of `part` of their usual length. Returns the size of the file in bytes."""
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkqjxz"
     words = ["".join(rng.choices(letters, weights=range(26, 0, -1), k=rng.randint(2, 9))) for _ in range(20_000)]
     pool = " ".join(rng.choices(words, k=1_000_000))
 
-    def said(mean: int) -> str:
+    def said(usual: int) -> str:
+        mean = max(1, int(part * usual))
         at = int(rng.random() * (len(pool) - 30 * mean))
         return pool[at : at + 8 + min(int(rng.expovariate(1 / mean)), 29 * mean)]
 
@@ -126,7 +127,7 @@ def tiny_model(folder: Path) -> None:
 def start(store: Path, model: Path, kind: str, out: Path) -> tuple[Measured, float]:
     """(what a run of one step took, seconds of wall time to the first step's metrics)."""
     words = ["--model", str(model), "--data", f"tfds:{store}:train", "--out", str(out), "--train.steps", "1"]
-    words += ["--data.max_length", "512", "--train.batch_size", "8"]
+    words += ["--data.max_length", "256", "--train.batch_size", "8"]
     words = (
         ["dpo", *words, "--dpo.reference", "live"] if kind == "preferences" else ["sft", *words, "--data.kind", kind]
     )
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--splits", default="train=0.98,test=0.02")
     parser.add_argument("--start", action="store_true", help="store ids, and time the start of a run")
+    parser.add_argument("--part", type=float, default=1.0, help="rows of this part of their usual length")
     parser.add_argument("--work", type=Path, help="where to make a scratch folder (default: among temporary files)")
     options = parser.parse_args()
     print(
@@ -151,11 +153,11 @@ def main() -> None:
     for rows in options.rows:
         with tempfile.TemporaryDirectory(dir=options.work) as scratch:
             folder = Path(scratch)
-            size = write_rows(folder / "rows.jsonl", rows, options.kind)
+            size = write_rows(folder / "rows.jsonl", rows, options.kind, part=options.part)
             words = ["--splits", options.splits, "--processes", str(options.processes)]
             if options.start:
                 tiny_model(folder / "model")
-                words += ["--tokenizer", str(folder / "model")]
+                words += ["--store_ids", "--tokenizer", str(folder / "model")]
             took, written = prepare(folder / "rows.jsonl", folder / "store", *words)
             (folder / "rows.jsonl").unlink()
             print(

@@ -22,12 +22,14 @@ from dpo_jax.config import PrepareRun
 from dpo_jax.config.commands.rows import split_shares
 from dpo_jax.data.rows.readable import check_named
 from dpo_jax.data.sets.documents import is_text
+from dpo_jax.data.sets.ids_writer import IdsPlan, assemble_ids
 from dpo_jax.data.sets.pieces import Piece, pieces_of
 from dpo_jax.data.sets.prepare_piece import Job, gather, job_of, piece_folder, prepare_piece, summary_of
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.staging import is_remote, upload
 from dpo_jax.data.sources.store import open_store
 from dpo_jax.data.sources.store_writer import VERSION, assemble, dataset_name, write_report
+from dpo_jax.data.tokens.templates import today
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import writing
 from dpo_jax.files.log import say
@@ -120,10 +122,13 @@ def _made(run: PrepareRun, folder: Path) -> dict[str, Any]:
         splits=shares,
     )
     pieces = pieces_of(source, job.belong, whole=run.limit is not None)
-    _go_on(folder, {"layout": _LAYOUT, "job": asdict(job), "tokenizer": run.tokenizer, "pieces": _told(pieces)}, run.to)
+    date = run.date or today()
+    ids = IdsPlan(run.tokenizer, run.template, date) if run.store_ids and run.tokenizer is not None else None
+    plan = {"layout": _LAYOUT, "job": asdict(job), "tokenizer": run.tokenizer, "ids": ids, "pieces": _told(pieces)}
+    _go_on(folder, plan, run.to)
     processes = min(len(pieces), run.processes or os.cpu_count() or 1)
     with Workers(processes) as workers:
-        _work(workers, job, pieces, folder / _PIECES, run)
+        _work(workers, job, pieces, folder / _PIECES, run, ids)
         made = gather(job, folder / _PIECES, len(pieces))
         found = made.found
         check_named(source, job.renamed, found.seen, found.read)
@@ -138,6 +143,8 @@ def _made(run: PrepareRun, folder: Path) -> dict[str, Any]:
         counts = duplicates.count_prompts(made.prompts, len(shares), counting, workers.map)
     whole = folder / _WHOLE / VERSION
     whole.mkdir(parents=True, exist_ok=True)
+    if ids is not None:
+        assemble_ids(whole, job.kind, list(shares), made.ids)
     written = assemble(
         whole,
         name=dataset_name(Path(run.to.rstrip("/"))),
@@ -241,11 +248,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _work(workers: Workers, job: Job, pieces: list[Piece], folder: Path, run: PrepareRun) -> None:
+def _work(workers: Workers, job: Job, pieces: list[Piece], folder: Path, run: PrepareRun, ids: IdsPlan | None) -> None:
     """Do the pieces that are not done yet."""
     waiting = [i for i in range(len(pieces)) if not piece_folder(folder, i).exists()]
     said, done = time.monotonic(), len(pieces) - len(waiting)
-    one = partial(_piece, job, folder, run.tokenizer)
+    one = partial(_piece, job, folder, run.tokenizer, ids)
     for _ in workers.map(one, [(i, pieces[i]) for i in waiting]):
         done += 1
         if time.monotonic() - said >= SECONDS:
@@ -253,8 +260,8 @@ def _work(workers: Workers, job: Job, pieces: list[Piece], folder: Path, run: Pr
             say(f"{run.to}: {done} of {len(pieces)} pieces are done")
 
 
-def _piece(job: Job, folder: Path, tokenizer: str | None, piece: tuple[int, Piece]) -> None:
-    prepare_piece(job, piece[1], folder, piece[0], None if tokenizer is None else _tokenizer(tokenizer))
+def _piece(job: Job, folder: Path, tokenizer: str | None, ids: IdsPlan | None, piece: tuple[int, Piece]) -> None:
+    prepare_piece(job, piece[1], folder, piece[0], None if tokenizer is None else _tokenizer(tokenizer), ids)
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dpo_jax.config.bases import ReadsModels
 from dpo_jax.config.names import RunOptions
-from dpo_jax.config.options import Count, Options, not_given, part, require
+from dpo_jax.config.options import Count, Options, not_given, part, require, require_day
 from dpo_jax.config.sections import DataConfig, FilesConfig
 
 
@@ -91,6 +91,12 @@ class PrepareRun(Options, metaclass=RunOptions):
     """NAME=SHARE, separated by commas, such as train=0.98,test=0.02. A hash of the prompt decides a row's split."""
     tokenizer: str | None = None
     """Also report lengths in tokens, with the tokenizer of this checkpoint (Hugging Face folder, hub id, .gguf)."""
+    store_ids: bool = False
+    """Store the ids, too, of preferences or text: a run with this tokenizer and template need not tokenise them."""
+    template: str | None = not_given(needs="store_ids")
+    """Template of these ids, as --data.template of the run. Not given: the tokenizer's own."""
+    date: str | None = not_given(needs="store_ids")
+    """Day (YYYY-MM-DD) of these ids, where the template writes one, as --data.date of the run. Not given: today."""
     separator: str | None = None
     """What stands between the documents of text files: blank_line, or a literal. Not given: a file is one document."""
     limit: Count | None = None
@@ -105,3 +111,5 @@ class PrepareRun(Options, metaclass=RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         split_shares(self.splits)
+        require(not self.store_ids or self.tokenizer is not None, "--store_ids: name the checkpoint with --tokenizer")
+        require_day(self.date, "--date")

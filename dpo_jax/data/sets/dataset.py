@@ -1,5 +1,6 @@
 """A tokenised preference data set, in memory: two flat arrays of ids and where each row lies in them."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -11,13 +12,14 @@ from dpo_jax.config import DataConfig, Ties
 from dpo_jax.data.rows.comparisons import parse_preference
 from dpo_jax.data.rows.layouts import EXTRA_COLUMNS, PAIR_COLUMNS, PROMPT_COLUMNS, REPLIES_COLUMNS
 from dpo_jax.data.rows.preferences import Extra
-from dpo_jax.data.rows.problems import BadRow
+from dpo_jax.data.rows.problems import BadRow, Tally
 from dpo_jax.data.rows.ratings import Evidence
+from dpo_jax.data.sets.stored_ids import NUMBERS, TEXTS, StoredIds, open_ids
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows, check_ids
 from dpo_jax.data.tokens.cuts import RowCut, summary as cuts_summary
-from dpo_jax.data.tokens.encode import ConversationEncoder, Encoded, Rendered, cut_of, truncate
-from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.data.tokens.encode import ConversationEncoder, Encoded, Rendered, cut_of, same_tokens, truncate
+from dpo_jax.data.tokens.ragged import Ragged, StoredRagged
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 
@@ -72,7 +74,7 @@ class PreferenceDataset(Tokenised):
         (Not the reference log-probabilities, which follow from these and another model.)
         """
         parts = (self.prompts, self.responses, self.formats)
-        arrays = [array for part in parts if part is not None for array in (part.values, part.starts)]
+        arrays = [array for part in parts if part is not None for array in part.told]
         arrays += [array for array in (self.margins, self.ranks) if array is not None]
         arrays += [values for _, values in sorted((self.labels or {}).items())]
         return fingerprint_of(arrays)
@@ -91,7 +93,7 @@ class PreferenceDataset(Tokenised):
         """
         prompts, responses = self.prompt_lengths, self.response_lengths[:, :2]
         shown = responses[responses > 0]
-        last = self.responses.values[np.maximum(self.responses.starts[1:] - 1, 0)].reshape(len(self), -1)[:, :2]
+        last = self.responses.last.reshape(len(self), -1)[:, :2]
         ended = np.isin(last, self.terminators)[responses > 0].mean()
         return self.told(
             f"{self.source}: {len(self)} of {self.rows_read} rows; prompts of {prompts.mean():.0f} tokens "
@@ -115,8 +117,8 @@ def load_preferences(
 ) -> PreferenceDataset:
     """Read, check and tokenise a preference file.
 
-    Every process does so itself: it is about a thousand chat pairs a second and core, so no cache of ids is kept that
-    could go stale.
+    Every process does so itself: it is about a thousand chat pairs a second and core. Of a store that holds the ids,
+    too (`stored_ids.py`), those are taken, and read when they are asked for.
 
     Args:
       source: see `files.read_rows`; the layouts of rows: see `preferences.py`.
@@ -134,6 +136,23 @@ def load_preferences(
       InputError: unreadable file, bad rows, no usable row, ids beyond the embedding, no chat template.
     """
     encoder = ConversationEncoder.of(tokenizer, config)
+    others = {
+        "--data.limit takes the first rows alone": config.limit is not None,
+        "--data.columns names others": config.columns is not None,
+        "--data.empty_system puts a message before them": config.empty_system,
+        "--dpo.mask_format_tokens needs to know more of them": with_format_masks,
+    }
+    stored = open_ids(
+        source,
+        "preferences",
+        tokenizer,
+        template=config.template,
+        date=config.date,
+        otherwise=next((why for why, so in others.items() if so), ""),
+    )
+    if stored is not None and not (needs_pairs and (stored.rows["responses"] == 0).any()):
+        found = _stored(source, stored, config, encoder, vocab_size, on_bad_rows)
+        return with_mismatched_responses(found, config.max_length) if with_mismatched else found
 
     def parse(row: dict[str, Any], usable: Usable) -> tuple[Rendered, dict[str, Extra]]:
         pair = parse_preference(row, needs_pairs=needs_pairs, ties=ties)
@@ -148,6 +167,61 @@ def load_preferences(
         extras={name: [e.get(name) for e in extras] for name in EXTRA_COLUMNS if name in told},
     )
     return with_mismatched_responses(dataset, config.max_length) if with_mismatched else dataset
+
+
+def _stored(
+    source: str,
+    stored: StoredIds,
+    config: DataConfig,
+    encoder: ConversationEncoder,
+    vocab_size: int,
+    on_bad_rows: OnBadRows,
+) -> PreferenceDataset:
+    """The pairs whose ids are stored, cut as `encode.truncate` cuts them."""
+    rows = stored.rows
+    prompts, responses = rows["prompt"].astype(np.int64), rows["responses"].astype(np.int64)
+    most = config.max_prompt_length
+    room = np.maximum(config.max_length // 2, config.max_length - responses.max(axis=1)) if most is None else most
+    kept = np.minimum(prompts, room)
+    left = np.minimum(responses, (config.max_length - kept)[:, None])
+    lasts = rows["lasts"].reshape(-1).astype(np.int64)
+    dataset = PreferenceDataset(
+        prompts=StoredRagged.stored(stored.files["prompt"], stored.digest, prompts, kept, ends=True, lead=encoder.bos),
+        responses=StoredRagged.stored(
+            stored.files["responses"], stored.digest, responses.reshape(-1), left.reshape(-1), lasts=lasts
+        ),
+        formats=None,
+        extras=_extras(stored),
+        used_columns=tuple(sorted(PAIR_COLUMNS.intersection(stored.told["columns"]))),
+        terminators=encoder.endings,
+        row_numbers=rows["number"].astype(np.int32),
+        source=source,
+        dropped=Counter(),
+        rows_read=stored.count,
+    )
+    tally = Tally()
+    alike = np.flatnonzero((left[:, 0] == left[:, 1]) & (left != responses).any(axis=1))
+    same = [i for i in alike.tolist() if np.array_equal(dataset.responses[2 * i], dataset.responses[2 * i + 1])]
+    for i in same:
+        room_of = config.max_length - int(kept[i])
+        tally.add(int(dataset.row_numbers[i]), same_tokens(f"the first {room_of} of them; raise --data.max_length"))
+    told = stored.read(source, vocab_size, on_bad_rows, tally)
+    shorter, off = (left != responses).sum(axis=1), prompts - kept
+    cuts = [RowCut()] * len(rows)
+    for i in np.flatnonzero((shorter > 0) | (off > 0)).tolist():
+        cuts[i] = RowCut(int(off[i]), int(shorter[i]), bool(rows["system"][i] and off[i] > 0))
+    dataset = replace(dataset, cuts=tuple(cuts), **told)
+    return dataset.taken(np.setdiff1d(np.arange(len(rows)), same)) if same else dataset
+
+
+def _extras(stored: StoredIds) -> dict[str, list[Extra | None]]:
+    """The columns beside the pairs, under the readers' names."""
+    there = {*stored.told["columns"]}
+    found = {name: stored.column(name) for name in (*NUMBERS, *TEXTS) if name in there}
+    if words := found.pop("rating_text", None):
+        numbers = found.get("rating", [None] * len(words))
+        found["rating"] = [word if number is None else number for word, number in zip(words, numbers, strict=True)]
+    return {name: found[name] for name in EXTRA_COLUMNS if name in found}
 
 
 def load_groups(
@@ -251,7 +325,7 @@ def with_mismatched_responses(dataset: PreferenceDataset, max_length: int) -> Pr
         for into, source in ((responses, dataset.responses), (formats, dataset.formats)):
             if source is not None:
                 added = [source[place][:room] for place in places]
-                into += [source[2 * i], source[2 * i + 1], *added, *[source.values[:0]] * (most - len(added))]
+                into += [source[2 * i], source[2 * i + 1], *added, *[source[0][:0]] * (most - len(added))]
     return replace(
         dataset,
         responses=Ragged.of(responses, np.int32),

@@ -23,14 +23,16 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.data.rows.messages import columns_of, text_of
 from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.readable import column_of, parse_columns, renamed
+from dpo_jax.data.sets.stored_ids import StoredIds, open_ids
 from dpo_jax.data.sets.tokenised import Tokenised, fingerprint_of
 from dpo_jax.data.sources.checked_rows import CheckedRows, Numbered, OnBadRows
 from dpo_jax.data.sources.files import MAX_LINE, open_bytes, read_rows_or_problems
 from dpo_jax.data.sources.store import names_store
 from dpo_jax.data.tokens.chat_tokenizer import bare
-from dpo_jax.data.tokens.ragged import Ragged
+from dpo_jax.data.tokens.ragged import Ragged, StoredRagged
 from dpo_jax.errors import InputError
 
+TOO_SHORT = BadRow("document shorter than two tokens", severity="lost")
 BLANK_LINE = "blank_line"
 """The separator that means blank lines; any other is taken literally."""
 
@@ -62,7 +64,7 @@ class DocumentDataset(Tokenised):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the ids and of where documents begin, in order."""
-        return fingerprint_of((self.tokens.values, self.tokens.starts))
+        return fingerprint_of(self.tokens.told)
 
     def summary(self) -> str:
         """A few lines for the log: documents used, lengths, tokens the tokenizer does not know, columns not read."""
@@ -104,7 +106,16 @@ def load_documents(
     if separator is not None and not is_text(source):
         raise InputError(f"--data.separator has no effect: {source} holds rows, and each is one document")
     place = _text_place(source, columns)
-    encoder = _Encoder(tokenizer, vocab_size)
+    own = (
+        "--data.limit takes the first rows alone"
+        if limit is not None
+        else "--data.columns names another"
+        if columns
+        else ""
+    )
+    if (stored := open_ids(source, "text", tokenizer, otherwise=own)) is not None:
+        return _stored(source, stored, vocab_size, on_bad_rows)
+    encoder = DocumentEncoder(tokenizer, vocab_size)
     found: set[str] = set()
 
     def parse(row: dict[str, Any]) -> str:
@@ -119,7 +130,7 @@ def load_documents(
     def encode(chunk: Numbered[str]) -> Iterator[np.ndarray | BadRow]:
         for ids in encoder.encode([text for _, text in chunk]):
             short = len(ids) - encoder.ends < 2
-            yield BadRow("document shorter than two tokens", severity="lost") if short else ids
+            yield TOO_SHORT if short else ids
 
     read_rows = partial(rows_of, separator=separator)
     documents, read = CheckedRows(source, limit, read=read_rows).collect(parse, encode, on_bad_rows)
@@ -131,7 +142,19 @@ def load_documents(
     )
 
 
-class _Encoder:
+def _stored(source: str, stored: StoredIds, vocab_size: int, on_bad_rows: OnBadRows) -> DocumentDataset:
+    """The documents whose ids are stored. They are read when they are asked for."""
+    read = stored.read(source, vocab_size, on_bad_rows)
+    lengths = stored.rows["tokens"].astype(np.int64)
+    return DocumentDataset(
+        tokens=StoredRagged.stored(stored.files["tokens"], stored.digest, lengths, lengths),
+        unknown=stored.told["unknown"],
+        unused_columns=tuple(name for name in stored.told["columns"] if name != "text"),
+        **read,
+    )
+
+
+class DocumentEncoder:
     """Texts to [BOS] ids EOS.
 
     Attributes:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.data.rows.problems import BadRow, Tally
 from dpo_jax.data.rows.readable import Readable, column_of, parse_columns, renamed, sources, together
 from dpo_jax.data.sets.documents import rows_of
+from dpo_jax.data.sets.ids_writer import IdsPlan, IdsWriter
 from dpo_jax.data.sets.pieces import Piece, PieceRows
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.store_schema import Kind, Parsed
@@ -181,9 +182,14 @@ def piece_folder(folder: Path, index: int) -> Path:
 
 
 def prepare_piece(
-    job: Job, piece: Piece, folder: Path, index: int, tokenizer: PreTrainedTokenizerBase | None = None
+    job: Job,
+    piece: Piece,
+    folder: Path,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ids: IdsPlan | None = None,
 ) -> None:
-    """Make `piece_folder(folder, index)`. `tokenizer`: to measure lengths in tokens too.
+    """Make `piece_folder(folder, index)`. `tokenizer`: to measure lengths in tokens too; `ids`: to store them.
 
     Raises `InputError`, `OSError`.
     """
@@ -194,6 +200,9 @@ def prepare_piece(
     splits, found = Splits(job.splits), Found()
     writers = [SplitWriter(scratch, name) for name in splits.names]
     rows = PieceRows(piece, job.separator)
+    stored = None
+    if ids is not None and tokenizer is not None and job.kind is not None:
+        stored = IdsWriter(scratch, splits.names, job.kind, tokenizer, ids)
     with (scratch / _PROMPTS).open("wb") as prompts:
         for chunk in _chunks(found, rows, job):
             assert job.kind is not None
@@ -205,11 +214,14 @@ def prepare_piece(
             said = [text.partition(": ")[2] for text in texts]  # without the first role, which all have
             prompts.write(duplicates.records(said, hashes, into, [number for number, _ in chunk]).tobytes())
             found.measure([row for _, row in chunk], tokenizer)
+            if stored is not None:
+                stored.add([row for _, row in chunk], into)
             found.written += len(chunk)
     found.numbers = rows.numbers
     written = {name: asdict(writer.finish()) for name, writer in zip(splits.names, writers, strict=True)}
     with (scratch / _FOUND).open("w", encoding="utf-8") as file:
-        json.dump({"found": found.state(), "splits": written}, file)
+        told = None if stored is None else stored.finish()
+        json.dump({"found": found.state(), "splits": written, "ids": told}, file)
         file.flush()
         os.fsync(file.fileno())
     scratch.rename(final)
@@ -243,21 +255,24 @@ class Made:
       found: of all together.
       prompts: files of `duplicates.RECORD`s, and what is added to the numbers of their rows.
       splits: name -> where its shards stand, and what was written there.
+      ids: where the ids of each stand, and what `IdsWriter.finish` said of them; None of pieces without.
     """
 
     found: Found
     prompts: list[tuple[Path, int]]
     splits: dict[str, list[tuple[Path, Written]]]
+    ids: list[tuple[Path, Any]]
 
 
 def gather(job: Job, folder: Path, count: int) -> Made:
     """What the pieces 0 to `count` - 1, all of them done, came to."""
-    made = Made(Found(), [], {name: [] for name in job.splits})
+    made = Made(Found(), [], {name: [] for name in job.splits}, [])
     for index in range(count):
         place = piece_folder(folder, index)
         told = json.loads((place / _FOUND).read_text(encoding="utf-8"))
         made.prompts.append((place / _PROMPTS, made.found.numbers))
         made.found.take(told["found"])
+        made.ids.append((place, told["ids"]))
         for name, written in told["splits"].items():
             made.splits[name].append((place, Written(**written)))
     return made

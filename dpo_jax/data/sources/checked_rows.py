@@ -105,19 +105,8 @@ class CheckedRows:
                     made.append(item)
                     numbers.append(number)
         check_named(self.source, self._renamed, self.columns, self.rows_read)
-        if on_bad_rows == "refuse":
-            self.tally.refuse(self.source, self.rows_read)
-        if not made:
-            raise self.tally.nothing_left(self.source, self.rows_read)
-        for line in self.tally.left_out(self.rows_read):
-            log.warning("%s: left out %s", self.source, line)
-        return made, {
-            "row_numbers": np.asarray(numbers, np.int32),
-            "dropped": self.tally.dropped,
-            "rows_read": self.rows_read,
-            "source": self.source,
-            "problems": self.tally.describe(self.tally.dropped),
-        }
+        told = settled(self.tally, self.source, self.rows_read, on_bad_rows, any_left=bool(made))
+        return made, {"row_numbers": np.asarray(numbers, np.int32), **told}
 
     def _chunks(self, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Numbered[Parsed]]:
         chunk: Numbered[Parsed] = []
@@ -209,6 +198,25 @@ class CheckedRows:
         named = {column_of(place): name for name, place in self._renamed.items()}
         kept = {name: value for name, value in own.items() if name not in self._renamed}
         return {name: value for name, value in (kept | self.sources | named).items() if name in self.columns}
+
+
+def settled(tally: Tally, source: str, rows: int, on_bad_rows: OnBadRows, *, any_left: bool) -> dict[str, Any]:
+    """What `sets.tokenised.Tokenised` tells of how the `rows` of a source were read, but for their numbers.
+
+    What was left out is logged. Raises `InputError` where rows are refused, or none can be used.
+    """
+    if on_bad_rows == "refuse":
+        tally.refuse(source, rows)
+    if not any_left:
+        raise tally.nothing_left(source, rows)
+    for line in tally.left_out(rows):
+        log.warning("%s: left out %s", source, line)
+    return {
+        "dropped": tally.dropped,
+        "rows_read": rows,
+        "source": source,
+        "problems": tally.describe(tally.dropped),
+    }
 
 
 def check_ids(largest: int, vocab_size: int, number: int) -> None:

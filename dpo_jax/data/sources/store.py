@@ -57,6 +57,7 @@ class Store:
       kind: which of `store_schema.FIELDS` the rows are; None where `dpo-jax prepare` did not write them.
       fingerprint: SHA-256 of what is known of the records without reading them all: metadata, digests, split.
       decoder: turns a record into a row; it names the columns.
+      folder: that holds its dataset_info.json, perhaps in a bucket.
     """
 
     source: str
@@ -64,6 +65,7 @@ class Store:
     kind: Kind | None
     fingerprint: str
     decoder: Decoder
+    folder: Any
     _records: Any
 
     def __len__(self) -> int:
@@ -154,6 +156,7 @@ def _open(source: str, place: str, asked: str | None) -> Store:
         kind=None if ours is None else ours["kind"],
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
         decoder=decoder,
+        folder=folder,
         _records=records,
     )
 

@@ -85,13 +85,14 @@ class Parsed:
     """A row of a source, read: `columns` as `FIELDS` names them, the prompt that decides its split, its parts' texts.
 
     `prompt` is (role, text) a turn; of plain text it is the text. `parts` are what lengths are counted of;
-    `unusable` names columns whose value is none of their type, and is not kept.
+    `unusable` names columns whose value is none of their type, and is not kept. `pair` is there of preferences.
     """
 
     columns: dict[str, Any]
     prompt: tuple[tuple[str, str], ...]
     parts: dict[str, str]
     unusable: tuple[str, ...] = ()
+    pair: Pair | None = None
 
 
 def kind_of(row: Row) -> Kind:
@@ -139,7 +140,7 @@ def _parsed_pair(pair: Pair) -> Parsed:
         columns["rating_text" if name == "rating" and isinstance(value, str) else name] = value
     parts = {"prompt": "\n".join(m.content for m in pair.messages)}
     parts |= {name: text for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)) if text is not None}
-    return Parsed(columns, tuple(turns_of(pair.messages)), parts, unusable)
+    return Parsed(columns, tuple(turns_of(pair.messages)), parts, unusable, pair)
 
 
 def _parsed_dialogue(dialogue: dialogues.Dialogue) -> Parsed:

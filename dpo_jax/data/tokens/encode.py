@@ -131,8 +131,7 @@ class ConversationEncoder(ChatTokenizer):
         present = [part for part in parts if part is not None]
         length = min(part.start for part in present)
         if compared and _repeats([part.ids for part in present]):
-            same = _SAME if len(parts) == 2 else _TWO_SAME
-            raise BadRow(same, "they differ in nothing that the template keeps", "lost")
+            raise same_tokens("they differ in nothing that the template keeps", len(parts))
         for other in present[1:]:
             length = _common(present[0].ids, other.ids, length)
         if length == 0:
@@ -215,6 +214,11 @@ def _repeats(answers: Sequence[list[int]]) -> bool:
     return len({tuple(ids) for ids in answers}) < len(answers)
 
 
+def same_tokens(detail: str, responses: int = 2) -> BadRow:
+    """What to raise where two of so many responses are the same tokens."""
+    return BadRow(_SAME if responses == 2 else _TWO_SAME, detail, "lost")
+
+
 def truncate(encoded: Encoded, config: DataConfig, *, bos: int | None, compared: bool = True) -> Encoded:
     """Keep the end of an over-long prompt (behind its BOS), then the start of each response.
 
@@ -226,8 +230,7 @@ def truncate(encoded: Encoded, config: DataConfig, *, bos: int | None, compared:
     room = config.max_length - len(prompt)
     responses = tuple(r[:room] for r in encoded.responses)
     if compared and _repeats([r.tolist() for r in responses if len(r)]):
-        same = _SAME if len(responses) == 2 else _TWO_SAME
-        raise BadRow(same, f"the first {room} of them; raise --data.max_length", "lost")
+        raise same_tokens(f"the first {room} of them; raise --data.max_length", len(responses))
     return Encoded(prompt, responses, tuple(f[:room] for f in encoded.formats))
 
 
