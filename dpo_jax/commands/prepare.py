@@ -39,7 +39,7 @@ from dpo_jax.weights.integrity.folder import check_free
 SECONDS = 10.0
 """How often to say how far it is."""
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-_LAYOUT = 1
+_LAYOUT = 2
 """Counts the changes after which what an earlier version left unfinished is not gone on with."""
 
 
