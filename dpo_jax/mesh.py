@@ -27,6 +27,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 # so an activation ("batch", "length", "embed") has its embed axis whole, while a kernel ("embed", "mlp") splits it.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "copies": ("data",),
     "responses": (),
     "length": ("context",),
     "embed": ("fsdp", "context"),
@@ -119,8 +120,8 @@ def _across_slices(shape: tuple[int, ...], slices: int, devices: list[Any], *, c
 
 
 def _split(axes: LogicalAxes) -> list[tuple[str, ...]]:
-    """The mesh axes that split each axis of an array."""
-    used: set[str] = set()
+    """The mesh axes that split each axis of an array; within `sum_over_copies` not `data`, whose pieces are apart."""
+    used = set(_apart(jax.sharding.get_abstract_mesh()))
     entries: list[tuple[str, ...]] = []
     for axis in axes:
         names = () if axis is None else tuple(n for n in RULES[axis] if n not in used)
@@ -187,6 +188,11 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def _apart(mesh: Mesh | jax.sharding.AbstractMesh) -> Sequence[str]:
+    """The mesh axes along which the code that is traced sees one piece of each array."""
+    return mesh.manual_axes if isinstance(mesh, jax.sharding.AbstractMesh) else ()
+
+
 def _current() -> jax.sharding.AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
@@ -240,6 +246,53 @@ def shard_map(function: Callable[..., Any], inputs: Sequence[LogicalAxes], outpu
     return jax.shard_map(function, in_specs=in_specs, out_specs=partition_spec(output), check_vma=False)
 
 
+def for_lookup(table: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """`table`, laid out so that rows of it can be gathered within `sum_over_copies`: the vocabulary whole.
+
+    XLA's partitioner aborts (`ExpandDeviceGroupsWithIota`) on a gather from a table that is split along both axes where
+    another axis of the mesh is mapped over already. Elsewhere, and where only one axis is split, `table` itself.
+    """
+    mesh = _current()
+    if mesh is None or not _apart(mesh) or parts("embed") == 1 or parts("vocab") == 1:
+        return table
+    return constrain(table, tuple(None if axis == "vocab" else axis for axis in axes))
+
+
+def slices_of(mesh: Mesh) -> list[int]:
+    """The slice (TPU slice, or GPU node) of each device of `mesh`, in its order; CPUs are slices by process."""
+    return [
+        device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0)
+        for device in mesh.devices.flat
+    ]
+
+
+def copies() -> int:
+    """How many copies of the model the mesh in force holds (`data`); 1 without a mesh."""
+    mesh = _current()
+    return 1 if mesh is None else mesh.shape["data"]
+
+
+def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any, dtype: Any) -> tuple[Any, Any]:
+    """(sums, rows) of `function(rows) -> (sums, rows)`, which each copy of the model (`data`) applies to its own rows.
+
+    Only the sums travel between copies, once, when each has its own: of every array a device sends its piece along the
+    other axes. They travel in `dtype`. `rows` are trees of arrays with the batch first. Without copies, and where
+    sequences are split (XLA's partitioner aborts on the gathers along them), `function` itself.
+    """
+    if copies() == 1 or parts("length") > 1:
+        return function(rows)
+
+    def own(rows: Any) -> tuple[Any, Any]:
+        sums, found = function(rows)
+        return jax.tree.map(lambda x: jax.lax.psum(x.astype(dtype), "data").astype(x.dtype), sums), found
+
+    split = PartitionSpec("data")
+    mapped = jax.shard_map(
+        own, in_specs=(split,), out_specs=(PartitionSpec(), split), axis_names={"data"}, check_vma=False
+    )
+    return mapped(rows)
+
+
 def batch_axes(ndim: int) -> LogicalAxes:
     """Logical axes of a batch array: the first axis is the batch, the others are whole."""
     return ("batch",) + (None,) * (ndim - 1)
@@ -260,7 +313,7 @@ def for_sampling(mesh: Mesh, *, whole_rows: bool = False) -> Mesh:
 
 def pieces(mesh: Mesh | jax.sharding.AbstractMesh | None, axis: str) -> int:
     """How many pieces a logical axis is split into on `mesh`; 1 without one."""
-    return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis])
+    return 1 if mesh is None else math.prod(mesh.shape[n] for n in RULES[axis] if n not in _apart(mesh))
 
 
 def batch_parts(mesh: Mesh | None) -> int:

@@ -74,9 +74,12 @@ def sampled_logps(
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
     shaped = unembedding if isinstance(unembedding, Shaped) else None
     head = rounded(unembedding.matrix if isinstance(unembedding, Shaped) else unembedding, hidden.dtype)
+    head = jax.tree.map(lambda x: meshes.for_lookup(x, ("embed", "vocab")), head)
     sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
-    own = read(take(jax.tree.map(jnp.transpose, head), targets, axis=0))
-    own = meshes.constrain(own, ("batch", length_axis(targets.shape[1]), None))
+    own = read(take(jax.tree.map(jnp.transpose, head), meshes.constrain(targets, ("copies", None)), axis=0))
+    own = meshes.constrain(
+        meshes.constrain(own, ("copies", None, "embed")), ("batch", length_axis(targets.shape[1]), None)
+    )
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
     if shaped is not None:

@@ -42,17 +42,23 @@ def _units(batch: Any) -> int:
     return min(x.shape[0] for x in jax.tree.leaves(batch))
 
 
+def _check_split(batch: Any, k: int) -> int:
+    """How many units `batch` has. Raises `InputError` when they do not divide over k micro-batches and the devices."""
+    units, parts = _units(batch), meshes.parts("batch")
+    if units % (k * parts):
+        raise InputError(
+            f"a batch of {units} rows does not split into {k} micro-batches over {parts} devices; "
+            f"choose --train.batch_size as a multiple of {k * parts}, or lower --train.accumulate"
+        )
+    return units
+
+
 def _split(batch: Batch, k: int) -> Batch:
     """[B, ...] -> [k, B / k, ...]; micro-batch i takes rows i, i + k, ..., so that each row stays on its device.
 
     Of a batch with windows it takes windows i, i + k, ..., and the rows in them.
     """
-    units, parts = _units(batch), meshes.parts("batch")
-    if units % k or (units // k) % parts:
-        raise InputError(
-            f"a batch of {units} rows does not split into {k} micro-batches over {parts} devices; "
-            f"choose --train.batch_size as a multiple of {k * parts}, or lower --train.accumulate"
-        )
+    units = _check_split(batch, k)
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(units // k, k, x.shape[0] // units, *x.shape[1:]).swapaxes(0, 1)
@@ -93,15 +99,20 @@ def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *
     Raises:
       InputError: the rows do not divide over k micro-batches and the devices.
     """
-    if k == 1:
-        return f(batch)
 
     def add(total: Any, part: Batch) -> tuple[Any, Any]:
         gradients, rows = f(part)
         return jax.tree.map(jnp.add, total, gradients), rows
 
-    gradients, rows = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), _split(batch, k))
-    return gradients, _join(rows, _units(batch))
+    def own(batch: Batch) -> tuple[Any, Any]:
+        if k == 1:
+            return f(batch)
+        gradients, rows = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), _split(batch, k))
+        return gradients, _join(rows, _units(batch))
+
+    if meshes.copies() > 1:
+        _check_split(batch, k)
+    return meshes.sum_over_copies(own, batch, jnp.float32)
 
 
 # ---------------------------------------------------------------- the update

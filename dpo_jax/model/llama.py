@@ -340,7 +340,10 @@ class Llama(nn.Module):
         if c.sliding_window is not None and reach > c.sliding_window:
             mask = dataclasses.replace(mask, window=c.sliding_window, at=at)
         angles = self._angles(at, mask, cached=cache is not None)
-        x = jnp.take(self.embed_tokens.value, tokens, axis=0).astype(self.dtype)
+        # Each device looks up its piece of the width for all rows of its copy of the model, then pieces are exchanged.
+        table = meshes.for_lookup(self.embed_tokens.value, ("vocab", "embed"))
+        x = jnp.take(table, meshes.constrain(tokens, ("copies", None)), axis=0)
+        x = meshes.constrain(x, ("copies", None, "embed")).astype(self.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         x = meshes.constrain(x, ("batch", "length", "embed"))

@@ -1,10 +1,11 @@
-"""How long a program takes on its devices, from what it computes and moves: a roofline with three roofs.
+"""How long a program takes on its devices, from what it computes and moves: a roofline with four roofs.
 
     compute   computed FLOPs / devices / (share of the peak that matrix products reach x peak)
     memory    bytes to and from memory / (share x bandwidth)
-    links     Σ bytes that a device sends in collectives / (share x bandwidth of its links)
+    links     Σ bytes that a device sends inside its slice / (share x bandwidth of its links)
+    network   Σ bytes that a device sends to other slices or nodes / (share x its bandwidth between them)
 
-Hardware overlaps the three as far as the program allows, which nothing here knows: if all of it overlaps, the step
+Hardware overlaps the four as far as the program allows, which nothing here knows: if all of it overlaps, the step
 takes the longest of them (`fastest`), if nothing does, their sum (`slowest`). Rankings and prices use the sum.
 """
 
@@ -21,7 +22,7 @@ class Estimate:
     """Seconds of one run of a program, and what follows.
 
     Attributes:
-      compute, memory, links: seconds under each roof.
+      compute, memory, links, network: seconds under each roof.
       tokens: real tokens, all devices.
       flops: model FLOPs of a device.
       peak: FLOP/s of a device in bfloat16, against which MFU is reckoned.
@@ -32,6 +33,7 @@ class Estimate:
     compute: float
     memory: float
     links: float
+    network: float
     tokens: float
     flops: float
     peak: float
@@ -41,17 +43,17 @@ class Estimate:
     @property
     def fastest(self) -> float:
         """Everything overlaps."""
-        return max(self.compute, self.memory, self.links)
+        return max(self.compute, self.memory, self.links, self.network)
 
     @property
     def slowest(self) -> float:
         """Nothing overlaps."""
-        return self.compute + self.memory + self.links
+        return self.compute + self.memory + self.links + self.network
 
     @property
     def bound(self) -> str:
         """Which roof is lowest."""
-        roofs = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        roofs = {"compute": self.compute, "memory": self.memory, "links": self.links, "network": self.network}
         return max(roofs, key=roofs.__getitem__)
 
     @property
@@ -70,6 +72,7 @@ class Estimate:
             "compute_seconds": self.compute,
             "memory_seconds": self.memory,
             "links_seconds": self.links,
+            "network_seconds": self.network,
             "seconds_if_all_overlaps": self.fastest,
             "seconds_if_nothing_overlaps": self.slowest,
             "bound_by": self.bound,
@@ -80,15 +83,22 @@ class Estimate:
         }
 
 
+def crossing(figures: Mapping[str, Any]) -> float:
+    """Bytes that a device sends to other slices or nodes in one run of a program."""
+    return sum(one["crosses"] for one in figures["collectives"])
+
+
 def estimate(figures: Mapping[str, Any], topology: Topology, dtype: str, assume: AssumeConfig) -> Estimate:
     """The estimate for a program's figures (`worker.compile_job`); `dtype`: what it computes in."""
     hardware, devices = topology.hardware, topology.devices
     computed, moved = figures["computed"] / devices, figures["moved"]
-    links = sum(one["sent"] / hardware.links_of(one["devices"]) for one in figures["collectives"])
+    links = sum(one["sent"] for one in figures["collectives"]) / hardware.links
+    network = crossing(figures) / hardware.network if hardware.network else 0.0
     return Estimate(
         compute=computed / (assume.matrix * hardware.peak(dtype)),
         memory=moved / (assume.memory * hardware.bandwidth),
         links=links / assume.links,
+        network=network / assume.links,
         tokens=figures["tokens"],
         flops=figures["flops"] / devices,
         peak=hardware.peak("bfloat16"),
@@ -100,12 +110,13 @@ def estimate(figures: Mapping[str, Any], topology: Topology, dtype: str, assume:
 def assumptions(topology: Topology, dtype: str, assume: AssumeConfig) -> list[str]:
     """What an estimate rests on, in words."""
     hardware = topology.hardware
+    several = topology.slices > 1 and hardware.network is not None
     return [
         f"matrix products reach {assume.matrix:.0%} of {hardware.peak(dtype) / 1e12:.4g} TFLOP/s a device ({dtype})",
         f"memory reaches {assume.memory:.0%} of {hardware.bandwidth / 1e9:.4g} GB/s a device",
         f"collectives reach {assume.links:.0%} of {hardware.links / 1e9:.4g} GB/s that a device sends"
-        + ("" if hardware.between_nodes is None else f" ({hardware.between_nodes / 1e9:.4g} GB/s between nodes)"),
-        "time is between the longest of the three (all overlaps) and their sum (nothing does); "
+        + (f", and as much of {hardware.network / 1e9:.4g} GB/s to other slices" if several else ""),
+        "time is between the longest of these (all overlaps) and their sum (nothing does); "
         "rates, MFU and prices take the sum",
         "every prompt and response is as long as it may be, every row real; loading, evaluation, checkpoints and "
         "waiting for data are left out",

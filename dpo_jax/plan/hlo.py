@@ -4,12 +4,9 @@ XLA's own cost analysis counts the body of a loop once; here it counts as often 
 the compiler wrote beside it (`known_trip_count`), else what its condition compares its counter with. A loop whose
 length depends on data (the tokens of a generation) counts `unknown_trips` times.
 
-Bytes that a device sends over its links, for a collective of n devices on rings, of b bytes (the whole result of an
-all-gather; a device's operand of the others):
-
-    all-gather, reduce-scatter, all-to-all   b (n - 1) / n
-    all-reduce                               2 b (n - 1) / n
-    collective-permute, -broadcast           b
+Bytes that a device sends, for a collective of b bytes (the whole result of an all-gather; a device's operand of the
+others), inside its slice and to other slices: `hlo_groups.py`. A program for several TPU slices is that of one of them:
+what crosses is a `send` to the runtime between slices, of what a device holds after the sum inside its slice.
 
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
@@ -18,9 +15,13 @@ in on-chip memory (a layout with S(n)) counts nothing.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+
+import numpy as np
+
+from dpo_jax.plan.hlo_groups import groups_of, sent
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _DEFINITION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
@@ -82,17 +83,19 @@ Computation = dict[str, Instruction]
 
 @dataclass
 class Collective:
-    """All collectives of one kind and group size.
+    """All collectives of one kind, group size and number of slices in a group.
 
     Attributes:
       count: how often they run.
       payload: bytes they carry.
-      sent: bytes that each device sends.
+      sent: bytes that each device sends inside its slice.
+      crosses: bytes that each device sends to other slices.
     """
 
     count: float = 0.0
     payload: float = 0.0
     sent: float = 0.0
+    crosses: float = 0.0
 
 
 @dataclass
@@ -100,19 +103,24 @@ class Traffic:
     """What one run of a program moves, a device.
 
     Attributes:
-      collectives: (kind, group size) -> what they carry.
+      collectives: (kind, group size, slices of a group) -> what they carry.
       memory: bytes to and from memory.
       unknown_loops: loops whose length the program does not tell.
     """
 
-    collectives: dict[tuple[str, int], Collective] = field(default_factory=dict)
+    collectives: dict[tuple[str, int, int], Collective] = field(default_factory=dict)
     memory: float = 0.0
     unknown_loops: int = 0
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends."""
+        """Bytes that a device sends inside its slice."""
         return sum(one.sent for one in self.collectives.values())
+
+    @property
+    def crosses(self) -> float:
+        """Bytes that a device sends to other slices."""
+        return sum(one.crosses for one in self.collectives.values())
 
 
 # ---------------------------------------------------------------- the text
@@ -179,19 +187,6 @@ def arrays(shape: str, *, everywhere: bool = False) -> list[float]:
 
 
 # ---------------------------------------------------------------- how often, and how much
-
-
-def group_size(text: str, devices: int) -> int:
-    """Devices of each group of a collective, from its attributes: four ways to write it."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return len(found[1].split(","))
-    return devices
 
 
 def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> int | None:
@@ -266,30 +261,42 @@ def _collective_kind(opcode: str) -> str | None:
     return name if name in _KINDS else None
 
 
-def _collective(made: Instruction, inside: Computation, kind: str, devices: int) -> tuple[str, int, float]:
-    """Kind, group size and payload of one."""
+def _collective(made: Instruction, inside: Computation, kind: str) -> tuple[str, float]:
+    """Kind and payload of one."""
     whole = sum(arrays(made.shape, everywhere=True))
     given = sum(sum(arrays(inside[name].shape, everywhere=True)) for name in made.operands)
-    n = group_size(made.text, devices)
     if kind == "all-gather":
-        return kind, n, whole - given if made.opcode.endswith("-start") else whole
+        return kind, whole - given if made.opcode.endswith("-start") else whole
     if kind == "all-reduce" and any(
         other.opcode == "dynamic-slice" and made.name in other.operands and other.root for other in inside.values()
     ):
-        return "reduce-scatter", n, given  # a TPU's fusion of an all-reduce with the slice of it that is kept
-    return kind, n, given
+        return "reduce-scatter", given  # a TPU's fusion of an all-reduce with the slice of it that is kept
+    return kind, given
 
 
-def _sent(kind: str, n: int, payload: float) -> float:
-    if kind.startswith("collective-"):
-        return payload
-    return payload * (2 if kind == "all-reduce" else 1) * (n - 1) / n
+# What the runtime between TPU slices calls its transfers.
+_BETWEEN = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
+
+
+def _between_slices(made: Instruction) -> str | None:
+    """The kind of a transfer between TPU slices; None for any other instruction."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.text) if made.opcode == "send" else None
+    return None if found is None else _BETWEEN[found[1]]
 
 
 class _Reader:
-    def __init__(self, text: str, devices: int, unknown_trips: float):
+    def __init__(self, text: str, slices: Sequence[int], unknown_trips: float):
         self.computations, self.entry = parse(text)
-        self.devices, self.unknown_trips = devices, unknown_trips
+        self.count = len(set(slices))
+        # The program of one TPU slice counts the devices of that slice.
+        self.slices = [0] * (len(slices) // self.count) if "_xla_megascale" in text else slices
+        self.unknown_trips = unknown_trips
         self.found = Traffic()
 
     def walk(self, name: str, times: float, *, fused: bool = False) -> None:
@@ -297,7 +304,12 @@ class _Reader:
         inside = self.computations[name]
         for made in inside.values():
             if (kind := _collective_kind(made.opcode)) is not None:
-                self._add(_collective(made, inside, kind, self.devices), times)
+                groups = groups_of(made.text, len(self.slices))
+                self._add(*_collective(made, inside, kind), groups, self.slices, times)
+            elif (kind := _between_slices(made)) is not None:
+                given = sum(arrays(inside[made.operands[0]].shape, everywhere=True))
+                whole = given * self.count if kind == "all-gather" else given
+                self._add(kind, whole, np.arange(self.count)[None], range(self.count), times)
             if made.opcode == "while":
                 length = _loop_length(made, inside, self.computations)
                 self.found.unknown_loops += length is None
@@ -310,12 +322,13 @@ class _Reader:
             if not fused:
                 self.found.memory += times * self._bytes(made, inside)
 
-    def _add(self, what: tuple[str, int, float], times: float) -> None:
-        kind, n, payload = what
-        total = self.found.collectives.setdefault((kind, n), Collective())
+    def _add(self, kind: str, payload: float, groups: np.ndarray, slices: Sequence[int], times: float) -> None:
+        joined, within, across = sent(kind, groups, payload, slices)
+        total = self.found.collectives.setdefault((kind, groups.shape[1], joined), Collective())
         total.count += times
         total.payload += times * payload
-        total.sent += times * _sent(kind, n, payload)
+        total.sent += times * within
+        total.crosses += times * across
 
     def _bytes(self, made: Instruction, inside: Computation) -> float:
         if made.opcode in _NOTHING_MOVES or made.opcode.endswith(("-done", "-update")) or made.opcode == "async-start":
@@ -380,11 +393,12 @@ def _called(made: Instruction) -> list[str]:
     return [name for group in _CALLED.findall(made.text) for name in _NAME.findall(group)]
 
 
-def read_traffic(text: str, *, devices: int, unknown_trips: float = 1.0) -> Traffic:
-    """What the compiled program `text` (`compiled.as_text()`) moves on each of `devices`.
+def read_traffic(text: str, *, slices: Sequence[int], unknown_trips: float = 1.0) -> Traffic:
+    """What the compiled program `text` (`compiled.as_text()`) moves on each device.
 
-    `unknown_trips`: how often a loop runs whose length depends on data.
+    `slices`: the slice of each device, in the order of the mesh. `unknown_trips`: how often a loop runs whose length
+    depends on data.
     """
-    reader = _Reader(text, devices, unknown_trips)
+    reader = _Reader(text, slices, unknown_trips)
     reader.walk(reader.entry, 1.0)
     return reader.found

@@ -73,7 +73,8 @@ def topology_here(mesh: Mesh) -> Topology | None:
     """The devices of `mesh` as the planner names them; None where it has no figures of their kind (a CPU)."""
     devices = list(mesh.devices.flat)
     names = [name for name, hardware in HARDWARE.items() if hardware.kind == devices[0].device_kind]
-    return Topology(names[0], (1, len(devices))) if names else None
+    slices = len(set(meshes.slices_of(mesh)))
+    return Topology(names[0], (len(devices) // slices,), slices) if names else None
 
 
 def measured(

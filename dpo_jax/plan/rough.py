@@ -85,4 +85,5 @@ def rough_seconds(run: TrainingRun, shape: LlamaConfig, topology: Topology, leng
     # Two sums over the tensor axis in each layer and pass.
     width = tokens / (mesh.data * mesh.fsdp) * shape.hidden_size * 2
     sums = 2 * shape.num_layers * passes * 2 * width * (mesh.tensor - 1) / mesh.tensor
-    return compute / 0.6 + (gathers + scatters + copies + sums) / hardware.links / 0.5
+    between = hardware.network if topology.slices > 1 and hardware.network is not None else hardware.links
+    return compute / 0.6 + ((gathers + scatters + sums) / hardware.links + copies / between) / 0.5

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_jax.config import DistillRun, PlanRun, SampledRun, SFTRun
-from dpo_jax.plan.estimate import Estimate, assumptions
+from dpo_jax.plan.estimate import Estimate, assumptions, crossing
 from dpo_jax.plan.hardware import GIB, Topology
 from dpo_jax.plan.outcome import Outcome, Planned
 from dpo_jax.plan.search import Candidate
@@ -64,10 +64,19 @@ def _show_movement(outcome: Outcome, topology: Topology, console: Console) -> No
         _say(console, f"{outcome.name}: no collectives")
         return
     table = Table("collective", "devices", "times", "GB carried", "GB a device sends", title=outcome.name)
+    if topology.slices > 1:
+        table.add_column("GB to other slices")
     for one in collectives:
-        carried, sent = one["payload"] / 1e9, one["sent"] / 1e9
-        table.add_row(one["kind"], str(one["devices"]), f"{one['count']:.0f}", f"{carried:.3f}", f"{sent:.3f}")
+        sizes = [f"{one[name] / 1e9:.3f}" for name in ("payload", "sent", "crosses")[: len(table.columns) - 3]]
+        table.add_row(one["kind"], str(one["devices"]), f"{one['count']:.0f}", *sizes)
     console.print(table)
+    if (network := topology.hardware.network) is not None and topology.slices > 1:
+        crosses = crossing(outcome.figures)
+        _say(
+            console,
+            f"{outcome.name}: a device sends {crosses / 1e9:.3f} GB to other slices, {crosses / network:.3g} s at the"
+            f" published {network / 1e9:.4g} GB/s of a device",
+        )
 
 
 def _show_estimate(outcome: Outcome, made: Estimate, console: Console) -> None:
@@ -80,7 +89,8 @@ def _show_estimate(outcome: Outcome, made: Estimate, console: Console) -> None:
     )
     _say(
         console,
-        f"  compute {made.compute:.3g} s, memory {made.memory:.3g} s, links {made.links:.3g} s: between"
+        f"  compute {made.compute:.3g} s, memory {made.memory:.3g} s, links {made.links:.3g} s,"
+        f" network {made.network:.3g} s: between"
         f" {made.fastest:.3g} and {made.slowest:.3g} s, bound by {made.bound};"
         f" {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.0%}",
     )

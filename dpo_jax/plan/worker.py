@@ -7,7 +7,9 @@ compiler that crashes or is killed for memory takes nobody with it, and all memo
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import re
 import sys
 import time
@@ -93,7 +95,7 @@ def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
 def measure(compiled: Any, mesh: Mesh, trips: float = 1.0) -> dict[str, Any]:
     """Memory of a device in bytes, what it moves, and the attention kernel of a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    traffic = read_traffic(text, devices=mesh.size, unknown_trips=trips)
+    traffic = read_traffic(text, slices=meshes.slices_of(mesh), unknown_trips=trips)
     return {
         "memory": {
             "arguments": memory.argument_size_in_bytes,
@@ -105,8 +107,8 @@ def measure(compiled: Any, mesh: Mesh, trips: float = 1.0) -> dict[str, Any]:
         },
         "moved": traffic.memory,
         "collectives": [
-            {"kind": kind, "devices": n, "count": one.count, "payload": one.payload, "sent": one.sent}
-            for (kind, n), one in sorted(traffic.collectives.items())
+            {"kind": kind, "devices": n, "slices": slices, **dataclasses.asdict(one)}
+            for (kind, n, slices), one in sorted(traffic.collectives.items())
         ],
         "unknown_loops": traffic.unknown_loops,
         "attention": next((name for name, sign in _KERNELS.items() if sign in text), "xla"),
@@ -120,7 +122,9 @@ def devices_of(topology: Topology) -> list[Any]:
         options: dict[str, Any] = {}
         if topology.name == "v4":
             options["chip_config_name"] = "megacore"  # one device a chip, as on a TPU VM
-        if topology.devices < 4:
+        if topology.slices > 1:
+            options["num_slices"] = topology.slices
+        if math.prod(topology.shape) < 4:
             options["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
         try:
             made = topologies.get_topology_desc(
@@ -135,7 +139,7 @@ def devices_of(topology: Topology) -> list[Any]:
         return list(made.devices)
     try:
         made = topologies.get_topology_desc(
-            platform="cuda", topology=f"1x{topology.shape[0]}x{topology.shape[1]}", target_config=hardware.target
+            platform="cuda", topology=f"{topology.slices}x1x{topology.shape[0]}", target_config=hardware.target
         )
     except RuntimeError as error:
         if "cuda" in str(error).lower():

@@ -69,9 +69,9 @@ def compiled_scan(layers: int) -> Any:
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_runs() -> None:
-    few, many = (hlo.read_traffic(compiled_scan(n).as_text(), devices=8) for n in (3, 6))
+    few, many = (hlo.read_traffic(compiled_scan(n).as_text(), slices=[0] * 8) for n in (3, 6))
     assert few.unknown_loops == many.unknown_loops == 0
-    gathered = {n: traffic.collectives["all-gather", 8] for n, traffic in ((3, few), (6, many))}
+    gathered = {n: traffic.collectives["all-gather", 8, 1] for n, traffic in ((3, few), (6, many))}
     assert gathered[6].count == 2 * gathered[3].count >= 6
     assert gathered[6].payload == 2 * gathered[3].payload
     assert gathered[3].payload / gathered[3].count == 64 * 64 * 4  # a whole matrix each time
@@ -87,7 +87,7 @@ def test_memory_traffic_agrees_with_xla_where_there_is_no_loop() -> None:
     shapes = (jax.ShapeDtypeStruct((256, 512), jnp.float32), jax.ShapeDtypeStruct((512, 512), jnp.float32))
     compiled = jax.jit(f).lower(*shapes).compile()
     cost: Any = compiled.cost_analysis()
-    found = hlo.read_traffic(compiled.as_text(), devices=1)
+    found = hlo.read_traffic(compiled.as_text(), slices=[0])
     assert found.memory == pytest.approx(cost["bytes accessed"], rel=0.1)
     assert not found.collectives
 
@@ -128,7 +128,9 @@ def loop(groups: str = "{}", direction: str = "LT", step: int = 1) -> str:
 
 def test_a_counter_may_go_in_larger_steps() -> None:
     """From 1 to 5: 1, 2, 3, 4; 1, 3; 1, 4; and once."""
-    counts = [hlo.read_traffic(loop(step=n), devices=8).collectives["all-reduce", 8].count for n in (1, 2, 3, 4)]
+    counts = [
+        hlo.read_traffic(loop(step=n), slices=[0] * 8).collectives["all-reduce", 8, 1].count for n in (1, 2, 3, 4)
+    ]
     assert counts == [4, 2, 2, 1]
 
 
@@ -143,17 +145,17 @@ def test_a_counter_may_go_in_larger_steps() -> None:
     ],
 )
 def test_groups_however_they_are_written(groups: str, n: int) -> None:
-    found = hlo.read_traffic(loop(groups), devices=8)
-    assert found.collectives.keys() == {("all-reduce", n)}
-    one = found.collectives["all-reduce", n]
+    found = hlo.read_traffic(loop(groups), slices=[0] * 8)
+    assert found.collectives.keys() == {("all-reduce", n, 1)}
+    one = found.collectives["all-reduce", n, 1]
     assert (one.count, one.payload) == (4, 4 * 32)  # the counter goes from 1 to 5
     assert one.sent == pytest.approx(2 * 4 * 32 * (n - 1) / n)
 
 
 def test_a_loop_of_unknown_length() -> None:
-    found = hlo.read_traffic(loop(direction="NE"), devices=8, unknown_trips=100)
+    found = hlo.read_traffic(loop(direction="NE"), slices=[0] * 8, unknown_trips=100)
     assert found.unknown_loops == 1
-    assert found.collectives["all-reduce", 8].count == 100
+    assert found.collectives["all-reduce", 8, 1].count == 100
 
 
 def test_a_fused_slice_of_a_sum_is_a_reduce_scatter() -> None:
@@ -170,8 +172,8 @@ ENTRY %main (a: f32[64]) -> f32[8] {
   ROOT %f = f32[8]{0:T(256)S(1)} fusion(%a), kind=kCustom, calls=%fused
 }
 """
-    found = hlo.read_traffic(text, devices=8)
-    assert found.collectives.keys() == {("reduce-scatter", 8)}
+    found = hlo.read_traffic(text, slices=[0] * 8)
+    assert found.collectives.keys() == {("reduce-scatter", 8, 1)}
     assert found.sent == 64 * 4 * 7 / 8
     assert found.memory == 64 * 4  # what is kept stays in on-chip memory
 
@@ -237,7 +239,17 @@ FIGURES: dict[str, Any] = {
     "seconds": 60.0,
     "memory": {"arguments": 5 * GIB, "temporaries": 4 * GIB, "outputs": 0, "code": 0, "peak": 9 * GIB},
     "moved": 100 * GB,
-    "collectives": [{"kind": "all-gather", "devices": 16, "count": 96.0, "payload": 40 * GB, "sent": 37.5 * GB}],
+    "collectives": [
+        {
+            "kind": "all-gather",
+            "devices": 16,
+            "slices": 1,
+            "count": 96.0,
+            "payload": 40 * GB,
+            "sent": 37.5 * GB,
+            "crosses": 0,
+        }
+    ],
     "unknown_loops": 0,
     "attention": "splash",
 }
@@ -260,9 +272,10 @@ def test_roofline() -> None:
     assert estimate(FIGURES, v5e, "float32", whole).compute == pytest.approx(4e15 / 16 / 197e12 * 6)
     two_nodes = Topology.parse("a100:2x8")
     assert estimate(FIGURES, two_nodes, "float32", whole).compute == pytest.approx(4e15 / 16 / 19.5e12)
-    assert estimate(FIGURES, two_nodes, "bfloat16", whole).links == pytest.approx(37.5e9 / 200e9)
-    near = {**FIGURES, "collectives": [{**FIGURES["collectives"][0], "devices": 8}]}
-    assert estimate(near, two_nodes, "bfloat16", whole).links == pytest.approx(37.5e9 / 300e9)
+    far = {**FIGURES, "collectives": [{**FIGURES["collectives"][0], "slices": 2, "sent": 35e9, "crosses": 2.5e9}]}
+    apart = estimate(far, two_nodes, "bfloat16", whole)
+    assert (apart.links, apart.network) == pytest.approx((35e9 / 300e9, 2.5e9 / 25e9))
+    assert apart.slowest == pytest.approx(apart.compute + apart.memory + apart.links + apart.network)
     said = " ".join(assumptions(v5e, "bfloat16", AssumeConfig()))
     assert all(word in said for word in ("60% of 197 TFLOP/s", "80% of 819 GB/s", "50% of 200 GB/s", "sum"))
 
