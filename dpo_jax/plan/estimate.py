@@ -110,12 +110,12 @@ def estimate(figures: Mapping[str, Any], topology: Topology, dtype: str, assume:
 def assumptions(topology: Topology, dtype: str, assume: AssumeConfig) -> list[str]:
     """What an estimate rests on, in words."""
     hardware = topology.hardware
-    several = topology.slices > 1 and hardware.network is not None
+    network = hardware.network if topology.slices > 1 else None
     return [
         f"matrix products reach {assume.matrix:.0%} of {hardware.peak(dtype) / 1e12:.4g} TFLOP/s a device ({dtype})",
         f"memory reaches {assume.memory:.0%} of {hardware.bandwidth / 1e9:.4g} GB/s a device",
         f"collectives reach {assume.links:.0%} of {hardware.links / 1e9:.4g} GB/s that a device sends"
-        + (f", and as much of {hardware.network / 1e9:.4g} GB/s to other slices" if several else ""),
+        + ("" if network is None else f", and as much of {network / 1e9:.4g} GB/s to other slices"),
         "time is between the longest of these (all overlaps) and their sum (nothing does); "
         "rates, MFU and prices take the sum",
         "every prompt and response is as long as it may be, every row real; loading, evaluation, checkpoints and "
