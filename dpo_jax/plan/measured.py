@@ -98,7 +98,7 @@ def measured(
     start = time.perf_counter()
     compiled = program.lower().compile()
     figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
-    about = worker.measure(compiled, mesh, program.trips)
+    about = worker.measure(compiled, meshes.slices_of(mesh), program.trips)
     placed = meshes.put_batch(mesh, with_tokens(batch, vocab))
     held = [made(tree) for tree in trees]
     donates = len(trees) == 1  # a training step; a measurement reads two trees and keeps them

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -48,7 +49,10 @@ def compile_job(job: Job) -> dict[str, Any]:
     """The figures of one program; where the compiler refuses it for want of memory, `refused` and what it said."""
     topology = Topology.parse(job.topology)
     sizes = job.run.mesh
-    mesh = meshes.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.context, devices=devices_of(topology))
+    devices = devices_of(topology)
+    mesh = meshes.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.context, devices=devices)
+    # Described GPUs do not say their node.
+    places = {device: i // math.prod(topology.shape) for i, device in enumerate(devices)}
     lengths = programs.Lengths(job.prompt, job.response)
     program = build(job, mesh, lengths)
     figures = {
@@ -68,7 +72,7 @@ def compile_job(job: Job) -> dict[str, Any]:
             raise
         return figures | {"seconds": time.perf_counter() - started, "refused": parse_refusal(str(error))}
     seconds = time.perf_counter() - started
-    return figures | {"seconds": seconds, **measure(compiled, mesh, program.trips)}
+    return figures | {"seconds": seconds, **measure(compiled, [places[d] for d in mesh.devices.flat], program.trips)}
 
 
 def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
@@ -92,10 +96,13 @@ def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     raise InputError(f"no plan can be made for the options of {type(run).__name__}")
 
 
-def measure(compiled: Any, mesh: Mesh, trips: float = 1.0) -> dict[str, Any]:
-    """Memory of a device in bytes, what it moves, and the attention kernel of a compiled program."""
+def measure(compiled: Any, slices: Sequence[int], trips: float = 1.0) -> dict[str, Any]:
+    """Memory of a device in bytes, what it moves, and the attention kernel of a compiled program.
+
+    `slices`: the slice of each device, in the order of the mesh.
+    """
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    traffic = read_traffic(text, slices=meshes.slices_of(mesh), unknown_trips=trips)
+    traffic = read_traffic(text, slices=slices, unknown_trips=trips)
     return {
         "memory": {
             "arguments": memory.argument_size_in_bytes,
