@@ -11,6 +11,8 @@ what crosses is a `send` to the runtime between slices, of what a device holds a
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
 in on-chip memory (a layout with S(n)) counts nothing.
+
+One file though long: a reader of one text, each of whose rules needs the others.
 """
 
 import math
