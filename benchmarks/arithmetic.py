@@ -3,17 +3,23 @@
     python benchmarks/arithmetic.py --out OUT                one run after another: minutes each on two CPU cores
     python benchmarks/arithmetic.py --out OUT --jobs 9       all at once, on one GPU
     python benchmarks/arithmetic.py --out OUT --only grpo    those arms whose names begin so
+    python benchmarks/arithmetic.py --out OUT --kills 3      a short run killed three times, and one that was not
 
 A short SFT (20 steps of 16 problems) first teaches the format: the number and nothing else. Each arm then is
 `dpo-jax grpo` with `--reward exact:answer`, which differs from the others in its preset, its seed or what its sampler
 reads. The 8,100 problems are shuffled once: 256 are held out, 768 are for the SFT, the others for the arms. Held-out
 accuracy is of one answer a problem at temperature 1, the same draws each time, with a 95 % bootstrap interval.
 
+Killed (`--kills`): eight iterations with a checkpoint every third, ended by SIGKILL after a seeded number of seconds
+and begun again; compared bit for bit with a run that was left alone: metrics but times, samples, held-out samples,
+weights.
+
 What is finished is not run again. OUT gets results.json (each arm's held-out figures by step, seconds, the device) and
 arithmetic.png.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -38,6 +44,9 @@ NARROW = {
     "int8 sampler, corrected": "--ppo.preset grpo --sample.weights int8 --ppo.sampler_correction token_truncate",
 }
 ARMS = SEEDS | OTHERS | NARROW
+SHORT = RUN.replace("--train.eval_every 20 --checkpoint.every 40", "--train.eval_every 4 --checkpoint.every 3")
+TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory")
+"""Of metrics that a clock or the machine decides, parts of their names."""
 
 
 def main() -> None:
@@ -48,11 +57,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="arms at once")
     parser.add_argument("--only", default="", help="arms whose names begin with this")
     parser.add_argument("--common", default="", help="options of every command, such as '--train.dtype bfloat16'")
+    parser.add_argument("--kills", type=int, default=0, help="only this: a short run, killed so often")
     options = parser.parse_args()
     out = options.out.resolve()
     write_problems(out)
     sft = f"sft --model {options.model} --data {out}/taught.jsonl --out {out}/sft {SFT} {options.common}"
     run(sft, out / "sft.log")
+    if options.kills:
+        killed(out, options.kills, options.common)
+        return
     wanted = {name: told for name, told in ARMS.items() if name.startswith(options.only)}
 
     def arm(name: str) -> None:
@@ -98,6 +111,45 @@ def run(words: str, log: Path) -> None:
         done = subprocess.run(command, env=os.environ | here, stdout=file, stderr=file, check=False)
     if done.returncode:
         sys.exit(f"dpo-jax {words}\n{log.read_text()[-2000:]}")
+
+
+def killed(out: Path, kills: int, common: str) -> None:
+    """Print what differs between a short run that was killed and one that was not; exit code 1 where anything does."""
+    data = f"--data {out}/train.jsonl --eval_data {out}/held_out.jsonl --train.steps 8"
+    words = f"grpo --model {out}/sft {data} {SHORT} --ppo.preset grpo {common}"
+    start = time.monotonic()
+    run(f"{words} --out {out}/whole", out / "whole.log")
+    seconds, draws, left = time.monotonic() - start, random.Random(0), kills
+    command = [sys.executable, "-m", "dpo_jax", *shlex.split(f"{words} --out {out}/killed")]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    while True:
+        with (out / "killed.log").open("a") as log:
+            process = subprocess.Popen(command, env=here, stdout=log, stderr=log)
+            try:
+                code = process.wait(draws.uniform(0.4, 0.9) * seconds if left else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                left -= 1
+                continue
+        if code:
+            sys.exit((out / "killed.log").read_text()[-2000:])
+        break
+    sides = [compared(out / name) for name in ("whole", "killed")]
+    different = [name for name in sides[0] | sides[1] if sides[0].get(name) != sides[1].get(name)]
+    print(f"{kills - left} kills; {len(sides[0])} things compared, {len(different)} differ {different or ''}")
+    sys.exit(bool(different))
+
+
+def compared(folder: Path) -> dict[str, Any]:
+    """What two runs must agree in: each row of metrics without times, the files of samples, the weights."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {
+        f"row {i}": {name: value for name, value in row.items() if not any(part in name for part in TIMES)}
+        for i, row in enumerate(rows)
+    }
+    files = ["samples.jsonl", "model/model.safetensors", *(f"eval_samples/{step}.jsonl" for step in (0, 4, 8))]
+    return found | {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
 
 
 def figures(folder: Path) -> dict[str, Any]:
