@@ -55,6 +55,9 @@ def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: f
       An array shaped like `x`. Whitening [1, 2, 3, 4] under [0, 1, 1, 0] gives about [-2.12, -.71, .71, 2.12].
     """
     x = select(x, mask.astype(bool) | jnp.isfinite(x))
+    # Equal values give exactly 0: the rounding of their mean would be divided by next to nothing.
+    pivot = jax.lax.stop_gradient(jnp.max(jnp.where(mask.astype(bool), x, -jnp.inf)))
+    x = x - pivot
     mu = mean(x, mask)
     whitened = (x - mu) * jax.lax.rsqrt(var(x, mask) + epsilon)
-    return whitened if shift_mean else whitened + mu
+    return whitened if shift_mean else whitened + mu + pivot

@@ -160,7 +160,8 @@ class Rollout:
       prompt_lengths:   int32 [B]
       responses:        int32 [B, R]    the terminator included, where it was reached.
       response_lengths: int32 [B]       at least 1.
-      ended:            bool [B]        whether the response ends with a terminator.
+      ended:            bool [B]        whether the response ends with a terminator; of an episode, whether no limit
+                                        ended it.
       sampler_logps:    float32 [B, R]  of each token as it was drawn: by the sampler's weights, which may be narrow.
       reference_logps:  float32 [B, R]  under the reference policy.
       values:           float32 [B, R]  of the state before each token, or None where there is no value model.

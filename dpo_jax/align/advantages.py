@@ -145,6 +145,7 @@ def leave_one_out(totals: jax.Array, group_size: int) -> jax.Array:
     `totals` [B]: the reward of each whole response; rows i K .. i K + K − 1 answer one prompt, K = `group_size` ≥ 2.
     """
     groups = totals.reshape(-1, group_size)
+    groups = groups - groups[:, :1]  # equal rewards give exactly 0
     others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)
     return (groups - others).reshape(-1)
 
@@ -152,7 +153,13 @@ def leave_one_out(totals: jax.Array, group_size: int) -> jax.Array:
 def deviations(totals: jax.Array, group_size: int) -> jax.Array:
     """[B]: the standard deviation (unbiased) of `totals` over the responses to the same prompt, at each of them."""
     groups = totals.reshape(-1, group_size)
-    return jnp.repeat(jnp.std(groups, axis=1, ddof=1), group_size)
+    return jnp.repeat(jnp.std(groups - groups[:, :1], axis=1, ddof=1), group_size)
+
+
+def _mean_of_group(totals: jax.Array, group_size: int) -> jax.Array:
+    """[B]: the mean of `totals` over the responses to the same prompt; of equal ones exactly each of them."""
+    groups = totals.reshape(-1, group_size)
+    return jnp.repeat(groups[:, 0] + jnp.mean(groups - groups[:, :1], axis=1), group_size)
 
 
 def critic_free(
@@ -179,9 +186,10 @@ def critic_free(
         case "leave_one_out":
             shifted = returns - (totals - leave_one_out(totals, config.group))[:, None]
         case "group_mean":
-            shifted = returns - jnp.repeat(jnp.mean(totals.reshape(-1, config.group), axis=1), config.group)[:, None]
+            shifted = returns - _mean_of_group(totals, config.group)[:, None]
         case "batch_mean":
-            shifted = returns - masked.mean(returns, counted)
+            some = jnp.max(jnp.where(counted, returns, -jnp.inf))  # equal returns give exactly 0
+            shifted = (returns - some) - masked.mean(returns - some, counted)
         case "greedy":
             if greedy is None:
                 raise InputError("the rollout has no scores of greedy responses, which --ppo.advantage greedy needs")

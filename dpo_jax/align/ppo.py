@@ -252,14 +252,16 @@ def reference_logps(
     return _rows(found)
 
 
-def measure(state: TrainState, rollout: Rollout, *, config: PPOConfig, group: int | None = None) -> Rollout:
+def measure(
+    state: TrainState, rollout: Rollout, *, config: PPOConfig, group: int | None = None, stores: bool = False
+) -> Rollout:
     """The rollout with `values` and `old_logps`, as the models give them now: what is stored before the first update.
 
     Either stays None where `config` needs none. `group`: neighbouring rows that answer one prompt; not given:
-    `config.group`.
+    `config.group`; `stores`: `old_logps` in any case.
     """
     k = sharing(config, rollout.responses.shape[0], meshes.parts("batch"), group)
-    if config.stores_old_logps:
+    if config.stores_old_logps or stores:
         found = _predict(state, state.trainable, rollout, config, k)
         logps, values = found.logps, found.values
     else:

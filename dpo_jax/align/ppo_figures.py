@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpo_jax import masked
-from dpo_jax.align.advantages import Targets, deviations
+from dpo_jax.align.advantages import Targets, deviations, kl_estimate
 from dpo_jax.align.figures import figure, mean
 from dpo_jax.align.surrogates import ratio_of
 from dpo_jax.config import PPOConfig
@@ -89,6 +89,13 @@ def figures(
         grad_norm=grad_norm,
         learned=learned,
     )
+
+
+def _told_kl(rollout: Rollout, mask: jax.Array, config: PPOConfig) -> jax.Array:
+    """[B, R]: the estimate that is a term of the loss (of k3_corrected k3), as TRL logs it; else k1."""
+    logps, reference = masked.select(rollout.logps, mask), masked.select(rollout.reference_logps, mask)
+    choice = config.kl_choice if config.kl_in_loss else "k1"
+    return kl_estimate(logps, reference, "k3" if choice == "k3_corrected" else choice)
 
 
 def nonfinite(rollout: Rollout, mask: jax.Array) -> jax.Array:
@@ -175,7 +182,7 @@ def metrics(rollout: Rollout, targets: Targets, updates: UpdateFigures, config: 
         found |= {
             "reward": found["objective/scores"],
             "frac_reward_zero_std": masked.mean(targets.flat.astype(jnp.float32), real),
-            "kl": masked.mean(targets.kl, mask),
+            "kl": masked.mean(_told_kl(rollout, mask, config), mask),
             "completions/mean_length": found["lengths/response"],
             "completions/clipped_ratio": masked.mean(1 - rollout.ended.astype(jnp.float32), real),
             "rollout/learned": masked.mean(jnp.any(targets.learned, axis=1).astype(jnp.float32), real),

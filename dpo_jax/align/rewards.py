@@ -112,6 +112,8 @@ def _spread(scores: jax.Array, said: jax.Array, group: int) -> tuple[jax.Array, 
     """Differences from the mean of their prompt, [F, prompts, K], 0 where nothing was said; their deviation + 10⁻⁴."""
     r = jnp.where(said, scores, 0.0).astype(jnp.float32).reshape(len(scores), -1, group)
     real = said.reshape(r.shape)
+    highest = jnp.max(jnp.where(real, r, -jnp.inf), axis=-1, keepdims=True)
+    r = jnp.where(real, r - highest, 0.0)  # equal scores differ by exactly 0
     n = jnp.sum(real, axis=-1, keepdims=True)
     d = jnp.where(real, r - jnp.sum(r, axis=-1, keepdims=True) / jnp.maximum(n, 1), 0.0)
     return d, jnp.sqrt(jnp.sum(d * d, axis=-1, keepdims=True) / jnp.maximum(n - 1, 1)) + 1e-4

@@ -101,7 +101,8 @@ def train(config: PPORun) -> Path:
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     each = config.resolved("eval_samples")
     learning: dict[str, Any] = {"reference": reference, "config": step_config}
-    measured = jit_measure(model, step_config, mesh, group=each)
+    narrow = policy.sample.weights is not None or policy.sample.cache is not None
+    measured = jit_measure(model, step_config, mesh, group=each, stores=narrow)
     held_out: dict[str, Any] = {
         "samples": each,
         "passes": config.eval_pass,

@@ -6,6 +6,7 @@ address of a server and no command of the user; options that say where and how a
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import shlex
@@ -129,6 +130,13 @@ def told(name: str, value: Any) -> Any:
     return public(value) if isinstance(value, str) else value
 
 
+def _short(fingerprint: str) -> str:
+    """Sixteen digits: the first of a hash, or of the hash of several things that are told in words."""
+    if not re.fullmatch("[0-9a-f]{16,}", fingerprint):
+        fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
+    return fingerprint[:16]
+
+
 def _last_part(place: str) -> str:
     if place.startswith("/") or exists(place):  # spaces and all
         return place.rstrip("/").rpartition("/")[2]
@@ -224,7 +232,9 @@ class Card:
             parts.append("## Data\n\n| option | data |\n|---|---|\n" + "\n".join(cells))
             rest = {name: one for name, one in self.fingerprints.items() if name != "the starting model"}
             if rest:
-                parts[-1] += "\n\n" + "\n".join(f"Fingerprint of {name}: `{one[:16]}`." for name, one in rest.items())
+                parts[-1] += "\n\n" + "\n".join(
+                    f"Fingerprint of {name}: `{_short(one)}`." for name, one in rest.items()
+                )
         parts.append(f"## How it was made\n\n```bash\n{self.command}\n```")
         parts[-1] += f"\n\nWith dpo_jax {__version__}; files and folders are told by their last names, and all other"
         parts[-1] += " options have their defaults."
@@ -243,7 +253,7 @@ class Card:
         return "\n\n".join(parts) + "\n"
 
     def _hash(self, name: str) -> str:
-        return f" (fingerprint of its weights `{self.fingerprints[name][:16]}`)" if name in self.fingerprints else ""
+        return f" (fingerprint of its weights `{_short(self.fingerprints[name])}`)" if name in self.fingerprints else ""
 
     def _results(self) -> str:
         last = self.rows[-1]["step"]

@@ -104,7 +104,8 @@ class HeldOutEpisodes(HeldOut):
             np.concatenate([np.asarray(x) for x in side])[: len(at)] for side in zip(*parts, strict=True)
         )
         own = np.asarray(rollout.own)
-        drawn = [e.own[:-1] if e.ended else e.own for e in episodes]
+        stops = self._policy.sample.stop_tokens
+        drawn = [e.own[:-1] if e.ids[-1] in stops else e.own for e in episodes]
         return Answers(
             mask=own,
             logps=logps,

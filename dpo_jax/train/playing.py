@@ -57,7 +57,9 @@ class Episode:
       ids, own, logps: behind the first messages: tokens, whether the policy drew them, and with which log-probability.
       turns: of the policy.
       score: the sum of the rewards; step_scores: each of them, behind the place in `ids` of the turn's last token.
-      done: whether the environment ended it; ended: whether its last token is a terminator; failed: an error ended it.
+      done: whether the environment ended it.
+      ended: whether no limit did (of a turn, of turns, of tokens).
+      failed: whether an error did.
     """
 
     row: int
@@ -172,6 +174,7 @@ class Player:
         try:
             between = self._encoder.following_ids(answer.messages)
         except BadRow as problem:
+            episode.ended = True
             return self._failed(episode, f"step: {problem}")
         if episode.ids[-1] not in self._encoder.terminators:  # a stop token of the user ended the turn
             between = [self._encoder.terminators[0], *between]

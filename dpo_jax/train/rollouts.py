@@ -213,10 +213,12 @@ def _with_rows(x: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
     return x
 
 
-def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | None = None) -> meshes.Replicated:
+def jit_measure(
+    model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | None = None, stores: bool = False
+) -> meshes.Replicated:
     """(state, reference, rollout) -> the reference's log-probabilities, and what `ppo.measure` stores; each [B, R].
 
-    `group`: neighbouring rows that answer one prompt; not given: `config.group`.
+    `group`: neighbouring rows that answer one prompt; not given: `config.group`. `stores`: see `ppo.measure`.
     """
 
     def measure(
@@ -224,7 +226,7 @@ def jit_measure(model: Llama, config: PPOConfig, mesh: Mesh, *, group: int | Non
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         variables = with_reference(state, reference)
         logps = ppo.reference_logps(model.apply, variables, rollout, config, group=group)
-        measured = ppo.measure(state, rollout, config=config, group=group)
+        measured = ppo.measure(state, rollout, config=config, group=group, stores=stores)
         return logps, measured.old_logps, measured.values
 
     return meshes.Replicated(measure, mesh)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import masked
 from dpo_jax.align import ppo
 from dpo_jax.align.advantages import critic_free, kl_term, learning_targets, leave_one_out, next_kl_coefficient
+from dpo_jax.align.rewards import standardised
 from dpo_jax.config import PPOConfig, PPOLossConfig, PPORun, RejectionRun, SampleConfig
 from dpo_jax.errors import InputError
 from dpo_jax.types import Rollout
@@ -139,6 +141,40 @@ def test_critic_free_advantages() -> None:
     scores = jnp.array([1.0, 3.0, 5.0, 5.0])
     found = critic_free(scores[:, None], jnp.ones((4, 1), bool), PPOLossConfig(advantage="grpo", group_size=2))
     np.testing.assert_allclose(found[:, 0], [-(2**-0.5), 2**-0.5, 0, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("score", [0.1, 12.34, 1000.1])
+@pytest.mark.parametrize("advantage", ["group_mean", "leave_one_out", "batch_mean"])
+def test_equal_scores_teach_exactly_nothing(advantage: str, score: float) -> None:
+    """The rounding of their mean would be divided by next to nothing."""
+    for k in (7, 8, 16):
+        rewards, mask = np.zeros((k, 3), np.float32), np.ones((k, 3), bool)
+        rewards[:, 2] = score
+        group: dict[str, Any] = {} if advantage == "batch_mean" else {"group_size": k}
+        scale: Any = "batch" if advantage == "batch_mean" else "group"
+        config = PPOConfig(advantage=advantage, scale=scale, **group)  # type: ignore
+        assert not np.any(critic_free(jnp.asarray(rewards), jnp.asarray(mask), config))
+    assert not np.any(masked.whiten(jnp.full(7, score), jnp.ones(7, bool)))
+    said = jnp.asarray([[True] * 7 + [False], [True] * 8])
+    assert not np.any(standardised(jnp.stack([jnp.full(8, score), jnp.full(8, score / 3)]), said, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage": "greedy", "score_clip": 1.0}, "--ppo.score_clip does not go with --ppo.advantage greedy"),
+        ({"advantage": "greedy", "normalize_scores": True}, "normalize_scores does not go with"),
+        ({"advantage": "greedy", "missing_eos_penalty": 1.0}, "missing_eos_penalty does not go with"),
+        ({"advantage": "greedy", "overlong": "ramp"}, "--ppo.overlong ramp does not go with"),
+        ({"preset": "dapo", "kl_placement": "loss"}, "--ppo.kl_placement has no effect: --ppo.kl_coefficient is 0"),
+        ({"preset": "grpo", "kl_coefficient": 0.0, "kl_estimator": "k2"}, "--ppo.kl_estimator has no effect"),
+        ({"preset": "grpo", "stop_kl": 0.1}, "--ppo.stop_kl has no effect with one update a rollout"),
+        ({"preset": "grpo", "group_size": 0}, "--ppo.group_size 0 must be at least 1"),
+    ],
+)
+def test_options_beside_each_other_that_do_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PPOConfig(**options)
 
 
 def test_the_coefficient_follows_the_divergence() -> None:

@@ -1,5 +1,6 @@
 """Scores of steps: what a function may give, where they stand, and what several rewards make of them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_their_sum_is_the_score() -> None:
         ([[1, "0.5"]], "for a step of a response to row 3"),
         ([[1.0, 0.5]], "for a step of a response to row 3"),
         ([[True, 0.5]], "for a step of a response to row 3"),
+        ([[1, 10**400]], "for a step of a response to row 3"),
         ([[1, float("nan")]], "for a step of a response to row 3"),
         ([[1, 1e38], [2, 3e38]], "row 3 of the prompts is not finite"),
         ([[0, 0.5]], "ends at character 0 of 10; steps end within their response, from 1 on"),
@@ -114,6 +116,36 @@ def test_each_stands_at_the_token_that_ends_it(raw: bool) -> None:
         assert len(until) >= at > len(before.rstrip("\ufffd"))
     assert policy.step_scores(written, [text], None) is None
     assert found.sum() == 10
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_character_of_several_tokens_moves_nothing(fallback: bool) -> None:
+    """Half of one is decoded as one other character, or as one a byte, which are more than the whole."""
+    tokens = [b"a", b" ", b"\xf0", b"\x9f", b"\x98", b"\x80", b" b", b"c", "é".encode()[:1], "é".encode()[1:], b"d"]
+
+    def prefix(n: int) -> str:
+        data = b"".join(tokens[:n])
+        if not fallback:
+            return data.decode(errors="replace")
+        for cut in range(4):
+            with contextlib.suppress(UnicodeDecodeError):
+                return data[: len(data) - cut].decode() + "\ufffd" * cut
+        raise AssertionError(data)
+
+    text = prefix(len(tokens))
+    steps = [(end, float(end)) for end in range(1, len(text) + 1)]
+    found = at_tokens(steps, text, len(tokens) + 1, lambda n: prefix(min(n, len(tokens))))
+    assert text == "a 😀 bcéd"
+    assert np.flatnonzero(found).tolist() == [0, 1, 5, 6, 7, 9, 11]
+    assert found[[0, 1, 5, 6, 7, 9, 11]].tolist() == [1, 2, 3, 4 + 5, 6, 7, 8]
+
+
+def test_none_alone_names_its_rows() -> None:
+    responses = Responses([ASK] * 4, TEXTS, ROWS, np.zeros(4, bool))
+    with pytest.raises(
+        InputError, match="--reward mine: gave None for responses to rows 4, 6 of the prompts"
+    ):
+        scored([of([1.0, None, 2.0, None])], ["mine"], responses, whiten=True, finite=True)
 
 
 def test_two_steps_that_end_in_one_token_add_up() -> None:

@@ -116,7 +116,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
     """Scale scores to mean 0 and variance 1 over the rollout, before clipping."""
     missing_eos_penalty: Positive | None = None
     """Taken off the score of a response that was cut before its terminator."""
-    group_size: int | None = not_given()
+    group_size: Count | None = not_given()
     """Responses to each prompt. Not given: 4 for leave_one_out, 8 for group_mean, else 1."""
     zero_variance: Literal["keep", "leave_out", "resample"] | None = not_given("keep")
     """Groups whose scores are all equal: keep; leave_out of the loss and its average; resample: answer their prompts
@@ -146,7 +146,25 @@ class PPOLossConfig(Options, prefix="--ppo."):
             self.kl_target is None or self.kl_price > 0,
             "--ppo.kl_target scales --ppo.kl_coefficient, which must be positive",
         )
+        for name in ("kl_placement", "kl_estimator"):
+            require(
+                getattr(self, name) is None or self.kl_price > 0,
+                f"--ppo.{name} has no effect: --ppo.kl_coefficient is 0",
+            )
+        require(
+            self.stop_kl is None or self.updates > 1,
+            "--ppo.stop_kl has no effect with one update a rollout (--ppo.epochs, --ppo.minibatches)",
+        )
         self._check_groups()
+        for name in ("normalize_scores", "score_clip", "missing_eos_penalty"):
+            require(
+                self.estimator != "greedy" or not getattr(self, name),
+                f"--ppo.{name} does not go with --ppo.advantage greedy, whose baseline is a score as it is",
+            )
+        require(
+            self.estimator != "greedy" or self.resolved("overlong") != "ramp",
+            "--ppo.overlong ramp does not go with --ppo.advantage greedy, whose baseline is a score as it is",
+        )
 
     def _check_family(self) -> None:
         require(

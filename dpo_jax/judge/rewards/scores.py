@@ -31,7 +31,7 @@ from dpo_jax.processes import distributed
 SCORED = 512
 """Responses that are judged in one call; after each the scores are on the disk."""
 LLAMA2 = ("helpfulness", "safety")
-_TAKEN = (*LLAMA2, "row", "prompt", "response", "score", "kl", "tokens", "ended", "temperature", "sample")
+_TAKEN = (*LLAMA2, *"row prompt response score steps kl turns tokens ended done temperature sample".split())
 """Names that mean something else in the files that scores stand in."""
 
 
@@ -158,6 +158,12 @@ def scored(
     """
     prompts, texts, rows, tagged = responses
     found = [judgement(one, prompts, texts, rows, name, finite=finite) for one, name in zip(judges, names, strict=True)]
+    for name, one in zip(names, found, strict=True):
+        if finite and len(silent := rows[~one.said]):
+            raise InputError(
+                f"--reward {name}: gave None for responses to {told_rows(silent)} of the prompts, and nothing else"
+                " judges them; the last checkpoint is intact"
+            )
     if len(found) == 1:
         return Scores(found[0].scores, {}, found[0].steps)
     if any(one.steps is not None for one in found):

@@ -9,11 +9,14 @@ rewards.)
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.errors import InputError
+
+_LARGEST = float(np.finfo(np.float64).max)
 
 Steps = list[list[tuple[int, float]]]
 """Of each response its steps, in order: characters up to the step's end, and its score."""
@@ -58,7 +61,7 @@ def _checked(step: Any, text: str, row: int, name: str) -> tuple[int, float]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= np.finfo(np.float64).max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def scaled(steps: Steps | None, factors: np.ndarray) -> Steps | None:
@@ -85,13 +88,10 @@ def at_tokens(steps: Sequence[tuple[int, float]], text: str, count: int, prefix:
       count: its tokens, a terminator included; the step that ends with the text ends with the last of them.
       prefix: the text of the first so many tokens.
     """
-    found = np.zeros(count, np.float32)
-    for end, score in steps:
-        low, high = 1, count
-        if end == len(text):
-            low = count
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(prefix(middle)) >= end else (middle + 1, high)
-        found[low - 1] += score
+    found, place = np.zeros(count, np.float32), 1
+    for end, score in sorted(steps, key=itemgetter(0)):
+        # Part of a character is decoded as one or several others, so lengths of prefixes may shrink.
+        while place < count and (end == len(text) or prefix(place)[:end] != text[:end]):
+            place = count if end == len(text) else place + 1
+        found[place - 1] += score
     return found
