@@ -142,9 +142,7 @@ def test_a_character_of_several_tokens_moves_nothing(fallback: bool) -> None:
 
 def test_none_alone_names_its_rows() -> None:
     responses = Responses([ASK] * 4, TEXTS, ROWS, np.zeros(4, bool))
-    with pytest.raises(
-        InputError, match="--reward mine: gave None for responses to rows 4, 6 of the prompts"
-    ):
+    with pytest.raises(InputError, match="--reward mine: gave None for responses to rows 4, 6 of the prompts"):
         scored([of([1.0, None, 2.0, None])], ["mine"], responses, whiten=True, finite=True)
 
 
