@@ -190,6 +190,8 @@ class RunFolder:
             bound = (name == _METRIC and now.get("train.stop_after") is not None) or (name == _TIMEOUT and commands)
             if (name.startswith(FREE) and not bound) or before.get(name) == now.get(name):
                 continue
+            if name not in before and now[name] is False:
+                continue  # an earlier version began it, which had no such option: it is off, as it was
             has, wants = before.get(name), now.get(name)
             raise InputError(
                 f"{self.path}: the run in it has {f'no {option(name)}' if has is None else f'{option(name)} {has}'},"

@@ -50,6 +50,16 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
         RunFolder(tmp_path, "dpo", {**GIVEN, "data": {"files": "e.jsonl"}}).open()
 
 
+def test_an_option_that_an_earlier_version_did_not_have_is_off(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    with_checkpoint(tmp_path)
+    newer = {**GIVEN, "data": {"files": "d.jsonl", "empty_system": False, "other": None}}
+    assert RunFolder(tmp_path, "dpo", newer).open() == "unfinished"
+    newer["data"]["empty_system"] = True
+    with pytest.raises(InputError, match=r"has no --data\.empty_system, this command has True"):
+        RunFolder(tmp_path, "dpo", newer).open()
+
+
 def test_another_mesh_or_name_may_go_on(tmp_path: Path) -> None:
     claimed(tmp_path)
     with_checkpoint(tmp_path)
