@@ -58,7 +58,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-CLOCK = re.compile(r"second|time|tflops|mfu|memory|rss|watt|kwh|energy|co2|dollar|hours|elapsed|versions?$")
+CLOCK = re.compile(r"second|(?<!sen)time|tflops|mfu|memory|rss|watt|kwh|energy|co2|dollar|hours|elapsed|versions?$")
 DIGESTED = (".safetensors", ".array_record", ".model", ".jinja", ".npz", ".npy")
 TEXTS = (".jsonl", ".txt", ".csv", ".md", ".py")
 
