@@ -3,7 +3,7 @@
     python benchmarks/arithmetic.py --out OUT                one run after another: minutes each on two CPU cores
     python benchmarks/arithmetic.py --out OUT --jobs 9       all at once, on one GPU
     python benchmarks/arithmetic.py --out OUT --only grpo    those arms whose names begin so
-    python benchmarks/arithmetic.py --out OUT --kills 3      a short run killed three times, and one that was not
+    python benchmarks/arithmetic.py --out OUT --kills 1      a short run that is killed, and one that is not
 
 A short SFT (20 steps of 16 problems) first teaches the format: the number and nothing else. Each arm then is
 `dpo-jax grpo` with `--reward exact:answer`, which differs from the others in its preset, its seed or what its sampler
@@ -24,6 +24,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -117,6 +118,8 @@ def killed(out: Path, kills: int, common: str) -> None:
     """Print what differs between a short run that was killed and one that was not; exit code 1 where anything does."""
     data = f"--data {out}/train.jsonl --eval_data {out}/held_out.jsonl --train.steps 8"
     words = f"grpo --model {out}/sft {data} {SHORT} --ppo.preset grpo {common}"
+    for name in ("whole", "killed"):
+        shutil.rmtree(out / name, ignore_errors=True)
     start = time.monotonic()
     run(f"{words} --out {out}/whole", out / "whole.log")
     seconds, draws, left = time.monotonic() - start, random.Random(0), kills

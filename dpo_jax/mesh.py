@@ -258,6 +258,12 @@ def for_lookup(table: jax.Array, axes: LogicalAxes) -> jax.Array:
     return constrain(table, tuple(None if axis == "vocab" else axis for axis in axes))
 
 
+def constrain_in_copy(x: jax.Array, axes: LogicalAxes) -> jax.Array:
+    """`constrain` within `sum_over_copies`; elsewhere `x` itself, whose layout follows from what is around it."""
+    mesh = _current()
+    return constrain(x, axes) if mesh is not None and _apart(mesh) else x
+
+
 def slices_of(mesh: Mesh) -> list[int]:
     """The slice (TPU slice, or GPU node) of each device of `mesh`, in its order; CPUs are slices by process."""
     return [

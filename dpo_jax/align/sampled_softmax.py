@@ -76,10 +76,9 @@ def sampled_logps(
     head = rounded(unembedding.matrix if isinstance(unembedding, Shaped) else unembedding, hidden.dtype)
     head = jax.tree.map(lambda x: meshes.for_lookup(x, ("embed", "vocab")), head)
     sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
-    own = read(take(jax.tree.map(jnp.transpose, head), meshes.constrain(targets, ("copies", None)), axis=0))
-    own = meshes.constrain(
-        meshes.constrain(own, ("copies", None, "embed")), ("batch", length_axis(targets.shape[1]), None)
-    )
+    own = read(take(jax.tree.map(jnp.transpose, head), meshes.constrain_in_copy(targets, ("copies", None)), axis=0))
+    own = meshes.constrain_in_copy(own, ("copies", None, "embed"))
+    own = meshes.constrain(own, ("batch", length_axis(targets.shape[1]), None))
     z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
 
     if shaped is not None:

@@ -340,10 +340,10 @@ class Llama(nn.Module):
         if c.sliding_window is not None and reach > c.sliding_window:
             mask = dataclasses.replace(mask, window=c.sliding_window, at=at)
         angles = self._angles(at, mask, cached=cache is not None)
-        # Each device looks up its piece of the width for all rows of its copy of the model, then pieces are exchanged.
+        # With several copies of the model each device looks up its piece of the width for all rows of its copy.
         table = meshes.for_lookup(self.embed_tokens.value, ("vocab", "embed"))
-        x = jnp.take(table, meshes.constrain(tokens, ("copies", None)), axis=0)
-        x = meshes.constrain(x, ("copies", None, "embed")).astype(self.dtype)
+        x = jnp.take(table, meshes.constrain_in_copy(tokens, ("copies", None)), axis=0)
+        x = meshes.constrain_in_copy(x, ("copies", None, "embed")).astype(self.dtype)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)
         x = meshes.constrain(x, ("batch", "length", "embed"))

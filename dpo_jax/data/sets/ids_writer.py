@@ -92,7 +92,8 @@ class _Split:
     """The files of one split of a piece."""
 
     def __init__(self, folder: Path, name: str, kind: Kind):
-        self.name, self._kind, self.count, self.unknown, self.tally = name, kind, 0, 0, Tally()
+        self._kind: Kind = kind
+        self.name, self.count, self.unknown, self.tally = name, 0, 0, Tally()
         self._names = ("rows", *FILES[kind])
         self._files: list[BinaryIO] = [(folder / file_name(name, one)).open("wb") for one in self._names]
         self._digest = hashlib.blake2b(digest_size=16)

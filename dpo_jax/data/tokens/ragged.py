@@ -127,7 +127,9 @@ class StoredRagged(Ragged):
         both = {
             name: np.concatenate([getattr(self, name), getattr(right, name)]) for name in ("begins", "whole", "kept")
         }
-        known = self.lasts is not None and right.lasts is not None
+        lasts = None
+        if self.lasts is not None and right.lasts is not None:
+            lasts = np.concatenate([self.lasts, right.lasts])
         return replace(
             self,
             files=self.files + right.files,
@@ -135,7 +137,7 @@ class StoredRagged(Ragged):
             which=np.concatenate([self.which, right.which + np.uint8(len(self.files))]),
             ends=cut.ends,
             lead=cut.lead,
-            lasts=np.concatenate([self.lasts, right.lasts]) if known else None,
+            lasts=lasts,
             **both,
         )
 
