@@ -176,7 +176,7 @@ def lose(words: Sequence[str], work: Path, out: Path, loss: Loss) -> None:
     for own in (work / "own").glob(f"*/process-{loss.victim}-*") if loss.with_disk else ():
         shutil.rmtree(own)
     said = [line for line in (work / f"process{1 - loss.victim}.log").read_text().splitlines() if "error: " in line]
-    loss.named = len(said) == 1 and f"process {loss.victim} on " in said[0]
+    loss.named = len(said) == 1 and f"process {loss.victim} " in said[0]
     loss.step = len(read_metrics(out / "metrics.jsonl"))
     if not (mark.exists() and lost and loss.named and loss.code == AGAIN and loss.seconds < LIMIT):
         logs = [(work / f"process{i}.log").read_text()[-3000:] for i in range(2)]
