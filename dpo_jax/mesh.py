@@ -278,11 +278,11 @@ def copies() -> int:
     return 1 if mesh is None else mesh.shape["data"]
 
 
-def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any, dtype: Any) -> tuple[Any, Any]:
+def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any) -> tuple[Any, Any]:
     """(sums, rows) of `function(rows) -> (sums, rows)`, which each copy of the model (`data`) applies to its own rows.
 
     Only the sums travel between copies, once, when each has its own: of every array a device sends its piece along the
-    other axes. They travel in `dtype`. `rows` are trees of arrays with the batch first. Without copies, and where
+    other axes. They travel in float32. `rows` are trees of arrays with the batch first. Without copies, and where
     sequences are split (XLA's partitioner aborts on the gathers along them), `function` itself.
     """
     if copies() == 1 or parts("length") > 1:
@@ -290,7 +290,7 @@ def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any, dtype
 
     def own(rows: Any) -> tuple[Any, Any]:
         sums, found = function(rows)
-        return jax.tree.map(lambda x: jax.lax.psum(x.astype(dtype), "data").astype(x.dtype), sums), found
+        return jax.tree.map(lambda x: jax.lax.psum(x.astype(jax.numpy.float32), "data").astype(x.dtype), sums), found
 
     split = PartitionSpec("data")
     mapped = jax.shard_map(

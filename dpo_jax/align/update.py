@@ -112,7 +112,7 @@ def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *
 
     if meshes.copies() > 1:
         _check_split(batch, k)
-    return meshes.sum_over_copies(own, batch, jnp.float32)
+    return meshes.sum_over_copies(own, batch)
 
 
 # ---------------------------------------------------------------- the update

@@ -101,8 +101,7 @@ def train(config: PPORun) -> Path:
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     each = config.resolved("eval_samples")
     learning: dict[str, Any] = {"reference": reference, "config": step_config}
-    narrow = policy.sample.weights is not None or policy.sample.cache is not None
-    measured = jit_measure(model, step_config, mesh, group=each, stores=narrow)
+    measured = jit_measure(model, step_config, mesh, group=each, stores=policy.sample.narrow)
     held_out: dict[str, Any] = {
         "samples": each,
         "passes": config.eval_pass,

@@ -125,11 +125,10 @@ def build_online(
         step = dpo.jit_train_step(config, mesh)
         return Program.of(step, mesh, (state, batch), needed, computed, pair.tokens, held=held)
     if name == "measure":
-        narrow = run.sample.weights is not None or run.sample.cache is not None
         groups = programs.full_pairs(piece // k, k, lengths, sampled=True)
         work = preference_work(groups, 0, k)
-        needed = flops.forward(work, adapted=False) + (flops.forward(work) if narrow else 0.0)
-        step, repeats = jit_sums(model, config, mesh, narrow=narrow), run.responses // piece
+        needed = flops.forward(work, adapted=False) + (flops.forward(work) if run.sample.narrow else 0.0)
+        step, repeats = jit_sums(model, config, mesh, narrow=run.sample.narrow), run.responses // piece
         arguments = (state, reference, groups)
         return Program.of(step, mesh, arguments, needed, needed, work.tokens, held=held, repeats=repeats)
     apart = run.online.opponent != "policy"  # each writes one of the two

@@ -50,8 +50,7 @@ class OnlinePairs(Answered):
         super().__init__(policy, data, loader, group=config.samples)
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
-        narrow = policy.sample.weights is not None or policy.sample.cache is not None
-        self._measure = jit_sums(policy.model, step, policy.mesh, narrow=narrow)
+        self._measure = jit_sums(policy.model, step, policy.mesh, narrow=policy.sample.narrow)
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
         """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.

@@ -55,7 +55,7 @@ def test_only_gradients_cross_and_once(name: str) -> None:
 def test_before_they_crossed_once_a_micro_batch() -> None:
     """The same step where the compiler alone decides."""
     one, _ = crossing(CASES["dpo"], make_mesh(data=2, fsdp=4))
-    with mock.patch.object(meshes, "sum_over_copies", lambda function, rows, dtype: function(rows)):
+    with mock.patch.object(meshes, "sum_over_copies", lambda function, rows: function(rows)):
         before, piece = crossing(CASES["dpo"], make_mesh(data=2, fsdp=4))
     assert before.crosses > 4 * piece > 2 * one.crosses
     counts = [sum(c.count for (_, _, s), c in t.collectives.items() if s > 1) for t in (before, one)]

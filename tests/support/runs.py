@@ -102,3 +102,26 @@ def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[st
     return [
         subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(count)
     ]
+
+
+def two_say(script: str, *words: str) -> list[str]:
+    """The last line that each of two processes of two devices prints.
+
+    Python's `script` gets `words`, a free port, the folder of the tests of weights, and the process's number.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tests = Path(__file__).resolve().parents[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests / "support"))),
+    }
+    command = [sys.executable, "-c", script, *words, str(port), str(tests / "weights")]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    return [output.splitlines()[-1] for output, _ in outputs]

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from dpo_jax import state as states
 from dpo_jax.config import OptimizerConfig
@@ -497,19 +497,6 @@ print(len(said), sorted(path.name for path in folder.iterdir()))
 
 @pytest.mark.multiprocess
 def test_processes_agree_on_what_is_damaged(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1] / "support"))),
-    }
-    command = [sys.executable, "-c", _TOGETHER, str(tmp_path), str(port), str(Path(__file__).parent)]
-    processes = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    assert [output.splitlines()[-1][:1] for output, _ in outputs] == ["3", "0"]
-    assert outputs[0][0].splitlines()[-1].endswith("['1', '2', '3', 'damaged-3', 'damaged-4', 'damaged-5']")
+    first, second = runs.two_say(_TOGETHER, str(tmp_path))
+    assert [first[:1], second[:1]] == ["3", "0"]
+    assert first.endswith("['1', '2', '3', 'damaged-3', 'damaged-4', 'damaged-5']")

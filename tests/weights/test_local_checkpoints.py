@@ -1,14 +1,11 @@
 """Checkpoints on each host's own disk beside those that all share."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+import runs
 from test_checkpoint import alter, arrays, assert_same, make_state, shuffle, update
 
 from dpo_jax.config import CheckpointConfig
@@ -152,18 +149,4 @@ print(found)
 
 @pytest.mark.multiprocess
 def test_what_all_hosts_hold(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parents[1] / "support"))),
-    }
-    command = [sys.executable, "-c", _TOGETHER, str(tmp_path), str(port), str(Path(__file__).parent)]
-    processes = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    assert [output.splitlines()[-1] for output, _ in outputs] == ["[6, 5, 3]"] * 2
+    assert runs.two_say(_TOGETHER, str(tmp_path)) == ["[6, 5, 3]"] * 2

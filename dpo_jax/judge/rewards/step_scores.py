@@ -90,8 +90,10 @@ def at_tokens(steps: Sequence[tuple[int, float]], text: str, count: int, prefix:
     """
     found, place = np.zeros(count, np.float32), 1
     for end, score in sorted(steps, key=itemgetter(0)):
+        if end == len(text):
+            place = count
         # Part of a character is decoded as one or several others, so lengths of prefixes may shrink.
-        while place < count and (end == len(text) or prefix(place)[:end] != text[:end]):
-            place = count if end == len(text) else place + 1
+        while place < count and prefix(place)[:end] != text[:end]:
+            place += 1
         found[place - 1] += score
     return found
