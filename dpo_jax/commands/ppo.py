@@ -20,6 +20,7 @@ from dpo_jax.mesh import batch_parts
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report.datasets import prompts_section
 from dpo_jax.report.samples import progress, samples_section
+from dpo_jax.sample import is_narrow
 from dpo_jax.train.answered import Policy, reference_of
 from dpo_jax.train.episodes import EpisodeRollouts, HeldOutEpisodes
 from dpo_jax.train.fixed_prompts import FixedPrompts
@@ -101,7 +102,7 @@ def train(config: PPORun) -> Path:
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
     each = config.resolved("eval_samples")
     learning: dict[str, Any] = {"reference": reference, "config": step_config}
-    measured = jit_measure(model, step_config, mesh, group=each, stores=policy.sample.narrow)
+    measured = jit_measure(model, step_config, mesh, group=each, stores=is_narrow(policy.sample))
     held_out: dict[str, Any] = {
         "samples": each,
         "passes": config.eval_pass,

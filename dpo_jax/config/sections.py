@@ -413,11 +413,6 @@ class SampleConfig(Options, prefix=""):
     cache: Literal["float32", "bfloat16", "int8"] | None = None
     """What keys and values are kept in. Not given: what the model computes in."""
 
-    @property
-    def narrow(self) -> bool:
-        """Whether it draws with narrow weights or caches: log-probabilities are not quite those of the trainer."""
-        return self.weights is not None or self.cache is not None
-
     def __post_init__(self) -> None:
         super().__post_init__()
         cuts = self.top_k is None and self.top_p is None and self.min_p is None

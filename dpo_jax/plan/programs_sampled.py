@@ -34,7 +34,7 @@ from dpo_jax.model.llama import Llama
 from dpo_jax.plan import programs
 from dpo_jax.plan.programs import Lengths, Program
 from dpo_jax.sample import engine, layout as layouts
-from dpo_jax.sample.program import prepared_shapes
+from dpo_jax.sample.program import is_narrow, prepared_shapes
 from dpo_jax.train.flops import ModelFlops, Work, distill_flops, preference_work
 from dpo_jax.train.online_pairs import jit_sums
 from dpo_jax.train.rollouts import jit_measure
@@ -127,8 +127,8 @@ def build_online(
     if name == "measure":
         groups = programs.full_pairs(piece // k, k, lengths, sampled=True)
         work = preference_work(groups, 0, k)
-        needed = flops.forward(work, adapted=False) + (flops.forward(work) if run.sample.narrow else 0.0)
-        step, repeats = jit_sums(model, config, mesh, narrow=run.sample.narrow), run.responses // piece
+        needed = flops.forward(work, adapted=False) + (flops.forward(work) if is_narrow(run.sample) else 0.0)
+        step, repeats = jit_sums(model, config, mesh, narrow=is_narrow(run.sample)), run.responses // piece
         arguments = (state, reference, groups)
         return Program.of(step, mesh, arguments, needed, needed, work.tokens, held=held, repeats=repeats)
     apart = run.online.opponent != "policy"  # each writes one of the two

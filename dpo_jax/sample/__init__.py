@@ -8,7 +8,7 @@ from dpo_jax.sample.continuous import Finished, Request, serve
 from dpo_jax.sample.decode import check_context
 from dpo_jax.sample.engine import Generation, generate, generate_mixture, generate_with_plain_logps
 from dpo_jax.sample.layout import resolved as with_layout
-from dpo_jax.sample.program import Weights, prepare
+from dpo_jax.sample.program import Weights, is_narrow, prepare
 
 __all__ = [
     "Finished",
@@ -20,6 +20,7 @@ __all__ = [
     "generate",
     "generate_mixture",
     "generate_with_plain_logps",
+    "is_narrow",
     "prepare",
     "serve",
     "with_layout",

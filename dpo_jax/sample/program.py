@@ -163,6 +163,11 @@ def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, me
     return _weights(program, variables, config.weights, made)
 
 
+def is_narrow(config: SampleConfig) -> bool:
+    """Whether weights or caches are narrow: what is drawn is not quite as likely under the model as the sampler says."""
+    return config.weights is not None or config.cache is not None
+
+
 def prepare(model: llama.Llama, variables: Any, config: SampleConfig, *, mesh: Mesh | None = None) -> Weights:
     """What generation reads, made once for many calls: pass it on in place of `variables`.
 

@@ -20,6 +20,7 @@ from dpo_jax.files.sample_log import SampleLog
 from dpo_jax.judge.rewards.scores import Responses, part_figures, told_parts
 from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
+from dpo_jax.sample import is_narrow
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered, Policy, with_reference
 from dpo_jax.train.rollouts import Scorer
@@ -50,7 +51,7 @@ class OnlinePairs(Answered):
         super().__init__(policy, data, loader, group=config.samples)
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
-        self._measure = jit_sums(policy.model, step, policy.mesh, narrow=policy.sample.narrow)
+        self._measure = jit_sums(policy.model, step, policy.mesh, narrow=is_narrow(policy.sample))
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
         """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.
