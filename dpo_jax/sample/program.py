@@ -164,7 +164,7 @@ def prepared_shapes(model: llama.Llama, variables: Any, config: SampleConfig, me
 
 
 def is_narrow(config: SampleConfig) -> bool:
-    """Whether weights or caches are narrow: what is drawn is not quite as likely under the model as the sampler says."""
+    """Whether weights or caches are: what is drawn is not quite as likely under the model as the sampler says."""
     return config.weights is not None or config.cache is not None
 
 
