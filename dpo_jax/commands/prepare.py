@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpo_jax.config import PrepareRun
 from dpo_jax.config.commands.rows import split_shares
@@ -88,13 +88,15 @@ def _scratch(to: str) -> Iterator[Path]:
     target = Path(to).expanduser().absolute()
     scratch = target.with_name(f".{target.name}.partial")
     with writing(to):
-        check_free(target, replace=False)
+        try:
+            check_free(target, replace=False)
+        except InputError:
+            _remove_left(scratch)
+            raise
         scratch.mkdir(parents=True, exist_ok=True)
         with (scratch / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{to}: another dpo-jax prepare is writing it; wait for it, or end it") from error
+            if not _locked(lock):
+                raise InputError(f"{to}: another dpo-jax prepare is writing it; wait for it, or end it")
             try:
                 yield scratch
                 if target.exists():
@@ -108,6 +110,23 @@ def _scratch(to: str) -> Iterator[Path]:
                 shutil.rmtree(scratch)
                 raise
             shutil.rmtree(scratch)
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether no other command holds `lock`; then this one does, until it is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_left(scratch: Path) -> None:
+    """Remove what a command left that was killed when its data set was whole, and this was all it had to do."""
+    if scratch.is_dir():
+        with (scratch / "lock").open("w") as lock:
+            if _locked(lock):
+                shutil.rmtree(scratch)
 
 
 def _made(run: PrepareRun, folder: Path) -> dict[str, Any]:

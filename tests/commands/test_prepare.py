@@ -436,6 +436,21 @@ def test_another_plan_begins_anew_and_two_at_once_are_refused(tmp_path: Path) ->
     assert not scratch.exists()
 
 
+def test_what_is_left_beside_a_whole_set_goes_at_the_next_start(tmp_path: Path) -> None:
+    """Killed between the last rename and the end, the command finds its set there, and tidies up."""
+    source, scratch = jsonl(tmp_path / "a.jsonl", pairs(3)), tmp_path / ".set.partial"
+    prepare(source, tmp_path / "set")
+    (scratch / "pieces" / "000000").mkdir(parents=True)
+    with (scratch / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="set"):
+            prepare(source, tmp_path / "set")
+        assert scratch.exists(), "another command's"
+    with pytest.raises(InputError, match="set"):
+        prepare(source, tmp_path / "set")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "set"]
+
+
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
     """benchmarks/streaming.py draws the curve to ten million rows."""
