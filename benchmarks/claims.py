@@ -32,7 +32,7 @@ import arithmetic
 Row = dict[str, Any]
 SHORT = "--data.max_length 128 --checkpoint.every 1000"
 SFT = f"--train.batch_size 16 --train.steps 20 --optimizer.learning_rate 2e-5 --optimizer.schedule linear {SHORT}"
-DPO = "--optimizer.warmup_steps 5 --optimizer.schedule linear --dpo.beta 0.1"
+DPO = "--optimizer.warmup_ratio 0.1 --optimizer.schedule linear --dpo.beta 0.1"
 FULL, LORA = "--optimizer.learning_rate 1e-5", "--optimizer.learning_rate 1e-4 --lora.rank 16"
 NLL, MASK, DPOP = "--dpo.nll_coefficient 0.2", "--dpo.mask_format_tokens", "--dpo.loss dpop --dpo.dpop_lambda 50"
 LOSSES = {"DPO": FULL, "DPO + NLL": f"{FULL} {NLL}", "DPOP": f"{FULL} {DPOP}"}
@@ -219,7 +219,7 @@ def rounds(options: argparse.Namespace) -> list[Row]:
                 f" {folder} --rounds {count} --samples {samples} --pairs_per_prompt {pairs} --temperatures 1.0 --seed"
                 f" {seed} --sample.max_new_tokens 8 --batch_size 64 --dpo.train.steps {options.steps // count}"
                 f" --dpo.train.batch_size {2 * options.pairs} --dpo.train.seed {seed} --dpo.data.max_length 128"
-                " --dpo.optimizer.learning_rate 1e-5 --dpo.optimizer.warmup_steps 5 --dpo.dpo.nll_coefficient 1"
+                " --dpo.optimizer.learning_rate 1e-5 --dpo.optimizer.warmup_ratio 0.1 --dpo.dpo.nll_coefficient 1"
                 " --dpo.checkpoint.every 1000"
             )
             command(words, folder.with_suffix(".log"))
