@@ -47,6 +47,16 @@ def models_table(models: Sequence[Mapping[str, Any]]) -> html.Table:
     return html.Table(_HEAD, [[cell(row[name]) for name in _HEAD] for row in models])
 
 
+def agreement(name: str, found: Mapping[str, Any]) -> dict[str, str | int]:
+    """How far a second judge, `name`, agrees with the first: figures of `dpo-jax judge --agreement`, as texts."""
+    told: dict[str, str | int] = {"second judge": name, "its prompt": found["prompt"]}
+    told |= {"pairs of responses": found["pairs"], "that the first tells apart": found["decided"]}
+    told |= {"without a verdict of the second": found["unparsed"]}
+    shown = {"accuracy": "both name the same response", "kappa": "Cohen's kappa", "ac1": "Gwet's AC1"}
+    told |= {text: "{:.3f} ({:.3f} to {:.3f})".format(*found[key]) for key, text in shown.items() if key in found}
+    return told
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """The report."""
     lines = ["# AI feedback", ""]

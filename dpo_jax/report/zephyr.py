@@ -39,6 +39,15 @@ def _figures(summary: Mapping[str, Any]) -> html.Table:
     return html.Table(("figure", "dSFT", "dDPO"), rows)
 
 
+def _two_judges(feedback: Mapping[str, Any]) -> list[html.Section]:
+    """A section where a second judge rated the responses, too."""
+    if "agreement" not in feedback:
+        return []
+    note = f"What the judge {feedback['judge']} and a second one say of the same responses, two at a time."
+    rows = [(name, str(value)) for name, value in feedback["agreement"].items()]
+    return [html.Section("Two judges", note, table=html.Table(("figure", ""), rows))]
+
+
 def show(summary: Mapping[str, Any], out: Path) -> None:
     """Print the figures."""
     table = terminal.table(f"{summary['dialogues']} dialogues, {summary['pairs']} pairs", _figures(summary))
@@ -69,6 +78,7 @@ def write(
             table=html.Table(head, texts, head[:3]),
         ),
         html.Section("AI feedback", "Which model wins how often in the pairs.", table=models_table(feedback["models"])),
+        *_two_judges(feedback),
         html.run_section(out / "sft", "Distilled SFT"),
         html.run_section(out / "dpo", "Distilled DPO"),
     ]

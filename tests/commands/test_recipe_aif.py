@@ -123,6 +123,45 @@ def test_from_prompts_to_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     capsys.readouterr()
 
 
+def test_a_second_judge_rates_the_same_and_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The longest response is the good one, and the judge of lists knows that but where it does not say."""
+    write_lines(tmp_path / "p.jsonl", [{"prompt": f"What follows from prompt {i}?"} for i in range(8)])
+    for name, more in (("good", ", and it says most of all"), ("fair", ", and it says more"), ("poor", "")):
+        said = [
+            {"prompt": f"What follows from prompt {i}?", "response": f"I am the {name} one{more}"} for i in range(8)
+        ]
+        write_lines(tmp_path / f"{name}.jsonl", said)
+    pool = [f"- {{name: {name}, responses: {tmp_path / name}.jsonl}}" for name in ("good", "fair", "poor")]
+    (tmp_path / "pool.yaml").write_text("\n".join(pool) + "\n")
+
+    def said(body):
+        return "I had rather not say." if "prompt 5?" in body["messages"][-1]["content"] else answer(body)
+
+    with chat_server.serving(said) as server:
+        (tmp_path / "judge.yaml").write_text(f"ask: list\nendpoint: {{url: '{server.url}', model: judge}}\n")
+        words = ["recipe", "aif", "--prompts", str(tmp_path / "p.jsonl"), "--pool", str(tmp_path / "pool.yaml")]
+        words += ["--samples", "3", "--judge", "length"]
+        beside = ["--beside", f"judge:{tmp_path / 'judge.yaml'}"]
+        assert main([*words, *beside, "--out", str(tmp_path / "out")]) == 0
+        assert sum(server.asked.values()) == 9, "one question a prompt, and one again"
+        assert main([*words, "--out", str(tmp_path / "alone")]) == 0
+    assert (tmp_path / "out" / "pairs.jsonl").read_bytes() == (tmp_path / "alone" / "pairs.jsonl").read_bytes()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["agreement"] == {
+        "second judge": beside[1],
+        "its prompt": "ours (en, version 1)",
+        "pairs of responses": 24,
+        "that the first tells apart": 24,
+        "without a verdict of the second": 3,
+        "both name the same response": "1.000 (1.000 to 1.000)",
+        "Cohen's kappa": "1.000 (1.000 to 1.000)",
+        "Gwet's AC1": "1.000 (1.000 to 1.000)",
+    }
+    assert "agreement" not in json.loads((tmp_path / "alone" / "report.json").read_text())
+    assert "| both name the same response | 1.000" in (tmp_path / "out" / "report.md").read_text()
+    capsys.readouterr()
+
+
 def of(
     folder: Path, judge: str, pool: str = "- {name: a, responses: r.jsonl}\n- {name: b, responses: r.jsonl}", **more
 ):
@@ -299,6 +338,9 @@ def test_what_a_judge_does_not_use_is_refused(judge, more, message, tmp_path: Pa
         (TWO, ["--judge_dtype", "float32"], "--judge_dtype has no effect with --judge length"),
         (TWO, ["--principles", "none", "--language", "zh"], "--language has no effect with --judge length"),
         ("- {name: a, model: m}\n- {name: b, model: n}", ["--judge", "judge:x.yaml"], "--judge judge:x.yaml: not read"),
+        (TWO, ["--beside", "length"], "--beside length: is --judge itself; name another"),
+        (TWO, ["--beside", "/no/m"], "--beside /no/m: is none of vader, length"),
+        (TWO, ["--beside", "judge:x.yaml"], "--beside judge:x.yaml: not read"),
     ],
 )  # fmt: skip
 def test_one_line_errors(pool, words, message, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

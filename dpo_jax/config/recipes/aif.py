@@ -59,6 +59,9 @@ class AIFRun(WritesTexts):
     judge: str
     """Who rates: judge:FILE.yaml, or anything else that --reward of `dpo-jax ppo` takes. A judge that asks `list` is
     asked for each of --aspects and for a critique."""
+    beside: str | None = None
+    """A second judge, as --judge; one that asks list is asked once, about all in all. It rates the same responses and
+    decides nothing: how far it agrees with the first is shown, and stands in the report."""
     out: str
     """Folder of all stages: data.jsonl in UltraFeedback's schema, pairs.jsonl. The same command goes on."""
     samples: Several = 4
@@ -92,6 +95,7 @@ class AIFRun(WritesTexts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.beside != self.judge, f"--beside {self.beside}: is --judge itself; name another")
         aspects = self.resolved("aspects")
         require(aspects, "--aspects is empty: what is the judge to rate?")
         unknown = [name for name in aspects if name not in ASPECTS]
