@@ -13,8 +13,8 @@ Zephyr's template, which SmolLM2 was not taught.
 
 Dialogues for dSFT: `dpo_en`, the chosen sides, packed, the loss on all tokens, as in the paper. Feedback: `scored4_en`,
 four models' answers with GPT-4's scores to Vicuna's 80 questions, made into pairs by the paper's rule (`dpo-jax pairs
---rule zephyr`, drawn by the seed); learnt for the paper's three epochs at its beta, with LoRA and a learning rate for
-it.
+--rule zephyr`, drawn by the seed); learnt for two epochs (three in the paper) at the paper's beta, with LoRA and a
+learning rate for it. Responses are cut at `--max_length` with their prompts.
 
 Named prompts: `--prompts` of PandaLM's instructions (those of at most 300 characters, drawn with seed 0), which nothing
 else here holds. Named judge: a reward model trained here from SmolLM2-135M on the pairs of PandaLM's other
@@ -43,7 +43,7 @@ from dpo_jax import config as c
 Row = dict[str, Any]
 SHORT = 300
 """Characters of a named prompt, at most."""
-EVALUATED = 24
+EVALUATED = 16
 """Named prompts whose pair, and a new answer, `dpo-jax eval` reads for accuracy and KL."""
 JUDGE = "reward model from SmolLM2-135M on PandaLM's other instructions"
 
@@ -85,11 +85,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=64, help="named prompts")
-    parser.add_argument("--judge_steps", type=int, default=80, help="of the judge, of 8 pairs each")
+    parser.add_argument("--judge_steps", type=int, default=60, help="of the judge, of 8 pairs each")
     parser.add_argument("--sft_steps", type=int, default=40, help="of dSFT, of 4 windows each")
-    parser.add_argument("--epochs", type=float, default=3.0, help="of what is learnt from the feedback")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of what is learnt, and of a window")
-    parser.add_argument("--new_tokens", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of what is learnt from the feedback")
+    parser.add_argument("--max_length", type=int, default=192, help="tokens of what is learnt, and of a window")
+    parser.add_argument("--new_tokens", type=int, default=96, help="tokens of an answer")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     return parser.parse_args()
 
