@@ -238,32 +238,33 @@ class Arms:
         """What `dpo-jax win-rate` says of two arms' answers under the judge's scores."""
         from dpo_jax.commands.win_rate import win_rate
 
-        (rows, given), (others, theirs) = self.answers(name, seed), self.answers(other, seed)
-        folder = self.folder(name, seed)
-        verdicts = [
-            {
-                "instruction": row["prompt"],
-                "output_1": old["response"],
-                "output_2": row["response"],
-                "annotator": JUDGE,
-                "preference": 1.5 if mine == its else 1 + (mine > its),
-            }
-            for row, old, mine, its in zip(rows, others, given, theirs, strict=True)
-        ]
-        against = other.replace(" ", "_")
-        path = sources.write(folder.with_name(f"{folder.name}.against_{against}.jsonl"), verdicts)
-        files = [
-            str(self.folder(n, seed).with_name(f"{self.folder(n, seed).name}.answers.jsonl")) for n in (name, other)
-        ]
-        out = path.with_suffix(".json")
-        return read(
-            once(
-                out,
-                lambda: win_rate(
-                    c.WinRateRun(answers=files[0], against=files[1], judgments=str(path), out=str(out), seed=seed)
-                ),
-            )
+        folder, against = self.folder(name, seed), self.folder(other, seed)
+        path = folder.with_name(f"{folder.name}.against_{against.name}.jsonl")
+        answers = [str(one.with_name(f"{one.name}.answers.jsonl")) for one in (folder, against)]
+        run = c.WinRateRun(
+            answers=answers[0],
+            against=answers[1],
+            judgments=str(path),
+            out=str(path.with_suffix(".json")),
+            seed=seed,
         )
+
+        def judged() -> None:
+            (rows, given), (others, theirs) = self.answers(name, seed), self.answers(other, seed)
+            verdicts = [
+                {
+                    "instruction": row["prompt"],
+                    "output_1": old["response"],
+                    "output_2": row["response"],
+                    "annotator": JUDGE,
+                    "preference": 1.5 if mine == its else 1 + (mine > its),
+                }
+                for row, old, mine, its in zip(rows, others, given, theirs, strict=True)
+            ]
+            sources.write(path, verdicts)
+            win_rate(run)
+
+        return read(once(path.with_suffix(".json"), judged))
 
     def evaluated(self, name: str, seed: int) -> Row:
         from dpo_jax.commands.eval import evaluate
