@@ -213,7 +213,7 @@ class AIF:
         if self._beside is not None:
             made.append(out / "beside.jsonl.agreement.json")
             stages.append(Stage("a judge beside", (data, str(run.beside).removeprefix(PREFIX)), made[-1], self._agree))
-        stages.append(Stage("report", made, out / "report.json", self._report))
+        stages.append(Stage("report", tuple(made), out / "report.json", self._report))
         return stages
 
     # ---------------------------------------------------------------- what the pool writes
