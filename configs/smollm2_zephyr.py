@@ -1,7 +1,8 @@
 """Zephyr's steps with SmolLM2-135M as student and teacher, small enough for two CPU cores.
 
-The numbers of a laptop in place of the paper's (configs/zephyr.py): LoRA, short dialogues that the model writes itself, a
-few steps of each stage, one aspect without a critique. It shows the machinery and what it measures, not a better model.
+The numbers of a laptop in place of the paper's (configs/zephyr.py): LoRA, short dialogues that the model writes itself,
+a few steps of each stage, one aspect without a critique. It shows the machinery and what it measures, not a better
+model.
 `python benchmarks/zephyr_small.py` writes a pool of four writers and trains a judge for it.
 
     dpo-jax recipe zephyr configs/smollm2_zephyr.py --seeds SEEDS.jsonl --prompts PROMPTS.jsonl --pool POOL.yaml \\
