@@ -11,8 +11,6 @@ report.json          which model wins how often; report.md
 replies/             of writers and judge, by a hash of all that decides them
 """
 
-import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +20,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from dpo_jax.commands.judge import judge as judge_rows
 from dpo_jax.commands.pairs import pairs
 from dpo_jax.commands.recipes.chain import perform
+from dpo_jax.commands.recipes.second_judge import SecondJudge
 from dpo_jax.complete.asking import writer_pool as pool
 from dpo_jax.complete.asking.answers import Answerer, answers
-from dpo_jax.config import AIFRun, FilesConfig, JudgeRun, PairsRun, WriterConfig
+from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
@@ -83,7 +81,9 @@ class AIF:
             self._prompts = dict(feedback.feedback_prompts(run.resolved("aspects"), critique=run.critique, **asked))
         else:
             self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
-        self._beside = None if run.beside is None else self._judge_beside(run.beside, later)
+        self._beside = None
+        if run.beside is not None:
+            self._beside = SecondJudge(run.beside, out, run.mesh, partial(check_model, later=later))
         self._warned = False
         if self._judge.function is None:
             with self._named_judge():
@@ -148,40 +148,13 @@ class AIF:
             self._refuse(f"asks {asked} and gives one score: they take ask: list", *of_lists)
         return found
 
-    def _judge_beside(self, judge: str, later: Path | None) -> JudgeRun:
-        """The options of `dpo-jax judge` of a second judge. Raises `InputError` for one that is none."""
-        out, agreed = self._out / "beside.jsonl", {"agreement": True, "mesh": self._run.mesh}
-        files: dict[str, Any] = {"data": FilesConfig(str(self._out / "beside.rows.jsonl")), "out": str(out), **agreed}
-        if not judge.startswith(PREFIX):
-            try:
-                found = JudgeRun(**files, function=judge)
-                check_reward(judge, found)
-            except InputError as error:
-                raise InputError(f"--beside {judge}: {str(error).removeprefix(f'--reward {judge}: ')}") from error
-            return found
-        asked = read_judge(judge, "--beside")
-        if asked.resolved("ask") == "pair":
-            raise InputError(
-                f"--beside {judge}: asks pair; list, rating, expected and checklist rate several responses"
-            )
-        with naming(f"--beside {judge}"):
-            self._check_model(asked.model, later)
-        return dataclasses.replace(asked, **files, cache=str(self._out / "replies"))
-
     def _mesh(self) -> Mesh:
         return make_mesh(self._run.mesh.data, self._run.mesh.fsdp, self._run.mesh.tensor)
 
     def _answerer(self, options: WriterConfig | JudgeRun, later: Path | None) -> Answerer:
         """Raises `InputError` for a URL or a model that is none."""
-        self._check_model(options.model, later)
+        check_model(options.model, later)
         return Answerer(options, self._out / "replies", self._mesh)
-
-    @staticmethod
-    def _check_model(model: str | None, later: Path | None) -> None:
-        if model is not None:
-            place = Path(model).expanduser().absolute()
-            if later is None or not place.is_relative_to(later):
-                open_checkpoint(model)
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
@@ -211,8 +184,8 @@ class AIF:
         stages.append(Stage("pairs", (data,), out / "pairs.jsonl", self._pair))
         made = [data, out / "pairs.jsonl"]
         if self._beside is not None:
-            made.append(out / "beside.jsonl.agreement.json")
-            stages.append(Stage("a judge beside", (data, str(run.beside).removeprefix(PREFIX)), made[-1], self._agree))
+            stages.append(self._beside.stage(data))
+            made.append(self._beside.agreement)
         stages.append(Stage("report", tuple(made), out / "report.json", self._report))
         return stages
 
@@ -369,25 +342,6 @@ class AIF:
         pairs(PairsRun(data=str(self._out / "data.jsonl"), out=str(path), **told))  # pyright: ignore
         return {"pairs": len(read_lines(path))}
 
-    def _agree(self) -> Figures:
-        """The second judge on the responses that have a score of the first, whose scores stand for people's."""
-        assert self._beside is not None, "else there is no such stage"
-        rows = []
-        for row in read_lines(self._out / "data.jsonl"):
-            some = [one for one in row["completions"] if one["fine-grained_score"] is not None]
-            if len(some) > 1:
-                asked = {"prompt": row.get("instruction", row.get("messages"))}
-                scores = [one["fine-grained_score"] for one in some]
-                rows.append({**asked, "responses": [one["response"] for one in some], "scores": scores})
-        if not rows:
-            raise InputError(
-                f"--judge {self._run.judge} scored no two responses of a prompt: nothing for --beside to rate"
-            )
-        write_lines(self._out / "beside.rows.jsonl", rows)
-        judge_rows(self._beside)
-        found = json.loads((self._out / "beside.jsonl.agreement.json").read_text())
-        return {"pairs of responses": found["pairs"], "without a verdict": found["unparsed"]}
-
     def _report(self) -> Figures:
         data, made = (read_lines(self._out / f"{name}.jsonl") for name in ("data", "pairs"))
         figures = feedback_report.figures(data, made)
@@ -407,8 +361,15 @@ class AIF:
             )
             say(figures["one score"])
         if self._beside is not None:
-            agreement = json.loads((self._out / "beside.jsonl.agreement.json").read_text())
-            figures["agreement"] = feedback_report.agreement(str(self._run.beside), agreement)
+            figures["agreement"] = self._beside.told()
         write_atomically(self._out / "report.md", feedback_report.markdown(figures))
         write_json(self._out / "report.json", figures, ensure_ascii=False)
         return {"pairs": len(made)}
+
+
+def check_model(model: str | None, later: Path | None) -> None:
+    """Raises `InputError` for what is no model; one in `later` need not be there yet."""
+    if model is not None:
+        place = Path(model).expanduser().absolute()
+        if later is None or not place.is_relative_to(later):
+            open_checkpoint(model)
