@@ -24,6 +24,7 @@ def data(folder: Path) -> Path:
 
     people = [{"instruction": f"{i}: {said()}", "input": ""} for i in range(12) for _ in range(2)]
     for row in people:
+        row["cmp_key"] = "one_other"
         row |= {"response1": f"{said()} good", "response2": f"{said()} bad"} | {f"annotator{i}": 1 for i in (1, 2, 3)}
     turns = [{"from": "human", "value": "hello"}]
     dialogues = [
