@@ -60,7 +60,8 @@ def words_of(folder: Path, url: str) -> list[str]:
     words += ["--batch_size", "4", "--sample.max_new_tokens", "4", "--dsft.endpoint.url", url]
     words += ["--dsft.endpoint.model", "teacher", "--dsft.endpoint.concurrency", "1", "--dsft.write.rouge", "1"]
     words += ["--dsft.filter.near", "None", "--aif.samples", "3", "--aif.principles", "none"]
-    words += ["--aif.aspects", "helpfulness", "truthfulness", "--aif.no-critique", "--sft.data.max_length", "96"]
+    words += ["--aif.aspects", "helpfulness", "truthfulness", "--aif.no-critique"]
+    words += ["--aif.beside", "length", "--sft.data.max_length", "96"]
     words += ["--dpo.data.max_length", "96", "--dpo.data.max_prompt_length", "64"]
     for name in ("sft", "dpo"):
         words += [f"--{name}.train.steps", "1", f"--{name}.train.batch_size", "4", f"--{name}.data.buckets", "1"]
@@ -94,7 +95,15 @@ def test_killed_in_every_stage_it_asks_nothing_again(tmp_path: Path) -> None:
             assert running[-1].wait() == -signal.SIGKILL, (tmp_path / "said").read_text()[-3000:]
         killed = runs.killed_everywhere(tmp_path / "killed", "done", words, tmp_path / "cache")
         assert sorted([*killed, "seed prompts"]) == runs.stages_below(out), "that one was done before the first kill"
-        assert {"dSFT", "dDPO", "AI feedback", "good writes", "judged: helpfulness", "verdicts"} <= set(killed)
+        assert {
+            "dSFT",
+            "dDPO",
+            "AI feedback",
+            "good writes",
+            "judged: helpfulness",
+            "a judge beside",
+            "verdicts",
+        } <= set(killed)
         assert max(server.answered.values()) == 1, "no request was answered twice"
 
         # What an uninterrupted run of the stages writes, from the start, is the same.
@@ -117,7 +126,7 @@ def test_killed_in_every_stage_it_asks_nothing_again(tmp_path: Path) -> None:
     config = json.loads((out / "dpo" / "config.json").read_text())
     assert config["model"] == str(out / "sft")
     report = (out / "report.html").read_text()
-    assert all(text in report for text in ("held-out prompts", "Distilled DPO", "Which model wins"))
+    assert all(text in report for text in ("held-out prompts", "Distilled DPO", "Which model wins", "Two judges"))
 
 
 def test_messages_name_options_of_this_command() -> None:
