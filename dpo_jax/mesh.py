@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -278,25 +279,71 @@ def copies() -> int:
     return 1 if mesh is None else mesh.shape["data"]
 
 
-def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any) -> tuple[Any, Any]:
+def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any, dtype: str) -> tuple[Any, Any]:
     """(sums, rows) of `function(rows) -> (sums, rows)`, which each copy of the model (`data`) applies to its own rows.
 
-    Only the sums travel between copies, once, when each has its own: of every array a device sends its piece along the
-    other axes. They travel in float32. `rows` are trees of arrays with the batch first. Without copies, and where
-    sequences are split (XLA's partitioner aborts on the gathers along them), `function` itself.
+    Only the sums cross between copies, once, when each has its own: of every array a device sends its piece along the
+    other axes. They cross in `dtype`, and are summed in float32. `rows` are trees of arrays with the batch first.
+    Without copies, and where sequences are split (XLA's partitioner aborts on the gathers along them), `function`
+    itself; then any other `dtype` than float32 has no effect, which raises `InputError`.
     """
     if copies() == 1 or parts("length") > 1:
+        if dtype != "float32":
+            raise InputError(f"--train.crossing_dtype {dtype} has no effect with one copy of the model: --mesh.data 1")
         return function(rows)
+    summed = _summed if dtype == "float32" else _summed_narrow
 
     def own(rows: Any) -> tuple[Any, Any]:
         sums, found = function(rows)
-        return jax.tree.map(lambda x: jax.lax.psum(x.astype(jax.numpy.float32), "data").astype(x.dtype), sums), found
+        return jax.tree.map(lambda x: summed(x.astype(jnp.float32)).astype(x.dtype), sums), found
 
     split = PartitionSpec("data")
     mapped = jax.shard_map(
         own, in_specs=(split,), out_specs=(PartitionSpec(), split), axis_names={"data"}, check_vma=False
     )
     return mapped(rows)
+
+
+def _summed(x: jax.Array) -> jax.Array:
+    """Σ of the copies' float32 arrays `x`."""
+    return jax.lax.psum(x, "data")
+
+
+def _summed_narrow(x: jax.Array) -> jax.Array:
+    """Σ of the copies' float32 arrays `x`, of which bfloat16 crosses.
+
+    Copy i sums part i of S in float32, of what all others send it of theirs, rounded, and sends them the sum, rounded
+    again: 2 b (S - 1) / S bytes a device, as of an all-reduce, and two roundings, whatever S is. An array none of whose
+    axes divides over all devices is small, and crosses as it is.
+
+    (XLA's partitioner leaves only a permute where it is along the other mesh axes: of an all-gather or all-to-all every
+    device would get the whole. An all-reduce of bfloat16 would round after every term; on CPUs XLA aborts on it, and
+    widens whatever else moves as bfloat16: so what crosses is called an integer.)
+    """
+    mesh, whole = jax.sharding.get_abstract_mesh(), x.shape
+    axis = next((i for i, size in enumerate(whole) if size % mesh.size == 0), None)
+    if axis is None:
+        return _summed(x)
+    n = mesh.shape["data"]
+    # Part i is every n-th element, from i on: so each device has a piece of each part, and nothing moves for it.
+    parts, here = x.reshape(*whole[:axis], -1, n, *whole[axis + 1 :]), jax.lax.axis_index("data")
+
+    def sent(x: jax.Array, k: int) -> jax.Array:
+        """What copy i - k sends to copy i."""
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+        bits = jax.lax.ppermute(bits, "data", [(i, (i + k) % n) for i in range(n)])
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(x.dtype)
+
+    def part(k: int) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(parts, (here + k) % n, axis + 1)
+
+    total = sum((sent(part(k), k) for k in range(1, n)), start=part(0))
+    total = jax.lax.reduce_precision(total, exponent_bits=8, mantissa_bits=7)  # which, unlike a cast, XLA leaves alone
+    sums = parts
+    for k in range(n):
+        received = sent(total, k) if k else total
+        sums = jax.lax.dynamic_update_index_in_dim(sums, received, (here - k) % n, axis + 1)
+    return sums.reshape(whole)
 
 
 def batch_axes(ndim: int) -> LogicalAxes:

@@ -395,7 +395,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
         # Micro-batches are made of blocks, so that responses that share a prompt stay together.
         blocks = jax.tree.map(partial(_blocks, k=k), (part, aims, counts))
-        found, blocks = update.sum_gradients(gradients, blocks, config.accumulate, like=trainable)
+        found, blocks = update.sum_gradients(gradients, blocks, config, like=trainable)
         shares, parts = jax.tree.map(_rows, blocks)
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))

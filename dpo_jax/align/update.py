@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align.figures import Metrics
+from dpo_jax.config.sections import StepConfig
 from dpo_jax.errors import InputError
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch
@@ -87,18 +88,22 @@ def map_rows(f: Callable[[Batch], Any], batch: Batch, k: int) -> Any:
     return f(batch) if k == 1 else _join(jax.lax.map(f, _split(batch, k)), _units(batch))
 
 
-def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *, like: Any) -> tuple[Any, Any]:
-    """Gradients summed and rows put together, over k micro-batches.
+def sum_gradients(
+    f: Callable[[Batch], tuple[Any, Any]], batch: Batch, config: StepConfig, *, like: Any
+) -> tuple[Any, Any]:
+    """Gradients summed and rows put together, over `config.accumulate` = k micro-batches and the copies of the model.
 
     Args:
       f: micro-batch -> (gradients of its share of the loss, tree of arrays of rows).
       batch: tree of arrays [B, ...].
-      k: number of micro-batches; each holds B / k rows.
+      config: k, the number of micro-batches, of which each holds B / k rows; and what crosses between copies.
       like: tree of arrays of the gradients' shapes and dtypes.
 
     Raises:
       InputError: the rows do not divide over k micro-batches and the devices.
     """
+
+    k = config.accumulate
 
     def add(total: Any, part: Batch) -> tuple[Any, Any]:
         gradients, rows = f(part)
@@ -112,7 +117,7 @@ def sum_gradients(f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *
 
     if meshes.copies() > 1:
         _check_split(batch, k)
-    return meshes.sum_over_copies(own, batch)
+    return meshes.sum_over_copies(own, batch, config.crossing_dtype)
 
 
 # ---------------------------------------------------------------- the update
@@ -123,7 +128,7 @@ def descend(
     batch: Batch,
     values: Callable[[Any, Batch], Rows],
     share: Callable[[Batch, Rows], jax.Array],
-    config: Any,
+    config: StepConfig,
 ) -> tuple[TrainState, Rows, Metrics]:
     """One optimizer update along ∇L; where loss or gradient is not finite, the state as it was.
 
@@ -132,7 +137,7 @@ def descend(
       batch: tree of arrays [B, ...].
       values: (variables, micro-batch) -> what is computed for its rows, a tree of arrays of rows.
       share: (micro-batch, its values) -> its share of L, a scalar; of the whole batch L itself.
-      config: of the step: `accumulate` and `optimizer`.
+      config: of the step.
 
     Returns the new state, the values of all rows, and loss, grad_norm (before clipping) and learning_rate (of this
     step). Raises `InputError` where the rows do not divide over micro-batches and devices.
@@ -145,7 +150,7 @@ def descend(
 
         return jax.grad(objective, has_aux=True)(state.trainable)
 
-    gradients, found = sum_gradients(part, batch, config.accumulate, like=state.trainable)
+    gradients, found = sum_gradients(part, batch, config, like=state.trainable)
     loss, norm = share(batch, found), optax.tree.norm(gradients)
     new = state.apply_gradients(gradients, finite=jnp.isfinite(loss) & jnp.isfinite(norm))
     rate: Any = states.learning_rate_schedule(config.optimizer)(state.step)

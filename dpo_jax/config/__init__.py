@@ -40,6 +40,7 @@ from dpo_jax.config.commands.writing import (
     GenerateRun as GenerateRun,
     ServeRun as ServeRun,
 )
+from dpo_jax.config.devices import DistributedConfig as DistributedConfig, MeshConfig as MeshConfig
 from dpo_jax.config.options import ON_COMMAND_LINE as ON_COMMAND_LINE, OPEN as OPEN, SET_BY_RECIPE as SET_BY_RECIPE
 from dpo_jax.config.recipes.aif import ASPECTS as ASPECTS, AIFRun as AIFRun, WriterConfig as WriterConfig
 from dpo_jax.config.recipes.dsft import (
@@ -64,13 +65,11 @@ from dpo_jax.config.sections import (
     AttentionKernel as AttentionKernel,
     CheckpointConfig as CheckpointConfig,
     DataConfig as DataConfig,
-    DistributedConfig as DistributedConfig,
     EnergyConfig as EnergyConfig,
     FilesConfig as FilesConfig,
     Layout as Layout,
     LogConfig as LogConfig,
     LoraConfig as LoraConfig,
-    MeshConfig as MeshConfig,
     Narrow as Narrow,
     OptimizerConfig as OptimizerConfig,
     Remat as Remat,

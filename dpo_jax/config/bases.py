@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from dpo_jax.config.devices import MeshConfig
 from dpo_jax.config.options import Count, Options, Positive, not_given, part, require
-from dpo_jax.config.sections import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)

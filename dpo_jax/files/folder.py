@@ -23,7 +23,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
 from dpo_jax.weights.integrity.folder import steps_in
 
-# Options that change neither the numbers of a run nor what it learns from: a rerun may differ in them.
+# Options that change no number of a run, but by rounding, nor what it learns from: a rerun may differ in them.
 FREE = (
     "out",
     "mesh.",
@@ -32,6 +32,7 @@ FREE = (
     "data.workers",
     "energy.",
     "train.peak_flops",
+    "train.crossing_dtype",  # a run whose second slice is lost goes on with one, where nothing crosses
     "reward_timeout",
     "sample_batch_size",
     "sample.layout",

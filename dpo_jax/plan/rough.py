@@ -81,7 +81,8 @@ def rough_seconds(run: TrainingRun, shape: LlamaConfig, topology: Topology, leng
     weights = parameters(shape) / mesh.tensor
     gathers = (2 if run.train.remat == "none" else 3) * accumulate * 2 * weights * (mesh.fsdp - 1) / mesh.fsdp
     scatters = 0.0 if run.lora.rank else accumulate * 4 * weights * (mesh.fsdp - 1) / mesh.fsdp
-    copies = 2 * 4 * weights / mesh.fsdp * (mesh.data - 1) / mesh.data
+    crossing = 2 if run.train.resolved("crossing_dtype") == "bfloat16" else 4
+    copies = 2 * crossing * weights / mesh.fsdp * (mesh.data - 1) / mesh.data
     # Two sums over the tensor axis in each layer and pass.
     width = tokens / (mesh.data * mesh.fsdp) * shape.hidden_size * 2
     sums = 2 * shape.num_layers * passes * 2 * width * (mesh.tensor - 1) / mesh.tensor

@@ -63,7 +63,8 @@ def test_an_option_that_an_earlier_version_did_not_have_is_off(tmp_path: Path) -
 def test_another_mesh_or_name_may_go_on(tmp_path: Path) -> None:
     claimed(tmp_path)
     with_checkpoint(tmp_path)
-    assert RunFolder(tmp_path, "dpo", {**GIVEN, "mesh": {"data": 8}, "out": "b"}).open() == "unfinished"
+    other = {"mesh": {"data": 8}, "train": {"crossing_dtype": "bfloat16"}, "out": "b"}
+    assert RunFolder(tmp_path, "dpo", {**GIVEN, **other}).open() == "unfinished"
 
 
 def test_the_seconds_of_a_command_that_judges_stay(tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def test_splash_attention_with_a_window_on_every_other_layer(layout: Layout) -> 
     assert figures["memory"]["peak"] < 1
 
 
+def test_half_as_much_crosses_between_slices_in_bfloat16() -> None:
+    """A chip sends its quarter of the gradients once, whatever is packed into one transfer; little else crosses."""
+    gradients = 4 * parameters(SMALL) / 4
+    for dtype, share in (("float32", 1), ("bfloat16", 1 / 2)):
+        run = dpo_run(pairs=16, mesh=MeshConfig(data=2, fsdp=4), accumulate=2, crossing_dtype=dtype)
+        figures = compiled(job_of(run, "2xv5e:2x2", SMALL, prompt=128, response=128))
+        crosses = sum(one["crosses"] for one in figures["collectives"])
+        assert share * gradients < crosses < share * gradients + 2**16
+
+
 def test_offload_leaves_the_inputs_of_layers_on_the_host() -> None:
     """Two layers, 512 tokens a chip, 512 channels in bfloat16."""
     run = dpo_run(pairs=4, layout="shared", remat="offload")

@@ -104,8 +104,8 @@ def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[st
     ]
 
 
-def two_say(script: str, *words: str) -> list[str]:
-    """The last line that each of two processes of two devices prints.
+def two_say(script: str, *words: str, devices: int = 2) -> list[str]:
+    """The last line that each of two processes of so many devices prints.
 
     Python's `script` gets `words`, a free port, the folder of the tests of weights, and the process's number.
     """
@@ -114,7 +114,7 @@ def two_say(script: str, *words: str) -> list[str]:
         port = free.getsockname()[1]
     tests = Path(__file__).resolve().parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests / "support"))),
     }
     command = [sys.executable, "-c", script, *words, str(port), str(tests / "weights")]

@@ -4,16 +4,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.config.bases import AsksRewards, ReadsModels
+from dpo_jax.config.devices import DistributedConfig, MeshConfig
 from dpo_jax.config.names import RunOptions
 from dpo_jax.config.options import Finite, Options, Share, part, require
 from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
-    DistributedConfig,
     EnergyConfig,
     LogConfig,
     LoraConfig,
-    MeshConfig,
     OptimizerConfig,
     SampleConfig,
     StepConfig,
@@ -48,6 +47,15 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
     """OWNER/NAME on the Hugging Face hub: the finished model/ goes there, into a new private repository where there is
     none. The token is read from HF_TOKEN. Given to a finished run it sends that."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        narrow, mesh = self.train.crossing_dtype, self.mesh
+        require(
+            narrow is None or (mesh.data != 1 and mesh.context == 1),
+            f"--train.crossing_dtype {narrow} has no effect with"
+            + (f" --mesh.context {mesh.context}" if mesh.data != 1 else " --mesh.data 1: nothing crosses"),
+        )
+
     @property
     def evaluates(self) -> bool:
         """Whether the run has held-out data."""
@@ -56,7 +64,9 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
     def step(self, kind: type[Step], loss: Options, **more: Any) -> Step:
         """What a step needs to know of these options: those of its `loss`, what every step has, and `more`."""
         told = {one.name: getattr(loss, one.name) for one in fields(loss)}  # pyright: ignore[reportArgumentType]
-        return kind(**told, optimizer=self.optimizer, accumulate=self.train.accumulate, **more)
+        crossing = self.train.resolved("crossing_dtype")
+        every = {"optimizer": self.optimizer, "accumulate": self.train.accumulate, "crossing_dtype": crossing}
+        return kind(**told, **every, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

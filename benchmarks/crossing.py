@@ -1,0 +1,115 @@
+"""What `--train.crossing_dtype bfloat16` does to loss curves: gradients that cross between two slices, rounded or not.
+
+    python benchmarks/crossing.py --data /path/to/hh_harmless/train.jsonl.gz --folder DIR
+
+A small random model learns the dialogues of --data (`sft`), then, from where the first of these runs ended, its pairs
+(`dpo`); all weights, on eight CPU devices, `data` 2 x `fsdp` 4. Each seed (which orders the rows) trains three times:
+
+    float32    what crosses is float32
+    bfloat16   what crosses is bfloat16
+    one slice  nothing crosses (`fsdp` 8): float32 sums in another order, and so how far their rounding leads
+
+Prints a table: the held-out loss before and after, and how far the loss of a step lies from that of `float32`. A run
+that stands in the folder is not made again.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.files.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "support"))
+TASKS = {"sft": "2e-3", "dpo": "1e-4"}
+"""Word -> learning rate."""
+SLICES = ("--mesh.data", "2", "--mesh.fsdp", "4")
+ARMS = {
+    "float32": SLICES,
+    "bfloat16": (*SLICES, "--train.crossing_dtype", "bfloat16"),
+    "one slice": ("--mesh.fsdp", "8"),
+}
+
+
+def train(word: str, model: Path, data: Path, out: Path, steps: int, seed: int, arm: str) -> None:
+    """One run, unless it is there."""
+    words = [word, "--model", str(model), "--data", str(data), "--out", str(out), *ARMS[arm], "--train.seed", str(seed)]
+    words += ["--train.steps", str(steps), "--train.batch_size", "16", "--train.accumulate", "2", "--holdout", "0.1"]
+    words += ["--data.max_length", "192", "--data.buckets", "1", "--data.template", "raw", "--data.limit", "1000"]
+    words += [
+        "--optimizer.learning_rate",
+        TASKS[word],
+        "--optimizer.warmup_steps",
+        "10",
+        "--optimizer.schedule",
+        "linear",
+    ]
+    words += ["--train.eval_every", str(steps), "--checkpoint.every", str(steps), "--quiet"]
+    if word == "sft":
+        words += ["--data.packing"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"),
+    }
+    subprocess.run([sys.executable, "-m", "dpo_jax", *words], env=environment, check=True)
+
+
+def losses(out: Path) -> np.ndarray:
+    """Of each step."""
+    return np.asarray([row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row])
+
+
+def held_out(out: Path) -> float:
+    """The last held-out loss."""
+    return [row["eval_loss"] for row in read_metrics(out / "metrics.jsonl") if "eval_loss" in row][-1]
+
+
+def row(task: str, seed: int, runs: dict[str, Path]) -> str:
+    """Of the table."""
+    curves = {arm: losses(out) for arm, out in runs.items()}
+    first, last = (np.mean(curves["float32"][part]) for part in (slice(5), slice(-5, None)))
+    cells = [task, str(seed), f"{first:.4f} to {last:.4f}", *(f"{held_out(out):.5f}" for out in runs.values())]
+    for arm in ("bfloat16", "one slice"):
+        apart = np.abs(curves[arm] - curves["float32"])
+        cells.append(f"{apart.max():.2g}, {apart.mean():.2g}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Make the runs and print the table."""
+    import tiny
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="pairs")
+    parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args(words)
+    folder: Path = options.folder
+    start = tiny.folder(folder / "random", layers=4, hidden=64, max_position=512)
+    rows = []
+    for task in TASKS:
+        model = start if task == "sft" else folder / "sft-0-float32" / "model"
+        for seed in range(options.seeds):
+            runs = {arm: folder / f"{task}-{seed}-{arm.replace(' ', '-')}" for arm in ARMS}
+            for arm, out in runs.items():
+                train(task, model, options.data, out, options.steps, seed, arm)
+            rows.append(row(task, seed, runs))
+    print("| | seed | loss of the first and last 5 steps | held-out loss, float32 | bfloat16 | one slice", end="")
+    print(" | bfloat16 - float32 a step: largest, mean | one slice - float32: largest, mean |")
+    print("|---|---|---|---|---|---|---|---|", *rows, sep="\n")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\n{options.steps} steps each; {(used.ru_utime + used.ru_stime) / 60:.1f} minutes of CPU")
+
+
+if __name__ == "__main__":
+    main()
