@@ -40,8 +40,8 @@ ARMS = {
 def train(word: str, model: Path, data: Path, out: Path, steps: int, seed: int, arm: str) -> None:
     """One run, unless it is there."""
     words = [word, "--model", str(model), "--data", str(data), "--out", str(out), *ARMS[arm], "--train.seed", str(seed)]
-    words += ["--train.steps", str(steps), "--train.batch_size", "16", "--train.accumulate", "2", "--holdout", "0.1"]
-    words += ["--data.max_length", "192", "--data.buckets", "1", "--data.template", "raw", "--data.limit", "1000"]
+    words += ["--train.steps", str(steps), "--train.batch_size", "16", "--holdout", "0.1"]
+    words += ["--data.max_length", "128", "--data.template", "raw", "--data.limit", "1000"]
     words += [
         "--optimizer.learning_rate",
         TASKS[word],
@@ -51,8 +51,7 @@ def train(word: str, model: Path, data: Path, out: Path, steps: int, seed: int, 
         "linear",
     ]
     words += ["--train.eval_every", str(steps), "--checkpoint.every", str(steps), "--quiet"]
-    if word == "sft":
-        words += ["--data.packing"]
+    words += ["--data.packing"] if word == "sft" else ["--data.buckets", "1"]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -91,11 +90,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="pairs")
     parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args(words)
     folder: Path = options.folder
-    start = tiny.folder(folder / "random", layers=4, hidden=64, max_position=512)
+    start = tiny.folder(folder / "random", layers=2, hidden=64, max_position=512)
     rows = []
     for task in TASKS:
         model = start if task == "sft" else folder / "sft-0-float32" / "model"

@@ -57,14 +57,15 @@ def prepared(case: tuple[Any, Any, Any, int], mesh: Any) -> tuple[Any, Any, Any]
     return module.jit_train_step(config, mesh), state, put_batch(mesh, batch)
 
 
-def traffic(step: Any, state: Any, batch: Any) -> tuple[hlo.Traffic, float]:
-    """What the compiled step moves, and the bytes of a device's piece of the gradients."""
-    compiled = step.lower(state, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
-    return hlo.read_traffic(compiled.as_text(), slices=SLICES), meshes.device_bytes(state.trainable)
+def compiled(step: Any, state: Any, batch: Any) -> tuple[Any, hlo.Traffic, float]:
+    """The compiled step, what it moves, and the bytes of a device's piece of the gradients."""
+    made = step.lower(state, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return made, hlo.read_traffic(made.as_text(), slices=SLICES), meshes.device_bytes(state.trainable)
 
 
 def crossing(case: tuple[Any, Any, Any, int], mesh: Any) -> tuple[hlo.Traffic, float]:
-    return traffic(*prepared(case, mesh))
+    """What the compiled step moves, and the bytes of a device's piece of the gradients."""
+    return compiled(*prepared(case, mesh))[1:]
 
 
 def narrow(case: tuple[Any, Any, Any, int]) -> tuple[Any, Any, Any, int]:
@@ -172,10 +173,10 @@ import sys
 from pathlib import Path
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", 2, int(sys.argv[5]))
-sys.path.insert(0, str(Path(sys.argv[4]).with_name("align")))
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[4]))
+sys.path.insert(0, str(Path(sys.argv[3]).with_name("align")))
 import test_slices
-test_slices.say(sys.argv[1], Path(sys.argv[2]))
+test_slices.say(Path(sys.argv[1]))
 """
 
 
@@ -186,8 +187,8 @@ def some_steps(dtype: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     config = dataclasses.replace(config, crossing_dtype=dtype, optimizer=optimizer)
     mesh = make_mesh(data=2, fsdp=4)
     step, state, batch = prepared((module, config, batch, lora), mesh)
-    found, piece = traffic(step, state, batch)
-    far = {f"{kind} {n}": c.count for (kind, n, s), c in found.collectives.items() if s > 1}
+    step, found, piece = compiled(step, state, batch)
+    far = {f"{kind} {n}": c.count for (kind, n, slices), c in found.collectives.items() if slices > 1}
     told = {"crosses": found.crosses, "piece": piece, "far": far, "slices": meshes.slices_of(mesh), "metrics": []}
     for _ in range(STEPS):
         state, metrics = step(state, batch)
@@ -197,30 +198,37 @@ def some_steps(dtype: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return told, {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
-def say(dtype: str, folder: Path) -> None:
+def say(folder: Path) -> None:
     """One of the two processes."""
-    told, weights = some_steps(dtype)
-    np.savez(folder / f"{jax.process_index()}.npz", **weights)  # pyright: ignore[reportArgumentType]
-    print(json.dumps(told))
+    every = {}
+    for dtype in GRADIENTS:
+        every[dtype], weights = some_steps(dtype)
+        np.savez(folder / f"{dtype}-{jax.process_index()}.npz", **weights)  # pyright: ignore[reportArgumentType]
+    print(json.dumps(every))
+
+
+GRADIENTS = {"float32": (1, 1e-5), "bfloat16": (1 / 2, 2e-4)}
+"""What crosses -> bytes beside those of float32, and how far weights may lie apart: sums inside a process are in
+another order than among devices of one; in bfloat16 one that is rounded otherwise moves an update of 1e-2 by 2^-8."""
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_processes_are_two_slices(dtype: str, tmp_path: Path) -> None:
+def test_two_processes_are_two_slices(tmp_path: Path) -> None:
     """Four devices each, `fsdp` inside: once a step a device sends its gradients to the other process; and the metrics
     and weights are those of one process."""
-    one, weights = some_steps(dtype)
-    for i, line in enumerate(runs.two_say(_PROCESS, dtype, str(tmp_path), devices=4)):
-        told = json.loads(line)
-        assert (told["slices"], one["slices"]) == (SLICES, [0] * 8)
-        gradients = one["piece"] if dtype == "float32" else one["piece"] / 2
-        assert gradients < told["crosses"] < gradients + SMALL
-        assert told["far"] == one["far"]
-        for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
-            assert ours.keys() == theirs.keys()
-            for name in ours:
-                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
-        with np.load(tmp_path / f"{i}.npz") as found:
-            assert set(found) == set(weights)
-            for name in found:
-                np.testing.assert_allclose(found[name], weights[name], atol=1e-5, err_msg=name)
+    lines = runs.two_say(_PROCESS, str(tmp_path), devices=4)
+    for dtype, (share, apart) in GRADIENTS.items():
+        one, weights = some_steps(dtype)
+        for i, line in enumerate(lines):
+            told = json.loads(line)[dtype]
+            assert (told["slices"], one["slices"]) == (SLICES, [0] * 8)
+            assert share * one["piece"] < told["crosses"] < share * one["piece"] + SMALL
+            assert told["far"] == one["far"]
+            for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
+                assert ours.keys() == theirs.keys()
+                for name in ours:
+                    np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=apart, err_msg=name)
+            with np.load(tmp_path / f"{dtype}-{i}.npz") as found:
+                assert set(found) == set(weights)
+                for name in found:
+                    np.testing.assert_allclose(found[name], weights[name], atol=apart, err_msg=name)
