@@ -36,22 +36,15 @@ ARMS = {
     "one slice": ("--mesh.fsdp", "8"),
 }
 
+_EVERY = """--train.batch_size 16 --holdout 0.1 --data.max_length 256 --data.template raw --optimizer.warmup_steps 10
+--optimizer.schedule linear --checkpoint.every 1000 --quiet""".split()
+COMMON = {"sft": (*_EVERY, "--data.packing"), "dpo": (*_EVERY, "--data.buckets", "1")}
+
 
 def train(word: str, model: Path, data: Path, out: Path, steps: int, seed: int, arm: str) -> None:
     """One run, unless it is there."""
-    words = [word, "--model", str(model), "--data", str(data), "--out", str(out), *ARMS[arm], "--train.seed", str(seed)]
-    words += ["--train.steps", str(steps), "--train.batch_size", "16", "--holdout", "0.1"]
-    words += ["--data.max_length", "128", "--data.template", "raw", "--data.limit", "1000"]
-    words += [
-        "--optimizer.learning_rate",
-        TASKS[word],
-        "--optimizer.warmup_steps",
-        "10",
-        "--optimizer.schedule",
-        "linear",
-    ]
-    words += ["--train.eval_every", str(steps), "--checkpoint.every", str(steps), "--quiet"]
-    words += ["--data.packing"] if word == "sft" else ["--data.buckets", "1"]
+    words = [word, "--model", str(model), "--data", str(data), "--out", str(out), *ARMS[arm], *COMMON[word]]
+    words += ["--optimizer.learning_rate", TASKS[word], "--train.seed", str(seed), "--train.steps", str(steps)]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -90,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="pairs")
     parser.add_argument("--folder", type=Path, required=True, help="for models and runs")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args(words)
     folder: Path = options.folder

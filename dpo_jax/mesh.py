@@ -5,6 +5,8 @@ Four mesh axes:
   fsdp     the batch is split, and so is every parameter (gathered layer by layer when it is needed);
   context  each sequence is split, and every parameter as along fsdp; within attention the heads are split instead;
   tensor   heads, feed-forward width and vocabulary are split within a layer.
+
+One file though long: what crosses between copies names mesh axes too.
 """
 
 import itertools
