@@ -70,8 +70,8 @@ def crossing(case: tuple[Any, Any, Any, int], mesh: Any) -> tuple[hlo.Traffic, f
 
 def narrow(case: tuple[Any, Any, Any, int]) -> tuple[Any, Any, Any, int]:
     """The same, crossing in bfloat16."""
-    module, config, *others = case
-    return (module, dataclasses.replace(config, crossing_dtype="bfloat16"), *others)
+    module, config, batch, lora = case
+    return module, dataclasses.replace(config, crossing_dtype="bfloat16"), batch, lora
 
 
 EVERY = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
@@ -105,20 +105,20 @@ def test_before_they_crossed_once_a_micro_batch() -> None:
     assert counts[0] > 10 * counts[1]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 1, "tensor": 2}, {"data": 8, "fsdp": 1}])
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (4, 1, 2), (8, 1, 1)])
 @pytest.mark.parametrize(
     ("shape", "axes"), [((16, 5), ("embed", None)), ((3, 8), (None, "vocab")), ((7, 3), (None, None))]
 )
 def test_what_crosses_is_rounded_twice_and_summed_in_float32(
-    sizes: dict[str, int], shape: tuple[int, ...], axes: tuple[str | None, ...]
+    sizes: tuple[int, int, int], shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> None:
     """Every copy has the same sum, itself a bfloat16; where no axis divides it crosses in float32."""
-    parts = np.random.default_rng(0).normal(size=(sizes["data"], *shape)).astype(np.float32)
+    parts = np.random.default_rng(0).normal(size=(sizes[0], *shape)).astype(np.float32)
 
     def add(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         return meshes.constrain(jnp.sum(rows, axis=0), axes), rows
 
-    with jax.set_mesh(make_mesh(**sizes)):
+    with jax.set_mesh(make_mesh(*sizes)):
         total, rows = jax.jit(lambda x: meshes.sum_over_copies(add, x, "bfloat16"))(parts)
     np.testing.assert_array_equal(rows, parts)
     exact, found = parts.astype(np.float64).sum(0), np.asarray(total)
@@ -162,7 +162,7 @@ def test_where_nothing_crosses_its_dtype_is_refused(sizes: dict[str, int], said:
     with pytest.raises(InputError, match=said):
         DPORun(model="m", data="d", out="o", train=TrainConfig(crossing_dtype="bfloat16"), mesh=MeshConfig(**sizes))
     with pytest.raises(InputError, match="no effect"):  # --mesh.data -1 is known when the devices are
-        crossing(narrow(CASES["dpo"]), make_mesh(**{"fsdp": -1, **sizes}))
+        crossing(narrow(CASES["dpo"]), make_mesh(sizes.get("data", 1), context=sizes.get("context", 1)))
 
 
 # ---------------------------------------------------------------- two processes, each a slice
