@@ -11,7 +11,8 @@ The other must end by itself, with exit code 75 and one line that names the lost
 started again with the same command. At the end metrics (wall-clock figures apart), weights and the position in the data
 are compared with those of a run that lost nobody. The exit code is 1 where anything differs.
 
-After them a disk fills up in a save of one of the two: it must end with exit code 2 and say so, and the other as above.
+After them a disk fills up in a save of one of the two: it must end with exit code 2 and say so, and so must the other,
+which names it.
 
 With --local both also keep checkpoints on a disk of their own, which half of the lost hosts take along.
 
@@ -178,7 +179,8 @@ def lose(words: Sequence[str], work: Path, out: Path, loss: Loss) -> None:
     said = [line for line in (work / f"process{1 - loss.victim}.log").read_text().splitlines() if "error: " in line]
     loss.named = len(said) == 1 and f"process {loss.victim} " in said[0]
     loss.step = len(read_metrics(out / "metrics.jsonl"))
-    if not (mark.exists() and lost and loss.named and loss.code == AGAIN and loss.seconds < LIMIT):
+    wanted = BAD_INPUT if loss.moment == "full disk" else AGAIN
+    if not (mark.exists() and lost and loss.named and loss.code == wanted and loss.seconds < LIMIT):
         logs = [(work / f"process{i}.log").read_text()[-3000:] for i in range(2)]
         raise SystemExit(f"{loss}\n--- process 0\n{logs[0]}\n--- process 1\n{logs[1]}")
 

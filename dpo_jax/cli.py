@@ -23,10 +23,10 @@ from dpo_jax.config.command_line.words import BENCH, COMMANDS, GROUPS, ONLINE, P
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.options import left_out
 from dpo_jax.config.values import built, greedy, negated
-from dpo_jax.errors import DoesNotFit, InputError, Stopped, full_disk, naming
+from dpo_jax.errors import BAD_INPUT, DoesNotFit, InputError, SharedError, Stopped, full_disk, naming
 
 PROGRAM = "dpo-jax"
-OK, BAD_INPUT, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
+OK, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 3, 130, 141
 GUESS_CUTOFF = 0.5
 
 _CONFIG: dict[str, str] = dict.fromkeys((PLAN, BENCH), " CONFIG|COMMAND")  # where it must be given
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except InputError as error:
-        return _failed(BAD_INPUT, f"error: {' '.join(str(error).split())}")
+        return _failed(BAD_INPUT, " ".join(str(error).split()), shared=isinstance(error, SharedError))
     except DoesNotFit as answer:
         voice.say(f"{PROGRAM}: {answer}", "error", code=DOES_NOT_FIT)
         return DOES_NOT_FIT
     except Stopped as stopped:  # and it has said so
         return stopped.code
     except KeyboardInterrupt:
-        return _failed(INTERRUPTED, "interrupted")
+        return _failed(INTERRUPTED, "interrupted", kind="", shared=True)
     except BrokenPipeError:  # the reader of our output went away (`dpo-jax inspect ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = getattr(error, "filename", None)
             return _failed(
                 BAD_INPUT,
-                f"error: {'' if path is None else f'{path}: '}cannot be written ({reason}); free space and run the same"
+                f"{'' if path is None else f'{path}: '}cannot be written ({reason}); free space and run the same"
                 " command again: what was whole is kept",
             )
         if (together := _together()) is not None:
@@ -70,11 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _failed(code: int, line: str) -> int:
+def _failed(code: int, line: str, *, kind: str = "error: ", shared: bool = False) -> int:
+    """Say `line`, and on which host it is true where others work too; but not of what is `shared` by all of them."""
+    together = _together()
+    where = "" if together is None or shared else together.here()
     with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
-        voice.say(f"{PROGRAM}: {line}", "error", code=code)
-    if (together := _together()) is not None:
-        together.leave(code, line.removeprefix("error: "))
+        voice.say(f"{PROGRAM}: {kind}{where}{line}", "error", code=code)
+    if together is not None:
+        together.leave(code, line)
     return code
 
 

@@ -25,8 +25,16 @@ _CONNECTION = re.compile(
 )
 
 
+BAD_INPUT = 2
+"""What the command line exits with after an `InputError` or a full disk."""
+
+
 class InputError(ValueError):
     """Bad input. The message is one line: what is wrong, where (file, row, field), and how to mend it."""
+
+
+class SharedError(InputError):
+    """Bad input of which all processes of a run hear alike, wherever it stands."""
 
 
 @contextlib.contextmanager

@@ -384,7 +384,8 @@ def device_bytes(tree: Any) -> float:
 def put_batch(mesh: Mesh | None, batch: Any) -> Any:
     """Place a tree of host arrays [B, ...] on the mesh, the batch axis split; without a mesh it stays where it is.
 
-    Every process passes the same global batch; each copies only the rows that its own devices hold.
+    Every process passes the same global batch; each copies only the rows that its own devices hold (`own_rows`), and
+    those of the others may be empty.
     """
     if mesh is None:
         return batch
@@ -395,6 +396,14 @@ def put_batch(mesh: Mesh | None, batch: Any) -> Any:
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     return jax.tree.map(put, batch)
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """bool [rows]: which rows of a batch of so many `put_batch` copies to devices of this process."""
+    own = np.zeros(rows, bool)
+    for index in sharding(mesh, batch_axes(1)).addressable_devices_indices_map((rows,)).values():
+        own[index] = True
+    return own
 
 
 def one_ahead(

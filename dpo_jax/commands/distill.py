@@ -22,6 +22,7 @@ from dpo_jax.train.distillation import StudentResponses
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, distill_flops
 from dpo_jax.train.prompt_data import check_context, loader_of, read_prompts
+from dpo_jax.train.row_data import files_alike, rows_alike
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import StoredModel, open_checkpoint
@@ -136,8 +137,10 @@ def _read(
     config = training.config
     if config.distill.on_policy == 1:
         return read_prompts(training, architecture, encoder)[0], None
+    source = config.data.files
+    files_alike(source)
     data, answers = load_answered_prompts(
-        config.data.files,
+        source,
         encoder,
         config.data,
         longest=config.longest_prompt,
@@ -145,6 +148,7 @@ def _read(
         vocab_size=architecture.vocab_size,
         on_bad_rows=config.on_bad_rows,
     )
+    rows_alike(source, data)
     check_context(config, data, architecture)
     training.told(data, None)
     return data, answers

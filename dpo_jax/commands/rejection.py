@@ -43,6 +43,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import shardings
 from dpo_jax.report import rejection as rejection_report
+from dpo_jax.train.row_data import read_alike
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.folder import new_folder, write_beside
 from dpo_jax.weights.opened import open_checkpoint
@@ -118,15 +119,16 @@ class _Run:
     def _load(self, source: str, encoder: ConversationEncoder, architectures: Sequence[LlamaConfig]) -> PromptDataset:
         """The different prompts of a file that leave room for an answer."""
         config, say = self.config, self.training.say
-        data = load_prompts(
-            source,
-            encoder,
-            config.data,
+        read = partial(
+            load_prompts,
+            encoder=encoder,
+            config=config.data,
             longest=2**31 - 1,
             vocab_size=architectures[0].vocab_size,
             on_bad_rows=config.on_bad_rows,
             tagged=config.safety_reward is not None,
         )
+        data = read_alike(source, read)
         firsts = {key_of(prompt.plain): i for i, prompt in reversed(list(enumerate(data.prompts)))}
         different = sorted(firsts.values())
         if len(different) < len(data):

@@ -17,7 +17,7 @@ from dpo_jax.report import html
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.flops import ModelFlops, reward_flops
 from dpo_jax.train.heldout import of_rows, reward_figures
-from dpo_jax.train.row_data import read_both
+from dpo_jax.train.row_data import read_alike, read_both
 from dpo_jax.train.session import Training
 from dpo_jax.weights.huggingface.heads import as_reward_model, padded_apart
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -102,7 +102,7 @@ def load_data(
     if data.mixture is not None:
         raise InputError(f"--mix_data beside several files in --data {config.data.files}: give it a weight among them")
     seed, share = config.train.seed, config.resolved("mix")
-    second = load(config.mix_data)
+    second = read_alike(config.mix_data, load)
     if config.holdout is not None and heldout is not None:
         second, held = split_by_prompt(second, config.holdout, seed)
         heldout = join(heldout, held)

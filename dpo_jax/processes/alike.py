@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import dpo_jax
 from dpo_jax.config.names import option
-from dpo_jax.errors import InputError
+from dpo_jax.errors import SharedError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 """Whose versions decide what is computed, and what is written to the disk."""
@@ -53,7 +53,7 @@ def options_of(flat: Mapping[str, Any]) -> dict[str, str]:
 def check(store: Store, me: int, processes: int, what: str, facts: Mapping[str, str], *, within: float) -> None:
     """Compare `facts` of all processes; all of them call it. `what`: a name for this comparison, used once.
 
-    Raises `InputError`, the same in every process, that names the one that differs. `within`: seconds for all to come.
+    Raises `SharedError`, the same in every process, that names the one that differs. `within`: seconds for all to come.
     """
     wait = round(within * 1000)
     store.key_value_set(f"{_FOLDER}/{what}/{me}", json.dumps({"host": socket.gethostname(), "facts": dict(facts)}))
@@ -61,7 +61,7 @@ def check(store: Store, me: int, processes: int, what: str, facts: Mapping[str, 
         told = [json.loads(store.blocking_key_value_get(f"{_FOLDER}/{what}/{i}", wait)) for i in range(processes)]
         store.key_value_set(f"{_FOLDER}/{what}/answer", difference(told) or "")
     if answer := store.blocking_key_value_get(f"{_FOLDER}/{what}/answer", wait):
-        raise InputError(answer)
+        raise SharedError(answer)
 
 
 def difference(told: Sequence[Mapping[str, Any]]) -> str | None:

@@ -15,7 +15,7 @@ from jax._src.distributed import global_state  # the only way to the coordinatio
 from jax.experimental import multihost_utils
 
 from dpo_jax.config import DistributedConfig
-from dpo_jax.errors import InputError, broken_connection
+from dpo_jax.errors import InputError, SharedError, broken_connection
 from dpo_jax.processes import alike
 from dpo_jax.processes.watch import Watch, line_of, say_when_aborted
 
@@ -68,7 +68,7 @@ def initialize(config: DistributedConfig, options: Mapping[str, Any] | None = No
 
 
 def check_alike(facts: Mapping[str, str], *, within: float = 3600) -> None:
-    """Raise `InputError`, the same in every process, where one has other `facts`. All processes call it together."""
+    """Raise `SharedError`, the same in every process, where one has other `facts`. All processes call it together."""
     if (client := global_state.client) is not None and global_state.num_processes > 1:
         me, processes = global_state.process_id, global_state.num_processes
         alike.check(client, me, processes, str(next(_comparisons)), facts, within=within)
@@ -88,6 +88,11 @@ def expecting_signs() -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if _watch is None else _watch.expecting()
 
 
+def here() -> str:
+    """This process and its host, for the front of a line that other processes do not say; nothing without others."""
+    return "" if _watch is None else f"{_watch.own}: "
+
+
 def leave(code: int, line: str) -> None:
     """After an error that has been printed: end this process, and so the others. Returns where it works alone."""
     if _watch is not None:
@@ -102,6 +107,11 @@ def leave_after(error: Exception) -> None:
         _watch.fail(_watch.lost_connection(error))
     traceback.print_exception(error)
     _watch.leave(1, f"{type(error).__name__}: {line_of(error)}")
+
+
+def several() -> bool:
+    """Whether other processes work on this run."""
+    return global_state.num_processes > 1
 
 
 def is_main() -> bool:
@@ -136,7 +146,7 @@ def json_from_main(make: Callable[[], Any]) -> Any:
     sent = np.frombuffer(told.ljust(size), np.uint8)
     answer = json.loads(np.asarray(from_main(sent), np.uint8).tobytes())
     if "error" in answer:
-        raise InputError(answer["error"])
+        raise SharedError(answer["error"])
     return answer["made"]
 
 

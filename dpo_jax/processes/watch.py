@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dpo_jax.errors import BAD_INPUT
 from dpo_jax.voice import say
 
 TRY_AGAIN = 75
-"""Exit code of a process that ends because of another one (EX_TEMPFAIL of BSD's sysexits.h)."""
+"""Exit code of a process that ends because of another one (EX_TEMPFAIL of BSD's sysexits.h), unless that ended with bad
+input, which is there again when all are started again."""
 
 _FOLDER = "dpo_jax/watch"
 _FINISHED = ""
@@ -48,6 +50,7 @@ class _Other:
     changed: float
     ended: str | None = None
     ended_at: float = 0.0
+    code: int = 0
     passed_on: bool = False
     """What `ended` says is of a third process."""
 
@@ -84,7 +87,8 @@ class Judge:
             if note["beat"] != other.beat:
                 other.beat, other.changed, other.host = note["beat"], now, note["host"]
             if note["ended"] is not None and other.ended is None:
-                other.ended, other.ended_at, other.passed_on = note["ended"], now, note["passed_on"]
+                other.ended, other.ended_at = note["ended"], now
+                other.code, other.passed_on = note["code"], note["passed_on"]
 
     def verdict(self, now: float, *, expecting: bool) -> str | None:
         """Why this process must end; None while all is well. `expecting`: that it is making progress."""
@@ -112,6 +116,11 @@ class Judge:
             if other.ended and other.ended_at <= until:
                 return f"{self.name(i)} ended with an error: {other.ended}"
         return None
+
+    @property
+    def code(self) -> int:
+        """What a process exits with that ends because of another one."""
+        return BAD_INPUT if any(other.code == BAD_INPUT for other in self._others.values()) else TRY_AGAIN
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """The processes that are not done and have written no beat for so many seconds."""
@@ -149,7 +158,7 @@ class Watch:
         self._period = min(lost_after / 5, _GRACE / 2)
         self._silence = 2.5 * self._period
         self._lock, self._failing = threading.Lock(), threading.Lock()
-        self._beat, self._signs, self._ended = 0, 0, None
+        self._beat, self._signs = 0, 0
         self._expecting = False
         self._closing = threading.Event()
         self._reached = time.monotonic()
@@ -161,6 +170,11 @@ class Watch:
     def first(self) -> str:
         """Process 0, in words."""
         return self._judge.name(0)
+
+    @property
+    def own(self) -> str:
+        """This process, in words."""
+        return f"process {self._me} on {self._host}"
 
     def sign(self) -> None:
         """Tell that the main thread gets on."""
@@ -190,16 +204,16 @@ class Watch:
         """
         self._failing.acquire()  # for good: nobody else is to speak or to end this process
         self._closing.set()
-        self._part(line, passed_on=False)
+        self._part(line, code, passed_on=False)
         self._stop(code)
 
-    def _part(self, line: str, *, passed_on: bool) -> None:
+    def _part(self, line: str, code: int, *, passed_on: bool) -> None:
         """Tell the others why this process ends; process 0 waits until they have read it and ended, too."""
         until = time.monotonic() + (4 * _GRACE if self._me == 0 else 0)
-        self._briefly(lambda: self._exchange(line, passed_on))
+        self._briefly(lambda: self._exchange(line, code, passed_on))
         while not self._judge.alone(time.monotonic(), self._silence) and time.monotonic() < until:
             time.sleep(0.1)
-            self._briefly(lambda: self._exchange(line, passed_on))
+            self._briefly(lambda: self._exchange(line, code, passed_on))
 
     def lost_connection(self, error: BaseException) -> str:
         """What an error that jax raised in the main thread because of another process came from, in one line.
@@ -222,13 +236,13 @@ class Watch:
     def fail(self, line: str, *, tell: bool = True) -> None:
         """End this process because of another one; `tell` the others why."""
         self._failing.acquire()  # for good: whoever comes second waits for the end
-        told = (
-            f"{line}; the last checkpoint is intact: start all processes again with the same command to go on from it"
-        )
-        say(f"dpo-jax: error: {told}", "error", code=TRY_AGAIN)
+        code, told = self._judge.code, line
+        if code == TRY_AGAIN:
+            told += "; the last checkpoint is intact: start all processes again with the same command to go on from it"
+        say(f"dpo-jax: error: {told}", "error", code=code)
         if tell:
-            self._part(line, passed_on=True)
-        self._stop(TRY_AGAIN)
+            self._part(line, code, passed_on=True)
+        self._stop(code)
 
     def _stop(self, code: int) -> None:
         sys.stdout.flush()
@@ -269,17 +283,18 @@ class Watch:
                 self.fail(verdict)
                 return
 
-    def _exchange(self, ended: str | None, passed_on: bool = False) -> None:
+    def _exchange(self, ended: str | None, code: int = 0, passed_on: bool = False) -> None:
         with self._lock:
-            self._tell(ended, passed_on)
+            self._tell(ended, code, passed_on)
             entries = self._store.key_value_dir_get(_FOLDER)
             notes = {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
             self._reached = time.monotonic()
             self._judge.read(notes, self._reached)
 
-    def _tell(self, ended: str | None, passed_on: bool = False) -> None:
+    def _tell(self, ended: str | None, code: int = 0, passed_on: bool = False) -> None:
         self._beat += 1
-        note = {"host": self._host, "beat": self._beat, "signs": self._signs, "ended": ended, "passed_on": passed_on}
+        note = {"host": self._host, "beat": self._beat, "signs": self._signs}
+        note |= {"ended": ended, "code": code, "passed_on": passed_on}
         self._store.key_value_set(f"{_FOLDER}/{self._me}", json.dumps(note), allow_overwrite=True)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ from dpo_jax.processes import distributed
 from dpo_jax.report.samples import TRAINING_SAMPLES
 from dpo_jax.sample import generate, with_layout
 from dpo_jax.state import TrainState
+from dpo_jax.train.row_data import read_alike
 from dpo_jax.weights.tokenizer import text_ids
 
 Data = PreferenceDataset | SequenceDataset | DocumentDataset | PromptDataset
@@ -89,9 +91,9 @@ class FixedPrompts:
         else:
             rows = replace(config.data, template=RAW if raw else config.data.template, limit=None, columns=None)
             size = architecture.vocab_size
-            found = load_prompts(
-                config.train.sample_prompts, encoder, rows, longest=room, vocab_size=size, tagged=False
-            )
+            how: dict[str, Any] = {"longest": room, "vocab_size": size, "tagged": False}
+            read = partial(load_prompts, encoder=encoder, config=rows, **how)
+            found = read_alike(config.train.sample_prompts, read)
             ids = [found.ids[i] for i in range(len(found))]
             if len(ids) > _OF_FILE:
                 raise InputError(

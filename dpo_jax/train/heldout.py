@@ -46,12 +46,13 @@ def of_rows(
     batch_size: int,
     buckets: int,
     packing: Packing | None = None,
+    own: np.ndarray | None = None,
 ) -> Evaluator:
     """`figures`, such as `policy_figures`, of what a jitted `eval_step` gives for every row of `dataset`.
 
-    `batch_size`, `buckets`, `packing`: see `PreferenceLoader`.
+    `batch_size`, `buckets`, `packing`, `own`: see `PreferenceLoader`.
     """
-    batches = eval_batches(dataset, batch_size, buckets, packing=packing)
+    batches = eval_batches(dataset, batch_size, buckets, packing=packing, own=own)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         parts = list(_evaluated(partial(step, state), batches, mesh, len(dataset)))

@@ -10,6 +10,7 @@ from dpo_jax.data.sets.prompts import PromptDataset, PromptLoader, load_prompts
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.train.row_data import read_alike
 from dpo_jax.train.session import Training
 
 
@@ -40,9 +41,9 @@ def read_prompts(
         check_context(config, found, architecture)
         return found
 
-    data, heldout = read(config.data.files), None
+    data, heldout = read_alike(config.data.files, read), None
     if config.eval_data is not None:
-        heldout = read(config.eval_data)
+        heldout = read_alike(config.eval_data, read)
         known = {data.ids[i].tobytes() for i in range(len(data))}
         shared = sum(heldout.ids[i].tobytes() in known for i in range(len(heldout)))
         if shared:

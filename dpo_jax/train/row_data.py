@@ -2,18 +2,35 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from jax.sharding import Mesh
 
 from dpo_jax.config import DPORun, HoldoutRun, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
+from dpo_jax.data.sets.documents import is_text, text_files
 from dpo_jax.data.sets.group_windows import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.row_mixture import Rows, read_mixture
 from dpo_jax.data.sets.steps_loader import RowOptions
-from dpo_jax.mesh import batch_parts, pieces
+from dpo_jax.data.sources.files import sizes
+from dpo_jax.mesh import batch_parts, own_rows, pieces
+from dpo_jax.processes import distributed
 from dpo_jax.types import REJECTED
+
+
+class FromSource(Protocol):
+    """Rows that were read from a source."""
+
+    @property
+    def rows_read(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+Read = TypeVar("Read", bound=FromSource)
 
 
 def summaries(data: Any, heldout: Any) -> Iterator[str]:
@@ -21,6 +38,31 @@ def summaries(data: Any, heldout: Any) -> Iterator[str]:
     for name, part in (("training rows", data), ("held-out rows", heldout)):
         if part is not None:
             yield f"{name}: {part.summary()}"
+
+
+def read_alike(source: str, read: Callable[[str], Read]) -> Read:
+    """What `read` makes of a source of which all processes have the same: `files_alike` before, `rows_alike` after."""
+    files_alike(source)
+    found = read(source)
+    rows_alike(source, found)
+    return found
+
+
+def files_alike(source: str) -> None:
+    """Raise `SharedError`, naming process and file, where one lacks a file of a source or has it in another size.
+
+    All processes call it.
+    """
+    if distributed.several():
+        text = is_text(source)
+        found = {str(path): path.stat().st_size for path in text_files(source)} if text else sizes(source)
+        distributed.check_alike({path: f"{size:,} bytes" for path, size in found.items()})
+
+
+def rows_alike(source: str, found: FromSource) -> None:
+    """Raise `SharedError`, naming process and source, where one has read other rows. All processes call it."""
+    if distributed.several():
+        distributed.check_alike({f"the rows of {source}": f"{found.rows_read:,} ({found.fingerprint[:12]})"})
 
 
 def read_both(
@@ -31,15 +73,16 @@ def read_both(
 ) -> tuple[Rows, Rows | None]:
     """All rows of `--data`, and what is held out: `--holdout` of each of its sources, or `--eval_data`.
 
-    `read`: one source. `join` and `split` (by a share and a seed): data sets of its kind. Raises `InputError`, for
-    weights that are wrong too.
+    All processes call it, and are to have the same rows. `read`: one source. `join`, `split` (by a share and a seed):
+    data sets of its kind. Raises `InputError`, for weights that are wrong too.
     """
     seed, share = config.train.seed, config.holdout
+    each = partial(read_alike, read=read)
     data, heldout = read_mixture(
-        config.data.files, read, join, holdout=share, split=lambda rows: split(rows, share or 0.0, seed)
+        config.data.files, each, join, holdout=share, split=lambda rows: split(rows, share or 0.0, seed)
     )
     if config.eval_data is not None:
-        heldout, _ = read_mixture(config.eval_data, read, join, option="--eval_data", weighted=False)
+        heldout, _ = read_mixture(config.eval_data, each, join, option="--eval_data", weighted=False)
     return data, heldout
 
 
@@ -55,9 +98,12 @@ def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> P
     return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, pieces(mesh, "length")))
 
 
-def row_options(config: TrainingRun, *, steps: int | None = None, epochs: float | None = None) -> RowOptions:
-    """What every loader of rows takes, as a run's options say."""
+def row_options(
+    config: TrainingRun, mesh: Mesh | None, *, steps: int | None = None, epochs: float | None = None
+) -> RowOptions:
+    """What every loader of rows takes, as a run's options say; for the devices of `mesh`, else for all rows."""
     return {
+        "own": None if mesh is None else own_rows(mesh, config.train.batch_size),
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
         "shuffle": config.data.shuffle,
@@ -73,7 +119,7 @@ def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, 
         data,
         buckets=config.data.buckets,
         packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
-        **row_options(config, **length),
+        **row_options(config, mesh, **length),
     )
 
 

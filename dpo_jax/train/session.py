@@ -35,7 +35,7 @@ from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.day import with_day
 from dpo_jax.files.folder import RunFolder, as_json, flatten
 from dpo_jax.files.log import MetricLog, Row, read_metrics, say, show_log
-from dpo_jax.mesh import batch_parts, make_mesh
+from dpo_jax.mesh import batch_parts, make_mesh, own_rows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
@@ -154,8 +154,9 @@ class Training(Generic[Config]):
 
     def told(self, data: Any, heldout: Any) -> None:
         """Say what was read."""
-        for line in summaries(data, heldout):
-            self.say(line)
+        if self.main:  # whoever says nothing need not look at the rows for it
+            for line in summaries(data, heldout):
+                self.say(line)
 
     def preferences(
         self, data: PreferenceDataset, heldout: PreferenceDataset | None, architecture: LlamaConfig
@@ -181,11 +182,17 @@ class Training(Generic[Config]):
         return preference_loader(self.config, self.mesh, data, **self.length)
 
     def evaluation(self, heldout: PreferenceDataset | None) -> dict[str, Any]:
-        """How the rows that are held out are batched: `batch_size`, `buckets` and `packing` of `eval_batches`."""
+        """How the rows that are held out are batched: `batch_size`, `buckets`, `packing`, `own` of `eval_batches`."""
         packing = (
             None if heldout is None else packing_of(self.config, self.mesh, heldout.responses_per_prompt, accumulate=1)
         )
-        return {"batch_size": self.eval_batch_size, "buckets": self.config.data.buckets, "packing": packing}
+        own = own_rows(self.mesh, self.eval_batch_size)
+        return {
+            "batch_size": self.eval_batch_size,
+            "buckets": self.config.data.buckets,
+            "packing": packing,
+            "own": own,
+        }
 
     def resolve(self, total: int) -> Config:
         """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""

@@ -15,10 +15,11 @@ from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset, load_dialogues, split_sequences
 from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader, parse_sources
 from dpo_jax.errors import InputError
+from dpo_jax.mesh import own_rows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.report import html
 from dpo_jax.report.datasets import dialogues_section, documents_section
-from dpo_jax.train.row_data import read_both, row_options, units_of
+from dpo_jax.train.row_data import read_alike, read_both, row_options, units_of
 from dpo_jax.types import TokenBatch
 
 
@@ -94,7 +95,7 @@ class Dialogues:
             window=self._window,
             buckets=self.config.data.buckets,
             views=units_of(mesh, self.config.train.accumulate, packed=self.packed),
-            **row_options(self.config, steps=steps, epochs=epochs),
+            **row_options(self.config, mesh, steps=steps, epochs=epochs),
         )
 
     def eval_batches(self, batch_size: int, mesh: Mesh) -> list[TokenBatch]:
@@ -145,8 +146,9 @@ class Documents:
         if data.separator is not None and not any(is_text(name) for each in given for name, _ in parse_sources(each)):
             raise InputError(f"--data.separator has no effect: {words} holds rows, and each is one document")
         named = parse_sources(words)
-        sources = tuple(
-            load_documents(
+
+        def read(name: str) -> DocumentDataset:
+            return load_documents(
                 name,
                 tokenizer,
                 vocab_size=architecture.vocab_size,
@@ -155,8 +157,8 @@ class Documents:
                 columns=data.columns,
                 on_bad_rows=config.on_bad_rows,
             )
-            for name, _ in named
-        )
+
+        sources = tuple(read_alike(name, read) for name, _ in named)
         return cls(config, sources, tuple(weight for _, weight in named))
 
     @classmethod
@@ -201,7 +203,7 @@ class Documents:
             length=data.max_length,
             documents=data.resolved("documents"),
             views=units_of(mesh, self.config.train.accumulate, packed=self.packed),
-            **row_options(self.config, steps=steps, epochs=epochs),
+            **row_options(self.config, mesh, steps=steps, epochs=epochs),
         )
 
     def eval_batches(self, batch_size: int, mesh: Mesh) -> EvalWindows:
@@ -210,7 +212,8 @@ class Documents:
             raise InputError("the weights in --eval_data have no effect: every token is evaluated once; leave them out")
         data = self.config.data
         units = units_of(mesh, 1, packed=self.packed)
-        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"), units)
+        own = own_rows(mesh, batch_size)
+        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"), units, own)
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read and left out, and with `steps` how often a run of so many goes through each source."""

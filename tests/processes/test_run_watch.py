@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.config import DistributedConfig
-from dpo_jax.errors import InputError
+from dpo_jax.errors import BAD_INPUT, InputError
 from dpo_jax.processes.watch import TRY_AGAIN, Judge, Watch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def note(beat: int, signs: int = 0, ended: str | None = None, host: str = "h", passed_on: bool = False) -> dict:
-    return {"beat": beat, "signs": signs, "ended": ended, "host": host, "passed_on": passed_on}
+def note(
+    beat: int, signs: int = 0, ended: str | None = None, host: str = "h", *, code: int = 1, passed_on: bool = False
+) -> dict:
+    return {"beat": beat, "signs": signs, "ended": ended, "host": host, "code": code, "passed_on": passed_on}
 
 
 def judge() -> Judge:
@@ -65,6 +67,14 @@ def test_an_error_elsewhere_ends_this_one_after_a_grace() -> None:
     assert court.verdict(7, expecting=False) == "process 1 on h ended with an error: row 3 is empty"
 
 
+def test_bad_input_elsewhere_is_bad_input_here() -> None:
+    court = judge()
+    court.read({1: note(1, ended="a bug"), 2: note(1)}, 1)
+    assert court.code == TRY_AGAIN
+    court.read({1: note(1, ended="a bug"), 2: note(2, ended="no space left", code=BAD_INPUT, passed_on=True)}, 2)
+    assert court.code == BAD_INPUT
+
+
 def test_what_is_said_of_a_third_is_passed_on_at_once() -> None:
     court = judge()
     court.read({1: note(1, ended="process 2 on b is lost", passed_on=True), 2: note(1, host="b")}, 1)
@@ -101,7 +111,8 @@ class Ended(Exception):
     pass
 
 
-def test_watches_end_with_the_reason_of_the_first(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("code", "other"), [(1, TRY_AGAIN), (BAD_INPUT, BAD_INPUT), (130, TRY_AGAIN)])
+def test_watches_end_with_the_reason_of_the_first(capsys: pytest.CaptureFixture, code: int, other: int) -> None:
     store, codes = Store(), {0: [], 1: []}
 
     def end(me: int) -> object:
@@ -117,16 +128,16 @@ def test_watches_end_with_the_reason_of_the_first(capsys: pytest.CaptureFixture)
         for thread in watch._threads:
             thread.join()
     with contextlib.suppress(Ended):
-        watches[1].leave(2, "no space left")
+        watches[1].leave(code, "no space left")
     assert json.loads(store["dpo_jax/watch/1"])["ended"] == "no space left"
     line = watches[0].lost_connection(RuntimeError("Gloo: connection\nreset"))
     assert line.endswith("ended with an error: no space left")
     with contextlib.suppress(Ended):
         watches[0].fail(line)
-    assert codes == {0: [TRY_AGAIN], 1: [2]}
+    assert codes == {0: [other], 1: [code]}
     said = capsys.readouterr().err
     assert said.startswith("dpo-jax: error: process 1 on ")
-    assert "start all processes again with the same command" in said
+    assert ("start all processes again with the same command" in said) == (other == TRY_AGAIN)
     assert len(said.splitlines()) == 1
 
 

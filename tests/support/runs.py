@@ -91,16 +91,39 @@ def one_device() -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
-def start_together(words: Sequence[str], count: int) -> list[subprocess.Popen[str]]:
-    """So many processes of `dpo-jax`, one device each, that train together over loopback."""
+def start_together(
+    words: Sequence[str],
+    count: int,
+    *,
+    program: Sequence[str] = ("-m", "dpo_jax"),
+    devices: int = 1,
+    folders: Sequence[Path | None] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """So many processes of `dpo-jax` that train together over loopback (of one: alone).
+
+    `program`: what Python is given before the words. `devices`: of each process. `folders`: in which each works.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dpo_jax", *words, "--distributed.coordinator", f"127.0.0.1:{port}"]
-    command += ["--distributed.processes", str(count), "--distributed.process_id"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    several = ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.processes", str(count)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+    }
     return [
-        subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(count)
+        subprocess.Popen(
+            [sys.executable, *program, *words, *([*several, "--distributed.process_id", str(i)] if count > 1 else [])],
+            cwd=None if folders is None else folders[i],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
     ]
 
 

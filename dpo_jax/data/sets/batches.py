@@ -86,9 +86,11 @@ class BucketPlan:
     def _members(self, rows: np.ndarray) -> list[np.ndarray]:
         return [rows[self.rows[rows] == bucket] for bucket in range(len(self.shapes))]
 
-    def batch(self, dataset: PreferenceDataset, one: RowBatch) -> tuple[np.ndarray, PreferenceBatch]:
-        """(its rows int [B], -1 for fillers; the batch)."""
-        batch = collate(dataset, one.indices, self.shapes[one.bucket], self.batch_size)
+    def batch(
+        self, dataset: PreferenceDataset, one: RowBatch, own: np.ndarray | None = None
+    ) -> tuple[np.ndarray, PreferenceBatch]:
+        """(its rows int [B], -1 for fillers; the batch). `own`: see `collate`."""
+        batch = collate(dataset, one.indices, self.shapes[one.bucket], self.batch_size, own)
         return completed(one.indices, self.batch_size), batch
 
 
@@ -248,11 +250,16 @@ def completed(indices: np.ndarray, batch_size: int) -> np.ndarray:
     return np.append(indices, np.full(batch_size - len(indices), -1))
 
 
-def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch_size: int) -> PreferenceBatch:
+def collate(
+    dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch_size: int, own: np.ndarray | None = None
+) -> PreferenceBatch:
     """The rows `indices` as one batch of NumPy arrays in the shape (P, R), completed to `batch_size` by filler rows.
 
     A filler row, or an index of -1, repeats one of the rows, with weight 0 and row number -1: its loss is finite and
     does not count.
+
+    `own`: bool [B], the places whose ids are read (`mesh.own_rows`); those of the others are 0. None: all. Whatever it
+    is, lengths, weights and row numbers are those of all rows.
     """
     k = dataset.responses_per_prompt
     p, r = shape
@@ -262,7 +269,8 @@ def collate(dataset: PreferenceDataset, indices: np.ndarray, shape: Shape, batch
     prompts = np.zeros((batch_size, p), np.int32)
     responses = np.zeros((batch_size, k, r), np.int32)
     formats = None if dataset.formats is None else np.zeros((batch_size, k, r), bool)
-    for b, row in enumerate(rows):
+    for b in range(batch_size) if own is None else np.flatnonzero(own):
+        row = rows[b]
         ids = dataset.prompts[row]
         prompts[b, : len(ids)] = ids
         for j in range(k):

@@ -196,10 +196,12 @@ class WindowPlan:
         """Batches of some of the rows (positions)."""
         return self.epoch(0, 0, shuffle=False, order=rows)
 
-    def batch(self, dataset: PreferenceDataset, one: RowBatch) -> tuple[np.ndarray, PreferenceBatch]:
-        """(its rows int [B], -1 for fillers; the batch, packed)."""
+    def batch(
+        self, dataset: PreferenceDataset, one: RowBatch, own: np.ndarray | None = None
+    ) -> tuple[np.ndarray, PreferenceBatch]:
+        """(its rows int [B], -1 for fillers; the batch, packed). `own`: see `batches.collate`."""
         rows = self.arranged(one.indices)
-        batch = collate(dataset, rows, (self.prompt, self.response), self.batch_size)
+        batch = collate(dataset, rows, (self.prompt, self.response), self.batch_size, own)
         return rows, replace(batch, windows=self.pack(rows))
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Batches of a data set's rows, preferences or token sequences, in a deterministic order.
 
-Every process yields the same *global* batch as NumPy arrays, and `mesh.put_batch` copies from it only the rows that the
-process's own devices hold. Token ids are small (a batch of 64 pairs of 1,024 tokens is half a megabyte, the activations
-of one layer a thousand times that), so sharding the rows by process would save nothing, and it would make a batch, and
-with it a run's numbers, depend on the number of processes.
+Every process yields the same *global* batch as NumPy arrays: lengths, weights, row numbers and windows of all rows are
+the same everywhere, so that neither a run's numbers nor its position depend on the number of processes. The ids of a
+batch alone are read row by row, by each process those of the rows that its own devices hold (`own`), and
+`mesh.put_batch` copies nothing else. Where several processes hold the same row, each reads it.
 
 Which rows share a batch, and in which shape, is the affair of a plan (`batches.py`, `group_windows.py`, `packing.py`).
 """
@@ -38,12 +38,13 @@ class IndexedBatches(Generic[Batch]):
     """Batches that say which rows they hold. Iterating, again and again, yields (indices, batch).
 
     `indices` are positions in the data set, to put results back in row order: int [B], -1 for filler rows; of windows
-    of sequences int [B, S], -1 where a window holds fewer than S.
+    of sequences int [B, S], -1 where a window holds fewer than S. `own`: see `RowOptions`.
     """
 
     dataset: Any
     plan: Any
     many: list[Any]
+    own: np.ndarray | None = None
 
     @property
     def rows(self) -> np.ndarray:
@@ -58,7 +59,7 @@ class IndexedBatches(Generic[Batch]):
         return len(self.many)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        return (self.plan.batch(self.dataset, one) for one in self.many)
+        return (self.plan.batch(self.dataset, one, self.own) for one in self.many)
 
 
 class RowLoader(StepsLoader[Batch], ABC):
@@ -76,6 +77,7 @@ class RowLoader(StepsLoader[Batch], ABC):
         batch_size: int,
         seed: int,
         shuffle: bool = True,
+        own: np.ndarray | None = None,
         **run: Unpack[RunOptions],
     ):
         """Args: see `RowOptions`, and:
@@ -83,7 +85,7 @@ class RowLoader(StepsLoader[Batch], ABC):
         redrawn: every epoch has a plan of its own, and perhaps another number of batches; else all have the first.
         """
         self._dataset: Any = dataset
-        self._batch_size, self._seed, self._shuffle = batch_size, check_seed(seed), shuffle
+        self._batch_size, self._seed, self._shuffle, self._own = batch_size, check_seed(seed), shuffle, own
         self.plan: Any = self._plan_of(0)
         self._plan: Callable[[int], Any] = functools.lru_cache(maxsize=2)(
             lambda epoch: self._plan_of(epoch) if epoch and redrawn else self.plan
@@ -142,7 +144,7 @@ class RowLoader(StepsLoader[Batch], ABC):
         return self._epoch(epoch)[index]
 
     def _batch_of(self, step: int) -> Batch:
-        return self.plan.batch(self._dataset, self._held(step))[1]
+        return self.plan.batch(self._dataset, self._held(step), self._own)[1]
 
     def summary(self) -> str:
         """For the log: batch shapes and padding; of several sources, what the run takes of each."""
@@ -195,9 +197,9 @@ class PreferenceLoader(RowLoader[PreferenceBatch]):
             seen = np.zeros(len(self._dataset), bool)
             for step in range(self.total_steps):
                 seen[self._held(step).indices] = True
-            return IndexedBatches(self._dataset, self.plan, self.plan.of(np.flatnonzero(seen)))
+            return IndexedBatches(self._dataset, self.plan, self.plan.of(np.flatnonzero(seen)), self._own)
         steps = min(self.total_steps, self.steps_per_epoch)
-        return IndexedBatches(self._dataset, self.plan, [self._held(step) for step in range(steps)])
+        return IndexedBatches(self._dataset, self.plan, [self._held(step) for step in range(steps)], self._own)
 
 
 def _pair_plan(
@@ -211,11 +213,17 @@ def _pair_plan(
 
 
 def eval_batches(
-    dataset: PreferenceDataset, batch_size: int, buckets: int, *, multiple: int = 16, packing: Packing | None = None
+    dataset: PreferenceDataset,
+    batch_size: int,
+    buckets: int,
+    *,
+    multiple: int = 16,
+    packing: Packing | None = None,
+    own: np.ndarray | None = None,
 ) -> IndexedBatches[PreferenceBatch]:
     """Every row once, in a fixed order; the arguments are those of `PreferenceLoader`."""
     plan = _pair_plan(dataset, batch_size, packing, buckets=buckets, multiple=multiple)
-    return IndexedBatches(dataset, plan, plan.epoch(0, 0, shuffle=False))
+    return IndexedBatches(dataset, plan, plan.epoch(0, 0, shuffle=False), own)
 
 
 # ---------------------------------------------------------------- token sequences

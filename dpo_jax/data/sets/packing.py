@@ -13,7 +13,7 @@ of it is a pure function of the lengths, the seed and the epoch.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,12 +73,14 @@ class WindowPlan(ABC):
         `order`: int64 [N], the sequences that a mixture draws for this epoch (see `row_mixture.py`).
         """
 
-    def batch(self, dataset: SequenceDataset, one: WindowBatch) -> tuple[np.ndarray, TokenBatch]:
-        """(its sequences int [B, slots], -1 where a window holds fewer; the batch)."""
+    def batch(
+        self, dataset: SequenceDataset, one: WindowBatch, own: np.ndarray | None = None
+    ) -> tuple[np.ndarray, TokenBatch]:
+        """(its sequences int [B, slots], -1 where a window holds fewer; the batch). `own`: see `collate`."""
         indices = np.full((self.batch_size, self.slots), -1)
         for b, window in enumerate(one.windows):
             indices[b, : len(window)] = window
-        return indices, collate(dataset, one, batch_size=self.batch_size, sequences=self.slots)
+        return indices, collate(dataset, one, batch_size=self.batch_size, sequences=self.slots, own=own)
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,35 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return where
 
 
-def collate(dataset: SequenceDataset, batch: WindowBatch, *, batch_size: int, sequences: int) -> TokenBatch:
+def collate(
+    dataset: SequenceDataset,
+    batch: WindowBatch,
+    *,
+    batch_size: int,
+    sequences: int,
+    own: np.ndarray | None = None,
+) -> TokenBatch:
     """The windows of `batch` as NumPy arrays [B, T], completed to `batch_size` by empty windows.
 
     Args:
       sequences: S, columns of `rows`.
+      own: bool [B], the windows whose ids are copied (`mesh.own_rows`); those of the others are 0. None: all.
     """
+
+    def of(window: np.ndarray, *, read: bool) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        for i in window:
+            targets = dataset.targets[i]
+            yield dataset.tokens[i] if read else no_ids(len(targets)), targets, int(dataset.row_numbers[i])
+
     made = Windows(batch_size, batch.size, sequences)
     for b, window in enumerate(batch.windows):
-        made.fill(b, ((dataset.tokens[i], dataset.targets[i], int(dataset.row_numbers[i])) for i in window))
+        made.fill(b, of(window, read=own is None or bool(own[b])))
     return made.batch()
+
+
+def no_ids(count: int) -> np.ndarray:
+    """int32 [count]: zeros in the place of ids that are not read."""
+    return np.broadcast_to(np.int32(0), (count,))
 
 
 class Windows:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Required, SupportsIndex, TypedDict, TypeVar
 
 import grain
+import numpy as np
 
 from dpo_jax.errors import InputError
 
@@ -37,11 +38,14 @@ class RowOptions(RunOptions, total=False):
     batch_size: rows (or windows) a batch, over all devices and processes.
     seed: of the shuffle, at least 0.
     shuffle: a new order every epoch; else the same in all.
+    own: bool [batch_size], the rows of a batch whose ids this process reads (`mesh.own_rows`); those of the others are
+      0. None: all.
     """
 
     batch_size: Required[int]
     seed: Required[int]
     shuffle: bool
+    own: np.ndarray | None
 
 
 class StepsLoader(Generic[Batch]):

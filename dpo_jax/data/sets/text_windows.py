@@ -24,7 +24,7 @@ import numpy as np
 
 from dpo_jax.data.sets.batches import permutation
 from dpo_jax.data.sets.documents import DocumentDataset
-from dpo_jax.data.sets.packing import Windows
+from dpo_jax.data.sets.packing import Windows, no_ids
 from dpo_jax.data.sets.segment_views import LOOKED_AT, SegmentViews
 from dpo_jax.data.sets.steps_loader import RunOptions, StepsLoader, check_seed
 from dpo_jax.errors import InputError, exists
@@ -174,8 +174,11 @@ class Stream:
         n = end - first
         return first, self._permutation(n, epoch, 1) if self._shuffle else np.arange(n)
 
-    def pieces(self, k: int) -> Iterator[tuple[np.ndarray, bool, int]]:
-        """What the k-th window to be taken holds, in order, as `Windows.fill` takes it: T tokens, all targets."""
+    def pieces(self, k: int, *, read: bool = True) -> Iterator[tuple[np.ndarray, bool, int]]:
+        """What the k-th window to be taken holds, in order, as `Windows.fill` takes it: T tokens, all targets.
+
+        `read`: whether its ids are read, and nothing else of its documents; else they are 0.
+        """
         first, order = self._windows(k * self.length // self.data.total)
         at = (first + int(order[k - first])) * self.length
         end = at + self.length if self._end is None else min(at + self.length, self._end)
@@ -185,7 +188,7 @@ class Stream:
             here = int(np.searchsorted(starts, offset, side="right")) - 1
             stop = min(int(starts[here + 1]), offset + end - at)
             document, start = int(documents[here]), int(starts[here])
-            ids = self.data.tokens[document][offset - start : stop - start]
+            ids = self.data.tokens.part(document, offset - start, stop - start) if read else no_ids(stop - offset)
             yield ids, True, self._first_row + int(self.data.row_numbers[document])
             at += stop - offset
 
@@ -221,6 +224,7 @@ class TextLoader(StepsLoader[TokenBatch]):
         shuffle: bool = True,
         documents: Documents = "masked",
         views: int | None = None,
+        own: np.ndarray | None = None,
         **run: Unpack[RunOptions],
     ):
         """Args: see `RowOptions` (the shuffle is one of documents and of windows), and:
@@ -234,6 +238,7 @@ class TextLoader(StepsLoader[TokenBatch]):
         named = [(s.source, float(s.total if w is None else w)) for s, w in zip(sources, weights, strict=True)]
         self._sources, self.mixture = sources, Mixture(named)
         self._length, self._batch_size, self._joined = length, batch_size, documents == "joined"
+        self._own = np.ones(batch_size, bool) if own is None else own
         # What is added to the row numbers of each source, so that they run on over all of them.
         self._first_rows = [sum(s.last_row for s in sources[:i]) for i in range(len(sources))]
         self._streams = [
@@ -258,16 +263,21 @@ class TextLoader(StepsLoader[TokenBatch]):
             **run,
         )
         if views is not None:
-            first = map(self._batch_of, range(min(LOOKED_AT, self.total_steps)))
+            none = np.zeros(batch_size, bool)
+            first = (self._windows(step, none) for step in range(min(LOOKED_AT, self.total_steps)))
             self._views = SegmentViews.of_batches(first, views)
 
     def _batch_of(self, step: int) -> TokenBatch:
-        made = Windows(self._batch_size, self._length, self._slots, joined=self._joined)
-        for row in range(self._batch_size):
-            source, k = self.mixture[step * self._batch_size + row]
-            made.fill(row, self._streams[source].pieces(k))
-        batch = made.batch()
+        batch = self._windows(step, self._own)
         return batch if self._views is None else self._views.seen(batch)
+
+    def _windows(self, step: int, own: np.ndarray) -> TokenBatch:
+        """The windows of a step, those that are not `own` without their ids."""
+        made = Windows(self._batch_size, self._length, self._slots, joined=self._joined)
+        for row, read in enumerate(own.tolist()):
+            source, k = self.mixture[step * self._batch_size + row]
+            made.fill(row, self._streams[source].pieces(k, read=read))
+        return made.batch()
 
     def passes(self, steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
@@ -295,7 +305,7 @@ class EvalWindows:
     """Every token of some documents once, in their order, as batches: what held-out figures are computed on.
 
     Iterating, again and again, yields `TokenBatch`es. The last window of a source is padded, and the last batch is
-    completed by empty windows.
+    completed by empty windows. `own`: see `RowOptions`.
     """
 
     sources: Sequence[DocumentDataset]
@@ -303,22 +313,25 @@ class EvalWindows:
     batch_size: int
     documents: Documents = "masked"
     views: int | None = None
+    own: np.ndarray | None = None
 
     def __len__(self) -> int:
         return math.ceil(sum(math.ceil(s.total / self.length) for s in self.sources) / self.batch_size)
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        own = np.ones(self.batch_size, bool) if self.own is None else self.own
         if self.views is None:
-            return self._plain()
-        views = SegmentViews.of_batches(itertools.islice(self._plain(), LOOKED_AT), self.views)
-        return map(views.seen, self._plain())
+            return self._plain(own)
+        first = itertools.islice(self._plain(np.zeros(self.batch_size, bool)), LOOKED_AT)
+        return map(SegmentViews.of_batches(first, self.views).seen, self._plain(own))
 
-    def _plain(self) -> Iterator[TokenBatch]:
+    def _plain(self, own: np.ndarray) -> Iterator[TokenBatch]:
+        """Those that are not `own` without their ids."""
         slots = max(most_pieces(s.lengths, self.length) for s in self.sources)
         streams = [Stream(s, self.length, seed=0, shuffle=False, once=True) for s in self.sources]
         windows = [(s, k) for s in streams for k in range(math.ceil(s.data.total / self.length))]
         for start in range(0, len(windows), self.batch_size):
             made = Windows(self.batch_size, self.length, slots, joined=self.documents == "joined")
             for row, (stream, k) in enumerate(windows[start : start + self.batch_size]):
-                made.fill(row, stream.pieces(k))
+                made.fill(row, stream.pieces(k, read=bool(own[row])))
             yield made.batch()

@@ -6,6 +6,7 @@ objects under a name such as "data", and no field of a row, holds the rows of th
 Rows stream: only a JSON list, such an object and a compressed Parquet file are held in memory whole.
 """
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -25,7 +26,7 @@ from dpo_jax.data.sources.json_lines import MAX_LINE, checked, json_line, json_l
 from dpo_jax.data.sources.parquet import read_parquet
 from dpo_jax.data.sources.splits import SUFFIXES, choose, data_files, default_config, in_folder
 from dpo_jax.data.sources.store import names_store, open_store
-from dpo_jax.errors import InputError, nearest
+from dpo_jax.errors import InputError, exists, nearest
 from dpo_jax.headers import told
 
 Row = dict[str, Any]
@@ -82,6 +83,18 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
         base = number
     if number == 0:
         raise InputError(f"{source}: holds no rows; give a file of {_FORMATS}")
+
+
+def sizes(source: str) -> dict[str, int]:
+    """The files of this machine that `source` names -> bytes; none of what lies elsewhere, or is not there.
+
+    (A store names what it misses when it is opened.)
+    """
+    if names_store(source) or (names_hub(source) and not exists(source)):
+        return {}
+    with contextlib.suppress(InputError, OSError):
+        return {str(path): path.stat().st_size for path in resolve(source)}
+    return {}
 
 
 def resolve(source: str) -> list[Path]:

@@ -39,6 +39,10 @@ class Ragged:
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.starts[i] : self.starts[i + 1]]
 
+    def part(self, i: int, start: int, stop: int) -> np.ndarray:
+        """`self[i][start:stop]`."""
+        return self[i][start:stop]
+
     @property
     def lengths(self) -> np.ndarray:
         """int64 [len]."""
@@ -119,6 +123,12 @@ class StoredRagged(Ragged):
             return np.concatenate([np.asarray(file[begin : begin + 1], np.int32), ends])
         return np.asarray(file[begin + whole - kept : begin + whole], np.int32)
 
+    def part(self, i: int, start: int, stop: int) -> np.ndarray:
+        if self.ends and self.kept[i] != self.whole[i]:
+            return self[i][start:stop]
+        begin, stop = self.begins[i], min(stop, int(self.kept[i]))
+        return np.asarray(self.files[self.which[i]][begin + start : begin + stop], np.int32)
+
     def __add__(self, other: Ragged) -> "StoredRagged":
         right = StoredRagged.of_ragged(other)
         if (self.kept != self.whole).any() and (right.kept != right.whole).any():
@@ -154,11 +164,12 @@ class StoredRagged(Ragged):
 
     @property
     def last(self) -> np.ndarray:
-        """int64 [len]: the last id of each sequence; of an empty one, any."""
+        """int64 [len]: the last id of each sequence; of an empty one, any. Of those that are cut one id is read."""
         cut = np.arange(len(self)) if self.lasts is None else np.flatnonzero(self.kept != self.whole)
         found = np.zeros(len(self), np.int64) if self.lasts is None else self.lasts.copy()
         for i in cut.tolist():
-            found[i] = self[i][-1] if self.kept[i] else 0
+            end = self.begins[i] + (self.whole[i] if self.ends else self.kept[i])
+            found[i] = self.files[self.which[i]][end - 1] if self.kept[i] else 0
         return found
 
     @property
