@@ -91,7 +91,7 @@ MADE: dict[str, Callable[[np.ndarray | None], Any]] = {
     "windows": lambda own: PreferenceLoader(
         pairs(60), packing=Packing(2), batch_size=B, seed=1, epochs=2, workers=0, own=own
     ),
-    "packed dialogues": lambda own: TokenLoader(dialogues(60), window=64, views=2, batch_size=B, seed=1, own=own),
+    "packed dialogues": lambda own: TokenLoader(dialogues(90), window=64, views=2, batch_size=B, seed=1, own=own),
     "padded dialogues": lambda own: TokenLoader(dialogues(60), window=None, batch_size=B, seed=1, own=own),
     "documents": lambda own: TextLoader(
         [texts(50), texts(9)], [0.7, 0.3], length=64, views=2, batch_size=B, seed=1, epochs=2, own=own
