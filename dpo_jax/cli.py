@@ -60,11 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if reason := full_disk(error):
             path = getattr(error, "filename", None)
-            return _failed(
-                BAD_INPUT,
-                f"{'' if path is None else f'{path}: '}cannot be written ({reason}); free space and run the same"
-                " command again: what was whole is kept",
-            )
+            where = "" if path is None else f"{path}: "
+            mend = "free space and run the same command again: what was whole is kept"
+            return _failed(BAD_INPUT, f"{where}cannot be written ({reason}); {mend}")
         if (together := _together()) is not None:
             together.leave_after(error)
         raise
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(code: int, line: str, *, kind: str = "error: ", shared: bool = False) -> int:
     """Say `line`, and on which host it is true where others work too; but not of what is `shared` by all of them."""
     together = _together()
-    where = "" if together is None or shared else together.here()
+    where = together.here() if together and not shared else ""
     with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
         voice.say(f"{PROGRAM}: {kind}{where}{line}", "error", code=code)
     if together is not None:

@@ -384,8 +384,7 @@ def device_bytes(tree: Any) -> float:
 def put_batch(mesh: Mesh | None, batch: Any) -> Any:
     """Place a tree of host arrays [B, ...] on the mesh, the batch axis split; without a mesh it stays where it is.
 
-    Every process passes the same global batch; each copies only the rows that its own devices hold (`own_rows`), and
-    those of the others may be empty.
+    Every process passes the same global batch; each copies only the rows that its own devices hold (`own_rows`).
     """
     if mesh is None:
         return batch
@@ -400,10 +399,8 @@ def put_batch(mesh: Mesh | None, batch: Any) -> Any:
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """bool [rows]: which rows of a batch of so many `put_batch` copies to devices of this process."""
-    own = np.zeros(rows, bool)
-    for index in sharding(mesh, batch_axes(1)).addressable_devices_indices_map((rows,)).values():
-        own[index] = True
-    return own
+    held = sharding(mesh, batch_axes(1)).addressable_devices_indices_map((rows,)).values()
+    return np.isin(np.arange(rows), np.concatenate([np.arange(rows)[index] for index in held]))
 
 
 def one_ahead(
