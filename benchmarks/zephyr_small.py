@@ -43,10 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with pandalm, dpo_en, scored4_en")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--prompts", type=int, default=80, help="that the writers answer")
-    parser.add_argument("--seeds", type=int, default=24, help="seed prompts of the dialogues")
-    parser.add_argument("--judge_steps", type=int, default=40, help="of the judge, of 8 questions each")
-    parser.add_argument("--dpo_steps", type=int, default=12, help="of the writer that DPO made, of 8 pairs each")
+    parser.add_argument("--prompts", type=int, default=60, help="that the writers answer")
+    parser.add_argument("--seeds", type=int, default=32, help="seed prompts of the dialogues")
+    parser.add_argument("--judge_steps", type=int, default=24, help="of the judge, of 8 questions each")
+    parser.add_argument("--dpo_steps", type=int, default=8, help="of the writer that DPO made, of 8 pairs each")
     parser.add_argument("--more", default="", help="options of the recipe, such as '--aif.rule best_worst'")
     return parser.parse_args()
 
@@ -133,7 +133,7 @@ def write_files(options: argparse.Namespace, out: Path) -> None:
     asked = sorted({row["prompt"] for row in sources.pandalm(options.data)}, key=lambda text: (len(text), text))
     sources.write(out / "seeds.jsonl", [{"prompt": text} for text in asked[: options.seeds]])
     sources.write(out / "lessons.jsonl", lessons(options.data))
-    sample = "batch_size: 16, sample: {max_new_tokens: 192, temperature: 0.8}"
+    sample = "batch_size: 16, sample: {max_new_tokens: 224, temperature: 0.5}"
     pool = [f"- {{name: {name}, model: '{model}', {sample}}}" for name, model in {
         "SmolLM2": options.model, "our SFT": out / "zephyr" / "sft", "our DPO": out / "dpo"}.items()]  # fmt: skip
     (out / "pool.yaml").write_text("\n".join([*pool, f"- {{name: scored4_en, responses: '{scored}'}}"]) + "\n")
@@ -164,7 +164,7 @@ def train(options: argparse.Namespace, out: Path) -> None:
             **told,
             out=str(out / "dpo"),
             optimizer=c.OptimizerConfig(**rate, schedule="linear"),
-            data=c.DataConfig(str(options.data / "dpo_en" / "pairs.jsonl"), max_length=256, buckets=1),
+            data=c.DataConfig(str(options.data / "dpo_en" / "pairs.jsonl"), max_length=256, buckets=1, limit=64),
             train=c.TrainConfig(batch_size=8, steps=options.dpo_steps),
         )
     )

@@ -13,7 +13,7 @@ from dpo_jax import config as c
 
 SET = {"model": c.SET_BY_RECIPE, "out": c.SET_BY_RECIPE}
 STAGE = {**SET, "lora": c.LoraConfig(rank=16), "checkpoint": c.CheckpointConfig(every=10, keep=1)}
-ANSWER = c.SampleConfig(max_new_tokens=96, temperature=0.7)
+ANSWER = c.SampleConfig(max_new_tokens=96, temperature=0.5)
 LENGTH = 256
 
 config = c.ZephyrRun(
@@ -31,7 +31,7 @@ config = c.ZephyrRun(
         out=c.SET_BY_RECIPE,
         model="smollm2",
         batch_size=16,
-        sample=c.SampleConfig(max_new_tokens=160, temperature=0.7),
+        sample=c.SampleConfig(max_new_tokens=224, temperature=0.5),
     ),
     sft=c.SFTRun(
         **STAGE,
