@@ -154,7 +154,7 @@ def train(options: argparse.Namespace, out: Path) -> None:
         c.SFTRun(
             **told,
             out=str(out / "judge"),
-            optimizer=c.OptimizerConfig(**rate, schedule="cosine"),
+            optimizer=c.OptimizerConfig(**rate | {"learning_rate": 5e-4}, schedule="cosine"),
             data=c.SFTDataConfig(str(out / "lessons.jsonl"), max_length=768),
             train=c.TrainConfig(batch_size=8, steps=options.judge_steps),
         )
