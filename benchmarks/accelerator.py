@@ -402,7 +402,7 @@ def windows(cases: dict[str, str], toy: bool) -> Iterator[tuple[str, dict[str, A
         live = config.reference == "live" and not run.lora.rank
         reference = programs.frozen_copy(run, shape, mesh) if live else None
         state = made(dpo.init_state(model, programs.trained(run, model, mesh), config, reference=reference))
-        step, flops = dpo.jit_train_step(config, mesh), dpo_flops(ModelFlops.of(shape, run.lora), config)
+        step, flops = dpo.jit_train_step(config, mesh), dpo_flops(ModelFlops.of(shape, run.lora), config.objective)
         made_of = sum(preference_work(batch, 0, 2).tokens for batch in batches)
         held = [state]
         del state

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import masked
-from dpo_jax.config import DPOLossConfig
+from dpo_jax.config import Objective
 from dpo_jax.types import CHOSEN, REJECTED
 
 Carried = Mapping[str, jax.Array]
@@ -46,17 +46,17 @@ def of_batch(
     policy: jax.Array,
     reference: jax.Array,
     present: jax.Array,
-    config: DPOLossConfig,
+    objective: Objective,
     before: Carried | None = None,
     *,
     learns: bool = True,
 ) -> dict[str, jax.Array]:
-    """name -> [B], no gradient: what `config.losses` take across rows, as `losses.preference_terms` reads it.
+    """name -> [B], no gradient: what the losses take across rows, as `losses.preference_terms` reads it.
 
     Args:
       policy, reference: [B, 2], summed log-probabilities of the whole batch's pairs, in nats.
       present: bool [B, 2], responses that are there, in rows that count.
-      config: which losses, and β.
+      objective: which losses, and β.
       before: of the steps before, for bco_pair.
       learns: whether this batch counts in bco_pair's mean (not where it is only looked at).
     """
@@ -64,17 +64,17 @@ def of_batch(
     ratios, real = policy - reference, jnp.all(present, axis=1)
     u, v = ratios[:, CHOSEN], ratios[:, REJECTED]
     found: dict[str, jax.Array] = {}
-    if "bco_pair" in config.losses:
+    if "bco_pair" in objective.losses:
         before = before or {}
-        rewards = config.resolved("beta") * ratios
+        rewards = objective.beta * ratios
         mean = running_mean(rewards, present if learns else jnp.zeros_like(present), before)["reward_mean"]
         found["reward_mean"] = jnp.broadcast_to(mean, u.shape)
     finite = jnp.all(jnp.isfinite(policy) & jnp.isfinite(reference), axis=1)
     ranked = real & finite  # of a row that is not, that row's loss alone is not finite
-    if "aot" in config.losses:
+    if "aot" in objective.losses:
         mine, theirs = (x[:, CHOSEN] - x[:, REJECTED] for x in (policy, reference))
         found["reference_partner"] = _partners(mine, theirs, ranked)
-    if "aot_unpaired" in config.losses:
+    if "aot_unpaired" in objective.losses:
         found |= {"rejected_partner": _partners(u, v, ranked), "chosen_partner": _partners(v, u, ranked)}
     found |= {name: jnp.where(finite, found[name], jnp.nan) for name in found if name != "reward_mean"}
     return {name: jnp.where(real, value, 0.0) for name, value in found.items()}

@@ -34,7 +34,7 @@ from dpo_jax.align.across import of_batch, running_mean
 from dpo_jax.align.figures import Metrics
 from dpo_jax.align.losses import implicit_rewards, nll_loss, per_token, preference_loss, preference_terms, total
 from dpo_jax.align.pair_logps import reference_logps, reference_of, responses_of, scored_lengths, sums_of
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import DPOConfig, Objective
 from dpo_jax.errors import InputError
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
@@ -72,8 +72,8 @@ def init_state(
       reference: for `config.reference == "live"`, the parameters ({"params": ...}) of a reference policy other than
         the starting point.
     """
-    live = config.reference == "live" and not config.reference_free
-    moving = config.reference_sync_steps is not None
+    objective = config.objective
+    live, moving = objective.live, objective.moving
     frozen, carried, start = {}, {}, None
     if reference is not None:
         if not live:
@@ -88,7 +88,7 @@ def init_state(
     elif start is not None:
         frozen["reference"] = start
     state = states.create(model.apply, variables, states.make_optimizer(config.optimizer), frozen=frozen)
-    if "bco_pair" in config.losses:
+    if "bco_pair" in objective.losses:
         # Zeros that lie on the devices as the step, 0, does.
         carried |= {name: states.as_float32(state.step) for name in ("reward_mean", "reward_count")}
     return dataclasses.replace(state, carried=carried)
@@ -144,7 +144,7 @@ def _row_values(
     variables: Any,
     batch: PreferenceBatch,
     whole: _Whole,
-    config: DPOConfig,
+    objective: Objective,
     across: Mapping[str, jax.Array] | None,
     *,
     learns: bool = True,
@@ -153,13 +153,13 @@ def _row_values(
 
     `across`: see `across.of_batch`; None where this is the whole batch.
     """
-    reference = reference_of(state, batch, config)
-    sums = sums_of(state.apply_fn, variables, batch, config, weighted=config.use_weighting)
+    reference = reference_of(state, batch, objective)
+    sums = sums_of(state.apply_fn, variables, batch, objective, weighted=objective.use_weighting)
     policy, nll = sums.scored, -sums.whole[:, CHOSEN]
-    if across is None and config.takes_across:
+    if across is None and objective.takes_across:
         assert reference is not None
-        across = of_batch(policy, reference, batch.present, config, state.carried, learns=learns)
-    lengths = scored_lengths(batch, config.mask_format_tokens)
+        across = of_batch(policy, reference, batch.present, objective, state.carried, learns=learns)
+    lengths = scored_lengths(batch, objective.mask_format_tokens)
     terms = preference_terms(
         policy[:, CHOSEN],
         policy[:, REJECTED],
@@ -167,7 +167,7 @@ def _row_values(
         None if reference is None else reference[:, REJECTED],
         chosen_lengths=lengths[:, CHOSEN],
         rejected_lengths=lengths[:, REJECTED],
-        config=config,
+        objective=objective,
         chosen_nll=nll,
         nll_lengths=batch.response_lengths[:, CHOSEN],
         mean_nll_length=whole.nll_length,
@@ -180,42 +180,42 @@ def _row_values(
     counted = batch.weights > 0
     weights = None if sums.log_weights is None else jnp.exp(jnp.sum(sums.log_weights, axis=1))
     weights = None if weights is None else masked.select(weights, counted)
-    loss = total(terms, config, weights)
+    loss = total(terms, objective, weights)
     if batch.logp_weights is not None:
         loss += jnp.sum(batch.logp_weights * policy, axis=1)
     return _Rows(
         loss=masked.select(loss, counted),
-        terms={name: masked.select(value, counted) for name, value in terms.items() if name in config.losses},
+        terms={name: masked.select(value, counted) for name, value in terms.items() if name in objective.losses},
         weights=weights,
         policy=policy,
-        rewards=implicit_rewards(policy, reference, lengths, config=config),
+        rewards=implicit_rewards(policy, reference, lengths, objective=objective),
         nll=nll,
     )
 
 
-def _across(state: TrainState, pairs: PreferenceBatch, config: DPOConfig) -> dict[str, jax.Array] | None:
+def _across(state: TrainState, pairs: PreferenceBatch, objective: Objective) -> dict[str, jax.Array] | None:
     """What rows take across the micro-batches of their batch, by a forward pass before; None where one pass does."""
-    if not config.takes_across or config.accumulate == 1:
+    if not objective.takes_across or objective.accumulate == 1:
         return None
 
     def both(rows: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
-        reference = reference_of(state, rows, config)
+        reference = reference_of(state, rows, objective)
         assert reference is not None
-        return sums_of(state.apply_fn, state.variables, rows, config).scored, reference
+        return sums_of(state.apply_fn, state.variables, rows, objective).scored, reference
 
-    policy, reference = update.map_rows(both, pairs, config.accumulate)
-    return of_batch(policy, reference, pairs.present, config, state.carried)
+    policy, reference = update.map_rows(both, pairs, objective.accumulate)
+    return of_batch(policy, reference, pairs.present, objective, state.carried)
 
 
-def _carried(before: TrainState, after: TrainState, rows: _Rows, present: jax.Array, config: DPOConfig) -> Any:
+def _carried(before: TrainState, after: TrainState, rows: _Rows, present: jax.Array, objective: Objective) -> Any:
     """What the next step is handed; after a step that was not taken, what it was."""
     taken, carried = after.step > before.step, dict(before.carried)
-    if "bco_pair" in config.losses:
+    if "bco_pair" in objective.losses:
         new = running_mean(rows.rewards, present, before.carried)
         carried |= {name: jnp.where(taken, value, carried[name]) for name, value in new.items()}
-    if config.reference_sync_steps is not None:
-        α, policy = config.resolved("reference_mixup_alpha"), after.trainable
-        moves = taken & (after.step % config.reference_sync_steps == 0)
+    if objective.reference_sync_steps is not None:
+        α, policy = objective.reference_mixup_alpha, after.trainable
+        moves = taken & (after.step % objective.reference_sync_steps == 0)
         carried["reference"] = jax.lax.cond(
             moves,
             lambda old, new: jax.tree.map(lambda a, b: (1 - α) * a + α * b, old, new),
@@ -227,25 +227,25 @@ def _carried(before: TrainState, after: TrainState, rows: _Rows, present: jax.Ar
 
 
 def _whole(
-    state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, config: DPOConfig, *, accumulate: int
+    state: TrainState, batch: PreferenceBatch, pairs: PreferenceBatch, objective: Objective, *, accumulate: int
 ) -> _Whole:
     w, weight = pairs.weights, jnp.sum(pairs.weights)
     weight = jnp.where(weight > 0, weight, 1.0)  # pairs that are sampled may all be ties: a loss of 0, not of 0 / 0
     kl = mismatched = jnp.zeros(())
-    if config.loss == "kto":
-        kl, mismatched = _kl_point(state, batch, config, accumulate)
+    if objective.loss == "kto":
+        kl, mismatched = _kl_point(state, batch, objective, accumulate)
     return _Whole(
         weight=weight,
         nll_length=jnp.sum(w * pairs.response_lengths[:, CHOSEN]) / weight,
         chosen=jnp.sum(w * (pairs.response_lengths[:, CHOSEN] > 0)) / weight,
-        responses=jnp.sum(w * jnp.sum(scored_lengths(pairs, config.mask_format_tokens) > 0, axis=1)) / weight,
+        responses=jnp.sum(w * jnp.sum(scored_lengths(pairs, objective.mask_format_tokens) > 0, axis=1)) / weight,
         kl=kl,
         mismatched=mismatched,
     )
 
 
 def _kl_point(
-    state: TrainState, batch: PreferenceBatch, config: DPOConfig, accumulate: int
+    state: TrainState, batch: PreferenceBatch, objective: Objective, accumulate: int
 ) -> tuple[jax.Array, jax.Array]:
     """KTO's z₀ = max(0, mean over the batch of log π_θ − log π_ref on mismatched pairs), and over how many.
 
@@ -256,9 +256,9 @@ def _kl_point(
     count = jnp.sum(present.astype(jnp.float32))
 
     def log_ratio(rows: PreferenceBatch) -> jax.Array:
-        reference = reference_of(state, rows, config)
+        reference = reference_of(state, rows, objective)
         assert reference is not None
-        return sums_of(state.apply_fn, state.variables, rows, config).scored - reference
+        return sums_of(state.apply_fn, state.variables, rows, objective).scored - reference
 
     ratios = jax.lax.stop_gradient(update.map_rows(log_ratio, mismatched, accumulate))
     return jax.nn.relu(masked.total(ratios, present) / jnp.maximum(count, 1)), count
@@ -297,24 +297,24 @@ def train_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) 
     Raises:
       InputError: the batch lacks what `config` asks for (at trace time).
     """
+    objective = config.objective
     pairs = responses_of(batch, CHOSEN, REJECTED + 1)
-    whole = _whole(state, batch, pairs, config, accumulate=config.accumulate)
-
-    across = _across(state, pairs, config)
+    whole = _whole(state, batch, pairs, objective, accumulate=objective.accumulate)
+    across = _across(state, pairs, objective)
 
     def values(variables: Any, part: tuple[PreferenceBatch, Any]) -> _Rows:
-        return _row_values(state, variables, part[0], whole, config, part[1])
+        return _row_values(state, variables, part[0], whole, objective, part[1])
 
     def share(part: tuple[PreferenceBatch, Any], rows: _Rows) -> jax.Array:
         return jnp.sum(part[0].weights * rows.loss) / whole.weight
 
     new_state, rows, metrics = update.descend(state, (pairs, across), values, share, config)
     if state.carried:
-        carried = _carried(state, new_state, rows, pairs.present, config)
+        carried = _carried(state, new_state, rows, pairs.present, objective)
         new_state = dataclasses.replace(new_state, carried=carried)
         if "reward_mean" in carried:
             metrics["rewards/running_mean"] = carried["reward_mean"]
-    return new_state, metrics | _row_metrics(pairs, rows, whole, config)
+    return new_state, metrics | _row_metrics(pairs, rows, whole, objective)
 
 
 def _sides(batch: PreferenceBatch, rows: _Rows) -> dict[str, tuple[jax.Array, int]]:
@@ -324,7 +324,7 @@ def _sides(batch: PreferenceBatch, rows: _Rows) -> dict[str, tuple[jax.Array, in
     return {f"{name}/{side}": (values[:, k], k) for name, values in told.items() for side, k in sides}
 
 
-def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPOConfig) -> Metrics:
+def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, objective: Objective) -> Metrics:
     present = batch.present
     wins = rows.rewards[:, CHOSEN] > rows.rewards[:, REJECTED]
     metrics = update.of_batch(batch, rows.loss, rows.policy)
@@ -338,14 +338,14 @@ def _row_metrics(batch: PreferenceBatch, rows: _Rows, whole: _Whole, config: DPO
             metrics[f"loss/{name}"] = masked.total(values, batch.weights > 0) / whole.weight
     if rows.weights is not None:
         metrics |= figures.mean("pair_weights", rows.weights, batch.weights > 0)
-    if config.nll_coefficient > 0 or {"orpo", "sft"} & set(config.losses):
+    if objective.nll_coefficient > 0 or {"orpo", "sft"} & set(objective.losses):
         lengths = batch.response_lengths[:, CHOSEN].astype(jnp.float32)
-        share = lengths if config.nll_normalization == "token" else jnp.ones_like(lengths)
+        share = lengths if objective.nll_normalization == "token" else jnp.ones_like(lengths)
         nll = masked.total(per_token(rows.nll, lengths) * share, has_chosen) / masked.total(share, has_chosen)
         metrics |= figures.figure("nll_loss", nll, jnp.sum(has_chosen))
-    if not config.reference_free and config.reference_sync_steps is None:
-        metrics |= figures.figure("logps/chosen_change", chosen / config.resolved("beta"), jnp.sum(has_chosen))
-    if config.loss == "kto":
+    if not (objective.reference_free or objective.moving):
+        metrics |= figures.figure("logps/chosen_change", chosen / objective.beta, jnp.sum(has_chosen))
+    if objective.loss == "kto":
         metrics |= figures.figure("kl", whole.kl, whole.mismatched)
     return metrics
 
@@ -363,10 +363,10 @@ def eval_step(state: TrainState, batch: PreferenceBatch, *, config: DPOConfig) -
       (KTO's KL point, `nll_normalization` token, AOT's ranks), it takes from this one; BCO's mean of rewards is that of
       the steps before.
     """
-    pairs = responses_of(batch, CHOSEN, REJECTED + 1)
+    objective, pairs = config.objective, responses_of(batch, CHOSEN, REJECTED + 1)
     # Without a backward pass there is little to save by splitting.
-    whole = _whole(state, batch, pairs, config, accumulate=1)
-    rows = _row_values(state, state.variables, pairs, whole, config, None, learns=False)
+    whole = _whole(state, batch, pairs, objective, accumulate=1)
+    rows = _row_values(state, state.variables, pairs, whole, objective, None, learns=False)
     terms = rows.terms if len(rows.terms) > 1 else {}
     return {
         "loss": rows.loss,

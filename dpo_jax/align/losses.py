@@ -54,7 +54,7 @@ from jax.nn import log_sigmoid, sigmoid
 from jax.typing import ArrayLike
 
 from dpo_jax.align.across import of_batch
-from dpo_jax.config import DPOLossConfig, Loss
+from dpo_jax.config import DPOLossConfig, Loss, Objective
 from dpo_jax.config.training.dpo import MARGIN
 from dpo_jax.errors import InputError
 
@@ -85,8 +85,8 @@ def _expm1(x: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(x, _STEEPEST)) + jnp.exp(_STEEPEST) * jax.nn.relu(x - _STEEPEST)
 
 
-def divergence_slope(log_ratio: jax.Array, config: DPOLossConfig) -> jax.Array:
-    """f'(eˣ) − f'(1) of `config.divergence` at log ratios x, in nats; a margin is a difference of two.
+def divergence_slope(log_ratio: jax.Array, objective: Objective) -> jax.Array:
+    """f'(eˣ) − f'(1) of `objective.divergence` at log ratios x, in nats; a margin is a difference of two.
 
     Wang et al. 2023 (f-DPO, arXiv 2309.16240), Table 1, where D_f = E_ref[f(policy / reference)]:
 
@@ -97,13 +97,13 @@ def divergence_slope(log_ratio: jax.Array, config: DPOLossConfig) -> jax.Array:
 
     All are x to first order at 0. A response less likely than the reference by 20 nats (20/α) has the slope of 20.
     """
-    match config.resolved("divergence"):
+    match objective.divergence:
         case "forward_kl":
             return -_expm1(-log_ratio)
         case "js":
             return jnp.log(2.0) + log_sigmoid(log_ratio)
         case "alpha":
-            α = config.resolved("divergence_alpha")
+            α = objective.divergence_alpha
             return -_expm1(-α * log_ratio) / α
         case _:
             return log_ratio
@@ -145,14 +145,15 @@ def preference_loss(*arguments: Any, config: DPOLossConfig, **others: Any) -> ja
     The NLL term is part of it where `config.nll_coefficient` is positive. The loss of a batch is the plain mean of the
     result (weighted, where there are filler rows). Arguments and errors as for `preference_terms`.
     """
-    return total(preference_terms(*arguments, config=config, **others), config)
+    objective = config.objective
+    return total(preference_terms(*arguments, objective=objective, **others), objective)
 
 
-def total(terms: Mapping[str, jax.Array], config: DPOLossConfig, pair_weights: jax.Array | None = None) -> jax.Array:
+def total(terms: Mapping[str, jax.Array], objective: Objective, pair_weights: jax.Array | None = None) -> jax.Array:
     """What `preference_terms` gave as one loss, [B]. `pair_weights`: [B], of all losses but the NLL term (WPO)."""
-    loss = sum((weight * terms[name] for name, weight in config.weighted), jnp.zeros(()))
+    loss = sum((weight * terms[name] for name, weight in objective.weighted), jnp.zeros(()))
     loss = loss if pair_weights is None else pair_weights * loss
-    return loss + config.nll_coefficient * terms["nll"] if config.nll_coefficient > 0 else loss
+    return loss + objective.nll_coefficient * terms["nll"] if objective.nll_coefficient > 0 else loss
 
 
 def preference_terms(
@@ -163,7 +164,7 @@ def preference_terms(
     *,
     chosen_lengths: Numbers,
     rejected_lengths: Numbers,
-    config: DPOLossConfig,
+    objective: Objective,
     chosen_nll: Numbers | None = None,
     nll_lengths: Numbers | None = None,
     mean_nll_length: ArrayLike | None = None,
@@ -173,14 +174,14 @@ def preference_terms(
     score_gaps: Numbers | None = None,
     across: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
-    """name -> [B], float32: each loss of `config.losses`, and "nll" where `config.nll_coefficient` is positive.
+    """name -> [B], float32: each loss of `objective`, and "nll" where its `nll_coefficient` is positive.
 
     Args:
       policy_chosen, policy_rejected: [B], Lc and Lr, in nats.
       reference_chosen, reference_rejected: [B], Rc and Rr; not read, and may be None, where no loss has a reference.
       chosen_lengths, rejected_lengths: [B], nc and nr: the tokens in those sums. For kto and apo_zero_unpaired, 0 marks
         an absent response, whose log-probabilities are not read.
-      config: which losses, and their coefficients.
+      objective: which losses, and their coefficients.
       chosen_nll: [B], the negative log-likelihood of the whole chosen response. Default: -policy_chosen. It differs
         where format tokens are left out of the preference sums.
       nll_lengths: [B], the tokens in `chosen_nll`. Default: chosen_lengths.
@@ -203,24 +204,24 @@ def preference_terms(
     nc, nr = array(chosen_lengths), array(rejected_lengths)
     nll = -Lc if chosen_nll is None else array(chosen_nll)
     nll_n = nc if nll_lengths is None else array(nll_lengths)
-    if config.reference_free:
+    if objective.reference_free:
         Rc, Rr = jnp.zeros_like(Lc), jnp.zeros_like(Lr)
     elif reference_chosen is None or reference_rejected is None:
-        raise InputError(f"loss {config.loss} compares with a reference policy: give its log-probabilities")
+        raise InputError(f"loss {objective.loss} compares with a reference policy: give its log-probabilities")
     else:
         Rc, Rr = array(reference_chosen), array(reference_rejected)
 
-    β, ε = config.resolved("beta"), config.resolved("label_smoothing")
+    β, ε = objective.beta, objective.label_smoothing
     u, v = Lc - Rc, Lr - Rr
     has_c, has_r = nc > 0, nr > 0
-    if config.unpaired:
+    if objective.unpaired:
         u, v = jnp.where(has_c, u, 0.0), jnp.where(has_r, v, 0.0)
         nll = jnp.where(has_c, nll, 0.0)
         if mean_responses is None:
             mean_responses = jnp.mean(has_c.astype(jnp.float32) + has_r)
-    if across is None and config.takes_across:
+    if across is None and objective.takes_across:
         policy, reference = jnp.stack([Lc, Lr], 1), jnp.stack([Rc, Rr], 1)
-        across = of_batch(policy, reference, jnp.ones_like(policy, bool), config)
+        across = of_batch(policy, reference, jnp.ones_like(policy, bool), objective)
 
     def logistic(x: jax.Array) -> jax.Array:
         return -(1 - ε) * log_sigmoid(x) - ε * log_sigmoid(-x)
@@ -228,16 +229,16 @@ def preference_terms(
     def halves(desirable: jax.Array, undesirable: jax.Array) -> jax.Array:
         """The two responses of a row apart, absent ones nothing, so that the batch mean is one over responses."""
         assert mean_responses is not None
-        λ_D, λ_U = config.resolved("desirable_weight"), config.resolved("undesirable_weight")
+        λ_D, λ_U = objective.desirable_weight, objective.undesirable_weight
         return (jnp.where(has_c, λ_D * desirable, 0.0) + jnp.where(has_r, λ_U * undesirable, 0.0)) / mean_responses
 
     def nll_term() -> jax.Array:
-        how = {"normalization": config.resolved("nll_normalization")}
+        how = {"normalization": objective.nll_normalization}
         return nll_loss(nll, nll_n, **how, mean_length=mean_nll_length, mean_present=mean_chosen)
 
     def term(name: Loss) -> jax.Array:
         # f-DPO is about losses of nothing but the margin; others beside them keep theirs.
-        D = divergence_slope(u, config) - divergence_slope(v, config) if name in MARGIN else u - v
+        D = divergence_slope(u, objective) - divergence_slope(v, objective) if name in MARGIN else u - v
         match name:
             case "sigmoid":
                 return logistic(β * D)
@@ -252,10 +253,10 @@ def preference_terms(
             case "sigmoid_norm":
                 return -log_sigmoid(β * (per_token(u, nc) - per_token(v, nr)))
             case "simpo":
-                γ = config.resolved("simpo_gamma")
+                γ = objective.simpo_gamma
                 return -log_sigmoid(β * (per_token(Lc, nc) - per_token(Lr, nr)) - γ)
             case "orpo":
-                λ = config.resolved("orpo_lambda")
+                λ = objective.orpo_lambda
                 ratio = log_odds(per_token(Lc, nc)) - log_odds(per_token(Lr, nr))
                 return nll_loss(nll, nll_n, mean_present=mean_chosen) - λ * log_sigmoid(ratio)
             case "kto":
@@ -263,7 +264,7 @@ def preference_terms(
                 # 1 − σ(x) is written σ(−x), which keeps its digits where σ(x) is near 1.
                 return halves(sigmoid(-β * (u - z0)), sigmoid(-β * (z0 - v)))
             case "dpop":
-                λ = config.resolved("dpop_lambda")
+                λ = objective.dpop_lambda
                 return -log_sigmoid(β * (D - λ * jax.nn.relu(Rc - Lc)))
             case "exo_pair":
                 right, wrong = log_sigmoid(β * D), log_sigmoid(-β * D)
@@ -277,7 +278,7 @@ def preference_terms(
             case "apo_down":
                 return sigmoid(β * u) + sigmoid(-β * D)
             case "discopop":
-                x = β * D / config.resolved("discopop_tau")
+                x = β * D / objective.discopop_tau
                 # m e^(−βD) in one exponent: by itself e^(−βD) overflows where m is 0.
                 return -sigmoid(-x) * log_sigmoid(β * D) + jnp.exp(log_sigmoid(x) - β * D)
             case "apo_zero_unpaired":
@@ -300,22 +301,22 @@ def preference_terms(
                 if score_gaps is None:
                     raise InputError("loss odpo takes its offset from the scores of the responses: give score_gaps")
                 gap = array(score_gaps)
-                f = jnp.log(gap) if config.resolved("odpo_scale") == "log" else gap
-                return -log_sigmoid(β * D - config.resolved("odpo_alpha") * f)
+                f = jnp.log(gap) if objective.odpo_scale == "log" else gap
+                return -log_sigmoid(β * D - objective.odpo_alpha * f)
             case "sft":
                 return nll_term()
 
-    terms = {str(name): term(name) for name in config.losses}
-    return {**terms, "nll": nll_term()} if config.nll_coefficient > 0 else terms
+    terms = {str(name): term(name) for name in objective.losses}
+    return {**terms, "nll": nll_term()} if objective.nll_coefficient > 0 else terms
 
 
 def implicit_rewards(
-    policy: jax.Array, reference: jax.Array | None, lengths: jax.Array, *, config: DPOLossConfig
+    policy: jax.Array, reference: jax.Array | None, lengths: jax.Array, *, objective: Objective
 ) -> jax.Array:
     """What the policy's log-probabilities say of each response, in units of reward; shaped like `policy`.
 
-    β (L − R), never smoothed, whatever `config.divergence` (f' is increasing, so it prefers the same response).
+    β (L − R), never smoothed, whatever the divergence (f' is increasing, so it prefers the same response).
     Without a reference, β L / n: what SimPO and ORPO compare (SimPO, Eq. 4).
     """
-    β = config.resolved("beta")
+    β = objective.beta
     return β * (per_token(policy, lengths) if reference is None else policy - reference)

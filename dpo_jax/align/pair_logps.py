@@ -15,7 +15,7 @@ from flax import struct
 
 from dpo_jax import masked
 from dpo_jax.align.losses import per_token
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import DPOConfig, Objective
 from dpo_jax.errors import InputError
 from dpo_jax.model.groups import response_logps, response_logps_and_collisions
 from dpo_jax.state import TrainState
@@ -75,13 +75,18 @@ class Sums:
 
 
 def sums_of(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, config: DPOConfig, *, weighted: bool = False
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batch: PreferenceBatch,
+    objective: Objective,
+    *,
+    weighted: bool = False,
 ) -> Sums:
     """`weighted`: with WPO's weights."""
-    α, k = config.resolved("ld_alpha"), batch.responses.shape[1]
+    α, k = objective.ld_alpha, batch.responses.shape[1]
     if α < 1 and k != REJECTED + 1:
         raise InputError(f"ld_alpha compares the two responses of a pair: the batch has {k} responses a prompt")
-    how: dict[str, Any] = {"layout": config.layout, "head_budget_bytes": config.head_budget_bytes}
+    how: dict[str, Any] = {"layout": objective.layout, "head_budget_bytes": objective.head_budget_bytes}
     log_weights = None
     if weighted:
         logps, collisions = response_logps_and_collisions(apply_fn, variables, batch, **how)
@@ -90,7 +95,7 @@ def sums_of(
     else:
         logps = response_logps(apply_fn, variables, batch, **how)
     whole = jnp.sum(logps, axis=-1)
-    scored = _scored(batch, config.mask_format_tokens)
+    scored = _scored(batch, objective.mask_format_tokens)
     sums = whole if scored is None else masked.total(logps, scored, axis=-1)
     if α < 1:
         shorter = jnp.min(batch.response_lengths, axis=1)
@@ -98,6 +103,16 @@ def sums_of(
         beyond = beyond if scored is None else beyond & scored
         sums -= (1 - α) * masked.total(logps, beyond, axis=-1)
     return Sums(sums, whole, log_weights)
+
+
+def scored_sums(
+    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, objective: Objective
+) -> jax.Array:
+    """What `reference_logps` gives, by the objective of a step."""
+    if batch.windows is not None and len(batch.windows) > 1:
+        spans = [responses_of(batch, one.first, one.last) for one in batch.windows]
+        return jnp.concatenate([scored_sums(apply_fn, variables, x, objective) for x in spans], axis=1)
+    return sums_of(apply_fn, variables, batch, objective).scored
 
 
 def reference_logps(
@@ -111,20 +126,17 @@ def reference_logps(
     Raises:
       InputError: with LD-DPO, K is not 2.
     """
-    if batch.windows is not None and len(batch.windows) > 1:
-        spans = [responses_of(batch, one.first, one.last) for one in batch.windows]
-        return jnp.concatenate([reference_logps(apply_fn, variables, x, config=config) for x in spans], axis=1)
-    return sums_of(apply_fn, variables, batch, config).scored
+    return scored_sums(apply_fn, variables, batch, config.objective)
 
 
-def reference_of(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -> jax.Array | None:
+def reference_of(state: TrainState, batch: PreferenceBatch, objective: Objective) -> jax.Array | None:
     """[B, K] summed log-probabilities under the reference policy, no gradient; None where the loss has none."""
-    if config.reference_free:
+    if objective.reference_free:
         return None
-    if config.reference == "cached":
+    if objective.reference == "cached":
         if batch.reference_logps is None:
             raise InputError(
-                f'loss {config.loss} with reference "cached": the batch has no reference_logps; fill them in with '
+                f'loss {objective.loss} with reference "cached": the batch has no reference_logps; fill them in with '
                 'reference_logps, or use reference "live"'
             )
         sums = batch.reference_logps
@@ -140,5 +152,5 @@ def reference_of(state: TrainState, batch: PreferenceBatch, config: DPOConfig) -
             params = state.frozen["params"]
         else:
             raise InputError('reference "live": the state holds no reference policy; make it with this config')
-        sums = reference_logps(state.apply_fn, {"params": params, **adapters}, batch, config=config)
+        sums = scored_sums(state.apply_fn, {"params": params, **adapters}, batch, objective)
     return jax.lax.stop_gradient(masked.select(sums, batch.present))

@@ -1,6 +1,5 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ def train(config: DPORun) -> Path:
     samples = FixedPrompts.of(config, tokenizer, architecture, heldout, data)
     planned = training.preferences(data, heldout, architecture)
     step_config = training.config.step_config()
+    objective = step_config.objective
 
     if config.dpo.beta is None and config.dpo.loss in BETAS:
         β, source = BETAS[config.dpo.loss]
@@ -60,18 +60,18 @@ def train(config: DPORun) -> Path:
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
     evaluation = training.evaluation(heldout)
     reference = None
-    if not step_config.reference_free:
+    if not objective.reference_free:
         judge, judge_variables = model, starting
         if other is not None:
             judge, judge_variables = _load_reference(config, other, architecture, mesh)
-        if step_config.reference == "cached":
+        if objective.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
             label = "reference log-probabilities"
-            told: dict[str, Any] = {"mesh": mesh, "config": step_config, "batches": planned.every_row()}
+            told: dict[str, Any] = {"mesh": mesh, "objective": objective, "batches": planned.every_row()}
             data = data.with_reference(policy_logps(data, judge, judge_variables, label=label, **told))
             if heldout is not None:
                 told["batches"] = eval_batches(heldout, **evaluation)
-                told["config"] = dataclasses.replace(step_config, accumulate=1)
+                told["objective"] = objective._replace(accumulate=1)
                 label += " of the evaluation data"
                 heldout = heldout.with_reference(policy_logps(heldout, judge, judge_variables, label=label, **told))
         elif config.reference is not None or ("adapters" not in variables and config.dpo.reference_sync_steps is None):
@@ -95,7 +95,7 @@ def train(config: DPORun) -> Path:
         training.preference_loader(data),
         identity=identity,
         evaluate=evaluate,
-        flops_of=dpo_flops(flops, step_config),
+        flops_of=dpo_flops(flops, objective),
         sample=None if samples is None else samples.answered_by(model, mesh, training.out),
     )
 
@@ -116,18 +116,17 @@ def train(config: DPORun) -> Path:
 
 def _check_options(config: DPORun) -> None:
     """Refuse options that would have no effect, or that contradict each other across sections."""
-    live = config.dpo.reference == "live" and not config.dpo.reference_free
-    moving = config.dpo.reference_sync_steps is not None
-    if moving and config.reference is not None and config.lora.rank:
+    objective = config.dpo.objective
+    if objective.moving and config.reference is not None and config.lora.rank:
         raise InputError(
             "--dpo.reference_sync_steps with --lora.rank: the reference is --model with adapters of its own, which move"
             " towards the policy's; leave out --reference"
         )
-    if config.reference is not None and config.dpo.reference_free:
+    if config.reference is not None and objective.reference_free:
         raise InputError(f"--reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
-    if config.dpo.reference == "live" and config.dpo.reference_free:
+    if objective.reference == "live" and objective.reference_free:
         raise InputError(f"--dpo.reference has no effect: --dpo.loss {config.dpo.loss} has no reference policy")
-    if config.train.frozen_dtype is not None and not config.lora.rank and (moving or not live):
+    if config.train.frozen_dtype is not None and not config.lora.rank and (objective.moving or not objective.live):
         raise InputError(
             "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank or a live reference that"
             " stays as it is"
@@ -141,7 +140,7 @@ def load_data(
     config: DPORun, tokenizer: PreTrainedTokenizerBase, vocabulary: int
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """What to train on, and what is held out."""
-    unpaired = config.dpo.unpaired
+    objective = config.dpo.objective
 
     def read(source: str) -> PreferenceDataset:
         data = load_preferences(
@@ -150,14 +149,14 @@ def load_data(
             config.data,
             on_bad_rows=config.on_bad_rows,
             vocab_size=vocabulary,
-            with_format_masks=config.dpo.mask_format_tokens,
-            needs_pairs=not unpaired,
+            with_format_masks=objective.mask_format_tokens,
+            needs_pairs=not objective.unpaired,
             ties=config.dpo.ties,
         )
-        return with_score_gaps(data) if "odpo" in config.dpo.losses else data
+        return with_score_gaps(data) if "odpo" in objective.losses else data
 
     data, heldout = read_both(config, read, join, split_by_prompt)
-    if config.dpo.loss == "kto":  # after rows were held out: a response to another prompt is one of the same side
+    if objective.loss == "kto":  # after rows were held out: a response to another prompt is one of the same side
         data = with_mismatched_responses(data, config.data.max_length)
         heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)
     return data, heldout

@@ -88,6 +88,7 @@ from dpo_jax.config.training.dpo import (
     DPOLossConfig as DPOLossConfig,
     DPORun as DPORun,
     Loss as Loss,
+    Objective as Objective,
     Ties as Ties,
 )
 from dpo_jax.config.training.gatt import ConstraintKind as ConstraintKind, GattConfig as GattConfig, GattRun as GattRun

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, partial, reduce
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -102,13 +102,15 @@ def _within(kind: Any) -> Iterator[Within]:
 # ---------------------------------------------------------------- fields
 
 
-def not_given(value: Any = None, *, needs: str = "", **only: tuple[str, ...]) -> Any:
+def not_given(
+    value: Any = None, *, by: tuple[str, Mapping[str, Any]] = ("", {}), needs: str = "", **only: tuple[str, ...]
+) -> Any:
     """The default of an option that is None where it was not given: then `value` stands for it.
 
-    needs: the option of the same class without which this one has no effect. only: the option on whose value that
-    depends, and the values that it belongs to.
+    by: another option of the same class, and what stands for this one at some of its values. needs: one without which
+    this one has no effect. only: the option on whose value that depends, and the values that it belongs to.
     """
-    return dataclasses.field(default=None, metadata={"value": value, "needs": needs, "only": only})
+    return dataclasses.field(default=None, metadata={"value": value, "by": by, "needs": needs, "only": only})
 
 
 def part(section: Any, *, without: tuple[str, ...] = (), instead: str = "leave it out", **usual: Any) -> Any:
@@ -220,5 +222,6 @@ class Options:
 
     def resolved(self, name: str) -> Any:
         """Option `name`, or what stands for it where it was not given."""
-        given = getattr(self, name)
-        return self.fields()[name].metadata.get("value") if given is None else given
+        given, told = getattr(self, name), self.fields()[name].metadata
+        other, values = told.get("by", ("", {}))
+        return values.get(getattr(self, other, None), told.get("value")) if given is None else given

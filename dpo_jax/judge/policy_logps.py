@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.align import dpo, update
-from dpo_jax.config import DPOConfig
+from dpo_jax.align import update
+from dpo_jax.align.pair_logps import scored_sums
+from dpo_jax.config import DPOConfig, Objective
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.loader import IndexedBatches
 from dpo_jax.errors import InputError
@@ -42,7 +43,7 @@ def policy_logps(
     model: Llama,
     variables: Mapping[str, Any],
     *,
-    config: DPOConfig | None = None,
+    objective: Objective | None = None,
     mesh: Mesh,
     batches: IndexedBatches,
     label: str,
@@ -50,22 +51,22 @@ def policy_logps(
     """The summed log-probabilities of the responses of `dataset` under the policy `variables`: float32 [N, K], in nats.
 
     Those of the rows of `batches`; NaN for others, which a short run never sees. Read from the cache where they are
-    there, otherwise computed (with a progress bar, called `label`) and cached. `config` says which tokens count (all,
-    by default) and into how many micro-batches to split. Every process calls this. Raises `InputError` where one is not
-    finite (the row is named), or the cache cannot be written.
+    there, otherwise computed (with a progress bar, called `label`) and cached. `objective` says which tokens count
+    (all, by default) and into how many micro-batches to split. Every process calls this. Raises `InputError` where one
+    is not finite (the row is named), or the cache cannot be written.
     """
-    config = DPOConfig() if config is None else config
-    path = cache_folder() / "reference" / f"{cache_key(dataset, model, variables, config)}.npz"
+    objective = objective or DPOConfig().objective
+    path = cache_folder() / "reference" / f"{cache_key(dataset, model, variables, objective)}.npz"
     known = _load(path, (len(dataset), dataset.responses_per_prompt))
     if np.isnan(known[batches.rows]).any():
-        compute = partial(_compute(model, config, mesh), variables)
+        compute = partial(_compute(model, objective, mesh), variables)
         known = _fill(dataset, known, compute, path, mesh=mesh, batches=batches, label=label)
     elif distributed.is_main():
         say(f"{label}: {len(batches.rows):,} rows from the cache ({path})")
     return known
 
 
-def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, Any], config: DPOConfig) -> str:
+def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, Any], objective: Objective) -> str:
     """Hex name of the cache entry."""
     parts = {
         "version": 1,
@@ -73,11 +74,11 @@ def cache_key(dataset: PreferenceDataset, model: Llama, variables: Mapping[str, 
         "architecture": repr(model.config),
         "adapters": repr(model.lora) if "adapters" in variables else None,
         "data": dataset.fingerprint,
-        "mask_format_tokens": config.mask_format_tokens,
+        "mask_format_tokens": objective.mask_format_tokens,
         "dtype": np.dtype(model.dtype).name,
     }
-    if config.resolved("ld_alpha") < 1:
-        parts["ld_alpha"] = config.ld_alpha
+    if objective.ld_alpha < 1:
+        parts["ld_alpha"] = objective.ld_alpha
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -107,12 +108,13 @@ def _save(path: Path, logps: np.ndarray) -> None:
         raise InputError(f"{error} (DPO_JAX_CACHE names the cache)") from error
 
 
-def _compute(model: Llama, config: DPOConfig, mesh: Mesh) -> Replicated:
+def _compute(model: Llama, objective: Objective, mesh: Mesh) -> Replicated:
     """(variables, batch on devices) -> [B, K], whole in every process."""
 
     def sums(variables: Any, batch: Any) -> jax.Array:
-        part = partial(dpo.reference_logps, model.apply, variables, config=config)
-        return update.map_rows(part, batch, config.accumulate)
+        return update.map_rows(
+            lambda rows: scored_sums(model.apply, variables, rows, objective), batch, objective.accumulate
+        )
 
     return Replicated(sums, mesh)
 

@@ -251,28 +251,28 @@ def laid_apart(run: TrainingRun, flops: ModelFlops, batch: PreferenceBatch) -> f
 def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> Program:
     """The step of preference training."""
     config, rows = run.step_config(), run.train.batch_size
-    k = 4 if config.loss == "kto" else 2  # of pairs, kto sees both mismatched
+    objective = config.objective
+    k = 4 if objective.loss == "kto" else 2  # of pairs, kto sees both mismatched
     more: Mapping[str, Any] = {}
-    if config.mask_format_tokens:
+    if objective.mask_format_tokens:
         more = {**more, "format_masks": np.zeros((rows, k, round_up(lengths.response)), bool)}
-    if config.reference == "cached" and not config.reference_free:
+    if objective.reference == "cached" and not objective.reference_free:
         more = {**more, "reference_logps": np.zeros((rows, k), np.float32)}
-    if "odpo" in config.losses:
+    if "odpo" in objective.losses:
         more = {**more, "margins": np.ones(rows, np.float32)}
     packing = packing_of(run, mesh, k, accumulate=run.train.accumulate)
     batch = full_pairs(rows, k, lengths, packing=packing, **more)
     model = make_model(run, shape)
-    live = config.reference == "live" and not config.reference_free
-    copied = live and not run.lora.rank and config.reference_sync_steps is None
+    copied = objective.live and not run.lora.rank and not objective.moving
     reference = frozen_copy(run, shape, mesh) if copied else None
     state = dpo.init_state(model, trained(run, model, mesh), config, reference=reference)
     flops = ModelFlops.of(shape, run.lora)
-    needed, pair = dpo_flops(flops, config)(batch), preference_work(batch, 0, 2)
+    needed, pair = dpo_flops(flops, objective)(batch), preference_work(batch, 0, 2)
     plain = full_pairs(rows, 2, lengths)
     computed = needed + again(flops, run.train.remat, pair) + laid_apart(run, flops, plain)
     if run.train.layout == "separate":
         each = apart(plain)
-        computed += (flops.forward(each, adapted=False) - flops.forward(pair, adapted=False)) if live else 0.0
+        computed += (flops.forward(each, adapted=False) - flops.forward(pair, adapted=False)) if objective.live else 0.0
     return Program.of(dpo.jit_train_step(config, mesh), mesh, (state, batch), needed, computed, pair.tokens)
 
 

@@ -24,7 +24,7 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
         adapters = ModelFlops.of(shape, run.lora).adapters
         return weights * frozen + adapters * (4 + moments + 4 * moving)
     size = weights * (4.0 + moments)
-    if isinstance(run, DPORun) and run.dpo.reference == "live" and not run.dpo.reference_free:
+    if isinstance(run, DPORun) and run.dpo.objective.live:
         size += weights * (4 if moving else frozen)
     if isinstance(run, OnlineDPORun):
         size += weights * frozen

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_jax.config import DPOConfig, LoraConfig, PPOLossConfig
+from dpo_jax.config import LoraConfig, Objective, PPOLossConfig
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.types import CHOSEN, MISMATCHED, REJECTED, PreferenceBatch, Rollout, TokenBatch
 
@@ -142,22 +142,21 @@ def reward_flops(model: ModelFlops) -> Callable[[PreferenceBatch], float]:
     return flops
 
 
-def dpo_flops(model: ModelFlops, config: DPOConfig) -> Callable[[PreferenceBatch], float]:
+def dpo_flops(model: ModelFlops, objective: Objective) -> Callable[[PreferenceBatch], float]:
     """Batch -> FLOPs of a step of preference training: the policy on the pair, and the forward passes beside it.
 
     Those are the live reference's, for kto that of the policy over the mismatched responses, and for losses that take
     something across micro-batches both over the pair once more.
     """
-    live = config.reference == "live" and not config.reference_free
-    moving = config.reference_sync_steps is not None
+    live, moving = objective.live, objective.moving
 
     def flops(batch: PreferenceBatch) -> float:
         pair = preference_work(batch, CHOSEN, REJECTED + 1)
         beside = model.forward(pair, adapted=moving) if live else 0.0
         total = model.training(pair) + beside
-        if config.takes_across and config.accumulate > 1:
+        if objective.takes_across and objective.accumulate > 1:
             total += model.forward(pair) + beside
-        if config.loss == "kto":
+        if objective.loss == "kto":
             mismatched = preference_work(batch, MISMATCHED, batch.response_lengths.shape[1])
             total += model.forward(mismatched) + (model.forward(mismatched, adapted=moving) if live else 0.0)
         return total

@@ -116,7 +116,7 @@ class OnlinePairs(Answered):
         own: slice,
     ) -> Row:
         """See `prepare`; arrays [B, K], of which `own` are the policy's."""
-        beta = self._step.resolved("beta")
+        beta = self._step.objective.beta
         kl, score = float((policy - reference)[:, own].mean()), float(scores[:, own].mean(dtype=np.float64))
         found: Row = {
             "objective/kl": kl,

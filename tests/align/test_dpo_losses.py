@@ -169,9 +169,10 @@ def test_divergences_are_those_of_f_dpo(name, divergence):
 def test_losses_beside_those_of_f_dpo_keep_their_margin(name):
     numbers = [jnp.asarray(x) for x in (LC, LR, RC, RR)]
     rest = {"chosen_lengths": NC, "rejected_lengths": NR, "score_gaps": jnp.asarray([0.5, 1, 2])}
-    both = preference_terms(*numbers, config=DPOLossConfig(loss=f"sigmoid,{name}", divergence="js"), **rest)
+    terms = lambda config: preference_terms(*numbers, objective=config.objective, **rest)  # noqa: E731
+    both = terms(DPOLossConfig(loss=f"sigmoid,{name}", divergence="js"))
     for config in (DPOLossConfig(loss=name), DPOLossConfig(divergence="js")):
-        alone = preference_terms(*numbers, config=config, **rest)[config.loss]
+        alone = terms(config)[config.loss]
         np.testing.assert_array_equal(both[config.loss], alone)
 
 
@@ -180,7 +181,7 @@ def test_blanks_around_the_names_of_losses_mean_nothing():
         more = {"simpo_gamma": 1.0} if "simpo" in plain else {}
         config = DPOLossConfig(loss=spelt, **more)
         assert config == DPOLossConfig(loss=plain, **more)
-        assert config.unpaired == (plain == "kto")
+        assert config.objective.unpaired == (plain == "kto")
         assert config.resolved("beta") == (0.01 if plain == "bco_pair" else 0.1)
 
 
@@ -438,7 +439,7 @@ def test_a_missing_reference_is_refused():
 def test_rewards_are_beta_times_the_log_ratio():
     policy, reference = jnp.asarray([LC, LR]).T, jnp.asarray([RC, RR]).T
     lengths = jnp.asarray([NC, NR]).T
-    rewards = implicit_rewards(policy, reference, lengths, config=DPOLossConfig(label_smoothing=0.3))
+    rewards = implicit_rewards(policy, reference, lengths, objective=DPOLossConfig(label_smoothing=0.3).objective)
     np.testing.assert_allclose(rewards, 0.1 * np.asarray([[1, -1], [-1, 1], [0, 0]]), rtol=1e-6)
-    free = implicit_rewards(policy, None, lengths, config=DPOLossConfig(loss="simpo", beta=2.0))
+    free = implicit_rewards(policy, None, lengths, objective=DPOLossConfig(loss="simpo", beta=2.0).objective)
     np.testing.assert_allclose(free[0], [2 * -12 / 4, 2 * -15 / 6], rtol=1e-6)

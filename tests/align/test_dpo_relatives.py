@@ -162,11 +162,12 @@ def test_a_row_that_is_not_finite_has_no_rank(name):
     present = np.ones((6, 2), bool)
     present[4] = False
     without = present & (np.arange(6) != 1)[:, None]
-    expected = of_batch(policy, reference, without, DPOConfig(loss=name))
+    objective = DPOConfig(loss=name).objective
+    expected = of_batch(policy, reference, without, objective)
     for spoilt in (policy, reference):
         kept = spoilt[1, 0]
         spoilt[1, 0] = np.nan
-        found = of_batch(policy, reference, present, DPOConfig(loss=name))
+        found = of_batch(policy, reference, present, objective)
         spoilt[1, 0] = kept
         for key, value in found.items():
             np.testing.assert_array_equal(np.isnan(value), np.arange(6) == 1)

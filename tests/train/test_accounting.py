@@ -134,12 +134,12 @@ def test_pairs_count_the_prompt_once() -> None:
     work = preference_work(pairs(), 0, 2)
     assert work == Work(tokens=3 + 2 + 4, predicted=6, attended=(1 + 2 + 3) + (4 + 5) + (4 + 5 + 6 + 7))
     model = ModelFlops.of(SHAPE)
-    cached = dpo_flops(model, DPOConfig(reference="cached"))(pairs())
+    cached = dpo_flops(model, DPOConfig(reference="cached").objective)(pairs())
     assert cached == model.training(work)
-    assert dpo_flops(model, DPOConfig(reference="live"))(pairs()) == cached + model.forward(work)
-    assert dpo_flops(model, DPOConfig(reference="live", loss="simpo"))(pairs()) == cached
+    assert dpo_flops(model, DPOConfig(reference="live").objective)(pairs()) == cached + model.forward(work)
+    assert dpo_flops(model, DPOConfig(reference="live", loss="simpo").objective)(pairs()) == cached
     mismatched = model.forward(preference_work(pairs(), 2, 3))
-    assert dpo_flops(model, DPOConfig(loss="kto"))(pairs()) == cached + mismatched
+    assert dpo_flops(model, DPOConfig(loss="kto").objective)(pairs()) == cached + mismatched
 
 
 # ---------------------------------------------------------------- rates

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Literal, NamedTuple, cast, get_args
 
 from dpo_jax.config.options import (
     Count,
@@ -77,11 +77,11 @@ class DPOLossConfig(Options, prefix="--dpo."):
     sft. Several with commas between them are added (MPO: sigmoid,bco_pair,sft), each logged as loss/NAME."""
     loss_weights: str | None = None
     """Weights of several losses, with commas between them (MPO: 0.8,0.2,1); not given: 1 each."""
-    beta: Positive | None = not_given(0.1)
+    beta: Positive | None = not_given(0.1, by=("loss", {name: beta for name, (beta, _) in BETAS.items()}))
     """Strength of the pull towards the reference policy; not given: its paper's for nca_pair .01, sppo_hard .001,
     bco_pair .01, discopop .05."""
     label_smoothing: Annotated[float, Within(0, 0.5)] | None = not_given(
-        0.0, loss=("sigmoid", "robust", "exo_pair", *_SORTED)
+        0.0, by=("loss", {"exo_pair": 1e-3}), loss=("sigmoid", "robust", "exo_pair", *_SORTED)
     )
     """Probability that a label is flipped. For sigmoid (then it is cDPO), robust, aot, aot_unpaired and exo_pair
     (default .001); of several losses, for each of these."""
@@ -177,7 +177,7 @@ class DPOLossConfig(Options, prefix="--dpo."):
     def _check_reference(self) -> None:
         names, moves = self.losses, self.reference_sync_steps
         require(
-            moves is None or not self.reference_free,
+            moves is None or not self.objective.reference_free,
             f"--dpo.reference_sync_steps has no effect: --dpo.loss {self.loss} has no reference policy",
         )
         require(
@@ -202,34 +202,11 @@ class DPOLossConfig(Options, prefix="--dpo."):
         return tuple(cast(Loss, name.strip()) for name in self.loss.split(","))
 
     @cached_property
-    def weighted(self) -> tuple[tuple[str, float], ...]:
-        """Each of them with its weight."""
+    def objective(self) -> "Objective":
+        """These options with nothing left open: what steps and losses read."""
         weights = [1.0] * len(self.losses) if self.loss_weights is None else map(float, self.loss_weights.split(","))
-        return tuple(zip(self.losses, weights, strict=True))
-
-    def resolved(self, name: str) -> Any:
-        """Option `name`, or what the loss takes where it was not given."""
-        if getattr(self, name) is None:
-            if name == "beta" and self.loss in BETAS:
-                return BETAS[self.loss][0]
-            if name == "label_smoothing" and self.loss == "exo_pair":
-                return 1e-3
-        return super().resolved(name)
-
-    @cached_property
-    def reference_free(self) -> bool:
-        """True where no loss has a reference policy (SimPO, ORPO, sft)."""
-        return set(self.losses) <= set(_REFERENCE_FREE)
-
-    @cached_property
-    def unpaired(self) -> bool:
-        """Whether a row may have one response only (KTO, unpaired APO)."""
-        return self.loss in _UNPAIRED
-
-    @cached_property
-    def takes_across(self) -> bool:
-        """Whether a loss takes something from all rows of its batch that a forward pass must find first."""
-        return bool({"bco_pair", *_SORTED} & set(self.losses))
+        said = {name: self.resolved(name) for name in self.fields() if name in Objective._fields}
+        return Objective(**said, weighted=tuple(zip(self.losses, weights, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -241,6 +218,69 @@ class DPOConfig(DPOLossConfig, StepConfig):
     prompt is computed once for its K responses. separate: K whole sequences."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits; the chunk length follows from it."""
+
+
+class Objective(NamedTuple):
+    """What a step minimises, and how it computes it: the options of `DPOConfig` but its optimizer, under their names.
+
+    In place of one that was not given stands its default; `weighted` has each loss that is added, and its weight.
+    """
+
+    loss: str
+    weighted: tuple[tuple[Loss, float], ...]
+    beta: float
+    label_smoothing: float
+    divergence: Divergence
+    divergence_alpha: float
+    discopop_tau: float
+    odpo_scale: Literal["log", "identity"]
+    odpo_alpha: float
+    simpo_gamma: float
+    orpo_lambda: float
+    dpop_lambda: float
+    desirable_weight: float
+    undesirable_weight: float
+    nll_coefficient: float
+    nll_normalization: Literal["sequence", "token"]
+    mask_format_tokens: bool
+    ld_alpha: float
+    use_weighting: bool
+    reference: Literal["cached", "live"]
+    reference_sync_steps: int | None
+    reference_mixup_alpha: float
+    accumulate: int = DPOConfig.accumulate
+    layout: Layout = DPOConfig.layout
+    head_budget_bytes: int = DPOConfig.head_budget_bytes
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The losses that are added; one, as a rule."""
+        return tuple(name for name, _ in self.weighted)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether a row may have one response only (KTO, unpaired APO)."""
+        return self.loss in _UNPAIRED
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether no loss has a reference policy (SimPO, ORPO, sft)."""
+        return set(self.losses) <= set(_REFERENCE_FREE)
+
+    @property
+    def live(self) -> bool:
+        """Whether the reference policy is computed in the step."""
+        return self.reference == "live" and not self.reference_free
+
+    @property
+    def moving(self) -> bool:
+        """Whether it follows the policy."""
+        return self.reference_sync_steps is not None
+
+    @property
+    def takes_across(self) -> bool:
+        """Whether a loss takes something from all rows of its batch that a forward pass must find first."""
+        return bool({"bco_pair", *_SORTED} & set(self.losses))
 
 
 @dataclass(frozen=True, kw_only=True)
