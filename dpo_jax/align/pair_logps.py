@@ -21,6 +21,8 @@ from dpo_jax.model.groups import response_logps, response_logps_and_collisions
 from dpo_jax.state import TrainState
 from dpo_jax.types import REJECTED, PreferenceBatch, Windows
 
+Apply = Callable[..., Any]
+
 
 def responses_of(batch: PreferenceBatch, first: int, last: int) -> PreferenceBatch:
     """The batch with responses first..last - 1 only."""
@@ -75,12 +77,7 @@ class Sums:
 
 
 def sums_of(
-    apply_fn: Callable[..., Any],
-    variables: Any,
-    batch: PreferenceBatch,
-    objective: Objective,
-    *,
-    weighted: bool = False,
+    apply_fn: Apply, variables: Any, batch: PreferenceBatch, objective: Objective, *, weighted: bool = False
 ) -> Sums:
     """`weighted`: with WPO's weights."""
     α, k = objective.ld_alpha, batch.responses.shape[1]
@@ -105,9 +102,7 @@ def sums_of(
     return Sums(sums, whole, log_weights)
 
 
-def scored_sums(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, objective: Objective
-) -> jax.Array:
+def scored_sums(apply_fn: Apply, variables: Any, batch: PreferenceBatch, objective: Objective) -> jax.Array:
     """What `reference_logps` gives, by the objective of a step."""
     if batch.windows is not None and len(batch.windows) > 1:
         spans = [responses_of(batch, one.first, one.last) for one in batch.windows]
@@ -115,9 +110,7 @@ def scored_sums(
     return sums_of(apply_fn, variables, batch, objective).scored
 
 
-def reference_logps(
-    apply_fn: Callable[..., Any], variables: Any, batch: PreferenceBatch, *, config: DPOConfig
-) -> jax.Array:
+def reference_logps(apply_fn: Apply, variables: Any, batch: PreferenceBatch, *, config: DPOConfig) -> jax.Array:
     """Summed log-probability of each of the K responses, float32 [B, K], in nats, as `train_step` wants it cached.
 
     Over the tokens that the preference term scores (without format tokens where `config` masks them), as it weighs them

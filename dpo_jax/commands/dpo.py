@@ -1,6 +1,7 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def train(config: DPORun) -> Path:
     model, variables = training.load_model()
     starting = _fixed_part(config, variables)
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
-    evaluation = training.evaluation(heldout)
+    evaluation = {} if heldout is None else training.evaluation(heldout, objective.layout)
     reference = None
     if not objective.reference_free:
         judge, judge_variables = model, starting
@@ -74,9 +75,8 @@ def train(config: DPORun) -> Path:
                 told["objective"] = objective._replace(accumulate=1)
                 label += " of the evaluation data"
                 heldout = heldout.with_reference(policy_logps(heldout, judge, judge_variables, label=label, **told))
-        elif config.reference is not None or ("adapters" not in variables and config.dpo.reference_sync_steps is None):
-            moving = config.dpo.reference_sync_steps is not None
-            dtype = jnp.dtype("float32" if moving else config.train.kept_dtype)
+        elif config.reference is not None or ("adapters" not in variables and not objective.moving):
+            dtype = jnp.dtype("float32" if objective.moving else config.train.kept_dtype)
             # A copy, not a view: the arrays of the starting model are given to the first step.
             reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
         del judge, judge_variables
@@ -157,8 +157,8 @@ def load_data(
 
     data, heldout = read_both(config, read, join, split_by_prompt)
     if objective.loss == "kto":  # after rows were held out: a response to another prompt is one of the same side
-        data = with_mismatched_responses(data, config.data.max_length)
-        heldout = None if heldout is None else with_mismatched_responses(heldout, config.data.max_length)
+        with_others = partial(with_mismatched_responses, max_length=config.data.max_length)
+        data, heldout = with_others(data), None if heldout is None else with_others(heldout)
     return data, heldout
 
 

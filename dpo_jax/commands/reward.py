@@ -51,9 +51,8 @@ def train(config: RewardRun) -> Path:
     evaluate = None
     if heldout is not None:
         figures = partial(reward_figures, dataset=heldout, config=step_config)
-        evaluate = of_rows(
-            reward.jit_eval_step(step_config, mesh), figures, heldout, mesh=mesh, **training.evaluation(heldout)
-        )
+        batched = training.evaluation(heldout, step_config.layout)
+        evaluate = of_rows(reward.jit_eval_step(step_config, mesh), figures, heldout, mesh=mesh, **batched)
     final = training.fit(
         state,
         reward.jit_train_step(step_config, mesh),

@@ -60,6 +60,7 @@ from dpo_jax.config.recipes.zephyr import ZephyrRun as ZephyrRun
 from dpo_jax.config.sections import (
     GATHERED as GATHERED,
     LINEAR_LAYERS as LINEAR_LAYERS,
+    NO_LORA as NO_LORA,
     TENSOR as TENSOR,
     TRAINING as TRAINING,
     AttentionKernel as AttentionKernel,

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache, partial, reduce
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from dpo_jax.errors import InputError
 
@@ -219,6 +219,20 @@ class Options:
         field = cls.fields()[name]
         made = field.default_factory
         return field.default if made is dataclasses.MISSING else made()
+
+    def filled(self, **found: Any) -> Self:
+        """With what a run finds out by itself, of a section a mapping: nobody typed it, so nothing is refused again."""
+        values = {name: getattr(self, name) for name in self.fields()} | found
+        for name in (one for one, new in found.items() if isinstance(new, Mapping)):
+            values[name] = getattr(self, name).filled(**found[name])
+        return self.of_checked(**values)
+
+    @classmethod
+    def of_checked(cls, **values: Any) -> Self:
+        """An instance of values that need no check: others have checked them, or nobody typed them."""
+        made = object.__new__(cls)
+        vars(made).update({name: values[name] if name in values else cls.usual(name) for name in cls.fields()})
+        return made
 
     def resolved(self, name: str) -> Any:
         """Option `name`, or what stands for it where it was not given."""

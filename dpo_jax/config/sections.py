@@ -57,6 +57,10 @@ class LoraConfig(Options, prefix="--lora."):
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
 
 
+NO_LORA = LoraConfig()
+"""No adapters."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig(Options, prefix="--optimizer."):
     """Optimizer, schedule and clipping."""

@@ -1,6 +1,5 @@
 """The day that chat templates write as today's, the same for the whole of a run, whenever it is gone on with."""
 
-import dataclasses
 import datetime
 from typing import Any, TypeVar
 
@@ -33,4 +32,4 @@ def with_day(run: Run, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) ->
     day = datetime.date.fromisoformat(began or today())
     ordinal = int(distributed.from_main(np.asarray(day.toordinal())))  # midnight may lie between two processes
     date = datetime.date.fromordinal(ordinal).isoformat()
-    return dataclasses.replace(options, data=dataclasses.replace(data, date=date))
+    return options.filled(data={"date": date})

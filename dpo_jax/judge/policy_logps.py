@@ -112,9 +112,8 @@ def _compute(model: Llama, objective: Objective, mesh: Mesh) -> Replicated:
     """(variables, batch on devices) -> [B, K], whole in every process."""
 
     def sums(variables: Any, batch: Any) -> jax.Array:
-        return update.map_rows(
-            lambda rows: scored_sums(model.apply, variables, rows, objective), batch, objective.accumulate
-        )
+        part = partial(scored_sums, model.apply, variables, objective=objective)
+        return update.map_rows(part, batch, objective.accumulate)
 
     return Replicated(sums, mesh)
 

@@ -26,7 +26,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import mesh as meshes
-from dpo_jax.config import AttentionKernel, LoraConfig, Remat
+from dpo_jax.config import NO_LORA, AttentionKernel, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model import attention, narrow, rope
 from dpo_jax.model.architecture import LlamaConfig
@@ -271,7 +271,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "dots"
     attention: AttentionKernel = "auto"
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = NO_LORA
     unrolled: bool = False
 
     def setup(self) -> None:

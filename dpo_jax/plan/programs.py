@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from dpo_jax import mesh as meshes
 from dpo_jax.align import dpo, reward, sft
 from dpo_jax.config import (
+    NO_LORA,
     DistillRun,
     DPORun,
     LoraConfig,
@@ -156,7 +157,7 @@ def trained(run: TrainingRun, model: Llama, mesh: Mesh) -> dict[str, Any]:
 
 def frozen_copy(run: TrainingRun, shape: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
     """A model that nothing trains."""
-    return abstract(make_model(run, shape, LoraConfig()), mesh, frozen_dtype(run))
+    return abstract(make_model(run, shape, NO_LORA), mesh, frozen_dtype(run))
 
 
 # ---------------------------------------------------------------- batches
@@ -260,7 +261,7 @@ def build_dpo(run: DPORun, shape: LlamaConfig, mesh: Mesh, lengths: Lengths) -> 
         more = {**more, "reference_logps": np.zeros((rows, k), np.float32)}
     if "odpo" in objective.losses:
         more = {**more, "margins": np.ones(rows, np.float32)}
-    packing = packing_of(run, mesh, k, accumulate=run.train.accumulate)
+    packing = packing_of(objective.layout, mesh, k, accumulate=objective.accumulate, pairs=True)
     batch = full_pairs(rows, k, lengths, packing=packing, **more)
     model = make_model(run, shape)
     copied = objective.live and not run.lora.rank and not objective.moving
@@ -289,7 +290,7 @@ def build_reward(run: RewardRun, shape: LlamaConfig, mesh: Mesh, lengths: Length
             else np.zeros((rows, 2), np.int32)
             for head in config.heads
         }
-    packing = packing_of(run, mesh, 2, accumulate=run.train.accumulate)
+    packing = packing_of(config.layout, mesh, 2, accumulate=config.accumulate, pairs=False)
     batch = full_pairs(rows, 2, lengths, packing=packing, **more)
     language_model = make_model(run, shape)
     model, variables = as_reward_model(language_model, trained(run, language_model, mesh))

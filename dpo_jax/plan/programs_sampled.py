@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from dpo_jax.align import distill, dpo, ppo
 from dpo_jax.config import (
+    NO_LORA,
     TENSOR,
     DistillRun,
     JudgedRun,
-    LoraConfig,
     OnlineDPORun,
     PPOConfig,
     PPORun,
@@ -151,7 +151,7 @@ def build_distill(
     config, rows = run.step_config(min(shape.vocab_size, teacher.vocab_size)), run.train.batch_size
     model = programs.make_model(run, shape)
     kept = jnp.dtype(run.teacher_dtype)
-    judge = Llama(teacher, dtype=kept, remat="none", attention=run.train.attention, lora=LoraConfig())
+    judge = Llama(teacher, dtype=kept, remat="none", attention=run.train.attention, lora=NO_LORA)
     judged_by = programs.abstract(judge, mesh, kept)
     state = distill.init_state(model, programs.trained(run, model, mesh), judged_by, config)
     held, flops = device_bytes(state), ModelFlops.of(shape, run.lora)

@@ -77,7 +77,7 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 def build(job: Job, mesh: Mesh, lengths: programs.Lengths) -> programs.Program:
     """The program of a job. Raises `InputError` where sizes do not divide over the mesh."""
-    check_batch(job.run, mesh)
+    check_batch(job.run.train.batch_size, job.run.train.accumulate, mesh)
     run = programs.with_schedule(job.run)
     memory = Topology.parse(job.topology).hardware.memory if job.topology else None
     if isinstance(run, PPORun):

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from jax.sharding import Mesh
 
-from dpo_jax.config import DPORun, HoldoutRun, TrainingRun
+from dpo_jax.config import DPORun, HoldoutRun, Layout, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import is_text, text_files
 from dpo_jax.data.sets.group_windows import Packing
@@ -86,15 +86,14 @@ def read_both(
     return data, heldout
 
 
-def packing_of(config: TrainingRun, mesh: Mesh, k: int, *, accumulate: int) -> Packing | None:
+def packing_of(layout: Layout, mesh: Mesh, k: int, *, accumulate: int, pairs: bool) -> Packing | None:
     """How groups of `k` responses are packed for the devices: a window for each micro-batch of each; None: they aren't.
 
-    KTO's mismatched responses, from the third on, are not packed with those of their rows.
+    `pairs`: from the third on they are mismatched ones (KTO's), which are not packed with those of their rows.
     """
-    if config.train.layout_of(sampled=False) != "windows":
+    if layout != "windows":
         return None
-    apart = isinstance(config, DPORun) and k > REJECTED + 1
-    spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if apart else ()
+    spans = ((0, REJECTED + 1), (REJECTED + 1, k)) if pairs and k > REJECTED + 1 else ()
     return Packing(batch_parts(mesh) * accumulate, spans, math.lcm(16, pieces(mesh, "length")))
 
 
@@ -115,10 +114,11 @@ def row_options(
 
 def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
     """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
+    layout, how = config.train.layout_of(sampled=False), {"accumulate": config.train.accumulate}
     return PreferenceLoader(
         data,
         buckets=config.data.buckets,
-        packing=packing_of(config, mesh, data.responses_per_prompt, accumulate=config.train.accumulate),
+        packing=packing_of(layout, mesh, data.responses_per_prompt, pairs=isinstance(config, DPORun), **how),
         **row_options(config, mesh, **length),
     )
 

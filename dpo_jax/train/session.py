@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import ClassHead, LoraConfig, TrainingRun
+from dpo_jax.config import ClassHead, DPORun, Layout, LoraConfig, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset, check_lengths
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.tokens.templates import with_template
@@ -92,13 +92,14 @@ class Training(Generic[Config]):
         _check_options(config)
         publish.check(config.log.wandb, config.push_to_hub)
         notice.listen()
-        distributed.initialize(config.distributed, flatten(as_json(config)))
+        options = as_json(config)
+        distributed.initialize(config.distributed, flatten(options))
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
-        check_batch(config, mesh)
+        check_batch(config.train.batch_size, config.train.accumulate, mesh)
         electricity = Electricity.of(list(mesh.devices.flat), config.energy)
         main = distributed.is_main()
-        folder = RunFolder(Path(config.out), command, as_json(config), writes=main)
+        folder = RunFolder(Path(config.out), command, options, writes=main)
         training = cls(config, mesh, folder, main, electricity)
         if training.folder.open() == "finished":
             out = training.out
@@ -181,31 +182,21 @@ class Training(Generic[Config]):
         """The batches of the whole run on preference groups."""
         return preference_loader(self.config, self.mesh, data, **self.length)
 
-    def evaluation(self, heldout: PreferenceDataset | None) -> dict[str, Any]:
+    def evaluation(self, heldout: PreferenceDataset, layout: Layout) -> dict[str, Any]:
         """How the rows that are held out are batched: `batch_size`, `buckets`, `packing`, `own` of `eval_batches`."""
-        packing = (
-            None if heldout is None else packing_of(self.config, self.mesh, heldout.responses_per_prompt, accumulate=1)
-        )
-        own = own_rows(self.mesh, self.eval_batch_size)
-        return {
-            "batch_size": self.eval_batch_size,
-            "buckets": self.config.data.buckets,
-            "packing": packing,
-            "own": own,
-        }
+        how, rows = {"accumulate": 1, "pairs": isinstance(self.config, DPORun)}, self.eval_batch_size
+        packing = packing_of(layout, self.mesh, heldout.responses_per_prompt, **how)
+        own = own_rows(self.mesh, rows)
+        return {"batch_size": rows, "buckets": self.config.data.buckets, "packing": packing, "own": own}
 
     def resolve(self, total: int) -> Config:
         """Fill in what follows from the run's `total` steps, and claim the run folder. The input has been checked."""
-        config = self.config
-        self.config = dataclasses.replace(
-            config,
-            train=dataclasses.replace(config.train, steps=total, epochs=None),
-            optimizer=dataclasses.replace(config.optimizer, total_steps=config.optimizer.total_steps or total),
-        )
+        length = {"train": {"steps": total, "epochs": None}}
+        length["optimizer"] = {"total_steps": self.config.optimizer.total_steps or total}
+        self.config = self.config.filled(**length)
         learning_rate_schedule(self.config.optimizer)  # refuses a warm-up longer than the run
         # The name of the model as given means another one from another folder.
-        named = dataclasses.replace(self.config, model=self.start.lasting.model)
-        self.folder.claim(as_json(named))
+        self.folder.claim(self.options | {"model": self.start.lasting.model})
         return self.config
 
     # ---------------------------------------------------------------- weights and steps
@@ -433,11 +424,11 @@ def _check_options(config: TrainingRun) -> None:
         )
 
 
-def check_batch(config: TrainingRun, mesh: Mesh) -> None:
-    """Raise `InputError` where the batch does not divide over micro-batches and devices."""
-    parts = batch_parts(mesh) * config.train.accumulate
-    if config.train.batch_size % parts:
+def check_batch(rows: int, accumulate: int, mesh: Mesh) -> None:
+    """Raise `InputError` where a batch of so many rows does not divide over micro-batches and devices."""
+    parts = batch_parts(mesh) * accumulate
+    if rows % parts:
         raise InputError(
-            f"--train.batch_size {config.train.batch_size} does not divide by {parts} (devices that split the batch x"
+            f"--train.batch_size {rows} does not divide by {parts} (devices that split the batch x"
             f" --train.accumulate); choose a multiple of {parts}"
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import AttentionKernel, ClassHead, LoraConfig, Remat
+from dpo_jax.config import NO_LORA, AttentionKernel, ClassHead, LoraConfig, Remat
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.config_keys import ignoring
@@ -83,13 +83,14 @@ def load_pretrained(
         "remat": remat,
         "attention": attention,
     }
-    if lora is not None and lora.rank:
+    lora = lora or NO_LORA
+    if lora.rank:
         if place.has_adapters:
             raise InputError(f"{place.path}: has adapters already; leave --lora.rank out, or merge them with convert")
-        if problem := fused_adapters.told_apart(place.architecture.model_type, lora):
+        if problem := fused_adapters.told_apart(place.architecture.model_type, lora.targets):
             raise InputError(f"{place.path}: {problem}")
     with ignoring(ignore_config_keys):
-        model, variables = place.load(chosen, lora or LoraConfig(), mesh, dtype)
+        model, variables = place.load(chosen, lora, mesh, dtype)
     if model.lora.rank and "adapters" not in variables:
         variables["adapters"] = init_adapters(model, jax.random.key(seed), mesh=mesh)
     return model, variables

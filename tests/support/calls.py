@@ -87,6 +87,10 @@ class Watcher:
         """FILE:NAME of a function."""
         return f"{code.co_filename.removeprefix(self.folder)}:{code.co_qualname}"
 
+    def room(self, file: str) -> str:
+        """The top folder of the package that a file stands in."""
+        return file.removeprefix(self.folder).partition(os.sep)[0]
+
     def caller(self, frame: FrameType) -> FrameType | None:
         """The nearest function of the package beneath a call; None at the bottom of a thread."""
         back = frame.f_back
@@ -103,7 +107,7 @@ class Watcher:
             own = type(value).__module__.startswith(f"{self.name}.")  # else a class that the command line made
             if self.entry and own and dataclasses.is_dataclass(value) and getattr(value, "model", None) == self.model:
                 home = sys.modules[type(value).__module__].__file__ or ""
-                if file != self.entry and os.path.dirname(file) != os.path.dirname(home):
+                if file != self.entry and self.room(file) != self.room(home):
                     self.sections = tuple(dict.fromkeys(classes(value)))
 
     def is_it(self, value: Any) -> bool:

@@ -204,9 +204,10 @@ class DPOLossConfig(Options, prefix="--dpo."):
     @cached_property
     def objective(self) -> "Objective":
         """These options with nothing left open: what steps and losses read."""
-        weights = [1.0] * len(self.losses) if self.loss_weights is None else map(float, self.loss_weights.split(","))
+        names, given = self.losses, self.loss_weights
+        weights = [1.0] * len(names) if given is None else map(float, given.split(","))
         said = {name: self.resolved(name) for name in self.fields() if name in Objective._fields}
-        return Objective(**said, weighted=tuple(zip(self.losses, weights, strict=True)))
+        return Objective(**said, losses=names, weights=tuple(weights))
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,12 @@ class DPOConfig(DPOLossConfig, StepConfig):
 class Objective(NamedTuple):
     """What a step minimises, and how it computes it: the options of `DPOConfig` but its optimizer, under their names.
 
-    In place of one that was not given stands its default; `weighted` has each loss that is added, and its weight.
+    In place of one that was not given stands its default. `losses` are added, each with its weight of `weights`.
     """
 
     loss: str
-    weighted: tuple[tuple[Loss, float], ...]
+    losses: tuple[Loss, ...]
+    weights: tuple[float, ...]
     beta: float
     label_smoothing: float
     divergence: Divergence
@@ -251,11 +253,6 @@ class Objective(NamedTuple):
     accumulate: int = DPOConfig.accumulate
     layout: Layout = DPOConfig.layout
     head_budget_bytes: int = DPOConfig.head_budget_bytes
-
-    @property
-    def losses(self) -> tuple[Loss, ...]:
-        """The losses that are added; one, as a rule."""
-        return tuple(name for name, _ in self.weighted)
 
     @property
     def unpaired(self) -> bool:

@@ -66,7 +66,7 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
         told = {one.name: getattr(loss, one.name) for one in fields(loss)}  # pyright: ignore[reportArgumentType]
         crossing = self.train.resolved("crossing_dtype")
         every = {"optimizer": self.optimizer, "accumulate": self.train.accumulate, "crossing_dtype": crossing}
-        return kind(**told, **every, **more)
+        return kind.of_checked(**told, **every, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

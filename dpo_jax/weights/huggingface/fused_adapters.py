@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
@@ -35,10 +34,10 @@ KINDS = {whole: parts for family in FAMILIES.values() for whole, parts in kinds(
 """Of all families."""
 
 
-def told_apart(model_type: str, lora: LoraConfig) -> str | None:
-    """What is wrong where some of the projections of one tensor have adapters, and others not; else None."""
+def told_apart(model_type: str, targets: Sequence[str]) -> str | None:
+    """What is wrong where `targets` are some of the projections of one tensor, and not the others; else None."""
     for whole, parts in kinds(FAMILIES[model_type].fused).items():
-        if 0 < len(named := [part for part in parts if part in lora.targets]) < len(parts):
+        if 0 < len(named := [part for part in parts if part in targets]) < len(parts):
             return (
                 f"its files hold {', '.join(parts)} as one tensor, {whole}: --lora.targets names all of them or none,"
                 f" not {' '.join(named)} alone"
