@@ -152,8 +152,6 @@ def preference_loss(*arguments: Any, config: DPOLossConfig, **others: Any) -> ja
 def total(terms: Mapping[str, jax.Array], objective: Objective, pair_weights: jax.Array | None = None) -> jax.Array:
     """What `preference_terms` gave as one loss, [B]. `pair_weights`: [B], of all losses but the NLL term (WPO)."""
     loss = sum((w * terms[name] for name, w in zip(objective.losses, objective.weights, strict=True)), jnp.zeros(()))
-        (weight * terms[name] for name, weight in zip(objective.losses, objective.weights, strict=True)), jnp.zeros(())
-    )
     loss = loss if pair_weights is None else pair_weights * loss
     return loss + objective.nll_coefficient * terms["nll"] if objective.nll_coefficient > 0 else loss
 
