@@ -62,9 +62,9 @@ def train(config: DPORun) -> Path:
     evaluation = {} if heldout is None else training.evaluation(heldout, objective.layout)
     reference = None
     if not objective.reference_free:
-        judge, judge_variables = model, starting
+        judge, judge_variables, kept = model, starting, jnp.dtype(config.train.kept_dtype)
         if other is not None:
-            judge, judge_variables = _load_reference(config, other, architecture, mesh)
+            judge, judge_variables = _load_reference(config, other, architecture, mesh, kept)
         if objective.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
             label = "reference log-probabilities"
@@ -76,7 +76,7 @@ def train(config: DPORun) -> Path:
                 label += " of the evaluation data"
                 heldout = heldout.with_reference(policy_logps(heldout, judge, judge_variables, label=label, **told))
         elif config.reference is not None or ("adapters" not in variables and not objective.moving):
-            dtype = jnp.dtype("float32" if objective.moving else config.train.kept_dtype)
+            dtype = jnp.dtype("float32") if objective.moving else kept
             # A copy, not a view: the arrays of the starting model are given to the first step.
             reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
         del judge, judge_variables
@@ -163,13 +163,13 @@ def load_data(
 
 
 def _load_reference(
-    config: DPORun, place: StoredModel, policy: LlamaConfig, mesh: Mesh
+    config: DPORun, place: StoredModel, policy: LlamaConfig, mesh: Mesh, kept: jnp.dtype
 ) -> tuple[Llama, dict[str, Any]]:
     """The model of `--reference`, laid out on the mesh; a live one must be of the policy's architecture."""
     model, variables = load_pretrained(
         place,
         mesh=mesh,
-        dtype=jnp.dtype(config.train.kept_dtype),
+        dtype=kept,
         compute_dtype=jnp.dtype(config.train.dtype),
         remat="none",
         attention=config.train.attention,
