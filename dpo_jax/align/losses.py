@@ -233,8 +233,8 @@ def preference_terms(
         return (jnp.where(has_c, λ_D * desirable, 0.0) + jnp.where(has_r, λ_U * undesirable, 0.0)) / mean_responses
 
     def nll_term() -> jax.Array:
-        how = {"normalization": objective.nll_normalization}
-        return nll_loss(nll, nll_n, **how, mean_length=mean_nll_length, mean_present=mean_chosen)
+        how = objective.nll_normalization
+        return nll_loss(nll, nll_n, normalization=how, mean_length=mean_nll_length, mean_present=mean_chosen)
 
     def term(name: Loss) -> jax.Array:
         # f-DPO is about losses of nothing but the margin; others beside them keep theirs.
