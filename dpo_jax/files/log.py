@@ -74,7 +74,7 @@ class ProgressBar:
         console = _console()
         self._label, self._total, self._done, self._text = label, total, done, ""
         self._every, self._last = every_seconds, time.monotonic()
-        self._began, self._start = self._last, done
+        self._began = self._first = (self._last, done)
         self._figures: Mapping[str, float] = {}
         shown = shown and mode() != "quiet"
         self._plain = shown and (not console.is_terminal or mode() == "json")
@@ -104,9 +104,12 @@ class ProgressBar:
     def update(self, done: int, text: str = "", figures: Mapping[str, float] | None = None) -> None:
         """Show that `done` of `total` are done, with a few figures as `text`; all `figures` are for --json."""
         distributed.sign()
+        now = time.monotonic()
+        if self._first == self._began and done > self._began[1]:
+            self._first = (now, done)
         self._done, self._text, self._figures = done, text, figures or {}
         self._bar.update(self._task, completed=done, text=text)
-        if self._plain and time.monotonic() - self._last >= self._every:
+        if self._plain and now - self._last >= self._every:
             self._line()
 
     def say(self, text: str, event: Literal["note", "warning"] = "note") -> None:
@@ -118,8 +121,10 @@ class ProgressBar:
 
     def _line(self) -> None:
         self._last, self._printed = time.monotonic(), self._done
-        spent, made = self._last - self._began, self._done - self._start
-        left = spent / made * (self._total - self._done) if made > 0 else None
+        spent = self._last - self._began[0]
+        since, done = self._first if self._done > self._first[1] else self._began  # compiling belongs to the first
+        made = self._done - done
+        left = (self._last - since) / made * (self._total - self._done) if made > 0 else None
         if mode() == "json":
             told = {"event": "progress", "of": self._label, "done": self._done, "total": self._total}
             rounded = None if left is None else round(left, 1)

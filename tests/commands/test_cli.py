@@ -466,6 +466,7 @@ def test_bad_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "c.py: --lora.rank -1 must be" in recipe("from dpo_jax.config import LoraConfig\nLoraConfig(rank=-1)")
     assert "no such CONFIG file" in error(capsys, "dpo", str(tmp_path / "none.py"), *GIVEN)
     assert "CONFIG must be a Python file" in error(capsys, "dpo", "pairs.jsonl", *GIVEN)
+    assert "--ppo.preset dapo is one" in error(capsys, "grpo", "dapo", *GIVEN)
 
 
 def test_derived_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,21 @@ def test_progress_says_what_time_is_left(capfd: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with ProgressBar("training", 400, done=10) as bar:
         bar.update(11, "loss 0.5")
-    assert capfd.readouterr().err == "training 11/400 loss 0.5  4:19:20 left\n"
+        bar.update(12, "loss 0.4")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["training 11/400 loss 0.5  4:19:20 left", "training 12/400 loss 0.4  6:28:00 left"]
+
+
+def test_what_is_compiled_for_the_first_step_is_not_expected_again(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.chain([0.0, 600.0, 600.0], itertools.count(610.0, 0.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    with ProgressBar("training", 11) as bar:
+        bar.update(1)
+        bar.update(2)
+        bar._line()
+    assert capfd.readouterr().err.splitlines()[-1] == "training 2/11  1:30 left"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.config.training.presets import PRESETS
 from dpo_jax.errors import InputError, nearest
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -35,6 +36,8 @@ def load(path: str) -> Any:
         if path not in (known := shipped()):
             near = difflib.get_close_matches(path, known, n=1)
             guess = f"; did you mean {near[0]}?" if near else ""
+            if path in PRESETS:
+                guess = f"; of grpo and ppo, --ppo.preset {path} is one"
             raise InputError(
                 f"{path}: CONFIG must be a Python file (.py), a YAML file (.yaml) or a name that dpo-jax configs"
                 f" lists{guess}; data and model go after --data and --model"
