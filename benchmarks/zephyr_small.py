@@ -115,11 +115,10 @@ def rated_lists(data: Path) -> Iterator[tuple[str, tuple[str, ...], tuple[int, .
                 wins.setdefault(asked, {}).setdefault(name, []).append(share)
     for asked, found in wins.items():
         names = sorted(found)
-        for turn in range(6):
-            some = random.Random(f"{asked} {turn}").sample(names, min(LISTED, len(names)))
-            if len(some) > 1:
-                ratings = tuple(1 + round(4 * sum(found[name]) / len(found[name])) for name in some)
-                yield asked, tuple(texts[asked, name] for name in some), ratings
+        for turn in range(6 if len(names) >= LISTED else 0):
+            some = random.Random(f"{asked} {turn}").sample(names, LISTED)
+            ratings = tuple(1 + round(4 * sum(found[name]) / len(found[name])) for name in some)
+            yield asked, tuple(texts[asked, name] for name in some), ratings
 
 
 # ---------------------------------------------------------------- the run

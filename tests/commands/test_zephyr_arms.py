@@ -22,10 +22,11 @@ def data(folder: Path) -> Path:
     def said() -> str:
         return tiny.sentence(draws, draws.randint(2, 6))
 
-    people = [{"instruction": f"{i}: {said()}", "input": ""} for i in range(12) for _ in range(2)]
-    for row in people:
-        row["cmp_key"] = "one_other"
-        row |= {"response1": f"{said()} good", "response2": f"{said()} bad"} | {f"annotator{i}": 1 for i in (1, 2, 3)}
+    people = []
+    for i in range(12):
+        asked = {"instruction": f"{i}: {said()}", "input": ""} | {f"annotator{k}": 1 for k in (1, 2, 3)}
+        for names in ("one_two", "three_four"):
+            people.append({**asked, "cmp_key": names, "response1": f"{said()} good", "response2": f"{said()} bad"})
     turns = [{"from": "human", "value": "hello"}]
     dialogues = [
         {"conversations": turns, **{side: {"from": "gpt", "value": said()} for side in ("chosen", "rejected")}}
@@ -68,7 +69,7 @@ def test_four_arms_once(tmp_path: Path) -> None:
     assert (config["model"], config["data"]["template"]) == (str(out / "seed3" / "dSFT" / "model"), "zephyr")
     named = {json.loads(line)["prompt"] for line in (out / "data" / "prompts.jsonl").read_text().splitlines()}
     learnt = {json.loads(line)["prompt"] for line in (out / "data" / "judge.jsonl").read_text().splitlines()}
-    assert (len(named), len(learnt)) == (6, 18)
+    assert (len(named), len(learnt)) == (6, 6)
     assert not named & learnt
     assert (out / "zephyr_arms.png").exists()
 
