@@ -109,6 +109,8 @@ def test_every_option_is_documented() -> None:
     for cls in (node for file in files for node in ast.parse(file.read_text()).body):
         if isinstance(cls, ast.ClassDef):
             assert ast.get_docstring(cls), cls.name
+            if any(ast.unparse(base) == "NamedTuple" for base in cls.bases):
+                continue  # a value made of options
             for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and not re.search(
                     r": \w+Config = |= no_option", ast.unparse(field)

@@ -147,6 +147,14 @@ def test_lower_bounds_hold_here() -> None:
         assert numbers(metadata.version(name)) >= numbers(lower[1]), name
 
 
+def test_scripts_and_helpers_of_tests_have_different_names() -> None:
+    """Both folders are on the tests' path: of two files of one name only one can be imported."""
+    benchmarks, support = (
+        {path.stem for path in (ROOT / folder).glob("*.py")} for folder in ("benchmarks", "tests/support")
+    )
+    assert not benchmarks & support
+
+
 def test_a_wheel_holds_the_recipes(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     words = ["setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]  # what a wheel of the package would hold

@@ -1,7 +1,7 @@
 """What the planner predicts beside what others have published: docs/performance.md's table.
 
-    python benchmarks/published.py --out OUT               compile what is not there yet, minutes each; then the table
-    python benchmarks/published.py --out OUT --only 8B     runs whose name holds this
+    python benchmarks/published_runs.py --out OUT             compile what is not there yet, minutes each, and show all
+    python benchmarks/published_runs.py --out OUT --only 8B   runs whose name holds this
 
 The published runs are of other programs (MaxText, NeMo, open-instruct, Levanter); what is compiled here is our own step
 of the same model, devices, batch and length: the difference is that of the programs and of the planner's assumptions
