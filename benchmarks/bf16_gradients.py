@@ -283,7 +283,7 @@ def preference_gradients(
     at, _ = pulled(variables[part], jnp.zeros_like(reference))
     for name in losses:
         c = DPOConfig(loss=name, **PREFERENCES[name])  # type: ignore[arg-type]
-        given = () if c.reference_free else (reference[:, 0], reference[:, 1])
+        given = () if c.objective.reference_free else (reference[:, 0], reference[:, 1])
         kl = jax.nn.relu(jnp.mean((at - reference)[:, 2]))
         told: dict[str, Any] = {"chosen_lengths": lengths[:, 0], "rejected_lengths": lengths[:, 1], "kl": kl}
         loss = lambda x, c=c, given=given, told=told: jnp.mean(  # noqa: E731

@@ -68,9 +68,8 @@ def make_mesh(
         raise InputError(f"mesh {sizes}: sizes must be positive, and one of them at most -1 (meaning: the rest)")
     if free:
         if len(devices) % fixed:
-            raise InputError(
-                f"mesh {sizes}: {len(devices)} devices do not divide by {fixed}; change --mesh.{free[0]} or the others"
-            )
+            given = " or ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
+            raise InputError(f"mesh {sizes}: {len(devices)} devices do not divide by {fixed}; change {given}")
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
         raise InputError(
@@ -275,10 +274,10 @@ def slices_of(mesh: Mesh) -> list[int]:
     ]
 
 
-def copies() -> int:
-    """How many copies of the model the mesh in force holds (`data`); 1 without a mesh."""
-    mesh = _current()
-    return 1 if mesh is None else mesh.shape["data"]
+def copies(mesh: Mesh | None = None) -> int:
+    """How many copies of the model `mesh`, or the mesh in force, holds (`data`); 1 without a mesh."""
+    held = _current() if mesh is None else mesh
+    return 1 if held is None else held.shape["data"]
 
 
 def sum_over_copies(function: Callable[[Any], tuple[Any, Any]], rows: Any, dtype: str) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ from dpo_jax.data.sets.prepare_piece import Job, gather, job_of, piece_folder, p
 from dpo_jax.data.sources import duplicates, store_schema
 from dpo_jax.data.sources.staging import is_remote, upload
 from dpo_jax.data.sources.store import open_store
-from dpo_jax.data.sources.store_writer import VERSION, assemble, dataset_name, write_report
+from dpo_jax.data.sources.store_writer import REPORT, VERSION, assemble, dataset_name, write_report
 from dpo_jax.data.tokens.templates import today
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import writing
@@ -91,7 +91,8 @@ def _scratch(to: str) -> Iterator[Path]:
         try:
             check_free(target, replace=False)
         except InputError:
-            _remove_left(scratch)
+            if (target / VERSION / REPORT).is_file():
+                _remove_left(scratch)
             raise
         scratch.mkdir(parents=True, exist_ok=True)
         with (scratch / "lock").open("w") as lock:

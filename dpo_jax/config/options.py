@@ -230,6 +230,8 @@ class Options:
     @classmethod
     def of_checked(cls, **values: Any) -> Self:
         """An instance of values that need no check: others have checked them, or nobody typed them."""
+        if unknown := values.keys() - cls.fields().keys():
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
         made = object.__new__(cls)
         vars(made).update({name: values[name] if name in values else cls.usual(name) for name in cls.fields()})
         return made

@@ -44,8 +44,7 @@ class Candidate:
 
     def options(self, run: TrainingRun) -> TrainingRun:
         """A run with these options."""
-        train = dataclasses.replace(run.train, remat=self.remat, accumulate=self.accumulate)
-        return dataclasses.replace(run, train=train, mesh=self.mesh)
+        return _with(run, self.mesh, self.remat, self.accumulate)
 
     def describe(self) -> str:
         """In one line."""
@@ -70,6 +69,12 @@ class Candidate:
         return REMATS.index(self.remat)
 
 
+def _with(run: TrainingRun, mesh: MeshConfig, remat: Remat, accumulate: int) -> TrainingRun:
+    crossing = run.train.crossing_dtype if mesh.data > 1 else None  # else nothing crosses
+    train = dataclasses.replace(run.train, remat=remat, accumulate=accumulate, crossing_dtype=crossing)
+    return dataclasses.replace(run, train=train, mesh=mesh)
+
+
 def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
@@ -87,8 +92,7 @@ def candidates(run: TrainingRun, shape: LlamaConfig, topology: Topology, lengths
             if (batch // minibatches) % (parts * accumulate) or accumulate & (accumulate - 1):
                 continue
             for remat in REMATS:
-                train = dataclasses.replace(run.train, remat=remat, accumulate=accumulate)
-                one = dataclasses.replace(run, train=train, mesh=mesh)
+                one = _with(run, mesh, remat, accumulate)
                 seconds, size = rough_seconds(one, shape, topology, lengths), rough_bytes(one, shape, lengths)
                 found.append(Candidate(mesh, remat, accumulate, seconds, size))
     return sorted(found, key=lambda one: (one.bytes > room, one.seconds if one.bytes <= room else one.bytes))

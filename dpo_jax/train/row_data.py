@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jax.sharding import Mesh
@@ -54,9 +55,15 @@ def files_alike(source: str) -> None:
     All processes call it.
     """
     if distributed.several():
-        text = is_text(source)
-        found = {str(path): path.stat().st_size for path in text_files(source)} if text else sizes(source)
-        distributed.check_alike({path: f"{size:,} bytes" for path, size in found.items()})
+        found = sizes(source)
+        if is_text(source):  # of a folder with both, whoever reads takes one kind
+            found |= {path: path.stat().st_size for path in text_files(source)}
+        distributed.check_alike({_from_home(path): f"{size:,} bytes" for path, size in found.items()})
+
+
+def _from_home(path: Path) -> str:
+    """The path as it may be the same on hosts whose home folders differ."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
 def rows_alike(source: str, found: FromSource) -> None:

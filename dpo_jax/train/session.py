@@ -35,7 +35,7 @@ from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.day import with_day
 from dpo_jax.files.folder import RunFolder, as_json, flatten
 from dpo_jax.files.log import MetricLog, Row, read_metrics, say, show_log
-from dpo_jax.mesh import batch_parts, make_mesh, own_rows
+from dpo_jax.mesh import batch_parts, copies, make_mesh, own_rows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
@@ -96,6 +96,8 @@ class Training(Generic[Config]):
         distributed.initialize(config.distributed, flatten(options))
         show_log()
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context)
+        if (narrow := config.train.crossing_dtype) is not None and copies(mesh) == 1:
+            raise InputError(f"--train.crossing_dtype {narrow} has no effect with one copy of the model: --mesh.data 1")
         check_batch(config.train.batch_size, config.train.accumulate, mesh)
         electricity = Electricity.of(list(mesh.devices.flat), config.energy)
         main = distributed.is_main()

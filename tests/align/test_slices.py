@@ -31,6 +31,7 @@ from dpo_jax.config import (
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.plan import hlo
+from dpo_jax.train.session import Training
 from dpo_jax.weights.huggingface.heads import as_reward_model
 
 SLICES = [0] * 4 + [1] * 4
@@ -136,7 +137,10 @@ def test_what_crosses_is_rounded_twice_and_summed_in_float32(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
-    """In bfloat16 each gradient is off by the rounding of one part and of the sum, by 2^-8 of each at most."""
+    """In bfloat16 each gradient is off by the rounding of one part and of the sum, by 2^-8 of each at most.
+
+    PPO's advantages have mean 0: what its copies add up to is a few times less than each, and the error as much more.
+    """
     module, config, batch, lora = CASES[name]
     one = trained(module, config, batch, make_mesh(fsdp=8), lora=lora)
     two = trained(module, config, batch, make_mesh(data=2, fsdp=4), lora=lora)
@@ -148,7 +152,7 @@ def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
     assert one[0] == pytest.approx(rough[0], rel=2e-6)
     for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(rough[1]), strict=True):
         error = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert 1e-4 < error < 2**-8
+        assert 1e-4 < error < (2**-5 if name == "ppo" else 2**-8)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,16 @@ def test_where_nothing_crosses_its_dtype_is_refused(sizes: dict[str, int], said:
         DPORun(model="m", data="d", out="o", train=TrainConfig(crossing_dtype="bfloat16"), mesh=MeshConfig(**sizes))
     with pytest.raises(InputError, match="no effect"):  # --mesh.data -1 is known when the devices are
         crossing(narrow(CASES["dpo"]), make_mesh(sizes.get("data", 1), context=sizes.get("context", 1)))
+
+
+def test_that_nothing_crosses_is_known_before_anything_is_read(tmp_path: Path) -> None:
+    """`--mesh.data -1` is one copy where the other sizes take all devices."""
+    every = jax.device_count()
+    sizes, told = MeshConfig(data=-1, fsdp=every), TrainConfig(batch_size=every, crossing_dtype="bfloat16")
+    run = DPORun(model="none", data="none", out=str(tmp_path / "out"), train=told, mesh=sizes)
+    with pytest.raises(InputError, match="with one copy of the model"):
+        Training.begin(run, "dpo")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- two processes, each a slice
@@ -208,8 +222,9 @@ def say(folder: Path) -> None:
 
 
 GRADIENTS = {"float32": (1, 1e-5), "bfloat16": (1 / 2, 2e-4)}
-"""What crosses -> bytes beside those of float32, and how far weights may lie apart: sums inside a process are in
-another order than among devices of one; in bfloat16 one that is rounded otherwise moves an update of 1e-2 by 2^-8."""
+"""What crosses -> bytes beside those of float32, and how far weights may lie apart in the mean, a single one by ten
+times as much: sums inside a process are in another order than among devices of one, which AdamW makes much of where a
+gradient is nearly 0; in bfloat16 a sum that is rounded otherwise moves an update of 1e-2 by 2^-8."""
 
 
 @pytest.mark.multiprocess
@@ -231,4 +246,5 @@ def test_two_processes_are_two_slices(tmp_path: Path) -> None:
             with np.load(tmp_path / f"{dtype}-{i}.npz") as found:
                 assert set(found) == set(weights)
                 for name in found:
-                    np.testing.assert_allclose(found[name], weights[name], atol=apart, err_msg=name)
+                    np.testing.assert_allclose(found[name], weights[name], atol=10 * apart, err_msg=name)
+                    assert np.abs(found[name] - weights[name]).mean() < apart, name

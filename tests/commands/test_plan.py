@@ -464,6 +464,12 @@ def test_candidates_divide_and_have_room() -> None:
         assert 16 % (sizes[0] * sizes[1] * one.accumulate) == 0
     # 14 bytes a parameter are 5.5 GiB on each of 16 chips; on 4 they are too many.
     assert {one.mesh.data for one in found} == {1, 2}
+    crossing = dataclasses.replace(run.train, crossing_dtype="bfloat16")
+    narrow = dataclasses.replace(run, train=crossing, mesh=MeshConfig(data=2, fsdp=8))
+    again = candidates(narrow, SHAPES["llama2_7b"], Topology.parse("v5e:4x4"), lengths)
+    assert len(again) == len(found), "where nothing crosses, too"
+    told = {(one.mesh.data, one.options(narrow).train.crossing_dtype) for one in again}
+    assert told == {(1, None), (2, "bfloat16")}
     room = Topology.parse("v5e:4x4").hardware.memory
     first = [one for one in found if one.bytes <= room]
     assert found[: len(first)] == sorted(first, key=lambda one: one.seconds), "what seems to have room comes first"

@@ -450,6 +450,13 @@ def test_what_is_left_beside_a_whole_set_goes_at_the_next_start(tmp_path: Path) 
         prepare(source, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "set"]
 
+    (tmp_path / ".other.partial" / "pieces").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    with pytest.raises(InputError, match="other"):
+        prepare(source, tmp_path / "other")
+    assert (tmp_path / ".other.partial" / "pieces").exists(), "of a data set that is not there yet"
+
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:

@@ -162,6 +162,34 @@ def test_a_second_judge_rates_the_same_and_decides_nothing(tmp_path: Path, capsy
     capsys.readouterr()
 
 
+def test_a_second_judge_takes_what_is_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Devices are of models, --reward_timeout of what may keep one waiting; its errors say --beside."""
+    write_lines(tmp_path / "p.jsonl", [{"prompt": f"prompt {i}"} for i in range(4)])
+    for name, said in (("a", "long, long"), ("b", "short")):
+        write_lines(tmp_path / f"{name}.jsonl", [{"prompt": f"prompt {i}", "response": said} for i in range(4)])
+    (tmp_path / "pool.yaml").write_text("".join(f"- {{name: {n}, responses: {tmp_path / n}.jsonl}}\n" for n in "ab"))
+    (tmp_path / "mine.py").write_text(
+        "import time\n\n\ndef slow(prompts, completions):\n    time.sleep(30)\n    return [0.0 for _ in completions]\n"
+    )
+    words = ["recipe", "aif", "--prompts", str(tmp_path / "p.jsonl"), "--pool", str(tmp_path / "pool.yaml")]
+    words += ["--samples", "2", "--judge", "length"]
+
+    def error(beside: str, *more: str, out: str = "out") -> str:
+        assert main([*words, "--beside", beside, *more, "--out", str(tmp_path / out)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "judge.yaml").write_text(
+        "ask: list\nendpoint: {url: 'http://127.0.0.1:9/v1', model: judge, retries: 0}\n"
+    )
+    assert "--mesh" not in error(f"judge:{tmp_path / 'judge.yaml'}", "--mesh.fsdp", "1")
+    slow = f"{tmp_path / 'mine.py'}:slow"
+    said = error(slow, "--reward_timeout", "1", out="slow")
+    assert f"--beside {slow}: " in said
+    assert "1 s" in said
+    said = error("exact:answer", out="another")
+    assert "--beside exact:answer: 'answer' is no column" in said
+
+
 def of(
     folder: Path, judge: str, pool: str = "- {name: a, responses: r.jsonl}\n- {name: b, responses: r.jsonl}", **more
 ):

@@ -73,6 +73,14 @@ def test_names_of_the_version_before_are_read_once_more(caplog: pytest.LogCaptur
         DPORun(**old, eval_source="a", eval_data="b")
 
 
+def test_what_is_filled_in_has_an_options_name() -> None:
+    run = SFTRun(model="m", data=SFTDataConfig("d.jsonl"), out="o")
+    assert run.filled(data={"limit": 3}).data.limit == 3
+    for wrong in ({"stepz": 3}, {"data": {"limits": 3}}):
+        with pytest.raises(TypeError, match=r"has no (stepz|limits)"):
+            run.filled(**wrong)
+
+
 def test_an_older_config_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.py"
     path.write_text(

@@ -26,6 +26,7 @@ from dpo_jax.commands.recipes.second_judge import SecondJudge
 from dpo_jax.complete.asking import writer_pool as pool
 from dpo_jax.complete.asking.answers import Answerer, answers
 from dpo_jax.config import AIFRun, JudgeRun, PairsRun, WriterConfig
+from dpo_jax.config.bases import takes_timeout
 from dpo_jax.data.rows.dialogues import CUT
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import parse_prompt
@@ -83,7 +84,8 @@ class AIF:
             self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
         self._beside = None
         if run.beside is not None:
-            self._beside = SecondJudge(run.beside, out, run.mesh, partial(check_model, later=later))
+            timeout = run.reward_timeout if takes_timeout(run.beside) else None
+            self._beside = SecondJudge(run.beside, out, run.mesh, partial(check_model, later=later), timeout)
         self._warned = False
         if self._judge.function is None:
             with self._named_judge():
@@ -120,17 +122,22 @@ class AIF:
 
     def _judge_run(self) -> JudgeRun:
         run, of_lists = self._run, ["aspects", "critique", "templates", "repair"]
+        # --reward_timeout may be of --beside alone.
+        elsewhere = takes_timeout(run.beside) and not takes_timeout(run.judge)
         if run.principles != "ours":
             of_lists.append("language")
         if not run.judge.startswith(PREFIX):
             self._refuse("gives one score and is asked nothing", *of_lists)
             told: dict[str, Any] = {
-                "reward_timeout": run.reward_timeout,
+                "reward_timeout": None if elsewhere else run.reward_timeout,
                 "batch_size": run.resolved("judge_batch_size"),
             }
             dtype = run.resolved("judge_dtype")
             return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=dtype, **told)  # pyright: ignore
-        self._refuse("has options of its own", "reward_timeout", "judge_batch_size", "judge_dtype")
+        own = (
+            ["judge_batch_size", "judge_dtype"] if elsewhere else ["reward_timeout", "judge_batch_size", "judge_dtype"]
+        )
+        self._refuse("has options of its own", *own)
         found = read_judge(run.judge, "--judge")
         asked = found.resolved("ask")
         if found.prompts is None and asked == "list":

@@ -7,13 +7,14 @@ beside.jsonl.agreement.json      how far the two agree
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.commands.judge import judge
 from dpo_jax.config import FilesConfig, JudgeRun, MeshConfig
-from dpo_jax.errors import InputError, naming
+from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage
 from dpo_jax.judge.asked.judge_reward import PREFIX, read_judge
@@ -28,29 +29,47 @@ class SecondJudge:
       agreement: the file that it makes last.
     """
 
-    def __init__(self, name: str, out: Path, mesh: MeshConfig, check_model: Callable[[str | None], None]):
-        """Args: the option; the folder of all stages; devices of a model; raises `InputError` for what is no model.
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        mesh: MeshConfig,
+        check_model: Callable[[str | None], None],
+        reward_timeout: float | None,
+    ):
+        """Args: the option; the folder of all stages; devices of a model; raises `InputError` for what is no model;
+        `--reward_timeout`, of a function that takes it.
 
         Raises `InputError` for what is no judge of several responses; nothing is asked yet.
         """
         self._name, self._rows = name, out / "beside.rows.jsonl"
         self.agreement = out / "beside.jsonl.agreement.json"
         told: dict[str, Any] = {"data": FilesConfig(str(self._rows)), "out": str(out / "beside.jsonl")}
-        told |= {"agreement": True, "mesh": mesh}
+        told |= {"agreement": True}
         if name.startswith(PREFIX):
             found = read_judge(name, "--beside")
             if found.resolved("ask") == "pair":
                 kinds = "list, rating, expected and checklist rate several responses"
                 raise InputError(f"--beside {name}: asks pair; {kinds}")
-            with naming(f"--beside {name}"):
+            with self._named():
                 check_model(found.model)
-            self._run = dataclasses.replace(found, **told, cache=str(out / "replies"))
+                devices = {} if found.model is None else {"mesh": mesh}
+                self._run = dataclasses.replace(found, **told, **devices, cache=str(out / "replies"))
             return
-        try:
-            self._run = JudgeRun(**told, function=name)
+        with self._named():
+            self._run = JudgeRun(**told, function=name, mesh=mesh, reward_timeout=reward_timeout)
             check_reward(name, self._run)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors by the name that the option has here; `dpo-jax judge` calls a function --reward or --function."""
+        try:
+            yield
         except InputError as error:
-            raise InputError(f"--beside {name}: {str(error).removeprefix(f'--reward {name}: ')}") from error
+            told = str(error)
+            for option in ("--reward", "--function"):
+                told = told.removeprefix(f"{option} {self._name}: ")
+            raise InputError(f"--beside {self._name}: {told}") from error
 
     def stage(self, data: Path) -> Stage:
         """It rates the responses of `data`, a file in UltraFeedback's schema."""
@@ -75,6 +94,7 @@ class SecondJudge:
                 f"--beside {self._name}: the first judge scored no two responses of a prompt: nothing to rate"
             )
         write_lines(self._rows, rows)
-        judge(self._run)
+        with self._named():
+            judge(self._run)
         found = json.loads(self.agreement.read_text())
         return {"pairs of responses": found["pairs"], "without a verdict": found["unparsed"]}

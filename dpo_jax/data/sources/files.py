@@ -85,7 +85,7 @@ def read_rows_or_problems(source: str) -> Iterator[tuple[int, Row | BadRow]]:
         raise InputError(f"{source}: holds no rows; give a file of {_FORMATS}")
 
 
-def sizes(source: str) -> dict[str, int]:
+def sizes(source: str) -> dict[Path, int]:
     """The files of this machine that `source` names -> bytes; none of what lies elsewhere, or is not there.
 
     (A store names what it misses when it is opened.)
@@ -93,7 +93,7 @@ def sizes(source: str) -> dict[str, int]:
     if names_store(source) or (names_hub(source) and not exists(source)):
         return {}
     with contextlib.suppress(InputError, OSError):
-        return {str(path): path.stat().st_size for path in resolve(source)}
+        return {path: path.stat().st_size for path in resolve(source)}
     return {}
 
 

@@ -22,6 +22,8 @@ from dpo_jax.errors import InputError
 
 VERSION = "1.0.0"
 """The TFDS version of what `dpo-jax prepare` writes, and the name of the folder in which it stands."""
+REPORT = "report.json"
+"""What `dpo-jax prepare` says of a data set that is whole, beside its data."""
 SHARD_BYTES = 256 * 2**20
 """A shard is closed when its records reach this many bytes (before compression)."""
 
@@ -202,5 +204,5 @@ def assemble(
 
 def write_report(folder: Path, report: Mapping[str, Any], markdown: str) -> None:
     """report.json and report.md beside the data."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown, encoding="utf-8")
