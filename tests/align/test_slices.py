@@ -139,7 +139,7 @@ def test_what_crosses_is_rounded_twice_and_summed_in_float32(
 def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
     """In bfloat16 each gradient is off by the rounding of one part and of the sum, by 2^-8 of each at most.
 
-    PPO's advantages have mean 0: what its copies add up to is a few times less than each, and the error as much more.
+    PPO's gradients add up to next to nothing here, so that no share of them says anything.
     """
     module, config, batch, lora = CASES[name]
     one = trained(module, config, batch, make_mesh(fsdp=8), lora=lora)
@@ -151,8 +151,11 @@ def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
     rough = trained(module, config, batch, make_mesh(data=2, fsdp=4), lora=lora)
     assert one[0] == pytest.approx(rough[0], rel=2e-6)
     for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(rough[1]), strict=True):
-        error = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert 1e-4 < error < (2**-5 if name == "ppo" else 2**-8)
+        error, size = np.linalg.norm(a - b), np.linalg.norm(a)
+        if name == "ppo":
+            assert error < 2**-4 * size + 1e-9
+        else:
+            assert 1e-4 * size < error < 2**-8 * size
 
 
 @pytest.mark.parametrize(
