@@ -23,7 +23,7 @@ from dpo_jax.config.command_line.words import BENCH, COMMANDS, GROUPS, ONLINE, P
 from dpo_jax.config.names import ELSEWHERE, OTHERWISE, option
 from dpo_jax.config.options import left_out
 from dpo_jax.config.values import built, greedy, negated
-from dpo_jax.errors import BAD_INPUT, DoesNotFit, InputError, SharedError, Stopped, exists, full_disk, naming
+from dpo_jax.errors import BAD_INPUT, DoesNotFit, InputError, SharedError, Stopped, full_disk, naming
 
 PROGRAM = "dpo-jax"
 OK, DOES_NOT_FIT, INTERRUPTED, BROKEN_PIPE = 0, 3, 130, 141
@@ -248,9 +248,9 @@ def _given(word: str, args: list[str], names: dict[str, bool]) -> dict[str, list
         name = spelled.lstrip("-").replace("-", "_")
         if name in command.lists and words:
             words[:] = [",".join(words)]
-        elif name in one_file and len(several := ",".join(words).split(",")) > 1 and not exists(words[0]):
+        elif name in one_file and len(words) > 1:
             raise InputError(
-                f"{spelled} takes one source in {PROGRAM} {word}, and {several[1]} is a second: run it for each, or"
+                f"{spelled} takes one source in {PROGRAM} {word}, and {words[1]} is a second: run it for each, or"
                 " give a folder or a quoted pattern ('part-*.jsonl') of files that are laid out alike"
             )
     given: dict[str, list[str]] = {}

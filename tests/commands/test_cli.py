@@ -361,7 +361,6 @@ def test_a_second_file_where_one_is_taken(word: str, capsys: pytest.CaptureFixtu
     said = error(capsys, word, "--model", "m", "--data", "a.jsonl", "b.jsonl")
     assert said.startswith(f"--data takes one source in dpo-jax {word}, and b.jsonl is a second: run it for each, or")
     assert "--data takes one source" in error(capsys, word, "--data=a.jsonl", "b.jsonl")
-    assert "and b.jsonl is a second" in error(capsys, word, "--data", "a.jsonl,b.jsonl")
 
 
 def test_an_option_without_effect_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
