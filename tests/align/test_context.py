@@ -88,7 +88,14 @@ CASES = {
         {"shape": WINDOWED},
     ),
     "reward": (reward, RewardConfig(optimizer=OPTIMIZER), PAIRS(), LONG, {}),
-    "ppo, separate critic": (ppo, PPOConfig(optimizer=OPTIMIZER, epochs=1, minibatches=1), rollout(), LONG, {}),
+    # PPO's updates are scaled by the rate beside plain gradient descent, too.
+    "ppo, separate critic": (
+        ppo,
+        PPOConfig(optimizer=OptimizerConfig(learning_rate=1.0), epochs=1, minibatches=1),
+        rollout(),
+        LONG,
+        {},
+    ),
 }
 
 

@@ -43,7 +43,8 @@ CASES: dict[str, tuple[Any, Any, Any, int]] = {
     "dpo, adapters": (dpo, DPOConfig(accumulate=2), PAIRS, 4),
     "sft": (sft, SFTConfig(accumulate=2), packed(make_sequences(40), 16, 24), 0),
     "reward": (reward, RewardConfig(accumulate=2), PAIRS, 0),
-    "ppo": (ppo, PPOConfig(epochs=1, minibatches=1), rollout(), 0),
+    # PPO's updates are scaled by the rate beside plain gradient descent, too.
+    "ppo": (ppo, PPOConfig(epochs=1, minibatches=1, optimizer=OptimizerConfig(learning_rate=1.0)), rollout(), 0),
 }
 QUICK = ("dpo", "dpo, adapters")
 
@@ -137,10 +138,7 @@ def test_what_crosses_is_rounded_twice_and_summed_in_float32(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
-    """In bfloat16 each gradient is off by the rounding of one part and of the sum, by 2^-8 of each at most.
-
-    PPO's gradients add up to next to nothing here, so that no share of them says anything.
-    """
+    """In bfloat16 each gradient is off by the rounding of one part and of the sum, by 2^-8 of each at most."""
     module, config, batch, lora = CASES[name]
     one = trained(module, config, batch, make_mesh(fsdp=8), lora=lora)
     two = trained(module, config, batch, make_mesh(data=2, fsdp=4), lora=lora)
@@ -151,11 +149,12 @@ def test_the_loss_and_gradients_of_one_mesh(name: str) -> None:
     rough = trained(module, config, batch, make_mesh(data=2, fsdp=4), lora=lora)
     assert one[0] == pytest.approx(rough[0], rel=2e-6)
     for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(rough[1]), strict=True):
-        error, size = np.linalg.norm(a - b), np.linalg.norm(a)
-        if name == "ppo":
-            assert error < 2**-4 * size + 1e-9
-        else:
-            assert 1e-4 * size < error < 2**-8 * size
+        if not a.any():  # what is below a new value head has no gradient yet
+            assert name == "ppo"
+            assert not b.any()
+            continue
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert 1e-4 < error < 2**-8
 
 
 @pytest.mark.parametrize(

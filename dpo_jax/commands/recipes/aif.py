@@ -134,10 +134,8 @@ class AIF:
             }
             dtype = run.resolved("judge_dtype")
             return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=dtype, **told)  # pyright: ignore
-        own = (
-            ["judge_batch_size", "judge_dtype"] if elsewhere else ["reward_timeout", "judge_batch_size", "judge_dtype"]
-        )
-        self._refuse("has options of its own", *own)
+        waits = () if elsewhere else ("reward_timeout",)
+        self._refuse("has options of its own", *waits, "judge_batch_size", "judge_dtype")
         found = read_judge(run.judge, "--judge")
         asked = found.resolved("ask")
         if found.prompts is None and asked == "list":
