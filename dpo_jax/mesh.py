@@ -153,6 +153,13 @@ def of_one(sharding: NamedSharding, ndim: int) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*axes[1:]))
 
 
+def split_as(owner: Any, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array `shape`: each axis split as that of `owner`, or whole where it is too short."""
+    where, held = owner.sharding, owner.sharding.shard_shape(owner.shape)
+    split = zip(shape, owner.shape, held, (*where.spec, *[None] * owner.ndim), strict=False)
+    return NamedSharding(where.mesh, PartitionSpec(*(None if n % (m // own) else a for n, m, own, a in split)))
+
+
 def check_divisible(mesh: Mesh, name: str, shape: Sequence[int], axes: LogicalAxes) -> None:
     """Raise `InputError`, naming the fix, when an axis of `shape` does not divide over the mesh axes that split it."""
     for size, axis, split in zip(shape, axes, _split(axes), strict=True):
@@ -169,7 +176,7 @@ def check_heads(mesh: Mesh, heads: int) -> None:
     """Raise `InputError`, with the sizes that fit, when `heads` query heads do not divide over tensor x context."""
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     if context > 1 and heads % (tensor * context):
-        fits = [str(n // tensor) for n in _divisors(heads) if n % tensor == 0]
+        fits = [str(n // tensor) for n in range(tensor, heads + 1, tensor) if heads % n == 0]
         raise InputError(
             f"--mesh.context {context}: {heads} attention heads do not divide over --mesh.tensor {tensor} x"
             f" --mesh.context; --mesh.context may be {', '.join(fits)}"
@@ -179,15 +186,11 @@ def check_heads(mesh: Mesh, heads: int) -> None:
 def check_length(length: int) -> None:
     """Raise `InputError`, with the sizes that fit, when the mesh in force splits sequences of `length` unevenly."""
     if length % parts("length"):
-        fits = ", ".join(str(n) for n in _divisors(length) if n <= 1024)
+        fits = ", ".join(str(n) for n in range(1, 1025) if length % n == 0)
         raise InputError(
             f"--mesh.context {parts('length')}: sequences of {length} tokens do not split evenly over it;"
             f" --mesh.context may be {fits}"
         )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _apart(mesh: Mesh | jax.sharding.AbstractMesh) -> Sequence[str]:
@@ -360,9 +363,8 @@ def for_sampling(mesh: Mesh, *, whole_rows: bool = False) -> Mesh:
     """
     data, fsdp, context, tensor = mesh.devices.shape
     shape = (data, 1, 1, fsdp * context * tensor) if whole_rows else (data, fsdp * context, 1, tensor)
-    if shape == mesh.devices.shape:
-        return mesh
-    return Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
+    same = shape == mesh.devices.shape
+    return mesh if same else Mesh(mesh.devices.reshape(shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def pieces(mesh: Mesh | jax.sharding.AbstractMesh | None, axis: str) -> int:
@@ -422,8 +424,7 @@ class Replicated:
         self._function = function
         self._jitted: Any = None
 
-    def _jit(self, *args: Any) -> Any:
-        del args
+    def _jit(self, *_: Any) -> Any:
         return jax.jit(self._function, out_shardings=replicated(self.mesh))
 
     def _ready(self, *args: Any) -> Any:

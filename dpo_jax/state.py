@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 
 from dpo_jax.config import OptimizerConfig
 from dpo_jax.errors import InputError
-from dpo_jax.mesh import replicated
+from dpo_jax.mesh import replicated, split_as
+from dpo_jax.moments import is_matrix
+from dpo_jax.moments.adafactor import scale_by_adafactor
 
 
 @struct.dataclass
@@ -101,8 +103,8 @@ def create(
     so is `value`, PPO's value model.
 
     The trained weights become float32, whatever they were loaded as. Each optimizer moment is laid out over devices
-    like its parameter. With `jax.ShapeDtypeStruct`s in place of arrays (their shardings set, where there is a mesh) the
-    state is abstract too.
+    like its parameter, axis by axis where it is smaller. With `jax.ShapeDtypeStruct`s in place of arrays (their
+    shardings set, where there is a mesh) the state is abstract too.
     """
     learn = {"adapters" if "adapters" in variables else "params", "heads", "value"}
     trainable = {k: jax.tree.map(as_float32, v) for k, v in variables.items() if k in learn}
@@ -114,9 +116,7 @@ def create(
     if isinstance(leaf.sharding, NamedSharding):
         mesh: Any = leaf.sharding.mesh
         everywhere = replicated(mesh)
-        like = optax.tree_map_params(
-            tx, lambda _, p: p.sharding, opt_state, trainable, transform_non_params=lambda _: everywhere
-        )
+        like = _places(opt_state, trainable, everywhere)
         opt_state, step = jax.tree.map(lambda x, where: x.update(sharding=where), (opt_state, step), (like, everywhere))
         like = (like, everywhere)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -124,6 +124,23 @@ def create(
         start = jax.jit(lambda weights: (tx.init(weights), jnp.zeros((), jnp.int32)), out_shardings=like)
         opt_state, step = start(trainable)
     return TrainState(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state, apply_fn=apply_fn, tx=tx)
+
+
+def _places(opt_state: Any, trainable: Any, everywhere: NamedSharding) -> Any:
+    """A tree like `opt_state` of where its arrays lie: what belongs to a parameter and has its axes is split as it is,
+    along each axis of which every device can hold as much; all else is whole on every device.
+    """
+
+    def name(path: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(key for key in path if isinstance(key, jax.tree_util.DictKey))  # others are the optimizer's own
+
+    owners = {name(path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        owner = owners.get(name(path))
+        return everywhere if owner is None or owner.ndim != x.ndim else split_as(owner, x.shape)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def as_float32(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
@@ -170,13 +187,8 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return schedule
 
 
-def _is_matrix(path: tuple[Any, ...]) -> bool:
-    """Kernels, embeddings and adapter factors; not norm scales and biases (which are stacked by layer too)."""
-    return path[-1].key not in ("scale", "bias")
-
-
 def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.GradientTransformation:
-    """Clipping, then AdamW or RMSprop, then the schedule.
+    """Clipping, then the rule that `config.name` says, weight decay, then the schedule.
 
     Without `scheduled` the updates are those of a learning rate of 1: for steps of several updates, which multiply them
     by `learning_rate_schedule` of the step themselves.
@@ -187,10 +199,20 @@ def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.
         # PyTorch's, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
         rms = optax.scale_by_rms(decay=config.resolved("decay"), eps=config.eps, eps_in_sqrt=False)
         return optax.chain(clip, rms, optax.scale_by_learning_rate(schedule))
-    adamw = optax.adamw(
-        schedule,
-        **{name: config.resolved(name) for name in ("b1", "b2", "weight_decay")},
-        eps=config.eps,
-        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path), tree),
+    decay = optax.add_decayed_weights(
+        config.resolved("weight_decay"),
+        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree),
     )
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, optax.chain(_rule(config), decay, optax.scale_by_learning_rate(schedule)))
+
+
+def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What makes steps of gradients, before weight decay and the learning rate."""
+    if config.name == "adafactor":
+        return scale_by_adafactor(
+            **{name: config.resolved(name) for name in ("exponent", "update_clip", "eps1")},
+            eps2=config.resolved("eps2") if config.parameter_scale else None,
+        )
+    return optax.scale_by_adam(
+        config.resolved("b1"), config.resolved("b2"), config.eps, mu_dtype=config.resolved("mu_dtype")
+    )

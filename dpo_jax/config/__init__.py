@@ -43,6 +43,7 @@ from dpo_jax.config.commands.writing import (
     ServeRun as ServeRun,
 )
 from dpo_jax.config.devices import DistributedConfig as DistributedConfig, MeshConfig as MeshConfig
+from dpo_jax.config.optimizer import OptimizerConfig as OptimizerConfig
 from dpo_jax.config.options import ON_COMMAND_LINE as ON_COMMAND_LINE, OPEN as OPEN, SET_BY_RECIPE as SET_BY_RECIPE
 from dpo_jax.config.recipes.aif import ASPECTS as ASPECTS, AIFRun as AIFRun, WriterConfig as WriterConfig
 from dpo_jax.config.recipes.dsft import (
@@ -74,7 +75,6 @@ from dpo_jax.config.sections import (
     LogConfig as LogConfig,
     LoraConfig as LoraConfig,
     Narrow as Narrow,
-    OptimizerConfig as OptimizerConfig,
     Remat as Remat,
     SampleConfig as SampleConfig,
     SampleLayout as SampleLayout,

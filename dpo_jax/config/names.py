@@ -11,6 +11,7 @@ _OLD = {"source": "data.files", "eval_source": "eval_data", "mix_source": "mix_d
 
 ELSEWHERE = {
     "lr": ("optimizer.learning_rate",),
+    "optim": ("optimizer.name",),
     "lr_scheduler_type": ("optimizer.schedule",),
     "max_grad_norm": ("optimizer.clip_norm",),
     "num_train_epochs": ("train.epochs",),

@@ -1,10 +1,12 @@
-"""Sections of options that several commands share; those about devices and processes are in `devices.py`."""
+"""Sections of options that several commands share; those about devices and processes are in `devices.py`, the
+optimizer's in `optimizer.py`."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal, get_args
 
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import (
     ON_COMMAND_LINE,
     Count,
@@ -13,7 +15,6 @@ from dpo_jax.config.options import (
     Options,
     Positive,
     Several,
-    Unit,
     UpToOne,
     Within,
     not_given,
@@ -59,48 +60,6 @@ class LoraConfig(Options, prefix="--lora."):
 
 NO_LORA = LoraConfig()
 """No adapters."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig(Options, prefix="--optimizer."):
-    """Optimizer, schedule and clipping."""
-
-    name: Literal["adamw", "rmsprop"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019) or rmsprop (as PyTorch's, which the DPO paper used)."""
-    learning_rate: Positive = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a linear or cosine fall to `floor` x peak at the last step."""
-    warmup_steps: Annotated[int, Within(0)] | None = None
-    """Linear warm-up: step t (from 0) uses peak x (t + 1) / (warmup_steps + 1)."""
-    warmup_ratio: Annotated[float, Within(0, 1)] | None = None
-    """Warm-up as a share of all steps, in place of `warmup_steps`."""
-    warmup_min: Count | None = not_given(0, needs="warmup_ratio")
-    """Least steps of that share (Llama 2's reward models: 3 %, and at least 5)."""
-    floor: Unit | None = not_given(0.0, schedule=("linear", "cosine"))
-    """Final learning rate as a share of the peak (0.1 for Llama 2)."""
-    b1: float | None = not_given(0.9, name=("adamw",))
-    """AdamW's first-moment decay."""
-    b2: float | None = not_given(0.999, name=("adamw",))
-    """AdamW's second-moment decay (Llama 2: 0.95)."""
-    decay: float | None = not_given(0.99, name=("rmsprop",))
-    """RMSprop's second-moment decay."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float | None = not_given(0.0, name=("adamw",))
-    """AdamW's decoupled weight decay, on matrices only (not on norms and biases)."""
-    clip_norm: float | None = 1.0
-    """Clip gradients to this global norm; None does not clip."""
-    total_steps: int | None = None
-    """Length of the schedule. Not given: the length of the run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.warmup_steps is None or self.warmup_ratio is None,
-            "give --optimizer.warmup_steps or --optimizer.warmup_ratio, not both",
-        )
-        require(self.clip_norm is None or self.clip_norm > 0, "--optimizer.clip_norm must be positive, or None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     """Bytes of weights, optimizer and frozen models of all devices together, where each is held once."""
     weights = parameters(shape)
     frozen = 2 if run.train.kept_dtype == "bfloat16" else 4
-    moments = 8 if run.optimizer.name == "adamw" else 4
+    moments = _moments(run)
     moving = isinstance(run, DPORun) and run.dpo.reference_sync_steps is not None  # a reference of its own, in float32
     if run.lora.rank:
         adapters = ModelFlops.of(shape, run.lora).adapters
@@ -31,6 +31,13 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     if isinstance(run, PPORun):
         size += weights * frozen + (_trained_models(run) - 1) * weights * (4 + moments)
     return size
+
+
+def _moments(run: TrainingRun) -> float:
+    """Bytes of the optimizer's moments for each trained weight. Adafactor's rows and columns count nothing."""
+    rule = run.optimizer
+    first = {"float32": 4, "bfloat16": 2}[rule.resolved("mu_dtype")]
+    return {"adamw": 4 + first, "adafactor": 0, "rmsprop": 4}[rule.name]
 
 
 def gradient_bytes(run: TrainingRun, shape: LlamaConfig) -> float:

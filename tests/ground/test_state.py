@@ -101,13 +101,25 @@ def updated(options: OptimizerConfig, updates: int):
 
 
 @pytest.mark.parametrize("updates", [1, 3])
-@pytest.mark.parametrize(("name", "clip", "gradients"), [("adamw", None, 1), ("adamw", 1.0, 2), ("rmsprop", 1.0, 1)])
-def test_an_update_is_made_in_place(name, clip, gradients, updates):
-    """Beside weights and moments there is the gradient, once more clipped for Adam: no second copy of the others."""
-    _, compiled = updated(OptimizerConfig(name=name, clip_norm=clip), updates)
+@pytest.mark.parametrize(
+    ("options", "held", "gradients"),
+    [
+        ({"name": "adamw", "clip_norm": None}, 3, 1),
+        ({"name": "adamw"}, 3, 2),
+        ({"name": "adamw", "clip_norm": None, "mu_dtype": "bfloat16"}, 2.5, 1),
+        ({"name": "rmsprop"}, 2, 1),
+        ({"name": "adafactor", "clip_norm": None}, 1, 2),
+        ({"name": "adafactor", "parameter_scale": True}, 1, 3),
+    ],
+    ids=str,
+)
+def test_an_update_is_made_in_place(options, held, gradients, updates):
+    """Beside weights and moments there is the gradient, once more clipped for some, and Adafactor's update, whose size
+    is looked at before it is made: no second copy of the others."""
+    _, compiled = updated(OptimizerConfig(**options), updates)
     weights = 8 * 4 * 128 * 128
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= (3 if name == "adamw" else 2) * weights
+    assert memory.alias_size_in_bytes >= held * weights
     assert gradients * weights <= memory.temp_size_in_bytes < (gradients + 0.5) * weights
 
 
@@ -165,8 +177,8 @@ def test_a_schedule_without_an_end_is_refused():
         states.learning_rate_schedule(OptimizerConfig(warmup_steps=10, total_steps=10))
 
 
-def _create(variables, name="adamw"):
-    return states.create(lambda: None, variables, states.make_optimizer(OptimizerConfig(name=name)))
+def _create(variables, **options):
+    return states.create(lambda: None, variables, states.make_optimizer(OptimizerConfig(**options)))
 
 
 def test_all_parameters_are_trained_in_float32():
@@ -189,15 +201,15 @@ def test_only_adapters_are_trained_where_there_are_some():
     assert jax.tree.structure(moments) == jax.tree.structure(state.trainable)
 
 
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize(("name", "moments"), [("adamw", ["mu", "nu"]), ("rmsprop", ["nu"])])
 @pytest.mark.parametrize("lora", [0, 4])
-def test_moments_are_laid_out_like_their_parameters(name, lora):
+def test_moments_are_laid_out_like_their_parameters(name, moments, lora):
     mesh = make_mesh(fsdp=4, tensor=2)
     model = llama.Llama(TINY, lora=LoraConfig(rank=lora))
-    state = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), name)
+    state = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), name=name)
     shardings = jax.tree.map(lambda x: x.sharding, state.trainable)
     assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
-    for moment in ["mu", "nu"] if name == "adamw" else ["nu"]:
+    for moment in moments:
         tree = optax.tree_utils.tree_get(state.opt_state, moment)
         assert jax.tree.map(lambda x: x.sharding, tree) == shardings
         assert all(not np.any(x) for x in jax.tree.leaves(tree))
@@ -205,18 +217,18 @@ def test_moments_are_laid_out_like_their_parameters(name, lora):
     assert len(state.step.sharding.device_set) == 8
 
 
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_an_abstract_state_is_the_real_ones_outline(name):
+@pytest.mark.parametrize("options", [{}, {"mu_dtype": "bfloat16"}, {"name": "rmsprop"}, {"name": "adafactor"}], ids=str)
+def test_an_abstract_state_is_the_real_ones_outline(options):
     mesh = make_mesh(fsdp=8)
     model = llama.Llama(TINY)
-    real = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), name)
+    real = _create(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), **options)
     abstract = _create(
         jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
             model_variables.abstract_variables(model),
             model_variables.shardings(model, mesh),
         ),
-        name,
+        **options,
     )
 
     def outline(tree):

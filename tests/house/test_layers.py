@@ -19,6 +19,7 @@ FLOORS = {
     "voice": 0,
     "mesh": 1,
     "config": 1,
+    "moments": 1,
     "state": 1,
     "model": 2,
     "sample": 3,
@@ -49,10 +50,10 @@ HOUSE = {"processes", "files", "report", "complete", "judge", "train", "plan", "
 
 # Third-party packages that only some rooms may import. A package that is not listed is in nobody's house.
 OWNERS = {
-    "jax": {"types", "masked", "mesh", "state", "model", "sample", "weights", "data", "align", *HOUSE},
+    "jax": {"types", "masked", "mesh", "moments", "state", "model", "sample", "weights", "data", "align", *HOUSE},
     "numpy": {"types", "masked", "mesh", "model", "sample", "weights", "data", *HOUSE},
     "flax": {"types", "state", "model", "weights", "align", "complete", "judge", "train", "plan", "commands"},
-    "optax": {"state", "align", "plan"},
+    "optax": {"moments", "state", "align", "plan"},
     "chex": {"masked", "model", "align", "sample", "data"},
     "ml_dtypes": {"weights"},
     "safetensors": {"weights"},

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import Count, RecipeSeed, Several, Warm, part, require, stage
-from dpo_jax.config.sections import OptimizerConfig, SampleConfig, TrainConfig
+from dpo_jax.config.sections import SampleConfig, TrainConfig
 from dpo_jax.config.training.dpo import DPOLossConfig, DPORun
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_jax.config.bases import ReadsModels
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import (
     SET_BY_RECIPE,
     Count,
@@ -17,7 +18,6 @@ from dpo_jax.config.options import (
     stage,
 )
 from dpo_jax.config.recipes.llama2_chat import JUDGED
-from dpo_jax.config.sections import OptimizerConfig
 from dpo_jax.config.training.dpo import DPOLossConfig, DPORun
 from dpo_jax.config.training.rejection import RejectionRun
 from dpo_jax.config.training.reward import RewardRun

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.devices import DistributedConfig
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import Count, Options, Share, Unit, no_option, not_given, part, require
 from dpo_jax.config.sections import (
     CheckpointConfig,
     LogConfig,
-    OptimizerConfig,
     SampleConfig,
     TrainConfig,
 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import (
     Count,
     Finite,
@@ -15,7 +16,7 @@ from dpo_jax.config.options import (
     part,
     require,
 )
-from dpo_jax.config.sections import CheckpointConfig, LogConfig, OptimizerConfig, SampleConfig, TrainConfig
+from dpo_jax.config.sections import CheckpointConfig, LogConfig, SampleConfig, TrainConfig
 from dpo_jax.config.training.run import JudgedRun
 from dpo_jax.config.training.sft import SFTDataConfig, SFTLossConfig
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 from dpo_jax.config.bases import AsksRewards, ReadsModels
 from dpo_jax.config.devices import DistributedConfig, MeshConfig
 from dpo_jax.config.names import RunOptions
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import Finite, Options, Share, part, require
 from dpo_jax.config.sections import (
     CheckpointConfig,
@@ -13,7 +14,6 @@ from dpo_jax.config.sections import (
     EnergyConfig,
     LogConfig,
     LoraConfig,
-    OptimizerConfig,
     SampleConfig,
     StepConfig,
     TrainConfig,

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import Count, Options, not_given, part, require
-from dpo_jax.config.sections import DataConfig, OptimizerConfig, StepConfig, TrainConfig
+from dpo_jax.config.sections import DataConfig, StepConfig, TrainConfig
 from dpo_jax.config.training.run import HoldoutRun, TrainingRun
 
 Proposal = Literal["uniform", "log_uniform"]
