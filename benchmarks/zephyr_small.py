@@ -100,8 +100,8 @@ def lessons(data: Path) -> list[Row]:
     return [row for both in zip(*kinds, strict=False) for row in both]
 
 
-def rated_lists(data: Path) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """(instruction, responses, ratings) of PandaLM, each list in some orders of its models."""
+def rated_by_people(data: Path) -> dict[str, dict[str, tuple[str, float]]]:
+    """instruction -> model -> its response in PandaLM, and the share of its comparisons that people let it win."""
     wins: dict[str, dict[str, list[float]]] = {}
     texts: dict[tuple[str, str], str] = {}
     for row in sources.lines(data / "pandalm" / "pairs.jsonl"):
@@ -113,12 +113,18 @@ def rated_lists(data: Path) -> Iterator[tuple[str, tuple[str, ...], tuple[int, .
                 texts[asked, name] = text
                 share = sum(1.0 if vote == i else 0.5 if vote == 0 else 0.0 for vote in votes) / len(votes)
                 wins.setdefault(asked, {}).setdefault(name, []).append(share)
-    for asked, found in wins.items():
-        names = sorted(found)
-        for turn in range(6 if len(names) >= LISTED else 0):
-            some = random.Random(f"{asked} {turn}").sample(names, LISTED)
-            ratings = tuple(1 + round(4 * sum(found[name]) / len(found[name])) for name in some)
-            yield asked, tuple(texts[asked, name] for name in some), ratings
+    return {
+        asked: {name: (texts[asked, name], sum(found[name]) / len(found[name])) for name in sorted(found)}
+        for asked, found in wins.items()
+    }
+
+
+def rated_lists(data: Path) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """(instruction, responses, ratings from 1 to 5) of PandaLM, each list in some orders of its models."""
+    for asked, found in rated_by_people(data).items():
+        for turn in range(6 if len(found) >= LISTED else 0):
+            some = [found[name] for name in random.Random(f"{asked} {turn}").sample(list(found), LISTED)]
+            yield asked, tuple(text for text, _ in some), tuple(1 + round(4 * share) for _, share in some)
 
 
 # ---------------------------------------------------------------- the run
