@@ -5,8 +5,9 @@
     links     Σ bytes that a device sends inside its slice / (share x bandwidth of its links)
     network   Σ bytes that a device sends to other slices or nodes / (share x its bandwidth between them)
 
-Hardware overlaps the four as far as the program allows, which nothing here knows: if all of it overlaps, the step
-takes the longest of them (`fastest`), if nothing does, their sum (`slowest`). Rankings and prices use the sum.
+Hardware overlaps the four as far as the program allows. Collectives that the program waits for (`hlo.py`) overlap with
+nothing; if all else does, the step takes the longest of the four without them, and them (`fastest`); if nothing does,
+the sum of the four (`slowest`). Rankings and prices use the sum.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ class Estimate:
 
     Attributes:
       compute, memory, links, network: seconds under each roof.
+      waits: of `links`, seconds of collectives that the program waits for.
       tokens: real tokens, all devices.
       flops: model FLOPs of a device.
       peak: FLOP/s of a device in bfloat16, against which MFU is reckoned.
@@ -34,6 +36,7 @@ class Estimate:
     memory: float
     links: float
     network: float
+    waits: float
     tokens: float
     flops: float
     peak: float
@@ -42,8 +45,8 @@ class Estimate:
 
     @property
     def fastest(self) -> float:
-        """Everything overlaps."""
-        return max(self.compute, self.memory, self.links, self.network)
+        """All overlaps that can."""
+        return max(self.compute, self.memory, self.links - self.waits, self.network) + self.waits
 
     @property
     def slowest(self) -> float:
@@ -73,6 +76,7 @@ class Estimate:
             "memory_seconds": self.memory,
             "links_seconds": self.links,
             "network_seconds": self.network,
+            "links_seconds_waited_for": self.waits,
             "seconds_if_all_overlaps": self.fastest,
             "seconds_if_nothing_overlaps": self.slowest,
             "bound_by": self.bound,
@@ -99,6 +103,7 @@ def estimate(figures: Mapping[str, Any], topology: Topology, dtype: str, assume:
         memory=moved / (assume.memory * hardware.bandwidth),
         links=links / assume.links,
         network=network / assume.links,
+        waits=sum(one["waits"] for one in figures["collectives"]) / hardware.links / assume.links,
         tokens=figures["tokens"],
         flops=figures["flops"] / devices,
         peak=hardware.peak("bfloat16"),
@@ -116,8 +121,8 @@ def assumptions(topology: Topology, dtype: str, assume: AssumeConfig) -> list[st
         f"memory reaches {assume.memory:.0%} of {hardware.bandwidth / 1e9:.4g} GB/s a device",
         f"collectives reach {assume.links:.0%} of {hardware.links / 1e9:.4g} GB/s that a device sends"
         + ("" if network is None else f", and as much of {network / 1e9:.4g} GB/s to other slices"),
-        "time is between the longest of these (all overlaps) and their sum (nothing does); "
-        "rates, MFU and prices take the sum",
+        "time is between the longest of these (all overlaps that can: not the collectives that the program waits for) "
+        "and their sum (nothing does); rates, MFU and prices take the sum",
         "every prompt and response is as long as it may be, every row real; loading, evaluation, checkpoints and "
         "waiting for data are left out",
     ]

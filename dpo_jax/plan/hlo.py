@@ -8,6 +8,10 @@ Bytes that a device sends, for a collective of b bytes (the whole result of an a
 others), inside its slice and to other slices: `hlo_groups.py`. A program for several TPU slices is that of one of them:
 what crosses is a `send` to the runtime between slices, of what a device holds after the sum inside its slice.
 
+A TPU's asynchronous collective is a chain of fusions: one starts it, others compute while it runs, one ends it; in each
+of them it stands again, and its buffers go through. It counts where it starts. What a device sends in collectives that
+are not asynchronous, or end before anything is computed, is counted apart (`waits`): nothing hides it.
+
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
 in on-chip memory (a layout with S(n)) counts nothing.
@@ -41,6 +45,7 @@ _KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_WORK = {"fusion", "convolution", "dot", "custom-call", "while", "call", "conditional"}
 _NOTHING_MOVES = {
     "parameter",
     "constant",
@@ -92,12 +97,14 @@ class Collective:
       payload: bytes they carry.
       sent: bytes that each device sends inside its slice.
       crosses: bytes that each device sends to other slices.
+      waits: of `sent`, bytes while which the device computes nothing.
     """
 
     count: float = 0.0
     payload: float = 0.0
     sent: float = 0.0
     crosses: float = 0.0
+    waits: float = 0.0
 
 
 @dataclass
@@ -218,6 +225,30 @@ def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[s
     return max(-(-(last - first) // step), 0)
 
 
+_CHAINED, _STARTS, _ENDS = 'chain_id="', "AsyncCollectiveStart", "AsyncCollectiveDone"
+
+
+def _goes_on(made: Instruction, inside: Computation) -> bool:
+    """Whether this collective was started by a fusion before."""
+    return _CHAINED in made.text and not any(_STARTS in other.text for other in inside.values())
+
+
+def _hidden(made: Instruction, inside: Computation) -> bool:
+    """Whether something is computed between the start of this collective and its end."""
+    if _CHAINED in made.text:
+        return True
+    if not made.opcode.endswith("-start") or '"is_sync":true' in made.text:
+        return False
+    order = list(inside.values())
+    start = order.index(made)
+    for other in order[start + 1 :]:
+        if made.name in other.operands:
+            return False
+        if other.opcode in _WORK:
+            return True
+    return False
+
+
 def _root(computation: Computation) -> Instruction:
     return next(made for made in computation.values() if made.root)
 
@@ -301,17 +332,21 @@ class _Reader:
         self.unknown_trips = unknown_trips
         self.found = Traffic()
 
-    def walk(self, name: str, times: float, *, fused: bool = False) -> None:
-        """Add what the computation `name` moves when it runs `times` times; within a fusion only its collectives."""
+    def walk(self, name: str, times: float, *, fused: bool = False, hidden: bool = False) -> None:
+        """Add what the computation `name` moves when it runs `times` times; within a fusion only its collectives.
+
+        hidden: whether it runs beside others.
+        """
         inside = self.computations[name]
         for made in inside.values():
-            if (kind := _collective_kind(made.opcode)) is not None:
+            if (kind := _collective_kind(made.opcode)) is not None and not _goes_on(made, inside):
                 groups = groups_of(made.text, len(self.slices))
-                self._add(*_collective(made, inside, kind), groups, self.slices, times)
+                waits = not hidden and not _hidden(made, inside)
+                self._add(*_collective(made, inside, kind), groups, self.slices, times, waits=waits)
             elif (kind := _between_slices(made)) is not None:
                 given = sum(arrays(inside[made.operands[0]].shape, everywhere=True))
                 whole = given * self.count if kind == "all-gather" else given
-                self._add(kind, whole, np.arange(self.count)[None], range(self.count), times)
+                self._add(kind, whole, np.arange(self.count)[None], range(self.count), times, waits=False)
             if made.opcode == "while":
                 length = _loop_length(made, inside, self.computations)
                 self.found.unknown_loops += length is None
@@ -319,18 +354,22 @@ class _Reader:
             elif made.opcode == "fusion":
                 self.walk(made.called("calls"), times, fused=True)
             elif made.opcode in ("call", "conditional", "async-start"):
+                beside = made.opcode == "async-start" and _hidden(made, inside)
                 for called in _called(made):
-                    self.walk(called, times)
+                    self.walk(called, times, hidden=beside)
             if not fused:
                 self.found.memory += times * self._bytes(made, inside)
 
-    def _add(self, kind: str, payload: float, groups: np.ndarray, slices: Sequence[int], times: float) -> None:
+    def _add(
+        self, kind: str, payload: float, groups: np.ndarray, slices: Sequence[int], times: float, *, waits: bool
+    ) -> None:
         joined, within, across = sent(kind, groups, payload, slices)
         total = self.found.collectives.setdefault((kind, groups.shape[1], joined), Collective())
         total.count += times
         total.payload += times * payload
         total.sent += times * within
         total.crosses += times * across
+        total.waits += times * within * waits
 
     def _bytes(self, made: Instruction, inside: Computation) -> float:
         if made.opcode in _NOTHING_MOVES or made.opcode.endswith(("-done", "-update")) or made.opcode == "async-start":
@@ -343,7 +382,7 @@ class _Reader:
         if made.opcode == "fusion":
             called = self.computations[made.called("calls")]
             read = sum(min(operand(i), self._read(called, i)) for i in range(len(made.operands)))
-            return read + self._written(called, sum(out))
+            return read + self._written(called, out)
         if made.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * sum(out)
         if made.opcode == "dynamic-update-slice":
@@ -376,16 +415,25 @@ class _Reader:
                 yield 0.0  # written in place
             elif made.opcode == "bitcast":
                 yield from self._uses(called, made.name)
+            elif made.opcode == "tuple" or _goes_on(made, called) or _ENDS in made.text:
+                yield 0.0  # goes through
             elif made.opcode == "fusion":
                 yield self._read(self.computations[made.called("calls")], place)
             else:
                 yield math.inf
 
-    def _written(self, called: Computation, out: float) -> float:
-        """Bytes that a fusion writes: `out`, or the update where it updates in place."""
-        made = next(made for made in called.values() if made.root)
+    def _written(self, called: Computation, out: list[float]) -> float:
+        """Bytes that a fusion with results of `out` bytes writes: of an update in place, only the update."""
+        made = _root(called)
+        if made.opcode == "tuple" and len(made.operands) == len(out):
+            return sum(self._result(called, called[name], size) for name, size in zip(made.operands, out, strict=True))
+        return self._result(called, made, sum(out))
+
+    def _result(self, called: Computation, made: Instruction, out: float) -> float:
         while made.opcode == "bitcast":
             made = called[made.operands[0]]
+        if made.opcode == "parameter" or _goes_on(made, called) or _ENDS in made.text:
+            return 0.0
         if made.opcode != "dynamic-update-slice" or out == 0:
             return out
         return min(out, sum(arrays(called[made.operands[1]].shape, everywhere=True)))

@@ -63,11 +63,12 @@ def _show_movement(outcome: Outcome, topology: Topology, console: Console) -> No
     if not collectives:
         _say(console, f"{outcome.name}: no collectives")
         return
-    table = Table("collective", "devices", "times", "GB carried", "GB a device sends", title=outcome.name)
+    columns = ("collective", "devices", "times", "GB carried", "GB a device sends", "waited for")
+    table = Table(*columns, title=outcome.name)
     if topology.slices > 1:
         table.add_column("GB to other slices")
     for one in collectives:
-        sizes = [f"{one[name] / 1e9:.3f}" for name in ("payload", "sent", "crosses")[: len(table.columns) - 3]]
+        sizes = [f"{one[name] / 1e9:.3f}" for name in ("payload", "sent", "waits", "crosses")[: len(table.columns) - 3]]
         table.add_row(one["kind"], str(one["devices"]), f"{one['count']:.0f}", *sizes)
     console.print(table)
     if (network := topology.hardware.network) is not None and topology.slices > 1:
@@ -89,7 +90,8 @@ def _show_estimate(outcome: Outcome, made: Estimate, console: Console) -> None:
     )
     _say(
         console,
-        f"  compute {made.compute:.3g} s, memory {made.memory:.3g} s, links {made.links:.3g} s,"
+        f"  compute {made.compute:.3g} s, memory {made.memory:.3g} s, links {made.links:.3g} s"
+        f" ({made.waits:.3g} s of it hidden by nothing),"
         f" network {made.network:.3g} s: between"
         f" {made.fastest:.3g} and {made.slowest:.3g} s, bound by {made.bound};"
         f" {made.tokens_per_second:,.0f} tokens/s, MFU {made.mfu:.0%}",

@@ -178,6 +178,78 @@ ENTRY %main (a: f32[64]) -> f32[8] {
     assert found.memory == 64 * 4  # what is kept stays in on-chip memory
 
 
+CHAIN = """
+%start (s: f32[8]) -> (f32[8], f32[64]) {
+  %s = f32[8]{0} parameter(0)
+  %g1 = f32[64]{0} all-gather(%s), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %c1 = (f32[8]{0}, f32[64]{0}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (i: f32[8], o: f32[64], x: f32[16]) -> (f32[16], f32[8], f32[64], f32[64]) {
+  %i = f32[8]{0} parameter(0)
+  %o = f32[64]{0} parameter(1)
+  %x = f32[16]{0} parameter(2)
+  %g2 = f32[64]{0} all-gather(%i), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  %y = f32[16]{0} add(%x, %x)
+  ROOT %t = (f32[16]{0}, f32[8]{0}, f32[64]{0}, f32[64]{0}) tuple(%y, %i, %o, %g2)
+}
+
+%done (j: f32[8], q: f32[64]) -> f32[64] {
+  %j = f32[8]{0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %g3 = f32[64]{0} all-gather(%j), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %c3 = f32[64]{0} custom-call(%j, %q, %g3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[8], b: f32[16]) -> f32[64] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %f1 = (f32[8]{0}, f32[64]{0}) fusion(%a), kind=kCustom, calls=%start
+  %a1 = f32[8]{0} get-tuple-element(%f1), index=0
+  %o1 = f32[64]{0} get-tuple-element(%f1), index=1
+  %f2 = (f32[16]{0}, f32[8]{0}, f32[64]{0}, f32[64]{0}) fusion(%a1, %o1, %b), kind=kCustom, calls=%beside
+  %a2 = f32[8]{0} get-tuple-element(%f2), index=1
+  %o2 = f32[64]{0} get-tuple-element(%f2), index=2
+  ROOT %f3 = f32[64]{0} fusion(%a2, %o2), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_an_asynchronous_collective_of_a_tpu_counts_once() -> None:
+    """It stands in each fusion from its start to its end; what they hand on is not read, nor written."""
+    found = hlo.read_traffic(CHAIN, slices=[0] * 8)
+    one = found.collectives["all-gather", 8, 1]
+    assert (one.count, one.payload, one.sent, one.waits) == (1, 256, 224, 0)
+    # The start reads its part, and writes it where it goes on, and the whole; between them b is read, and y written.
+    assert found.memory == 4 * (8 + 8 + 64 + 16 + 16)
+
+
+@pytest.mark.parametrize(
+    ("between", "attributes", "waits"),
+    [
+        ("  %y = f32[8]{0} fusion(%a), kind=kLoop, calls=%twice", "", 0),
+        ("  %y = f32[8]{0} copy(%a)", "", 224),
+        ("  %y = f32[8]{0} fusion(%a), kind=kLoop, calls=%twice", ', backend_config={"is_sync":true}', 224),
+    ],
+)
+def test_what_nothing_hides_is_waited_for(between: str, attributes: str, waits: float) -> None:
+    text = f"""
+%twice (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %d = f32[8]{{0}} add(%x, %x)
+}}
+
+ENTRY %main (a: f32[8]) -> f32[64] {{
+  %a = f32[8]{{0}} parameter(0)
+  %s = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%a), replica_groups={{{{0,1,2,3,4,5,6,7}}}}{attributes}
+{between}
+  ROOT %g = f32[64]{{0}} all-gather-done(%s)
+}}
+"""
+    one = hlo.read_traffic(text, slices=[0] * 8).collectives["all-gather", 8, 1]
+    assert (one.sent, one.waits) == (224, waits)
+
+
 # ---------------------------------------------------------------- refusals, hardware, the roofline
 
 
@@ -248,6 +320,7 @@ FIGURES: dict[str, Any] = {
             "payload": 40 * GB,
             "sent": 37.5 * GB,
             "crosses": 0,
+            "waits": 7.5 * GB,
         }
     ],
     "unknown_loops": 0,
@@ -261,7 +334,8 @@ def test_roofline() -> None:
     assert made.compute == pytest.approx(4e15 / 16 / 197e12 / 0.5)
     assert made.memory == pytest.approx(100e9 / 819e9 / 0.8)
     assert made.links == pytest.approx(37.5e9 / 200e9 / 0.5)
-    assert made.fastest == made.compute
+    assert made.waits == pytest.approx(7.5e9 / 200e9 / 0.5)
+    assert made.fastest == made.compute + made.waits
     assert made.slowest == pytest.approx(made.compute + made.memory + made.links)
     assert made.bound == "compute"
     assert made.mfu == pytest.approx(3e15 / 16 / 197e12 / made.slowest)
