@@ -8,8 +8,8 @@ the dialogues: PandaLM's shortest instructions; the teacher is SmolLM2 itself.
 
 Judge: a language model of this machine that is asked for all responses of a prompt at once. SmolLM2 seldom keeps to the
 form that is asked for, so it is taught here, by SFT on the judge's own prompts: PandaLM's responses to one instruction,
-rated from 1 to 5 by how many of its comparisons people let each win, and its pairs in both orders. A scoring function,
-the length of the response, rates the same responses beside it, and their agreement is printed.
+rated 5, 4, 2 and 1 in the order of how many of its comparisons people let each win, and its pairs in both orders. A
+scoring function, the length of the response, rates the same responses beside it, and their agreement is printed.
 
 An answer that runs into its limit stands in no pair; so the writers of this machine are asked to be brief, by the only
 principle (`--aif.principles`), which no pair holds.
@@ -34,7 +34,9 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_zephyr.py"
 LISTED = 4
 """Responses that the judge learns to rate at once: as many as answer a prompt of the recipe."""
 PRINCIPLES = {"brevity": ["Answer in two or three short sentences.", "Be brief: one short paragraph is enough."]}
-LONGEST = 1600
+RATINGS = (1, 2, 4, 5)
+"""Of a response that as many others of its list are behind; a judge that learns the shares of wins says 1 to most."""
+LONGEST = 2400
 """Characters of a question of the judge that it learns from, at most."""
 
 
@@ -45,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--prompts", type=int, default=60, help="that the writers answer")
     parser.add_argument("--seeds", type=int, default=32, help="seed prompts of the dialogues")
-    parser.add_argument("--judge_steps", type=int, default=24, help="of the judge, of 8 questions each")
+    parser.add_argument("--judge_steps", type=int, default=40, help="of the judge, of 8 questions each")
     parser.add_argument("--dpo_steps", type=int, default=8, help="of the writer that DPO made, of 8 pairs each")
     parser.add_argument("--more", default="", help="options of the recipe, such as '--aif.rule best_worst'")
     return parser.parse_args()
@@ -120,11 +122,12 @@ def rated_by_people(data: Path) -> dict[str, dict[str, tuple[str, float]]]:
 
 
 def rated_lists(data: Path) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """(instruction, responses, ratings from 1 to 5) of PandaLM, each list in some orders of its models."""
+    """(instruction, responses, ratings) of PandaLM, each list in some orders of its models."""
     for asked, found in rated_by_people(data).items():
         for turn in range(6 if len(found) >= LISTED else 0):
             some = [found[name] for name in random.Random(f"{asked} {turn}").sample(list(found), LISTED)]
-            yield asked, tuple(text for text, _ in some), tuple(1 + round(4 * share) for _, share in some)
+            ratings = tuple(RATINGS[sum(other < share for _, other in some)] for _, share in some)
+            yield asked, tuple(text for text, _ in some), ratings
 
 
 # ---------------------------------------------------------------- the run
@@ -138,7 +141,7 @@ def write_files(options: argparse.Namespace, out: Path) -> None:
     asked = sorted({row["prompt"] for row in sources.pandalm(options.data)}, key=lambda text: (len(text), text))
     sources.write(out / "seeds.jsonl", [{"prompt": text} for text in asked[: options.seeds]])
     sources.write(out / "lessons.jsonl", lessons(options.data))
-    sample = "batch_size: 16, sample: {max_new_tokens: 224, temperature: 0.5}"
+    sample = "batch_size: 16, sample: {max_new_tokens: 384, temperature: 0.5}"
     pool = [f"- {{name: {name}, model: '{model}', {sample}}}" for name, model in {
         "SmolLM2": options.model, "our SFT": out / "zephyr" / "sft", "our DPO": out / "dpo"}.items()]  # fmt: skip
     (out / "pool.yaml").write_text("\n".join([*pool, f"- {{name: scored4_en, responses: '{scored}'}}"]) + "\n")
@@ -160,7 +163,7 @@ def train(options: argparse.Namespace, out: Path) -> None:
             **told,
             out=str(out / "judge"),
             optimizer=c.OptimizerConfig(**rate | {"learning_rate": 5e-4}, schedule="cosine"),
-            data=c.SFTDataConfig(str(out / "lessons.jsonl"), max_length=768),
+            data=c.SFTDataConfig(str(out / "lessons.jsonl"), max_length=1024),
             train=c.TrainConfig(batch_size=8, steps=options.judge_steps),
         )
     )

@@ -13,7 +13,7 @@ from dpo_jax import config as c
 
 SET = {"model": c.SET_BY_RECIPE, "out": c.SET_BY_RECIPE}
 STAGE = {**SET, "lora": c.LoraConfig(rank=16), "checkpoint": c.CheckpointConfig(every=10, keep=1)}
-ANSWER = c.SampleConfig(max_new_tokens=96, temperature=0.5)
+ANSWER = c.SampleConfig(max_new_tokens=192, temperature=0.5)
 LENGTH = 256
 
 config = c.ZephyrRun(
