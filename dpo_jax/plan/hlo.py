@@ -15,8 +15,6 @@ are not asynchronous, or end before anything is computed, is counted apart (`wai
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
 in on-chip memory (a layout with S(n)) counts nothing.
-
-One file though long: a reader of one text, each of whose rules needs the others.
 """
 
 import math
@@ -28,14 +26,8 @@ from functools import partial
 import numpy as np
 
 from dpo_jax.plan.hlo_groups import groups_of, sent
+from dpo_jax.plan.hlo_text import Computation, Instruction, arrays, called_by, parse, root_of
 
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_DEFINITION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|branch_computations|\w+_computation)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)"
-)
 _KINDS = (
     "all-gather",
     "all-reduce",
@@ -61,31 +53,6 @@ _NOTHING_MOVES = {
     "conditional",
     "iota",
 }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a computation."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    text: str
-    """All that follows the operands: attributes, called computations."""
-    argument: str
-    """What stands between the parentheses."""
-    root: bool
-
-    def called(self, attribute: str) -> str:
-        """Name of the computation that `attribute` names."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        if found is None:
-            raise ValueError(f"{self.opcode} {self.name} names no {attribute}")
-        return found[1]
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclass
@@ -132,69 +99,6 @@ class Traffic:
         return sum(one.crosses for one in self.collectives.values())
 
 
-# ---------------------------------------------------------------- the text
-
-
-def _closing(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
-
-
-def _instruction(line: str) -> Instruction | None:
-    found = _DEFINITION.match(line)
-    if found is None:
-        return None
-    rest = line[found.end() :]
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    end = _closing(rest, opening)
-    argument = rest[opening + 1 : end - 1]
-    return Instruction(
-        name=found[2],
-        shape=shape,
-        opcode=rest[:opening],
-        operands=tuple(_NAME.findall(argument)),
-        text=rest[end:],
-        argument=argument,
-        root=found[1] is not None,
-    )
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one that is its entry."""
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header is not None:
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif current is not None and (made := _instruction(line)) is not None:
-            current[made.name] = made
-    if not entry:
-        raise ValueError("this HLO text has no entry computation")
-    return computations, entry
-
-
-def _array_bytes(kind: str, sizes: str, layout: str) -> float:
-    if "S(" in layout or kind in ("token", "opaque"):
-        return 0.0
-    number = re.search(r"\d+", kind)
-    bits = 8 if kind == "pred" else int(number[0]) if number else 0
-    return math.prod(int(n) for n in sizes.split(",") if n) * bits / 8
-
-
-def arrays(shape: str, *, everywhere: bool = False) -> list[float]:
-    """Bytes of each array of a shape; 0 for those in on-chip memory, unless `everywhere`."""
-    return [_array_bytes(k, sizes, "" if everywhere else layout) for k, sizes, layout in _ARRAY.findall(shape)]
-
-
 # ---------------------------------------------------------------- how often, and how much
 
 
@@ -203,7 +107,7 @@ def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[s
     if found := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(found[1])
     condition, body = computations[loop.called("condition")], computations[loop.called("body")]
-    start, test, after = inside[loop.operands[0]], _root(condition), _root(body)
+    start, test, after = inside[loop.operands[0]], root_of(condition), root_of(body)
     if (start.opcode, test.opcode, after.opcode) != ("tuple", "compare", "tuple") or "direction=LT" not in test.text:
         return None
     counter = _element(condition, test.operands[0])
@@ -249,10 +153,6 @@ def _hidden(made: Instruction, inside: Computation) -> bool:
     return False
 
 
-def _root(computation: Computation) -> Instruction:
-    return next(made for made in computation.values() if made.root)
-
-
 def _plain(computation: Computation, name: str) -> Instruction:
     """The instruction behind copies."""
     made = computation[name]
@@ -280,7 +180,7 @@ def _step(
     made = _plain(body, name)
     if made.opcode == "fusion":
         called, outer = computations[made.called("calls")], made.operands
-        made = _root(called)
+        made = root_of(called)
         given = {p.name: outer[int(p.argument)] for p in called.values() if p.opcode == "parameter"}
         found = [fixed(given[x]) if x in given else _constant(called, x) for x in made.operands]
     else:
@@ -355,7 +255,7 @@ class _Reader:
                 self.walk(made.called("calls"), times, fused=True)
             elif made.opcode in ("call", "conditional", "async-start"):
                 beside = made.opcode == "async-start" and _hidden(made, inside)
-                for called in _called(made):
+                for called in called_by(made):
                     self.walk(called, times, hidden=beside)
             if not fused:
                 self.found.memory += times * self._bytes(made, inside)
@@ -424,7 +324,7 @@ class _Reader:
 
     def _written(self, called: Computation, out: list[float]) -> float:
         """Bytes that a fusion with results of `out` bytes writes: of an update in place, only the update."""
-        made = _root(called)
+        made = root_of(called)
         if made.opcode == "tuple" and len(made.operands) == len(out):
             return sum(self._result(called, called[name], size) for name, size in zip(made.operands, out, strict=True))
         return self._result(called, made, sum(out))
@@ -437,10 +337,6 @@ class _Reader:
         if made.opcode != "dynamic-update-slice" or out == 0:
             return out
         return min(out, sum(arrays(called[made.operands[1]].shape, everywhere=True)))
-
-
-def _called(made: Instruction) -> list[str]:
-    return [name for group in _CALLED.findall(made.text) for name in _NAME.findall(group)]
 
 
 def read_traffic(text: str, *, slices: Sequence[int], unknown_trips: float = 1.0) -> Traffic:
