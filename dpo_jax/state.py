@@ -15,6 +15,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import replicated, split_as
 from dpo_jax.moments import is_matrix
 from dpo_jax.moments.adafactor import scale_by_adafactor
+from dpo_jax.moments.adamw_8bit import scale_by_adam_8bit
 
 
 @struct.dataclass
@@ -213,6 +214,7 @@ def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
             **{name: config.resolved(name) for name in ("exponent", "update_clip", "eps1")},
             eps2=config.resolved("eps2") if config.parameter_scale else None,
         )
-    return optax.scale_by_adam(
-        config.resolved("b1"), config.resolved("b2"), config.eps, mu_dtype=config.resolved("mu_dtype")
-    )
+    adam = {"b1": config.resolved("b1"), "b2": config.resolved("b2"), "eps": config.eps}
+    if config.name == "adamw_8bit":
+        return scale_by_adam_8bit(**adam)
+    return optax.scale_by_adam(**adam, mu_dtype=config.resolved("mu_dtype"))

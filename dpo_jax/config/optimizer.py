@@ -10,9 +10,10 @@ from dpo_jax.config.options import Count, Options, Positive, Unit, Within, not_g
 class OptimizerConfig(Options, prefix="--optimizer."):
     """Optimizer, schedule and clipping."""
 
-    name: Literal["adamw", "adafactor", "rmsprop"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019), adafactor (Shazeer & Stern 2018: next to no memory; its steps are absolute, as
-    TRL's optim=adafactor takes them) or rmsprop (as PyTorch's, which the DPO paper used)."""
+    name: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019), adamw_8bit (its moments in blocks of 8-bit numbers, Dettmers et al. 2022, as
+    TRL's optim=adamw_bnb_8bit), adafactor (Shazeer & Stern 2018: next to no memory; its steps are absolute, as TRL's
+    optim=adafactor takes them) or rmsprop (as PyTorch's, which the DPO paper used)."""
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -25,9 +26,9 @@ class OptimizerConfig(Options, prefix="--optimizer."):
     """Least steps of that share (Llama 2's reward models: 3 %, and at least 5)."""
     floor: Unit | None = not_given(0.0, schedule=("linear", "cosine"))
     """Final learning rate as a share of the peak (0.1 for Llama 2)."""
-    b1: float | None = not_given(0.9, name=("adamw",))
+    b1: float | None = not_given(0.9, name=("adamw", "adamw_8bit"))
     """AdamW's first-moment decay."""
-    b2: float | None = not_given(0.999, name=("adamw",))
+    b2: float | None = not_given(0.999, name=("adamw", "adamw_8bit"))
     """AdamW's second-moment decay (Llama 2: 0.95)."""
     mu_dtype: Literal["float32", "bfloat16"] | None = not_given("float32", name=("adamw",))
     """Dtype in which AdamW's first moment is kept; bfloat16 saves 2 bytes a weight of 8."""
@@ -45,7 +46,7 @@ class OptimizerConfig(Options, prefix="--optimizer."):
     """Adafactor's epsilon 2, the least root mean square that `parameter_scale` multiplies by."""
     eps: float = 1e-8
     """Added to the root of the second moment, but of Adafactor's."""
-    weight_decay: float | None = not_given(0.0, name=("adamw", "adafactor"))
+    weight_decay: float | None = not_given(0.0, name=("adamw", "adamw_8bit", "adafactor"))
     """Decoupled weight decay, on matrices only (not on norms and biases)."""
     clip_norm: float | None = 1.0
     """Clip gradients to this global norm; None does not clip."""

@@ -34,10 +34,11 @@ def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
 
 
 def _moments(run: TrainingRun) -> float:
-    """Bytes of the optimizer's moments for each trained weight. Adafactor's rows and columns count nothing."""
+    """Bytes of the optimizer's moments for each trained weight. Adafactor's rows and columns count nothing, and 8-bit
+    moments as if embeddings had them too."""
     rule = run.optimizer
     first = {"float32": 4, "bfloat16": 2}[rule.resolved("mu_dtype")]
-    return {"adamw": 4 + first, "adafactor": 0, "rmsprop": 4}[rule.name]
+    return {"adamw": 4 + first, "adamw_8bit": 2 * (1 + 4 / 256), "adafactor": 0, "rmsprop": 4}[rule.name]
 
 
 def gradient_bytes(run: TrainingRun, shape: LlamaConfig) -> float:

@@ -12,11 +12,17 @@ from dpo_jax.errors import InputError
 from dpo_jax.mesh import device_bytes, make_mesh
 from dpo_jax.model import llama, variables as model_variables
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.moments import blocks
 
 SMALL = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16
 )
-LEAN = [{"mu_dtype": "bfloat16"}, {"name": "adafactor"}, {"name": "adafactor", "parameter_scale": True}]
+LEAN = [
+    {"mu_dtype": "bfloat16"},
+    {"name": "adafactor"},
+    {"name": "adafactor", "parameter_scale": True},
+    {"name": "adamw_8bit"},
+]
 
 
 def fresh(variables, **options):
@@ -144,10 +150,146 @@ def test_what_has_no_effect_is_refused():
         ({"name": "adafactor", "eps2": 1e-2}, r"--optimizer\.eps2 has no effect without --optimizer\.parameter_scale"),
         ({"exponent": 0.8}, r"--optimizer\.exponent has no effect with --optimizer\.name adamw"),
         ({"name": "rmsprop", "mu_dtype": "bfloat16"}, r"--optimizer\.mu_dtype has no effect with"),
+        ({"name": "adamw_8bit", "mu_dtype": "bfloat16"}, r"--optimizer\.mu_dtype has no effect with"),
+        ({"name": "adamw_8bit", "decay": 0.9}, r"--optimizer\.decay has no effect with --optimizer\.name adamw_8bit"),
         ({"name": "adafactor", "exponent": 0.0}, r"--optimizer\.exponent 0\.0 must be positive"),
     ]:
         with pytest.raises(InputError, match=line):
             OptimizerConfig(**options)
+
+
+# ---------------------------------------------------------------- 8-bit moments
+
+
+def table(*, signed: bool) -> np.ndarray:
+    """The 256 values as the paper builds them: decades, their bins' middles, 0 and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
+        middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*middles, *-middles] if signed else [*middles]
+    return np.sort(values)
+
+
+def nearest(x: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.abs(np.asarray(x, np.float64)[..., None] - values).argmin(-1)
+
+
+def in_tiles(x: np.ndarray, a: int = 16, b: int = 16) -> np.ndarray:
+    """[n, m] -> [n/a, m/b, a b]."""
+    n, m = x.shape
+    return x.reshape(n // a, a, m // b, b).swapaxes(1, 2).reshape(n // a, m // b, a * b)
+
+
+def spread(tiles: np.ndarray) -> np.ndarray:
+    """[n/16, m/16] -> [n, m]."""
+    return np.repeat(np.repeat(tiles, 16, 0), 16, 1)
+
+
+def read_back(x: np.ndarray, *, signed: bool) -> np.ndarray:
+    return np.asarray(blocks.decoded(blocks.encoded(jnp.asarray(x, jnp.float32), signed=signed), signed=signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_bytes_stand_for_what_the_paper_says(signed):
+    values = table(signed=signed)
+    assert len(values) == 256
+    every = blocks.Blocks(jnp.arange(256, dtype=jnp.uint8)[None], jnp.ones((1, 1)))
+    np.testing.assert_allclose(blocks.decoded(every, signed=signed)[0], values, rtol=3e-7, atol=0)
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.uniform(-1, 1, 2048), 10 ** rng.uniform(-8, 0, 1792) * rng.choice([-1, 1], 1792), values])
+    x = (x if signed else np.abs(x)).astype(np.float32).reshape(16, 256)
+    x[0, ::16] = 1.0  # each tile's largest
+    got, wanted = np.asarray(blocks.encoded(jnp.asarray(x), signed=signed).codes), nearest(x, values)
+    assert np.all(np.abs(values[got] - x) <= np.abs(values[wanted] - x) + 1e-6 * np.abs(x))
+    assert np.mean(got != wanted) < 1e-3  # half way between two
+
+
+def test_a_block_is_a_tile_of_256_where_it_can_be():
+    for shape, tile in [
+        ((4096, 11008), (16, 16)),
+        ((4096, 8), (32, 8)),
+        ((8, 4096), (8, 32)),
+        ((4096, 1), (256, 1)),
+        ((4096, 32001), (256, 1)),
+        ((36, 4096), (4, 64)),
+        ((5, 7), None),
+    ]:
+        assert blocks.tile_of(*shape) == tile
+    x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    scales = np.abs(in_tiles(x)).max(-1)
+    np.testing.assert_array_equal(blocks.encoded(jnp.asarray(x), signed=True).scales, scales)
+    assert np.all(np.abs(read_back(x, signed=True) - x) <= spread(scales) * 0.0071)  # half a bin of the widest decade
+    assert not np.any(read_back(np.zeros((16, 16)), signed=True))
+
+
+def test_dynamic_codes_err_less_than_linear_ones():
+    """Of Adam's update m / sqrt(v), from moments whose sizes differ within a block as gradients' do (log-normal)."""
+    rng = np.random.default_rng(0)
+    size = np.exp(0.7 * rng.standard_normal((256, 256)))
+    m, v = size * rng.standard_normal((256, 256)), size**2
+    wanted = m / np.sqrt(v)
+
+    def linear(x, levels):
+        step = spread(np.abs(in_tiles(x)).max(-1)) / levels
+        return np.round(x / step) * step
+
+    def error(m_read, v_read):
+        return np.abs(m_read / np.sqrt(np.maximum(v_read, v.min())) - wanted).mean() / np.abs(wanted).mean()
+
+    dynamic, plain = error(read_back(m, signed=True), read_back(v, signed=False)), error(linear(m, 127), linear(v, 255))
+    assert 3 * dynamic < plain
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_adamw_8bit_is_the_papers(stack):
+    """Ten steps of a reference in numpy, a table and its nearest value, tile by tile; AdamW's are not far."""
+    b1, b2, eps, rate, wd = 0.9, 0.95, 1e-8, 0.01, 0.1
+    start = np.random.default_rng(5).standard_normal((*stack, 64, 96)).astype(np.float32)
+    weights = {"params": {"kernel": jnp.asarray(start)}}
+    gradients = noise(weights, 10)
+    options = {"learning_rate": rate, "weight_decay": wd, "b2": b2, "clip_norm": None}
+    ours = np.asarray(stepped(fresh(weights, name="adamw_8bit", **options), gradients).trainable["params"]["kernel"])
+    plain = np.asarray(stepped(fresh(weights, **options), gradients).trainable["params"]["kernel"])
+
+    def kept(x, values):
+        largest = spread(np.abs(in_tiles(x)).max(-1))
+        return values[nearest(x / largest, values)] * largest
+
+    def reference(w, layer):
+        m, v = np.zeros_like(w), np.zeros_like(w)
+        for t, gradient in enumerate(gradients, 1):
+            g = np.asarray(gradient["params"]["kernel"], np.float64).reshape(-1, 64, 96)[layer]
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            w = w - rate * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + wd * w)
+            m, v = kept(m, table(signed=True)), kept(v, table(signed=False))
+        return w
+
+    layers = start.reshape(-1, 64, 96).astype(np.float64)
+    wanted = np.stack([reference(w, layer) for layer, w in enumerate(layers)]).reshape(start.shape)
+    moved = np.linalg.norm(wanted - start)
+    assert np.linalg.norm(ours - wanted) < 1e-3 * moved
+    assert np.linalg.norm(ours - plain) < 0.1 * moved
+
+
+def test_which_moments_are_8_bit():
+    state = fresh(model_variables.init_variables(llama.Llama(SMALL), jax.random.key(0)), name="adamw_8bit")
+    mu = optax.tree.get(state.opt_state, "mu")["params"]
+    assert isinstance(mu["layers"]["mlp"]["up_proj"]["kernel"], blocks.Blocks)
+    assert isinstance(mu["lm_head"]["kernel"], blocks.Blocks)
+    for x in (mu["embed_tokens"]["embedding"], mu["norm"]["scale"], mu["layers"]["input_layernorm"]["scale"]):
+        assert x.dtype == jnp.float32
+
+
+def test_8_bit_moments_are_updated_a_layer_at_a_time():
+    """Of a stack of 16 layers: in place, and beside them float32 moments of one layer of one matrix, not of all."""
+    weights = {"params": {"layers": {name: {"kernel": jnp.ones((16, 128, 128))} for name in "ab"}}}
+    state = fresh(weights, name="adamw_8bit", clip_norm=None)
+    step = jax.jit(lambda state, g, keep: state.apply_gradients(g, finite=keep), donate_argnums=0)
+    memory = step.lower(state, weights, jnp.asarray(True)).compile().memory_analysis()
+    count = 2 * 16 * 128 * 128
+    assert memory.alias_size_in_bytes >= 6 * count
+    assert memory.temp_size_in_bytes <= 3 * 4 * count / 32
 
 
 # ---------------------------------------------------------------- over devices
@@ -173,7 +315,9 @@ def test_devices_change_an_update_by_rounding_only(options, lora):
 
 
 @pytest.mark.parametrize(
-    ("options", "share"), [({}, 8), ({"mu_dtype": "bfloat16"}, 6), ({"name": "adafactor"}, 0.106)], ids=str
+    ("options", "share"),
+    [({}, 8), ({"mu_dtype": "bfloat16"}, 6), ({"name": "adafactor"}, 0.106), ({"name": "adamw_8bit"}, 2.587)],
+    ids=str,
 )
 def test_bytes_of_moments(options, share):
     """Bytes a weight on one device; on 8 (fsdp 4, tensor 2) each holds next to an eighth of them. Of Adafactor's rows,

@@ -108,6 +108,7 @@ def updated(options: OptimizerConfig, updates: int):
         ({"name": "adamw"}, 3, 2),
         ({"name": "adamw", "clip_norm": None, "mu_dtype": "bfloat16"}, 2.5, 1),
         ({"name": "rmsprop"}, 2, 1),
+        ({"name": "adamw_8bit", "clip_norm": None}, 1.5, 3),
         ({"name": "adafactor", "clip_norm": None}, 1, 2),
         ({"name": "adafactor", "parameter_scale": True}, 1, 3),
     ],
@@ -217,7 +218,11 @@ def test_moments_are_laid_out_like_their_parameters(name, moments, lora):
     assert len(state.step.sharding.device_set) == 8
 
 
-@pytest.mark.parametrize("options", [{}, {"mu_dtype": "bfloat16"}, {"name": "rmsprop"}, {"name": "adafactor"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mu_dtype": "bfloat16"}, {"name": "rmsprop"}, {"name": "adafactor"}, {"name": "adamw_8bit"}],
+    ids=str,
+)
 def test_an_abstract_state_is_the_real_ones_outline(options):
     mesh = make_mesh(fsdp=8)
     model = llama.Llama(TINY)

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +28,14 @@ def apply(variables, x):
     return x @ variables["params"]["mlp"]["kernel"]
 
 
-def make_state(mesh=None, seed: int = 0, width: int = 8, frozen=None) -> TrainState:
+def make_state(mesh=None, seed: int = 0, width: int = 8, frozen=None, **optimizer) -> TrainState:
     mesh = mesh or make_mesh()
     kernel = jax.random.normal(jax.random.key(seed), (width, width))
     params = {
         "mlp": {"kernel": jax.device_put(kernel, sharding(mesh, ("embed", "mlp")))},
         "norm": {"scale": jax.device_put(jnp.ones(width), replicated(mesh))},
     }
-    tx = states.make_optimizer(OptimizerConfig(learning_rate=0.1))
+    tx = states.make_optimizer(OptimizerConfig(learning_rate=0.1, **optimizer))
     return states.create(apply, {"params": params}, tx, frozen=frozen)
 
 
@@ -140,6 +142,28 @@ def test_restores_onto_another_mesh(tmp_path: Path, shape: str, sizes: tuple[int
     assert restored is not None
     assert_same(arrays(restored.state), history[1])
     assert jax.tree.map(lambda x: x.sharding, (restored.state.trainable, restored.state.opt_state)) == layout
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"mu_dtype": "bfloat16"}, {"name": "adafactor"}, {"name": "adamw_8bit"}, {"name": "rmsprop"}], ids=str
+)
+def test_smaller_moments_go_on_with_the_same_bits(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    """On the mesh that saved them, and from there onto another one."""
+    make = partial(make_state, width=64, **optimizer)
+    state = update(update(make(make_mesh(fsdp=4, tensor=2))))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state, data={})
+    checkpoints.wait()
+    for mesh in (make_mesh(fsdp=4, tensor=2), make_mesh(fsdp=1, tensor=8)):
+        target = make(mesh, seed=3)
+        restored = checkpoints.restore(target)
+        assert restored is not None
+        assert_same(arrays(restored.state), arrays(state))
+        layout = jax.tree.map(lambda x: x.sharding, target.opt_state)
+        assert jax.tree.map(lambda x: x.sharding, restored.state.opt_state) == layout
+        if dict(mesh.shape)["tensor"] == 2:
+            assert_same(arrays(update(restored.state)), arrays(update(state)))
     checkpoints.close()
 
 
