@@ -1,12 +1,13 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +20,12 @@ from dpo_jax.errors import InputError
 from dpo_jax.judge.policy_logps import policy_logps
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import kind_of
 from dpo_jax.report.datasets import data_section
 from dpo_jax.train.fixed_prompts import FixedPrompts
 from dpo_jax.train.flops import ModelFlops, dpo_flops
 from dpo_jax.train.heldout import of_rows, policy_figures
+from dpo_jax.train.kept_reference import ROWS, kept_reference
 from dpo_jax.train.row_data import read_both
 from dpo_jax.train.session import Training
 from dpo_jax.weights.integrity.fingerprint import fingerprint
@@ -62,9 +65,9 @@ def train(config: DPORun) -> Path:
     evaluation = {} if heldout is None else training.evaluation(heldout, objective.layout)
     reference = None
     if not objective.reference_free:
-        judge, judge_variables, kept = model, starting, jnp.dtype(config.train.kept_dtype)
+        judge, judge_variables = model, starting
         if other is not None:
-            judge, judge_variables = _load_reference(config, other, architecture, mesh, kept)
+            judge, judge_variables = _load_reference(config, other, architecture, mesh)
         if objective.reference == "cached":
             # In the batches of the first epoch: their shapes are compiled anyway, and a short run needs no other rows.
             label = "reference log-probabilities"
@@ -76,9 +79,12 @@ def train(config: DPORun) -> Path:
                 label += " of the evaluation data"
                 heldout = heldout.with_reference(policy_logps(heldout, judge, judge_variables, label=label, **told))
         elif config.reference is not None or ("adapters" not in variables and not objective.moving):
-            dtype = jnp.dtype("float32") if objective.moving else kept
-            # A copy, not a view: the arrays of the starting model are given to the first step.
-            reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), {"params": judge_variables["params"]})
+            train = dataclasses.replace(config.train, frozen_dtype="float32") if objective.moving else config.train
+            k = data.responses_per_prompt
+            texts = [np.concatenate([data.prompts[i], data.responses[i * k]]) for i in range(min(len(data), ROWS))]
+            reference, error = kept_reference(judge, judge_variables["params"], train, texts, mesh)
+            if error is not None:
+                training.say(error)
         del judge, judge_variables
 
     # -------------------------------------------------------------- training
@@ -163,9 +169,16 @@ def load_data(
 
 
 def _load_reference(
-    config: DPORun, place: StoredModel, policy: LlamaConfig, mesh: Mesh, kept: jnp.dtype
+    config: DPORun, place: StoredModel, policy: LlamaConfig, mesh: Mesh
 ) -> tuple[Llama, dict[str, Any]]:
-    """The model of `--reference`, laid out on the mesh; a live one must be of the policy's architecture."""
+    """The model of `--reference`, laid out on the mesh; a live one must be of the policy's architecture.
+
+    One that will be kept quantised in the steps is read whole, so that its error can be told: nothing but the policy's
+    weights is there yet.
+    """
+    kept = config.train.kept_dtype
+    if config.dpo.reference == "live" and kind_of(kept) is not None:
+        kept = config.train.dtype
     model, variables = load_pretrained(
         place,
         mesh=mesh,

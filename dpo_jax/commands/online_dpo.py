@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from dpo_jax.align import dpo, ppo
 from dpo_jax.config import BETAS, OnlineDPORun
 from dpo_jax.data.tokens.encode import ConversationEncoder
@@ -60,8 +58,7 @@ def train(config: OnlineDPORun) -> Path:
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else variables
     identity = {"the starting model": fingerprint(starting), "the prompts": data.fingerprint, "the reward": reward}
-    fresh, dtype = bool(config.lora.rank), jnp.dtype(config.train.kept_dtype)
-    reference = reference_of(variables, fresh_adapters=fresh, dtype=dtype)
+    reference = reference_of(training, model, variables, data)
     flops = ModelFlops.of(architecture, model.lora if "adapters" in variables else None)
     training.say(flops.describe())
     state = dpo.init_state(model, variables, dataclasses.replace(step_config, reference="cached"))

@@ -78,8 +78,7 @@ def train(config: PPORun) -> Path:
     # Fresh adapters follow from the seed; those of an adapter folder are part of the model.
     starting = {"params": variables["params"]} if config.lora.rank else ppo.policy_of(variables)
     identity = {"the starting model": fingerprint(starting), "the prompts": data.fingerprint, "the reward": reward}
-    dtype = jnp.dtype(config.train.kept_dtype)
-    reference = reference_of(variables, fresh_adapters=bool(config.lora.rank), dtype=dtype)
+    reference = reference_of(training, model, variables, data)
     value = None
     if config.value_model is not None:
         # Beneath adapters it shares the policy's weights; without, it is a model of its own.

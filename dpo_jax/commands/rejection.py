@@ -41,6 +41,7 @@ from dpo_jax.judge.rewards import pool as best_responses
 from dpo_jax.judge.rewards.scores import Judges, write_scores
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import kind_of
 from dpo_jax.model.variables import shardings
 from dpo_jax.report import rejection as rejection_report
 from dpo_jax.train.row_data import read_alike
@@ -197,7 +198,7 @@ class _Run:
                 template=data.template,
                 date=data.date,
                 raw=data.template == RAW,
-                dtype=train.kept_dtype,
+                dtype=train.kept_dtype if kind_of(train.kept_dtype) is None else train.dtype,  # it writes: whole
                 compute_dtype=train.dtype,
                 attention=train.attention,
             )

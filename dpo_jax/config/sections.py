@@ -26,6 +26,7 @@ from dpo_jax.config.options import (
 Remat = Literal["none", "dots", "full", "offload"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 Narrow = Literal["bfloat16", "int8"]
+FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 SampleLayout = Literal["gathered", "tensor", "training"]
 GATHERED, TENSOR, TRAINING = get_args(SampleLayout)
 Layout = Literal["windows", "shared", "separate"]
@@ -164,8 +165,9 @@ class TrainConfig(Options, prefix="--train."):
     """Seed of the shuffle and of adapter initialisation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation. Trained weights and optimizer state are always float32."""
-    frozen_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype in which weights that are not trained (under LoRA; a live reference) are kept. Not given: `dtype`."""
+    frozen_dtype: FrozenDtype | None = None
+    """Dtype in which weights that are not trained (under LoRA; a live reference) are kept; int8 and nf4 (QLoRA)
+    quantise the linear layers, in blocks, and keep the rest in `dtype`. Not given: `dtype`."""
     crossing_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
     """Dtype in which gradients cross between the copies of the model (--mesh.data), once a step. bfloat16 halves what
     crosses; it rounds the gradients of each copy, and their sum."""
@@ -216,7 +218,7 @@ class TrainConfig(Options, prefix="--train."):
         return self.layout or ("shared" if sampled else "windows")
 
     @property
-    def kept_dtype(self) -> Literal["float32", "bfloat16"]:
+    def kept_dtype(self) -> FrozenDtype:
         """Dtype of weights that are not trained."""
         return self.frozen_dtype or self.dtype
 

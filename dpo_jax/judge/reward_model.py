@@ -84,12 +84,14 @@ class RewardModel:
         mesh: Mesh | None = None,
         batch_size: int = 8,
         dtype: str = "float32",
+        compute_dtype: str | None = None,
         attention: AttentionKernel = "auto",
     ) -> "RewardModel":
         """From a checkpoint, as for `load_pretrained`. Raises `InputError` where it has no reward head."""
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1]) if mesh is None else mesh
         source = open_checkpoint(source)
-        model, variables = load_pretrained(source, mesh=mesh, dtype=dtype, attention=attention)
+        how: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "attention": attention}
+        model, variables = load_pretrained(source, mesh=mesh, **how)
         check_score(source.name, model.config)
         return cls(model, variables, mesh=mesh, batch_size=batch_size, classes=source.classes)
 

@@ -33,6 +33,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, ModelCache, count_slots
 from dpo_jax.model.products import SAVED, Shaped, matmul, precision, scaled, shifted
+from dpo_jax.model.quantised import is_quantised
 from dpo_jax.model.rope import Layer, Places, rotate
 from dpo_jax.types import Views
 
@@ -91,7 +92,8 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """x W (+ b) (+ scale x A B where this layer has an adapter and the `adapters` collection is given).
 
-    W is what the collection `narrow` holds, where that is given (`model/narrow.py`).
+    W is what the collection `narrow` holds, where that is given (`model/narrow.py`); a quantised one (`quantised.py`)
+    stands in place of the array.
     """
 
     features: int
@@ -103,9 +105,13 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         narrowed = self.has_variable("narrow", "kernel")
-        kernel = None if narrowed else self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
+        held = self.get_variable("params", "kernel")
+        if narrowed or is_quantised(held):
+            kernel = held
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        if kernel is None:
+        if narrowed:
             y = narrow.matmul(x, self.get_variable("narrow", "kernel"))
             y = y.astype(self.dtype) if bias is None else shifted(y, bias, self.dtype)
         else:

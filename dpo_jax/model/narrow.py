@@ -22,6 +22,7 @@ import numpy as np
 
 from dpo_jax.config import Narrow
 from dpo_jax.errors import InputError
+from dpo_jax.model.quantised import whole
 
 _ROWS = 2
 """Products of fewer rows run as so many: XLA's CPU backend converts the matrix to float32 for a lone row."""
@@ -96,7 +97,7 @@ def narrow_variables(variables: Mapping[str, Any], to: Narrow) -> dict[str, Any]
         kept, found = {}, {}
         for name, value in params.items():
             if name == "kernel":
-                found[name] = narrowed(value.swapaxes(-1, -2), to)
+                found[name] = narrowed(whole(value).swapaxes(-1, -2), to)
             elif isinstance(value, Mapping):
                 inner, kernels = split(value)
                 kept |= {name: inner} if inner else {}

@@ -17,6 +17,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import mesh as meshes
+from dpo_jax.model.quantised import Quantised
 
 SAVED = "product"
 """What `matmul` returns goes by this name for a rematerialisation policy."""
@@ -93,17 +94,20 @@ def read(weight: Weight) -> jax.Array:
     return _values_for(weight.master, weight.values) if isinstance(weight, Rounded) else weight
 
 
-def matmul(x: jax.Array, kernel: Weight, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
+def matmul(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
     """x [..., D] times kernel [D, F] (+ bias [F], before the sum is rounded), [..., F] in `dtype` (default: that of x).
 
     The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
-    of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master).
+    of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master). A quantised kernel is
+    made whole for the product, and again for the gradient of x.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     sums = dtype if bias is None else jnp.dtype(jnp.float32)
-    if x.dtype == jnp.float32:
+    if isinstance(kernel, Quantised):
+        y: Any = _frozen_product(x, kernel, x.dtype, sums)
+    elif x.dtype == jnp.float32:
         exact = read(kernel).astype(x.dtype)
-        y: Any = jnp.matmul(x, exact, precision=precision(x.dtype), preferred_element_type=sums)
+        y = jnp.matmul(x, exact, precision=precision(x.dtype), preferred_element_type=sums)
     elif isinstance(kernel, Rounded):
         y = _product(x, kernel.values, kernel.master, sums)
     else:
@@ -167,7 +171,8 @@ _scaled.defvjp(lambda x, scale: (_scaled(x, scale), (x, scale)), _scaled_backwar
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[Any, Any], dtype: Any = jnp.float32) -> jax.Array:
     """In `dtype`, by way of float32 on a CPU; other devices sum in float32 whatever comes out."""
     out = jnp.float32 if meshes.platform() == "cpu" else dtype
-    return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=out).astype(dtype)
+    how: Any = {"precision": precision(x.dtype), "preferred_element_type": out}
+    return jax.lax.dot_general(x, y, (axes, ((), ())), **how).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -189,3 +194,16 @@ def _backward(_: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 _product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _frozen_product(x: jax.Array, kernel: Quantised, read: jnp.dtype, dtype: jnp.dtype) -> jax.Array:
+    """x times kernel, which is read in the dtype of x, `read`; its codes alone are kept for the gradient of x."""
+    return _dot(x, kernel.whole(read), ((x.ndim - 1,), (0,)), dtype)
+
+
+def _frozen_backward(read: jnp.dtype, _: jnp.dtype, kernel: Quantised, g: jax.Array) -> tuple[jax.Array, None]:
+    return _dot(g.astype(read), kernel.whole(read), ((g.ndim - 1,), (1,)), read), None
+
+
+_frozen_product.defvjp(lambda x, kernel, *how: (_frozen_product(x, kernel, *how), kernel), _frozen_backward)

@@ -138,26 +138,21 @@ def make_model(run: TrainingRun, shape: LlamaConfig, lora: LoraConfig | None = N
     )
 
 
-def frozen_dtype(run: TrainingRun) -> Any:
-    """Of weights that are not trained."""
-    return jnp.dtype(run.train.kept_dtype)
-
-
 def abstract(model: Llama, mesh: Mesh, dtype: Any) -> dict[str, Any]:
     """{"params": ...[, "adapters": ...]} as shapes with their places on `mesh`."""
     return jax.tree.map(
-        lambda x, where: x.update(sharding=where), abstract_variables(model, dtype), shardings(model, mesh)
+        lambda x, where: x.update(sharding=where), abstract_variables(model, dtype), shardings(model, mesh, dtype)
     )
 
 
 def trained(run: TrainingRun, model: Llama, mesh: Mesh) -> dict[str, Any]:
     """What `Training.load_model` loads."""
-    return abstract(model, mesh, frozen_dtype(run) if run.lora.rank else jnp.float32)
+    return abstract(model, mesh, run.train.kept_dtype if run.lora.rank else jnp.float32)
 
 
 def frozen_copy(run: TrainingRun, shape: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
     """A model that nothing trains."""
-    return abstract(make_model(run, shape, NO_LORA), mesh, frozen_dtype(run))
+    return abstract(make_model(run, shape, NO_LORA), mesh, run.train.kept_dtype)
 
 
 # ---------------------------------------------------------------- batches

@@ -3,8 +3,13 @@
 The meshes are whole: sizes without -1.
 """
 
+import jax
+import jax.numpy as jnp
+
 from dpo_jax.config import DistillRun, DPORun, OnlineDPORun, PPORun, SFTRun, TrainingRun
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.model.llama import Llama
+from dpo_jax.model.variables import abstract_variables
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.programs import Lengths
 from dpo_jax.plan.shapes import parameters
@@ -17,19 +22,19 @@ _AGAIN = {"none": 3.0, "dots": 3.1, "full": 4.0, "offload": 4.1}
 def state_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     """Bytes of weights, optimizer and frozen models of all devices together, where each is held once."""
     weights = parameters(shape)
-    frozen = 2 if run.train.kept_dtype == "bfloat16" else 4
+    frozen = frozen_bytes(run, shape)
     moments = _moments(run)
     moving = isinstance(run, DPORun) and run.dpo.reference_sync_steps is not None  # a reference of its own, in float32
     if run.lora.rank:
         adapters = ModelFlops.of(shape, run.lora).adapters
-        return weights * frozen + adapters * (4 + moments + 4 * moving)
+        return frozen + adapters * (4 + moments + 4 * moving)
     size = weights * (4.0 + moments)
     if isinstance(run, DPORun) and run.dpo.objective.live:
-        size += weights * (4 if moving else frozen)
+        size += weights * 4 if moving else frozen
     if isinstance(run, OnlineDPORun):
-        size += weights * frozen
+        size += frozen
     if isinstance(run, PPORun):
-        size += weights * frozen + (_trained_models(run) - 1) * weights * (4 + moments)
+        size += frozen + (_trained_models(run) - 1) * weights * (4 + moments)
     return size
 
 
@@ -39,6 +44,12 @@ def _moments(run: TrainingRun) -> float:
     rule = run.optimizer
     first = {"float32": 4, "bfloat16": 2}[rule.resolved("mu_dtype")]
     return {"adamw": 4 + first, "adamw_8bit": 2 * (1 + 4 / 256), "adafactor": 0, "rmsprop": 4}[rule.name]
+
+
+def frozen_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
+    """Bytes of a model that is not trained: of a quantised one its codes and scales, and what stays as it is."""
+    held = abstract_variables(Llama(shape, dtype=jnp.dtype(run.train.dtype)), run.train.kept_dtype)["params"]
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)))
 
 
 def gradient_bytes(run: TrainingRun, shape: LlamaConfig) -> float:

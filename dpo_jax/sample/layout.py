@@ -21,6 +21,7 @@ from dpo_jax.config import GATHERED, TENSOR, TRAINING, SampleConfig, SampleLayou
 from dpo_jax.errors import InputError
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import is_quantised
 
 USED = 0.9
 """Share of a device's memory that is counted on."""
@@ -64,10 +65,12 @@ def resolved(
 def _fitting(
     config: SampleConfig, model: Llama, variables: Any, mesh: Mesh | None, held: Any, limit: float | None
 ) -> SampleLayout:
-    leaves = jax.tree.leaves(variables["params"])
+    leaves = jax.tree.leaves(variables["params"], is_leaf=is_quantised)
     width = {None: jnp.dtype(model.dtype).itemsize, "bfloat16": 2, "int8": 1}[config.weights]
     shared = 1 if mesh is None else meshes.pieces(mesh, "embed")
-    narrow = config.weights is not None or max(x.dtype.itemsize for x in leaves) <= width
+    # Of quantised matrices a whole copy saves making them for every token.
+    as_they_are = not any(map(is_quantised, leaves)) and max(x.dtype.itemsize for x in leaves) <= width
+    narrow = config.weights is not None or as_they_are
     with meshes.in_force(mesh):
         apart = meshes.platform() == "cpu"
     if shared == 1 and narrow and (held is None or apart):

@@ -13,6 +13,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.config import TENSOR, TRAINING, Narrow, SampleConfig, SampleLayout
 from dpo_jax.errors import InputError
 from dpo_jax.model import llama, narrow, variables as model_variables
+from dpo_jax.model.quantised import is_quantised, whole
 from dpo_jax.sample import layout as layouts
 
 
@@ -134,10 +135,10 @@ def _laid_out(variables: Any, *, program: Program) -> Any:
         if path[0].key == "heads":  # of a reward model, which is refused where it is asked for logits
             return x
         if path[-1].key in ("kernel", "embedding"):
-            x = x.astype(program.model.dtype)
+            x = whole(x, program.model.dtype)
         return meshes.constrain(x, _axes(path))
 
-    return jax.tree_util.tree_map_with_path(lay, variables)
+    return jax.tree_util.tree_map_with_path(lay, variables, is_leaf=is_quantised)
 
 
 def _axes(path: tuple[Any, ...]) -> meshes.LogicalAxes:

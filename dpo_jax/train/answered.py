@@ -20,11 +20,14 @@ from dpo_jax.config import SampleConfig, SampledRun
 from dpo_jax.data.sets.prompts import PromptBatch, PromptDataset, PromptLoader
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import RAW
+from dpo_jax.errors import InputError
 from dpo_jax.judge.rewards.step_scores import Steps, at_tokens
 from dpo_jax.mesh import put_batch
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import Weights, generate, generate_mixture, generate_with_plain_logps, prepare, serve, with_layout
 from dpo_jax.state import TrainState
+from dpo_jax.train.kept_reference import ROWS, kept_reference
+from dpo_jax.train.session import Training
 from dpo_jax.types import Rollout
 
 STREAM = 0x5A3E  # sets the draws of texts apart from the order of mini-batches, which the same seed decides
@@ -276,17 +279,29 @@ class Answered:
         return tokens, mask, logps
 
 
-def reference_of(variables: Mapping[str, Any], *, fresh_adapters: bool, dtype: Any) -> dict[str, Any]:
+def reference_of(
+    training: Training[Any], model: Llama, variables: Mapping[str, Any], data: PromptDataset
+) -> dict[str, Any]:
     """What the reference policy has in place of the trained weights, as copies: those are given to the first step.
 
     Beneath fresh adapters it has nothing; adapters of a folder are trained on, and the reference keeps them as they
-    were.
+    were. The error of a quantised copy is said, on prompts of the data.
     """
-    if fresh_adapters:
+    config = training.config
+    if config.lora.rank:
         return {}
     if "adapters" in variables:
+        if config.train.frozen_dtype is not None:
+            raise InputError(
+                "--train.frozen_dtype has no effect: --model has adapters, and the weights beneath them are kept as"
+                " they were when these learnt"
+            )
         return {"adapters": jax.tree.map(jnp.copy, variables["adapters"])}
-    return {"params": jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), variables["params"])}
+    texts = [data.ids[i] for i in range(min(len(data), ROWS))]
+    kept, told = kept_reference(model, variables["params"], config.train, texts, training.mesh)
+    if told is not None:
+        training.say(told)
+    return kept
 
 
 def with_reference(state: TrainState, reference: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from dpo_jax.mesh import batch_parts, copies, make_mesh, own_rows
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import kind_in
 from dpo_jax.model.variables import shardings
 from dpo_jax.processes import distributed, notice
 from dpo_jax.report import html
@@ -143,7 +144,8 @@ class Training(Generic[Config]):
         From here on `config` has the day that the chat template writes.
         """
         architecture = self.start.architecture
-        shardings(Llama(architecture, lora=self.config.lora), self.mesh)
+        lora = self.config.lora
+        shardings(Llama(architecture, lora=lora), self.mesh, self.config.train.kept_dtype if lora.rank else jnp.float32)
         tokenizer = self.start.tokenizer()
         check_vocabulary(tokenizer, architecture)
         self.config = with_day(self.config, self.folder, tokenizer)
@@ -204,7 +206,10 @@ class Training(Generic[Config]):
     # ---------------------------------------------------------------- weights and steps
 
     def load_model(self, lora: LoraConfig | None = None) -> tuple[Llama, dict[str, Any]]:
-        """The model to train, laid out on the mesh: trained weights in float32, frozen ones as the options say."""
+        """The model to train, laid out on the mesh: trained weights in float32, frozen ones as the options say.
+
+        Adapters of a folder that learnt on quantised weights go on on these.
+        """
         config = self.config
         lora = config.lora if lora is None else lora
         frozen = config.train.kept_dtype
@@ -217,7 +222,7 @@ class Training(Generic[Config]):
         return load_pretrained(
             self.start,
             mesh=self.mesh,
-            dtype=jnp.dtype(frozen if lora.rank else "float32"),
+            dtype=frozen if lora.rank else self.start.quantised or "float32",
             lora=lora,
             compute_dtype=jnp.dtype(config.train.dtype),
             remat=config.train.remat,
@@ -276,9 +281,10 @@ class Training(Generic[Config]):
             self.say(loader.summary())
         del restored
         if "adapters" in state.trainable:
-            beneath = base.weights_hash(state.frozen["params"])
+            params = state.frozen["params"]
+            known = {"fingerprint": base.weights_hash(params), "quantised": kind_in(params)}
             if self.main:
-                base.write(self.out, dataclasses.replace(self.start.lasting, fingerprint=beneath))
+                base.write(self.out, dataclasses.replace(self.start.lasting, **known))
         plan = Plan(
             steps=total,
             steps_per_epoch=loader.steps_per_epoch,

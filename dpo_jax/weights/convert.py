@@ -87,7 +87,8 @@ def convert(
         raise InputError(f"{place.name}: is a reward model, which is converted to --format huggingface only")
     if to == "huggingface" and (config.num_labels or adapted):
         # Adapters are added in float32, so that the weights beneath them are read as they are stored.
-        model, variables = load_pretrained(place, mesh=mesh, dtype=place.dtype if adapted else stored)
+        beneath = place.dtype if place.quantised is None else place.quantised
+        model, variables = load_pretrained(place, mesh=mesh, dtype=beneath if adapted else stored)
         carried: dict[str, Any] = {"source": place, "classes": place.classes, "terminators": terminators}
         carried["beside"] = beside
         tokenizer = tokenizer or place.tokenizer()

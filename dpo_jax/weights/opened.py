@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import ClassHead, LoraConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import quantised
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
-from dpo_jax.model.variables import abstract_variables, shardings
+from dpo_jax.model.quantised import Kind, kind_of
+from dpo_jax.model.variables import abstract_variables, frozen_copy, shardings
 from dpo_jax.weights.gguf import tensors as gguf_tensors, tokenizer as gguf_tokenizer
 from dpo_jax.weights.huggingface import heads, layout, model_folder, peft, shards
 from dpo_jax.weights.integrity import base as bases
@@ -48,6 +50,7 @@ class StoredModel:
       base: the same as its folder names it.
       has_adapters: whether it, or the model beneath, keeps adapters apart from the weights.
       terminators: ids that end a response, as an adapter folder keeps them.
+      quantised: how the weights beneath its adapters were kept while these learnt, and are loaded; None: whole.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class StoredModel:
     base: ClassVar[Base | None] = None
     has_adapters: ClassVar[bool] = False
     terminators: ClassVar[tuple[int, ...]] = ()
+    quantised: ClassVar[Kind | None] = None
 
     @cached_property
     def _contents(self) -> tuple[LlamaConfig, layout.TensorReader]:
@@ -191,12 +195,16 @@ class _OnAnother(StoredModel):
     def origin(self) -> Path | None:
         return self.beneath.origin
 
+    @property
+    def quantised(self) -> Kind | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.quantised if self.has_adapters else None
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.beneath.tokenizer()
 
     def _adapted(self, chosen: Mapping[str, Any], mesh: Mesh | None, dtype: Any) -> tuple[Llama, dict[str, Any], Any]:
         """The model beneath adapters, its variables if they are the right ones, and the target of the adapters."""
-        model, variables = self.beneath.load(chosen, self.lora, mesh, dtype)
+        model, variables = self.beneath.load(chosen, self.lora, mesh, self.quantised or dtype)
         if self.adds_score:
             model, variables = heads.as_reward_model(model, variables)
         base = self.base
@@ -205,6 +213,9 @@ class _OnAnother(StoredModel):
             name = base.model if moved is None else f"{moved} ({bases.PLACE})"
             differs = f"(fingerprint {found[:12]}, not {base.fingerprint[:12]})"
             raise self._not_that(name, f"has other weights than it was trained on {differs}")
+        if self.quantised is not None and self.quantised != kind_of(dtype):  # the same numbers, kept otherwise
+            held = quantised.whole(variables["params"], None if kind_of(dtype) else dtype)
+            variables["params"] = frozen_copy(held, dtype, model.dtype) if kind_of(dtype) else held
         return model, variables, _target(model, "adapters", mesh, jnp.float32)
 
     def _not_that(self, name: str, what: str) -> InputError:
@@ -296,5 +307,5 @@ def open_checkpoint(
 
 def _target(model: Llama, part: str, mesh: Mesh | None, dtype: Any) -> Any:
     """Shape, dtype and place of every leaf of "params" or "adapters"."""
-    places = None if mesh is None else shardings(model, mesh)[part]
-    return layout.placed(abstract_variables(model)[part], places, dtype)
+    places = None if mesh is None else shardings(model, mesh, dtype)[part]
+    return layout.placed(abstract_variables(model, dtype)[part], places)

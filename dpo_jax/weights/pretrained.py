@@ -19,6 +19,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.config_keys import ignoring
 from dpo_jax.model.heads import SCORE
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import kind_in, kind_of
 from dpo_jax.model.variables import init_adapters, merge_adapters
 from dpo_jax.weights.huggingface import fused_adapters, heads, layout, merging, model_folder, peft
 from dpo_jax.weights.integrity import base as bases
@@ -66,9 +67,10 @@ def load_pretrained(
         model is loaded too), a run folder (its final model, or its newest intact checkpoint), a run's
         `checkpoints/<step>`, a hub id, or "smollm2".
       mesh: where to place the weights; None puts them on the first device.
-      dtype: of the parameters (adapters are always float32).
+      dtype: of the parameters (adapters are always float32); the words int8 and nf4 quantise the kernels of the layers
+        as they are read (`model/quantised.py`) and keep other parameters in `compute_dtype`.
       lora: adds fresh adapters (A random by `seed`, B zero). Not for a source that has adapters of its own.
-      compute_dtype: of activations and products; not given: `dtype`.
+      compute_dtype: of activations and products; not given: `dtype`, and float32 of what is quantised.
       remat, attention: see `Llama`.
       seed: of the adapters.
       ignore_config_keys: keys of config.json that are not known here and are said to change nothing.
@@ -78,8 +80,10 @@ def load_pretrained(
     place = source if isinstance(source, StoredModel) else open_checkpoint(source)
     if isinstance(place, RunCheckpoint) and Path(place.name).expanduser().resolve() != place.path.resolve():
         _log.warning("%s: this run is not finished; its newest intact checkpoint is used: %s", place.name, place.path)
+    if compute_dtype is None:
+        compute_dtype = dtype if kind_of(dtype) is None else jnp.float32
     chosen: dict[str, Any] = {
-        "dtype": jnp.dtype(dtype if compute_dtype is None else compute_dtype),
+        "dtype": jnp.dtype(compute_dtype),
         "remat": remat,
         "attention": attention,
     }
@@ -123,7 +127,8 @@ def save_pretrained(
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
         carried along, and an adapter folder names it (or its own base) as the base model. Adapters are merged with the
-        weights as they are stored there, where `variables` hold them in less than float32.
+        weights as they are stored there, where `variables` hold them in less than float32; with quantised ones as these
+        are when they are made whole, so that the merged model is the one that was trained.
       dtype: of the stored weights; not given: that of the parameters, and float32 where there are adapters, since less
         would round away most of what they have learnt.
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
@@ -152,7 +157,9 @@ def save_pretrained(
         if place is None:
             raise InputError(f"{path}: an adapter folder names its base model; give source")
         named = place.base if place.base is not None and place.has_adapters else place.lasting
-        base = replace(named, fingerprint=bases.weights_hash(params))
+        base = replace(named, fingerprint=bases.weights_hash(params), quantised=kind_in(params))
+        if place.quantised is not None and base.quantised is None:  # made whole since
+            base = named
     if config.num_labels and tokenizer is not None:
         config, tokenizer = heads.padded_apart(config, tokenizer)
     if dtype is None:
@@ -176,7 +183,7 @@ def save_pretrained(
         shapes, tensors = fused_adapters.tensors(model, adapters, dtype)
         shard_bytes = 1 << 62  # PEFT reads one file
     else:
-        if place is None or jax.tree.leaves(params)[0].dtype == jnp.float32:
+        if place is None or kind_in(params) is not None or jax.tree.leaves(params)[0].dtype == jnp.float32:
             beneath = layout.tensors(slots, params, jnp.float32)
         else:
             beneath = _as_stored(place, config, params)
@@ -191,11 +198,15 @@ def save_pretrained(
 
 def _as_stored(place: StoredModel, config: LlamaConfig, params: Any) -> Iterator[np.ndarray]:
     """The weights that `place` stores beneath all adapters, in float32, by way of the devices of `params`."""
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    mesh = mesh if isinstance(mesh, Mesh) else None
+    if place.quantised is not None and place.beneath is not None:
+        beneath = load_pretrained(place.beneath, mesh=mesh, dtype=place.quantised)[1]
+        return layout.tensors(layout.parameter_slots(config), beneath["params"], np.float32)
     # A run may have begun with an adapter, which its own go on from.
     while place.has_adapters and place.beneath is not None:
         place = place.beneath
-    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
-    return stored_tensors(place, config, np.float32, mesh if isinstance(mesh, Mesh) else None)
+    return stored_tensors(place, config, np.float32, mesh)
 
 
 def stored_tensors(

@@ -54,6 +54,8 @@ class DistillRun(SampledRun):
         self.check_sampling("distillation", self.train.batch_size, 1, "one each")
         if self.distill.on_policy == 0:
             self._check_unsampled()
+        frozen = self.train.frozen_dtype is None or self.lora.rank > 0
+        require(frozen, "--train.frozen_dtype has no effect: nothing is frozen without --lora.rank")
         require(self.eval_data is None, "--eval_data has no effect in dpo-jax distill: leave it out")
 
     def _check_unsampled(self) -> None:

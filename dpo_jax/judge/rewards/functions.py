@@ -32,6 +32,7 @@ from dpo_jax.judge.rewards.command import Command
 from dpo_jax.judge.rewards.shipped import OfColumn, shipped
 from dpo_jax.judge.rewards.step_scores import Steps, split
 from dpo_jax.judge.rewards.user_code import PythonFunction
+from dpo_jax.model.quantised import kind_of
 from dpo_jax.processes import distributed
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 from dpo_jax.weights.opened import open_checkpoint
@@ -157,6 +158,7 @@ def open_reward(judge: str, config: JudgedRun, *, mesh: Mesh, batch_size: int) -
         mesh=mesh,
         batch_size=batch_size,
         dtype=frozen,
+        compute_dtype=None if kind_of(frozen) is None else config.train.dtype,
         attention=config.train.attention,
     )
 

@@ -20,10 +20,15 @@ from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
+from dpo_jax.model.quantised import Kind, Quantised, quantise
 from dpo_jax.model.variables import abstract_variables
+from dpo_jax.weights.integrity.fingerprint import sums_by_row
 
 PIECE_BYTES = 2 << 30
 """Local shards of a stacked leaf beyond this many bytes are read and placed a few layers at a time."""
+
+QUANTISED_BYTES = 256 << 20
+"""Of a leaf that is quantised as it is read so many bytes stand whole at a time, or a layer."""
 
 GATHER_BYTES = 64 << 20
 """Tensors beyond this many bytes come together from several processes in pieces."""
@@ -217,23 +222,39 @@ def _bounds(slot: Slot, index: Slices | None) -> tuple[tuple[int, int], ...]:
     return tuple(s.indices(n)[:2] for s, n in zip(index or (), slot.shape, strict=True))
 
 
-def _load_leaf(slot: Slot, read: Read, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """A leaf in its shards; one that is large goes to the devices a few layers at a time."""
-    sharding, dtype = target.sharding, np.dtype(target.dtype)
+def _load_leaf(slot: Slot, read: Read, target: jax.ShapeDtypeStruct | Quantised) -> Any:
+    """A leaf in its shards; one that is large goes to the devices a few layers at a time, and is quantised there."""
+    as_read: Any = target.codes if isinstance(target, Quantised) else target
+    sharding = as_read.sharding
+    dtype = np.dtype(np.float32 if isinstance(target, Quantised) else as_read.dtype)
+    places = jax.tree.map(lambda x: x.sharding, target)
     assert sharding is not None
+
+    def make(part: Slot, first: int) -> Any:
+        piece = _load_piece(part, read, sharding, dtype)
+        return from_file(piece, target, first) if isinstance(target, Quantised) else piece
+
     devices = len(sharding.device_set) // jax.process_count() or 1
     here = min(math.prod(sharding.shard_shape(slot.shape)) * devices, math.prod(slot.shape)) * dtype.itemsize
     layers = len(slot.keys)
-    pieces = next(n for n in range(1, layers + 1) if layers % n == 0 and (here <= n * PIECE_BYTES or n == layers))
+    most = QUANTISED_BYTES if isinstance(target, Quantised) else PIECE_BYTES
+    pieces = next(n for n in range(1, layers + 1) if layers % n == 0 and (here <= n * most or n == layers))
     if pieces == 1:
-        return _load_piece(slot, read, sharding, dtype)
-    leaf = jax.jit(partial(jnp.zeros, slot.shape, dtype), out_shardings=sharding)()
-    put = jax.jit(jax.lax.dynamic_update_slice_in_dim, static_argnums=3, donate_argnums=0, out_shardings=sharding)
+        return make(slot, 0)
+    zeros = jax.tree.map(lambda x: partial(jnp.zeros, x.shape, x.dtype), target)
+    leaf = jax.tree.map(lambda zero, where: jax.jit(zero, out_shardings=where)(), zeros, places)
     many = layers // pieces
+    put = jax.jit(
+        lambda whole, piece, start: jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), whole, piece
+        ),
+        donate_argnums=0,
+        out_shardings=places,
+    )
     for start in range(0, layers, many):
         part = replace(slot, keys=slot.keys[start : start + many], shape=(many, *slot.shape[1:]))
-        leaf = put(leaf, _load_piece(part, read, sharding, dtype), np.int32(start), 0)
-        leaf.block_until_ready()  # else the host reads on, and holds several pieces
+        leaf = put(leaf, make(part, start), np.int32(start))
+        jax.block_until_ready(leaf)  # else the host reads on, and holds several pieces
     return leaf
 
 
@@ -267,7 +288,7 @@ def load_tree(slots: list[Slot], read: Read, target: Mapping[str, Any]) -> Tree:
     Args:
       slots: what to read; run `check_keys` first.
       read: where from (`TensorReader.read`).
-      target: a tree of `jax.ShapeDtypeStruct` with shardings.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings; a `Quantised` of them is quantised as it is read.
     """
     tree: Tree = {}
     for slot in slots:
@@ -275,11 +296,21 @@ def load_tree(slots: list[Slot], read: Read, target: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def placed(shapes: Any, places: Any, dtype: Any) -> Any:
-    """A tree of shapes as a target of `load_tree`: in `dtype`, at `places`; None: on the first device."""
+def placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
+    """A tree of shapes as a target of `load_tree`: in `dtype`, if given, at `places`; None: on the first device."""
     if places is None:
         places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, places)
+
+
+def from_file(matrix: jax.Array, target: Quantised, first: int = 0) -> Quantised:
+    """Layers `first` and following of a kernel that was read, [N, D, F], quantised and laid out as `target`."""
+    places = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(_from_file, static_argnums=1, out_shardings=places)(matrix, target.kind, np.uint32(first))
+
+
+def _from_file(matrix: jax.Array, kind: Kind, first: jax.Array) -> Quantised:
+    return quantise(matrix, kind, sums_by_row(matrix, jnp.bfloat16, first))
 
 
 def _in_file_order(slots: list[Slot]) -> list[tuple[list[Slot], int]]:
@@ -316,12 +347,20 @@ def tensors(slots: list[Slot], tree: Mapping[str, Any], dtype: Any) -> Iterator[
 
 
 def _whole(leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype) -> np.ndarray:
+    if isinstance(leaf, Quantised):
+        assert layer is not None, "kernels of layers are stacked"
+        leaf, layer = _made_whole(leaf, np.int32(layer)), None
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return _gathered(leaf, layer, transposed, dtype)
     if layer is not None:
         leaf = _layer(leaf, np.int32(layer)) if isinstance(leaf, jax.Array) else leaf[layer]
     values = np.asarray(leaf)
     return np.ascontiguousarray(values.T if transposed else values, dtype)
+
+
+@jax.jit
+def _made_whole(leaf: Quantised, layer: jax.Array) -> jax.Array:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf).whole()
 
 
 @jax.jit

@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError, first_line, full_disk
 from dpo_jax.headers import read_json
+from dpo_jax.model.quantised import is_quantised
+from dpo_jax.weights.huggingface import layout
 from dpo_jax.weights.integrity.digests import FILES, damage, write_digests
 from dpo_jax.weights.integrity.folder import new_folder
 from dpo_jax.weights.orbax.checkpoint import expect_closed_loops
@@ -112,6 +114,26 @@ def _metadata(path: Path) -> Any:
 
 
 def _restore(path: Path, target: Any) -> Any:
+    """The arrays of `target`; of what is quantised one matrix after the other stands whole."""
+    if not any(map(is_quantised, jax.tree.leaves(target, is_leaf=is_quantised))):
+        return _restored(path, target)
+    leaves, shape = jax.tree_util.tree_flatten_with_path(target, is_leaf=is_quantised)
+    found = []
+    for at, leaf in leaves:
+        alone: Any = _as_stored(leaf)
+        for key in reversed(at):
+            alone = {key.key: alone}
+        whole = jax.tree.leaves(_restored(path, alone))[0]
+        found.append(layout.from_file(whole, leaf) if is_quantised(leaf) else whole)
+    return jax.tree.unflatten(shape, found)
+
+
+def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The array that a leaf of a target is read from."""
+    return leaf.codes.update(shape=leaf.shape, dtype=np.float32) if is_quantised(leaf) else leaf
+
+
+def _restored(path: Path, target: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
@@ -126,7 +148,7 @@ def _check(path: Path, stored: Any, wanted: Any) -> None:
     """Same paths, same shapes."""
 
     def flat(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]
         return {jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x.shape) for p, x in leaves}
 
     have, want = flat(stored), flat(wanted)

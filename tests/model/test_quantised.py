@@ -1,0 +1,186 @@
+"""Weights in 8 and 4 bits: what they come to, and steps that train adapters on them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pairs import TINY, gradients, make_batch, model_and_variables, quick_jit, with_sgd
+
+from dpo_jax.align import dpo
+from dpo_jax.config import DPOConfig
+from dpo_jax.data.sets.group_windows import Packing, pack_batch
+from dpo_jax.errors import InputError
+from dpo_jax.mesh import make_mesh, put_batch
+from dpo_jax.model import quantised
+from dpo_jax.model.quantised import LEVELS, Quantised, quantise
+from dpo_jax.model.variables import frozen_copy, shardings
+
+WIDE = dataclasses.replace(TINY, hidden_size=128, intermediate_size=256, num_heads=4, head_dim=32)
+KINDS = ["int8", "nf4"]
+
+
+def matrix(rows: int = 192, width: int = 512, seed: int = 0) -> jax.Array:
+    return 0.02 * jax.random.normal(jax.random.key(seed), (2, rows, width))
+
+
+def with_exact_scales(q: Quantised, w: jax.Array) -> np.ndarray:
+    """The levels of nf4 times scales that were not quantised again."""
+    largest = jnp.max(jnp.abs(w.reshape(*w.shape[:-2], -1, 64, w.shape[-1])), axis=-2)
+    plain = dataclasses.replace(
+        q,
+        scales=jnp.zeros_like(q.scales, shape=largest.shape),
+        steps=jnp.zeros_like(q.steps),
+        middle=jnp.ones_like(q.middle),
+    )
+    return np.asarray(
+        plain.whole().reshape(*largest.shape[:-1], 64, largest.shape[-1]) * largest[..., None, :]
+    ).reshape(w.shape)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("kind", "bits", "error"), [("int8", 8.5, 0.0065), ("nf4", 4.14, 0.096)])
+def test_bits_and_error_of_normal_weights(kind: Any, bits: float, error: float) -> None:
+    w = matrix()
+    q = jax.jit(quantise, static_argnums=1)(w, kind)
+    assert (q.kind, q.shape, q.size) == (kind, w.shape, w.size)
+    assert sum(x.nbytes for x in jax.tree.leaves(q)) * 8 / w.size <= bits
+    off = np.asarray(q.whole() - w)
+    assert 0.8 * error < math.sqrt(np.mean(off**2)) / 0.02 < error
+    bf16 = q.whole(jnp.bfloat16)
+    assert bf16.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(bf16, q.whole().astype(jnp.bfloat16))
+
+
+def test_blocks_lose_less_than_one_scale_for_each_output() -> None:
+    w = matrix(1024)
+    scales = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127
+    by_column = float(jnp.linalg.norm(jnp.round(w / scales) * scales - w))
+    assert float(jnp.linalg.norm(quantise(w, "int8").whole() - w)) < 0.8 * by_column
+
+
+def test_nf4_takes_the_nearest_level_of_its_block() -> None:
+    w = matrix(64, 256)[0]
+    q = quantise(w, "nf4")
+    largest = np.abs(np.asarray(w)).max(axis=0)
+    distance = np.abs(np.asarray(w / largest)[..., None] - np.float32(LEVELS))
+    np.testing.assert_allclose(
+        with_exact_scales(q, w), np.float32(LEVELS)[distance.argmin(-1)] * largest, rtol=1e-6, atol=0
+    )
+
+
+def test_the_levels_themselves_and_zeros_come_back() -> None:
+    levels = jnp.tile(jnp.float32(LEVELS), 4)[:, None] * jnp.float32([1.0, 1.0, 0.0])
+    for kind in KINDS:
+        q = quantise(levels, kind)  # type: ignore[arg-type]
+        np.testing.assert_allclose(q.whole(), levels, atol=1e-6 if kind == "nf4" else 1 / 254)
+
+
+def test_narrow_inputs_have_smaller_blocks() -> None:
+    q = quantise(matrix(96, 24), "nf4")
+    assert q.scales.shape == (2, 3, 24)
+    assert float(jnp.abs(q.whole() - matrix(96, 24)).max()) < 0.02
+
+
+def test_the_same_bits_on_a_mesh() -> None:
+    mesh, w = make_mesh(fsdp=2, tensor=2, data=2), matrix(256)
+    where = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
+    there = jax.jit(quantise, static_argnums=1)(jax.device_put(w, where), "nf4")
+    chex.assert_trees_all_equal(jax.device_get(there), jax.device_get(jax.jit(quantise, static_argnums=1)(w, "nf4")))
+
+
+def test_nf4_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed (pip)")
+    torch = pytest.importorskip("torch")
+    w = matrix()[0]
+    ours, given = quantise(w, "nf4"), torch.tensor(np.asarray(w).T.copy())
+    plain = functional.dequantize_nf4(*functional.quantize_nf4(given, blocksize=64)).numpy().T
+    np.testing.assert_array_equal(with_exact_scales(ours, w), plain)
+    nested = functional.quantize_nf4(given, blocksize=64, compress_statistics=True)
+    theirs = functional.dequantize_nf4(*nested).numpy().T
+    errors = [float(np.linalg.norm(x - np.asarray(w))) for x in (ours.whole(), theirs)]
+    assert errors[0] <= errors[1]
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Any:
+    return model_and_variables(WIDE, lora=2, noise=0.3)
+
+
+def kept(variables: Any, kind: str) -> tuple[Any, Any]:
+    """The variables with a quantised base, and with the same base made whole."""
+    params = frozen_copy(variables["params"], kind, jnp.float32)
+    return {**variables, "params": params}, {**variables, "params": quantised.whole(params)}
+
+
+def run(model: Any, variables: Any, batch: Any, config: DPOConfig) -> tuple[Any, Any]:
+    state = with_sgd(dpo.init_state(model, variables, config))
+    after, metrics = quick_jit(dpo.train_step, config=config)(state, batch)
+    return metrics, gradients(state, after)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "accumulate", "remat"),
+    [("nf4", "windows", 2, "full"), ("nf4", "shared", 1, "none"), ("int8", "separate", 2, "dots")],
+)
+def test_gradients_are_those_of_adapters_on_the_whole_weights(
+    adapted: Any, kind: str, layout: Any, accumulate: int, remat: Any
+) -> None:
+    model, variables = adapted
+    model = model.clone(remat=remat)
+    config = DPOConfig(reference="live", nll_coefficient=0.1, layout=layout, accumulate=accumulate)
+    batch = pack_batch(make_batch(), Packing(2)) if layout == "windows" else make_batch()
+    few, whole = (run(model, tree, batch, config) for tree in kept(variables, kind))
+    chex.assert_trees_all_close(few[0], whole[0], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(few[1], whole[1], rtol=1e-5, atol=1e-5 * float(whole[0]["grad_norm"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_mesh_the_same(adapted: Any, kind: str) -> None:
+    model, variables = adapted
+    config, mesh = DPOConfig(reference="live", layout="shared"), make_mesh(data=2, fsdp=2, tensor=2)
+    alone, _ = run(model, kept(variables, kind)[0], make_batch(), config)
+    places = shardings(model, mesh)
+    there = jax.device_put(variables, places)
+    params = frozen_copy(there["params"], kind, jnp.float32)
+    expected = shardings(model, mesh, kind)["params"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    held = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert held.codes.sharding == expected.codes
+    assert held.scales.sharding == expected.scales
+    assert held.codes.sharding.shard_shape(held.codes.shape)[1:] == tuple(n // 2 for n in held.codes.shape[1:])
+    state = dpo.init_state(model, {**there, "params": params}, config)
+    _, metrics = dpo.jit_train_step(config, mesh)(state, put_batch(mesh, make_batch()))
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        np.testing.assert_allclose(metrics[name], alone[name], rtol=2e-5, atol=2e-5)
+
+
+def test_a_block_on_two_devices_is_refused() -> None:
+    model, _ = model_and_variables(TINY, lora=2)
+    with pytest.raises(
+        InputError, match=r"kernel/scales \(2, 1, .*: its (embed|heads|mlp) axis of 1 does not divide by 2"
+    ):
+        shardings(model, make_mesh(fsdp=2, data=4), "nf4")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_whole_matrix_waits_for_the_backward_pass(remat: Any) -> None:
+    held, config = {}, DPOConfig(reference="live", layout="separate")
+    for layers in (4, 20):
+        shape = dataclasses.replace(WIDE, num_layers=layers, vocab_size=32)
+        model, variables = model_and_variables(shape, lora=1, remat=remat)
+        size = 4 * sum(x.size for x in jax.tree.leaves(variables["params"]["layers"]))
+        state = dpo.init_state(model, kept(variables, "nf4")[0], config)
+        batch = make_batch(1, prompt=2, response=2, vocab=32)
+        step = jax.jit(dpo.train_step, static_argnames="config").lower(state, batch, config=config).compile()
+        held[layers] = size, step.memory_analysis().temp_size_in_bytes
+    whole, temporaries = (b - a for a, b in zip(*held.values(), strict=True))
+    assert temporaries < 0.2 * whole, (temporaries, whole)
