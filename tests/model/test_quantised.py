@@ -12,7 +12,7 @@ import pytest
 from pairs import TINY, gradients, make_batch, model_and_variables, quick_jit, with_sgd
 
 from dpo_jax.align import dpo
-from dpo_jax.config import DPOConfig
+from dpo_jax.config import DPOConfig, OptimizerConfig
 from dpo_jax.data.sets.group_windows import Packing, pack_batch
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
@@ -184,3 +184,23 @@ def test_no_whole_matrix_waits_for_the_backward_pass(remat: Any) -> None:
         held[layers] = size, step.memory_analysis().temp_size_in_bytes
     whole, temporaries = (b - a for a, b in zip(*held.values(), strict=True))
     assert temporaries < 0.2 * whole, (temporaries, whole)
+
+
+def test_adapters_learn_on_quantised_weights_as_on_whole_ones(adapted: Any) -> None:
+    model, variables = adapted
+    variables = {**variables, "adapters": jax.tree.map(jnp.array, variables["adapters"])}
+    config = DPOConfig(reference="live", beta=0.5, optimizer=OptimizerConfig(learning_rate=5e-3))
+    step, ends = quick_jit(dpo.train_step, config=config), {}
+    for kind in ("float32", *KINDS):
+        params = frozen_copy(variables["params"], kind, jnp.float32)
+        state, rows = dpo.init_state(model, {**variables, "params": params}, config), []
+        for _ in range(12):
+            state, metrics = step(state, make_batch())
+            rows.append([float(metrics[name]) for name in ("loss", "rewards/accuracies")])
+        ends[kind] = rows
+    first, last = ends["float32"][0], ends["float32"][-1]
+    assert last[0] < 0.5 * first[0]
+    for kind, near in (("int8", 0.02), ("nf4", 0.15)):
+        assert ends[kind][-1][0] < 0.5 * ends[kind][0][0], ends
+        assert ends[kind][-1][1] > ends[kind][0][1]
+        np.testing.assert_allclose(np.array(ends[kind])[:, 0], np.array(ends["float32"])[:, 0], atol=near * first[0])

@@ -1,0 +1,118 @@
+"""`--train.frozen_dtype int8|nf4` from end to end: QLoRA, and references in fewer bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tiny
+from safetensors.numpy import load_file
+
+from dpo_jax import cli
+from dpo_jax.train import loop, session
+from dpo_jax.weights.pretrained import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.folder(folder / "model", hidden=64, heads=4, kv_heads=2)
+    tiny.preferences(folder / "train.jsonl", rows=16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(session, "make_mesh", runs.small_mesh)
+
+
+def words(inputs: Path, out: Path, command: str = "dpo", **options: Any) -> list[str]:
+    given = {
+        "train.steps": 4,
+        "train.batch_size": 4,
+        "data.max_length": 96,
+        "data.buckets": 1,
+        "optimizer.learning_rate": 1e-2,
+        **options,
+    }
+    told = ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--out", str(out)]
+    told += ["--mesh.data", "1", "--mesh.fsdp", "1"]
+    return [command, *told, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
+
+
+QLORA = {"train.frozen_dtype": "nf4", "lora.rank": 2}
+
+
+def test_stopped_and_gone_on_it_has_the_same_bits(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QLORA, "train.dtype": "bfloat16", "train.accumulate": 2, "checkpoint.every": 2}
+    assert cli.main(words(inputs, tmp_path / "whole", **options)) == 0
+    some = words(inputs, tmp_path / "some", **options)
+    save = loop.Checkpoints.save
+
+    def then_die(self: Any, *args: Any, **more: Any) -> None:
+        save(self, *args, **more)
+        self.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", then_die)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(some)
+    assert [path.name for path in (tmp_path / "some" / "checkpoints").iterdir()] == ["2"]
+    assert cli.main(some) == 0
+    assert runs.metrics(tmp_path / "some") == runs.metrics(tmp_path / "whole")
+    for name in ("model/model", "adapter/adapter_model"):
+        here, there = (load_file(tmp_path / x / f"{name}.safetensors") for x in ("some", "whole"))
+        for key in there:
+            np.testing.assert_array_equal(here[key], there[key], err_msg=key)
+    base = json.loads((tmp_path / "whole" / "base.json").read_text())
+    assert (
+        base["quantised"]
+        == json.loads((tmp_path / "whole" / "adapter" / "base.json").read_text())["quantised"]
+        == "nf4"
+    )
+    # A checkpoint, the adapter and the merged model are one model.
+    merged = load_pretrained(tmp_path / "whole" / "model")[1]["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+    for name in ("checkpoints/4", "adapter"):
+        model, variables = load_pretrained(tmp_path / "whole" / name)
+        held, adapters = (variables[x]["layers"]["mlp"]["up_proj"] for x in ("params", "adapters"))
+        sums = held["kernel"] + model.lora.scale * adapters["lora_a"] @ adapters["lora_b"]
+        np.testing.assert_allclose(sums, merged, atol=1e-5)
+
+
+def test_a_live_reference_says_its_error(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"train.frozen_dtype": "int8", "dpo.reference": "live", "train.steps": 1}
+    assert cli.main(words(inputs, tmp_path / "run", **options)) == 0
+    said = capsys.readouterr()
+    told = next(x for x in (said.out + said.err).splitlines() if x.startswith("reference policy in int8"))
+    mean = float(told.partition("off by ")[2].split()[0])
+    assert 0 < mean < 0.05
+
+
+def test_a_reward_model(inputs: Path, tmp_path: Path) -> None:
+    assert cli.main(words(inputs, tmp_path / "run", "reward", **QLORA)) == 0
+    rows = runs.metrics(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"score", "adapters"} <= {*load_pretrained(tmp_path / "run" / "adapter")[1]["heads"], "adapters"}
+
+
+@pytest.mark.parametrize("command", ["grpo", "ppo"])
+def test_what_is_sampled_from_quantised_weights(inputs: Path, tmp_path: Path, command: str) -> None:
+    options = {**QLORA, "reward": "length:8", "sample.max_new_tokens": 8, "train.steps": 1}
+    options |= {"ppo.group_size": 4} if command == "grpo" else {"train.accumulate": 1}
+    assert cli.main(words(inputs, tmp_path / "run", command, **options)) == 0
+    row = next(x for x in runs.metrics(tmp_path / "run") if "kl" in x or "policy/kl" in x or "loss" in x)
+    assert all(np.isfinite(x) for x in row.values() if isinstance(x, float))
+
+
+@pytest.mark.parametrize(("command", "more"), [("dpo", {}), ("sft", {}), ("reward", {})])
+def test_without_effect_it_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, more: dict[str, Any]
+) -> None:
+    assert cli.main(words(inputs, tmp_path / "run", command, **{"train.frozen_dtype": "int8"}, **more)) == 2
+    assert "--train.frozen_dtype has no effect" in capsys.readouterr().err
