@@ -20,6 +20,7 @@ from dpo_jax import masked, mesh as meshes, state as states
 from dpo_jax.align.figures import Metrics
 from dpo_jax.config.sections import StepConfig
 from dpo_jax.errors import InputError
+from dpo_jax.model import dropout
 from dpo_jax.state import TrainState
 from dpo_jax.types import PreferenceBatch
 
@@ -132,6 +133,8 @@ def descend(
 ) -> tuple[TrainState, Rows, Metrics]:
     """One optimizer update along ∇L; where loss or gradient is not finite, the state as it was.
 
+    With `config.dropout` what adapters read is dropped in this pass, by the step and each row's number in the batch.
+
     Args:
       state: what to update.
       batch: tree of arrays [B, ...].
@@ -143,14 +146,23 @@ def descend(
     step). Raises `InputError` where the rows do not divide over micro-batches and devices.
     """
 
-    def part(rows: Batch) -> tuple[Any, Rows]:
+    drops = config.dropout > 0 and "adapters" in state.trainable
+    key = jax.random.fold_in(jax.random.key(config.dropout_seed), state.step)
+
+    def part(numbered: tuple[Batch, Any]) -> tuple[Any, Rows]:
+        rows, numbers = numbered
+
         def objective(trainable: Any) -> tuple[jax.Array, Rows]:
-            found = values(dataclasses.replace(state, trainable=trainable).variables, rows)
+            variables = dataclasses.replace(state, trainable=trainable).variables
+            if drops:
+                variables["dropout"] = dropout.collection(trainable["adapters"], config.dropout, key, numbers)
+            found = values(variables, rows)
             return share(rows, found), found
 
         return jax.grad(objective, has_aux=True)(state.trainable)
 
-    gradients, found = sum_gradients(part, batch, config, like=state.trainable)
+    numbers = jnp.arange(_units(batch)) if drops else None
+    gradients, found = sum_gradients(part, (batch, numbers), config, like=state.trainable)
     loss, norm = share(batch, found), optax.tree.norm(gradients)
     new = state.apply_gradients(gradients, finite=jnp.isfinite(loss) & jnp.isfinite(norm))
     rate: Any = states.learning_rate_schedule(config.optimizer)(state.step)

@@ -44,6 +44,8 @@ class LoraConfig(Options, prefix="--lora."):
     """Numerator of the scale alpha / rank. Not given: 2 x rank."""
     targets: tuple[str, ...] = LINEAR_LAYERS
     """Linear layers that get an adapter."""
+    dropout: Annotated[float, Within(0, 1, "[)")] | None = not_given(0.0, needs="rank")
+    """Share of an adapter's inputs that are left out in training, others in each step (by --train.seed)."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"--lora.rank {self.rank} must be 0 (full fine-tuning) or positive")
@@ -72,6 +74,10 @@ class StepConfig(Options, prefix="--train."):
     """Split the batch (of PPO: each mini-batch) into this many micro-batches; the result equals one big batch."""
     crossing_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients cross between the copies of the model."""
+    dropout: float = 0.0
+    """Share of what adapters read that is left out in the pass that gradients are taken of (`model/dropout.py`)."""
+    dropout_seed: int = 0
+    """With the step, which."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from dpo_jax.model import attention, narrow, rope
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, ModelCache, count_slots
+from dpo_jax.model.dropout import dropped
 from dpo_jax.model.products import SAVED, Shaped, matmul, precision, scaled, shifted
 from dpo_jax.model.quantised import is_quantised
 from dpo_jax.model.rope import Layer, Places, rotate
@@ -125,7 +126,10 @@ class Linear(nn.Module):
 
             a = self.variable("adapters", "lora_a", uniform).value
             b = self.variable("adapters", "lora_b", jnp.zeros, (rank, self.features)).value
-            y = y + self.lora.scale * matmul(matmul(x.astype(self.dtype), a), b)
+            read = x.astype(self.dtype)
+            if self.has_variable("dropout", "rows"):
+                read = dropped(read, *(self.get_variable("dropout", name) for name in ("rows", "rate")))
+            y = y + self.lora.scale * matmul(matmul(read, a), b)
         return y
 
 
@@ -292,7 +296,7 @@ class Llama(nn.Module):
             in_axes: Any = (0, 0, nn.broadcast, nn.broadcast)
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "adapters": 0, "narrow": 0},
+                variable_axes={"params": 0, "adapters": 0, "narrow": 0, "dropout": 0},
                 split_rngs={"params": True},
                 in_axes=in_axes,
                 out_axes=0,

@@ -95,18 +95,22 @@ def test_a_live_reference_says_its_error(inputs: Path, tmp_path: Path, capsys: p
 
 def test_a_reward_model(inputs: Path, tmp_path: Path) -> None:
     assert cli.main(words(inputs, tmp_path / "run", "reward", **QLORA)) == 0
-    rows = runs.metrics(tmp_path / "run")
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert {"score", "adapters"} <= {*load_pretrained(tmp_path / "run" / "adapter")[1]["heads"], "adapters"}
+    assert all(np.isfinite(row["loss"]) for row in runs.metrics(tmp_path / "run"))
+    variables = load_pretrained(tmp_path / "run" / "adapter")[1]
+    assert set(variables) == {"params", "adapters", "heads"}
+    assert float(np.abs(variables["adapters"]["layers"]["mlp"]["up_proj"]["lora_b"]).max()) > 0
 
 
 @pytest.mark.parametrize("command", ["grpo", "ppo"])
 def test_what_is_sampled_from_quantised_weights(inputs: Path, tmp_path: Path, command: str) -> None:
     options = {**QLORA, "reward": "length:8", "sample.max_new_tokens": 8, "train.steps": 1}
-    options |= {"ppo.group_size": 4} if command == "grpo" else {"train.accumulate": 1}
-    assert cli.main(words(inputs, tmp_path / "run", command, **options)) == 0
-    row = next(x for x in runs.metrics(tmp_path / "run") if "kl" in x or "policy/kl" in x or "loss" in x)
-    assert all(np.isfinite(x) for x in row.values() if isinstance(x, float))
+    options |= {"ppo.group_size": 4} if command == "grpo" else {}
+    line = words(inputs, tmp_path / "run", command, **options)
+    del line[(buckets := line.index("--data.buckets")) : buckets + 2]
+    assert cli.main(line) == 0
+    rows = runs.metrics(tmp_path / "run")
+    assert rows
+    assert all(np.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
 
 
 @pytest.mark.parametrize(("command", "more"), [("dpo", {}), ("sft", {}), ("reward", {})])

@@ -54,6 +54,10 @@ class PPORun(SampledRun, JudgedRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not self.lora.resolved("dropout"),
+            "--lora.dropout does not go with PPO: updates compare the policy with what sampled, which drops nothing",
+        )
         size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
         free = SampleConfig()
         narrowing = [name for name in _NARROWING if getattr(self.sample, name) != getattr(free, name)]

@@ -66,7 +66,8 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
         told = {one.name: getattr(loss, one.name) for one in fields(loss)}  # pyright: ignore[reportArgumentType]
         crossing = self.train.resolved("crossing_dtype")
         every = {"optimizer": self.optimizer, "accumulate": self.train.accumulate, "crossing_dtype": crossing}
-        return kind.of_checked(**told, **every, **more)
+        dropout = {"dropout": self.lora.resolved("dropout"), "dropout_seed": self.train.seed}
+        return kind.of_checked(**told, **every, **dropout, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

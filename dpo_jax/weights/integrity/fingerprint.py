@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dpo_jax.model.dropout import mix
 from dpo_jax.model.quantised import Quantised, is_quantised
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _SEEDS = (0x9E3779B9, 0x27D4EB2F)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit reaches every output bit (the finaliser of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def sums_by_row(leaf: jax.Array, dtype: Any, first: int | jax.Array = 0) -> jax.Array:
@@ -32,9 +26,9 @@ def sums_by_row(leaf: jax.Array, dtype: Any, first: int | jax.Array = 0) -> jax.
         mixed = bits
         for axis, size in enumerate(bits.shape):  # axis by axis: a flat index can exceed 32 bits, and this is cheap
             begin = first if axis == 0 else 0
-            along = _mix(jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed + (axis << 8)) + jnp.uint32(begin))
+            along = mix(jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(seed + (axis << 8)) + jnp.uint32(begin))
             mixed = mixed + jnp.expand_dims(along, [other for other in range(bits.ndim) if other != axis])
-        return jnp.sum(_mix(mixed), axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32)
+        return jnp.sum(mix(mixed), axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32)
 
     return jnp.stack([one(seed) for seed in _SEEDS], axis=-1)
 
