@@ -1,6 +1,8 @@
 """`--train.frozen_dtype int8|nf4` from end to end: QLoRA, and references in fewer bits."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def words(inputs: Path, out: Path, command: str = "dpo", **options: Any) -> list
     return [command, *told, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
 
 
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "qlora.py"
 QLORA = {"train.frozen_dtype": "nf4", "lora.rank": 2}
 
 
@@ -119,3 +122,25 @@ def test_without_effect_it_is_refused(
 ) -> None:
     assert cli.main(words(inputs, tmp_path / "run", command, **{"train.frozen_dtype": "int8"}, **more)) == 2
     assert "--train.frozen_dtype has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark(inputs: Path, tmp_path: Path) -> None:
+    line = [sys.executable, str(BENCHMARK), "--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl")]
+    line += [
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "3",
+        "--rows",
+        "16",
+        "--train.batch_size",
+        "4",
+        "--data.max_length",
+        "96",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    table = [row for row in done.stdout.splitlines() if row.startswith("| ")]
+    assert [row.split()[1] for row in table[1:]] == ["float32", "int8", "nf4"]
+    kept = json.loads((tmp_path / "qlora.json").read_text())
+    assert all(len(one["losses"]) == 3 and one["peak GB"] > 0 for one in kept)
