@@ -7,8 +7,8 @@ Writes --out/qlora.json after each arm and prints the table: the loss over the s
 the end, seconds a step (median, without the steps that compile), the process's peak memory. Options that are not known
 here go to every arm.
 
-With SmolLM2-135M as it stands here (60 steps of 8 pairs of at most 512 tokens, float32, rank 16): about 40 minutes and 6
-GB an arm on two CPU cores, two hours in all.
+With SmolLM2-135M as it stands here (60 steps of 8 pairs of at most 512 tokens, float32, rank 16): by the rates of
+docs/performance.md about 40 minutes and 6 GB an arm on two CPU cores, two hours in all.
 """
 
 import argparse
@@ -88,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for one in found:
         losses, tenth = one["losses"], max(1, len(one["losses"]) // 10)
         first, last = (statistics.fmean(x) for x in (losses[:tenth], losses[-tenth:]))
-        ratio = one["seconds a step"] / found[0]["seconds a step"]
+        took, accuracy = one["seconds a step"], one["eval_rewards/accuracies"]
         print(
-            f"| {one['base']} | {first:.4f}, {last:.4f} | {one['eval_loss']:.4f} |"
-            f" {one['eval_rewards/accuracies']:.3f} | {one['seconds a step']:.2f} | {ratio:.2f} | {one['peak GB']:.2f} |"
+            f"| {one['base']} | {first:.4f}, {last:.4f} | {one['eval_loss']:.4f} | {accuracy:.3f} | {took:.2f} |"
+            f" {took / found[0]['seconds a step']:.2f} | {one['peak GB']:.2f} |"
         )
 
 
