@@ -106,7 +106,7 @@ def test_a_reward_model(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["grpo", "ppo"])
 def test_what_is_sampled_from_quantised_weights(inputs: Path, tmp_path: Path, command: str) -> None:
-    options = {**QLORA, "reward": "length:8", "sample.max_new_tokens": 8, "train.steps": 1}
+    options = {**QLORA, "reward": "length", "sample.max_new_tokens": 8, "train.steps": 1}
     options |= {"ppo.group_size": 4} if command == "grpo" else {}
     line = words(inputs, tmp_path / "run", command, **options)
     del line[(buckets := line.index("--data.buckets")) : buckets + 2]
