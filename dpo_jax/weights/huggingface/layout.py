@@ -20,9 +20,9 @@ from dpo_jax.model import heads
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.families import FAMILIES
 from dpo_jax.model.llama import Llama
-from dpo_jax.model.quantised import Kind, Quantised, quantise
+from dpo_jax.model.quantised import Quantised
 from dpo_jax.model.variables import abstract_variables
-from dpo_jax.weights.integrity.fingerprint import sums_by_row
+from dpo_jax.weights.integrity.fingerprint import quantised_as
 
 PIECE_BYTES = 2 << 30
 """Local shards of a stacked leaf beyond this many bytes are read and placed a few layers at a time."""
@@ -232,7 +232,7 @@ def _load_leaf(slot: Slot, read: Read, target: jax.ShapeDtypeStruct | Quantised)
 
     def make(part: Slot, first: int) -> Any:
         piece = _load_piece(part, read, sharding, dtype)
-        return from_file(piece, target, first) if isinstance(target, Quantised) else piece
+        return quantised_as(piece, target, first) if isinstance(target, Quantised) else piece
 
     devices = len(sharding.device_set) // jax.process_count() or 1
     here = min(math.prod(sharding.shard_shape(slot.shape)) * devices, math.prod(slot.shape)) * dtype.itemsize
@@ -241,8 +241,7 @@ def _load_leaf(slot: Slot, read: Read, target: jax.ShapeDtypeStruct | Quantised)
     pieces = next(n for n in range(1, layers + 1) if layers % n == 0 and (here <= n * most or n == layers))
     if pieces == 1:
         return make(slot, 0)
-    zeros = jax.tree.map(lambda x: partial(jnp.zeros, x.shape, x.dtype), target)
-    leaf = jax.tree.map(lambda zero, where: jax.jit(zero, out_shardings=where)(), zeros, places)
+    leaf = jax.tree.map(lambda x: jax.jit(partial(jnp.zeros, x.shape, x.dtype), out_shardings=x.sharding)(), target)
     many = layers // pieces
     put = jax.jit(
         lambda whole, piece, start: jax.tree.map(
@@ -301,16 +300,6 @@ def placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
     if places is None:
         places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, places)
-
-
-def from_file(matrix: jax.Array, target: Quantised, first: int = 0) -> Quantised:
-    """Layers `first` and following of a kernel that was read, [N, D, F], quantised and laid out as `target`."""
-    places = jax.tree.map(lambda x: x.sharding, target)
-    return jax.jit(_from_file, static_argnums=1, out_shardings=places)(matrix, target.kind, np.uint32(first))
-
-
-def _from_file(matrix: jax.Array, kind: Kind, first: jax.Array) -> Quantised:
-    return quantise(matrix, kind, sums_by_row(matrix, jnp.bfloat16, first))
 
 
 def _in_file_order(slots: list[Slot]) -> list[tuple[list[Slot], int]]:

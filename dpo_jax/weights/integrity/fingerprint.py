@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpo_jax.model.dropout import mix
-from dpo_jax.model.quantised import Quantised, is_quantised
+from dpo_jax.model.quantised import Kind, Quantised, is_quantised, quantise
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 _SEEDS = (0x9E3779B9, 0x27D4EB2F)
@@ -38,6 +38,19 @@ def _sums(leaf: jax.Array, dtype: Any) -> jax.Array:
     """Two uint32 sums, modulo 2^32 and so in any order, of each element's bits mixed with its position."""
     rows = sums_by_row(leaf, dtype)
     return jnp.sum(rows, axis=0, dtype=jnp.uint32) if leaf.ndim else rows
+
+
+def quantised_as(matrix: jax.Array, target: Quantised, first: int = 0) -> Quantised:
+    """Layers `first` and following of a kernel that was read, [N, D, F], quantised and laid out as `target`.
+
+    It can be known again by what it was made from. `target`: of arrays, or of shapes with shardings.
+    """
+    places = jax.tree.map(lambda x: x.sharding, target)
+    return jax.jit(_quantised, static_argnums=1, out_shardings=places)(matrix, target.kind, np.uint32(first))
+
+
+def _quantised(matrix: jax.Array, kind: Kind, first: jax.Array) -> Quantised:
+    return quantise(matrix, kind, sums_by_row(matrix, jnp.bfloat16, first))
 
 
 def _of_origin(leaf: Quantised) -> jax.Array:

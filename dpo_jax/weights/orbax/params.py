@@ -16,8 +16,8 @@ from dpo_jax.config import LoraConfig
 from dpo_jax.errors import InputError, first_line, full_disk
 from dpo_jax.headers import read_json
 from dpo_jax.model.quantised import is_quantised
-from dpo_jax.weights.huggingface import layout
 from dpo_jax.weights.integrity.digests import FILES, damage, write_digests
+from dpo_jax.weights.integrity.fingerprint import quantised_as
 from dpo_jax.weights.integrity.folder import new_folder
 from dpo_jax.weights.orbax.checkpoint import expect_closed_loops
 
@@ -124,7 +124,7 @@ def _restore(path: Path, target: Any) -> Any:
         for key in reversed(at):
             alone = {key.key: alone}
         whole = jax.tree.leaves(_restored(path, alone))[0]
-        found.append(layout.from_file(whole, leaf) if is_quantised(leaf) else whole)
+        found.append(quantised_as(whole, leaf) if is_quantised(leaf) else whole)
     return jax.tree.unflatten(shape, found)
 
 
