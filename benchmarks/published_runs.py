@@ -147,6 +147,8 @@ def main() -> None:
     (options.out / "qwen3_32b").mkdir(exist_ok=True)
     (options.out / "qwen3_32b" / "config.json").write_text(json.dumps(QWEN3_32B))
     rows = [compared(run, options.out) for run in RUNS if options.only in f"{run.name} {run.devices} {run.source}"]
+    if not rows:
+        sys.exit(f"--only {options.only}: no run's name, devices or source hold this")
     text = table(rows)
     (options.out / "published.md").write_text(text + "\n")
     print(text)

@@ -20,7 +20,8 @@ Named prompts: `--prompts` of PandaLM's instructions (those of at most 300 chara
 else here holds. Named judge: a reward model trained here from SmolLM2-135M on the pairs of PandaLM's other
 instructions, as people judged them; how often it agrees with people on the named prompts stands under the table. An
 arm's answers are compared, prompt by prompt, with those of the model as it is and with those of dSFT of the same seed,
-drawn with the same random numbers. KL and accuracy on people's pairs are of `dpo-jax eval`, against the model as it is.
+drawn with the same random numbers; an empty answer loses to any other. KL and accuracy on people's pairs are of
+`dpo-jax eval`, against the model as it is.
 
 Each stage is a file or a run folder under `--out`: the same command goes on where it stopped. After each arm it writes
 results.json, table.md (means over the seeds with Student's intervals; each seed with an interval over the prompts) and
@@ -29,7 +30,9 @@ zephyr_arms.png.
 
 import argparse
 import json
+import math
 import random
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,7 +215,7 @@ class Arms:
     # ---------------------------------------------------------------- figures
 
     def answers(self, name: str, seed: int) -> tuple[list[Row], list[float]]:
-        """The answers to the named prompts, and what the judge gives them."""
+        """The answers to the named prompts, and what the judge gives them; to an empty one less than to any other."""
         from dpo_jax.commands.generate import generate
         from dpo_jax.commands.score import score
 
@@ -230,9 +233,10 @@ class Arms:
         once(texts, lambda: generate(run))
         data = c.DataConfig(str(texts), **self.limits(None) | {"max_length": 2 * self.options.max_length})
         once(scores, lambda: score(c.ScoreRun(model=str(self.judge), data=data, out=str(scores), batch_size=16)))
-        rows, given = list(sources.lines(texts)), list(sources.lines(scores))
-        assert [row["row"] for row in rows] == [row["row"] for row in given], f"{scores}: not every answer has a score"
-        return rows, [row["reward"] for row in given]
+        rows, given = list(sources.lines(texts)), {row["row"]: row["reward"] for row in sources.lines(scores)}
+        lost = [row["row"] for row in rows if row["response"].strip() and row["row"] not in given]
+        assert not lost, f"{scores}: rows {lost} have no score"
+        return rows, [given.get(row["row"], -math.inf) for row in rows]
 
     def wins(self, name: str, other: str, seed: int) -> Row:
         """What `dpo-jax win-rate` says of two arms' answers under the judge's scores."""
@@ -305,7 +309,7 @@ class Arms:
             "tokens": texts["length"],
             "repetition": texts["repetition_4"],
             "finished": sum(row["finish_reason"] == "stop" for row in rows) / len(rows),
-            "score": sum(given) / len(given),
+            "score": statistics.fmean(score for score in given if score > -math.inf),
         }
         if name == START:
             return found
