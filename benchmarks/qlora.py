@@ -7,8 +7,8 @@ Writes --out/qlora.json after each arm and prints the table: the loss over the s
 the end, seconds a step (median, without the steps that compile), the process's peak memory. Options that are not known
 here go to every arm.
 
-With SmolLM2-135M as it stands here (60 steps of 8 pairs of at most 512 tokens, float32, rank 16): by the rates of
-docs/performance.md about 40 minutes and 6 GB an arm on two CPU cores, two hours in all.
+With SmolLM2-135M as it stands here (60 steps of 8 pairs of at most 512 tokens, float32, rank 16) some two hours on two
+CPU cores: guessed, not measured.
 """
 
 import argparse
