@@ -8,7 +8,7 @@ of the same model, devices, batch and length: the difference is that of the prog
 together. What a source does not say is assumed, and named. Compared are tokens a second and device; a source that tells
 model FLOPs alone (counted as here: 6 a token and weight, attention causal) is turned into tokens by ours.
 
-Predicted: "overlap", the longest of the four roofs; "none", their sum, which `dpo-jax plan` goes by.
+Predicted: "overlap", all that can be hidden is; "none", nothing is, which `dpo-jax plan` goes by (`plan/estimate.py`).
 
 Runs on H100s need `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt`, in the version of jaxlib.
 """
@@ -165,7 +165,7 @@ def compared(run: Run, out: Path) -> dict[str, Any]:
             sys.exit(f"failed: {' '.join(command)}")
     plan = json.loads(file.read_text())
     (program,) = plan["programs"]
-    roofs = [program["estimate"][f"{roof}_seconds"] for roof in ("compute", "memory", "links", "network")]
+    made = program["estimate"]
     each = program["tokens"] / plan["devices"]
     peak = PEAKS[run.devices.partition(":")[0]]
     published = run.tokens or (run.mfu or 0) * peak * program["tokens"] / program["flops"]
@@ -173,9 +173,9 @@ def compared(run: Run, out: Path) -> dict[str, Any]:
         "run": run,
         "published": published,
         "mfu": published * program["flops"] / program["tokens"] / peak,
-        "overlap": each / max(roofs),
-        "none": each / sum(roofs),
-        "bound": ("compute", "memory", "links", "network")[roofs.index(max(roofs))],
+        "overlap": each / made["seconds_if_all_overlaps"],
+        "none": each / made["seconds_if_nothing_overlaps"],
+        "bound": made["bound_by"],
         "peak": program["peak_bytes"] / 2**30,
         "fits": plan["fits"],
     }
