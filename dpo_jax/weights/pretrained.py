@@ -127,8 +127,8 @@ def save_pretrained(
       tokenizer: written beside the weights; None writes none.
       source: what the model was loaded from: its folder's generation_config.json and further config.json entries are
         carried along, and an adapter folder names it (or its own base) as the base model. Adapters are merged with the
-        weights as they are stored there, where `variables` hold them in less than float32; with quantised ones as these
-        are when they are made whole, so that the merged model is the one that was trained.
+        weights as they are stored there, where `variables` hold them in less than float32; with quantised matrices as
+        these are when they are made whole, so that the merged model is the one that was trained.
       dtype: of the stored weights; not given: that of the parameters, and float32 where there are adapters, since less
         would round away most of what they have learnt.
       merge: add the adapters to the weights; False writes only the adapters, and needs `source`.
@@ -183,7 +183,7 @@ def save_pretrained(
         shapes, tensors = fused_adapters.tensors(model, adapters, dtype)
         shard_bytes = 1 << 62  # PEFT reads one file
     else:
-        if place is None or kind_in(params) is not None or jax.tree.leaves(params)[0].dtype == jnp.float32:
+        if place is None or params["embed_tokens"]["embedding"].dtype == jnp.float32:
             beneath = layout.tensors(slots, params, jnp.float32)
         else:
             beneath = _as_stored(place, config, params)
@@ -200,9 +200,11 @@ def _as_stored(place: StoredModel, config: LlamaConfig, params: Any) -> Iterator
     """The weights that `place` stores beneath all adapters, in float32, by way of the devices of `params`."""
     mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
     mesh = mesh if isinstance(mesh, Mesh) else None
-    if place.quantised is not None and place.beneath is not None:
-        beneath = load_pretrained(place.beneath, mesh=mesh, dtype=place.quantised)[1]
-        return layout.tensors(layout.parameter_slots(config), beneath["params"], np.float32)
+    kind = kind_in(params) or place.quantised
+    if kind is not None:
+        beneath = place.beneath if place.quantised is not None and place.beneath is not None else place
+        variables = load_pretrained(beneath, mesh=mesh, dtype=kind)[1]
+        return layout.tensors(layout.parameter_slots(config), variables["params"], np.float32)
     # A run may have begun with an adapter, which its own go on from.
     while place.has_adapters and place.beneath is not None:
         place = place.beneath

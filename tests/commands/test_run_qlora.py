@@ -80,12 +80,15 @@ def test_stopped_and_gone_on_it_has_the_same_bits(
         == "nf4"
     )
     # A checkpoint, the adapter and the merged model are one model.
-    merged = load_pretrained(tmp_path / "whole" / "model")[1]["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+    merged = load_pretrained(tmp_path / "whole" / "model")[1]["params"]
     for name in ("checkpoints/4", "adapter"):
         model, variables = load_pretrained(tmp_path / "whole" / name)
         held, adapters = (variables[x]["layers"]["mlp"]["up_proj"] for x in ("params", "adapters"))
         sums = held["kernel"] + model.lora.scale * adapters["lora_a"] @ adapters["lora_b"]
-        np.testing.assert_allclose(sums, merged, atol=1e-5)
+        np.testing.assert_allclose(sums, merged["layers"]["mlp"]["up_proj"]["kernel"], atol=1e-5)
+        np.testing.assert_array_equal(
+            variables["params"]["embed_tokens"]["embedding"], merged["embed_tokens"]["embedding"]
+        )
 
 
 def test_a_live_reference_says_its_error(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
