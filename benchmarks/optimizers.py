@@ -8,8 +8,8 @@ ended; all weights, a process each, so that its peak memory is its own. AdamW's 
 which has no first moment and no bias correction: --adafactor times it (of its own arm: steps relative to the weights).
 Written into DIR after each run: `optimizers.md` (held-out loss before and after, bytes of optimizer state, the median
 step's time against AdamW's, peak memory of the process), `optimizers.json` with every curve, `optimizers.png`. A run
-that stands in the folder is not made again. The command above takes about 2.5 hours on two cores (a DPO step of two
-pairs 11 s, of SFT 4 s, a held-out pass of 30 pairs a minute).
+that stands in the folder is not made again. The command above takes some 2.5 hours on two CPU cores: guessed, not
+measured.
 """
 
 import argparse

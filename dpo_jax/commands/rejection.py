@@ -330,7 +330,8 @@ def _read_student(config: RejectionRun, training: Training[RejectionRun]) -> Lla
     """The student's architecture, checked as `Training.read_model_shape` checks that of `--model`."""
     trained = open_checkpoint(config.trained)
     architecture = _language_model(config.trained, trained.architecture)
-    shardings(Llama(architecture, lora=config.lora), training.mesh)
+    kept = config.train.kept_dtype if config.lora.rank else "float32"
+    shardings(Llama(architecture, lora=config.lora), training.mesh, kept)
     check_vocabulary(trained.tokenizer(), architecture)
     return architecture
 

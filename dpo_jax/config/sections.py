@@ -170,7 +170,7 @@ class TrainConfig(Options, prefix="--train."):
     seed: int = 0
     """Seed of the shuffle and of adapter initialisation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation. Trained weights and optimizer state are always float32."""
+    """Dtype of the computation. Trained weights are always float32."""
     frozen_dtype: FrozenDtype | None = None
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept; int8 and nf4 (QLoRA)
     quantise the linear layers, in blocks, and keep the rest in `dtype`. Not given: `dtype`."""

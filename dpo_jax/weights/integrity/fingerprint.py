@@ -63,8 +63,8 @@ def fingerprint(tree: Any, dtype: Any = None) -> str:
     """SHA-256, in hex, over the path, dtype, shape and contents of every leaf of a tree of arrays.
 
     With `dtype` of the leaves as they are once rounded to it, and of quantised matrices what they were made from,
-    which was rounded to bfloat16. The same on any mesh; only 8 bytes a leaf leave the
-    device. It tells different weights apart; it is no defence against someone who makes two that agree on purpose.
+    which was rounded to bfloat16. The same on any mesh; only 8 bytes a leaf leave the device. It tells different
+    weights apart; it is no defence against someone who makes two that agree on purpose.
     """
     digest = hashlib.sha256()
     of_origin = None if dtype is None else is_quantised
