@@ -33,16 +33,12 @@ Row = dict[str, Any]
 SHORT = "--data.max_length 128 --checkpoint.every 1000"
 SFT = f"--train.batch_size 16 --train.steps 20 --optimizer.learning_rate 2e-5 --optimizer.schedule linear {SHORT}"
 DPO = "--optimizer.warmup_ratio 0.1 --optimizer.schedule linear --dpo.beta 0.1"
-FULL, LORA = "--optimizer.learning_rate 1e-5", "--optimizer.learning_rate 1e-4 --lora.rank 16"
+LORA = "--lora.rank 16"
 NLL, MASK, DPOP = "--dpo.nll_coefficient 0.2", "--dpo.mask_format_tokens", "--dpo.loss dpop --dpo.dpop_lambda 50"
-LOSSES = {"DPO": FULL, "DPO + NLL": f"{FULL} {NLL}", "DPOP": f"{FULL} {DPOP}"}
-REMEDIES = {
-    "DPO": FULL,
-    "+ NLL": f"{FULL} {NLL}",
-    "LoRA": LORA,
-    "+ format mask": f"{FULL} {MASK}",
-    "all three": f"{LORA} {NLL} {MASK}",
-}
+LOSSES = {"DPO": "", "DPO + NLL": NLL, "DPOP": DPOP}
+REMEDIES = {"DPO": "", "+ NLL": NLL, "LoRA": LORA, "+ format mask": MASK, "all three": f"{LORA} {NLL} {MASK}"}
+LORA_RATE = 5
+"""Times the learning rate of full fine-tuning."""
 HELD_OUT = 40
 """Pairs of --data."""
 
@@ -55,6 +51,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seeds", type=int, default=3, help="of `chosen` on sums, and of `rounds`")
     parser.add_argument("--steps", type=int, default=40, help="of a DPO run (of both rounds together)")
+    parser.add_argument("--rate", type=float, default=1e-5, help="learning rate of DPO, of LoRA five times that")
     parser.add_argument("--pairs", type=int, default=8, help="a step, of sums")
     parser.add_argument("--rows", type=int, default=4, help="pairs a step, of --data")
     parser.add_argument("--tokens", type=int, default=192, help="longest answer of `endings`")
@@ -124,7 +121,9 @@ def write_solutions(out: Path) -> None:
 
 def trained(options: argparse.Namespace, folder: Path, model: str, data: Path, words: str) -> Path:
     """The folder, with a finished DPO run in it."""
+    rate = options.rate * (LORA_RATE if LORA in words else 1)
     told = f"dpo --model {model} --data {data} --out {folder} --train.steps {options.steps} {DPO} {words}"
+    told += f" --optimizer.learning_rate {rate:g}"
     command(told, folder.with_suffix(".log"))
     return folder
 
