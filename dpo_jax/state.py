@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class TrainState:
       carried:   what a step hands to the next one besides, without an optimizer: {} but for losses that remember (a
                  running mean, a reference policy that moves). Part of a checkpoint.
       apply_fn:  `Llama.apply` (static).
-      tx:        the optax transformation (static).
+      tx:        the optimizer (static).
     """
 
     step: jax.Array
@@ -40,7 +40,7 @@ class TrainState:
     frozen: Any
     opt_state: Any
     apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
-    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    tx: "Optimizer" = struct.field(pytree_node=False)
     carried: Any = struct.field(default_factory=dict)
 
     @property
@@ -58,8 +58,21 @@ class TrainState:
         return dataclasses.replace(self, step=self.step + finite, trainable=trainable, opt_state=opt_state)
 
 
+class Optimizer(NamedTuple):
+    """An optax transformation, and its learning rate.
+
+    Attributes:
+      init, update: as `optax.GradientTransformation` has them.
+      schedule: step (from 0) -> learning rate.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    schedule: optax.Schedule
+
+
 def apply_update(
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     gradients: Any,
     trainable: Any,
     opt_state: Any,
@@ -96,7 +109,7 @@ def apply_update(
 def create(
     apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     frozen: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -169,8 +182,8 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     warmup = config.warmup_steps or 0
     if config.warmup_ratio is not None:
         assert total is not None
-        warmup = max(int(config.warmup_ratio * total), config.resolved("warmup_min"))
-    peak, floor = config.learning_rate, config.resolved("floor")
+        warmup = max(int(config.warmup_ratio * total), config.settled.warmup_min)
+    peak, floor = config.learning_rate, config.settled.floor
     if total is not None and warmup >= total:
         lower = "warmup_steps" if config.warmup_min is None else "warmup_min"
         raise InputError(f"warm-up of {warmup} steps does not fit into {total} steps; lower --optimizer.{lower}")
@@ -188,33 +201,32 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> Optimizer:
     """Clipping, then the rule that `config.name` says, weight decay, then the schedule.
 
     Without `scheduled` the updates are those of a learning rate of 1: for steps of several updates, which multiply them
-    by `learning_rate_schedule` of the step themselves.
+    by the `schedule` of the step themselves.
     """
-    schedule = learning_rate_schedule(config) if scheduled else optax.constant_schedule(1.0)
+    told, schedule = config.settled, learning_rate_schedule(config)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    rate = optax.scale_by_learning_rate(schedule if scheduled else optax.constant_schedule(1.0))
     if config.name == "rmsprop":
         # PyTorch's, which the DPO authors used: epsilon outside the root, no bias correction, second moment from 0.
-        rms = optax.scale_by_rms(decay=config.resolved("decay"), eps=config.eps, eps_in_sqrt=False)
-        return optax.chain(clip, rms, optax.scale_by_learning_rate(schedule))
-    decay = optax.add_decayed_weights(
-        config.resolved("weight_decay"),
-        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree),
-    )
-    return optax.chain(clip, optax.chain(_rule(config), decay, optax.scale_by_learning_rate(schedule)))
+        rms = optax.scale_by_rms(decay=told.decay, eps=config.eps, eps_in_sqrt=False)
+        made = optax.chain(clip, rms, rate)
+    else:
+        if config.name == "adafactor":
+            eps2 = told.eps2 if config.parameter_scale else None
+            rule = scale_by_adafactor(exponent=told.exponent, update_clip=told.update_clip, eps1=told.eps1, eps2=eps2)
+        elif config.name == "adamw_8bit":
+            rule = scale_by_adam_8bit(b1=told.b1, b2=told.b2, eps=config.eps)
+        else:
+            rule = optax.scale_by_adam(b1=told.b1, b2=told.b2, eps=config.eps, mu_dtype=told.mu_dtype)
+        decay = optax.add_decayed_weights(told.weight_decay, mask=_matrices)
+        made = optax.chain(clip, optax.chain(rule, decay, rate))
+    return Optimizer(made.init, made.update, schedule)
 
 
-def _rule(config: OptimizerConfig) -> optax.GradientTransformation:
-    """What makes steps of gradients, before weight decay and the learning rate."""
-    if config.name == "adafactor":
-        return scale_by_adafactor(
-            **{name: config.resolved(name) for name in ("exponent", "update_clip", "eps1")},
-            eps2=config.resolved("eps2") if config.parameter_scale else None,
-        )
-    adam = {"b1": config.resolved("b1"), "b2": config.resolved("b2"), "eps": config.eps}
-    if config.name == "adamw_8bit":
-        return scale_by_adam_8bit(**adam)
-    return optax.scale_by_adam(**adam, mu_dtype=config.resolved("mu_dtype"))
+def _matrices(tree: Any) -> Any:
+    """Which leaves are matrices, that weight decay acts on: a tree of bools."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree)

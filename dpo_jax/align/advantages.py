@@ -174,12 +174,12 @@ def critic_free(
       greedy: [B], the score of the greedy response to each prompt, for the baseline of that name.
     """
     totals = masked.total(rewards, mask, axis=1)
-    one_each = config.resolved("returns") == "response"
+    one_each = config.settled.returns == "response"
     if one_each:
         returns = jnp.broadcast_to(totals[:, None], mask.shape)
     else:
         nothing = jnp.zeros_like(rewards)
-        returns, _ = gae(rewards, nothing, mask, gamma=config.resolved("gamma"), lam=1.0)
+        returns, _ = gae(rewards, nothing, mask, gamma=config.settled.gamma, lam=1.0)
     # Of whole responses each counts once, however long it is.
     counted = mask & (jnp.cumsum(mask, axis=1) == 1) if one_each else mask
     match config.estimator:
@@ -196,9 +196,9 @@ def critic_free(
             shifted = returns - greedy.astype(jnp.float32)[:, None]
         case _:
             shifted = returns
-    if config.resolved("scale") == "group":
+    if config.settled.scale == "group":
         shifted = shifted / (deviations(totals, config.group)[:, None] + _EPSILON)
-    elif config.resolved("scale") == "batch":
+    elif config.settled.scale == "batch":
         shifted = shifted / (jnp.sqrt(masked.var(returns, counted)) + _EPSILON)
     return masked.select(shifted, mask)
 
@@ -269,7 +269,7 @@ def _shaped_scores(rollout: Rollout, config: PPOConfig) -> tuple[jax.Array, jax.
         scores = jnp.clip(scores, -config.score_clip, config.score_clip)
     if config.missing_eos_penalty is not None:
         scores = jnp.where(rollout.ended, scores, scores - config.missing_eos_penalty)
-    if config.resolved("overlong") == "ramp":
+    if config.settled.overlong == "ramp":
         assert config.max_response is not None
         over = rollout.response_lengths - (config.max_response - config.ramp)
         scores -= jnp.clip(over / config.ramp, 0.0, 1.0)
@@ -292,9 +292,9 @@ def flat_groups(rollout: Rollout, group_size: int) -> jax.Array:
 def _learned(rollout: Rollout, flat: jax.Array, config: PPOConfig) -> jax.Array:
     """bool [B, R]: the tokens that are learnt from."""
     rows = rollout.weights > 0
-    if config.resolved("zero_variance") != "keep":
+    if config.settled.zero_variance != "keep":
         rows &= ~flat
-    if config.resolved("overlong") == "mask":
+    if config.settled.overlong == "mask":
         rows &= rollout.ended
     return rollout.response_mask & rows[:, None]
 
@@ -321,8 +321,8 @@ def learning_targets(rollout: Rollout, config: PPOConfig) -> Targets:
         scaled = rewards
         if config.whiten_rewards:
             scaled = masked.select(masked.whiten(rewards, mask, shift_mean=False), mask)
-        gamma = config.resolved("gamma")
-        lam = config.resolved("lam")
+        gamma = config.settled.gamma
+        lam = config.settled.lam
         advantages, returns = gae(scaled, rollout.values, mask, gamma=gamma, lam=lam)
     else:
         advantages = critic_free(rewards, mask, config, greedy=rollout.greedy_scores)

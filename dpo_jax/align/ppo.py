@@ -277,7 +277,7 @@ def measure(
 def rule_of(config: PPOConfig) -> Rule:
     """Ratio and surrogate of a configuration."""
     low, high = config.clip_range
-    return Rule(config.resolved("ratio"), config.resolved("surrogate"), low, high, config.resolved("dual_clip"))
+    return Rule(config.settled.ratio, config.settled.surrogate, low, high, config.settled.dual_clip)
 
 
 def _losses(
@@ -291,7 +291,7 @@ def _losses(
     old = jax.lax.stop_gradient(logps) if rollout.old_logps is None else masked.select(rollout.old_logps, mask)
     log_ratio = log_ratios(logps, old, mask, rule.ratio)
     difference = masked.select(old - rollout.sampler_logps, mask)
-    correction, cap = config.resolved("sampler_correction"), config.resolved("sampler_cap")
+    correction, cap = config.settled.sampler_correction, config.settled.sampler_cap
     weight = importance_weights(difference, mask, correction, cap)
     policy = policy_terms(logps, log_ratio, targets.advantages, rule) * weight
     terms = policy - config.entropy_coefficient * weight * new.entropy
@@ -303,10 +303,10 @@ def _losses(
         assert new.values is not None
         assert rollout.values is not None
         values, before = masked.select(new.values, mask), masked.select(rollout.values, mask)
-        clip = config.resolved("value_clip")
+        clip = config.settled.value_clip
         value = _value_terms(values, before, targets.returns, clip)
         value_clipped = value > 0.5 * jnp.square(values - targets.returns)
-        terms += config.resolved("value_coefficient") * value
+        terms += config.settled.value_coefficient * value
     low, high = beyond(log_ratio, targets.advantages, rule)
     parts = TokenParts(
         policy=policy,
@@ -375,7 +375,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     unit = update.together(b, config.group, m)
     orders = [_order(jax.random.fold_in(key, e), b, unit).reshape(m, b // m) for e in range(config.passes)]
     k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
-    lr, averaging = states.learning_rate_schedule(config.optimizer)(state.step), config.resolved("averaging")
+    lr, averaging = state.tx.schedule(state.step), config.settled.averaging
 
     def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry
@@ -395,7 +395,9 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
         # Micro-batches are made of blocks, so that responses that share a prompt stay together.
         blocks = jax.tree.map(partial(_blocks, k=k), (part, aims, counts))
-        found, blocks = update.sum_gradients(gradients, blocks, config, like=trainable)
+        found, blocks = update.sum_gradients(
+            gradients, blocks, config.accumulate, like=trainable, crossing_dtype=config.crossing_dtype
+        )
         shares, parts = jax.tree.map(_rows, blocks)
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))

@@ -122,10 +122,10 @@ def sampler_figures(tokens: Sampled, config: PPOConfig) -> dict[str, jax.Array]:
     quantiles = jnp.nanquantile(jnp.where(mask, apart, jnp.nan), jnp.asarray(_SAMPLED_QUANTILES))
     for q, value in zip(_SAMPLED_QUANTILES, quantiles, strict=True):
         found |= figure(f"{_LOGP}/q{round(100 * q)}", value, count)
-    correction = config.resolved("sampler_correction")
+    correction = config.settled.sampler_correction
     if correction != "none":
         weight = tokens.weight
-        cut = weight >= config.resolved("sampler_cap") if correction.endswith("truncate") else weight == 0
+        cut = weight >= config.settled.sampler_cap if correction.endswith("truncate") else weight == 0
         found |= mean(f"{_RATIO}/mean", weight, mask) | mean(f"{_RATIO}/cut", cut, mask)
         found |= figure(f"{_RATIO}/min", jnp.min(jnp.where(mask, weight, jnp.inf)), count)
         found |= figure(f"{_RATIO}/max", jnp.max(jnp.where(mask, weight, -jnp.inf)), count)

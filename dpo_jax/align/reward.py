@@ -224,7 +224,7 @@ def _whole(batch: PreferenceBatch, config: RewardConfig, step: jax.Array | None)
         k, many = config.class_negatives, len(head.classes)
         if step is not None and k is not None and not head.overlapping and many > k:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), place)
-            drawn[head.name] = sampled_softmax.draw(key, many, k, config.resolved("class_proposal"))
+            drawn[head.name] = sampled_softmax.draw(key, many, k, config.settled.class_proposal)
     return _Whole(weight=jnp.sum(batch.weights * _compared(batch, config)), labelled=labelled, drawn=drawn)
 
 

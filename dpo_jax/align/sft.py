@@ -112,13 +112,13 @@ def _draw(state: TrainState, config: SFTConfig) -> Negatives | None:
     if config.loss == "exact":
         return None
     vocab = jax.eval_shape(lambda v: state.apply_fn(v, method="unembedding"), state.variables).shape[1]
-    count = config.resolved("negatives")
+    count = config.settled.negatives
     if count >= vocab:
         raise InputError(
             f"--sft.negatives {count}: the vocabulary has only {vocab} ids; draw fewer, or use --sft.loss exact"
         )
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    return draw(key, vocab, count, config.resolved("proposal"))
+    return draw(key, vocab, count, config.settled.proposal)
 
 
 def train_step(state: TrainState, batch: TokenBatch, *, config: SFTConfig) -> tuple[TrainState, Metrics]:

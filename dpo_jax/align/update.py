@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dpo_jax import masked, mesh as meshes, state as states
+from dpo_jax import masked, mesh as meshes
 from dpo_jax.align.figures import Metrics
-from dpo_jax.config.sections import StepConfig
+from dpo_jax.config.sections import Dtype, StepConfig
 from dpo_jax.errors import InputError
 from dpo_jax.model import dropout
 from dpo_jax.state import TrainState
@@ -90,21 +90,20 @@ def map_rows(f: Callable[[Batch], Any], batch: Batch, k: int) -> Any:
 
 
 def sum_gradients(
-    f: Callable[[Batch], tuple[Any, Any]], batch: Batch, config: StepConfig, *, like: Any
+    f: Callable[[Batch], tuple[Any, Any]], batch: Batch, k: int, *, like: Any, crossing_dtype: Dtype = "float32"
 ) -> tuple[Any, Any]:
-    """Gradients summed and rows put together, over `config.accumulate` = k micro-batches and the copies of the model.
+    """Gradients summed and rows put together, over k micro-batches and the copies of the model.
 
     Args:
       f: micro-batch -> (gradients of its share of the loss, tree of arrays of rows).
       batch: tree of arrays [B, ...].
-      config: k, the number of micro-batches, of which each holds B / k rows; and what crosses between copies.
+      k: the number of micro-batches, of which each holds B / k rows.
       like: tree of arrays of the gradients' shapes and dtypes.
+      crossing_dtype: of the gradients, where they cross between copies.
 
     Raises:
       InputError: the rows do not divide over k micro-batches and the devices.
     """
-
-    k = config.accumulate
 
     def add(total: Any, part: Batch) -> tuple[Any, Any]:
         gradients, rows = f(part)
@@ -118,7 +117,7 @@ def sum_gradients(
 
     if meshes.copies() > 1:
         _check_split(batch, k)
-    return meshes.sum_over_copies(own, batch, config.crossing_dtype)
+    return meshes.sum_over_copies(own, batch, crossing_dtype)
 
 
 # ---------------------------------------------------------------- the update
@@ -162,10 +161,12 @@ def descend(
         return jax.grad(objective, has_aux=True)(state.trainable)
 
     numbers = jnp.arange(_units(batch)) if drops else None
-    gradients, found = sum_gradients(part, (batch, numbers), config, like=state.trainable)
+    gradients, found = sum_gradients(
+        part, (batch, numbers), config.accumulate, like=state.trainable, crossing_dtype=config.crossing_dtype
+    )
     loss, norm = share(batch, found), optax.tree.norm(gradients)
     new = state.apply_gradients(gradients, finite=jnp.isfinite(loss) & jnp.isfinite(norm))
-    rate: Any = states.learning_rate_schedule(config.optimizer)(state.step)
+    rate: Any = state.tx.schedule(state.step)
     return new, found, {"loss": loss, "grad_norm": norm, "learning_rate": rate}
 
 

@@ -1,7 +1,6 @@
 """`dpo-jax dpo`: from a model and a preference file to an aligned model, in the order in which it happens."""
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,14 @@ def train(config: DPORun) -> Path:
 
     # -------------------------------------------------------------- weights and the reference policy
     model, variables = training.load_model()
-    starting = _fixed_part(config, variables)
+    starting = {"params": variables["params"]}  # fresh adapters add nothing to it, those of an adapter folder do
+    if "adapters" in variables and not config.lora.rank:
+        starting = dict(variables)
+        if config.dpo.reference == "live":
+            raise InputError(
+                f"--model {config.model}: with an adapter folder a live reference would lack the adapters; use"
+                " --dpo.reference cached, or merge them with dpo-jax convert first"
+            )
     identity = {"the starting model": fingerprint(starting), "the data": data.fingerprint}
     evaluation = {} if heldout is None else training.evaluation(heldout, objective.layout)
     reference = None
@@ -176,7 +182,7 @@ def _load_reference(
     One that will be kept quantised in the steps is read whole, so that its error can be told: nothing but the policy's
     weights is there yet.
     """
-    kept = config.train.kept_dtype
+    kept = config.train.settled.frozen_dtype
     if config.dpo.reference == "live" and kind_of(kept) is not None:
         kept = config.train.dtype
     model, variables = load_pretrained(
@@ -193,15 +199,3 @@ def _load_reference(
             " of its own; use --dpo.reference cached"
         )
     return model, variables
-
-
-def _fixed_part(config: DPORun, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that give the starting policy: fresh adapters add nothing to it, those of an adapter folder do."""
-    if config.lora.rank or "adapters" not in variables:
-        return {"params": variables["params"]}
-    if config.dpo.reference == "live":
-        raise InputError(
-            f"--model {config.model}: with an adapter folder a live reference would lack the adapters; use"
-            " --dpo.reference cached, or merge them with dpo-jax convert first"
-        )
-    return dict(variables)

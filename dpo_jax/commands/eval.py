@@ -53,7 +53,7 @@ def evaluate(run: EvalRun) -> dict[str, Any]:
     setting = Setting.of(run.mesh, run.data, run)
     out = None if run.out is None else check_output(run.out, run.data.files)
     tokenizer, dataset = load_data(place, run.data.files, run.data, run.on_bad_rows)
-    beta = run.resolved("beta")
+    beta = run.settled.beta
 
     model, variables = setting.load(place, tokenizer)
     policy = setting.logps(model, variables, dataset, "log-probabilities")

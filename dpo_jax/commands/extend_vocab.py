@@ -102,7 +102,7 @@ def _learn(run: ExtendVocabRun, texts: "Texts", base: Pieces) -> Pieces:
     assert run.pieces is not None
     if next(iter(texts), None) is None:
         raise InputError(f"--data {' '.join(run.data)}: no text is left to learn from when a tenth is kept; give more")
-    chosen = {name: run.resolved(name) for name in ("character_coverage", "max_sentence_length")}
+    chosen = {name: getattr(run.settled, name) for name in ("character_coverage", "max_sentence_length")}
     longer = vocabulary.extend(texts, base, pieces=run.pieces, **chosen)
     if (found := len(longer) - len(base)) < run.pieces:
         say(f"the text gives {found} new pieces, not {run.pieces}")

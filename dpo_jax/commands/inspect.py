@@ -81,7 +81,7 @@ def _dialogues(run: InspectRun) -> Iterator[tuple[str, list[Piece]]]:
         run.data.files,
         tokenizer,
         run.data,
-        train_on=run.resolved("train_on"),
+        train_on=run.settled.train_on,
         vocab_size=architecture.vocab_size,
         on_bad_rows=run.on_bad_rows,
     )

@@ -33,7 +33,7 @@ def judge(run: MTBenchJudgeRun) -> Path:
         if len(found) != 1:
             raise InputError(f"--references {run.references}: holds answers of {', '.join(found)}; give those of one")
         [references] = found.values()
-    prompts = Prompts(run.prompts, run.resolved("language"), pairs=run.mode != "single")
+    prompts = Prompts(run.prompts, run.settled.language, pairs=run.mode != "single")
     todo = matches(questions, tuple(answers), run.mode, run.baseline)
     asked = [requests(match, prompts, answers, references) for match in todo]
     name = str(run.endpoint.model or run.model)

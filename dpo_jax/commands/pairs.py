@@ -84,7 +84,7 @@ def pairs(run: PairsRun) -> Path:
 
 def _corrupted(run: PairsRun, out: Path) -> Path:
     """Right solutions against themselves with one place made wrong; `edit_distance` in characters beside them."""
-    kind = run.resolved("corrupt")
+    kind = run.settled.corrupt
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
     rows, _ = source.collect(parse_dialogue, list, run.on_bad_rows)
     made: list[Row] = []

@@ -143,7 +143,7 @@ def search(options: PlanRun, topology: Topology, job: Job, folder: Path) -> tupl
     """
     lengths = Lengths(job.prompt, job.response)
     frontier = Frontier(candidates(job.run, job.shape, topology, lengths))
-    limit = options.resolved("search_limit")
+    limit = options.settled.search_limit
     tried: list[tuple[Candidate, Planned | str]] = []
     with ProgressBar("compiled", limit) as bar:
         for candidate in frontier:

@@ -99,7 +99,7 @@ def train(config: PPORun) -> Path:
     # -------------------------------------------------------------- training
     prompts = loader(steps=planned.total_steps, epochs=None)
     log = SampleLog(training.out / "samples.jsonl", writes=training.main)
-    each = config.resolved("eval_samples")
+    each = config.settled.eval_samples
     learning: dict[str, Any] = {"reference": reference, "config": step_config}
     measured = jit_measure(model, step_config, mesh, group=each, stores=is_narrow(policy.sample))
     held_out: dict[str, Any] = {
@@ -116,10 +116,10 @@ def train(config: PPORun) -> Path:
     else:
         assert environment is not None, "one of the two rewards"
         bounds = Bounds(
-            turns=config.resolved("environment_turns"),
+            turns=config.settled.environment_turns,
             tokens=config.response_room,
             prompt=config.longest_prompt,
-            on_error=config.resolved("environment_errors"),
+            on_error=config.settled.environment_errors,
         )
         player = Player(policy, environment, encoder, bounds)
         rollouts = EpisodeRollouts(policy, data, prompts, log, player=player, **learning)

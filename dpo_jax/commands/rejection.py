@@ -190,6 +190,7 @@ class _Run:
         if self._writer is None or self._writer[0] != model:
             self._writer = None
             config, train, data = self.config, self.config.train, self.config.data
+            kept = train.settled.frozen_dtype
             writer = open_writer(  # with its own tokenizer: a student's may differ from the teacher's
                 open_checkpoint(model),
                 config.sample,
@@ -198,7 +199,7 @@ class _Run:
                 template=data.template,
                 date=data.date,
                 raw=data.template == RAW,
-                dtype=train.kept_dtype if kind_of(train.kept_dtype) is None else train.dtype,  # it writes: whole
+                dtype=kept if kind_of(kept) is None else train.dtype,  # it writes: whole
                 compute_dtype=train.dtype,
                 attention=train.attention,
             )
@@ -219,7 +220,7 @@ class _Run:
         """The held-out prompts, with the same random numbers after each iteration."""
         assert self.heldout is not None
         chosen, path = self.config.rejection, self.folder(iteration) / "heldout.jsonl"
-        told = {"label": f"held out, after iteration {iteration}", "samples": chosen.resolved("eval_samples")}
+        told = {"label": f"held out, after iteration {iteration}", "samples": chosen.settled.eval_samples}
         heat, seed = (chosen.evaluated_at,), self._seed(_HELDOUT, 0)
         rows = write_responses(self._open(model), path, self.heldout, temperatures=heat, seed=seed, **told)
         return {"responses": len(rows)}
@@ -330,7 +331,7 @@ def _read_student(config: RejectionRun, training: Training[RejectionRun]) -> Lla
     """The student's architecture, checked as `Training.read_model_shape` checks that of `--model`."""
     trained = open_checkpoint(config.trained)
     architecture = _language_model(config.trained, trained.architecture)
-    kept = config.train.kept_dtype if config.lora.rank else "float32"
+    kept = config.train.settled.frozen_dtype if config.lora.rank else "float32"
     shardings(Llama(architecture, lora=config.lora), training.mesh, kept)
     check_vocabulary(trained.tokenizer(), architecture)
     return architecture

@@ -100,7 +100,7 @@ def load_data(
         return data, heldout
     if data.mixture is not None:
         raise InputError(f"--mix_data beside several files in --data {config.data.files}: give it a weight among them")
-    seed, share = config.train.seed, config.resolved("mix")
+    seed, share = config.train.seed, config.settled.mix
     second = read_alike(config.mix_data, load)
     if config.holdout is not None and heldout is not None:
         second, held = split_by_prompt(second, config.holdout, seed)

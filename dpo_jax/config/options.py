@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache, partial, reduce
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from dpo_jax.errors import InputError
@@ -171,8 +172,12 @@ class Options:
     """Options of which some are None where they were not given, as in `class TrainConfig(Options, prefix="--train.")`.
 
     They are checked by what their types and fields say (`Within`, `not_given`, `part`) when an instance is made.
+
+    Attributes:
+      settled: every option under its own name: as given, or what stands for it where it was not.
     """
 
+    settled: Any  # no field of the dataclasses below: this class is none
     _prefix: ClassVar[str] = "--"
     """Stands before the names of the class's own fields in messages."""
 
@@ -183,6 +188,7 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse numbers that an option does not take, and what was given and has no effect beside the others."""
         prefix, fields = self._prefix, self.fields()
+        vars(self)["settled"] = SimpleNamespace(**self._settle({name: getattr(self, name) for name in fields}))
         for name, spelled, interval in _intervals(type(self)):
             given = getattr(self, name)
             for number in given if isinstance(given, tuple) else () if given is None else (given,):
@@ -194,7 +200,7 @@ class Options:
                 continue
             require(not needs or getattr(self, needs), f"{prefix}{name} has no effect without {prefix}{needs}")
             for choice, allowed in field.metadata.get("only", {}).items():
-                chosen = self.resolved(choice)
+                chosen = getattr(self.settled, choice)
                 require(
                     set(allowed) & set(str(chosen).split(",")),
                     f"{prefix}{name} has no effect with {prefix}{choice} {chosen}; it belongs to {', '.join(allowed)}",
@@ -233,11 +239,17 @@ class Options:
         if unknown := values.keys() - cls.fields().keys():
             raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
         made = object.__new__(cls)
-        vars(made).update({name: values[name] if name in values else cls.usual(name) for name in cls.fields()})
+        given = {name: values[name] if name in values else cls.usual(name) for name in cls.fields()}
+        vars(made).update(given, settled=SimpleNamespace(**cls._settle(given)))
         return made
 
-    def resolved(self, name: str) -> Any:
-        """Option `name`, or what stands for it where it was not given."""
-        given, told = getattr(self, name), self.fields()[name].metadata
-        other, values = told.get("by", ("", {}))
-        return values.get(getattr(self, other, None), told.get("value")) if given is None else given
+    @classmethod
+    def _settle(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What every option is, where these are given and None stands for the others."""
+
+        def instead(metadata: Mapping[str, Any]) -> Any:
+            other, values = metadata.get("by", ("", {}))
+            return values.get(given.get(other), metadata.get("value"))
+
+        fields = cls.fields()
+        return {name: instead(fields[name].metadata) if value is None else value for name, value in given.items()}

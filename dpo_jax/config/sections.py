@@ -30,6 +30,7 @@ FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 SampleLayout = Literal["gathered", "tensor", "training"]
 GATHERED, TENSOR, TRAINING = get_args(SampleLayout)
 Layout = Literal["windows", "shared", "separate"]
+Dtype = Literal["float32", "bfloat16"]
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,7 +73,7 @@ class StepConfig(Options, prefix="--train."):
     optimizer: OptimizerConfig = part(OptimizerConfig)
     accumulate: Count = 1
     """Split the batch (of PPO: each mini-batch) into this many micro-batches; the result equals one big batch."""
-    crossing_dtype: Literal["float32", "bfloat16"] = "float32"
+    crossing_dtype: Dtype = "float32"
     """Dtype in which gradients cross between the copies of the model."""
     dropout: float = 0.0
     """Share of what adapters read that is left out in the pass that gradients are taken of (`model/dropout.py`)."""
@@ -150,9 +151,12 @@ class DataConfig(FilesConfig):
 
         Without an explicit limit that is all of it where both fit into `max_length`.
         """
-        if self.max_prompt_length is not None:
-            return self.max_prompt_length
-        return max(self.max_length // 2, self.max_length - response)
+        return prompt_room(response, self.max_length, self.max_prompt_length)
+
+
+def prompt_room(response: int, max_length: int, max_prompt_length: int | None) -> int:
+    """`DataConfig.prompt_room`, of these lengths."""
+    return max(max_length // 2, max_length - response) if max_prompt_length is None else max_prompt_length
 
 
 @dataclass(frozen=True)
@@ -169,15 +173,15 @@ class TrainConfig(Options, prefix="--train."):
     """Split each batch into this many micro-batches, to save memory; the result is the same."""
     seed: int = 0
     """Seed of the shuffle and of adapter initialisation."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Dtype of the computation. Trained weights are always float32."""
-    frozen_dtype: FrozenDtype | None = None
+    frozen_dtype: FrozenDtype | None = not_given(by=("dtype", {one: one for one in get_args(Dtype)}))
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept; int8 and nf4 (QLoRA)
     quantise the linear layers, in blocks, and keep the rest in `dtype`. Not given: `dtype`."""
-    crossing_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
+    crossing_dtype: Dtype | None = not_given("float32")
     """Dtype in which gradients cross between the copies of the model (--mesh.data), once a step. bfloat16 halves what
     crosses; it rounds the gradients of each copy, and their sum."""
-    export_dtype: Literal["float32", "bfloat16"] | None = not_given("float32")
+    export_dtype: Dtype | None = not_given("float32")
     """Dtype of the finished `model/`. bfloat16 rounds away much of what was learnt, under
     LoRA most of it, and then the run says how much. `adapter/` is always float32."""
     remat: Remat = "dots"
@@ -185,7 +189,7 @@ class TrainConfig(Options, prefix="--train."):
     layers, from inputs that wait in the host's memory)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
-    layout: Layout | None = None
+    layout: Layout | None = not_given("windows")
     """windows: real tokens only, each prompt once. shared: each prompt once, padded. separate: once for each response.
     Not given: windows where rows hold the responses, shared where these are sampled."""
     eval_every: Count | None = None
@@ -215,19 +219,6 @@ class TrainConfig(Options, prefix="--train."):
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
 
-    def layout_of(self, *, sampled: bool) -> Layout:
-        """The layout of preference groups; `sampled`: whether their responses are sampled. Raises `InputError`."""
-        require(
-            not sampled or self.layout != "windows",
-            "--train.layout windows packs responses known beforehand; where they are sampled, give shared or separate",
-        )
-        return self.layout or ("shared" if sampled else "windows")
-
-    @property
-    def kept_dtype(self) -> FrozenDtype:
-        """Dtype of weights that are not trained."""
-        return self.frozen_dtype or self.dtype
-
 
 @dataclass(frozen=True)
 class EnergyConfig(Options, prefix="--energy."):
@@ -250,6 +241,7 @@ class LogConfig(Options, prefix="--log."):
     the environment."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.wandb is None or self.wandb.strip(), "--log.wandb names no project")
 
 
@@ -273,7 +265,7 @@ class CheckpointConfig(Options, prefix="--checkpoint."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        near = self.resolved("local_every")
+        near = self.settled.local_every
         require(
             self.local is None or near < self.every,
             f"--checkpoint.local_every {near} must be less than --checkpoint.every {self.every}: a step is kept in one"

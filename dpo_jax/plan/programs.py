@@ -147,12 +147,12 @@ def abstract(model: Llama, mesh: Mesh, dtype: Any) -> dict[str, Any]:
 
 def trained(run: TrainingRun, model: Llama, mesh: Mesh) -> dict[str, Any]:
     """What `Training.load_model` loads."""
-    return abstract(model, mesh, run.train.kept_dtype if run.lora.rank else jnp.float32)
+    return abstract(model, mesh, run.train.settled.frozen_dtype if run.lora.rank else jnp.float32)
 
 
 def frozen_copy(run: TrainingRun, shape: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
     """A model that nothing trains."""
-    return abstract(make_model(run, shape, NO_LORA), mesh, run.train.kept_dtype)
+    return abstract(make_model(run, shape, NO_LORA), mesh, run.train.settled.frozen_dtype)
 
 
 # ---------------------------------------------------------------- batches

@@ -207,7 +207,7 @@ def sampler_calls(run: PPORun, lengths: Lengths) -> tuple[Lengths, int, int]:
     if run.environment is None:
         return lengths, run.ppo.group, 1
     new = min(run.sample.max_new_tokens, lengths.response)
-    return Lengths(lengths.prompt + lengths.response - new, new), 1, run.resolved("environment_turns")
+    return Lengths(lengths.prompt + lengths.response - new, new), 1, run.settled.environment_turns
 
 
 def _update(run: PPORun, flops: ModelFlops) -> Callable[[Work, Work], tuple[float, float]]:

@@ -42,13 +42,13 @@ def _moments(run: TrainingRun) -> float:
     """Bytes of the optimizer's moments for each trained weight. Adafactor's rows and columns count nothing, and 8-bit
     moments as if embeddings had them too."""
     rule = run.optimizer
-    first = {"float32": 4, "bfloat16": 2}[rule.resolved("mu_dtype")]
+    first = {"float32": 4, "bfloat16": 2}[rule.settled.mu_dtype]
     return {"adamw": 4 + first, "adamw_8bit": 2 * (1 + 4 / 256), "adafactor": 0, "rmsprop": 4}[rule.name]
 
 
 def frozen_bytes(run: TrainingRun, shape: LlamaConfig) -> float:
     """Bytes of a model that is not trained: of a quantised one its codes and scales, and what stays as it is."""
-    held = abstract_variables(Llama(shape, dtype=jnp.dtype(run.train.dtype)), run.train.kept_dtype)["params"]
+    held = abstract_variables(Llama(shape, dtype=jnp.dtype(run.train.dtype)), run.train.settled.frozen_dtype)["params"]
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)))
 
 
@@ -100,7 +100,7 @@ def rough_seconds(run: TrainingRun, shape: LlamaConfig, topology: Topology, leng
     weights = parameters(shape) / mesh.tensor
     gathers = (2 if run.train.remat == "none" else 3) * accumulate * 2 * weights * (mesh.fsdp - 1) / mesh.fsdp
     scatters = 0.0 if run.lora.rank else accumulate * 4 * weights * (mesh.fsdp - 1) / mesh.fsdp
-    crossing = 2 if run.train.resolved("crossing_dtype") == "bfloat16" else 4
+    crossing = 2 if run.train.settled.crossing_dtype == "bfloat16" else 4
     copies = 2 * crossing * weights / mesh.fsdp * (mesh.data - 1) / mesh.data
     # Two sums over the tensor axis in each layer and pass.
     width = tokens / (mesh.data * mesh.fsdp) * shape.hidden_size * 2

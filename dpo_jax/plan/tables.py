@@ -28,7 +28,8 @@ def show(options: PlanRun, made: Planned, console: Console) -> None:
     tokens = f"{job.response} tokens" if not job.prompt else f"{job.prompt} + {job.response} tokens"
     run = job.run
     without = isinstance(run, SFTRun | DistillRun)
-    layout = "" if without else f", layout {train.layout_of(sampled=isinstance(run, SampledRun))}"
+    chosen = run.layout if isinstance(run, SampledRun) else train.settled.layout
+    layout = "" if without else f", layout {chosen}"
     _say(console, f"{rows} of {tokens}, {train.dtype}, remat {train.remat}{layout}")
     _memory_table(made, console)
     for outcome in made.outcomes:

@@ -36,7 +36,7 @@ def initialize(config: DistributedConfig, options: Mapping[str, Any] | None = No
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    lost_after, start_within = config.resolved("lost_after"), config.resolved("start_within")
+    lost_after, start_within = config.settled.lost_after, config.settled.start_within
     # The watch speaks first; what jax does by itself stands behind it.
     within: dict[str, Any] = {"initialization_timeout": start_within, "heartbeat_timeout_seconds": lost_after + 100}
     try:
@@ -60,7 +60,7 @@ def initialize(config: DistributedConfig, options: Mapping[str, Any] | None = No
     client, me, address = global_state.client, global_state.process_id, global_state.coordinator_address
     assert client is not None
     assert address is not None
-    _watch = Watch(client, me, processes, lost_after=lost_after, stuck_after=config.resolved("stuck_after"))
+    _watch = Watch(client, me, processes, lost_after=lost_after, stuck_after=config.settled.stuck_after)
     atexit.register(_watch.close)  # runs before jax's own, which waits for the others
     if me:
         say_when_aborted(address, _watch)

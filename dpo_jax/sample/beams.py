@@ -222,7 +222,7 @@ def beam_search(
     if candidates > ids:
         raise InputError(f"{config.beams} beams need {candidates} candidates of a vocabulary of {ids}; lower beams")
     table, lengths, slots = decode.batch_of(program, prompts, prompt_lengths, config)
-    penalty = np.float32(config.resolved("length_penalty"))
+    penalty = np.float32(config.settled.length_penalty)
     static = {"beams": config.beams, "new": decode.bucket(config.max_new_tokens), "slots": slots}
     settings = decode.settings(config, vocab, vocabulary)
     with meshes.in_force(program.mesh):

@@ -123,8 +123,8 @@ class Electricity:
                 raise InputError(
                     f"--energy.{name} has no effect: the power of {kind} is not known; give --energy.device_watts"
                 )
-        assumed = {name: config.resolved(name) for name in ("pue", "carbon_intensity")}
-        return cls(watts=watts, kind=kind, **assumed)
+        told = config.settled
+        return cls(watts=watts, kind=kind, pue=told.pue, carbon_intensity=told.carbon_intensity)
 
     def kilowatt_hours(self, device_hours: float) -> float | None:
         """Energy of so many hours of one device, or None."""

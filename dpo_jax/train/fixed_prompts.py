@@ -77,7 +77,7 @@ class FixedPrompts:
         """
         if config.train.sample_every is None:
             return None
-        tokens = config.train.resolved("sample_tokens")
+        tokens = config.train.settled.sample_tokens
         room = architecture.max_position - tokens
         if room < 1:
             raise InputError(

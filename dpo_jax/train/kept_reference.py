@@ -22,16 +22,17 @@ ROWS, LENGTH = 8, 512
 def kept_reference(
     model: Llama, params: Any, train: TrainConfig, rows: Sequence[np.ndarray], mesh: Mesh
 ) -> tuple[dict[str, Any], str | None]:
-    """{"params": a copy of `params` as `train.kept_dtype` says}; and of a quantised one its error, in words.
+    """{"params": a copy of `params` as `train` says}; and of a quantised one its error, in words.
 
     `rows`: token ids of a few texts. A copy, not a view: the arrays of the starting model are given to the first step.
     """
-    kept = {"params": frozen_copy(params, train.kept_dtype, train.dtype)}
-    if kind_of(train.kept_dtype) is None:
+    dtype = train.settled.frozen_dtype
+    kept = {"params": frozen_copy(params, dtype, train.dtype)}
+    if kind_of(dtype) is None:
         return kept, None
     mean, largest, tokens = error(model, params, kept["params"], rows, mesh)
     return kept, (
-        f"reference policy in {train.kept_dtype}: log-probabilities of {tokens} tokens of the data are off by"
+        f"reference policy in {dtype}: log-probabilities of {tokens} tokens of the data are off by"
         f" {mean:.4f} nats on average and {largest:.4f} at most (--train.frozen_dtype)"
     )
 

@@ -101,7 +101,7 @@ class OnlinePairs(Answered):
             del weights
             other = self._drawn(self._policy.prepared(reference), batch, rows, against, each=1, plain=True)
         else:
-            mixed = (self._policy.prepared(reference), self._config.resolved("mixture"))
+            mixed = (self._policy.prepared(reference), self._config.settled.mixture)
             other = self._drawn(weights, batch, rows, against, each=1, mixed=mixed)
         both = (np.stack(x, axis=1) for x in zip(own, other, strict=True))
         return tuple(x.reshape(-1, x.shape[-1]) for x in both)

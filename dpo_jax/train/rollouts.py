@@ -86,7 +86,7 @@ class Rollouts(Answered):
         steps = steps or [[] for _ in texts]
         clock.append(time.perf_counter())
         more: Row = {}
-        if self._config.resolved("zero_variance") == "resample":
+        if self._config.settled.zero_variance == "resample":
             rollout, texts, more["rollout/resampled"] = self._again(state, batch, rollout, texts, parts, steps)
         if self._config.estimator == "greedy":
             rollout = dataclasses.replace(rollout, greedy_scores=self._greedy(state, batch))
@@ -123,7 +123,7 @@ class Rollouts(Answered):
         prompts instead; here a run reads its prompts in one order, whatever the scores.
         """
         first, weights = 0.0, self._policy.prepared(state)
-        for attempt in range(self._config.resolved("resample_rounds")):
+        for attempt in range(self._config.settled.resample_rounds):
             flat = np.flatnonzero(np.asarray(flat_groups(rollout, self._config.group)))
             first = first or len(flat) / len(texts)
             if not len(flat):
@@ -192,7 +192,7 @@ class Rollouts(Answered):
     def _move_kl_coefficient(self, kl: float) -> None:
         if self._config.kl_target is None:
             return
-        horizon = self._config.resolved("kl_horizon")
+        horizon = self._config.settled.kl_horizon
         responses, target = self._loader.batch_size, self._config.kl_target
         self.kl_coefficient = float(
             next_kl_coefficient(self.kl_coefficient, kl, responses, target=target, horizon=horizon)

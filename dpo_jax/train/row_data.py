@@ -121,7 +121,7 @@ def row_options(
 
 def preference_loader(config: TrainingRun, mesh: Mesh, data: PreferenceDataset, **length: Any) -> PreferenceLoader:
     """The batches of preference groups as a run's options say. `length`: `steps` or `epochs`."""
-    layout, how = config.train.layout_of(sampled=False), {"accumulate": config.train.accumulate}
+    layout, how = config.train.settled.layout, {"accumulate": config.train.accumulate}
     return PreferenceLoader(
         data,
         buckets=config.data.buckets,

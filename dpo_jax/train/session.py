@@ -144,8 +144,8 @@ class Training(Generic[Config]):
         From here on `config` has the day that the chat template writes.
         """
         architecture = self.start.architecture
-        lora = self.config.lora
-        shardings(Llama(architecture, lora=lora), self.mesh, self.config.train.kept_dtype if lora.rank else jnp.float32)
+        lora, frozen = self.config.lora, self.config.train.settled.frozen_dtype
+        shardings(Llama(architecture, lora=lora), self.mesh, frozen if lora.rank else jnp.float32)
         tokenizer = self.start.tokenizer()
         check_vocabulary(tokenizer, architecture)
         self.config = with_day(self.config, self.folder, tokenizer)
@@ -212,7 +212,7 @@ class Training(Generic[Config]):
         """
         config = self.config
         lora = config.lora if lora is None else lora
-        frozen = config.train.kept_dtype
+        frozen = config.train.settled.frozen_dtype
         if lora.rank and self.start.name != config.model and config.train.frozen_dtype is None and frozen != "float32":
             self.say(
                 f"{self.start.name}: kept in float32, since {frozen} would round away most of what that run's adapters"
@@ -289,7 +289,7 @@ class Training(Generic[Config]):
             steps=total,
             steps_per_epoch=loader.steps_per_epoch,
             checkpoint_every=config.checkpoint.every,
-            local_every=config.checkpoint.resolved("local_every"),
+            local_every=config.checkpoint.settled.local_every,
             eval_every=config.train.eval_every,
             eval_first=evaluate_first,
             best=config.checkpoint.best,
@@ -374,7 +374,7 @@ class Training(Generic[Config]):
         config = self.config
         tokenizer = self.exported(tokenizer)
         rows = read_metrics(self.out / "metrics.jsonl") if self.main else []
-        exports: dict[str, dict[str, Any]] = {"model": {"dtype": jnp.dtype(config.train.resolved("export_dtype"))}}
+        exports: dict[str, dict[str, Any]] = {"model": {"dtype": jnp.dtype(config.train.settled.export_dtype)}}
         if "adapters" in variables:
             exports["adapter"] = {"merge": False}
         reward = SCORE in variables.get("heads", {})

@@ -201,7 +201,7 @@ class Documents:
             self.sources,
             self.weights,
             length=data.max_length,
-            documents=data.resolved("documents"),
+            documents=data.settled.documents,
             views=units_of(mesh, self.config.train.accumulate, packed=self.packed),
             **row_options(self.config, mesh, steps=steps, epochs=epochs),
         )
@@ -213,7 +213,7 @@ class Documents:
         data = self.config.data
         units = units_of(mesh, 1, packed=self.packed)
         own = own_rows(mesh, batch_size)
-        return EvalWindows(self.sources, data.max_length, batch_size, data.resolved("documents"), units, own)
+        return EvalWindows(self.sources, data.max_length, batch_size, data.settled.documents, units, own)
 
     def sections(self, title: str, *, steps: int | None = None) -> list[html.Section]:
         """What was read and left out, and with `steps` how often a run of so many goes through each source."""

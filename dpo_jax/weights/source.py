@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,12 +71,12 @@ def resolve(source: str | Path, revision: str | None = None, *, merged: bool = F
         if path.suffix == ".gguf":
             return Source("gguf", path, name)
         raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
-    kind = _weights_among(there := _entries(path))
-    if kind is None and (path / "model").is_dir():  # a finished run
+    there = {f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.glob("*")}
+    kind = _weights_among(there)
+    if kind is None and "model/" in there:  # a finished run
         adapter = (path / "adapter" / "adapter_config.json").is_file()
-        path = path / ("adapter" if adapter and not merged else "model")
-        name = str(path) if adapter and merged else name
-        kind = _weights_among(there := _entries(path))
+        inner = resolve(path / ("adapter" if adapter and not merged else "model"), merged=merged)
+        return inner if adapter and merged else replace(inner, name=name)
     if kind == "huggingface" and "config.json" not in there:
         raise InputError(f"{path}: config.json is missing; copy it from the original model")
     if kind is not None:
@@ -95,13 +95,11 @@ def resolve(source: str | Path, revision: str | None = None, *, merged: bool = F
     raise InputError(f"{path}: no model here: neither safetensors nor a checkpoint of ours")
 
 
-def _entries(path: Path) -> set[str]:
-    """Names in a folder; of folders with a slash behind."""
-    return {f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.glob("*")}
-
-
 def _weights_among(there: Set[str]) -> Literal["huggingface", "orbax", "peft"] | None:
-    """What the model is whose folder has these entries; None where they hold no weights that are read."""
+    """What the model is whose folder has these entries; None where they hold no weights that are read.
+
+    Folders have a slash behind.
+    """
     if "adapter_config.json" in there:
         return "peft"
     if {"config.json", "params/"} <= there:

@@ -141,7 +141,7 @@ def test_losses_are_their_papers_equations(name, beta):
     lc, lr, rc, rr = rng.normal(-20, 3, (4, 16))
     b = beta or BETAS.get(name, (0.1, ""))[0]
     config = DPOLossConfig(loss=name, beta=beta)
-    assert config.resolved("beta") == b
+    assert config.settled.beta == b
     values = loss(config, lc, lr, rc, rr, nc=[3] * 16, nr=[5] * 16)
     np.testing.assert_allclose(values, by_numpy(name, lc - rc, lr - rr, b), rtol=2e-5, atol=1e-6)
 
@@ -182,7 +182,7 @@ def test_blanks_around_the_names_of_losses_mean_nothing():
         config = DPOLossConfig(loss=spelt, **more)
         assert config == DPOLossConfig(loss=plain, **more)
         assert config.objective.unpaired == (plain == "kto")
-        assert config.resolved("beta") == (0.01 if plain == "bco_pair" else 0.1)
+        assert config.settled.beta == (0.01 if plain == "bco_pair" else 0.1)
 
 
 def test_alpha_lies_between_the_two_kl_divergences():

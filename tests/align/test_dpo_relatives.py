@@ -114,7 +114,7 @@ def test_steps_are_torchs_in_one_batch_and_in_four(case):
     batch = ragged_batch(unpaired=case == "apo_zero_unpaired")
     config = DPOConfig(**options, layout="separate")
     table = torch.tensor(np.asarray(variables["params"]["embed"]["kernel"]), requires_grad=True)
-    beta = config.resolved("beta")
+    beta = config.settled.beta
     weights = [float(w) for w in options["loss_weights"].split(",")] if "loss_weights" in options else None
     more = {"ld": options.get("ld_alpha", 1.0), "wpo": "use_weighting" in options}
     more["smoothing"] = options.get("label_smoothing", 0.0)
@@ -131,7 +131,7 @@ def test_steps_are_torchs_in_one_batch_and_in_four(case):
         np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=2e-5)
         found = gradients(state, after)["params"]["embed"]["kernel"]
         np.testing.assert_allclose(found, table.grad, atol=2e-5 * max(scale, 1))
-        for name in config.losses if len(config.losses) > 1 else ():
+        for name in config.objective.losses if len(config.objective.losses) > 1 else ():
             alone = torch_loss(table, batch, name, beta, **more)
             np.testing.assert_allclose(metrics[f"loss/{name}"], alone.item(), rtol=2e-5)
         if state.carried:
@@ -221,7 +221,7 @@ def test_a_reference_that_moves(lora):
     batch = dataclasses.replace(make_batch(), reference_logps=None)
     hard = DPOConfig(reference="live", layout="separate", reference_sync_steps=2, reference_mixup_alpha=1.0)
     soft = dataclasses.replace(hard, reference_sync_steps=1, reference_mixup_alpha=None)
-    assert soft.resolved("reference_mixup_alpha") == 0.6
+    assert soft.settled.reference_mixup_alpha == 0.6
     state, step = dpo.init_state(model, variables, hard), quick_jit(dpo.train_step, config=hard)
     state, losses = with_sgd(state), []
     for i in range(4):

@@ -438,4 +438,4 @@ def test_reference_free_losses_need_no_reference():
         config = DPOConfig(loss=name, layout="separate")
         _, metrics = quick_jit(dpo.train_step, config=config)(dpo.init_state(model, variables, config), batch)
         assert np.isfinite(metrics["loss"])
-        assert -30 < metrics["rewards/chosen"] / config.resolved("beta") < -1  # nats a token
+        assert -30 < metrics["rewards/chosen"] / config.settled.beta < -1  # nats a token

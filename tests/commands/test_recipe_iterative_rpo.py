@@ -32,7 +32,7 @@ def test_the_recipe_parses() -> None:
     plain = cli.parse("recipe iterative_rpo", GIVEN)
     for dpo in (run.dpo, plain.dpo):
         assert {dpo.model, dpo.data.files, dpo.out} == {SET_BY_RECIPE}
-        assert (dpo.dpo.beta, dpo.dpo.nll_coefficient, dpo.dpo.resolved("nll_normalization")) == (0.1, 1.0, "sequence")
+        assert (dpo.dpo.beta, dpo.dpo.nll_coefficient, dpo.dpo.settled.nll_normalization) == (0.1, 1.0, "sequence")
         assert (dpo.optimizer.learning_rate, dpo.train.batch_size) == (7e-7, 16)
     assert [plain.temperature(t) for t in (1, 2, 3, 4, 9)] == [0.8, 0.8, 1.3, 1.3, 1.3]
 

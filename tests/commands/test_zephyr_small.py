@@ -48,7 +48,7 @@ def test_its_files_are_those_of_the_recipe(source: Path, tmp_path: Path) -> None
     pool = read_pool(str(out / "pool.yaml"))
     assert [writer.name for writer in pool] == ["SmolLM2", "our SFT", "our DPO", "scored4_en"]
     assert pool[1].model == str(out / "zephyr" / "sft")
-    assert read_judge(f"judge:{out / 'judge.yaml'}").resolved("ask") == "list"
+    assert read_judge(f"judge:{out / 'judge.yaml'}").settled.ask == "list"
     assert read_principles(str(out / "principles.json"), "en").keys() == {"brevity"}
     assert len((out / "prompts.jsonl").read_text().splitlines()) == 5
     words = ["--seeds", "s", "--prompts", "p", "--pool", "p.yaml", "--judge", "judge:j.yaml", "--out", "o"]

@@ -10,7 +10,6 @@ import sentencepiece
 from tokenizers_for_tests import CHATML_SPECIALS, LLAMA3_SPECIALS, byte_level, llama2
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.config import DataConfig
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import Pair, parse_pair
 from dpo_jax.data.rows.problems import BadRow
@@ -232,14 +231,13 @@ def rows(prompt: int, chosen: int, rejected: int) -> Encoded:
 
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response() -> None:
-    cut = truncate(rows(10, 9, 3), DataConfig(max_length=10, max_prompt_length=4), bos=1)
+    cut = truncate(rows(10, 9, 3), 10, 4, bos=1)
     assert cut.prompt.tolist() == [1, 8, 9, 10]
     assert [r.tolist() for r in cut.responses] == [[100, 101, 102, 103, 104, 105], [200, 201, 202]]
     assert [len(f) for f in cut.formats] == [6, 3]
-    config = DataConfig(max_length=10, max_prompt_length=4)
-    assert truncate(rows(10, 1, 1), config, bos=None).prompt.tolist() == [7, 8, 9, 10]
+    assert truncate(rows(10, 1, 1), 10, 4, bos=None).prompt.tolist() == [7, 8, 9, 10]
     # A short prompt leaves its room to the response.
-    assert len(truncate(rows(2, 20, 1), config, bos=1).responses[0]) == 8
+    assert len(truncate(rows(2, 20, 1), 10, 4, bos=1).responses[0]) == 8
 
 
 @pytest.mark.parametrize(
@@ -255,10 +253,10 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response() 
 )
 def test_a_row_that_fits_stays_whole(prompt: int, responses: tuple[int, int], max_length: int, kept: int) -> None:
     whole = rows(prompt, *responses)
-    cut = truncate(whole, DataConfig(max_length=max_length), bos=1)
+    cut = truncate(whole, max_length, None, bos=1)
     assert len(cut.prompt) == kept
     assert [len(r) for r in cut.responses] == [min(n, max_length - kept) for n in responses]
-    explicit = truncate(whole, DataConfig(max_length=max_length, max_prompt_length=300), bos=1)
+    explicit = truncate(whole, max_length, 300, bos=1)
     assert len(explicit.prompt) == 300
     shorter = sum(n > max_length - kept for n in responses)
     for system in (False, True):
@@ -269,7 +267,7 @@ def test_rows_that_truncation_makes_equal_are_lost() -> None:
     same = rows(3, 5, 5)
     same = Encoded(same.prompt, (same.responses[0], np.append(same.responses[0], 7)), same.formats)
     with pytest.raises(BadRow, match=r"same tokens.*--data\.max_length") as caught:
-        truncate(same, DataConfig(max_length=8, max_prompt_length=4), bos=1)
+        truncate(same, 8, 4, bos=1)
     assert caught.value.severity == "lost"
 
 

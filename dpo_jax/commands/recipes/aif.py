@@ -67,7 +67,7 @@ class AIF:
                 f"--pool {run.pool}: {len(self._pool)} writers, and each prompt is answered by --samples {run.samples}"
                 " different ones; name more, or ask for fewer"
             )
-        self._principles = pool.read_principles(run.principles, run.resolved("language"))
+        self._principles = pool.read_principles(run.principles, run.settled.language)
         self._function: RewardFunction | None = None
         self._judge = self._judge_run()
         self._asker: Answerer | None = None
@@ -77,11 +77,11 @@ class AIF:
             if self._function is not None:
                 self._refuse("scores as a function", "judge_batch_size", "judge_dtype")
             self._prompts: dict[str, JudgePrompt | None] = {"score": None}
-        elif self._judge.resolved("ask") == "list":
-            asked = {"language": run.resolved("language"), "templates": run.templates}
-            self._prompts = dict(feedback.feedback_prompts(run.resolved("aspects"), critique=run.critique, **asked))
+        elif self._judge.settled.ask == "list":
+            asked = {"language": run.settled.language, "templates": run.templates}
+            self._prompts = dict(feedback.feedback_prompts(run.settled.aspects, critique=run.critique, **asked))
         else:
-            self._prompts = {self._judge.resolved("ask"): prompt_of(self._judge)}
+            self._prompts = {self._judge.settled.ask: prompt_of(self._judge)}
         self._beside = None
         if run.beside is not None:
             timeout = run.reward_timeout if takes_timeout(run.beside) else None
@@ -130,14 +130,14 @@ class AIF:
             self._refuse("gives one score and is asked nothing", *of_lists)
             told: dict[str, Any] = {
                 "reward_timeout": None if elsewhere else run.reward_timeout,
-                "batch_size": run.resolved("judge_batch_size"),
+                "batch_size": run.settled.judge_batch_size,
             }
-            dtype = run.resolved("judge_dtype")
+            dtype = run.settled.judge_dtype
             return JudgeRun(data=run.prompts, out=run.out, function=run.judge, dtype=dtype, **told)  # pyright: ignore
         waits = () if elsewhere else ("reward_timeout",)
         self._refuse("has options of its own", *waits, "judge_batch_size", "judge_dtype")
         found = read_judge(run.judge, "--judge")
-        asked = found.resolved("ask")
+        asked = found.settled.ask
         if found.prompts is None and asked == "list":
             if run.rule == "ultrafeedback_binarized" and not run.critique:
                 raise InputError(f"--rule {run.rule} takes the overall score of the critique: leave --critique on")
@@ -321,7 +321,7 @@ class AIF:
         """What `compared` asks: this project's prompt for pairs of a judge that asks `list`, under --templates too."""
         prompt = next(iter(self._prompts.values()))
         if prompt is not None and prompt.ask == "list":
-            return our_prompt("pair", self._run.resolved("language"))
+            return our_prompt("pair", self._run.settled.language)
         return prompt
 
     def compared(self, items: Sequence[Item]) -> list[Judgement]:

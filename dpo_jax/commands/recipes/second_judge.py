@@ -48,7 +48,7 @@ class SecondJudge:
         told |= {"agreement": True}
         if name.startswith(PREFIX):
             found = read_judge(name, "--beside")
-            if found.resolved("ask") == "pair":
+            if found.settled.ask == "pair":
                 kinds = "list, rating, expected and checklist rate several responses"
                 raise InputError(f"--beside {name}: asks pair; {kinds}")
             with self._named():

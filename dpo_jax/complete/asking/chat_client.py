@@ -72,7 +72,7 @@ class ChatClient:
         """Raises `InputError` for a URL that is none."""
         assert config.url is not None
         self._config, self._cache, self._first_wait = config, cache, first_wait
-        self._variable = config.resolved("key_variable")
+        self._variable = config.settled.key_variable
         self._key = os.environ.get(self._variable, "").strip()
         if not self._key.isascii():
             raise InputError(f"{self._variable} holds characters that no key has; set it again")
@@ -80,7 +80,7 @@ class ChatClient:
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._name = f"{config.url} ({config.model})"
         self._rng = random.Random(0)
-        self._http = KeptHTTP(config.resolved("timeout"), config.resolved("concurrency"))
+        self._http = KeptHTTP(config.settled.timeout, config.settled.concurrency)
         self.asked = self.cached = self.prompt_tokens = self.completion_tokens = self.uncounted = 0
 
     @property
@@ -97,15 +97,15 @@ class ChatClient:
         body = {
             "model": config.model,
             "messages": [dict(message) for message in question.messages],
-            "temperature": config.resolved("temperature"),
-            "top_p": config.resolved("top_p"),
-            "max_tokens": config.resolved("max_tokens"),
+            "temperature": config.settled.temperature,
+            "top_p": config.settled.top_p,
+            "max_tokens": config.settled.max_tokens,
         }
         if question.seed is not None:
             body["seed"] = question.seed
         if question.logprobs:
             body |= {"logprobs": True, "top_logprobs": question.logprobs}
-        if config.resolved("stream"):
+        if config.settled.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body
 
@@ -153,10 +153,10 @@ class ChatClient:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.asked += 1
         try:
-            async with asyncio.timeout(self._config.resolved("timeout")):
+            async with asyncio.timeout(self._config.settled.timeout):
                 answer = await http.post(self._url, json=self.body(question), headers=headers)
         except TimeoutError as error:
-            raise _NoAnswer(f"no whole answer in {self._config.resolved('timeout'):g} s") from error
+            raise _NoAnswer(f"no whole answer in {self._config.settled.timeout:g} s") from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _NoAnswer(self.told(f"{type(error).__name__}: {error}")) from error
         if answer.status_code in RETRIED:
@@ -202,7 +202,7 @@ class _Asking:
     async def all(self, http: httpx.AsyncClient) -> None:
         """Ask them all. Raises `InputError`."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._config.resolved("concurrency"), len(self._left))):
+            for _ in range(min(self._config.settled.concurrency, len(self._left))):
                 group.create_task(self._worker(http))
         if self._failure is not None:
             raise self._failure
@@ -249,11 +249,11 @@ class _Asking:
     def _worst(self, question: Question) -> float:
         """The most that it may cost: a token of the prompt is at least a byte, beside some for the template."""
         size = sum(len(m["content"].encode()) + 16 for m in question.messages)
-        return self._client._price(size, self._config.resolved("max_tokens"))
+        return self._client._price(size, self._config.settled.max_tokens)
 
     async def _answer(self, http: httpx.AsyncClient, question: Question) -> Reply | None:
         """None where another question's failure ended all."""
-        attempts, longest, reason = self._config.resolved("attempts"), self._config.resolved("longest_wait"), ""
+        attempts, longest, reason = self._config.settled.attempts, self._config.settled.longest_wait, ""
         least = 0.0
         for attempt in range(attempts):
             await self._slot(least)

@@ -75,7 +75,7 @@ def make_plan(run: GattRun) -> Plan:
             read_user_turns(run.eval_data, columns=run.data.columns, on_bad_rows=run.on_bad_rows), training
         )
     else:
-        training, held = split(rows, options.resolved("holdout"), seed)
+        training, held = split(rows, options.settled.holdout, seed)
 
     def outlines(
         purpose: str, source: str, said: Sequence[Turns], about: Sequence[Instruction], turns: int, count: int

@@ -51,7 +51,7 @@ class EndpointConfig(Options, prefix="endpoint."):
         require(self.url is None or self.model, "endpoint.model is missing: what the endpoint calls the model")
         priced = self.price_in is not None and self.price_out is not None
         require(self.budget is None or priced, "endpoint.budget needs endpoint.price_in and endpoint.price_out")
-        name = self.resolved("key_variable")
+        name = self.settled.key_variable
         require(
             re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII),
             "endpoint.key_variable is the name of an environment variable, and not the key itself",
@@ -139,7 +139,7 @@ class JudgeRun(AsksOne, AsksRewards, metaclass=RunOptions):
         require(self.prompts is None or self.ask is None, "--ask has no effect with --prompts, which say what is asked")
         require(self.prompts is None or self.language is None, "--language has no effect with --prompts")
         require(self.prompts is None or self.scale is None, "--scale has no effect with --prompts")
-        ask = self.resolved("ask")
+        ask = self.settled.ask
         silent = "sheet" if self.sheet is not None else "read" if self.read else "function" if self.function else None
         if silent is not None:
             for name in ("ask", "prompts", "language", "scale", "template", "date", "cache"):

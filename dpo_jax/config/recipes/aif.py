@@ -96,7 +96,7 @@ class AIFRun(WritesTexts):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beside != self.judge, f"--beside {self.beside}: is --judge itself; name another")
-        aspects = self.resolved("aspects")
+        aspects = self.settled.aspects
         require(aspects, "--aspects is empty: what is the judge to rate?")
         unknown = [name for name in aspects if name not in ASPECTS]
         require(not unknown, f"--aspects {' '.join(unknown)}: known are {', '.join(ASPECTS)}")

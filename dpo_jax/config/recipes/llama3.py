@@ -143,7 +143,7 @@ class Llama3Run(ReadsModels):
             other = built(type(self.dpo), {option: [text]}, self.dpo, "(--average_over takes OPTION=VALUE)")
         except InputError as error:
             raise InputError(f"--average_over {spec}: {error}") from error
-        same = getattr(other, section).resolved(rest) == inner.resolved(rest)
+        same = getattr(getattr(other, section).settled, rest) == getattr(inner.settled, rest)
         require(not same, f"--average_over {spec}: is what --dpo.{option} is already, and changes nothing")
         return other, False
 

@@ -67,6 +67,11 @@ _SORTED = ("aot", "aot_unpaired")
 _OF_PAIRS = tuple(name for name in get_args(Loss) if name not in (*_UNPAIRED, *_REFERENCE_FREE))
 
 
+def names_of(loss: str) -> tuple[Loss, ...]:
+    """The losses that `--dpo.loss` adds; one, as a rule."""
+    return tuple(cast(Loss, name.strip()) for name in loss.split(","))
+
+
 @dataclass(frozen=True)
 class DPOLossConfig(Options, prefix="--dpo."):
     """Which preference loss, and its coefficients. The formulas stand in `dpo_jax/align/losses.py`."""
@@ -132,7 +137,7 @@ class DPOLossConfig(Options, prefix="--dpo."):
     """TR-DPO: how far, from 0 to 1; 1 replaces it."""
 
     def __post_init__(self) -> None:
-        names, known = self.losses, get_args(Loss)
+        names, known = names_of(self.loss), get_args(Loss)
         object.__setattr__(self, "loss", ",".join(names))  # "sigmoid, sft" is what "sigmoid,sft" is, everywhere
         for name in names:
             require(name in known, f"invalid choice '{name}' for argument '--dpo.loss'; choose from {', '.join(known)}")
@@ -145,8 +150,8 @@ class DPOLossConfig(Options, prefix="--dpo."):
         super().__post_init__()
         self._check_reference()
         require(
-            "exo_pair" not in names or self.resolved("label_smoothing") != 0,
-            f"--dpo.label_smoothing {self.resolved('label_smoothing'):g}: exo_pair takes its logarithm; give a small"
+            "exo_pair" not in names or self.settled.label_smoothing != 0,
+            f"--dpo.label_smoothing {self.settled.label_smoothing:g}: exo_pair takes its logarithm; give a small"
             " positive one, such as 0.001" + (", for all losses" if len(names) > 1 else ""),
         )
         require(
@@ -161,7 +166,7 @@ class DPOLossConfig(Options, prefix="--dpo."):
     def _check_weights(self) -> None:
         if self.loss_weights is None:
             return
-        given, names = f"--dpo.loss_weights {self.loss_weights}", self.losses
+        given, names = f"--dpo.loss_weights {self.loss_weights}", names_of(self.loss)
         require(len(names) > 1, f"{given} has no effect with one loss, {self.loss}")
         parts = self.loss_weights.split(",")
         require(len(parts) == len(names), f"{given} are {len(parts)} and the losses of {self.loss} are {len(names)}")
@@ -175,7 +180,7 @@ class DPOLossConfig(Options, prefix="--dpo."):
         )
 
     def _check_reference(self) -> None:
-        names, moves = self.losses, self.reference_sync_steps
+        names, moves = names_of(self.loss), self.reference_sync_steps
         require(
             moves is None or not self.objective.reference_free,
             f"--dpo.reference_sync_steps has no effect: --dpo.loss {self.loss} has no reference policy",
@@ -197,16 +202,11 @@ class DPOLossConfig(Options, prefix="--dpo."):
         )
 
     @cached_property
-    def losses(self) -> tuple[Loss, ...]:
-        """The losses that are added; one, as a rule."""
-        return tuple(cast(Loss, name.strip()) for name in self.loss.split(","))
-
-    @cached_property
     def objective(self) -> "Objective":
         """These options with nothing left open: what steps and losses read."""
-        names, given = self.losses, self.loss_weights
+        names, given = names_of(self.loss), self.loss_weights
         weights = [1.0] * len(names) if given is None else map(float, given.split(","))
-        said = {name: self.resolved(name) for name in self.fields() if name in Objective._fields}
+        said = {name: told for name, told in vars(self.settled).items() if name in Objective._fields}
         return Objective(**said, losses=names, weights=tuple(weights))
 
 
@@ -295,4 +295,4 @@ class DPORun(HoldoutRun):
 
     def step_config(self) -> DPOConfig:
         """What the step needs to know of these options."""
-        return self.step(DPOConfig, self.dpo, layout=self.train.layout_of(sampled=False))
+        return self.step(DPOConfig, self.dpo, layout=self.train.settled.layout)

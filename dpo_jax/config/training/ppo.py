@@ -1,5 +1,6 @@
 """Options of the PPO step and of its critic-free relatives; those of the run around it: `ppo_run.py`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -162,7 +163,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
                 f"--ppo.{name} does not go with --ppo.advantage greedy, whose baseline is a score as it is",
             )
         require(
-            self.estimator != "greedy" or self.resolved("overlong") != "ramp",
+            self.estimator != "greedy" or self.settled.overlong != "ramp",
             "--ppo.overlong ramp does not go with --ppo.advantage greedy, whose baseline is a score as it is",
         )
 
@@ -178,8 +179,8 @@ class PPOLossConfig(Options, prefix="--ppo."):
             f" {plain}, or leave one out",
         )
         require(
-            self.gamma is None or self.estimator == "gae" or self.resolved("returns") == "to_go",
-            f"--ppo.gamma has no effect with --ppo.advantage {self.resolved('advantage')} and --ppo.returns response",
+            self.gamma is None or self.estimator == "gae" or self.settled.returns == "to_go",
+            f"--ppo.gamma has no effect with --ppo.advantage {self.settled.advantage} and --ppo.returns response",
         )
         require(
             self.clip is None or self.clip_low is None or self.clip_high is None,
@@ -189,73 +190,71 @@ class PPOLossConfig(Options, prefix="--ppo."):
     def _check_groups(self) -> None:
         compared = (
             self.estimator in ("leave_one_out", "group_mean")
-            or self.resolved("scale") == "group"
-            or self.resolved("zero_variance") != "keep"
+            or self.settled.scale == "group"
+            or self.settled.zero_variance != "keep"
         )
         needed = 2 if compared else 1
         require(
             self.group >= needed,
-            f"--ppo.group_size {self.group}: --ppo.advantage {self.resolved('advantage')} with --ppo.scale"
-            f" {self.resolved('scale')} and --ppo.zero_variance {self.resolved('zero_variance')} needs at least"
+            f"--ppo.group_size {self.group}: --ppo.advantage {self.settled.advantage} with --ppo.scale"
+            f" {self.settled.scale} and --ppo.zero_variance {self.settled.zero_variance} needs at least"
             f" {needed} responses to a prompt",
         )
 
-    def resolved(self, name: str) -> Any:
-        """Option `name`: as given, or of the preset, or what stands for it."""
-        given = getattr(self, name)
-        if given is None and self.preset is not None:
-            given = PRESETS[self.preset].options.get(name)
-        elif given is None:
-            given = WORDS.get(self.advantage or "", {}).get(name)
-        return super().resolved(name) if given is None else given
+    @classmethod
+    def _settle(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As given, or of the preset, or of the word for the advantages, or what stands for it."""
+        word, preset = given["advantage"], given["preset"]
+        whole = WORDS.get(word or "", {}) if preset is None else PRESETS[preset].options
+        return super()._settle({name: whole.get(name) if value is None else value for name, value in given.items()})
 
     @property
     def estimator(self) -> Literal["gae", "none", "leave_one_out", "group_mean", "batch_mean", "greedy"]:
         """How advantages come from returns, under its one name."""
-        word = self.resolved("advantage")
+        word = self.settled.advantage
         return WORDS.get(word, {}).get("advantage", word)
 
     @property
     def group(self) -> int:
         """Responses to each prompt."""
-        return self.resolved("group_size") or {"leave_one_out": 4, "group_mean": 8}.get(self.estimator, 1)
+        return self.settled.group_size or {"leave_one_out": 4, "group_mean": 8}.get(self.estimator, 1)
 
     @property
     def critic(self) -> Literal["separate", "shared", "stopped"] | None:
         """Where the value model stands; None without one."""
-        return self.resolved("value") if self.estimator == "gae" else None
+        return self.settled.value if self.estimator == "gae" else None
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """How far below and above 1 the ratio is clipped."""
         both = self.clip
-        low = both if self.clip_low is None and both is not None else self.resolved("clip_low")
-        high = both if self.clip_high is None and both is not None else self.resolved("clip_high")
-        usual = self.resolved("clip")
+        low = both if self.clip_low is None and both is not None else self.settled.clip_low
+        high = both if self.clip_high is None and both is not None else self.settled.clip_high
+        usual = self.settled.clip
         return usual if low is None else low, usual if high is None else high
 
     @property
     def kl_price(self) -> float:
         """The coefficient at the start."""
-        return self.resolved("kl_coefficient")
+        return self.settled.kl_coefficient
 
     @property
     def kl_in_loss(self) -> bool:
         """Whether the KL divergence is a term of the loss and not of the rewards."""
-        return self.resolved("kl_placement") == "loss"
+        return self.settled.kl_placement == "loss"
 
     @property
     def kl_choice(self) -> Literal["k1", "k2", "k3", "k3_corrected"]:
         """Which estimate of the KL divergence is priced."""
         usual = "k3" if self.kl_in_loss else "k1"
         # A placement of one's own leaves the preset's estimator, which belongs to the preset's placement.
-        own = self.kl_estimator if self.kl_placement is not None else self.resolved("kl_estimator")
+        own = self.kl_estimator if self.kl_placement is not None else self.settled.kl_estimator
         return own or usual
 
     @property
     def passes(self) -> int:
         """Passes over each rollout."""
-        return self.resolved("epochs")
+        return self.settled.epochs
 
     @property
     def whitens(self) -> bool:
@@ -265,7 +264,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
     @property
     def by_token(self) -> bool:
         """Whether it matters at which token of a response a reward stands."""
-        return self.estimator == "gae" or self.resolved("returns") == "to_go"
+        return self.estimator == "gae" or self.settled.returns == "to_go"
 
     @property
     def updates(self) -> int:
@@ -282,7 +281,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
 
     def algorithm(self) -> str:
         """What is run, in a word: for a log."""
-        return self.preset or self.resolved("advantage")
+        return self.preset or self.settled.advantage
 
 
 @dataclass(frozen=True)
@@ -308,11 +307,11 @@ class PPOConfig(PPOLossConfig, StepConfig):
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
         require(self.layout != "windows", "layout windows packs responses known beforehand; take shared or separate")
-        if self.resolved("averaging") == "constant" or self.resolved("overlong") == "ramp":
+        if self.settled.averaging == "constant" or self.settled.overlong == "ramp":
             require(self.max_response, "averaging constant and overlong ramp need max_response")
 
     @property
     def ramp(self) -> int:
         """Tokens of the ramp of overlong responses."""
         most = self.max_response or 0
-        return self.resolved("overlong_buffer") or max(1, most // 5)
+        return self.settled.overlong_buffer or max(1, most // 5)

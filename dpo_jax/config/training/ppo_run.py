@@ -55,7 +55,7 @@ class PPORun(SampledRun, JudgedRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not self.lora.resolved("dropout"),
+            not self.lora.settled.dropout,
             "--lora.dropout does not go with PPO: updates compare the policy with what sampled, which drops nothing",
         )
         size, group, m = self.train.batch_size, self.ppo.group, self.ppo.minibatches
@@ -72,12 +72,12 @@ class PPORun(SampledRun, JudgedRun):
         )
         self._check_environment()
         require(
-            self.train.layout_of(sampled=True) == "shared" or group > 1 or self.resolved("eval_samples") > 1,
+            self.layout == "shared" or group > 1 or self.settled.eval_samples > 1,
             "--train.layout separate has no effect with one response to a prompt (--ppo.group_size, --eval_samples)",
         )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
         self.check_sampling("PPO", size, group, "--ppo.group_size")
-        apart = self.ppo.resolved("zero_variance") == "resample" or self.ppo.estimator == "greedy"
+        apart = self.ppo.settled.zero_variance == "resample" or self.ppo.estimator == "greedy"
         require(
             self.safety_reward is None or not apart,
             "--safety_reward standardises the scores of a whole rollout: it does not go with --ppo.zero_variance"
@@ -114,7 +114,7 @@ class PPORun(SampledRun, JudgedRun):
         require(not self.rewards, "--reward has no effect with --environment, which rewards its episodes itself")
         require(self.safety_reward is None, "--safety_reward does not go with --environment")
         require(
-            self.ppo.resolved("zero_variance") != "resample" and self.ppo.estimator != "greedy",
+            self.ppo.settled.zero_variance != "resample" and self.ppo.estimator != "greedy",
             "--environment does not go with --ppo.zero_variance resample or --ppo.advantage greedy, which answer"
             " prompts by themselves",
         )
@@ -133,7 +133,7 @@ class PPORun(SampledRun, JudgedRun):
         if self.environment_tokens is not None:
             return self.environment_tokens
         turn = self.sample.max_new_tokens
-        return max(turn, min(turn * self.resolved("environment_turns"), self.data.max_length // 2))
+        return max(turn, min(turn * self.settled.environment_turns, self.data.max_length // 2))
 
     @property
     def limited(self) -> tuple[str | None, ...]:
@@ -153,7 +153,7 @@ class PPORun(SampledRun, JudgedRun):
     @property
     def standardised_over(self) -> int | None:
         """Neighbouring responses that each of several rewards is standardised over before the sum, if it is."""
-        return self.ppo.group if self.resolved("reward_aggregation") == "normalize_then_sum" else None
+        return self.ppo.group if self.settled.reward_aggregation == "normalize_then_sum" else None
 
     def check_sizes(self, devices: int) -> None:
         """Refuse sizes that do not divide over mini-batches, micro-batches and devices. Raises `InputError`."""
@@ -172,7 +172,7 @@ class PPORun(SampledRun, JudgedRun):
             self.ppo,
             temperature=self.sample.temperature,
             max_response=self.response_room,
-            layout=self.train.layout_of(sampled=True),
+            layout=self.layout,
             seed=self.train.seed,
         )
 

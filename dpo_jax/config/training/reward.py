@@ -128,5 +128,4 @@ class RewardRun(HoldoutRun):
 
     def step_config(self) -> RewardConfig:
         """What the step needs to know of these options."""
-        layout = self.train.layout_of(sampled=False)
-        return self.step(RewardConfig, self.reward, seed=self.train.seed, layout=layout)
+        return self.step(RewardConfig, self.reward, seed=self.train.seed, layout=self.train.settled.layout)

@@ -12,6 +12,7 @@ from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
     EnergyConfig,
+    Layout,
     LogConfig,
     LoraConfig,
     SampleConfig,
@@ -64,9 +65,9 @@ class TrainingRun(ReadsModels, metaclass=RunOptions):
     def step(self, kind: type[Step], loss: Options, **more: Any) -> Step:
         """What a step needs to know of these options: those of its `loss`, what every step has, and `more`."""
         told = {one.name: getattr(loss, one.name) for one in fields(loss)}  # pyright: ignore[reportArgumentType]
-        crossing = self.train.resolved("crossing_dtype")
+        crossing = self.train.settled.crossing_dtype
         every = {"optimizer": self.optimizer, "accumulate": self.train.accumulate, "crossing_dtype": crossing}
-        dropout = {"dropout": self.lora.resolved("dropout"), "dropout_seed": self.train.seed}
+        dropout = {"dropout": self.lora.settled.dropout, "dropout_seed": self.train.seed}
         return kind.of_checked(**told, **every, **dropout, **more)
 
 
@@ -129,6 +130,15 @@ class SampledRun(TrainingRun):
             pieces is None or pieces % devices == 0,
             f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
         )
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of prompts with the responses sampled to them. Raises `InputError`."""
+        require(
+            self.train.layout != "windows",
+            "--train.layout windows packs responses known beforehand; where they are sampled, give shared or separate",
+        )
+        return self.train.layout or "shared"
 
     @property
     def response_room(self) -> int:

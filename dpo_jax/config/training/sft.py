@@ -29,7 +29,7 @@ class SFTLossConfig(Options, prefix="--sft."):
     @property
     def drawn(self) -> int | None:
         """Ids that are drawn in each step; None of the exact loss."""
-        return None if self.loss == "exact" else self.resolved("negatives")
+        return None if self.loss == "exact" else self.settled.negatives
 
 
 @dataclass(frozen=True)

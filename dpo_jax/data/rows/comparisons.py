@@ -272,7 +272,7 @@ def _tie(ties: Ties | None) -> Severity:
 
 def marks(found: Comparison, order: Sequence[int], rules: RewardLossConfig) -> list[float]:
     """Marks of the responses learnt from, whose differences are the margins of their pairs. Raises `BadRow`."""
-    scale = rules.resolved("margin_scale")
+    scale = rules.settled.margin_scale
     if rules.margin == "score_gap" and found.scores:
         return [scale * (found.scores[i] - found.scores[order[-1]]) for i in order]
     if len(order) == 2:

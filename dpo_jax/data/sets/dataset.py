@@ -247,6 +247,7 @@ def load_groups(
       compared: see `encode.truncate`; rows with one scored response each are put together.
     """
     rows = CheckedRows(source, config.limit, columns=config.columns, compared=compared)
+    lengths = config.max_length, config.max_prompt_length
 
     def encode(chunk: Numbered[tuple[Rendered, Told]]) -> Iterator[tuple[Encoded, RowCut, Told] | BadRow]:
         encoded = encoder.encode([texts for _, (texts, _) in chunk], compared=compared)
@@ -254,7 +255,7 @@ def load_groups(
             try:
                 if isinstance(whole, BadRow):
                     raise whole
-                group = truncate(whole, config, bos=encoder.bos, compared=compared)
+                group = truncate(whole, *lengths, bos=encoder.bos, compared=compared)
             except BadRow as problem:
                 yield problem
                 continue

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from dpo_jax.config import DataConfig
+from dpo_jax.config.sections import prompt_room
 from dpo_jax.data.rows.messages import Message
 from dpo_jax.data.rows.preferences import Pair
 from dpo_jax.data.rows.problems import BadRow
@@ -219,15 +219,18 @@ def same_tokens(detail: str, responses: int = 2) -> BadRow:
     return BadRow(_SAME if responses == 2 else _TWO_SAME, detail, "lost")
 
 
-def truncate(encoded: Encoded, config: DataConfig, *, bos: int | None, compared: bool = True) -> Encoded:
+def truncate(
+    encoded: Encoded, max_length: int, max_prompt_length: int | None, *, bos: int | None, compared: bool = True
+) -> Encoded:
     """Keep the end of an over-long prompt (behind its BOS), then the start of each response.
 
-    Prompt and response get at most `config.max_length` tokens; what of it the prompt gets, `config.prompt_room` says of
-    the longest response. A cut response has no terminator. Raises `BadRow` where two of the responses differ in nothing
-    that is left, if they are `compared`.
+    Prompt and response get at most `max_length` tokens; what of it the prompt gets, `prompt_room` says of the longest
+    response. A cut response has no terminator. Raises `BadRow` where two of the responses differ in nothing that is
+    left, if they are `compared`.
     """
-    prompt = end_of(encoded.prompt, config.prompt_room(max(map(len, encoded.responses))), bos)
-    room = config.max_length - len(prompt)
+    most = prompt_room(max(map(len, encoded.responses)), max_length, max_prompt_length)
+    prompt = end_of(encoded.prompt, most, bos)
+    room = max_length - len(prompt)
     responses = tuple(r[:room] for r in encoded.responses)
     if compared and _repeats([r.tolist() for r in responses if len(r)]):
         raise same_tokens(f"the first {room} of them; raise --data.max_length", len(responses))

@@ -43,7 +43,7 @@ def prompt_of(run: JudgeRun) -> JudgePrompt:
     """What a judge is asked. Raises `InputError` for a file or name that is none."""
     if run.prompts is not None:
         return read_prompt(run.prompts, str(run.prompt_name))
-    return our_prompt(run.resolved("ask"), run.resolved("language"), run.scale)
+    return our_prompt(run.settled.ask, run.settled.language, run.scale)
 
 
 class JudgeReward:

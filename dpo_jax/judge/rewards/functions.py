@@ -150,7 +150,7 @@ def open_reward(judge: str, config: JudgedRun, *, mesh: Mesh, batch_size: int) -
         return function
     if judge.startswith(PREFIX):
         return JudgeReward(judge, config.out).open(mesh)
-    frozen = config.train.kept_dtype
+    frozen = config.train.settled.frozen_dtype
     return ModelReward(
         judge,
         raw=config.data.template == RAW,
@@ -175,7 +175,7 @@ def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> Reward
     if found is not None:
         return found
     if is_url(judge):
-        return Endpoint(judge, config.resolved("reward_timeout"))
+        return Endpoint(judge, config.settled.reward_timeout)
     if ".py:" in judge:
         return PythonFunction(judge, config.reward_timeout)
     try:

@@ -129,7 +129,7 @@ def write_configs(
         "revision": base.revision,
         "r": lora.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": model.lora.resolved("dropout"),
+        "lora_dropout": model.lora.settled.dropout,
         **fused_adapters.named(model),
         "bias": "none",
         "fan_in_fan_out": False,
