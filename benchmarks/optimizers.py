@@ -71,7 +71,7 @@ def train(words: Sequence[str], out: Path) -> float | None:
 def state_bytes(model: str, options: dict[str, Any]) -> int:
     """Of the optimizer, all weights trained."""
     shapes = variables.abstract_variables(llama.Llama(read_shape(model)))
-    state = jax.eval_shape(states.make_optimizer(OptimizerConfig(**options)).init, {"params": shapes["params"]})
+    state = jax.eval_shape(states.make_optimizer(OptimizerConfig(**options)).tx.init, {"params": shapes["params"]})
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

@@ -32,7 +32,8 @@ class TrainState:
       carried:   what a step hands to the next one besides, without an optimizer: {} but for losses that remember (a
                  running mean, a reference policy that moves). Part of a checkpoint.
       apply_fn:  `Llama.apply` (static).
-      tx:        the optimizer (static).
+      tx:        the optax transformation (static).
+      schedule:  step (from 0) -> learning rate, of `tx` (static).
     """
 
     step: jax.Array
@@ -40,7 +41,8 @@ class TrainState:
     frozen: Any
     opt_state: Any
     apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
-    tx: "Optimizer" = struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    schedule: optax.Schedule = struct.field(pytree_node=False)
     carried: Any = struct.field(default_factory=dict)
 
     @property
@@ -59,20 +61,19 @@ class TrainState:
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, and its learning rate.
+    """What makes updates of gradients.
 
     Attributes:
-      init, update: as `optax.GradientTransformation` has them.
-      schedule: step (from 0) -> learning rate.
+      tx: the optax transformation.
+      schedule: its learning rate, step (from 0) -> rate.
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    tx: optax.GradientTransformation
     schedule: optax.Schedule
 
 
 def apply_update(
-    tx: Optimizer,
+    tx: optax.GradientTransformation,
     gradients: Any,
     trainable: Any,
     opt_state: Any,
@@ -109,7 +110,7 @@ def apply_update(
 def create(
     apply_fn: Callable[..., Any],
     variables: Mapping[str, Any],
-    tx: Optimizer,
+    optimizer: Optimizer,
     *,
     frozen: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -123,7 +124,7 @@ def create(
     learn = {"adapters" if "adapters" in variables else "params", "heads", "value"}
     trainable = {k: jax.tree.map(as_float32, v) for k, v in variables.items() if k in learn}
     frozen = {**{k: v for k, v in variables.items() if k not in learn}, **(frozen or {})}
-    leaf = jax.tree.leaves(trainable)[0]
+    leaf, tx = jax.tree.leaves(trainable)[0], optimizer.tx
     opt_state: Any = jax.eval_shape(tx.init, trainable)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     like = None
@@ -137,7 +138,15 @@ def create(
         # One jitted call makes each array in its place: no moment is ever whole on one device.
         start = jax.jit(lambda weights: (tx.init(weights), jnp.zeros((), jnp.int32)), out_shardings=like)
         opt_state, step = start(trainable)
-    return TrainState(step=step, trainable=trainable, frozen=frozen, opt_state=opt_state, apply_fn=apply_fn, tx=tx)
+    return TrainState(
+        step=step,
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=opt_state,
+        apply_fn=apply_fn,
+        tx=tx,
+        schedule=optimizer.schedule,
+    )
 
 
 def _places(opt_state: Any, trainable: Any, everywhere: NamedSharding) -> Any:
@@ -224,7 +233,7 @@ def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> Optimi
             rule = optax.scale_by_adam(b1=told.b1, b2=told.b2, eps=config.eps, mu_dtype=told.mu_dtype)
         decay = optax.add_decayed_weights(told.weight_decay, mask=_matrices)
         made = optax.chain(clip, optax.chain(rule, decay, rate))
-    return Optimizer(made.init, made.update, schedule)
+    return Optimizer(made, schedule)
 
 
 def _matrices(tree: Any) -> Any:

@@ -375,7 +375,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     unit = update.together(b, config.group, m)
     orders = [_order(jax.random.fold_in(key, e), b, unit).reshape(m, b // m) for e in range(config.passes)]
     k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
-    lr, averaging = state.tx.schedule(state.step), config.settled.averaging
+    lr, averaging = state.schedule(state.step), config.settled.averaging
 
     def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
         trainable, opt_state, stopped = carry

@@ -166,7 +166,7 @@ def descend(
     )
     loss, norm = share(batch, found), optax.tree.norm(gradients)
     new = state.apply_gradients(gradients, finite=jnp.isfinite(loss) & jnp.isfinite(norm))
-    rate: Any = state.tx.schedule(state.step)
+    rate: Any = state.schedule(state.step)
     return new, found, {"loss": loss, "grad_norm": norm, "learning_rate": rate}
 
 

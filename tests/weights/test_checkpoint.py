@@ -35,8 +35,8 @@ def make_state(mesh=None, seed: int = 0, width: int = 8, frozen=None, **optimize
         "mlp": {"kernel": jax.device_put(kernel, sharding(mesh, ("embed", "mlp")))},
         "norm": {"scale": jax.device_put(jnp.ones(width), replicated(mesh))},
     }
-    tx = states.make_optimizer(OptimizerConfig(learning_rate=0.1, **optimizer))
-    return states.create(apply, {"params": params}, tx, frozen=frozen)
+    made = states.make_optimizer(OptimizerConfig(learning_rate=0.1, **optimizer))
+    return states.create(apply, {"params": params}, made, frozen=frozen)
 
 
 @jax.jit

@@ -37,6 +37,7 @@ class ReportRun(Options):
     """Replace the page if it is there."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.runs) > 1, "report compares two or more runs; each has a report.html of its own")
         require(len({*self.runs}) == len(self.runs), "--runs names a run twice")
 
@@ -53,6 +54,7 @@ class ConfigsRun(Options):
     """File that copy writes. Not given: NAME.py."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         listed = self.action == "list"
         require(listed or self.name is not None, f"configs {self.action} needs a name (dpo-jax configs lists them)")
         require(not listed or self.name is None, "--name has no effect with configs list")

@@ -107,6 +107,7 @@ class MTBenchShowRun(Options):
     """Folder for radar.png (categories), bars.png (models, by turn) and summary.json."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         twice = [name for name in self.models if self.models.count(name) > 1]
         require(not twice, f"--models names {''.join(twice[:1])} twice; name each model once")
         missing = self.baseline is not None and bool(self.models) and self.baseline not in self.models

@@ -131,8 +131,16 @@ class PPOLossConfig(Options, prefix="--ppo."):
     """Tokens of that ramp. Not given: a fifth of --sample.max_new_tokens."""
 
     def __post_init__(self) -> None:
-        self._check_family()
+        self._check_preset()
         super().__post_init__()
+        require(
+            self.gamma is None or self.estimator == "gae" or self.settled.returns == "to_go",
+            f"--ppo.gamma has no effect with --ppo.advantage {self.settled.advantage} and --ppo.returns response",
+        )
+        require(
+            self.clip is None or self.clip_low is None or self.clip_high is None,
+            "--ppo.clip has no effect with --ppo.clip_low and --ppo.clip_high",
+        )
         require(
             not self.kl_in_loss or self.kl_choice != "k1",
             "--ppo.kl_estimator k1 as a term of the loss has gradient 0 in expectation, so that no --ppo.kl_coefficient"
@@ -167,7 +175,7 @@ class PPOLossConfig(Options, prefix="--ppo."):
             "--ppo.overlong ramp does not go with --ppo.advantage greedy, whose baseline is a score as it is",
         )
 
-    def _check_family(self) -> None:
+    def _check_preset(self) -> None:
         require(
             self.preset is None or self.preset in PRESETS,
             f"--ppo.preset {self.preset} is unknown; presets are {', '.join(PRESETS)}",
@@ -177,14 +185,6 @@ class PPOLossConfig(Options, prefix="--ppo."):
             self.preset is None or plain is None,
             f"--ppo.advantage {self.advantage} beside --ppo.preset {self.preset} says two things; write --ppo.advantage"
             f" {plain}, or leave one out",
-        )
-        require(
-            self.gamma is None or self.estimator == "gae" or self.settled.returns == "to_go",
-            f"--ppo.gamma has no effect with --ppo.advantage {self.settled.advantage} and --ppo.returns response",
-        )
-        require(
-            self.clip is None or self.clip_low is None or self.clip_high is None,
-            "--ppo.clip has no effect with --ppo.clip_low and --ppo.clip_high",
         )
 
     def _check_groups(self) -> None:
