@@ -2,7 +2,7 @@
 
 An option that would have no effect is an error: options that belong to one choice of another option are None where
 they were not given, and `__post_init__` refuses them where they do not apply. What stands for them then, their class
-says beside them (`not_given`), or a property computes it from others; code reads it by `resolved`, or as the property;
+says beside them (`not_given`), or a property computes it from others; code reads it by `settled`, or as the property;
 the steps of preferences read all at once, as an `Objective`. Options are checked once, where they are made: what a run
 fills in itself is not refused again (`Options.filled`).
 """

@@ -2,9 +2,10 @@
 optimizer's in `optimizer.py`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from dpo_jax.config.optimizer import OptimizerConfig
 from dpo_jax.config.options import (
@@ -175,7 +176,7 @@ class TrainConfig(Options, prefix="--train."):
     """Seed of the shuffle and of adapter initialisation."""
     dtype: Dtype = "float32"
     """Dtype of the computation. Trained weights are always float32."""
-    frozen_dtype: FrozenDtype | None = not_given(by=("dtype", {one: one for one in get_args(Dtype)}))
+    frozen_dtype: FrozenDtype | None = None
     """Dtype in which weights that are not trained (under LoRA; a live reference) are kept; int8 and nf4 (QLoRA)
     quantise the linear layers, in blocks, and keep the rest in `dtype`. Not given: `dtype`."""
     crossing_dtype: Dtype | None = not_given("float32")
@@ -189,7 +190,7 @@ class TrainConfig(Options, prefix="--train."):
     layers, from inputs that wait in the host's memory)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
-    layout: Layout | None = not_given("windows")
+    layout: Layout | None = None
     """windows: real tokens only, each prompt once. shared: each prompt once, padded. separate: once for each response.
     Not given: windows where rows hold the responses, shared where these are sampled."""
     eval_every: Count | None = None
@@ -218,6 +219,14 @@ class TrainConfig(Options, prefix="--train."):
             self.batch_size % self.accumulate == 0,
             f"--train.batch_size {self.batch_size} does not divide by --train.accumulate {self.accumulate}",
         )
+
+    @classmethod
+    def _settle(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what another option says: weights kept as they are computed with; the layout of rows that hold responses
+        (of sampled ones: `SampledRun.layout`).
+        """
+        kept = {"frozen_dtype": given["frozen_dtype"] or given["dtype"], "layout": given["layout"] or "windows"}
+        return super()._settle(given) | kept
 
 
 @dataclass(frozen=True)

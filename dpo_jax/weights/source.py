@@ -38,7 +38,7 @@ class Source:
     name: str
 
 
-def resolve(source: str | Path, revision: str | None = None, *, merged: bool = False) -> Source:
+def resolve(source: str | Path, revision: str | None = None, *, merged: bool = False, inside: bool = False) -> Source:
     """Find the checkpoint that `source` names, downloading it where it is a hub id or `smollm2`.
 
     A Hugging Face folder, a `.gguf` file, a folder written by `convert` (orbax), a PEFT adapter folder, a run folder
@@ -53,6 +53,7 @@ def resolve(source: str | Path, revision: str | None = None, *, merged: bool = F
       revision: of a hub repository; not given: the newest.
       merged: of a finished run with LoRA take its merged `model`, in float32, which training starts from: so a run can
         follow another with adapters of its own, or with none.
+      inside: `source` is the model of a run, and no run itself.
     """
     path, name = Path(source).expanduser(), str(source)
     if not path.exists():
@@ -73,9 +74,9 @@ def resolve(source: str | Path, revision: str | None = None, *, merged: bool = F
         raise InputError(f"{source}: not a model; give a folder, a .gguf file, a hub id, or smollm2")
     there = {f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.glob("*")}
     kind = _weights_among(there)
-    if kind is None and "model/" in there:  # a finished run
+    if kind is None and "model/" in there and not inside:  # a finished run
         adapter = (path / "adapter" / "adapter_config.json").is_file()
-        inner = resolve(path / ("adapter" if adapter and not merged else "model"), merged=merged)
+        inner = resolve(path / ("adapter" if adapter and not merged else "model"), inside=True)
         return inner if adapter and merged else replace(inner, name=name)
     if kind == "huggingface" and "config.json" not in there:
         raise InputError(f"{path}: config.json is missing; copy it from the original model")
