@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.config import PairsRun
-from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
+from dpo_jax.data.rows.binarise import mean_of_aspects, overall_score, pick, repaired
 from dpo_jax.data.rows.comparisons import Comparison
 from dpo_jax.data.rows.corrupt import corrupt, edit_distance
 from dpo_jax.data.rows.dialogues import CUT, parse_dialogue
@@ -133,7 +133,8 @@ def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
     read = [repaired(one) for one in entries]
     contradictions, again = sum(bad for _, bad, _ in read), sum(more for _, _, more in read)
     if overall:
-        plain = tuple(value if run.repair else _number(one) for one, (value, _, _) in zip(entries, read, strict=True))
+        both = zip(entries, read, strict=True)
+        plain = tuple(value if run.repair else overall_score(one) for one, (value, _, _) in both)
         return _Scored(found, plain, models, contradictions, again if run.repair else 0)
     return _Scored(found, tuple(mean_of_aspects(one) for one in entries), models, contradictions, 0)
 
@@ -144,11 +145,6 @@ def _without_cut(row: dict[str, Any], one: _Scored) -> _Scored:
     cut = {i for i, entry in enumerate(found) if isinstance(entry, dict) and entry.get("finish_reason") == CUT}
     scores = tuple(None if i in cut else score for i, score in enumerate(one.scores))
     return one._replace(scores=scores, cut=len(cut))
-
-
-def _number(completion: dict[str, Any]) -> float | None:
-    value = completion.get("overall_score")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _pair(number: int, one: _Scored, chosen: int, rejected: int) -> Row:

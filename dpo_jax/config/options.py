@@ -172,12 +172,11 @@ class Options:
     """Options of which some are None where they were not given, as in `class TrainConfig(Options, prefix="--train.")`.
 
     They are checked by what their types and fields say (`Within`, `not_given`, `part`) when an instance is made.
-
-    Attributes:
-      settled: every option under its own name: as given, or what stands for it where it was not.
     """
 
-    settled: Any  # no field of the dataclasses below: this class is none
+    settled: Any
+    """Every option under its own name: as given, or what stands for it where it was not. (No field: this class is no
+    dataclass.)"""
     _prefix: ClassVar[str] = "--"
     """Stands before the names of the class's own fields in messages."""
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from dpo_jax.config.commands.judge import DECIDE_NO_REPLY
 from dpo_jax.config.names import option, with_new_names
 from dpo_jax.errors import InputError
 from dpo_jax.headers import read_json
@@ -39,6 +40,7 @@ FREE = (
     "ignore_config_keys",
     "log.",
     "push_to_hub",
+    *(f"{of}endpoint.{name}" for of in ("", "dsft.") for name in DECIDE_NO_REPLY),
 )
 
 STAGES, INPUTS = "stages.json", "inputs.json"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.config.command_line.yaml_file import SUFFIXES, decisive
 from dpo_jax.errors import InputError, Stopped
 from dpo_jax.files.folder import INPUTS, STAGES, RunFolder, as_json, is_finished, write_json
 from dpo_jax.files.log import read_metrics, say
@@ -146,11 +147,15 @@ def last_figures(folder: Path, names: Mapping[str, str]) -> Figures:
 def content(source: str | Path) -> str:
     """A hash of a file; of a run of ours, that of its options and figures; of another folder, of names and sizes.
 
+    Of a YAML file, of what it says, but for what decides no reply of an endpoint: a budget may be raised.
+
     A reward of the user's own, FILE.py:FUNCTION, counts as its file. What is neither file nor folder (a hub id, a
     reward by name) is its own content.
     """
     file, _, _ = str(source).rpartition(":")
     path, digest = Path(file if file.endswith(".py") else source).expanduser(), hashlib.sha256()
+    if path.is_file() and path.suffix in SUFFIXES and (said := decisive(path)) is not None:
+        return hashlib.sha256(said.encode()).hexdigest()
     if path.is_file():
         with open(path, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

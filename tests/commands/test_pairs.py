@@ -1,6 +1,7 @@
 """`dpo-jax pairs`: the named rules, on published scores and by hand."""
 
 import json
+import math
 import os
 import random
 import warnings
@@ -11,9 +12,10 @@ import pytest
 
 from dpo_jax import voice
 from dpo_jax.cli import main
-from dpo_jax.data.rows.binarise import mean_of_aspects, pick, repaired
+from dpo_jax.data.rows.binarise import mean_of_aspects, overall_score, pick, repaired
 from dpo_jax.data.rows.corrupt import corrupt, edit_distance
 from dpo_jax.data.rows.preferences import parse_pair
+from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.rows.readable import readable
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -69,6 +71,10 @@ def completion(overall: float, *ratings: str) -> dict:
 def test_ultrafeedback_schema_and_its_repair(tmp_path, capsys) -> None:
     assert mean_of_aspects(completion(7, "5", "N/A", "2")) == 3.5
     assert mean_of_aspects(completion(7, "N/A")) is None
+    assert mean_of_aspects(completion(7, "5", math.nan, "n/a")) == 5  # as pandas writes what is not there
+    with pytest.raises(BadRow, match="no number"):
+        mean_of_aspects(completion(7, "inf"))
+    assert [overall_score(completion(value)) for value in (math.nan, math.inf, True, None, 3)] == [*[None] * 4, 3.0]
     assert repaired(completion(10, "1", "3")) == (1, True, False)
     assert repaired(completion(10, "3", "4")) == (None, True, True)
     assert repaired(completion(10, "5", "4")) == (10, False, False)

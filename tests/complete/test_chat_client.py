@@ -9,7 +9,7 @@ import chat_server
 import httpx
 import pytest
 
-from dpo_jax.complete.asking.chat_client import BudgetReached, ChatClient, Question
+from dpo_jax.complete.asking.chat_client import BudgetReached, ChatClient, Question, _reply
 from dpo_jax.complete.asking.http import retry_after
 from dpo_jax.complete.asking.reply_cache import ReplyCache
 from dpo_jax.config.commands.judge import EndpointConfig
@@ -56,6 +56,14 @@ def test_every_question_is_answered_once_whatever_the_network_does(tmp_path, str
         assert again.asked == 2
 
 
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    def said(text: str) -> str:
+        return _reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).text
+
+    assert said("cut \ud83d off") == "cut \ufffd off"
+    assert said("\ud83d\ude00") == "\U0001f600"  # of a stream, whose two halves came apart
+
+
 def test_refusals_cut_answers_and_reasoning(tmp_path) -> None:
     kinds = {
         "refusal": {"content": None, "refusal": "I can't."},
@@ -82,6 +90,10 @@ def test_the_key_stands_in_the_header_alone(tmp_path, monkeypatch) -> None:
         with pytest.raises(InputError, match="UNSET_KEY is not set"):
             client(server, tmp_path, key_variable="UNSET_KEY").ask([question("2")])
     assert "sk-secret" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    monkeypatch.setenv("MY_KEY", "sk-secret\nx")
+    with pytest.raises(InputError, match="MY_KEY holds characters that no key has") as caught:
+        client(server, tmp_path, key_variable="MY_KEY")
+    assert "secret" not in str(caught.value)
     with pytest.raises(InputError, match="name of an environment variable"):
         EndpointConfig(url="http://a/v1", model="m", key_variable="sk-secret")
     with pytest.raises(InputError, match="leave the password out of the URL"):

@@ -131,6 +131,13 @@ def test_the_content_of_folders(tmp_path: Path) -> None:
     assert content(tmp_path / "run") == before
     folder.finish()
     assert content(tmp_path / "run") != before
+    pool = tmp_path / "pool.yaml"
+    pool.write_text("- {name: a, endpoint: {url: U, model: M, budget: 1}}")
+    before = content(pool)
+    pool.write_text("- name: a\n  endpoint: {url: U, model: M, budget: 2, concurrency: 4}")  # no reply is another
+    assert content(pool) == before
+    pool.write_text("- {name: a, endpoint: {url: U, model: N, budget: 1}}")
+    assert content(pool) != before
     assert content("vader") == "vader"
     assert content("regex:a.py") == "regex:a.py"
     (tmp_path / "mine.py").write_text("def f(): ...")

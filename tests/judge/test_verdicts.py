@@ -18,6 +18,14 @@ DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] /
     ("reply", "value"),
     [
         ("Rating: [[8.5]]", 8.5),
+        *(
+            (f"Rating: {said}", None)
+            for said in ("7 1/2", "7 through 8", "7 & 8", "7; 8", "7 8", "7±1", "6 if strict, 8")
+        ),
+        ("Score: 7 | Score: 8", None),
+        ("评分：7点5", None),
+        ("评分：8。5", None),
+        ("Rating: 8\n2. The next.", 8),
         ("[[8]]", 8),
         ("It is good.\n\n**Rating:** [[7]]", 7),
         ("【【９】】", 9),
@@ -61,6 +69,15 @@ def test_a_rating(reply, value) -> None:
     ("reply", "value"),
     [
         ("My final verdict is: [[A]]", "A"),
+        *((f"Verdict: {said}", "tie") for said in ("a tie", "a draw.", "A = B", "A tie between both")),
+        *(
+            (f"Verdict: {said}", None)
+            for said in ("A is worse than B", "A, B", "A & B", "A vs B: B wins", "a close call")
+        ),
+        *((f"结论：{said}", None) for said in ("A和B一样", "A、B相同", "A 不如 B")),
+        *((f"Verdict: {said}", "A") for said in ("A, because it is.", "A is better", "A>B", "A\nB is short.")),
+        ("Verdict: A < B", "B"),
+        ("结论：B更好", "B"),
         ("[[C]]", "tie"),
         ("**[[B]]**", "B"),
         ("【【A】】", "A"),
@@ -119,6 +136,8 @@ def test_a_list(reply, count, found) -> None:
     ("reply", "count", "found"),
     [
         ("1. Yes\n2. No, it is not.", 2, [True, False]),
+        *((f"1. {no}", 1, [False]) for no in ("未满足", "没有满足", "未能符合要求", "不能满足", "并非是", "Not true")),
+        *((f"1. {half}", 1, None) for half in ("部分满足", "不完全满足", "不太符合", "Not exactly true")),
         ("1：是\n2：否", 2, [True, False]),
         ("2) no\n1) **yes**", 2, [True, False]),
         ("1、不是\n2、符合", 2, [False, True]),

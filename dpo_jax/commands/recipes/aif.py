@@ -14,6 +14,7 @@ replies/             of writers and judge, by a hash of all that decides them
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,9 +232,10 @@ class AIF:
             key = f"{self._run.seed} {writer.name}"
             found = [pool.from_file(file, row["messages"], f"{key} {row['row']}") for row, _ in draws]
         else:
-            questions = [
-                pool.question(row["messages"], one["custom_system_prompt"], self._run.seed) for row, one in draws
-            ]
+            # One model under two names draws twice; with one seed both would write the same.
+            same = [one.name for one in self._pool if _unnamed(one) == _unnamed(writer)]
+            seed = self._run.seed + same.index(writer.name)
+            questions = [pool.question(row["messages"], one["custom_system_prompt"], seed) for row, one in draws]
             asker = self._writers[writer.name]
             with self._named_writer(writer), ProgressBar(writer.name, len(questions)) as bar:
                 # A model that runs into its limit has written, up to there: it is rated, and stands in no pair.
@@ -378,3 +380,8 @@ def check_model(model: str | None, later: Path | None) -> None:
         place = Path(model).expanduser().absolute()
         if later is None or not place.is_relative_to(later):
             open_checkpoint(model)
+
+
+def _unnamed(writer: WriterConfig) -> WriterConfig:
+    """What decides how it writes."""
+    return replace(writer, name="", weight=1.0)

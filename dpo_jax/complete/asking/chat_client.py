@@ -74,7 +74,7 @@ class ChatClient:
         self._config, self._cache, self._first_wait = config, cache, first_wait
         self._variable = config.settled.key_variable
         self._key = os.environ.get(self._variable, "").strip()
-        if not self._key.isascii():
+        if not (self._key.isascii() and self._key.isprintable()):  # an HTTP library would quote it in its refusal
             raise InputError(f"{self._variable} holds characters that no key has; set it again")
         checked_url(config.url, "endpoint.url", self._variable)
         self._url = f"{config.url.rstrip('/')}/chat/completions"
@@ -300,10 +300,10 @@ def _reply(body: dict[str, Any]) -> Reply:
     """A chat completion's body as a reply. Raises `ValueError`, `KeyError`, `TypeError` and so on for another."""
     choice = body["choices"][0]
     message, finish = choice["message"], choice["finish_reason"]
-    content, refusal = message.get("content"), message.get("refusal")
+    content, refusal = (_whole(message.get(name)) for name in ("content", "refusal"))
     if not isinstance(finish, str) or not (content is None or isinstance(content, str)):
         raise TypeError("content or finish_reason is of the wrong kind")
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    reasoning = _whole(message.get("reasoning_content") or message.get("reasoning") or "")
     first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
     top = tuple((str(one["token"]), float(one["logprob"])) for one in first)
     if isinstance(refusal, str) and refusal:
@@ -311,6 +311,11 @@ def _reply(body: dict[str, Any]) -> Reply:
     return Reply(
         content or "", finish, reasoning if isinstance(reasoning, str) else "", top=top, **_tokens(body.get("usage"))
     )
+
+
+def _whole(said: Any) -> Any:
+    """A text without halves of surrogate pairs, which no file can hold; each becomes U+FFFD. All else as it is."""
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(said, str) else said
 
 
 def _streamed(text: str) -> Reply:

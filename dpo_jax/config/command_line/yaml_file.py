@@ -6,12 +6,14 @@ data: {max_length: 768}      # or data.max_length: 768
 dpo.beta: 0.05
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dpo_jax.config.commands.judge import DECIDE_NO_REPLY
 from dpo_jax.errors import InputError
 
 SUFFIXES = (".yaml", ".yml")
@@ -85,3 +87,20 @@ def _word(path: str, name: str, value: Any) -> str:
     if isinstance(value, (list, dict)):
         raise InputError(f"{path}: {name}: a list holds single values, not {type(value).__name__}s")
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def decisive(path: Path) -> str | None:
+    """What a YAML file says, as JSON, without the options of an endpoint that decide no reply; None of another file."""
+    try:
+        return json.dumps(_decisive(yaml.load(path.read_text(encoding="utf-8"), Strict)), sort_keys=True, default=str)
+    except (OSError, *FAULTS):
+        return None
+
+
+def _decisive(said: Any, *, endpoint: bool = False) -> Any:
+    if isinstance(said, list):
+        return [_decisive(one) for one in said]
+    if not isinstance(said, dict):
+        return said
+    kept = ((str(name), value) for name, value in said.items() if not (endpoint and name in DECIDE_NO_REPLY))
+    return {name: _decisive(value, endpoint=name == "endpoint") for name, value in kept}

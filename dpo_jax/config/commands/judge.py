@@ -9,6 +9,12 @@ from dpo_jax.config.names import RunOptions
 from dpo_jax.config.options import Count, NotNegative, Options, Positive, Within, not_given, part, require, require_day
 from dpo_jax.config.sections import FilesConfig, SampleConfig
 
+DECIDE_NO_REPLY = (
+    *("key_variable", "concurrency", "per_minute", "timeout", "attempts", "longest_wait"),
+    *("price_in", "price_out", "budget"),
+)
+"""Options of an endpoint that may differ when a run goes on: no reply depends on them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig(Options, prefix="endpoint."):

@@ -10,6 +10,7 @@ all                     every pair of different scores, with its gap
 `strict` ties drop a row whose best score is shared. Every pair keeps its scores.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -80,13 +81,24 @@ def mean_of_aspects(completion: dict[str, Any]) -> float | None:
     found = []
     for name, one in annotations.items():
         value = one.get("Rating") if isinstance(one, dict) else None
-        if value in ("N/A", None):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("n/a", "nan", "")):
             continue
         try:
-            found.append(float(value))
+            number = float(value)
         except (TypeError, ValueError):
             raise BadRow(f"'{name}' has a Rating that is no number", str(value)[:40]) from None
+        if math.isinf(number):
+            raise BadRow(f"'{name}' has a Rating that is no number", str(value)[:40])
+        if not math.isnan(number):  # pandas writes NaN where there is none
+            found.append(number)
     return sum(found) / len(found) if found else None
+
+
+def overall_score(completion: dict[str, Any]) -> float | None:
+    """The `overall_score` of a completion in UltraFeedback's schema; None where it has none."""
+    value = completion.get("overall_score")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
 
 
 def repaired(completion: dict[str, Any]) -> tuple[float | None, bool, bool]:
@@ -95,9 +107,9 @@ def repaired(completion: dict[str, Any]) -> tuple[float | None, bool, bool]:
     OpenBMB/UltraFeedback's README: an overall score of 10 with a poor mean of the aspects was written for 1. A mean of
     at most 2 makes it 1, one above 4 leaves it, and between the two the completion is to be judged again.
     """
-    overall, mean = completion.get("overall_score"), mean_of_aspects(completion)
-    if not isinstance(overall, int | float) or isinstance(overall, bool):
+    overall, mean = overall_score(completion), mean_of_aspects(completion)
+    if overall is None:
         return None, False, False
     if overall != 10 or mean is None or mean > REPAIR_HIGH:
-        return float(overall), False, False
+        return overall, False, False
     return (1.0, True, False) if mean <= REPAIR_LOW else (None, True, True)

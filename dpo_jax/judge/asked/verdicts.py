@@ -30,10 +30,13 @@ Side = Literal["A", "B", "tie"]
 _NUMBER = r"\d{1,3}(?:\.\d+)?"
 _BEFORE = r"(?<![\w.,/+\-\u2212\u2013\ufffd])"
 _SCALE = r"(?:\s*分)?(?:\s*(?:/|out\s+of|of)\s*(?P<scale>\d+(?:\.\d+)?)(?![\w.]*\d)(?:\s*分)?)?"
-_AFTER = r"(?![A-Za-z_%\ufffd]|[.,/]?\d|\s*(?:[-\u2212\u2013\u2014~/]|to\b|or\b|and\b|或|到|至|、)\s*\d|\s*%)"
+_AFTER = (
+    r"(?![A-Za-z_%\ufffd]|[.,/。点]?\d|\s*(?:[-\u2212\u2013\u2014~/]|to\b|or\b|and\b|或|到|至|、)\s*\d|\s*[%±]"
+    r"|[^\S\n]+\d|[^\S\n]*(?:[;&|]|through\b)[^\S\n]*\d|[^\S\n]+if\b)"
+)
 _VALUE = re.compile(rf"[\[\s(\"']*(?P<value>{_NUMBER}){_SCALE}{_AFTER}")
 _LABEL = re.compile(
-    r"(?:^|[\n.;!?。;!?,])[\s>*-]*(?:(?:so|therefore|thus|my|the|your|final|overall|total|quality|最终|综合|总体|总)[\s,]*)*"
+    r"(?:^|[\n.;!?。;!?,|])[\s>*-]*(?:(?:so|therefore|thus|my|the|your|final|overall|total|quality|最终|综合|总体|总)[\s,]*)*"
     r"(?:rating|score|grade|评分|得分|分数|打分|评级)\s*(?:(?:for|of)\s+(?:the|this)\s+(?:response|answer))?\s*"
     r"(?::|=|\bis\b|为|是)\s*",
     re.IGNORECASE,
@@ -50,10 +53,15 @@ _TIES = ("c", "tie", "draw", "equal", "平局", "平手", "相同")
 _CHOICE = r"[ABC]|tie|draw|平局|平手|[AB]\s*(?:>>?|=|<<?)\s*[AB]"
 _DOUBLE_CHOICE = re.compile(rf"\[\[\s*({_CHOICE})\s*\]\]", re.IGNORECASE)
 _SINGLE_CHOICE = re.compile(rf"(?<!\[)\[\s*({_CHOICE})\s*\](?!\])", re.IGNORECASE)
+# What may stand behind a choice that a label names: nothing that could take it back, or name the other one.
+_ENDS = (
+    r"\s*(?:$|[\n.!?。;(\u2013\u2014-]|,(?!\s*(?:[ABC]|tie|but|though|or|and)\b)|because\b|since\b|as\b|for\b|due\b|between\b"
+    r"|(?:is\s+|was\s+)?(?:(?:the|clearly|much|slightly|overall)\s+)*(?:better|best|winner)\b|wins\b|更好|较好|更优|胜|因为)"
+)
 _LABELLED_CHOICE = re.compile(
     r"(?:^|[\n.;!?。])[\s>*-]*(?:(?:my|the|final|overall|最终)[\s,]*)*(?:verdict|winner|choice|decision|better(?:\s+(?:answer|"
     r"response|assistant))?|结论|判断|胜者|选择|更好的?(?:回答)?)\s*(?::|=|\bis\b|为|是)\s*(?:assistant\s+|response\s+|answer\s+|回答)?"
-    rf"[\"'(\[]*({_CHOICE})(?![A-Za-z0-9>=<]|\s*(?:or|and|/|或|和)\b)",
+    rf"(?:an?\s+)?[\"'(\[]*({_CHOICE})[\"')\]]*(?={_ENDS})",
     re.IGNORECASE,
 )
 _WHOLE_CHOICE = re.compile(rf"\s*(?:assistant\s+|回答)?[\"'(]*({_CHOICE})[\"')]*\s*[.。]?\s*", re.IGNORECASE)
@@ -73,9 +81,14 @@ _ITEM = re.compile(
 )
 _YES, _NO = (
     re.compile(r"\b(?:yes|true)\b|是|满足|符合", re.IGNORECASE),
-    re.compile(r"\b(?:no|false)\b|否|不是|不满足|不符合", re.IGNORECASE),
+    re.compile(r"\b(?:no|false)\b|否", re.IGNORECASE),
 )
-_NOT_YES = re.compile(r"不是|不满足|不符合|是否")
+_NOT_YES = re.compile(r"(?:不能?|未能?|没有?|无法|并?非)\s*(?:是|满足|符合)|\bnot\s+(?:yes|true)\b", re.IGNORECASE)
+_PARTLY = re.compile(
+    r"部分|大致|基本|不太|不完全|不够|是否|\b(?:partly|partially|half|almost|nearly|mostly|somewhat)\b"
+    r"|\bnot\s+(?:exactly|entirely|fully|quite|really|completely|always|necessarily)\b",
+    re.IGNORECASE,
+)
 
 
 class Rating(NamedTuple):
@@ -247,5 +260,8 @@ def checklist(reply: str, count: int) -> list[bool] | None:
 def _yes(said: str) -> bool | None:
     head = re.split(r"[.,;。;,(\n]|\s[-\u2013\u2014]\s", said.strip(), maxsplit=1)[0]
     head = head.rpartition(":")[2] if ":" in head else head
-    yes, no = _YES.search(_NOT_YES.sub(" ", head)) is not None, _NO.search(head) is not None
+    if _PARTLY.search(head):
+        return None
+    head = _NOT_YES.sub(" no ", head)
+    yes, no = _YES.search(head) is not None, _NO.search(head) is not None
     return yes if yes != no else None
