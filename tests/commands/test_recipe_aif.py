@@ -379,3 +379,23 @@ def test_one_line_errors(pool, words, message, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_one_model_under_two_names_draws_twice(tmp_path: Path) -> None:
+    seeds = Counter[int]()
+
+    def answered(body):
+        if body["model"] == "judge":
+            return answer(body)
+        seeds[body["seed"]] += 1
+        return f"I am the {'good' if seeds[body['seed']] % 2 else 'poor'} one, drawn with {body['seed']}."
+
+    with chat_server.serving(answered) as server:
+        words = setting(tmp_path, server.url)
+        writer = f"endpoint: {{url: '{server.url}', model: M, temperature: 0.7}}"
+        names = "".join(f"- {{name: {name}, weight: {weight}, {writer}}}\n" for name, weight in (("a", 1), ("b", 2)))
+        (tmp_path / "pool.yaml").write_text(names)
+        assert main([*words, "--samples", "2", "--principles", "none"]) == 0
+    assert list(seeds.values()) == [13, 13]
+    for row in read_lines(tmp_path / "out" / "data.jsonl"):
+        assert len({one["response"] for one in row["completions"]}) == 2

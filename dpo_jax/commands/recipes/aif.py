@@ -233,7 +233,7 @@ class AIF:
             found = [pool.from_file(file, row["messages"], f"{key} {row['row']}") for row, _ in draws]
         else:
             # One model under two names draws twice; with one seed both would write the same.
-            same = [one.name for one in self._pool if _unnamed(one) == _unnamed(writer)]
+            same = [one.name for one in self._pool if replace(one, name=writer.name, weight=writer.weight) == writer]
             seed = self._run.seed + same.index(writer.name)
             questions = [pool.question(row["messages"], one["custom_system_prompt"], seed) for row, one in draws]
             asker = self._writers[writer.name]
@@ -380,8 +380,3 @@ def check_model(model: str | None, later: Path | None) -> None:
         place = Path(model).expanduser().absolute()
         if later is None or not place.is_relative_to(later):
             open_checkpoint(model)
-
-
-def _unnamed(writer: WriterConfig) -> WriterConfig:
-    """What decides how it writes."""
-    return replace(writer, name="", weight=1.0)
