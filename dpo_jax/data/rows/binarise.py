@@ -97,8 +97,9 @@ def mean_of_aspects(completion: dict[str, Any]) -> float | None:
 def overall_score(completion: dict[str, Any]) -> float | None:
     """The `overall_score` of a completion in UltraFeedback's schema; None where it has none."""
     value = completion.get("overall_score")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def repaired(completion: dict[str, Any]) -> tuple[float | None, bool, bool]:
