@@ -76,6 +76,14 @@ def test_a_rating(reply, value) -> None:
         ),
         *((f"结论：{said}", None) for said in ("A和B一样", "A、B相同", "A 不如 B")),
         *((f"Verdict: {said}", "A") for said in ("A, because it is.", "A is better", "A>B", "A\nB is short.")),
+        *(
+            (f"Verdict: {said}", None)
+            for said in ("A; B", "A (or B)", "A - B", "A as good as B", "A for facts, B for style")
+        ),
+        *(
+            (f"Verdict: {said}", "B")
+            for said in ("B, a better text", "B - B has the facts", "B; it is right", "B (clearly)")
+        ),
         ("Verdict: A < B", "B"),
         ("结论：B更好", "B"),
         ("[[C]]", "tie"),

@@ -12,7 +12,7 @@ percentage. What is read:
   that says another number makes two verdicts;
 * two ratings: "8 9" on the first line (FastChat's first format), with any of , ; | between them;
 * a verdict on two: [[A]], [[B]], [[C]] (a tie), and [[A>>B]], [[A>B]], [[A=B]] as in Arena-Hard; else [A]; else a label
-  ("Verdict: A", "结论：平局"); else the whole reply;
+  ("Verdict: A", "结论：平局") with nothing behind it that takes it back or names the other; else the whole reply;
 * a list: UltraFeedback's blocks ("Output for Text 1", "Rating: 4", "Rationale: ..."), each text exactly once; N/A is no
   number; a Type where there is one;
 * a checklist: "1. yes", "2：否", each item exactly once.
@@ -53,9 +53,10 @@ _TIES = ("c", "tie", "draw", "equal", "平局", "平手", "相同")
 _CHOICE = r"[ABC]|tie|draw|平局|平手|[AB]\s*(?:>>?|=|<<?)\s*[AB]"
 _DOUBLE_CHOICE = re.compile(rf"\[\[\s*({_CHOICE})\s*\]\]", re.IGNORECASE)
 _SINGLE_CHOICE = re.compile(rf"(?<!\[)\[\s*({_CHOICE})\s*\](?!\])", re.IGNORECASE)
-# What may stand behind a choice that a label names: nothing that could take it back, or name the other one.
+# What may stand behind a choice that a label names (group 1): nothing that takes it back, or names the other one.
 _ENDS = (
-    r"\s*(?:$|[\n.!?。;(\u2013\u2014-]|,(?!\s*(?:[ABC]|tie|but|though|or|and)\b)|because\b|since\b|as\b|for\b|due\b|between\b"
+    r"\s*(?:$|[\n.!?。]|[,;(\u2013\u2014-](?!\s*(?!\1\b)(?:(?-i:[ABC])|tie|draw|but|though|or|and)\b)|because\b|since\b"
+    r"|due\b|between\b"
     r"|(?:is\s+|was\s+)?(?:(?:the|clearly|much|slightly|overall)\s+)*(?:better|best|winner)\b|wins\b|更好|较好|更优|胜|因为)"
 )
 _LABELLED_CHOICE = re.compile(
