@@ -1,7 +1,7 @@
 """`dpo-jax pairs`: preference pairs out of scored lists, by a named rule, or of solutions made wrong in one place."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
+from dpo_jax.judge.rewards.file_of_judgements import read_scores
 from dpo_jax.report import html, terminal
 
 
@@ -34,6 +35,7 @@ class _Scored(NamedTuple):
     contradictions: int
     again: int
     cut: int = 0
+    unscored: int = 0
 
 
 def pairs(run: PairsRun) -> Path:
@@ -41,11 +43,25 @@ def pairs(run: PairsRun) -> Path:
 
     Returns the path. Raises `InputError`.
     """
-    out = check_output(run.out, run.data.files)
+    out = check_output(run.out, run.data.files, run.scores)
     if run.rule == "corrupt":
         return _corrupted(run, out)
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
-    rows, _ = source.collect(lambda row: _without_cut(row, _scored(row, run)), list, run.on_bad_rows)
+    judged = None if run.scores is None else read_scores(Path(run.scores).expanduser())
+
+    def beside(chunk: Sequence[tuple[int, tuple[dict[str, Any], _Scored]]]) -> Iterator[tuple[int, _Scored] | BadRow]:
+        for number, (row, one) in chunk:
+            try:
+                yield number, _without_cut(row, one if judged is None else _judged(one, number, judged, run))
+            except BadRow as problem:
+                yield problem
+
+    rows, _ = source.collect(lambda row: (row, _scored(row, run)), beside, run.on_bad_rows)
+    if judged is not None and (other := judged.keys() - set(range(1, source.rows_read + 1))):
+        raise InputError(
+            f"--scores {run.scores}: row {min(other)} is none of the {source.rows_read} rows of {run.data.files}; "
+            "give the file that dpo-jax judge wrote of them"
+        )
     dropped: Counter[str] = Counter()
     wins: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -64,13 +80,15 @@ def pairs(run: PairsRun) -> Path:
             seen.update(map(str, names))
     contradictions = sum(one.contradictions for _, one in rows)
     again = sum(one.again for _, one in rows)
+    left_out = [f"{count} times: {reason}" for reason, count in dropped.items()]
     if cut := sum(one.cut for _, one in rows):
-        dropped["responses that were cut"] = cut
+        left_out.append(f"{cut} responses left out: they were cut")
+    if unscored := sum(one.unscored for _, one in rows):
+        left_out.append(f"{unscored} responses left out: the judge gave them no score")
     if not made:
-        raise InputError(f"{run.data.files}: no pair is left: {dict(dropped)}")
+        raise InputError(f"{run.data.files}: no pair is left of {len(rows)} rows; {'; '.join(left_out)}")
     write_lines(out, made)
-    told = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}"]
-    told += [f"{count} dropped: {reason}" for reason, count in dropped.items()]
+    told = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}", *left_out]
     if contradictions:
         done = f"repaired, {again} of them left out: judge them again" if run.repair else "not repaired (--repair)"
         told.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")
@@ -126,9 +144,11 @@ def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
     if not annotated and (overall or run.repair):
         option = f"--rule {run.rule}" if overall else "--repair ultrafeedback"
         raise BadRow(f"{option} takes UltraFeedback's schema", "completions with annotations and overall_score")
+    if run.scores is not None:
+        return _Scored(found, (None,) * count, models, 0, 0)
     if not annotated or entries is None:
         if len(found.scores) != count:
-            raise BadRow("no score for each response", "dpo-jax judge gives some")
+            raise BadRow("no score for each response", "dpo-jax judge gives some, and --scores reads them")
         return _Scored(found, found.scores, models, 0, 0)
     read = [repaired(one) for one in entries]
     contradictions, again = sum(bad for _, bad, _ in read), sum(more for _, _, more in read)
@@ -137,6 +157,17 @@ def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
         plain = tuple(value if run.repair else overall_score(one) for one, (value, _, _) in both)
         return _Scored(found, plain, models, contradictions, again if run.repair else 0)
     return _Scored(found, tuple(mean_of_aspects(one) for one in entries), models, contradictions, 0)
+
+
+def _judged(one: _Scored, number: int, judged: dict[int, tuple[float | None, ...]], run: PairsRun) -> _Scored:
+    """With a judge's scores. Raises `BadRow` where it has none of this row, or not one for each response."""
+    scores = judged.get(number)
+    if scores is None:
+        raise BadRow("not judged", f"--scores {run.scores} has no such row")
+    if len(scores) != len(one.found.responses):
+        told = f"{len(scores)} scores in --scores {run.scores} of {len(one.found.responses)} responses"
+        raise BadRow("not as many scores as responses", told)
+    return one._replace(scores=scores, unscored=scores.count(None))
 
 
 def _without_cut(row: dict[str, Any], one: _Scored) -> _Scored:

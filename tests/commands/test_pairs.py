@@ -95,6 +95,52 @@ def test_ultrafeedback_schema_and_its_repair(tmp_path, capsys) -> None:
     assert "--repair has no effect with --rule zephyr" in capsys.readouterr().err
 
 
+def test_scores_of_a_judge(tmp_path, capsys) -> None:
+    """`dpo-jax judge --out s.jsonl`, then `dpo-jax pairs --scores s.jsonl`: no script between them."""
+    data, scores, out = (tmp_path / f"{name}.jsonl" for name in ("rows", "scores", "pairs"))
+    lists = [["a", "a b c", "a b"], ["one two", "one"], ["same", "size"]]
+    said = [{"prompt": f"q{i}", "responses": one, "scores": [9] * len(one)} for i, one in enumerate(lists)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in said))
+    assert main(["judge", "--data", str(data), "--function", "length", "--out", str(scores)]) == 0
+    args = ["pairs", "--data", str(data), "--out", str(out), "--rule", "best_worst", "--scores", str(scores)]
+    assert main(args) == 0
+    found = [(row["chosen"], row["rejected"], row["row"]) for row in rows(out)]
+    assert found == [("a b c", "a", 1), ("one two", "one", 2)]  # not the rows' own scores, which are all 9
+    assert "1 times: all scores are equal" in capsys.readouterr().err
+
+    judged = rows(scores)
+    judged[0]["scores"][1] = None  # unparsed
+    scores.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    assert main(args) == 0
+    assert rows(out)[0]["chosen"] == "a b"
+    assert "1 responses left out: the judge gave them no score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([{"row": 1, "scores": [1, 2]}], "1 x not judged (first: row 2: --scores"),
+        ([{"row": 1, "scores": [1, 2]}, {"row": 2, "scores": [1]}], "1 scores in --scores"),
+        ([{"row": row, "scores": [1, 2]} for row in (1, 2, 3)], "row 3 is none of the 2 rows"),
+        ([{"row": 1, "scores": [1, 2]}] * 2, "line 2: row 1 for the second time"),
+        ([{"row": 1, "scores": [1, "2"]}], "line 1: no row number with a list of scores"),
+        ([{"row": 1, "scores": [1, math.nan]}], "line 1: no row number with a list of scores"),
+        ([{"prompt": "q", "responses": ["a", "b"]}], "line 1: no row number with a list of scores"),
+        (None, "no such file"),
+    ],
+)
+def test_scores_of_other_rows(tmp_path, capsys, lines, why) -> None:
+    data, scores = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"q{i}", "responses": ["a", "b c"]}) + "\n" for i in range(2)))
+    if lines is not None:
+        scores.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    args = ["pairs", "--data", str(data), "--out", str(tmp_path / "p.jsonl"), "--scores", str(scores)]
+    assert main(args) == 2
+    assert why in capsys.readouterr().err.replace("\n", " ")
+    assert main([*args, "--rule", "corrupt"]) == 2
+    assert "--scores has no effect with --rule corrupt" in capsys.readouterr().err
+
+
 # ---- right solutions made wrong in one place -----------------------------------------------------------------------
 
 
@@ -130,7 +176,7 @@ def test_a_response_that_was_cut_is_in_no_pair(tmp_path, capsys) -> None:
         assert main(["pairs", "--data", str(tmp_path / f"{name}.jsonl"), "--out", str(out), "--rule", "all"]) == 0
         (pair,) = rows(out)
         assert (pair["score_chosen"], pair["score_rejected"]) == ((3, 1) if name == "completions" else (2, 1))
-        assert "1 dropped: responses that were cut" in capsys.readouterr().err
+        assert "1 responses left out: they were cut" in capsys.readouterr().err
 
 
 def test_one_number_changes_and_nothing_else() -> None:

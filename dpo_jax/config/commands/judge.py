@@ -173,8 +173,8 @@ class JudgeRun(AsksOne, AsksRewards, metaclass=RunOptions):
 class PairsRun(Options, metaclass=RunOptions):
     """Preference pairs out of scored lists, by a named rule: `dpo-jax pairs`.
 
-    --data holds a prompt and several responses with a score each, or UltraFeedback's schema, its aspects averaged; for
-    --rule corrupt right solutions, as for `dpo-jax sft`.
+    --data holds a prompt and several responses with a score each (or --scores has them), or UltraFeedback's schema, its
+    aspects averaged; for --rule corrupt right solutions, as for `dpo-jax sft`.
     """
 
     data: FilesConfig = part(FilesConfig)
@@ -186,6 +186,8 @@ class PairsRun(Options, metaclass=RunOptions):
     solution against itself with one place made wrong (Smaug), its edit distance beside it."""
     corrupt: Literal["number", "step"] | None = not_given("number", rule=("corrupt",))
     """number: one number becomes another of as many digits. step: two neighbouring steps change places."""
+    scores: str | None = None
+    """What `dpo-jax judge` wrote of --data: its scores, by the number of the row, in place of the rows' own."""
     ties: Literal["draw", "strict"] = "draw"
     """What a shared best score does. draw: the seed chooses one. strict: it drops the row."""
     repair: Literal["ultrafeedback"] | None = None
@@ -198,5 +200,7 @@ class PairsRun(Options, metaclass=RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.rule != "corrupt" or self.ties == "draw", "--ties has no effect with --rule corrupt")
+        own = self.rule in ("ultrafeedback_binarized", "corrupt")
+        require(self.scores is None or not own, f"--scores has no effect with --rule {self.rule}")
         overall = self.rule == "ultrafeedback_binarized"
         require(self.repair is None or overall, f"--repair has no effect with --rule {self.rule}: it reads the aspects")

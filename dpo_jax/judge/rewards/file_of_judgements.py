@@ -1,8 +1,10 @@
 """What a judge says of many rows, as a file that can be gone on with: by a prompt, or by a function of texts."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import numpy as np
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.sets.prompts import Prompt
-from dpo_jax.files.jsonl import RowsFile
+from dpo_jax.errors import InputError
+from dpo_jax.files.jsonl import RowsFile, read_lines
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 from dpo_jax.judge.asked.judging import Item, Judgement, side_of
@@ -78,3 +81,25 @@ def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> l
         own = tuple(next(scores) for _ in item.responses)
         found.append(Judgement(own, side_of(own), None, 0, ()))
     return found
+
+
+def read_scores(path: Path) -> dict[int, tuple[float | None, ...]]:
+    """Row -> the scores of its responses, None where unparsed, as `write_judgements` wrote them.
+
+    Raises `InputError` for another file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it should be one that dpo-jax judge wrote")
+    found: dict[int, tuple[float | None, ...]] = {}
+    for line, row in enumerate(read_lines(path), 1):
+        number, scores = row.get("row"), row.get("scores")
+        if type(number) is not int or not isinstance(scores, list) or not all(map(_is_score, scores)):
+            raise InputError(f"{path}, line {line}: no row number with a list of scores, as dpo-jax judge writes them")
+        if number in found:
+            raise InputError(f"{path}, line {line}: row {number} for the second time; judge each row once")
+        found[number] = tuple(scores)
+    return found
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
