@@ -1,7 +1,8 @@
-"""Time and peak memory of one GRPO iteration on SmolLM2-135M, in turns with an earlier version of this package.
+"""Time and peak memory of one GRPO iteration on SmolLM2-135M, in turns with an earlier version, or with TRL's trainer.
 
     git worktree add ../before 46f5e52
     python benchmarks/grpo_iteration.py --before ../before --rounds 3
+    python benchmarks/grpo_iteration.py --contenders grpo trl --peer_python ../trl/bin/python --rounds 3
 
 An iteration: 8 responses to each of 4 prompts of 256 tokens, sampled at temperature 1; log-probabilities under the
 reference; scores; one AdamW update on all of them (beta .04, k3 in the loss). Float32, all weights trained, no gradient
@@ -15,17 +16,22 @@ whole process from its start (VmHWM).
 
     grpo     what `dpo-jax grpo` runs
     before   the same of the version in --before
+    trl      TRL's GRPOTrainer at its fastest here: all responses in one batch, transformers' sampler with a cache, no
+             gradient checkpointing, fused AdamW. A rollout's measuring and scoring count as measuring.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import Desk
+from peers import Desk, Stopwatch, peak_gib, versions
 from ppo_iteration import (
+    NoMoreTurns,
     answer_turns,
     compare,
     in_rounds,
@@ -36,7 +42,7 @@ from ppo_iteration import (
     write_model,
 )
 
-CONTENDERS = ("grpo", "before")
+CONTENDERS = ("grpo", "before", "trl")
 LEARNING_RATE, BETA = 1e-6, 0.04
 BATCHES = 4  # of prompts, before they begin again
 TOLD = ("loss", "grad_norm", "kl", "entropy", "completions/mean_length")
@@ -45,6 +51,7 @@ TOLD = ("loss", "grad_norm", "kl", "entropy", "completions/mean_length")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, default=None, help="a checkout of an earlier version")
+    parser.add_argument("--peer_python", default=sys.executable, help="the Python that has TRL")
     parser.add_argument("--model", default="smollm2", help="whatever dpo-jax loads")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of an iteration")
     parser.add_argument("--group", type=int, default=8, help="responses to each")
@@ -142,16 +149,125 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 
 
+# ---------------------------------------------------------------- TRL
+
+
+def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
+    """TRL's own `train`; a callback waits for each turn. A logits processor gives the table's lengths."""
+    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    import torch  # pyright: ignore[reportMissingImports]
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(options.cores)
+    torch.manual_seed(0)
+    table, ids = torch.tensor(lengths(options)), prompt_ids(options).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(options.folder / "model")
+
+    class Prescribed(LogitsProcessor):
+        """EOS where the table says, and nowhere else."""
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            ends = table - 1 == input_ids.shape[1] - options.prompt
+            eos = torch.where(ends, torch.inf, -torch.inf)
+            scores[:, tokenizer.eos_token_id] = torch.where(eos > 0, scores.amax(dim=1), eos)
+            others = torch.arange(scores.shape[1]) != tokenizer.eos_token_id
+            return scores.masked_fill(ends[:, None] & others[None], -torch.inf)
+
+    class Trainer(GRPOTrainer):
+        """Prompts are their numbers, and get their ids here. The sampler's and the whole rollout's seconds are kept."""
+
+        def _tokenize_prompts(self, prompts: list[str]) -> Any:
+            return [ids[int(number)] for number in prompts], None, {}
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            begun = turns.watch.read()["seconds"]
+            found = super()._generate_single_turn(*args, **kwargs)
+            turns.sampling = turns.watch.read()["seconds"] - begun
+            got = [len(one) for one in found[0]]
+            assert got == table.tolist(), got
+            return found
+
+        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+            found = super()._generate_and_score_completions(*args, **kwargs)
+            turns.rollout = turns.watch.read()["seconds"]
+            return found
+
+    class Turns(TrainerCallback):
+        """Between two iterations: tell the last, wait for the next."""
+
+        def __init__(self) -> None:
+            self._requests, self.sampling, self.rollout = desk.requests(), 0.0, 0.0
+
+        def begin(self) -> None:
+            if next(self._requests, NoMoreTurns) is NoMoreTurns:
+                raise NoMoreTurns
+            self.watch = Stopwatch()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._read = self.watch.read()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            phases = {"sampling": self.sampling, "measuring": self.rollout - self.sampling, "scoring": 0.0}
+            phases["update"] = self._read["seconds"] - self.rollout
+            told = {name: float(logs[name]) for name in TOLD if name in logs}
+            answer = {"phases": phases, "tokens": int(table.sum()), "told": told, "peak_gib": peak_gib()}
+            desk.answer({**self._read, **answer})
+            self.begin()
+
+    turns, rows = Turns(), options.prompts * options.group
+    model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32)
+    plain = model.generate
+    model.generate = lambda *args, **kwargs: plain(*args, logits_processor=[Prescribed()], **kwargs)
+    trainer = Trainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [len(text) / 100 for text in completions],
+        args=GRPOConfig(
+            output_dir=str(options.folder / options.worker),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=1,
+            num_generations=options.group,
+            max_completion_length=options.new,
+            shuffle_dataset=False,
+            beta=BETA,
+            loss_type="grpo",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            max_steps=10**6,
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(ids))]}),
+        callbacks=[turns],
+    )
+    trainer.remove_callback(PrinterCallback)
+    desk.answer({"versions": versions("torch", "trl", "transformers", "accelerate"), "peak_gib": peak_gib()})
+    with contextlib.suppress(NoMoreTurns):
+        trainer.train()
+
+
 # ---------------------------------------------------------------- the comparison
 
 
 def main() -> None:
     options = arguments()
     if options.worker:
-        return our_turns(options, Desk())
+        return (trl_turns if options.worker == "trl" else our_turns)(options, Desk())
     if options.write:
         return write_model(options)
-    contenders, turns = in_rounds(options, __file__, {})
+    contenders, turns = in_rounds(options, __file__, {"trl": options.peer_python})
     table = compare(contenders, turns, options.warmup)
     print(f"{options.group} responses to each prompt; their lengths: {np.sort(lengths(options)).tolist()}")
     options.minibatches = 1
