@@ -6,7 +6,7 @@
 
 chosen: DPO, DPO with an NLL term, and DPOP (Pal et al. 2024) on right solutions against themselves with one number
 changed (`dpo-jax pairs --rule corrupt`): sums of two numbers of two digits, after a short SFT on such solutions. Told:
-how the log-probability of held-out chosen and rejected responses moved, in nats a response. With --data on those pairs,
+how the log-probability of held-out chosen and rejected responses moved, in nats a token. With --data on those pairs,
 too (the arms of `endings` that are so trained).
 
 endings: full DPO and four remedies: an NLL term, LoRA, masked format tokens (Llama 3), all three. Told: held-out

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ class _Rows:
         self.subsets = {n: subset for n, (_, _, subset, _) in found if subset is not None}
 
 
+@contextmanager
+def _naming_function(name: str | None) -> Iterator[None]:
+    """Errors by the option's name here: to itself a function of texts is a --reward."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(f"--reward {name}: ", f"--function {name}: ")) from error
+
+
 def judge(run: JudgeRun) -> Path:
     """Write `run.out`: `row`, `scores`, of two responses `verdict` and `flipped`, `unparsed` and `replies`.
 
@@ -90,16 +100,18 @@ def judge(run: JudgeRun) -> Path:
         asker = open_asker(run, Path(run.cache or f"{run.out}.replies").expanduser(), mesh)
         warn_of_family(str(run.endpoint.model or run.model), rows.models)
     else:
-        function = check_reward(run.function, run)
-        if function is None:
-            function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
-        numbers = np.asarray([item.number for item in rows.items])
-        try_out(function, list(map(prompt_of_item, rows.items)), numbers, run.function, needed=True)
+        with _naming_function(run.function):
+            function = check_reward(run.function, run)
+            if function is None:
+                function = ModelReward(run.function, raw=False, mesh=mesh, batch_size=run.batch_size, dtype=run.dtype)
+            numbers = np.asarray([item.number for item in rows.items])
+            try_out(function, list(map(prompt_of_item, rows.items)), numbers, run.function, needed=True)
     settings = deciding(run, prompt, rows.items, function=function, weights=weights_of(asker))
 
     def judged(some: Sequence[Item]) -> list[Judgement]:
         if function is not None:
-            return by_function(some, function, str(run.function))
+            with _naming_function(run.function):
+                return by_function(some, function, str(run.function))
         assert prompt is not None
         assert asker is not None
         return put(some, prompt, asker, seed=run.seed, criteria=run.criteria)

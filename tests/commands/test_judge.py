@@ -213,6 +213,8 @@ def test_functions_and_errors(tmp_path, capsys) -> None:
     base = ["judge", "--data", str(data), "--out", str(tmp_path / "p.jsonl")]
     for more, words in (
         (["--function", "exact:right"], "'right' is no column of the prompts; they have"),
+        (["--function", f"{mine}"], f"--function {mine}: which function of the file? write {mine}:FUNCTION"),
+        (["--function", "nothing"], "--function nothing: is none of"),
         (["--function", f"{mine}:f"], "takes 'right', which is no column of the prompts"),
         ([], "give one judge"),
         (["--function", "length", "--ask", "pair"], "--ask has no effect with --function"),
@@ -222,7 +224,7 @@ def test_functions_and_errors(tmp_path, capsys) -> None:
         (["--function", "length", "--endpoint.budget", "3"], "no effect without endpoint.url"),
     ):
         assert main([*base, *more]) == 2
-        assert words in capsys.readouterr().err
+        assert words in capsys.readouterr().err.replace("\n", "")
 
 
 def test_figures_by_hand() -> None:

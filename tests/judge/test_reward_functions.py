@@ -201,6 +201,8 @@ class _Server(BaseHTTPRequestHandler):
         status = self.failures.pop(0) if self.failures else 200
         found = self.answer or json.dumps({"scores": [len(text) for text in body["responses"]]})
         self.send_response(status)
+        if status == 307:
+            self.send_header("Location", "https://elsewhere/score")
         self.end_headers()
         self.wfile.write(found.encode())
 
@@ -238,6 +240,9 @@ def test_a_server_that_fails_is_one_line(server) -> None:
         ask([ASK], ["a"])
     _Server.failures = [404]
     with pytest.raises(InputError, match="HTTP 404"):
+        ask([ASK], ["a"])
+    _Server.failures = [307]
+    with pytest.raises(InputError, match="HTTP 307: moved to https://elsewhere/score; give that address"):
         ask([ASK], ["a"])
     _Server.answer = "[1, 2"
     with pytest.raises(InputError, match="the answer is not"):

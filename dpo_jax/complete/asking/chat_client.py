@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from dpo_jax.complete.asking.http import RETRIED, KeptHTTP, backoff, checked_url, retry_after
+from dpo_jax.complete.asking.http import RETRIED, KeptHTTP, backoff, checked_url, refusal, retry_after
 from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.config.commands.judge import EndpointConfig
 from dpo_jax.errors import InputError
@@ -160,7 +160,7 @@ class ChatClient:
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _NoAnswer(self.told(f"{type(error).__name__}: {error}")) from error
         if answer.status_code in RETRIED:
-            raise _NoAnswer(f"HTTP {answer.status_code}: {self.told(answer.text)}", retry_after(answer.headers))
+            raise _NoAnswer(self.told(refusal(answer)), retry_after(answer.headers))
         if answer.status_code != httpx.codes.OK:
             return self._refused(answer)
         try:
@@ -183,7 +183,7 @@ class ChatClient:
         advice = ""
         if answer.status_code in (401, 403):
             advice = f"; {self._variable} {'is refused' if self._key else 'is not set'}"
-        raise InputError(f"{self._name}: HTTP {answer.status_code}: {self.told(answer.text)}{advice}")
+        raise InputError(f"{self._name}: {self.told(refusal(answer))}{advice}")
 
 
 class _Asking:

@@ -17,6 +17,8 @@ from dpo_jax.errors import InputError
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses that may pass."""
+_SHOWN = 160
+"""Characters of a server's words in a message."""
 
 
 def checked_url(url: str, option: str, token: str) -> httpx.URL:
@@ -32,6 +34,13 @@ def checked_url(url: str, option: str, token: str) -> httpx.URL:
     if not parsed.host:
         raise InputError(f"{option} {url}: names no host")
     return parsed
+
+
+def refusal(answer: httpx.Response) -> str:
+    """What a server's answer without a result says, in one line; of a redirect, which is not followed, where to."""
+    if answer.has_redirect_location:
+        return f"HTTP {answer.status_code}: moved to {answer.headers['location'][:_SHOWN]}; give that address"
+    return f"HTTP {answer.status_code}: {' '.join(answer.text[:_SHOWN].split())}"
 
 
 def retry_after(headers: httpx.Headers, now: datetime.datetime | None = None) -> float | None:

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.complete.asking.http import RETRIED, checked_url, retry_after
+from dpo_jax.complete.asking.http import RETRIED, checked_url, refusal, retry_after
 from dpo_jax.config import JudgedRun, JudgeRun, SafetyRun, is_url
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.data.tokens.chat_tokenizer import end_of
@@ -95,7 +95,7 @@ class Endpoint:
                 continue
             if answer.status_code == httpx.codes.OK:
                 return answer
-            reason, asked = f"HTTP {answer.status_code}: {answer.text[:80]}", retry_after(answer.headers)
+            reason, asked = refusal(answer), retry_after(answer.headers)
             if answer.status_code not in RETRIED:
                 raise InputError(f"--reward {self._url}: {reason}")
         raise InputError(
@@ -178,6 +178,8 @@ def check_reward(judge: str, config: JudgeRun | JudgedRun | SafetyRun) -> Reward
         return Endpoint(judge, config.settled.reward_timeout)
     if ".py:" in judge:
         return PythonFunction(judge, config.reward_timeout)
+    if judge.endswith(".py"):
+        raise InputError(f"--reward {judge}: which function of the file? write {judge}:FUNCTION")
     try:
         check_score(judge, open_checkpoint(judge).architecture)
     except InputError as error:
