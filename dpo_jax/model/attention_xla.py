@@ -1,22 +1,30 @@
 """Attention in plain XLA, for every mask; memory grows with the length of a sequence, not with its square.
 
+In a causal sequence a block of queries is multiplied with the keys up to its own end alone. The softmax has a gradient
+of its own, which makes the weights again from the sums of the first pass (Dao et al. 2022, arXiv 2205.14135, algorithm
+4, without its blocks of keys).
+
 B rows, T query tokens, S key tokens, H query heads, G key/value heads, M = H / G, C channels of a head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import mesh as meshes
 from dpo_jax.model.attention_mask import AttentionMask
 from dpo_jax.model.chunks import by_chunks
-from dpo_jax.model.products import capped
+from dpo_jax.model.products import capped, saved_in_first_pass
 
 SCORES = 512 * 2**20
 """Bytes of float32 scores a device may hold at once in plain XLA; of more queries they are made again backwards."""
+QUERIES, MOST_BLOCKS = 128, 8
+"""A block of a causal sequence has a multiple of so many queries, and a sequence at most so many blocks."""
 
 
 class Scoring(NamedTuple):
@@ -55,8 +63,13 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Summed in float32."""
+    return jnp.einsum(spec, x, y, precision=_precision(x), preferred_element_type=jnp.float32)
+
+
 def _scores(spec: str, q: jax.Array, k: jax.Array, how: Scoring) -> jax.Array:
-    scores = how.scale * jnp.einsum(spec, q, k, precision=_precision(q), preferred_element_type=jnp.float32)
+    scores = how.scale * _product(spec, q, k)
     return scores if how.cap is None else capped(scores, how.cap)
 
 
@@ -72,43 +85,113 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
+def _blocks(length: int) -> Iterator[slice]:
+    """The blocks of a causal sequence of `length` queries."""
+    size = QUERIES * -(-length // (QUERIES * MOST_BLOCKS))
+    return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))
+
+
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, how: Scoring, slots: int) -> jax.Array:
     """The layouts without a shared prefix; so many queries at once that their scores have room.
 
     `slots`: the axis of S in k and v.
     """
     (B, T, G, M), S = q.shape[:4], k.shape[slots]
-    keys = "bsgc" if slots == 1 else "bgsc"
-    at = jnp.arange(S)[None] if slots == 2 else mask.at
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
+    if mask.positions is not None:
+        cached = partial(_of_queries, k=k, v=v, mask=mask, how=how, keys="bgsc", seen=S)
+        return _by_queries(cached, _at_once(B, G * M, S), q, mask, places)
+    parts = []
+    for block in _blocks(T):
+        own = jax.tree.map(lambda x, block=block: x[:, block], mask)
+        seen = partial(_of_queries, k=k, v=v, mask=mask, how=how, keys="bsgc", seen=block.stop)
+        parts.append(_by_queries(seen, _at_once(B, G * M, block.stop), q[:, block], own, places[:, block]))
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
-    def of(q: jax.Array, own: AttentionMask, t: jax.Array) -> jax.Array:
-        """Queries t [1 or B, n] of the rows, with what the mask says of them."""
-        if own.positions is not None:
-            visible = jnp.arange(S) <= own.positions[:, :, None]
-        else:
-            visible = jnp.arange(S) <= t[:, :, None]
-            if mask.segments is not None and own.segments is not None:
-                visible = visible & (own.segments[:, :, None] == mask.segments[:, None, :])
-        if mask.window is not None:
-            visible = visible & _near(own.at, at, mask.window, how.windowed)
-        return _block(q, k, v, visible, how, keys)
 
-    size, places = _at_once(B, G * M, S), jnp.arange(T)
-    if size >= T:
-        return of(q, mask, places[None])
-    return _by_queries(of, size, q, mask, jnp.broadcast_to(places, (B, T)))
+def _of_queries(
+    q: jax.Array,
+    own: AttentionMask,
+    t: jax.Array,
+    *,
+    k: jax.Array,
+    v: jax.Array,
+    mask: AttentionMask,
+    how: Scoring,
+    keys: str,
+    seen: int,
+) -> jax.Array:
+    """Queries t [B, n] of the rows, of which `own` says what `mask` does of all; they see none but the first keys."""
+    at = jnp.arange(seen)[None]
+    if own.positions is not None:
+        visible = at <= own.positions[:, :, None]
+    else:
+        k, v = k[:, :seen], v[:, :seen]
+        visible = at <= t[:, :, None]
+        if mask.segments is not None and own.segments is not None:
+            visible = visible & (own.segments[:, :, None] == mask.segments[:, None, :seen])
+        if mask.at is not None:
+            at = mask.at[:, :seen]
+    if mask.window is not None:
+        visible = visible & _near(own.at, at, mask.window, how.windowed)
+    return _attended(how.scale, how.cap, keys, q, k, v, visible)
 
 
 def _by_queries(of: Callable[..., jax.Array], size: int, q: jax.Array, *rest: Any) -> jax.Array:
     """`of(q, *rest)`, whose arrays are [B, T, ...], `size` queries at a time."""
+    if size >= q.shape[1]:
+        return of(q, *rest)
     leaves, tree = jax.tree.flatten(rest)
     return by_chunks(lambda q, *some: of(q, *jax.tree.unflatten(tree, some)), size, q, *leaves)
 
 
-def _block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, how: Scoring, keys: str) -> jax.Array:
-    """q [B, T, G, M, C], k and v with the axes `keys`, visible [B or 1, T, S] -> [B, T, G, M, C]."""
-    weights = _softmax(_scores(f"btgmc,{keys}->bgmts", q, k, how), visible[:, None, None])
-    return jnp.einsum(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v, precision=_precision(v))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attended(
+    scale: float, cap: float | None, keys: str, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """q [B, T, G, M, C], k and v with the axes `keys`, visible [B, T, S] -> [B, T, G, M, C].
+
+    A query that sees nothing sees all with equal weights: finite, and so is its gradient.
+    """
+    return _attended_forward(scale, cap, keys, q, k, v, visible)[0]
+
+
+def _masked(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    return jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _attended_forward(
+    scale: float, cap: float | None, keys: str, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> tuple[jax.Array, Any]:
+    scores = _masked(_scores(f"btgmc,{keys}->bgmts", q, k, Scoring(scale, cap, None)), visible)
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = _product(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v)
+    out = saved_in_first_pass((out / jnp.moveaxis(total, 3, 1)).astype(q.dtype))
+    log_total = saved_in_first_pass(largest + jnp.log(total))  # float32 [B, G, M, T, 1]
+    return out, (q, k, v, visible, out, log_total)
+
+
+def _attended_backward(scale: float, cap: float | None, keys: str, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    q, k, v, visible, out, log_total = kept
+    scores = _scores(f"btgmc,{keys}->bgmts", q, k, Scoring(scale, cap, None))
+    weights = jnp.exp(_masked(scores, visible) - log_total)
+    along = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    slopes = weights * (_product(f"btgmc,{keys}->bgmts", gradient, v) - jnp.moveaxis(along, 1, 3))
+    slopes = jnp.where(visible[:, None, None], slopes, 0) * scale
+    if cap is not None:
+        slopes = slopes * (1 - jnp.square(scores / cap))
+    slopes, weights = slopes.astype(q.dtype), weights.astype(v.dtype)
+    return (
+        _product(f"bgmts,{keys}->btgmc", slopes, k).astype(q.dtype),
+        _product(f"bgmts,btgmc->{keys}", slopes, q).astype(k.dtype),
+        _product(f"bgmts,btgmc->{keys}", weights, gradient).astype(v.dtype),
+        np.zeros(visible.shape, jax.dtypes.float0),
+    )
+
+
+_attended.defvjp(_attended_forward, _attended_backward)
 
 
 def _with_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, how: Scoring) -> jax.Array:
@@ -149,7 +232,6 @@ def _with_prefix(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, 
 
     places = jnp.broadcast_to(jnp.arange(R), (B, R))
     arguments = (q_r.swapaxes(1, 2), s_r.swapaxes(1, 2), at_r.swapaxes(1, 2), places)
-    size = _at_once(B, K * math.prod(q.shape[2:4]), P + R)
-    responses = of(*arguments) if size >= R else _by_queries(of, size, *arguments)
+    responses = _by_queries(of, _at_once(B, K * math.prod(q.shape[2:4]), P + R), *arguments)
     responses = responses.swapaxes(1, 2).reshape(B, K * R, *q.shape[2:])
     return jnp.concatenate([prompt, responses], axis=1)

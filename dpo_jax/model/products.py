@@ -131,7 +131,16 @@ def saved(y: jax.Array) -> jax.Array:
     On a CPU bfloat16 numbers are kept as integers: XLA's backend there knows no bfloat16 in an update of a slice, and
     would turn all that was kept of other layers into float32 and back again to write one layer's.
     """
-    return _saved_as_bits(y) if y.dtype == jnp.bfloat16 and meshes.platform() == "cpu" else checkpoint_name(y, SAVED)
+    return _saved_as_bits(y) if _is_kept_as_bits(y) else checkpoint_name(y, SAVED)
+
+
+def saved_in_first_pass(y: jax.Array) -> jax.Array:
+    """`saved` for the first pass of a function with a gradient of its own: a policy does not look into another one."""
+    return _through_bits(y) if _is_kept_as_bits(y) else checkpoint_name(y, SAVED)
+
+
+def _is_kept_as_bits(y: jax.Array) -> bool:
+    return y.dtype == jnp.bfloat16 and meshes.platform() == "cpu"
 
 
 def _through_bits(y: jax.Array) -> jax.Array:
@@ -139,7 +148,7 @@ def _through_bits(y: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, y.dtype)
 
 
-# The first pass must not call the function itself: a policy does not look into one with a gradient of its own.
+# The first pass must not call the function itself; see `saved_in_first_pass`.
 _saved_as_bits = jax.custom_vjp(_through_bits)
 _saved_as_bits.defvjp(lambda y: (_through_bits(y), None), lambda _, g: (g,))
 

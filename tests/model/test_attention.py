@@ -13,8 +13,9 @@ import pytest
 from dpo_jax.data.sets.group_windows import Packing, pack_batch
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, platform
-from dpo_jax.model import attention, attention_splash
+from dpo_jax.model import attention, attention_splash, attention_xla
 from dpo_jax.model.attention import AttentionMask, attend, choose_kernel
+from dpo_jax.model.products import SAVED
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.worker import assumed_cudnn
 from dpo_jax.types import PreferenceBatch
@@ -90,6 +91,76 @@ def test_xla_equals_reference(name, groups):
     out = jax.jit(lambda q, k, v: attend(q, k, v, mask=mask, kernel="xla"))(q, k, v)
     np.testing.assert_allclose(np.asarray(out)[real], reference(q, k, v, visible)[real], atol=2e-6)
     chex.assert_tree_all_finite(out)
+
+
+BLOCKS = {
+    "causal": AttentionMask(),
+    "padded": AttentionMask(segments=jnp.asarray(lengths_to_segments([22, 9], 22))),
+    "packed": AttentionMask(segments=jnp.asarray(LAYOUTS["packed"][1])),
+    "window": AttentionMask(window=5, at=jnp.broadcast_to(jnp.arange(22), (2, 22))),
+    "cached": AttentionMask(positions=jnp.arange(22)[None] + jnp.asarray([[0], [3]])),
+    "cached window": AttentionMask(
+        positions=jnp.arange(22)[None] + jnp.asarray([[0], [3]]),
+        window=5,
+        at=jnp.arange(22)[None] + jnp.asarray([[0], [3]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("scores", [2**29, 2**10], ids=["at once", "by queries"])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_xla_and_their_gradients_equal_one_softmax(name, cap, scores, monkeypatch):
+    """Several blocks, several pieces of a block, and a gradient of its own, against autodiff of the plain formula."""
+    monkeypatch.setattr(attention_xla, "QUERIES", 4)
+    monkeypatch.setattr(attention_xla, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(attention_xla, "SCORES", scores)
+    mask, slots = BLOCKS[name], 25 if name.startswith("cached") else 22
+    q, k, v = qkv(0, 2, 22, slots, 4, 2, 8)
+    t = jnp.arange(22)[None] if mask.positions is None else mask.positions
+    visible = jnp.arange(slots) <= t[..., None]
+    if mask.segments is not None:
+        visible = visible & (mask.segments[:, :, None] == mask.segments[:, None])
+    if mask.window is not None:
+        visible = visible & (t[..., None] - jnp.arange(slots) < mask.window)
+
+    def plain(q, k, v):
+        scores = jnp.einsum("btgmc,bsgc->bgmts", q.reshape(2, 22, 2, 2, 8), k) / np.sqrt(8)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
+        return jnp.einsum("bgmts,bsgc->btgmc", weights, v).reshape(q.shape)
+
+    def ours(q, k, v):
+        k, v = (x.swapaxes(1, 2) if mask.positions is not None else x for x in (k, v))
+        return attend(q, k, v, mask=mask, kernel="xla", cap=cap)
+
+    chex.assert_trees_all_close(jax.jit(ours)(q, k, v), plain(q, k, v), atol=2e-6)
+    gradients = (jax.jit(jax.grad(_sine(f), (0, 1, 2)))(q, k, v) for f in (ours, plain))
+    chex.assert_trees_all_close(*gradients, atol=5e-6)
+
+
+def _sine(f):
+    return lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v)))
+
+
+def test_bfloat16_gradients_of_xla_are_no_further_off_than_roundings(monkeypatch):
+    """Each within 1 % of float32's: q, k, v, weights and slopes are rounded, sums are not."""
+    monkeypatch.setattr(attention_xla, "QUERIES", 16)
+    f = jax.jit(jax.grad(_sine(functools.partial(attend, mask=AttentionMask(), kernel="xla")), (0, 1, 2)))
+    narrow = qkv(3, 2, 64, 64, 4, 2, 32, jnp.bfloat16)
+    for found, exact in zip(f(*narrow), f(*(x.astype(jnp.float32) for x in narrow)), strict=True):
+        assert found.dtype == jnp.bfloat16
+        assert jnp.linalg.norm((found - exact).ravel()) < 0.01 * jnp.linalg.norm(exact.ravel())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_xla_attention_gives_is_kept_and_not_made_again(dtype):
+    """Under the policy `dots` the backward pass has five products: scores once more, and four gradients."""
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+    f = jax.checkpoint(functools.partial(attend, mask=AttentionMask(), kernel="xla"), policy=policy)
+    q, k, v = qkv(0, 1, 8, 8, 2, 1, 4, dtype)
+    _, back = jax.vjp(f, q, k, v)
+    assert str(jax.make_jaxpr(back)(q)).count("dot_general[") == 5
 
 
 def test_cached_queries_see_the_slots_up_to_their_position():

@@ -68,7 +68,7 @@ def test_hidden_states_depend_on_the_past_only(model, variables, tokens):
         wider = llama.Llama(architecture_with(vocab_size=CONFIG.vocab_size + 1))
         return wider.apply({"params": bumped}, changed)
 
-    moved = jnp.abs(jax.jacfwd(hidden)(jnp.zeros(CONFIG.hidden_size))).sum(axis=(2, 3))
+    moved = jnp.abs(jax.jacrev(hidden)(jnp.zeros(CONFIG.hidden_size))).sum(axis=(2, 3))
     assert jnp.all(moved[0, :t] == 0)
     assert jnp.all(moved[0, t:] > 0)
     assert jnp.all(moved[1] == 0)
