@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from dpo_jax.data.rows.cells import as_number, as_whole, present
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.sources.questions import FIRST, LAST, Question, category_of, question_id
 from dpo_jax.errors import InputError
@@ -20,6 +21,7 @@ from dpo_jax.headers import told
 Kind = Literal["single", "pair"]
 UNPARSED = -1
 """The score of a judgement in which FastChat found none."""
+_MOST = 1e9  # beyond it no scale ends, and sums may
 _ERROR = "$ERROR$"
 _WINNERS = ("model_1", "model_2", "tie", "error")
 _NOT_READ = "rows are to be judgements of FastChat, with `model` and `score`, or with `model_1`, `model_2`, `g1_winner`"
@@ -73,8 +75,8 @@ def read_judgements(source: str, questions: Mapping[int, Question] | None = None
     versions: dict[str, tuple[str, int]] = {}
     seen: set[Any] = set()
     left = {"unparsed": 0, "error": 0, "repeated": 0}
-    for number, row in read_rows(source):
-        where = f"{source}: row {number}"
+    for number, cells in read_rows(source):
+        where, row = f"{source}: row {number}", present(cells)
         kind: Kind = "pair" if "g1_winner" in row or "model_1" in row else "single"
         if kind == "single" and "model" not in row:
             raise InputError(f"{where}: no judgement; {_NOT_READ}")
@@ -86,7 +88,7 @@ def read_judgements(source: str, questions: Mapping[int, Question] | None = None
         if isinstance(judge := row.get("judge"), list):
             judges[" ".join(judge)] = None
         what, judged = _row(row, kind, where, questions)
-        key = (row["question_id"], what.turn, what.models)
+        key = (question_id(row, where), what.turn, what.models)
         left["repeated"] += key in seen
         seen.add(key)
         if judged is None:
@@ -133,9 +135,9 @@ def _row(
     row: Mapping[str, Any], kind: Kind, where: str, questions: Mapping[int, Question] | None
 ) -> tuple[Judgement, Literal["unparsed", "error"] | None]:
     """What a row says, and why it does not count."""
-    name, turn = question_id(row, where), row.get("turn", 1)
-    if not isinstance(turn, int) or isinstance(turn, bool) or not 1 <= turn <= 100:
-        raise InputError(f"{where}: turn = {told(turn)} is no whole number from 1 up")
+    name, turn = question_id(row, where), as_whole(row.get("turn", 1))
+    if turn is None or not 1 <= turn <= 100:
+        raise InputError(f"{where}: turn = {told(row['turn'])} is no whole number from 1 up")
     category = category_of(name, questions)
     if category is None:
         if questions is None:
@@ -146,16 +148,16 @@ def _row(
         raise InputError(f"{where}: question {name} is not in --questions; give the set that was judged")
     failed = bool(row.get("error")) or row.get("judgment") == _ERROR
     if kind == "single":
-        models, score = (_text(row, "model", where),), row.get("score")
+        models, score = (_text(row, "model", where),), as_number(row.get("score"))
         if failed:
             return Judgement(turn, category, models), "error"
-        if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-            raise InputError(f"{where}: score = {told(score)} is no number")
+        if score is None or score > _MOST:
+            raise InputError(f"{where}: score = {told(row.get('score'))} is no number up to {_MOST:g}")
         if score == UNPARSED:
             return Judgement(turn, category, models), "unparsed"
         if score < 0:
-            raise InputError(f"{where}: score = {score} is negative; {UNPARSED} alone means that there is none")
-        return Judgement(turn, category, models, float(score)), None
+            raise InputError(f"{where}: score = {score:g} is negative; {UNPARSED} alone means that there is none")
+        return Judgement(turn, category, models, score), None
     models = (_text(row, "model_1", where), _text(row, "model_2", where))
     if models[0] == models[1]:
         raise InputError(f"{where}: names {models[0]} twice; a model is not compared with itself")

@@ -74,7 +74,7 @@ def test_ultrafeedback_schema_and_its_repair(tmp_path, capsys) -> None:
     assert mean_of_aspects(completion(7, "5", math.nan, "n/a")) == 5  # as pandas writes what is not there
     with pytest.raises(BadRow, match="no number"):
         mean_of_aspects(completion(7, "inf"))
-    assert [overall_score(completion(value)) for value in (math.nan, math.inf, True, None, 3)] == [*[None] * 4, 3.0]
+    assert [overall_score(completion(value)) for value in (math.nan, math.inf, True, None, 10**400, 3)] == [*[None] * 5, 3.0]
     assert repaired(completion(10, "1", "3")) == (1, True, False)
     assert repaired(completion(10, "3", "4")) == (None, True, True)
     assert repaired(completion(10, "5", "4")) == (10, False, False)
@@ -124,6 +124,7 @@ def test_scores_of_a_judge(tmp_path, capsys) -> None:
         ([{"row": row, "scores": [1, 2]} for row in (1, 2, 3)], "row 3 is none of the 2 rows"),
         ([{"row": 1, "scores": [1, 2]}] * 2, "line 2: row 1 for the second time"),
         ([{"row": 1, "scores": [1, "2"]}], "line 1: no row number with a list of scores"),
+        ([{"row": 1, "scores": [1, 10**400]}], "line 1: no row number with a list of scores"),
         ([{"row": 1, "scores": [1, math.nan]}], "line 1: no row number with a list of scores"),
         ([{"prompt": "q", "responses": ["a", "b"]}], "line 1: no row number with a list of scores"),
         (None, "no such file"),

@@ -151,6 +151,7 @@ def test_connections_that_are_dropped_free_their_rows(client: openai.OpenAI, add
         ({"messages": [{"role": "user", "content": "the " * 300}]}, "messages", "is served with 256"),
         ({"max_completion_tokens": 250}, "max_completion_tokens", "ask for at most"),
         ({"temperature": -1}, "temperature", "from 0 to 2"),
+        ({"temperature": 10**400}, "temperature", "from 0 to 2"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"n": True}, "n", "whole number"),
         ({"stop": [""]}, "stop", "none of them empty"),

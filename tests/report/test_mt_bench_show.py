@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_jax import cli
-from dpo_jax.data.sources.questions import CATEGORIES, category_of
+from dpo_jax.data.sources.questions import CATEGORIES, category_of, read_questions
 from dpo_jax.files.jsonl import write_lines
 
 
@@ -102,6 +102,42 @@ def test_pairs_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert shown(tmp_path, capsys, rows, "--baseline", "c")["models"]["c"]["win_rate"] == 1.0
 
 
+def test_what_pandas_writes_where_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that went through a table: NaN in each cell that a row has not, and so 81.0 for 81."""
+    nan = float("nan")
+    rows = [
+        single(81.0, "a", 8.0, error=nan, judgment=nan),
+        single(82.0, "a", 6.0, error="timed out"),
+        single(83.0, "a", 4.0, error=nan) | {"turn": 2.0, "judge": nan},
+        single(84, "a", nan, error="refused") | {"turn": nan},
+    ]
+    found = shown(tmp_path, capsys, rows)
+    assert (found["judgments"], found["left_out"]) == (2, {"unparsed": 0, "error": 2})
+    assert found["models"]["a"]["turns"] == {"1": 8.0, "2": 4.0}
+    nothing = {"model": nan, "score": nan, "error": nan}
+    rows = [pair(81.0, "a", "b", "11") | nothing, pair(82.0, "a", "b", "11", error="x") | {"g1_winner": nan}]
+    found = shown(tmp_path, capsys, rows)
+    assert (found["kind"], found["judgments"], found["left_out"]["error"]) == ("pair", 1, 1)
+    twice = shown(tmp_path, capsys, [single(81, "a", 5), single(81.0, "a", 5)])
+    assert twice["repeated"] == 1
+    (tmp_path / "j.csv").write_text("question_id,model,score,turn,error\n81,a,8.5,1,\n82.0,a,7.5,2.0,\n83,a,,1,down\n")
+    assert cli.main(["mt-bench", "show", "--judgments", str(tmp_path / "j.csv"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["models"]["a"]["turns"], found["left_out"]["error"]) == ({"1": 8.5, "2": 7.5}, 1)
+
+
+def test_questions_that_went_through_a_table(tmp_path: Path) -> None:
+    nan = float("nan")
+    rows = [
+        {"question_id": 1.0, "category": "math", "turns": ["1+1=?"], "reference": ["2"], "required_temperature": 0.5},
+        {"question_id": 2.0, "category": "c", "turns": ["x"], "reference": nan, "required_temperature": nan},
+    ]
+    write_lines(tmp_path / "q.jsonl", rows)
+    first, second = read_questions(str(tmp_path / "q.jsonl")).values()
+    assert (first.id, first.reference, first.temperature) == (1, ("2",), 0.5)
+    assert (second.id, second.reference, second.temperature) == (2, (), None)
+
+
 def test_another_set_of_questions_and_its_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions = [
         {"question_id": 1, "category": "写作", "turns": ["写一首诗。", "再短一点。"]},
@@ -135,10 +171,17 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([single(81, "a", 5), single(82, "a", 5, judge=["x", "single-v1"])], (), "row 2: judge x, and row 1 has gpt-4"),
         ([single(81, "a", 5), pair(82, "a", "b", "11")], (), "row 2: is pair, and row 1 is not"),
         ([pair(81, "a", "a", "11")], (), "row 1: names a twice"),
-        ([single(81, "a", "8")], (), "row 1: score = '8' is no number"),
+        ([single(81, "a", "8 of 10")], (), "row 1: score = '8 of 10' is no number"),
+        ([single(81, "a", float("nan"))], (), "row 1: score = None is no number"),
+        ([single(81, "a", 10**400)], (), "row 1: score = 1000000"),
+        ([single(81, "a", 1e308), single(82, "a", 1e308)], (), "row 1: score = 1e+308 is no number up to 1e+09"),
         ([single(81, "a", -2)], (), "row 1: score = -2 is negative"),
         ([single(81, "a", 8, turn=0)], (), "row 1: turn = 0 is no whole number"),
-        ([single(81, "a", 8, question_id="81")], (), "row 1: question_id = '81'"),
+        ([single(81, "a", 8, turn=1.5)], (), "row 1: turn = 1.5 is no whole number"),
+        ([single(81, "a", 8, question_id="81a")], (), "row 1: question_id = '81a'"),
+        ([single(81, "a", 8, question_id=81.5)], (), "row 1: question_id = 81.5"),
+        ([single(81, "a", 8, question_id=float("nan"))], (), "row 1: question_id = None"),
+        ([pair(81, "a", "b", "11", g2_winner=float("nan"))], (), "row 1: g2_winner = None is none of"),
         ([pair(81, "a", "b", "11", g2_winner="a")], (), "row 1: g2_winner = 'a' is none of"),
         ([single(81, "a", -1)], (), "none of the judgements counts: 1 unparsed"),
         ([{"question_id": 81, "turns": ["x"]}], (), "row 1: no judgement"),

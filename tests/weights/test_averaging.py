@@ -80,6 +80,20 @@ def test_shares_of_an_ema_are_those_of_its_recursion() -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ((1e308, 1e308), (0.5, 0.5)),
+        ((1.5e308, 0.5e308, 1e308), (0.5, 1 / 6, 1 / 3)),
+        ((5e-324, 5e-324), (0.5, 0.5)),
+        ((0.1, 0.2, 0.7), (0.1, 0.2, 0.7)),
+    ],
+)
+def test_shares_of_weights_of_any_size(weights: tuple[float, ...], shares: tuple[float, ...]) -> None:
+    run = AverageRun(models=tuple("abc"[: len(weights)]), to="x", weights=weights)
+    assert run.shares() == pytest.approx(shares, rel=1e-15)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["A"], "--models names one model, and that is no average"),

@@ -4,7 +4,6 @@ A field that is known and cannot be honoured is refused by name, one that is not
 what happens anyway is let through.
 """
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def _number(
     value = body.get(name)
     if value is None:
         return default
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not low <= value <= high or (above and value == low):
         raise BadRequest(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}", name)
     return float(value)

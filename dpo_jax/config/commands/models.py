@@ -61,7 +61,7 @@ class AverageRun(ReadsModels):
         require(not self.weights or self.ema is None, "--weights and --ema exclude each other")
         given, wanted = len(self.weights), len(self.models)
         require(given in (0, wanted), f"--weights has {given} numbers for {wanted} models; give one for each")
-        require(not given or sum(self.weights) > 0, "--weights must be 0 or more, and not all 0")
+        require(not given or any(self.weights), "--weights must be 0 or more, and not all 0")
 
     def shares(self) -> tuple[float, ...]:
         """The weight of each model; their sum is 1."""
@@ -69,7 +69,9 @@ class AverageRun(ReadsModels):
         if self.ema is not None:  # a_0 = m_0, a_t = d a_(t-1) + (1 - d) m_t
             return tuple(self.ema ** (n - 1 - i) * (1 - self.ema if i else 1) for i in range(n))
         given = self.weights or (1.0,) * n
-        return tuple(weight / math.fsum(given) for weight in given)
+        power = math.frexp(max(given))[1]  # a power of two changes no digit, and 1e308 + 1e308 is past all floats
+        scaled = [math.ldexp(weight, -power) for weight in given]
+        return tuple(weight / math.fsum(scaled) for weight in scaled)
 
 
 @dataclass(frozen=True)

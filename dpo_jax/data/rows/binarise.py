@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from dpo_jax.data.rows.cells import as_number
 from dpo_jax.data.rows.problems import BadRow
 
 Rule = Literal["zephyr", "ultrafeedback_binarized", "best_worst", "all"]
@@ -85,7 +86,7 @@ def mean_of_aspects(completion: dict[str, Any]) -> float | None:
             continue
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise BadRow(f"'{name}' has a Rating that is no number", str(value)[:40]) from None
         if math.isinf(number):
             raise BadRow(f"'{name}' has a Rating that is no number", str(value)[:40])
@@ -97,9 +98,7 @@ def mean_of_aspects(completion: dict[str, Any]) -> float | None:
 def overall_score(completion: dict[str, Any]) -> float | None:
     """The `overall_score` of a completion in UltraFeedback's schema; None where it has none."""
     value = completion.get("overall_score")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return None if isinstance(value, str) else as_number(value)
 
 
 def repaired(completion: dict[str, Any]) -> tuple[float | None, bool, bool]:

@@ -10,13 +10,11 @@ A row names its rating in words, as in the head of the table, or as a number: 3 
 negligibly better.
 """
 
-import contextlib
-import math
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
+from dpo_jax.data.rows.cells import as_number
 from dpo_jax.data.rows.messages import text_of
 from dpo_jax.data.rows.problems import BadRow
 
@@ -43,19 +41,11 @@ def rating_number(rating: object) -> int:
     raise BadRow("a 'rating' outside the margin table", f"it is {str(rating)[:40]!r}; known are {known}, and unsure")
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?")
-
-
 def number_of(value: Any, name: str) -> float:
     """A finite number of the field `name`. Raises `BadRow`."""
-    number = math.nan
-    spelled = isinstance(value, str) and _NUMBER.fullmatch(value.strip())  # as CSV has it
-    if spelled or (isinstance(value, int | float | Decimal) and not isinstance(value, bool)):
-        with contextlib.suppress(OverflowError):  # an integer past all floats
-            number = float(value)
-    if not math.isfinite(number):
+    if (found := as_number(value)) is None:
         raise BadRow(f"'{name}' is not a finite number", f"it holds {str(value)[:40]!r}")
-    return number
+    return found
 
 
 def evidence_of(value: object, name: str) -> Evidence:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_jax.data.rows.cells import absent, as_number, as_whole
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.headers import told
@@ -57,16 +58,16 @@ def temperature_of(question: Question) -> float:
 
 def question_id(row: Mapping[str, Any], where: str) -> int:
     """`question_id` of a row. Raises `InputError`, which `where` begins."""
-    value = row.get("question_id")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"{where}: question_id = {told(value)} is no whole number")
-    return value
+    found = as_whole(row.get("question_id"))
+    if found is None:
+        raise InputError(f"{where}: question_id = {told(row.get('question_id'))} is no whole number")
+    return found
 
 
 def texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     """The list of texts `row[name]`; empty where there is none. Raises `InputError`, which `where` begins."""
     value = row.get(name)
-    if value is None:
+    if absent(value):
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise InputError(f"{where}: {name} = {told(value)} is not a list of texts")
@@ -86,11 +87,10 @@ def read_questions(source: str) -> dict[int, Question]:
             raise InputError(f"{where}: has no text in each of its turns; `turns` is a list of what the user says")
         if not isinstance(category, str) or not category.strip():
             raise InputError(f"{where}: category = {told(category)} is no text; name one, such as writing")
-        temperature = row.get("required_temperature")
-        if temperature is not None and (
-            not isinstance(temperature, int | float) or isinstance(temperature, bool) or not 0 <= temperature <= 100
-        ):
-            raise InputError(f"{where}: required_temperature = {told(temperature)} is no number from 0 up")
+        told_temperature = row.get("required_temperature")
+        temperature = as_number(told_temperature)
+        if not absent(told_temperature) and (temperature is None or not 0 <= temperature <= 100):
+            raise InputError(f"{where}: required_temperature = {told(told_temperature)} is no number from 0 up")
         reference = texts(row, "reference", where)
         if reference and len(reference) != len(turns):
             raise InputError(f"{where}: has {len(turns)} turns and {len(reference)} reference answers; give one a turn")

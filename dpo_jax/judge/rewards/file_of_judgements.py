@@ -1,7 +1,6 @@
 """What a judge says of many rows, as a file that can be gone on with: by a prompt, or by a function of texts."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import JudgeRun
+from dpo_jax.data.rows.cells import as_number
 from dpo_jax.data.sets.prompts import Prompt
 from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import RowsFile, read_lines
@@ -102,4 +102,4 @@ def read_scores(path: Path) -> dict[int, tuple[float | None, ...]]:
 
 
 def _is_score(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
+    return value is None or (not isinstance(value, str) and as_number(value) is not None)
