@@ -11,7 +11,7 @@ from dpo_jax.data.sources.questions import CATEGORIES, category_of, read_questio
 from dpo_jax.files.jsonl import write_lines
 
 
-def single(question: int, model: str, score: Any, turn: int = 1, prompt: str = "single-v1", **more: Any) -> Any:
+def single(question: float, model: str, score: Any, turn: float = 1, prompt: str = "single-v1", **more: Any) -> Any:
     """A row of gpt-4_single.jsonl."""
     prompt += "-multi-turn" if turn == 2 else ""
     told = {"user_prompt": "", "judgment": "", "tstamp": 0.5}
@@ -22,7 +22,9 @@ def single(question: int, model: str, score: Any, turn: int = 1, prompt: str = "
     )
 
 
-def pair(question: int, first: str, second: str, said: str, turn: int = 1, prompt: str = "pair-v2", **more: Any) -> Any:
+def pair(
+    question: float, first: str, second: str, said: str, turn: int = 1, prompt: str = "pair-v2", **more: Any
+) -> Any:
     """A row of gpt-4_pair.jsonl; `said`: the two winners."""
     names = {"1": "model_1", "2": "model_2", "t": "tie", "e": "error"}
     row = {"question_id": question, "model_1": first, "model_2": second, "judge": ["gpt-4", prompt], "turn": turn}
