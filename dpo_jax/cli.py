@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # Else transformers says, before anything else, that it misses PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    voice.spell_out()
     voice.talk("json" if "--json" in args else "lines")  # for what is wrong before the command is known
     try:
         return _run(args)

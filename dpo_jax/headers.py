@@ -28,6 +28,11 @@ def told(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def mended(text: str) -> str:
+    """A text without halves of surrogate pairs, which UTF-8 cannot say; each becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_json(path: Any, limit: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in the file `path` (a `Path`). `InputError` for anything else, a key given twice included."""
     try:

@@ -5,6 +5,7 @@ quiet   warnings and faults only (`--quiet`);
 json    everything as JSON objects, one a line (`--json`), with what it is as "event": note, warning, progress, error.
 """
 
+import io
 import json
 import logging
 import math
@@ -48,6 +49,13 @@ def say(text: str, event: Literal["note", "warning", "error"] = "note", **more: 
 def tell(what: dict[str, Any]) -> None:
     """One JSON object; what is no number (a diverged loss) is null. Raises `OSError` where stderr cannot be written."""
     print(json.dumps(_finite(what), ensure_ascii=False, allow_nan=False), file=sys.stderr, flush=True)
+
+
+def spell_out() -> None:
+    """From now on stdout takes any text, as stderr does: what its encoding has no bytes for (half of a surrogate pair)
+    is spelled out, as JSON spells it: \\ud83d."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:

@@ -4,8 +4,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.complete.writing.responses import Response
@@ -173,24 +171,26 @@ def _health(answers: list[Response]) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     """The result as tables on stdout."""
-    console, head = Console(), ("figure", "chosen", "rejected")
+    head = ("figure", "chosen", "rejected")
     both = [name.removesuffix("/chosen") for name in result if name.endswith("/chosen")]
     cells = [(name, *(f"{result[f'{name}/{side}']:.4f}" for side in head[1:])) for name in sorted(both)]
     title = f"{result['model']} on {result['pairs']:,} pairs of {result['data']}"
-    console.print(terminal.table(title, html.Table(head, cells), left=1))
+    tables = [terminal.table(title, html.Table(head, cells), left=1)]
 
-    single = Table("figure", "value", title="whole pairs and texts")
     sides = {f"{name}/{side}" for name in both for side in ("chosen", "rejected")}
-    for name, value in result.items():
-        if name.startswith("eval_") and name not in sides:
-            single.add_row(name, f"{value:.4f}")
-    for name, value in (result["samples"] or {}).items():
-        single.add_row(f"samples/{name}", f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(single)
+    cells = [(n, f"{value:.4f}") for n, value in result.items() if n.startswith("eval_") and n not in sides]
+    cells += [(f"samples/{name}", _told(value)) for name, value in (result["samples"] or {}).items()]
+    tables.append(terminal.table("whole pairs and texts", html.Table(("figure", "value"), cells)))
 
     for column, rows in result["tables"].items():
-        grouped = Table(column, *(name for name in rows[0] if name != "value"), title=f"by {column}")
-        for row in rows:
-            shown = (f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in row.items() if name != "value")
-            grouped.add_row("(none)" if row["value"] is None else str(row["value"]), *shown)
-        console.print(grouped)
+        names = [name for name in rows[0] if name != "value"]
+        cells = [
+            ("(none)" if row["value"] is None else str(row["value"]), *(_told(row[name]) for name in names))
+            for row in rows
+        ]
+        tables.append(terminal.table(f"by {column}", html.Table((column, *names), cells)))
+    terminal.show(*tables)
+
+
+def _told(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +59,7 @@ def _table(run: InspectRun) -> Table:
     for name, _ in parse_sources(run.data.files):
         for source, figures in comparison_table(name, tokenizer, **told):
             count, *means = figures.figures()
-            rows.append((escape(source), f"{count:,}", *(f"{mean:.1f}" for mean in means)))
+            rows.append((source, f"{count:,}", *(f"{mean:.1f}" for mean in means)))
     return terminal.table(f"{run.data.files}: means, tokens without a template", html.Table(head, rows), left=1)
 
 

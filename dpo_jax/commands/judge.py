@@ -1,6 +1,7 @@
 """`dpo-jax judge`: what a judge says of the responses of a file, one JSON object a row; and whether people agree."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,12 +143,17 @@ def _by_people(run: JudgeRun, out: Path, rows: _Rows) -> Path:
     say(f"{out}: {len(done):,} rows, {without} of them judged by nobody; raters: {', '.join(raters)}")
     table = Table("rater", "rater", "items", "agreement", "Cohen's kappa", "Gwet's AC1", title="Between people")
     for one, other, items, *shares in sheet.rater_agreement(verdicts):
-        table.add_row(escape(one), escape(other), str(items), *(f"{share:.3f}" for share in shares))
+        table.add_row(escape(one), escape(other), str(items), *map(_figure, shares))
     if len(raters) > 1:
         Console().print(table)
     if run.agreement:
         _agreement(run, out, done, rows, None)
     return out
+
+
+def _figure(value: float) -> str:
+    """A share, or a dash where it is not defined: kappa of raters who always say the same."""
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _summary(out: Path, done: Sequence[Row], prompt: JudgePrompt | None, asker: Asker | None) -> None:
@@ -188,7 +194,7 @@ def _agreement(run: JudgeRun, out: Path, done: Sequence[Row], rows: _Rows, promp
     published = prompt is not None and prompt.published
     write_json(path, {"prompt": name, "comparable": published, **found} | (bench if told else {}))
     judge_name = run.function or run.model or run.endpoint.model or ", ".join(run.read)
-    table = Table(title=f"{judge_name} on {run.data.files}; prompt: {name}")
+    table = Table(title=escape(f"{judge_name} on {run.data.files}; prompt: {name}"))
     for head in ("figure", "value", "95 % interval"):
         table.add_column(head)
     for figure, value in found.items():
@@ -206,7 +212,7 @@ def _show_subsets(bench: dict[str, Any]) -> None:
     table = Table("subset", "pairs", "ties", "unparsed", "accuracy", "95 % interval", title="Ties count half")
     for name, one in bench["subsets"].items():
         counts = (str(one[key]) for key in ("pairs", "ties", "unparsed"))
-        table.add_row(name, *counts, f"{one['accuracy']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}")
+        table.add_row(escape(name), *counts, f"{one['accuracy']:.3f}", f"{one['low']:.3f} to {one['high']:.3f}")
     for name, one in bench["sections"].items():
         table.add_row(f"section {name}", str(one["pairs"]), "", "", f"{one['accuracy']:.3f}", "")
     if bench["overall"] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from dpo_jax.config import MTBenchShowRun
 from dpo_jax.data.sources.questions import read_questions
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import write_atomically, writing
+from dpo_jax.files.folder import write_json, writing
 from dpo_jax.files.log import say
 from dpo_jax.report import mt_bench as report
 from dpo_jax.report.judgements import chosen, read_judgements, summary, swap_consistency
@@ -33,9 +33,8 @@ def show(run: MTBenchShowRun) -> dict[str, Any]:
     }
     if found.repeated:
         say(f"{run.judgments}: {found.repeated} rows judge again what an earlier row has judged; all count")
-    text = json.dumps(result, ensure_ascii=False, indent=1)
     if run.json:
-        print(text)
+        print(json.dumps(result, ensure_ascii=False, indent=1))
     else:
         report.show(result)
     if run.out is not None:
@@ -44,7 +43,7 @@ def show(run: MTBenchShowRun) -> dict[str, Any]:
             raise InputError(f"{run.out}: is a file; --out names a folder")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "summary.json", text + "\n")
+        write_json(folder / "summary.json", result, ensure_ascii=False, indent=1)
         report.write_plots(folder, result)
         say(f"{folder}: radar.png, bars.png, summary.json")
     return result

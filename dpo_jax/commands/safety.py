@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config import SafetyRun
+from dpo_jax.data.rows.cells import absent
 from dpo_jax.data.rows.messages import Message, messages_of
 from dpo_jax.data.sets.prompts import Prompt, other_columns, same_columns
 from dpo_jax.data.sources.files import read_rows
@@ -57,14 +58,14 @@ def _rows(run: SafetyRun) -> list[_Row]:
             raise InputError(f"{where}: has no text in any of {', '.join(_RESPONSES)}")
         category = run.category or next((name for name in _CATEGORIES if name in row), None)
         for column in (run.category, run.label):
-            if column is not None and row.get(column) is None:
+            if column is not None and absent(row.get(column)):
                 raise InputError(f"{where}: has no column {column}")
         label = None
         if run.label is not None and (label := labelled(str(row[run.label]))) is None:
             raise InputError(
                 f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
             )
-        kind = None if category is None or row.get(category) is None else str(row[category])
+        kind = None if category is None or absent(row.get(category)) else str(row[category])
         found.append(_Row(number, _prompt(row, where), row[name], kind, label))
     return found
 

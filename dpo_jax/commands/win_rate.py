@@ -2,21 +2,21 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.commands.judge import judge as put
 from dpo_jax.config import FilesConfig, JudgeRun, WinRateRun
+from dpo_jax.data.rows.cells import absent, as_number
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import read_lines, write_lines
 from dpo_jax.files.log import say
-from dpo_jax.headers import told
+from dpo_jax.headers import mended, told
 from dpo_jax.judge.asked.judge_reward import PREFIX, read_judge
 from dpo_jax.judge.loading import check_output
 from dpo_jax.report import html, terminal
@@ -26,35 +26,43 @@ _COLUMNS = (("instruction", "output"), ("prompt", "response"))
 _SAMPLE = "several responses to one prompt are no two models' answers; keep one"
 
 
-def _answers(source: str) -> dict[str, str]:
-    """Instruction -> answer, of AlpacaEval's outputs or of what `dpo-jax generate` writes. Raises `InputError`."""
-    found: dict[str, str] = {}
+class _Answers(NamedTuple):
+    """Of a file of answers: instruction -> answer, and instruction -> prompt as it stands there, a text or messages."""
+
+    texts: dict[str, str]
+    prompts: dict[str, Any]
+
+
+def _answers(source: str) -> _Answers:
+    """The answers in AlpacaEval's outputs or in what `dpo-jax generate` writes. Raises `InputError`.
+
+    Halves of surrogate pairs become U+FFFD, here and in verdicts: no judge can be told of them.
+    """
+    found = _Answers({}, {})
     for number, row in read_rows(source):
         where = f"{source}: row {number}"
         columns = next((pair for pair in _COLUMNS if all(name in row for name in pair)), None)
         if columns is None:
             raise InputError(f"{where}: has neither `instruction` and `output` nor `prompt` and `response`")
-        asked, said = row[columns[0]], row[columns[1]]
-        if isinstance(asked, list):
-            asked = json.dumps(asked, ensure_ascii=False)
-        if not isinstance(asked, str) or not isinstance(said, str):
+        prompt, said = row[columns[0]], row[columns[1]]
+        if not isinstance(prompt, str | list) or not isinstance(said, str):
             raise InputError(f"{where}: {columns[0]} and {columns[1]} are to be texts")
-        if asked in found:
+        asked = mended(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))
+        if asked in found.texts:
             raise InputError(f"{where}: {columns[0]} {told(asked)} stands in an earlier row; {_SAMPLE}")
-        found[asked] = said
+        found.texts[asked] = mended(said)
+        found.prompts[asked] = asked if isinstance(prompt, str) else json.loads(asked)
     return found
 
 
 def _share(row: Mapping[str, Any], where: str) -> float | None:
     """Chance in [0, 1] that output_2 is better; None: no verdict."""
-    value = row.get("preference")
-    if value is None:
+    if absent(value := row.get("preference")):
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (value == 0 or 1 <= value <= 2):
+    found = as_number(value)
+    if found is None or not (found == 0 or 1 <= found <= 2):
         raise InputError(f"{where}: preference = {told(value)} is none of 1 to 2, 0 and null")
-    if math.isnan(value):
-        return None
-    return 0.5 if value == 0 else float(value) - 1
+    return 0.5 if found == 0 else found - 1
 
 
 def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -> tuple[dict[str, list[float]], int]:
@@ -66,7 +74,7 @@ def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str])
         texts = [row.get(name) for name in ("instruction", "output_1", "output_2")]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where}: `instruction`, `output_1` and `output_2` are to be texts")
-        asked, first, second = (str(text) for text in texts)
+        asked, first, second = (mended(str(text)) for text in texts)
         if asked not in answers:
             raise InputError(
                 f"{where}: instruction {told(asked)} is not in {run.answers}; give the files that were judged"
@@ -86,7 +94,7 @@ def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str])
     return found, without
 
 
-def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -> None:
+def _judged(run: WinRateRun, ours: _Answers, against: dict[str, str]) -> None:
     """Put the pairs to `run.judge`, and write its verdicts to `run.judgments`. Raises `InputError`."""
     out = check_output(Path(run.judgments).expanduser(), run.answers, run.against)
     pairs, verdicts = (out.with_name(f"{out.name}.{name}.jsonl") for name in ("pairs", "verdicts"))
@@ -95,7 +103,8 @@ def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -
             f"{out}: is there, and not of this command: leave --judge out to read it, or name another file"
         )
     judge = str(run.judge)
-    rows = [{"prompt": _prompt(asked), "responses": [answers[asked], against[asked]]} for asked in answers]
+    answers = ours.texts
+    rows = [{"prompt": ours.prompts[asked], "responses": [answers[asked], against[asked]]} for asked in answers]
     settings: dict[str, Any] = {"data": FilesConfig(str(pairs)), "out": str(verdicts)}
     if judge.startswith(PREFIX):
         asked = dataclasses.replace(read_judge(judge, "--judge"), **settings)
@@ -120,20 +129,12 @@ def _judged(run: WinRateRun, answers: dict[str, str], against: dict[str, str]) -
         write_json(out, found, ensure_ascii=False, indent=1)
 
 
-def _prompt(asked: str) -> Any:
-    """An instruction as a row's prompt: a list of messages stands in it as JSON."""
-    try:
-        found = json.loads(asked)
-    except ValueError:
-        return asked
-    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) and found else asked
-
-
 def win_rate(run: WinRateRun) -> dict[str, Any]:
     """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
     reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
     out = None if run.out is None else check_output(run.out, run.answers, run.against, run.judgments)
-    answers, against = _answers(run.answers), _answers(run.against)
+    ours, against = _answers(run.answers), _answers(run.against).texts
+    answers = ours.texts
     for some, others, names in (
         (answers, against, (run.answers, run.against)),
         (against, answers, (run.against, run.answers)),
@@ -144,7 +145,7 @@ def win_rate(run: WinRateRun) -> dict[str, Any]:
                 f"{names[1]}: has no answer to {told(missing)}, which {names[0]} has; give both the same prompts"
             )
     if run.judge is not None:
-        _judged(run, answers, against)
+        _judged(run, ours, against)
     found, without = _verdicts(run, answers, against)
     if not found:
         raise InputError(f"{run.judgments}: none of its {without} rows holds a verdict")

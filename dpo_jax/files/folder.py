@@ -75,8 +75,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file so that it is there whole or not at all. Raises `InputError` when the disk is full or read-only.
 
     It grows as .NAME.partial. What a process that was killed left there is taken over by whoever writes NAME next.
+    Half of a surrogate pair in a text is spelled \\ud83d, which JSON reads again as what it was.
     """
-    data = data.encode() if isinstance(data, str) else data
+    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

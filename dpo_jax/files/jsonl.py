@@ -39,7 +39,8 @@ def _part(path: Path) -> Path:
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    # Half of a surrogate pair becomes \ud83d, JSON's own spelling of it.
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -29,7 +29,7 @@ class SampleLog:
                 self._cut(step - 1)
                 self._begun = True
             with open(self.path, "ab") as file:
-                file.write(lines.encode("utf-8", "replace"))
+                file.write(lines.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from dpo_jax.config.names import option
 from dpo_jax.files.folder import flatten, write_atomically
 from dpo_jax.files.log import Row, read_metrics
+from dpo_jax.headers import mended
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
@@ -283,8 +284,8 @@ def _draw(axes: Any, series: Series, *, bars: bool) -> None:
 
 
 def plain(text: str) -> str:
-    """Text without matplotlib's formula signs."""
-    return text.replace("$", r"\$")
+    """Text as matplotlib draws it: without its formula signs, and without halves of characters."""
+    return mended(text).replace("$", r"\$")
 
 
 def _named(text: str) -> str:

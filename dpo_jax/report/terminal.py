@@ -4,18 +4,24 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from dpo_jax.headers import mended
 
 if TYPE_CHECKING:  # it draws plots, and loads what that takes
     from dpo_jax.report import html
 
 
 def table(title: str, content: "html.Table", *, left: int | None = None) -> Table:
-    """A table as the terminal draws it. Columns behind the first `left` hold numbers, which end below each other."""
-    made = Table(title=title)
+    """A table as the terminal draws it; no text in it is markup.
+
+    Columns behind the first `left` hold numbers, which end below each other.
+    """
+    made = Table(title=Text(mended(title), "table.title"))
     for i, name in enumerate(content.head):
-        made.add_column(name, justify="left" if left is None or i < left else "right")
+        made.add_column(Text(mended(name)), justify="left" if left is None or i < left else "right")
     for row in content.rows:
-        made.add_row(*map(str, row))
+        made.add_row(*(Text(mended(str(cell))) for cell in row))
     return made
 
 
@@ -25,6 +31,6 @@ def show(*parts: Table | str, width: int = 0) -> None:
     console.width = max(console.width, width)
     for part in parts:
         if isinstance(part, str):
-            console.print(part, highlight=False, soft_wrap=True)
+            console.print(part, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             console.print(part)

@@ -88,6 +88,22 @@ def test_groups_categories_violations_and_rows(tmp_path: Path) -> None:
     assert list(everything["groups"]) == ["unsafe"]
 
 
+def test_categories_that_no_encoding_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of a surrogate pair is JSON's escape in JSON, a mark in tables; NaN is no category."""
+    kinds = ["c\ud83d", "[/b]", "中文", float("nan")]
+    rows = [{"prompt": "a", "response": "b", "category": kind} for kind in kinds]
+    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows)]
+    paths = [tmp_path / name for name in ("out.json", "rows.jsonl")]
+    assert cli.main([*words, "--json", "--out", str(paths[0]), "--rows", str(paths[1])]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sorted(found["categories"]) == sorted(kinds[:3])
+    assert json.loads(paths[0].read_text()) == found
+    assert [json.loads(line)["category"] for line in paths[1].read_text().splitlines()] == [*kinds[:3], None]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert all(f"│ {name}" in table for name in ("c\ufffd", "[/b]", "中文"))
+
+
 def test_xstest(shared_data: Path) -> None:
     found = safety(SafetyRun(data=str(shared_data / "xstest" / "xstest_v2_completions_*.csv"), label="final_label"))
     assert found["people"]["n"] == 1800

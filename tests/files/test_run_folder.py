@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.errors import InputError
-from dpo_jax.files.folder import RunFolder, flatten, write_atomically
-from dpo_jax.files.jsonl import write_once
+from dpo_jax.files.folder import RunFolder, flatten, write_atomically, write_json
+from dpo_jax.files.jsonl import RowsFile, read_lines, write_once
 
 GIVEN = {"model": "m", "data": {"files": "d.jsonl"}, "out": "runs/a", "dpo": {"beta": 0.1}, "mesh": {"data": 1}}
 
@@ -141,6 +141,21 @@ def test_killed_between_the_whole_file_and_its_part(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.part").write_text('{"settings": {}}\n{"a": 1}\n')
     assert write_once(tmp_path / "rows.jsonl", dict, lambda file: pytest.fail("made again")) == [{"a": 1}]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_half_a_character_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """In rows, in settings (an interrupted file is gone on with), and in a file of JSON."""
+    row = {"text \udc00": "\ud83d 中文 😀", "at": 1}
+    path = tmp_path / "rows.jsonl"
+    with RowsFile(path, {"of": "\ud83d"}) as file:
+        file.append([row])
+    with RowsFile(path, {"of": "\ud83d"}) as file:
+        assert file.rows == [row]
+        file.finish()
+    assert read_lines(path) == [row]
+    assert "中文 😀" in path.read_text()
+    write_json(tmp_path / "one.json", row, ensure_ascii=False)
+    assert json.loads((tmp_path / "one.json").read_bytes()) == row
 
 
 def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:

@@ -140,6 +140,17 @@ def test_questions_that_went_through_a_table(tmp_path: Path) -> None:
     assert (second.id, second.reference, second.temperature) == (2, (), None)
 
 
+def test_names_that_no_encoding_and_no_markup_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["m\ud83d", "[/b]x", "a :smile:", "名"]
+    rows = [single(81, name, 9 - i) for i, name in enumerate(names)]
+    out = tmp_path / "plots"
+    assert list(shown(tmp_path, capsys, rows, "--out", str(out))["models"]) == names
+    assert list(json.loads((out / "summary.json").read_text())["models"]) == names
+    assert cli.main(["mt-bench", "show", "--judgments", str(tmp_path / "j.jsonl")]) == 0
+    table = capsys.readouterr().out
+    assert all(f"│ {name}" in table for name in ("m\ufffd", *names[1:]))
+
+
 def test_another_set_of_questions_and_its_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions = [
         {"question_id": 1, "category": "写作", "turns": ["写一首诗。", "再短一点。"]},

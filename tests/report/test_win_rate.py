@@ -1,5 +1,6 @@
 """`dpo-jax win-rate`: verdicts by hand, and length control against scikit-learn on the same design."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -158,6 +159,68 @@ def test_a_judge_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--judge judge:" in capsys.readouterr().err
 
 
+HALF = "\ud83d"
+"""Of a surrogate pair."""
+
+
+@pytest.mark.parametrize("name", ["j.json", "j.jsonl"])
+def test_half_a_character_is_judged_written_and_read_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = files(tmp_path, PAIRS, [2] * 6)
+    ours = [{"prompt": f"q{HALF}{i}", "response": f"{HALF}{a}"} for i, (a, _) in enumerate(PAIRS)]
+    ours[1]["prompt"] = [{"role": "user", "content": f"q{HALF}"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
+    theirs = [{"instruction": row["prompt"], "output": b} for row, (_, b) in zip(ours, PAIRS, strict=True)]
+    (tmp_path / "b.json").write_text(json.dumps(theirs))
+    (tmp_path / "j.json").unlink()
+    given[-1] = str(tmp_path / name)
+    found = []
+    for more in (("--judge", "length"), ("--judge", "length"), ()):
+        assert cli.main(["win-rate", *given, *more, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["raw"]["n"] == 6
+    assert found[0]["mean_length"]["answers"] == 6.5, "half a character counts as one"
+    # Verdicts of another program on the same files spell it as they are given it.
+    verdicts = [
+        {"instruction": f"q{HALF}{i}", "output_1": b, "output_2": f"{HALF}{a}", "preference": 2}
+        for i, (a, b) in enumerate(PAIRS)
+        if i != 1
+    ]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in verdicts))
+    assert cli.main(["win-rate", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["raw"]["wins"] == 5
+
+
+def test_an_instruction_that_looks_like_messages_is_a_text(tmp_path: Path) -> None:
+    given = files(tmp_path, PAIRS, [2] * 6)
+    asked = '[{"a":1}]'
+    for name in ("a.jsonl", "b.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace('"q0"', json.dumps(asked)))
+    (tmp_path / "j.json").unlink()
+    assert cli.main(["win-rate", *given, "--judge", "length"]) == 0
+    assert read_lines(tmp_path / "j.json.pairs.jsonl")[0]["prompt"] == asked
+    assert json.loads((tmp_path / "j.json").read_text())[0]["instruction"] == asked
+
+
+def test_verdicts_that_went_through_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN is no verdict, as null is; what stands in a CSV is text."""
+    given = files(tmp_path, PAIRS, [2.0, 1.0, float("nan"), 1.5, 0.0, None])
+    assert cli.main(["win-rate", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = json.loads((tmp_path / "j.json").read_text())
+    names = ("instruction", "output_1", "output_2", "preference")
+    table = [names, *([row[n] if row[n] == row[n] else None for n in names] for row in rows)]
+    with open(tmp_path / "j.csv", "w", newline="") as file:
+        csv.writer(file).writerows(table)
+    given[-1] = str(tmp_path / "j.csv")
+    assert cli.main(["win-rate", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert [found["raw"][k] for k in ("wins", "losses", "ties")] == [1, 1, 2]
+    assert found["left_out"]["no_verdict"] == 2
+
+
 def test_too_few_for_length_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["win-rate", *files(tmp_path, PAIRS[:3], [2, 1, 1]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -181,6 +244,8 @@ def _lines(path: Path, change: Any) -> None:
         ("j.json", lambda rows: rows[2].update(output_1="x"), "row 3: judges other texts than the answers"),
         ("j.json", lambda rows: rows[2].update(instruction="x"), "row 3: instruction 'x' is not in"),
         ("j.json", lambda rows: rows[2].update(preference=0.5), "row 3: preference = 0.5 is none of"),
+        ("j.json", lambda rows: rows[2].update(preference="a"), "row 3: preference = 'a' is none of"),
+        ("j.json", lambda rows: rows[2].update(preference=10**400), "row 3: preference = 1000"),
         ("j.json", lambda rows: rows[2].pop("output_2"), "row 3: `instruction`, `output_1` and `output_2`"),
         ("j.json", lambda rows: [row.update(preference=None) for row in rows], "none of its 6 rows holds a verdict"),
     ],

@@ -21,6 +21,7 @@ from dpo_jax.complete.asking.http import RETRIED, KeptHTTP, backoff, checked_url
 from dpo_jax.complete.asking.reply_cache import Reply, ReplyCache, key_of
 from dpo_jax.config.commands.judge import EndpointConfig
 from dpo_jax.errors import InputError
+from dpo_jax.headers import mended
 
 FIRST_WAIT = 1.0
 """Seconds before the second attempt, about; doubled from one to the next."""
@@ -314,8 +315,8 @@ def _reply(body: dict[str, Any]) -> Reply:
 
 
 def _whole(said: Any) -> Any:
-    """A text without halves of surrogate pairs, which no file can hold; each becomes U+FFFD. All else as it is."""
-    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(said, str) else said
+    """A text without halves of surrogate pairs. All else as it is."""
+    return mended(said) if isinstance(said, str) else said
 
 
 def _streamed(text: str) -> Reply:
