@@ -145,7 +145,10 @@ def _show(result: Mapping[str, Any]) -> None:
     title = f"{result['n']} responses: refusals, with 95 % intervals"
     terminal.show(terminal.table(title, html.Table(("prompts", "n", *names), rows), left=1))
     if (people := result["people"]) is not None:
-        accuracy, kappa = ("{value:.3f} ({low:.3f} to {high:.3f})".format(**people[n]) for n in ("accuracy", "kappa"))
+        accuracy, kappa = (
+            "-" if people[name]["value"] is None else "{value:.3f} ({low:.3f} to {high:.3f})".format(**people[name])
+            for name in ("accuracy", "kappa")
+        )
         title = f"against {people['n']} labels: accuracy {accuracy}, kappa {kappa}"
         rows = [(name, *row.values()) for name, row in people["confusion"].items()]
         terminal.show(terminal.table(title, html.Table(("people", *REFUSALS), rows)))

@@ -52,7 +52,7 @@ def group_figures(rows: Sequence[Judged], kinds: Sequence[str], threshold: float
 
 def against_people(rows: Sequence[Judged], kinds: Sequence[str], seed: int) -> dict[str, Any] | None:
     """n, accuracy and Cohen's kappa (each with a 95 % bootstrap interval), and the confusion: people's class -> ours ->
-    rows. None without labels."""
+    rows. None without labels. Kappa and its ends are None where both always say the same: it is not defined there."""
     pairs = np.asarray(
         [(kinds.index(row.label), kinds.index(row.refusal)) for row in rows if row.label is not None], int
     ).reshape(-1, 2)
@@ -62,13 +62,12 @@ def against_people(rows: Sequence[Judged], kinds: Sequence[str], seed: int) -> d
     counts = np.bincount(cells, minlength=len(kinds) ** 2)
     draws = np.random.default_rng(seed).multinomial(len(pairs), counts / len(pairs), size=RESAMPLES)
     names = ("accuracy", "kappa")
-    spread = np.asarray(_agreement(draws.reshape(-1, len(kinds), len(kinds))))
-    lows, highs = np.nanquantile(spread, [0.025, 0.975], axis=1)
+    spread = _agreement(draws.reshape(-1, len(kinds), len(kinds)))
     values = _agreement(counts.reshape(1, len(kinds), len(kinds)))
-    figures = {
-        name: {"value": float(value[0]), "low": float(low), "high": float(high)}
-        for name, value, low, high in zip(names, values, lows, highs, strict=True)
-    }
+    figures: dict[str, dict[str, float | None]] = {}
+    for name, (value,), each in zip(names, values, spread, strict=True):
+        found = (None,) * 3 if np.isnan(value) else map(float, (value, *np.nanquantile(each, [0.025, 0.975])))
+        figures[name] = dict(zip(("value", "low", "high"), found, strict=True))
     table = counts.reshape(len(kinds), len(kinds)).tolist()
     return {
         "n": len(pairs),

@@ -11,6 +11,7 @@ from dpo_jax.files.jsonl import Row
 
 Figures = dict[str, float]
 RESAMPLES = 10_000
+_DRAWN_AT_ONCE = 2**20  # places, 8 bytes each, and as many values; in pieces the numbers are those of one draw
 Z = 1.959964
 """Of a two-sided interval of 95 %."""
 
@@ -47,8 +48,10 @@ def kl_figures(rows: Sequence[Row]) -> dict[str, float]:
 
 def interval(values: np.ndarray, *, seed: int, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of independent `values` (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    rng, n = np.random.default_rng(seed), len(values)
+    at_once = max(_DRAWN_AT_ONCE // n, 1)
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    means = np.concatenate([values[rng.integers(n, size=(size, n))].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

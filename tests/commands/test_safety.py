@@ -51,6 +51,25 @@ def test_agreement_by_hand() -> None:
     assert found["accuracy"]["low"] < 0.8 < found["accuracy"]["high"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_kappa_of_those_who_always_say_the_same_is_not_defined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "a", "response": "I cannot help with that.", "final": "2_full_refusal"}] * 4
+    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows), "--label", "final"]
+    assert cli.main([*words, "--json", "--out", str(tmp_path / "o.json")]) == 0
+
+    def no_json(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    for text in (capsys.readouterr().out, (tmp_path / "o.json").read_text()):
+        people = json.loads(text, parse_constant=no_json)["people"]
+        assert people["kappa"] == {"value": None, "low": None, "high": None}
+        assert people["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert cli.main(words) == 0
+    assert "accuracy 1.000 (1.000 to 1.000), kappa -" in " ".join(capsys.readouterr().out.split())
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -77,6 +77,19 @@ def test_there_and_back(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert read_lines(out)[0]["verdict"] == "tie"
 
 
+def test_raters_who_always_say_a_tie_have_no_kappa(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    items = [item for item, *_ in lines(page(pairs))]
+    read = [str(pairs.with_name(f"{name}.csv")) for name in ("[Ann]", "Ben")]
+    for path in read:
+        Path(path).write_text("item,verdict\n" + "".join(f"{item},tie\n" for item in items))
+    words = ["judge", "--data", str(pairs), "--out", str(pairs.with_name("out.jsonl")), "--read", *read]
+    capsys.readouterr()
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert "nan" not in table
+    assert re.search(r"│ Ben +│ \[Ann\] +│ 12 +│ 1\.000 +│ - +│ 1\.000 +│", table)
+
+
 def test_agreement_between_raters() -> None:
     verdicts = [{"x": "a", "y": "a"}, {"x": "a", "y": "b"}, {"x": "tie", "y": "tie"}, {"x": "b"}, {"z": "b"}]
     ((one, other, items, agreement, kappa, ac1),) = sheet.rater_agreement(verdicts)
