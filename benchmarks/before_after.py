@@ -91,7 +91,7 @@ def table(told: Mapping[str, Any]) -> str:
         (f"VADER's score, {many} unseen openings", *(ends(told[f"vader_{side}"]) for side in SIDES)),
         ("words an answer", *(ends(told[f"words_{side}"], ".1f") for side in SIDES)),
         ("wins against before, by VADER", "", f"{_rate(rate['win_rate'], rate['interval'])}"),
-        ("the same at equal length", "", f"{_rate(level['win_rate'], level['interval'])}"),
+        ("the same at equal length", "", _rate(level["win_rate"], level["interval"]) if level else "-"),
         (f"{pairs} held-out pairs ordered as the data do", "", f"{accuracy:.2f}, standard error {error:.2f}"),
         ("replies of SmolLM2 as MT-Bench's judge that hold a score", *(readable[side] for side in SIDES)),
     ]

@@ -87,6 +87,56 @@ def test_length_alone_is_controlled_away(monkeypatch: pytest.MonkeyPatch) -> Non
         assert controlled["win_rate"] == pytest.approx(1 / (1 + np.exp(-controlled["theta"])))
 
 
+def of_80(*verdicts: tuple[float, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Verdicts as (one, how often), shuffled, and lengths that have nothing to do with them."""
+    rng = np.random.default_rng(5)
+    lengths, others = rng.integers(1, 900, (2, 80)).astype(float)
+    return rng.permutation(np.concatenate([np.full(n, value) for value, n in verdicts])), lengths, others
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0])
+def test_hardly_any_of_one_kind(
+    loss: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Folds and samples without a loss, or without a win, are fitted in silence, and not the wrong way round."""
+    monkeypatch.setattr("dpo_jax.report.win_rates.REFITS", 150)
+    for few in (1, 3):
+        found = controlled_figures(*of_80((1 - loss, 80 - few), (loss, few)), seed=0)
+        low, high = found["interval"]
+        assert (
+            (0.8 < low <= found["win_rate"] <= high < 1) if loss == 0 else (0 < low <= found["win_rate"] <= high < 0.2)
+        )
+    assert capfd.readouterr().err == ""
+
+
+def test_one_row_of_a_class_moves_no_coefficient() -> None:
+    verdicts, lengths, others = of_80((1.0, 80))
+    x = design(lengths, others)
+    from scipy.optimize import minimize_scalar
+
+    for strength in (0.0001, 0.046, 2.78):  # phi is 0: sum of C log(1 + exp(-theta)) + |theta|
+        theta, phi = fit_at(x, verdicts, strength)
+        best = minimize_scalar(lambda t, c=strength: 80 * c * np.logaddexp(0, -t) + abs(t), bounds=(0, 20))
+        assert (theta, phi) == (pytest.approx(best.x, abs=1e-3), 0)
+        assert fit_at(x, 1 - verdicts, strength) == pytest.approx((-theta, 0))
+
+
+def test_where_length_control_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"folds chose \(C = 0.0001\) leaves no coefficient: these verdicts say nothing"
+    ):
+        controlled_figures(*of_80((1.0, 41), (0.0, 37), (0.5, 2)), seed=0)
+    with pytest.raises(ValueError, match="leaves no coefficient"):
+        controlled_figures(*of_80((0.5, 80)), seed=0)
+    for value, name in ((1.0, "wins"), (0.0, "losses")):
+        with pytest.raises(ValueError, match=f"all 80 verdicts are {name}, and there is nothing to fit"):
+            controlled_figures(*of_80((value, 80)), seed=0)
+    monkeypatch.setattr("dpo_jax.report.win_rates.fit", lambda x, verdicts: (0.0, 0.4, 0.01))
+    monkeypatch.setattr("dpo_jax.report.win_rates.fit_at", lambda x, verdicts, strength: (0.0, 0.3))
+    with pytest.raises(ValueError, match="leaves length alone"):
+        controlled_figures(*of_80((1.0, 41), (0.0, 39)), seed=0)
+
+
 def files(tmp_path: Path, pairs: list[tuple[str, str]], preferences: list[Any], swap: int = -1) -> list[str]:
     """The three files of answers (ours, theirs) and verdicts; row `swap` shows ours first."""
     ours = [{"prompt": f"q{i}", "response": a, "row": i} for i, (a, _) in enumerate(pairs)]
@@ -219,6 +269,18 @@ def test_verdicts_that_went_through_a_table(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out) == found
     assert [found["raw"][k] for k in ("wins", "losses", "ties")] == [1, 1, 2]
     assert found["left_out"]["no_verdict"] == 2
+
+
+def test_only_wins_is_said_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = files(tmp_path, PAIRS, [2] * 6)
+    assert cli.main(["win-rate", *given, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert json.loads(out)["length_controlled"] is None
+    assert cli.main(["win-rate", *given]) == 0
+    assert (
+        "\nNo rate at equal length: all 6 verdicts are wins, and there is nothing to fit.\n" in capfd.readouterr().out
+    )
 
 
 def test_too_few_for_length_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
