@@ -25,6 +25,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically, write_json
 from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
 from dpo_jax.files.log import say
+from dpo_jax.headers import mended
 from dpo_jax.judge.asked import sheet
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 from dpo_jax.judge.asked.judge_reward import prompt_of
@@ -52,7 +53,7 @@ class _Rows:
             reference, subset = row.get("reference"), row.get("subset")
             return (
                 found,
-                reference if isinstance(reference, str) else None,
+                mended(reference) if isinstance(reference, str) else None,
                 subset if isinstance(subset, str) else None,
                 {} if run.function is None else other_columns(row),
             )

@@ -16,7 +16,7 @@ from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import write_lines
 from dpo_jax.files.log import say
-from dpo_jax.headers import told
+from dpo_jax.headers import mended, told
 from dpo_jax.judge.asked.judge_reward import PREFIX, JudgeReward
 from dpo_jax.judge.loading import check_output
 from dpo_jax.judge.rewards.functions import ModelReward, check_reward, scores_of, try_out
@@ -46,7 +46,8 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
         return Prompt(messages, messages[0].content if len(messages) == 1 else None, columns, conversational=True)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: `prompt` is to be a text or a list of messages")
-    return Prompt((Message("user", value),), value, columns)
+    text = mended(value)
+    return Prompt((Message("user", text),), text, columns)
 
 
 def _rows(run: SafetyRun) -> list[_Row]:
@@ -66,7 +67,7 @@ def _rows(run: SafetyRun) -> list[_Row]:
                 f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
             )
         kind = None if category is None or absent(row.get(category)) else str(row[category])
-        found.append(_Row(number, _prompt(row, where), row[name], kind, label))
+        found.append(_Row(number, _prompt(row, where), mended(row[name]), kind, label))
     return found
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chat_server
 import pytest
 
 from dpo_jax import cli
@@ -121,6 +122,22 @@ def test_categories_that_no_encoding_has(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(words) == 0
     table = capsys.readouterr().out
     assert all(f"│ {name}" in table for name in ("c\ufffd", "[/b]", "中文"))
+
+
+def test_a_judge_is_told_whole_characters(tmp_path: Path) -> None:
+    data = write(tmp_path / "r.jsonl", [{"prompt": "p\ud83d", "response": "r\ud83d"}])
+    asked: list[str] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        asked.append(body["messages"][-1]["content"])
+        return "Rating: [[7]]"
+
+    with chat_server.serving(answer) as server:
+        (tmp_path / "judge.yaml").write_text(f"ask: rating\nendpoint: {{url: '{server.url}', model: m}}\n")
+        judge = f"judge:{tmp_path / 'judge.yaml'}"
+        found = safety(SafetyRun(data=data, reward=judge, out=str(tmp_path / "o.json")))
+    assert found["groups"]["safe"]["helpfulness"]["mean"] == 7
+    assert all(text in asked[-1] for text in ("p\ufffd", "r\ufffd"))
 
 
 def test_xstest(shared_data: Path) -> None:

@@ -132,12 +132,13 @@ def test_questions_that_went_through_a_table(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [
         {"question_id": 1.0, "category": "math", "turns": ["1+1=?"], "reference": ["2"], "required_temperature": 0.5},
-        {"question_id": 2.0, "category": "c", "turns": ["x"], "reference": nan, "required_temperature": nan},
+        {"question_id": 2.0, "category": "c", "turns": ["x\ud83d"], "reference": nan, "required_temperature": nan},
     ]
     write_lines(tmp_path / "q.jsonl", rows)
     first, second = read_questions(str(tmp_path / "q.jsonl")).values()
     assert (first.id, first.reference, first.temperature) == (1, ("2",), 0.5)
     assert (second.id, second.reference, second.temperature) == (2, (), None)
+    assert second.turns == ("x\ufffd",), "no model can be told half a character"
 
 
 def test_names_that_no_encoding_and_no_markup_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_jax.data.rows.cells import absent, as_number, as_whole
 from dpo_jax.data.sources.files import read_rows
 from dpo_jax.errors import InputError
-from dpo_jax.headers import told
+from dpo_jax.headers import mended, told
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 """MT-Bench's, in the order of its question ids: 81 to 90 are writing, ..., 151 to 160 humanities."""
@@ -65,13 +65,16 @@ def question_id(row: Mapping[str, Any], where: str) -> int:
 
 
 def texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
-    """The list of texts `row[name]`; empty where there is none. Raises `InputError`, which `where` begins."""
+    """The list of texts `row[name]`, halves of surrogate pairs as U+FFFD; empty where there is none.
+
+    Raises `InputError`, which `where` begins.
+    """
     value = row.get(name)
     if absent(value):
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise InputError(f"{where}: {name} = {told(value)} is not a list of texts")
-    return tuple(value)
+    return tuple(map(mended, value))
 
 
 def read_questions(source: str) -> dict[int, Question]:
