@@ -5,6 +5,7 @@ quiet   warnings and faults only (`--quiet`);
 json    everything as JSON objects, one a line (`--json`), with what it is as "event": note, warning, progress, error.
 """
 
+import codecs
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ Mode = Literal["lines", "quiet", "json"]
 
 _QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Variables by which libraries are asked for no bars and no remarks of their own."""
+
+_ESCAPED = "dpo_jax.escaped"  # the name by which Python's encoders know `_escaped`
 
 _mode: Mode = "lines"
 
@@ -52,10 +55,17 @@ def tell(what: dict[str, Any]) -> None:
 
 
 def spell_out() -> None:
-    """From now on stdout takes any text, as stderr does: what its encoding has no bytes for (half of a surrogate pair)
-    is spelled out, as JSON spells it: \\ud83d."""
+    """From now on stdout takes any text, as stderr does: what its encoding has no bytes for (half of a surrogate pair,
+    Chinese in ASCII) is spelled out as JSON spells it, \\ud83d."""
+    codecs.register_error(_ESCAPED, _escaped)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors=_ESCAPED)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)), error.end
 
 
 def _finite(value: Any) -> Any:

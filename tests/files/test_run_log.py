@@ -18,6 +18,20 @@ from dpo_jax.files.log import DriftWarning, MetricLog, ProgressBar, read_metrics
 from dpo_jax.report import html
 
 
+def test_stdout_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its encoding has not is JSON's escape, so that JSON stays JSON."""
+    said = {"half": "\ud83d", "name": "中 😀 é"}
+    for encoding, spelled in (("utf-8", "中 😀 é"), ("latin-1", "\\u4e2d \\ud83d\\ude00 é"), ("ascii", "\\u00e9")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding=encoding))
+        voice.spell_out()
+        print(json.dumps(said, ensure_ascii=False), flush=True)
+        text = written.getvalue().decode(encoding)
+        assert json.loads(text) == said
+        assert spelled in text
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    voice.spell_out()
+
+
 def rows(n: int, *, chosen: float, accuracy: float, noise: float = 1.0) -> list[dict[str, float]]:
     """n rows in which logps/chosen and accuracy move by `chosen` and `accuracy` in all."""
     rng = np.random.default_rng(0)
