@@ -55,11 +55,12 @@ def tell(what: dict[str, Any]) -> None:
 
 
 def spell_out() -> None:
-    """From now on stdout takes any text, as stderr does: what its encoding has no bytes for (half of a surrogate pair,
+    """From now on stdout and stderr take any text: what their encoding has no bytes for (half of a surrogate pair,
     Chinese in ASCII) is spelled out as JSON spells it, \\ud83d."""
     codecs.register_error(_ESCAPED, _escaped)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=_ESCAPED)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPED)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:

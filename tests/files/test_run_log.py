@@ -18,16 +18,20 @@ from dpo_jax.files.log import DriftWarning, MetricLog, ProgressBar, read_metrics
 from dpo_jax.report import html
 
 
-def test_stdout_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_printed_may_be_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its encoding has not is JSON's escape, so that JSON stays JSON."""
     said = {"half": "\ud83d", "name": "中 😀 é"}
     for encoding, spelled in (("utf-8", "中 😀 é"), ("latin-1", "\\u4e2d \\ud83d\\ude00 é"), ("ascii", "\\u00e9")):
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding=encoding))
+        written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+        for name, into in written.items():
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(into, encoding=encoding))
         voice.spell_out()
         print(json.dumps(said, ensure_ascii=False), flush=True)
-        text = written.getvalue().decode(encoding)
-        assert json.loads(text) == said
-        assert spelled in text
+        voice.tell(said)
+        for into in written.values():
+            text = into.getvalue().decode(encoding)
+            assert json.loads(text) == said
+            assert spelled in text
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     voice.spell_out()
 
