@@ -33,7 +33,7 @@ from dpo_jax.judge.asked.judging import Item, Judgement, contestants, judge as p
 from dpo_jax.judge.figures.agreement import PairVerdict, figures, pairs_of
 from dpo_jax.judge.figures.reward_bench import by_subset
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.rewards.file_of_judgements import by_function, deciding, prompt_of_item, write_judgements
+from dpo_jax.judge.rewards.file_of_judgements import as_row, by_function, deciding, prompt_of_item, write_judgements
 from dpo_jax.judge.rewards.functions import ModelReward, RewardFunction, check_reward, try_out
 from dpo_jax.mesh import make_mesh
 
@@ -137,7 +137,7 @@ def _by_people(run: JudgeRun, out: Path, rows: _Rows) -> Path:
     """Write what most of them say, and show how far they agree."""
     verdicts = sheet.read_verdicts(run.read, rows.items, run.seed)
     found = sheet.judgements(verdicts)
-    write_lines(out, [{"row": i.number, **one.as_row()} for i, one in zip(rows.items, found, strict=True)])
+    write_lines(out, map(as_row, rows.items, found))
     done = read_lines(out)
     raters = sorted({rater for said in verdicts for rater in said})
     without = sum(not said for said in verdicts)

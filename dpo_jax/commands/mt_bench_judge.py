@@ -1,9 +1,8 @@
 """`dpo-jax mt-bench judge`: judgements of answers, single or in pairs, in FastChat's files."""
 
-from dataclasses import asdict
 from pathlib import Path
 
-from dpo_jax.complete.asking.answers import open_asker
+from dpo_jax.complete.asking.answers import deciding, open_asker, weights_of
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
 from dpo_jax.data.sources.questions import check_complete, read_answers, read_questions
@@ -41,9 +40,7 @@ def judge(run: MTBenchJudgeRun) -> Path:
     mesh = None if run.model is None else make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     asker = open_asker(run, Path(run.cache or f"{out}.replies").expanduser(), mesh)
     settings = {
-        "judge": [run.endpoint.url, run.endpoint.model, run.model],
-        "sample": asdict(run.sample),
-        "longest": run.endpoint.max_tokens,
+        **deciding(run, weights_of(asker)),
         "mode": [run.mode, run.baseline],
         "asked": key_of({"all": [[list(one.messages), one.version] for some in asked for one in some]}),
     }

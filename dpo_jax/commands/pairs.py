@@ -22,7 +22,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
-from dpo_jax.judge.rewards.file_of_judgements import read_scores
+from dpo_jax.judge.rewards.file_of_judgements import Scores, judged, read_scores
 from dpo_jax.report import html, terminal
 
 
@@ -47,17 +47,17 @@ def pairs(run: PairsRun) -> Path:
     if run.rule == "corrupt":
         return _corrupted(run, out)
     source = CheckedRows(run.data.files, None, columns=run.data.columns)
-    judged = None if run.scores is None else read_scores(Path(run.scores).expanduser())
+    told = None if run.scores is None else read_scores(run.scores)
 
     def beside(chunk: Sequence[tuple[int, tuple[dict[str, Any], _Scored]]]) -> Iterator[tuple[int, _Scored] | BadRow]:
         for number, (row, one) in chunk:
             try:
-                yield number, _without_cut(row, one if judged is None else _judged(one, number, judged, run))
+                yield number, _without_cut(row, one if told is None else _with_scores(one, number, told, run))
             except BadRow as problem:
                 yield problem
 
     rows, _ = source.collect(lambda row: (row, _scored(row, run)), beside, run.on_bad_rows)
-    if judged is not None and (other := judged.keys() - set(range(1, source.rows_read + 1))):
+    if told is not None and (other := told.keys() - set(range(1, source.rows_read + 1))):
         raise InputError(
             f"--scores {run.scores}: row {min(other)} is none of the {source.rows_read} rows of {run.data.files}; "
             "give the file that dpo-jax judge wrote of them"
@@ -88,11 +88,11 @@ def pairs(run: PairsRun) -> Path:
     if not made:
         raise InputError(f"{run.data.files}: no pair is left of {len(rows)} rows; {'; '.join(left_out)}")
     write_lines(out, made)
-    told = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}", *left_out]
+    said = [f"{len(made)} pairs of {len(rows)} rows by {run.rule}", *left_out]
     if contradictions:
         done = f"repaired, {again} of them left out: judge them again" if run.repair else "not repaired (--repair)"
-        told.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")
-    say(f"{out}: {'; '.join(told)}")
+        said.append(f"{contradictions} overall scores of 10 contradict their aspects: {done}")
+    say(f"{out}: {'; '.join(said)}")
     if set(seen) != {"None"}:
         cells = [(name, count, wins[name], f"{wins[name] / count:.2f}") for name, count in seen.most_common()]
         head = ("model", "pairs", "chosen", "share")
@@ -159,15 +159,17 @@ def _scored(row: dict[str, Any], run: PairsRun) -> _Scored:
     return _Scored(found, tuple(mean_of_aspects(one) for one in entries), models, contradictions, 0)
 
 
-def _judged(one: _Scored, number: int, judged: dict[int, tuple[float | None, ...]], run: PairsRun) -> _Scored:
-    """With a judge's scores. Raises `BadRow` where it has none of this row, or not one for each response."""
-    scores = judged.get(number)
-    if scores is None:
+def _with_scores(one: _Scored, number: int, told: dict[int, Scores], run: PairsRun) -> _Scored:
+    """With a judge's scores. Raises `BadRow` where it has none of this row, or judged other texts."""
+    found, given = one.found, told.get(number)
+    if given is None:
         raise BadRow("not judged", f"--scores {run.scores} has no such row")
-    if len(scores) != len(one.found.responses):
-        told = f"{len(scores)} scores in --scores {run.scores} of {len(one.found.responses)} responses"
-        raise BadRow("not as many scores as responses", told)
-    return one._replace(scores=scores, unscored=scores.count(None))
+    if len(given.scores) != len(found.responses):
+        counts = f"{len(given.scores)} scores in --scores {run.scores} of {len(found.responses)} responses"
+        raise BadRow("not as many scores as responses", counts)
+    if given.judged not in (None, judged(found.messages, found.responses)):
+        raise BadRow("other texts were judged", f"--scores {run.scores} is of other data, or of another order of it")
+    return one._replace(scores=given.scores, unscored=given.scores.count(None))
 
 
 def _without_cut(row: dict[str, Any], one: _Scored) -> _Scored:

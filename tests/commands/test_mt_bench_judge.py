@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import chat_server
@@ -9,6 +10,8 @@ import pytest
 import tiny
 
 from dpo_jax.cli import main
+from dpo_jax.commands import mt_bench_judge
+from dpo_jax.complete.asking.local_model import LocalModel
 from dpo_jax.files.jsonl import read_lines, write_lines
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -164,6 +167,34 @@ def test_a_model_of_this_machine(given):
     local = ("--model", folder, "--sample.max_new_tokens", "4", "--batch_size", "8")
     assert run(given, None, "l.jsonl", *local, models="a") == 0
     assert [row["score"] for row in read_lines(given / "l.jsonl")] == [-1] * 4  # of random weights
+
+
+@pytest.mark.slow
+def test_an_unfinished_file_is_gone_on_with_by_the_same_judge_alone(given, monkeypatch):
+    """Not with other weights at the same path, nor in another dtype."""
+    folder, asked = tiny.folder(given / "tiny", layers=1), []
+    plain = LocalModel.ask
+
+    def ask(self, questions, done=lambda _: None):
+        asked.append(len(questions))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return plain(self, questions, done)
+
+    monkeypatch.setattr(mt_bench_judge, "_AT_ONCE", 1)
+    monkeypatch.setattr(LocalModel, "ask", ask)
+    local = ("--model", folder, "--sample.max_new_tokens", "4", "--batch_size", "8")
+    for change, missing in ((), 3), (("--dtype", "bfloat16"), 4), ("weights", 4):
+        asked.clear()
+        run(given, None, "l.jsonl", *local, models="a")
+        assert (given / "l.jsonl.part").exists()
+        if change == "weights":
+            shutil.rmtree(folder)
+            tiny.folder(folder, layers=1, seed=1)
+        asked[:] = [0, 0]
+        assert run(given, None, "l.jsonl", *local, *(() if change == "weights" else change), models="a") == 0
+        assert sum(asked) == missing
+        (given / "l.jsonl").unlink()
 
 
 def test_errors(given, capsys):

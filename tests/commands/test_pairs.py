@@ -111,7 +111,7 @@ def test_scores_of_a_judge(tmp_path, capsys) -> None:
 
     judged = rows(scores)
     judged[0]["scores"][1] = None  # unparsed
-    scores.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    scores.write_text("\n\n".join(map(json.dumps, judged)))  # as an editor leaves it: blank lines, and no last end
     assert main(args) == 0
     assert rows(out)[0]["chosen"] == "a b"
     assert "1 responses left out: the judge gave them no score" in capsys.readouterr().err
@@ -123,11 +123,13 @@ def test_scores_of_a_judge(tmp_path, capsys) -> None:
         ([{"row": 1, "scores": [1, 2]}], "1 x not judged (first: row 2: --scores"),
         ([{"row": 1, "scores": [1, 2]}, {"row": 2, "scores": [1]}], "1 scores in --scores"),
         ([{"row": row, "scores": [1, 2]} for row in (1, 2, 3)], "row 3 is none of the 2 rows"),
-        ([{"row": 1, "scores": [1, 2]}] * 2, "line 2: row 1 for the second time"),
-        ([{"row": 1, "scores": [1, "2"]}], "line 1: no row number with a list of scores"),
-        ([{"row": 1, "scores": [1, 10**400]}], "line 1: no row number with a list of scores"),
-        ([{"row": 1, "scores": [1, math.nan]}], "line 1: no row number with a list of scores"),
-        ([{"prompt": "q", "responses": ["a", "b"]}], "line 1: no row number with a list of scores"),
+        ([{"row": 1, "scores": [1, 2]}] * 2, "row 2: row 1 for the second time"),
+        ([{"row": 1, "scores": [1, "2"]}], "row 1: no row number with a list of scores"),
+        ([{"row": 1, "scores": [1, math.nan]}], "row 1: no row number with a list of scores"),
+        ([{"prompt": "q", "responses": ["a", "b"]}], "row 1: no row number with a list of scores"),
+        ([{"row": 1, "scores": [1, 10**400]}], "row 1: no row number with a list of scores"),
+        ([{"row": n, "scores": [1, 2], "judged": "0" * 16} for n in (1, 2)], "2 x other texts were judged"),
+        ("{", "row 1: malformed JSON"),
         (None, "no such file"),
     ],
 )
@@ -135,7 +137,7 @@ def test_scores_of_other_rows(tmp_path, capsys, lines, why) -> None:
     data, scores = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"q{i}", "responses": ["a", "b c"]}) + "\n" for i in range(2)))
     if lines is not None:
-        scores.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        scores.write_text(lines if isinstance(lines, str) else "".join(json.dumps(row) + "\n" for row in lines))
     args = ["pairs", "--data", str(data), "--out", str(tmp_path / "p.jsonl"), "--scores", str(scores)]
     assert main(args) == 2
     assert why in capsys.readouterr().err.replace("\n", " ")

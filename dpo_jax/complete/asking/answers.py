@@ -5,10 +5,10 @@ A question is asked once more where no whole answer came.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jax.sharding import Mesh
 
@@ -94,6 +94,20 @@ class Answerer:
 def weights_of(asker: "Asker | None") -> str | None:
     """The fingerprint of a model's weights, which are read for it; None of an endpoint."""
     return asker.weights if isinstance(asker, LocalModel) else None
+
+
+def deciding(options: Options, weights: str | None) -> dict[str, Any]:
+    """All of an asker that decides what it replies: for the settings of a file that grows by replies.
+
+    `weights`: see `weights_of`.
+    """
+    endpoint = options.endpoint
+    return {
+        "judge": [endpoint.url, endpoint.model, options.model],
+        "weights": None if weights is None else [weights, options.dtype, options.template, options.date],
+        "sample": asdict(options.sample),
+        "endpoint": [endpoint.temperature, endpoint.top_p, endpoint.max_tokens],
+    }
 
 
 class Answer(NamedTuple):

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.complete.asking import answers
 from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import JudgeRun
 from dpo_jax.data.rows.cells import as_number
+from dpo_jax.data.rows.messages import Message
+from dpo_jax.data.rows.problems import BadRow
 from dpo_jax.data.sets.prompts import Prompt
+from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.errors import InputError
-from dpo_jax.files.jsonl import RowsFile, read_lines
+from dpo_jax.files.jsonl import RowsFile
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt
 from dpo_jax.judge.asked.judging import Item, Judgement, side_of
@@ -35,13 +37,11 @@ def deciding(
 
     `function`: where it is one; `weights`: fingerprint of a model of this machine.
     """
-    endpoint, beside = judge.endpoint, [dict(item.columns) for item in items]
+    beside = [dict(item.columns) for item in items]
     return {
+        **answers.deciding(judge, weights),
+        **({} if function is None else {"judge": function.identity}),
         "prompt": None if prompt is None else prompt.version,
-        "judge": function.identity if function is not None else [endpoint.url, endpoint.model, judge.model],
-        "weights": None if weights is None else [weights, judge.dtype, judge.template, judge.date],
-        "sample": asdict(judge.sample),
-        "endpoint": [endpoint.temperature, endpoint.top_p, endpoint.max_tokens],
         "criteria": judge.criteria,
         "seed": judge.seed,
         "data": key_of(
@@ -51,6 +51,16 @@ def deciding(
     }
 
 
+def as_row(item: Item, judgement: Judgement) -> dict[str, Any]:
+    """A judgement for a file, with the number of its row and the hash of what was judged."""
+    return {"row": item.number, "judged": judged(item.messages, item.responses), **judgement.as_row()}
+
+
+def judged(messages: Sequence[Message], responses: Sequence[str]) -> str:
+    """A hash of a row's messages and responses, in order: 16 hexadecimal digits."""
+    return key_of({"messages": [message.as_dict() for message in messages], "responses": list(responses)})[:16]
+
+
 def write_judgements(
     file: RowsFile, items: Sequence[Item], judge: Callable[[Sequence[Item]], Sequence[Judgement]], label: str
 ) -> None:
@@ -58,7 +68,7 @@ def write_judgements(
     with ProgressBar(label, len(items), done=len(file.rows)) as bar:
         while len(file.rows) < len(items):
             some = items[len(file.rows) : len(file.rows) + AT_ONCE]
-            file.append({"row": item.number, **one.as_row()} for item, one in zip(some, judge(some), strict=True))
+            file.append(map(as_row, some, judge(some)))
             bar.update(len(file.rows))
 
 
@@ -83,21 +93,25 @@ def by_function(items: Sequence[Item], function: RewardFunction, name: str) -> l
     return found
 
 
-def read_scores(path: Path) -> dict[int, tuple[float | None, ...]]:
-    """Row -> the scores of its responses, None where unparsed, as `write_judgements` wrote them.
+class Scores(NamedTuple):
+    """What a judge says of a row: a score for each response, None where unparsed; `judged` where the file has it."""
 
-    Raises `InputError` for another file.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; it should be one that dpo-jax judge wrote")
-    found: dict[int, tuple[float | None, ...]] = {}
-    for line, row in enumerate(read_lines(path), 1):
-        number, scores = row.get("row"), row.get("scores")
+    scores: tuple[float | None, ...]
+    judged: str | None
+
+
+def read_scores(source: str) -> dict[int, Scores]:
+    """Row -> its scores, as `write_judgements` wrote them, or another program. Raises `InputError`."""
+    found: dict[int, Scores] = {}
+    for line, row in read_rows_or_problems(source):
+        if isinstance(row, BadRow):
+            raise InputError(f"{source}, row {line}: {row}; restore the file")
+        number, scores, of = row.get("row"), row.get("scores"), row.get("judged")
         if type(number) is not int or not isinstance(scores, list) or not all(map(_is_score, scores)):
-            raise InputError(f"{path}, line {line}: no row number with a list of scores, as dpo-jax judge writes them")
+            raise InputError(f"{source}, row {line}: no row number with a list of scores, as dpo-jax judge writes them")
         if number in found:
-            raise InputError(f"{path}, line {line}: row {number} for the second time; judge each row once")
-        found[number] = tuple(scores)
+            raise InputError(f"{source}, row {line}: row {number} for the second time; judge each row once")
+        found[number] = Scores(tuple(scores), of if isinstance(of, str) else None)
     return found
 
 
