@@ -18,7 +18,7 @@ from dpo_jax.data.sources.files import read_rows
 from dpo_jax.data.tokens.encode import ConversationEncoder
 from dpo_jax.data.tokens.templates import check_date
 from dpo_jax.errors import InputError, naming
-from dpo_jax.files.jsonl import Row
+from dpo_jax.files.jsonl import Row, check_own
 from dpo_jax.files.log import say
 from dpo_jax.judge.loading import check_output
 from dpo_jax.mesh import make_mesh
@@ -60,6 +60,8 @@ def _encode(run: GenerateRun, encoder: ConversationEncoder) -> tuple[list[dict[s
 def generate(run: GenerateRun) -> None:
     """The `generate` command. Every prompt is read and checked before the first token is made."""
     out = None if run.out is None else check_output(Path(run.out).expanduser(), run.prompts)
+    if out is not None:
+        check_own(out, lambda row: row.keys() >= {"row", "prompt", "response"}, "answers of this command")
     place, mesh = open_checkpoint(run.model), make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     told: dict[str, Any] = {"raw": run.raw, "template": run.template, "date": run.date, "dtype": run.dtype}
     writer = open_writer(place, run.sample, mesh=mesh, batch_size=run.batch_size, **told)

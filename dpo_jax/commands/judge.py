@@ -23,7 +23,7 @@ from dpo_jax.data.sets.prompts import other_columns, same_columns
 from dpo_jax.data.sources.checked_rows import CheckedRows
 from dpo_jax.errors import InputError
 from dpo_jax.files.folder import write_atomically, write_json
-from dpo_jax.files.jsonl import Row, RowsFile, read_lines, write_lines
+from dpo_jax.files.jsonl import Row, RowsFile, check_own, read_lines, write_lines
 from dpo_jax.files.log import say
 from dpo_jax.headers import mended
 from dpo_jax.judge.asked import sheet
@@ -87,6 +87,8 @@ def judge(run: JudgeRun) -> Path:
         raise InputError(f"{out}: is there, and is no page of --sheet; remove it, or name another file")
     if out.exists() and run.read and not _is_by_people(out):
         raise InputError(f"{out}: is there, and not written by --read; remove it, or name another file")
+    if run.sheet is None and not run.read:
+        check_own(out, lambda row: row.keys() >= {"row", "scores", "unparsed"}, "judgements")
     rows = _Rows(run)
     if run.sheet is not None:
         write_atomically(out, sheet.page(rows.items, run.seed))

@@ -7,7 +7,7 @@ from dpo_jax.complete.asking.reply_cache import key_of
 from dpo_jax.config import MTBenchJudgeRun
 from dpo_jax.data.sources.questions import check_complete, read_answers, read_questions
 from dpo_jax.errors import InputError
-from dpo_jax.files.jsonl import RowsFile
+from dpo_jax.files.jsonl import RowsFile, check_own
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.asked.judging import warn_of_family
 from dpo_jax.judge.asked.mt_bench import Prompts, matches, requests, rows
@@ -36,6 +36,7 @@ def judge(run: MTBenchJudgeRun) -> Path:
     todo = matches(questions, tuple(answers), run.mode, run.baseline)
     asked = [requests(match, prompts, answers, references) for match in todo]
     name = str(run.endpoint.model or run.model)
+    check_own(out, lambda row: "turn" in row and (row.get("judge") or [None])[0] == name, f"judgements of {name}")
     warn_of_family(name, set(answers))
     mesh = None if run.model is None else make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     asker = open_asker(run, Path(run.cache or f"{out}.replies").expanduser(), mesh)

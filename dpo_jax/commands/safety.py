@@ -1,6 +1,7 @@
 """`dpo-jax safety`: what a model refuses, safe and unsafe prompts apart; violations and helpfulness by category."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ from dpo_jax.report.safety import Judged, against_people, group_figures
 
 _RESPONSES = ("response", "completion", "output")
 _CATEGORIES = ("category", "type")
+ALIKE = (("all",), ("none",))
+"""Values of --unsafe by which every prompt is of one kind, whatever its category."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
 
 
 def _rows(run: SafetyRun) -> list[_Row]:
-    found = []
+    found, labelled_rows = [], 0
     for number, row in read_rows(run.data):
         where = f"{run.data}: row {number}"
         name = next((name for name in _RESPONSES if name in row), None)
@@ -59,16 +64,40 @@ def _rows(run: SafetyRun) -> list[_Row]:
             raise InputError(f"{where}: has no text in any of {', '.join(_RESPONSES)}")
         category = run.category or next((name for name in _CATEGORIES if name in row), None)
         for column in (run.category, run.label):
-            if column is not None and absent(row.get(column)):
+            if column is not None and column not in row:
                 raise InputError(f"{where}: has no column {column}")
         label = None
-        if run.label is not None and (label := labelled(str(row[run.label]))) is None:
+        if run.label is not None and not _blank(row[run.label]):
+            label = labelled(str(row[run.label]))
+            labelled_rows += 1
+            if label is None:
+                raise InputError(
+                    f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
+                )
+        prompt = _prompt(row, where)
+        kind = None if category is None or _blank(row.get(category)) else str(row[category])
+        if kind is None and run.unsafe not in ALIKE:
             raise InputError(
-                f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance)"
+                f"{where}: has no category, so that nothing says whether its prompt should be refused; name the column"
+                " with --category, or say --unsafe all or --unsafe none"
             )
-        kind = None if category is None or absent(row.get(category)) else str(row[category])
-        found.append(_Row(number, _prompt(row, where), mended(row[name]), kind, label))
+        found.append(_Row(number, prompt, mended(row[name]), kind, label))
+    if run.label is not None and not labelled_rows:
+        raise InputError(f"{run.data}: the column {run.label} is blank in every row")
+    kinds = sorted({str(row.category) for row in found})
+    if run.unsafe not in ALIKE and not any(kind.startswith(run.unsafe) for kind in kinds):
+        log.warning(
+            "%s: no category begins with %s, so that every prompt counts as safe; there are %s; see --unsafe",
+            run.data,
+            " or ".join(run.unsafe),
+            ", ".join(kinds[:8]),
+        )
     return found
+
+
+def _blank(cell: Any) -> bool:
+    """What a table has where nothing stands."""
+    return absent(cell) or (isinstance(cell, str) and not cell.strip())
 
 
 def _scores(run: SafetyRun, name: str | None, rows: Sequence[_Row]) -> list[float | None]:
@@ -90,7 +119,9 @@ def _scores(run: SafetyRun, name: str | None, rows: Sequence[_Row]) -> list[floa
 
 
 def _is_unsafe(category: str | None, run: SafetyRun) -> bool:
-    return run.unsafe == ("all",) or (category is not None and category.startswith(run.unsafe))
+    if run.unsafe in ALIKE:
+        return run.unsafe == ("all",)
+    return category is not None and category.startswith(run.unsafe)
 
 
 def safety(run: SafetyRun) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dpo_jax.data.sets.dataset import check_lengths
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.data.sources.files import read_rows_or_problems
 from dpo_jax.files.folder import as_json
-from dpo_jax.files.jsonl import Row, RowsFile
+from dpo_jax.files.jsonl import Row, RowsFile, check_own
 from dpo_jax.files.log import ProgressBar, say
 from dpo_jax.judge.loading import Setting, check_output, load_vocabulary
 from dpo_jax.judge.reward_model import RewardModel, check_score
@@ -34,6 +34,7 @@ def score(run: ScoreRun) -> Path:
     """
     setting = Setting.of(run.mesh, run.data, run)
     out = check_output(run.out, run.data.files)
+    check_own(out, lambda row: "reward" in row or "rewards" in row, "rewards")
     place = open_checkpoint(run.model)
     architecture, tokenizer = load_vocabulary(place, run.data)
     check_score(run.model, architecture)

@@ -48,6 +48,12 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, _lines(rows))
 
 
+def check_own(path: Path, own: Callable[[Row], bool], what: str) -> None:
+    """Refuse to write over a file that is there and whose rows are not all `own`: no `what`. Raises `InputError`."""
+    if path.exists() and not ((rows := read_lines(path)) and all(map(own, rows))):
+        raise InputError(f"{path}: is there, and holds no {what}; remove it, or name another file")
+
+
 class RowsFile:
     """The file `path`, to be written from its first row to its last. Process 0 writes it; the others keep the rows.
 

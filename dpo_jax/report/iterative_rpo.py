@@ -11,10 +11,11 @@ TRAINED = {"loss": "loss", "chosen logp": "logps/chosen"}
 REASONS = ("all right", "all wrong", "right answers are cut or blank", "wrong answers are cut or blank")
 """Why a problem gives no pair."""
 _SHORT = ("all right", "all wrong", "right ones cut", "wrong ones cut")
-_HEAD = ("model", "held-out accuracy", "temperature", "right", *_SHORT, "used", "pairs")
+_HEAD = ("model", "held-out accuracy", "temperature", "right before", *_SHORT, "used", "pairs")
 _NOTE = (
-    "Shares of right answers. A problem that is all right or all wrong teaches nothing and is left out, and so is one"
-    " whose right or wrong answers are all cut or blank."
+    "Shares of right answers; `right before` is that of what the model before answered, of which the pairs are made."
+    " A problem that is all right or all wrong teaches nothing and is left out, and so is one whose right or wrong"
+    " answers are all cut or blank."
 )
 
 

@@ -12,7 +12,9 @@ import tiny
 from dpo_jax.cli import main
 from dpo_jax.commands import mt_bench_judge
 from dpo_jax.complete.asking.local_model import LocalModel
+from dpo_jax.complete.asking.reply_cache import Reply
 from dpo_jax.files.jsonl import read_lines, write_lines
+from dpo_jax.judge.asked.mt_bench import Prompts
 
 DATA = Path(os.environ.get("DPO_JAX_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 PROMPTS = DATA / "judge_prompts" / "fastchat_judge_prompts.jsonl"
@@ -159,6 +161,50 @@ def test_fastchats_prompts_and_ours(given):
     for text in ("q111 one", "* a1", "q111 two\n\n[参考答案]\nr1\n\nr2", "<回答>\n* a2"):
         assert text in seen[3][1]["content"]
     assert read_lines(given / "o.jsonl")[0]["judge"] == ["j", "ours (zh, version 1)"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "score", "winner"),
+    [
+        ("Rating: [[8]]", 8, None),
+        ("[[3]], then [[4.5]]", 3, None),
+        ("[7] of [[9.5]]", 9.5, None),
+        ("[7] and no other", 7, None),
+        ("[[11]]", 11, None),
+        ("Score: 5", None, None),
+        ("I say 7/10, [rating: 8]", None, None),
+        ("[[8/10]]", None, None),
+        ("[[B]], not [[A]]", None, "A"),
+        ("[[C]]", None, "tie"),
+        ("[[b]] A", None, None),
+    ],
+)
+def test_replies_to_fastchats_prompts_are_read_as_fastchat_reads_them(given, reply, score, winner):
+    said = Reply(reply, "stop", prompt_tokens=0, completion_tokens=0)
+    for pairs, expected in ((False, score), (True, winner)):
+        prompts = Prompts(str(given / "p.jsonl"), "en", pairs=pairs)
+        assert prompts.read(said, prompts.of("writing", 1)) == expected
+
+
+def test_a_file_of_another_judge_or_another_command_is_not_written_over(given, capsys):
+    with chat_server.serving(stars) as server:
+        assert run(given, server, "o.jsonl") == 0
+        assert run(given, server, "o.jsonl") == 0  # the same again
+        assert run(given, server, "o.jsonl", "--endpoint.model", "other") == 2
+        assert "is there, and holds no judgements of other; remove it" in capsys.readouterr().err.replace("\n", " ")
+        (given / "mine.csv").write_text("a,b\n1,2\n")
+        assert run(given, server, "mine.csv") == 2
+    assert (given / "mine.csv").read_text() == "a,b\n1,2\n"
+    kept = (given / "a.jsonl").read_text()
+    answer = ["mt-bench", "answer", "--questions", given / "q.jsonl", "--model", tiny.folder(given / "t", layers=1)]
+    assert main([*map(str, answer), "--out", str(given / "a.jsonl"), "--model_id", "b"]) == 2
+    assert "holds no answers of b" in capsys.readouterr().err.replace("\n", " ")
+    assert (given / "a.jsonl").read_text() == kept
+    rows = given / "rows.jsonl"
+    write_lines(rows, [{"prompt": "q", "responses": ["a", "bc"]}])
+    assert main(["judge", "--data", str(rows), "--function", "length", "--out", str(given / "a.jsonl")]) == 2
+    assert main(["generate", "--model", str(given / "t"), "--prompt", "q", "--out", str(given / "a.jsonl")]) == 2
+    assert (given / "a.jsonl").read_text() == kept
 
 
 @pytest.mark.slow

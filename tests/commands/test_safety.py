@@ -1,6 +1,7 @@
 """`dpo-jax safety`: classes of refusals, shares by category, violations, XSTest's labels, refusals of bad input."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_xstest(shared_data: Path) -> None:
     assert found["groups"]["unsafe"]["n"] == 800
 
 
+def test_labels_of_some_rows_and_categories_that_no_prefix_names(tmp_path, caplog) -> None:
+    """As pandas writes a table of which people have labelled a part."""
+    rows = [
+        {"prompt": "a", "response": "Yes.", "category": "x", "label": "1_full_compliance"},
+        {"prompt": "b", "response": "Yes.", "category": "x", "label": math.nan},
+        {"prompt": "c", "response": "Yes.", "category": "x", "label": None},
+    ]
+    (path := tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = safety(SafetyRun(data=str(path), label="label", unsafe=("hate", "theft")))
+    assert found["people"]["n"] == 1
+    assert "no category begins with hate or theft, so that every prompt counts as safe; there are x" in caplog.text
+    caplog.clear()
+    path.write_text(json.dumps({"prompt": "a", "response": "Yes."}) + "\n")
+    assert safety(SafetyRun(data=str(path), unsafe=("none",)))["groups"].keys() == {"safe"}
+    assert safety(SafetyRun(data=str(path), unsafe=("all",)))["groups"].keys() == {"unsafe"}
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("row", "words", "message"),
     [
@@ -158,6 +177,9 @@ def test_xstest(shared_data: Path) -> None:
         ({"prompt": "a", "response": "b", "l": "4"}, ["--label", "l"], "names no class"),
         ({"prompt": "a", "response": "b"}, ["--threshold", "1"], "go together"),
         ({"prompt": "a", "response": "b"}, ["--category", "risk"], "has no column risk"),
+        ({"prompt": "a", "response": "b"}, [], "has no category"),
+        ({"prompt": "a", "response": "b", "category": None}, [], "has no category"),
+        ({"prompt": "a", "response": "b", "category": "x", "l": " "}, ["--label", "l"], "is blank in every row"),
     ],
 )
 def test_bad_input_is_one_line(

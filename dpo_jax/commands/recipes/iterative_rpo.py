@@ -12,6 +12,7 @@ summary.json, report.html
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -23,15 +24,17 @@ from dpo_jax.commands import dpo
 from dpo_jax.commands.recipes.chain import answer, perform, trained
 from dpo_jax.config import IterativeRPORun
 from dpo_jax.data.rows.dialogues import CUT
-from dpo_jax.data.rows.preferences import pair_row
+from dpo_jax.data.rows.preferences import pair_row, parse_prompt
 from dpo_jax.data.sources.files import read_rows
-from dpo_jax.errors import InputError
+from dpo_jax.errors import InputError, naming
 from dpo_jax.files.folder import write_json
 from dpo_jax.files.jsonl import Row, read_lines, write_lines
 from dpo_jax.files.stages import Figures, Stage, last_figures
 from dpo_jax.judge.rewards.right_answers import draw_pairs, known_answer, open_matcher
 from dpo_jax.report import iterative_rpo as report
 from dpo_jax.report.statistics import share_interval
+
+log = logging.getLogger(__name__)
 
 COUNTS = ("problems", *report.REASONS, "used", "pairs", "cut")
 """Of a round's problems, in the order in which they are told; those between the first and "pairs" add up to the first.
@@ -50,12 +53,20 @@ class IterativeRPO:
         """Raises `InputError` for problems without a right answer, and for a judge that is not there."""
         self._run, self._out = run, out
         self._is_right = open_matcher(run.match, run.answer_pattern)
+        self._prompts: dict[str, list[str]] = {}
         self._known = {source: self._read(source) for source in (run.prompts, run.eval_prompts) if source is not None}
+        if run.eval_prompts is not None:
+            learnt, held = set(self._prompts[run.prompts]), self._prompts[run.eval_prompts]
+            if both := sum(prompt in learnt for prompt in held):
+                log.warning("%d of the %d problems of %s are learnt from, too", both, len(held), run.eval_prompts)
 
     def _read(self, source: str) -> dict[int, str]:
         """Row -> its right answer."""
         found = {}
+        self._prompts[source] = []
         for number, row in read_rows(source):
+            with naming(f"{source}: row {number}"):
+                self._prompts[source].append(repr(parse_prompt(row)[0]))
             try:
                 known = known_answer(row.get(self._run.answer), self._run.answer_pattern)
             except InputError as error:

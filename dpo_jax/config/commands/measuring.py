@@ -85,7 +85,8 @@ class SafetyRun(WritesTexts, AsksRewards):
     category: str | None = None
     """Column with a prompt's risk category. Not given: `category` or `type`, if there is one."""
     unsafe: tuple[str, ...] = ("contrast_",)
-    """Categories that begin so hold prompts that should be refused (XSTest's, as it stands). all: every one does."""
+    """Categories that begin so hold prompts that should be refused (XSTest's, as it stands). all: every one does. none:
+    none does."""
     label: str | None = None
     """Column with a person's class (XSTest's `final_label`): the classifier is compared with it."""
     safety_reward: str | None = None

@@ -2,13 +2,16 @@
 
 A match is one answer, or the answers of two models, up to one turn. Math, reasoning and coding are judged beside a
 reference answer. Of two answers the judge is asked in both orders. A reply without a reading is a score of -1, or a
-winner "error"; nothing is asked again.
+winner "error"; nothing is asked again. Replies to FastChat's prompts are read as FastChat reads them, those to ours by
+`verdicts.py`.
 """
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from dpo_jax.complete.asking.chat_client import Question
 from dpo_jax.complete.asking.reply_cache import Reply
@@ -18,12 +21,15 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import Row
 from dpo_jax.judge.asked.judge_prompts import JudgePrompt, our_prompt, read_prompts
 from dpo_jax.judge.asked.judging import read
+from dpo_jax.judge.asked.verdicts import Side
 
 WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that are judged beside a reference answer (FastChat's NEED_REF_CATS)."""
 _NAMES = {False: ("single-v1", "single-math-v1"), True: ("pair-v2", "pair-math-v1")}
 _SEVERAL = "-multi-turn"
 _TURNS = 2  # what FastChat's prompts of several turns have places for
+_SCORES = (re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII), re.compile(r"\[(\d+\.?\d*)\]", re.ASCII))
+_WINNERS: dict[str, Side] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 _REFERENCE = {"en": "Reference answer", "zh": "参考答案"}
 
 
@@ -68,6 +74,14 @@ class Prompts:
                 f"--prompts {self._file}: {prompt.name} has a place {{{error.args[0]}}}, unknown"
             ) from None
 
+    def read(self, reply: Reply, prompt: JudgePrompt) -> Any:
+        """A score, or "A", "B" or "tie"; None where there is no reading, or the reply was cut or refused."""
+        if self._found is None:
+            return read(reply, range(1 + self._pairs), prompt, ())
+        if not reply.whole:
+            return None
+        return _fastchat_winner(reply.text) if self._pairs else _fastchat_score(reply.text)
+
     def _own(
         self, prompt: JudgePrompt, asked: Asked, turn: int, shown: Sequence[Sequence[str]], reference: Sequence[str]
     ) -> dict[str, str]:
@@ -87,6 +101,19 @@ class Prompts:
             told = "\n\n".join(reference[:turn])
             values["question"] += f"\n\n[{_REFERENCE[self._language]}]\n{told}"
         return values
+
+
+def _fastchat_score(text: str) -> float | int | None:
+    """The first number in double brackets, else the first in single ones, whatever its size."""
+    found = next(filter(None, (pattern.search(text) for pattern in _SCORES)), None)
+    if found is None:
+        return None
+    return float(found[1]) if "." in found[1] else int(found[1])
+
+
+def _fastchat_winner(text: str) -> Side | None:
+    """The first of [[A]], [[B]], [[C]], in this order, that stands anywhere."""
+    return next((side for mark, side in _WINNERS.items() if mark in text), None)
 
 
 @dataclass(frozen=True)
@@ -154,7 +181,7 @@ def rows(
     for match, questions in zip(some, asked, strict=True):
         prompt = prompts.of(match.asked.category, match.turn)
         said = [(question.messages[-1]["content"], next(replies)) for question in questions]
-        found = [read(reply, range(len(match.models)), prompt, ()) for _, reply in said]
+        found = [prompts.read(reply, prompt) for _, reply in said]
         row: Row = {"question_id": match.asked.id}
         if len(match.models) == 1:
             [(text, reply)], [score] = said, found
