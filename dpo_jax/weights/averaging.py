@@ -7,6 +7,7 @@ two tensors, however many models there are. Checkpoints of runs and PEFT adapter
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ from dpo_jax.weights.integrity.folder import check_free, write_json
 from dpo_jax.weights.opened import StoredModel
 from dpo_jax.weights.pretrained import stored_tensors
 
+log = logging.getLogger(__name__)
+
 PROVENANCE = "average.json"
 # Ids of tokens and the longest text change no weight's meaning.
 _FREE = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "torch_dtype", "dtype"}
 
 
 def check_alike(places: Sequence[StoredModel], tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
-    """Raise `InputError` where two models differ in shape, in what config.json says, or in their tokenizers' pieces."""
+    """Raise `InputError` where two models differ in shape, in what config.json says, or in their tokenizers' pieces.
+
+    Another chat template is told.
+    """
     first, spoken = places[0], tokenizers[0].get_vocab()
     wanted = to_hf(first.architecture)
     if first.architecture.num_labels:
@@ -47,6 +53,8 @@ def check_alike(places: Sequence[StoredModel], tokenizers: Sequence[PreTrainedTo
                 f"{place.name}: its tokenizer is not that of {first.name}: {told(odd)} is {told(pieces.get(odd))}, and"
                 f" {told(spoken.get(odd))} there; only models of one tokenizer are averaged"
             )
+        if tokenizer.chat_template != tokenizers[0].chat_template:
+            log.warning("%s: has another chat template than %s, whose template is kept", place.name, first.name)
 
 
 def _digested(place: StoredModel, config: LlamaConfig, digest: Any) -> Iterator[np.ndarray]:

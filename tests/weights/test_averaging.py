@@ -1,6 +1,7 @@
 """`dpo-jax average`: the mean of models, against numpy; what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,13 @@ def test_shares_of_weights_of_any_size(weights: tuple[float, ...], shares: tuple
 def test_bad_options(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["average", "--models", *options, "--to", "x"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_another_chat_template_is_told(models: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spoken = shutil.copytree(models[1], tmp_path / "spoken")
+    (spoken / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert cli.main(["average", "--models", models[0], str(spoken), "--to", str(tmp_path / "to")]) == 0
+    assert "has another chat template than" in caplog.text
 
 
 def test_other_shapes_and_tokenizers(models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
