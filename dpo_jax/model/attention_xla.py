@@ -97,36 +97,26 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, how: S
     `slots`: the axis of S in k and v.
     """
     (B, T, G, M), S = q.shape[:4], k.shape[slots]
+    k, v = (k, v) if slots == 2 else (k.swapaxes(1, 2), v.swapaxes(1, 2))  # [B, G, S, C]
     places = jnp.broadcast_to(jnp.arange(T), (B, T))
-    if mask.positions is not None:
-        cached = partial(_of_queries, k=k, v=v, mask=mask, how=how, keys="bgsc", seen=S)
-        return _by_queries(cached, _at_once(B, G * M, S), q, mask, places)
     parts = []
-    for block in _blocks(T):
+    for block in _blocks(T) if mask.positions is None else (slice(0, T),):
+        seen = block.stop if mask.positions is None else S
         own = jax.tree.map(lambda x, block=block: x[:, block], mask)
-        seen = partial(_of_queries, k=k, v=v, mask=mask, how=how, keys="bsgc", seen=block.stop)
-        parts.append(_by_queries(seen, _at_once(B, G * M, block.stop), q[:, block], own, places[:, block]))
+        of = partial(_of_queries, k=k[:, :, :seen], v=v[:, :, :seen], mask=mask, how=how)
+        parts.append(_by_queries(of, _at_once(B, G * M, seen), q[:, block], own, places[:, block]))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _of_queries(
-    q: jax.Array,
-    own: AttentionMask,
-    t: jax.Array,
-    *,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    how: Scoring,
-    keys: str,
-    seen: int,
+    q: jax.Array, own: AttentionMask, t: jax.Array, *, k: jax.Array, v: jax.Array, mask: AttentionMask, how: Scoring
 ) -> jax.Array:
-    """Queries t [B, n] of the rows, of which `own` says what `mask` does of all; they see none but the first keys."""
+    """Queries t [B, n] of the rows, of which `own` says what `mask` does of all; keys and values [B, G, S, C]."""
+    seen = k.shape[2]
     at = jnp.arange(seen)[None]
     if own.positions is not None:
         visible = at <= own.positions[:, :, None]
     else:
-        k, v = k[:, :seen], v[:, :seen]
         visible = at <= t[:, :, None]
         if mask.segments is not None and own.segments is not None:
             visible = visible & (own.segments[:, :, None] == mask.segments[:, None, :seen])
@@ -134,7 +124,8 @@ def _of_queries(
             at = mask.at[:, :seen]
     if mask.window is not None:
         visible = visible & _near(own.at, at, mask.window, how.windowed)
-    return _attended(how.scale, how.cap, keys, q, k, v, visible)
+    heads_first = q.transpose(0, 2, 3, 1, 4)
+    return _attended(how.scale, how.cap, heads_first, k, v, visible).transpose(0, 3, 1, 2, 4)
 
 
 def _by_queries(of: Callable[..., jax.Array], size: int, q: jax.Array, *rest: Any) -> jax.Array:
@@ -145,48 +136,58 @@ def _by_queries(of: Callable[..., jax.Array], size: int, q: jax.Array, *rest: An
     return by_chunks(lambda q, *some: of(q, *jax.tree.unflatten(tree, some)), size, q, *leaves)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attended(
-    scale: float, cap: float | None, keys: str, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+    scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """q [B, T, G, M, C], k and v with the axes `keys`, visible [B, T, S] -> [B, T, G, M, C].
+    """q [B, G, M, T, C], k and v [B, G, S, C], visible [B, T, S] -> [B, G, M, T, C].
 
     A query that sees nothing sees all with equal weights: finite, and so is its gradient.
     """
-    return _attended_forward(scale, cap, keys, q, k, v, visible)[0]
+    return _attended_forward(scale, cap, q, k, v, visible)[0]
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, G, M, T, ...] -> [B, G, M T, ...]: all that a key/value head is multiplied with."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _masked(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
+def _scored(scale: float, cap: float | None, q: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, G, M, T, S], before they are masked."""
+    return _scores("bgrc,bgsc->bgrs", _rows(q), k, Scoring(scale, cap, None)).reshape(*q.shape[:4], -1)
+
+
 def _attended_forward(
-    scale: float, cap: float | None, keys: str, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+    scale: float, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
 ) -> tuple[jax.Array, Any]:
-    scores = _masked(_scores(f"btgmc,{keys}->bgmts", q, k, Scoring(scale, cap, None)), visible)
+    scores = _masked(_scored(scale, cap, q, k), visible)
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = _product(f"bgmts,{keys}->btgmc", weights.astype(v.dtype), v)
-    out = saved_in_first_pass((out / jnp.moveaxis(total, 3, 1)).astype(q.dtype))
+    out = _product("bgrs,bgsc->bgrc", _rows(weights).astype(v.dtype), v).reshape(q.shape)
+    out = saved_in_first_pass((out / total).astype(q.dtype))
     log_total = saved_in_first_pass(largest + jnp.log(total))  # float32 [B, G, M, T, 1]
     return out, (q, k, v, visible, out, log_total)
 
 
-def _attended_backward(scale: float, cap: float | None, keys: str, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+def _attended_backward(scale: float, cap: float | None, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
     q, k, v, visible, out, log_total = kept
-    scores = _scores(f"btgmc,{keys}->bgmts", q, k, Scoring(scale, cap, None))
+    scores = _scored(scale, cap, q, k)
     weights = jnp.exp(_masked(scores, visible) - log_total)
     along = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    slopes = weights * (_product(f"btgmc,{keys}->bgmts", gradient, v) - jnp.moveaxis(along, 1, 3))
+    slopes = weights * (_product("bgrc,bgsc->bgrs", _rows(gradient), v).reshape(weights.shape) - along)
     slopes = jnp.where(visible[:, None, None], slopes, 0) * scale
     if cap is not None:
         slopes = slopes * (1 - jnp.square(scores / cap))
-    slopes, weights = slopes.astype(q.dtype), weights.astype(v.dtype)
+    by_row, weights = _rows(slopes).astype(q.dtype), _rows(weights).astype(v.dtype)
     return (
-        _product(f"bgmts,{keys}->btgmc", slopes, k).astype(q.dtype),
-        _product(f"bgmts,btgmc->{keys}", slopes, q).astype(k.dtype),
-        _product(f"bgmts,btgmc->{keys}", weights, gradient).astype(v.dtype),
+        _product("bgrs,bgsc->bgrc", by_row, k).reshape(q.shape).astype(q.dtype),
+        _product("bgrs,bgrc->bgsc", by_row, _rows(q)).astype(k.dtype),
+        _product("bgrs,bgrc->bgsc", weights, _rows(gradient)).astype(v.dtype),
         np.zeros(visible.shape, jax.dtypes.float0),
     )
 
