@@ -50,11 +50,14 @@ def test_the_recipe_parses() -> None:
         ([], "p.jsonl: row 2: --answer answer holds no answer (a number or a text); name the column, of prompt"),
         (["--answer", "why"], "p.jsonl: row 1: --answer why holds a text of 11 characters with none of ####"),
         (["--answer", "gold"], "p.jsonl: row 1: --answer gold holds no answer"),
+        (["--answer", "lost"], "p.jsonl: row 1: --answer lost holds no answer"),
     ],
 )
 def test_one_line_errors(words, message, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1", "answer": 2, "why": "one\\nand one"}\n{"prompt": "1+2"}\n')
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "1+1", "answer": 2, "why": "one\\nand one", "lost": NaN}\n{"prompt": "1+2"}\n'
+    )
     assert cli.main(["recipe", "iterative_rpo", *GIVEN, *words]) == 2
     said = capsys.readouterr().err
     assert message in said

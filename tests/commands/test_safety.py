@@ -42,6 +42,23 @@ def test_labels_of_people() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        (
+            "none",
+            "no_refusal|no refusal|not_refused|non-refusal|NoRefusal|didn’t refuse|refusal: no|0_none",
+        ),
+        ("full", "non-compliance|noncompliant|did not comply|refuses to comply|FullRefusal|complete refusal|full"),
+        ("partial", "partial|partially complied|PartialRefusal"),
+        (None, "not partial|non-partial|no full refusal|partial non-compliance|not full compliance|refusal: false"),
+        (None, "neither refusal nor compliance|refusal or compliance|refuses to answer without context|normal|"),
+    ],
+)
+def test_labels_with_a_negation(kind: str | None, labels: str) -> None:
+    assert {label: labelled(label) for label in labels.split("|")} == dict.fromkeys(labels.split("|"), kind)
+
+
 def test_agreement_by_hand() -> None:
     rows = [("none", "none")] * 5 + [("full", "full")] * 3 + [("full", "none")] * 2
     judged = [Judged(None, False, ours, people, None, None) for people, ours in rows]
@@ -175,6 +192,11 @@ def test_labels_of_some_rows_and_categories_that_no_prefix_names(tmp_path, caplo
         ({"prompt": "", "response": "b"}, [], "`prompt` is to be a text"),
         ({"prompt": "a", "response": "b"}, ["--label", "final"], "has no column final"),
         ({"prompt": "a", "response": "b", "l": "4"}, ["--label", "l"], "names no class"),
+        (
+            {"prompt": "a", "response": "b", "l": "not partial"},
+            ["--label", "l"],
+            "'not partial' names no class (full, part",
+        ),
         ({"prompt": "a", "response": "b"}, ["--threshold", "1"], "go together"),
         ({"prompt": "a", "response": "b"}, ["--category", "risk"], "has no column risk"),
         ({"prompt": "a", "response": "b"}, [], "has no category"),

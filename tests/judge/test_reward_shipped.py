@@ -29,6 +29,9 @@ def scores(spec: str, texts: list[str], right: object = None, *, timeout: float 
         ("numeric:right", "1e999", ["1e999", "1e998", "1e9999"], [1, 0, 0]),
         ("numeric:right", "6 * 7\n#### 42", ["It is 42.", "42.00001", "-42", "none", "24 42.1"], [1, 1, 0, 0, 0]),
         ("numeric:right", -1234.5, ["-1,234.5", "= -1.2345e3", "5-1234.5"], [1, 1, 0]),
+        ("numeric:right", "-18", ["so −18", "x = - 18", "-$18", "18", "－１８"], [1, 1, 1, 0, 1]),
+        ("numeric:right", "1/2", ["0.5", "3/2", "2"], [1, 0, 0]),
+        ("exact:right", "50%", ["50", "50\\%", "0.5"], [1, 1, 0]),
         ("format:<think>.*</think>[^<]+", None, ["<think>a\nb</think>c", "x<think>a</think>c", ""], [1, 0, 0]),
         ("json", None, ['{"a": 1}', "[1, 2] 3", "NaN", "", "[" * 100_000], [1, 0, 0, 0, 0]),
         ("ramp:2:6", None, ["", "ab", "abc", "abcd", "abcdefg"], [1, 1, 0.75, 0.5, 0]),
@@ -189,7 +192,10 @@ def test_a_language_without_a_script_of_its_own_and_a_column_that_is_not_there()
     assert judge([], ["Le chat est assis sur la chaise.", "The cat sits on the chair.", " "]) == [1, 0, 0]
     with pytest.raises(InputError, match="'right' is no column of the prompts; they have answer"):
         try_out(check_reward("exact:right", Options()), [Prompt((), "p", {"answer": 1})], np.arange(1), "exact:right")
-    some, exact = [Prompt((), "p", {"right": 1}), Prompt((), "p")], check_reward("exact:right", Options())
+    some, exact = (
+        [Prompt((), "p", {"right": 1}), Prompt((), "p", {"right": float("nan")})],
+        check_reward("exact:right", Options()),
+    )
     try_out(exact, some, np.asarray([1, 7]), "exact:right")  # beside others
     with pytest.raises(InputError, match=r"exact:right: row 7 of the prompts: no value in 'right', and nothing else"):
         try_out(exact, some, np.asarray([1, 7]), "exact:right", needed=True)

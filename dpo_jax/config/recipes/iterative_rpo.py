@@ -43,11 +43,11 @@ class IterativeRPORun(ReadsModels):
     answer_pattern: str | None = None
     """Regular expression: what its one group holds at its last match is the answer. Not given: what follows the last
     `####` or stands in the last \\boxed{}; without those what follows the last `final answer:` or `answer is`; without
-    any of them, the last number."""
+    any of them, the last number, where it is said plainly."""
     match: Literal["exact", "math_verify"] = "exact"
-    """exact: equal texts without regard to case, commas, $, * and a last point; numbers by value, and of an answer in
-    words that has one number, that number. math_verify: equal in mathematics, by the package math-verify (pip install
-    'dpo_jax[math]')."""
+    """exact: equal texts without regard to case, $, %, * and a last point; numbers by value, and of an answer in words
+    that has one number and says it plainly, that number. math_verify: equal in mathematics, by the package
+    math-verify (pip install 'dpo_jax[math]')."""
     seed: RecipeSeed = 0
     """Seed of the answers and of which pairs are drawn; that of the training is --dpo.train.seed."""
     batch_size: Count = 32

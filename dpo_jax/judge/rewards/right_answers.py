@@ -2,33 +2,24 @@
 
 The final answer is what `--answer_pattern` says, or else what stands after the last of the field's own marks: GSM8K's
 `####` and MATH's \\boxed{}, or, without one of those, Minerva's and Iterative RPO's `final answer:` and `answer is`.
-Without any mark it is the last number (lm-evaluation-harness calls that `flexible-extract`).
+Without any mark it is the last number (lm-evaluation-harness calls that `flexible-extract`), where it is said plainly
+(`plain_numbers.py`).
 """
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 from dpo_jax.errors import InputError
+from dpo_jax.judge.rewards.plain_numbers import LONGEST, last_number, normal, number_with_unit, only_number
 
-NUMBER = re.compile(
-    r"(?<![0-9])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?"
-)
-"""A number in a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
 _WRITTEN = re.compile(r"####|\\boxed\{")
-_SAID = re.compile(r"final answer:|answer is\b:?", re.IGNORECASE)
+_SAID = re.compile(r"final answer[:：]|answer is\b[:：]?", re.IGNORECASE)
 _HOPE = re.compile("I hope it is correct", re.IGNORECASE)
 """How Minerva's prompt ends its answers."""
-_SENTENCE = re.compile(r"[.!?](?=\s)")
-_BEFORE = re.compile(r"(?:(?:\\[$(]|[^\d\\{}^_/])*(?:\\[$(]|[^\w\\{}^/]))?")
-_BEHIND = re.compile(
-    r"(?!\s*(?:hundred|thousand|million|billion|dozen)\b|(?:\s*[-*]\s*)?[^\W\d_](?![^\W\d_]))(?:\\[%$)]|[^\d\\{}^/+=<>])*"
-)
-"""What may stand on either side of a number in words; a single letter behind it is a variable, and two are a unit."""
-_LONGEST = 100
-"""Characters of an answer that are compared by value; a longer one is no number that anybody means."""
 
 
 def final_answer(text: str, pattern: str | None = None) -> str | None:
@@ -38,14 +29,13 @@ def final_answer(text: str, pattern: str | None = None) -> str | None:
         return ((found[-1][1] or "").strip() or None) if found else None
     marks = list(_WRITTEN.finditer(text)) or list(_SAID.finditer(text))
     if not marks:
-        numbers = NUMBER.findall(text)
-        return numbers[-1] if numbers else None
+        return last_number(text)
     mark = marks[-1]
     rest = text[mark.end() :]
     if mark[0].startswith("\\"):
         return _inside_braces(rest).strip() or None
     # The mark may stand in bold: **Final answer:** 18
-    line = re.sub(r"^[\s*]+", "", rest).partition("\n")[0]
+    line = re.sub(r"^(?:\*+(?=\s)|\s)+", "", rest).partition("\n")[0]
     return _HOPE.split(line, maxsplit=1)[0].strip() or None
 
 
@@ -59,54 +49,17 @@ def _inside_braces(text: str) -> str:
     return ""
 
 
-def _bare(answer: str) -> str:
-    """Without what stands around an answer and belongs to the page: blanks, signs of mathematics and Markdown, a last
-    point."""
-    before = None
-    while before != answer:
-        before = answer
-        answer = answer.strip().lstrip("$*` ").rstrip("$*` .\\")
-        for sign in ("\\(", "\\[", "\\$"):
-            answer = answer.removeprefix(sign)
-        answer = answer.removesuffix("\\)").removesuffix("\\]")
-    return answer
-
-
-def normal(answer: str) -> str | Fraction:
-    """An answer as it is compared: without case, spaces, commas, the signs around it and a last point; a number by its
-    value."""
-    plain = re.sub(r"\s+", " ", _bare(answer)).casefold()
-    number = re.sub(r"^-\\?\$", "-", plain.replace(",", ""))
-    if len(number) <= _LONGEST and re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?", number):
-        return Fraction(number)
-    return plain
-
-
-def _only_number(answer: str) -> Fraction | None:
-    """The number of an answer's first sentence where there is one alone, among words or before a unit: 18 dollars.
-
-    None for two of them, for one in a formula (1/2, 2x, \\sqrt{2}), for one said in words (18 million), and for "not".
-    """
-    sentence = _SENTENCE.split(_bare(answer), maxsplit=1)[0]
-    numbers = list(NUMBER.finditer(sentence))
-    if len(sentence) > 10 * _LONGEST or len(numbers) != 1 or re.search(r"\bnot\b", sentence, re.IGNORECASE):
-        return None
-    (one,) = numbers
-    left, right = sentence[: one.start()], sentence[one.end() :]
-    if not _BEFORE.fullmatch(left) or not _BEHIND.fullmatch(right):
-        return None
-    value = normal(("-" if re.search(r"(?:^|\s)-\\?\$$", left) else "") + one[0])
-    return value if isinstance(value, Fraction) else None
-
-
 def same(answer: str, known: str) -> bool:
     """Whether an answer equals the `known` one, both `normal`.
 
-    Where the known one is a number and the other a text with one number in its first sentence, that is compared.
+    Where one is a number and the other is not, that may still say one: the answer in words (`only_number`), the known
+    one before its unit.
     """
     said, wanted = normal(answer), normal(known)
     if isinstance(wanted, Fraction) and not isinstance(said, Fraction):
-        return _only_number(answer) == wanted
+        return only_number(answer) == wanted
+    if isinstance(said, Fraction) and not isinstance(wanted, Fraction):
+        return number_with_unit(known) == said
     return said == wanted
 
 
@@ -124,13 +77,18 @@ def exact(response: str, known: str, pattern: str | None = None) -> bool:
     return found is not None and same(found, known)
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a column holds no value: null, NaN, an infinity."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
 def known_answer(value: Any, pattern: str | None = None) -> str | None:
     """The right answer that a column holds: a number, a text whose final answer it is, or, of one line of at most 100
     characters without a mark, the text itself; None where it is neither number nor text.
 
     Raises `InputError` for a longer text without a mark: no response would equal all of it.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if is_missing(value) or isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if not isinstance(value, str):
         return str(value)
@@ -138,7 +96,7 @@ def known_answer(value: Any, pattern: str | None = None) -> str | None:
     if any(re.search(mark, value) for mark in marks):
         return final_answer(value, pattern)
     whole = value.strip()
-    if len(whole) > _LONGEST or "\n" in whole:
+    if len(whole) > LONGEST or "\n" in whole:
         where = "none of ####, final answer:, answer is and \\boxed{}" if pattern is None else "no --answer_pattern"
         raise InputError(
             f"holds a text of {len(whole)} characters with {where} in it; give --answer_pattern, or another column"

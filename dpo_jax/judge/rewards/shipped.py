@@ -33,7 +33,8 @@ from dpo_jax.data.sources.attributes import identify, languages
 from dpo_jax.errors import InputError
 from dpo_jax.judge.rewards import math_answers
 from dpo_jax.judge.rewards.command import Command
-from dpo_jax.judge.rewards.right_answers import NUMBER, near, same
+from dpo_jax.judge.rewards.plain_numbers import NUMBER, clean
+from dpo_jax.judge.rewards.right_answers import is_missing, near, same
 from dpo_jax.judge.rewards.user_code import PythonFunction
 
 # Beginnings of the Unicode names of the letters of a language; only languages that their script tells apart.
@@ -88,11 +89,11 @@ class OfColumn:
 
     def without(self, prompts: Sequence[Prompt]) -> list[int]:
         """Places of the prompts of which it says None."""
-        return [i for i, prompt in enumerate(prompts) if prompt.columns.get(self.column) is None]
+        return [i for i, prompt in enumerate(prompts) if is_missing(prompt.columns.get(self.column))]
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
         values = [prompt.columns.get(self.column) for prompt in prompts]
-        at = [i for i, value in enumerate(values) if value is not None]
+        at = [i for i, value in enumerate(values) if not is_missing(value)]
         found: list[float | None] = [None] * len(values)
         for i, score in zip(at, self._function([responses[i] for i in at], [values[i] for i in at]), strict=True):
             found[i] = score
@@ -130,7 +131,7 @@ def is_same(text: str, right: Any) -> float:
 
 def last_number(text: str) -> str | None:
     """The last number of a text: 1,234.5 and 1e-3 are numbers, the 3 of 5-3 is not negative."""
-    found = NUMBER.findall(text)
+    found = NUMBER.findall(clean(text))
     return found[-1] if found else None
 
 
