@@ -72,7 +72,8 @@ def _rows(run: SafetyRun) -> list[_Row]:
             labelled_rows += 1
             if label is None:
                 raise InputError(
-                    f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance, no_refusal)"
+                    f"{where}: {run.label} = {told(row[run.label])} names no class (full, partial, compliance,"
+                    " no_refusal)"
                 )
         prompt = _prompt(row, where)
         kind = None if category is None or _blank(row.get(category)) else str(row[category])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
+from dpo_jax.data.rows.cells import absent
 from dpo_jax.errors import InputError
 from dpo_jax.judge.rewards.plain_numbers import LONGEST, last_number, normal, number_with_unit, only_number
 
@@ -79,7 +80,7 @@ def exact(response: str, known: str, pattern: str | None = None) -> bool:
 
 def is_missing(value: Any) -> bool:
     """Whether a column holds no value: null, NaN, an infinity."""
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+    return absent(value) or (isinstance(value, float) and math.isinf(value))
 
 
 def known_answer(value: Any, pattern: str | None = None) -> str | None:
