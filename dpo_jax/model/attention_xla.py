@@ -125,7 +125,8 @@ def _of_queries(
     if mask.window is not None:
         visible = visible & _near(own.at, at, mask.window, how.windowed)
     heads_first = q.transpose(0, 2, 3, 1, 4)
-    return _attended(how.scale, how.cap, heads_first, k, v, visible).transpose(0, 3, 1, 2, 4)
+    out: Any = _attended(how.scale, how.cap, heads_first, k, v, visible)
+    return out.transpose(0, 3, 1, 2, 4)
 
 
 def _by_queries(of: Callable[..., jax.Array], size: int, q: jax.Array, *rest: Any) -> jax.Array:
