@@ -75,7 +75,7 @@ def test_kappa_of_those_who_always_say_the_same_is_not_defined(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": "a", "response": "I cannot help with that.", "final": "2_full_refusal"}] * 4
-    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows), "--label", "final"]
+    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows), "--label", "final", "--unsafe", "none"]
     assert cli.main([*words, "--json", "--out", str(tmp_path / "o.json")]) == 0
 
     def no_json(name: str) -> None:
@@ -130,7 +130,7 @@ def test_categories_that_no_encoding_has(tmp_path: Path, capsys: pytest.CaptureF
     """Half of a surrogate pair is JSON's escape in JSON, a mark in tables; NaN is no category."""
     kinds = ["c\ud83d", "[/b]", "中文", float("nan")]
     rows = [{"prompt": "a", "response": "b", "category": kind} for kind in kinds]
-    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows)]
+    words = ["safety", "--data", write(tmp_path / "r.jsonl", rows), "--unsafe", "none"]
     paths = [tmp_path / name for name in ("out.json", "rows.jsonl")]
     assert cli.main([*words, "--json", "--out", str(paths[0]), "--rows", str(paths[1])]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -153,7 +153,7 @@ def test_a_judge_is_told_whole_characters(tmp_path: Path) -> None:
     with chat_server.serving(answer) as server:
         (tmp_path / "judge.yaml").write_text(f"ask: rating\nendpoint: {{url: '{server.url}', model: m}}\n")
         judge = f"judge:{tmp_path / 'judge.yaml'}"
-        found = safety(SafetyRun(data=data, reward=judge, out=str(tmp_path / "o.json")))
+        found = safety(SafetyRun(data=data, unsafe=("none",), reward=judge, out=str(tmp_path / "o.json")))
     assert found["groups"]["safe"]["helpfulness"]["mean"] == 7
     assert all(text in asked[-1] for text in ("p\ufffd", "r\ufffd"))
 
