@@ -186,8 +186,8 @@ class TrainConfig(Options, prefix="--train."):
     """Dtype of the finished `model/`. bfloat16 rounds away much of what was learnt, under
     LoRA most of it, and then the run says how much. `adapter/` is always float32."""
     remat: Remat = "dots"
-    """What the backward pass recomputes: none, dots (all but matrix products), full (whole layers), offload (whole
-    layers, from inputs that wait in the host's memory)."""
+    """What the backward pass recomputes: none, dots (all but matrix products and what plain attention gives), full
+    (whole layers), offload (whole layers, from inputs that wait in the host's memory)."""
     attention: AttentionKernel = "auto"
     """Attention kernel; auto takes the best that can run on these devices and says which."""
     layout: Layout | None = None

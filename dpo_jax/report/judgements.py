@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dpo_jax.data.rows.cells import as_number, as_whole, present
 from dpo_jax.data.sources.files import read_rows
@@ -29,7 +29,7 @@ _NOT_READ = "rows are to be judgements of FastChat, with `model` and `score`, or
 
 @dataclass(frozen=True)
 class Judgement:
-    """One judgement that counts.
+    """One judgement.
 
     Attributes:
       models: of the one answer, or of the two.
@@ -49,16 +49,16 @@ class Judgements:
     """A file of judgements.
 
     Attributes:
+      rows: those that count.
       judges: who judged with which prompts, as the file says, such as "gpt-4 single-v1".
-      unparsed, errors: rows left out: of score -1; with an error.
+      left_out: "unparsed" (of score -1), "error" -> rows that do not count.
       repeated: rows that judge again what an earlier row has judged; they count, as in FastChat.
     """
 
     kind: Kind
     rows: tuple[Judgement, ...]
     judges: tuple[str, ...]
-    unparsed: int
-    errors: int
+    left_out: Mapping[str, tuple[Judgement, ...]]
     repeated: int
 
 
@@ -74,7 +74,8 @@ def read_judgements(source: str, questions: Mapping[int, Question] | None = None
     judges: dict[str, None] = {}
     versions: dict[str, tuple[str, int]] = {}
     seen: set[Any] = set()
-    left = {"unparsed": 0, "error": 0, "repeated": 0}
+    left: dict[str, list[Judgement]] = {"unparsed": [], "error": []}
+    repeated = 0
     for number, cells in read_rows(source):
         where, row = f"{source}: row {number}", present(cells)
         kind: Kind = "pair" if "g1_winner" in row or "model_1" in row else "single"
@@ -89,16 +90,14 @@ def read_judgements(source: str, questions: Mapping[int, Question] | None = None
             judges[" ".join(judge)] = None
         what, judged = _row(row, kind, where, questions)
         key = (question_id(row, where), what.turn, what.models)
-        left["repeated"] += key in seen
+        repeated += key in seen
         seen.add(key)
         if judged is None:
             rows.append(what)
         else:
-            left[judged] += 1
-    return Judgements(
-        "pair" if "pair" in kinds else "single", tuple(rows), tuple(judges), left["unparsed"], left["error"],
-        left["repeated"],
-    )  # fmt: skip
+            left[judged].append(what)
+    counted = {reason: tuple(some) for reason, some in left.items()}
+    return Judgements("pair" if "pair" in kinds else "single", tuple(rows), tuple(judges), counted, repeated)
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> Iterable[tuple[str, str]]:
@@ -170,28 +169,41 @@ def _row(
     return Judgement(turn, category, models, None, tuple(str(winner) for winner in winners)), None
 
 
-def chosen(found: Judgements, models: Sequence[str], baseline: str | None) -> tuple[Judgement, ...]:
+class Chosen(NamedTuple):
+    """Judgements that were asked for: those that count, how many do not, and models of which none does."""
+
+    rows: tuple[Judgement, ...]
+    left_out: dict[str, int]
+    without: tuple[str, ...]
+
+
+def chosen(found: Judgements, models: Sequence[str], baseline: str | None) -> Chosen:
     """The judgements of `models` (all of them named; none given: all), and of pairs those with `baseline`.
 
     Raises `InputError` for a name that is not in the file, and where nothing is left.
     """
+
+    def asked(rows: Iterable[Judgement]) -> tuple[Judgement, ...]:
+        of_models = (row for row in rows if not models or set(row.models) <= set(models))
+        return tuple(row for row in of_models if baseline is None or baseline in row.models)
+
     there = sorted({name for row in found.rows for name in row.models})
     for name in (*models, *([] if baseline is None else [baseline])):
         if name not in there:
             raise InputError(f"{name} has no judgement that counts; those with one are {', '.join(there) or 'none'}")
     if baseline is not None and found.kind == "single":
         raise InputError("--baseline has no effect on single judgements: leave it out")
-    rows = (row for row in found.rows if not models or set(row.models) <= set(models))
-    rows = tuple(row for row in rows if baseline is None or baseline in row.models)
+    rows, others = asked(found.rows), {reason: asked(some) for reason, some in found.left_out.items()}
     for name in models:
         if rows and not any(name in row.models for row in rows):
             raise InputError(f"--models {name}: no judgement of it is left among those of the others; leave it out")
     if not rows:
-        raise InputError(
-            f"none of the judgements counts: {found.unparsed} unparsed, {found.errors} with an error, the others of"
-            " models that were not asked for"
-        )
-    return rows
+        told = f"{len(others['unparsed'])} unparsed, {len(others['error'])} with an error"
+        elsewhere = ", the others of models that were not asked for" if models or baseline is not None else ""
+        raise InputError(f"none of the judgements counts: {told}{elsewhere}")
+    counting = {name for row in rows for name in row.models}
+    without = sorted({name for some in others.values() for row in some for name in row.models} - counting)
+    return Chosen(rows, {reason: len(some) for reason, some in others.items()}, tuple(without))
 
 
 def summary(kind: Kind, rows: Sequence[Judgement], models: Sequence[str] = ()) -> dict[str, Any]:

@@ -50,6 +50,19 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[Any],
     return err
 
 
+def test_what_is_left_out_is_of_the_models_asked_for(tmp_path, capsys, caplog) -> None:
+    rows = [single(81, "a", 8), single(82, "a", -1), single(81, "b", 9), single(81, "b", 7, 2), single(82, "c", -1)]
+    assert shown(tmp_path, capsys, rows)["left_out"] == {"unparsed": 2, "error": 0}
+    assert "no judgement of c counts: not in the table" in caplog.text
+    assert "means over unequal sets of questions: " in caplog.text
+    assert "a 1 of turn 1" in caplog.text
+    assert "b 1 of turn 1, 1 of turn 2" in caplog.text
+    caplog.clear()
+    assert shown(tmp_path, capsys, rows, "--models", "b")["left_out"] == {"unparsed": 0, "error": 0}
+    assert not caplog.text
+    assert "none of the judgements counts: 1 unparsed, 0 with an error\n" in refused(tmp_path, capsys, rows[-1:])
+
+
 def test_categories_of_mt_benchs_ids() -> None:
     assert [category_of(81 + 10 * i, None) for i in range(8)] == list(CATEGORIES)
     assert [category_of(90 + 10 * i, None) for i in range(8)] == list(CATEGORIES)
