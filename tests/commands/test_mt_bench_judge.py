@@ -188,12 +188,12 @@ def test_replies_to_fastchats_prompts_are_read_as_fastchat_reads_them(given, rep
 
 def test_a_file_of_another_judge_or_another_command_is_not_written_over(given, capsys):
     with chat_server.serving(stars) as server:
-        assert run(given, server, "o.jsonl") == 0
-        assert run(given, server, "o.jsonl") == 0  # the same again
-        assert run(given, server, "o.jsonl", "--endpoint.model", "other") == 2
+        assert run(given, server.url, "o.jsonl") == 0
+        assert run(given, server.url, "o.jsonl") == 0  # the same again
+        assert run(given, server.url, "o.jsonl", "--endpoint.model", "other") == 2
         assert "is there, and holds no judgements of other; remove it" in capsys.readouterr().err.replace("\n", " ")
         (given / "mine.csv").write_text("a,b\n1,2\n")
-        assert run(given, server, "mine.csv") == 2
+        assert run(given, server.url, "mine.csv") == 2
     assert (given / "mine.csv").read_text() == "a,b\n1,2\n"
     kept = (given / "a.jsonl").read_text()
     answer = ["mt-bench", "answer", "--questions", given / "q.jsonl", "--model", tiny.folder(given / "t", layers=1)]
