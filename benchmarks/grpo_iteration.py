@@ -16,8 +16,9 @@ whole process from its start (VmHWM).
 
     grpo     what `dpo-jax grpo` runs
     before   the same of the version in --before
-    trl      TRL's GRPOTrainer at its fastest here: all responses in one batch, transformers' sampler with a cache, no
-             gradient checkpointing, fused AdamW. A rollout's measuring and scoring count as measuring.
+    trl      TRL's GRPOTrainer: all responses sampled at once by transformers' sampler with a cache, and learnt from a
+             prompt's at a time (all at once take 21 GiB and more); no gradient checkpointing, fused AdamW. A rollout's
+             measuring and scoring count as measuring.
 """
 
 import argparse
@@ -219,7 +220,7 @@ def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
             desk.answer({**self._read, **answer})
             self.begin()
 
-    turns, rows = Turns(), options.prompts * options.group
+    turns = Turns()
     model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype=torch.float32)
     plain = model.generate
     model.generate = lambda *args, **kwargs: plain(*args, logits_processor=[Prescribed()], **kwargs)
@@ -228,8 +229,8 @@ def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
         reward_funcs=lambda completions, **_: [len(text) / 100 for text in completions],
         args=GRPOConfig(
             output_dir=str(options.folder / options.worker),
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=options.group,
+            gradient_accumulation_steps=options.prompts,
             num_generations=options.group,
             max_completion_length=options.new,
             shuffle_dataset=False,
