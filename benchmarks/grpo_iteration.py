@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,7 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     from dpo_jax.align import ppo
     from dpo_jax.config import OptimizerConfig, PPOConfig, SampleConfig
     from dpo_jax.data.sets.prompts import PromptLoader
-    from dpo_jax.files.sample_log import SampleLog
     from dpo_jax.sample import decode
-    from dpo_jax.train.answered import Policy
     from dpo_jax.train.rollouts import Rollouts
 
     home = options.before if options.worker == "before" else Path(__file__).resolve().parent.parent
@@ -137,16 +136,24 @@ def our_turns(options: argparse.Namespace, desk: Desk) -> None:
     state = ppo.init_state(model, variables, config)
     del variables
     rows = options.prompts * options.group
-    how: dict[str, Any] = {"piece": rows, "raw": False, "seed": config.seed, "vocabulary": config.vocabulary}
-    rollouts = Prescribed(
-        Policy(model, tokenizer, SampleConfig(options.new), mesh, **how),
-        data,
-        PromptLoader(data, batch_size=rows, group=options.group, seed=0, steps=10**6),
-        length_reward(),
-        SampleLog(options.folder / f"{options.worker}.jsonl", writes=True),
-        reference=reference,
-        config=config,
-    )
+    loader = PromptLoader(data, batch_size=rows, group=options.group, seed=0, steps=10**6)
+    log, sample = options.folder / f"{options.worker}.jsonl", SampleConfig(options.new)
+    how: dict[str, Any] = {"piece": rows, "raw": False}
+    beside: dict[str, Any] = {"reference": reference, "config": config}
+    if options.worker == "before":  # as it stood at 46f5e52
+        from dpo_jax.complete.sample_log import SampleLog  # pyright: ignore[reportMissingImports]
+        from dpo_jax.judge.reward_functions import OfText  # pyright: ignore[reportMissingImports]
+        from dpo_jax.judge.scores import scored  # pyright: ignore[reportMissingImports]
+
+        judge = partial(scored, [OfText("length", lambda text: len(text) / 100)], ["length"], whiten=True)
+        given: Any = (model, tokenizer, data, loader, judge, SampleLog(log, writes=True))
+        rollouts = Prescribed(*given, **beside, sample=sample, mesh=mesh, **how)
+    else:
+        from dpo_jax.files.sample_log import SampleLog
+        from dpo_jax.train.answered import Policy
+
+        policy = Policy(model, tokenizer, sample, mesh, **how, seed=config.seed, vocabulary=config.vocabulary)
+        rollouts = Prescribed(policy, data, loader, length_reward(), SampleLog(log, writes=True), **beside)
     answer_turns(desk, ppo.jit_train_step(config, mesh), state, rollouts, mesh, TOLD)
 
 
