@@ -123,6 +123,8 @@ def test_answers_of_two_turns_killed_and_gone_on_with(model, questions, tmp_path
     assert calls == [first, second, first, first, second[::2]], "the first turn is not asked again"
     assert without_clock(again) == whole
     assert list(again.parent.iterdir()) == [again]
+    assert run(model, questions, again, "--model_id", "other") == 2, "they are answers of ours"
+    again.unlink()
     assert run(model, questions, again, "--seed", 1, "--model_id", "other") == 0
     other = answers(again)
     assert other[81] == found[81]
