@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from peers import Desk, Stopwatch, peak_gib, versions
 from ppo_iteration import (
+    ON_CPU,
     NoMoreTurns,
     answer_turns,
     compare,
@@ -244,17 +245,11 @@ def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
             beta=BETA,
             loss_type="grpo",
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
             max_grad_norm=0.0,
             optim="adamw_torch_fused",
             gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
             max_steps=10**6,
+            **ON_CPU,
         ),
         processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(ids))]}),

@@ -55,6 +55,16 @@ OURS, TRL = {"ours": "separate", "ours-lean": "stopped"}, ("trl", "trl-checkpoin
 CONTENDERS = (*OURS, *TRL)
 LEARNING_RATE, KL_COEFFICIENT, CLIP, VALUE_COEFFICIENT, GAMMA, LAM = 1e-6, 0.05, 0.2, 0.1, 1.0, 0.95
 UNUSED_TOKEN = 3  # of SmolLM2's tokenizer; TRL takes whatever equals its pad token for padding
+ON_CPU: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+"""Options of TRL's trainers: float32 on a CPU, each iteration told, nothing written."""
 BATCHES = 4  # of prompts, before they begin again
 TOLD = ("objective/kl", "objective/entropy", "objective/scores", "val/ratio", "loss/value_avg")
 
@@ -307,13 +317,7 @@ def trl_turns(options: argparse.Namespace, desk: Desk) -> None:
             gamma=GAMMA,
             lam=LAM,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+            **ON_CPU,
         ),
         processing_class=tokenizer,
         model=policy,
