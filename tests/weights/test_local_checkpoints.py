@@ -101,12 +101,13 @@ def test_options_that_say_nothing(options: dict, said: str) -> None:
 
 
 _TOGETHER = """
-import shutil, sys
+import asyncio, shutil, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[4]))
+from orbax.checkpoint._src.path import atomicity
 from test_checkpoint import make_state, update
 from dpo_jax.mesh import make_mesh
 from dpo_jax.weights.orbax.checkpoint import Checkpoints
@@ -114,6 +115,14 @@ from dpo_jax.weights.orbax.local import LocalCheckpoints, restore_newest
 from dpo_jax.weights.integrity.fingerprint import fingerprint
 me, folder = jax.process_index(), Path(sys.argv[1])
 mine = folder / f"disk{me}"
+made = atomicity.AtomicRenameTemporaryPath.create
+
+async def late(self, **options):  # a slow shared disk: nobody may write into a folder before process 0 has made it
+    if "shared" in self.get().parts:
+        await asyncio.sleep(0.5)
+    return await made(self, **options)
+
+atomicity.AtomicRenameTemporaryPath.create = late
 
 def both(seed, width=32):
     state = make_state(make_mesh(fsdp=4), seed=seed, width=width)
