@@ -420,16 +420,17 @@ class Replicated:
     """`function` jitted for one mesh; every process gets the whole result. Its arguments stay as they are."""
 
     def __init__(self, function: Callable[..., Any], mesh: Mesh):
-        self.mesh = mesh
-        self._function = function
-        self._jitted: Any = None
+        self.mesh, self._function = mesh, function
+        self._jitted: dict[Any, Any] = {}
 
     def _jit(self, *_: Any) -> Any:
         return jax.jit(self._function, out_shardings=replicated(self.mesh))
 
     def _ready(self, *args: Any) -> Any:
-        self._jitted = self._jit(*args) if self._jitted is None else self._jitted
-        return self._jitted
+        kind = jax.tree.structure(args[:1])  # of a state made anew, too, whose optimizer is another object
+        if kind not in self._jitted:
+            self._jitted[kind] = self._jit(*args)
+        return self._jitted[kind]
 
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self.mesh):

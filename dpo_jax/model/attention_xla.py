@@ -69,7 +69,8 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scores(spec: str, q: jax.Array, k: jax.Array, how: Scoring) -> jax.Array:
-    scores = how.scale * _product(spec, q, k)
+    # In float32 the queries are scaled: a scaled score minus another is rounded once in one program, twice in the next.
+    scores = _product(spec, how.scale * q, k) if q.dtype == jnp.float32 else how.scale * _product(spec, q, k)
     return scores if how.cap is None else capped(scores, how.cap)
 
 
@@ -168,6 +169,10 @@ def _attended_forward(
     scores = _masked(_scored(scale, cap, q, k), visible)
     largest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
+    if meshes.platform() == "cpu":
+        # XLA's backend there has two kinds of exp and takes the one with the maximum where that is read here alone. So
+        # it is, with a gradient or without: a policy that is its reference still differs from it in no bit.
+        largest = jax.lax.optimization_barrier(scores).max(axis=-1, keepdims=True)
     total = weights.sum(axis=-1, keepdims=True)
     out = _product("bgrs,bgsc->bgrc", _rows(weights).astype(v.dtype), v).reshape(q.shape)
     out = saved_in_first_pass((out / total).astype(q.dtype))

@@ -52,6 +52,13 @@ def test_any_mesh_gives_the_losses_of_one_device(sizes, on_one_device):
     np.testing.assert_allclose(losses(make_mesh(**sizes), FULL), on_one_device, atol=1e-5)
 
 
+def test_a_step_takes_a_state_that_is_made_anew():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    step, batch = dpo.jit_train_step(FULL, mesh), put_batch(mesh, make_batch(8))
+    found = [step(dpo.init_state(*model_and_variables(mesh=mesh), FULL), batch)[1]["loss"] for _ in range(2)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_kto_with_adapters_and_accumulation_on_a_mesh():
     one = losses(make_mesh(devices=jax.devices()[:1]), KTO, lora=4)

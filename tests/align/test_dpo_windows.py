@@ -31,10 +31,8 @@ def small() -> Any:
 
 
 def run(model: Any, variables: Any, batch: PreferenceBatch, config: Any, algorithm: Any = dpo) -> tuple[Any, Any]:
-    """(metrics, gradients) of one step, away from the reference: at it the signs of rewards are those of roundings."""
-    away = algorithm is dpo and config.reference == "live" and "adapters" not in variables
-    other = {"reference": {"params": jax.tree.map(lambda x: 1.1 * x, variables["params"])}} if away else {}
-    state = with_sgd(algorithm.init_state(model, variables, config, **other))
+    """(metrics, gradients) of one step."""
+    state = with_sgd(algorithm.init_state(model, variables, config))
     after, metrics = quick_jit(algorithm.train_step, config=config)(state, batch)
     return metrics, gradients(state, after)
 
