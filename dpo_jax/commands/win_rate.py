@@ -27,10 +27,14 @@ _SAMPLE = "several responses to one prompt are no two models' answers; keep one"
 
 
 class _Answers(NamedTuple):
-    """Of a file of answers: instruction -> answer, and instruction -> prompt as it stands there, a text or messages."""
+    """Of a file of answers: instruction -> answer, and instruction -> prompt as it stands there, a text or messages.
+
+    generator: what its rows call their model, or else the file's name.
+    """
 
     texts: dict[str, str]
     prompts: dict[str, Any]
+    generator: str
 
 
 def _answers(source: str) -> _Answers:
@@ -38,7 +42,9 @@ def _answers(source: str) -> _Answers:
 
     Halves of surrogate pairs become U+FFFD, here and in verdicts: no judge can be told of them.
     """
-    found = _Answers({}, {})
+    texts: dict[str, str] = {}
+    prompts: dict[str, Any] = {}
+    generators = set[str]()
     for number, row in read_rows(source):
         where = f"{source}: row {number}"
         columns = next((pair for pair in _COLUMNS if all(name in row for name in pair)), None)
@@ -48,11 +54,12 @@ def _answers(source: str) -> _Answers:
         if not isinstance(prompt, str | list) or not isinstance(said, str):
             raise InputError(f"{where}: {columns[0]} and {columns[1]} are to be texts")
         asked = mended(prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False))
-        if asked in found.texts:
+        if asked in texts:
             raise InputError(f"{where}: {columns[0]} {told(asked)} stands in an earlier row; {_SAMPLE}")
-        found.texts[asked] = mended(said)
-        found.prompts[asked] = asked if isinstance(prompt, str) else json.loads(asked)
-    return found
+        texts[asked] = mended(said)
+        prompts[asked] = asked if isinstance(prompt, str) else json.loads(asked)
+        generators |= {row["generator"]} if isinstance(row.get("generator"), str) else set()
+    return _Answers(texts, prompts, mended(generators.pop()) if len(generators) == 1 else Path(source).stem)
 
 
 def _share(row: Mapping[str, Any], where: str) -> float | None:
@@ -94,7 +101,7 @@ def _verdicts(run: WinRateRun, answers: dict[str, str], against: dict[str, str])
     return found, without
 
 
-def _judged(run: WinRateRun, ours: _Answers, against: dict[str, str]) -> None:
+def _judged(run: WinRateRun, ours: _Answers, against: _Answers) -> None:
     """Put the pairs to `run.judge`, and write its verdicts to `run.judgments`. Raises `InputError`."""
     out = check_output(Path(run.judgments).expanduser(), run.answers, run.against)
     pairs, verdicts = (out.with_name(f"{out.name}.{name}.jsonl") for name in ("pairs", "verdicts"))
@@ -104,7 +111,7 @@ def _judged(run: WinRateRun, ours: _Answers, against: dict[str, str]) -> None:
         )
     judge = str(run.judge)
     answers = ours.texts
-    rows = [{"prompt": ours.prompts[asked], "responses": [answers[asked], against[asked]]} for asked in answers]
+    rows = [{"prompt": ours.prompts[asked], "responses": [answers[asked], against.texts[asked]]} for asked in answers]
     settings: dict[str, Any] = {"data": FilesConfig(str(pairs)), "out": str(verdicts)}
     if judge.startswith(PREFIX):
         asked = dataclasses.replace(read_judge(judge, "--judge"), **settings)
@@ -116,8 +123,10 @@ def _judged(run: WinRateRun, ours: _Answers, against: dict[str, str]) -> None:
     found = [
         {
             "instruction": instruction,
-            "output_1": against[instruction],
+            "output_1": against.texts[instruction],
+            "generator_1": against.generator,
             "output_2": answers[instruction],
+            "generator_2": ours.generator,
             "annotator": judge,
             "preference": preferences[row["verdict"]],
         }
@@ -133,8 +142,8 @@ def win_rate(run: WinRateRun) -> dict[str, Any]:
     """Print and return the figures: those of `report/win_rates.py` under `raw` and `length_controlled` (None, with the
     reason under `not_controlled`, where it cannot be), mean lengths, and what was left out. Raises `InputError`."""
     out = None if run.out is None else check_output(run.out, run.answers, run.against, run.judgments)
-    ours, against = _answers(run.answers), _answers(run.against).texts
-    answers = ours.texts
+    ours, theirs = _answers(run.answers), _answers(run.against)
+    answers, against = ours.texts, theirs.texts
     for some, others, names in (
         (answers, against, (run.answers, run.against)),
         (against, answers, (run.against, run.answers)),
@@ -145,7 +154,7 @@ def win_rate(run: WinRateRun) -> dict[str, Any]:
                 f"{names[1]}: has no answer to {told(missing)}, which {names[0]} has; give both the same prompts"
             )
     if run.judge is not None:
-        _judged(run, ours, against)
+        _judged(run, ours, theirs)
     found, without = _verdicts(run, answers, against)
     if not found:
         raise InputError(f"{run.judgments}: none of its {without} rows holds a verdict")

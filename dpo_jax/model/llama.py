@@ -33,7 +33,7 @@ from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.attention import AttentionMask
 from dpo_jax.model.cache import Cache, ModelCache, count_slots
 from dpo_jax.model.dropout import dropped
-from dpo_jax.model.products import SAVED, Shaped, matmul, precision, scaled, shifted
+from dpo_jax.model.products import SAVED, Shaped, matmul, precision, product, saved, scaled, shifted
 from dpo_jax.model.quantised import is_quantised
 from dpo_jax.model.rope import Layer, Places, rotate
 from dpo_jax.types import Views
@@ -116,7 +116,7 @@ class Linear(nn.Module):
             y = narrow.matmul(x, self.get_variable("narrow", "kernel"))
             y = y.astype(self.dtype) if bias is None else shifted(y, bias, self.dtype)
         else:
-            y = matmul(x.astype(self.dtype), kernel, bias=bias)
+            y = product(x.astype(self.dtype), kernel, bias=bias)
         adapted = self.lora.rank > 0 and self.name in self.lora.targets
         if adapted and (self.is_initializing() or self.has_variable("adapters", "lora_a")):
             rank, bound = self.lora.rank, 1 / math.sqrt(width)
@@ -129,8 +129,8 @@ class Linear(nn.Module):
             read = x.astype(self.dtype)
             if self.has_variable("dropout", "rows"):
                 read = dropped(read, *(self.get_variable("dropout", name) for name in ("rows", "rate")))
-            y = y + self.lora.scale * matmul(matmul(read, a), b)
-        return y
+            y = y + product(self.lora.scale * matmul(read, a), b)  # scaled where it is narrow; the sum alone is kept
+        return saved(y)
 
 
 class Attention(nn.Module):

@@ -95,6 +95,11 @@ def read(weight: Weight) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
+    """`product`, kept for the backward pass."""
+    return saved(product(x, kernel, dtype, bias))
+
+
+def product(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
     """x [..., D] times kernel [D, F] (+ bias [F], before the sum is rounded), [..., F] in `dtype` (default: that of x).
 
     The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
@@ -111,7 +116,7 @@ def matmul(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: ja
         y = _product(x, kernel.values, kernel.master, sums)
     else:
         y = _product(x, kernel, None, sums)
-    return saved(y if bias is None else shifted(y, bias, dtype))
+    return y if bias is None else shifted(y, bias, dtype)
 
 
 def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -182,6 +182,7 @@ def test_a_judge_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [json.loads(out[out.index("{") :])["raw"][k] for k in ("wins", "losses", "ties")] == [3, 2, 2]
     said = json.loads(there.read_text())
     assert [row["preference"] for row in said] == [1, 1, 1.5, 2, 2, 2, 1.5]
+    assert {(row["generator_1"], row["generator_2"]) for row in said} == {("b", "a")}, "a column, or the file's name"
     assert said[0]["output_2"] == PAIRS[0][0]
 
     def answer(body: dict[str, Any]) -> str:

@@ -314,7 +314,7 @@ def _all_finite(scores: np.ndarray, said: np.ndarray, rows: np.ndarray, name: st
     bad = rows[said & ~np.isfinite(scores)]
     if len(bad):
         raise InputError(
-            f"--reward {name}: the score of responses to {told_rows(bad, most=len(bad))} of the prompts is not finite;"
+            f"--reward {name}: the score of responses to {told_rows(bad, most=20)} of the prompts is not finite;"
             " the last checkpoint is intact"
         )
     return scores
