@@ -1,6 +1,7 @@
 """Gradients in bfloat16 beside those in float32, for thousands of tokens and every loss with a head."""
 
 import functools
+import json
 import sys
 from pathlib import Path
 from typing import get_args
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from pairs import quick_jit
 
 from dpo_jax.align.sampled_softmax import draw, sampled_logps
@@ -17,6 +19,7 @@ from dpo_jax.model import logprobs, products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bf16_gradients
+import bf16_model_gradients
 
 
 @pytest.mark.parametrize("chunks", [2, 256])
@@ -102,3 +105,29 @@ def test_every_parameter_of_a_model(kind, losses):
     for loss, errors in found.items():
         for name, error in errors.items():
             assert error < 0.02, f"{loss}: {name}"
+
+
+def test_every_sum_is_written_out_in_float32() -> None:
+    """Also within a loop: in bfloat16 256 + 1 is 256."""
+
+    def function(ones: jax.Array) -> jax.Array:
+        def added(carry: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return carry.at[jnp.zeros(len(ones), jnp.int32)].add(ones), None
+
+        return jax.lax.scan(added, jnp.zeros(1, jnp.bfloat16), None, length=1)[0]
+
+    ones = jnp.ones(1024, jnp.bfloat16)
+    assert jax.jit(function)(ones)[0] == 256
+    assert jax.jit(bf16_model_gradients.summed_in_float32(function))(ones)[0] == 1024
+
+
+@pytest.mark.slow
+def test_a_model_against_all_sums_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.folder(tmp_path / "model", layers=2, hidden=32)
+    tiny.preferences(tmp_path / "rows.jsonl", rows=40)
+    words = ["--data", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model")]
+    bf16_model_gradients.main([*words, "--tokens", "256", "--length", "64"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["error"] < 0.02
+    assert found["largest ratio"][1] < 1.2
+    assert found["chunks move most"][1] < 2e-3
