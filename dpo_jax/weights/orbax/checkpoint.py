@@ -37,6 +37,11 @@ Identity = Mapping[str, str | int | float | bool | None]
 DELETED = ".deleted"
 """Where a checkpoint that is not kept goes by a rename, before its files go one by one: a kill leaves no half of it."""
 
+FOLDERS_LATER = False
+"""Whether orbax makes folders in the background. It tells the writers by keys that all processes and managers share,
+numbered by how many saves a process has begun: one that has saved a local checkpoint more or less than the others would
+write before process 0 has made a folder, or wait for good."""
+
 # A smaller value of these is better; of every other metric, a larger one.
 _SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
 
@@ -114,7 +119,9 @@ class Checkpoints:
             todelete_subdir=DELETED,
             step_name_format=StepNames(),
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._write_digests, barrier_sync_fn=wait_for_others
+                post_finalization_callback=self._write_digests,
+                barrier_sync_fn=wait_for_others,
+                create_directories_asynchronously=FOLDERS_LATER,
             ),
         )
         try:

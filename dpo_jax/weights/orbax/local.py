@@ -32,6 +32,7 @@ from dpo_jax.weights.integrity.digests import damage_seen_here, everywhere
 from dpo_jax.weights.integrity.folder import steps_in
 from dpo_jax.weights.orbax.checkpoint import (
     DELETED,
+    FOLDERS_LATER,
     Checkpoints,
     Identity,
     Restored,
@@ -93,11 +94,8 @@ class LocalCheckpoints(Checkpoints):
             todelete_subdir=DELETED,
             step_name_format=StepNames(),
             multiprocessing_options=self._only_me,
-            # At once: orbax tells the writers of a folder made later by keys that all processes share, and what keeps
-            # those of one process apart (`enable_per_process_directory_creation`) does so for every manager, so that no
-            # process waited for process 0 to make the folders of the shared checkpoints.
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._write_digests, create_directories_asynchronously=False
+                post_finalization_callback=self._write_digests, create_directories_asynchronously=FOLDERS_LATER
             ),
         )
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=self._handlers)
