@@ -126,8 +126,8 @@ def test_a_model_against_all_sums_in_float32(tmp_path: Path, capsys: pytest.Capt
     tiny.folder(tmp_path / "model", layers=2, hidden=32)
     tiny.preferences(tmp_path / "rows.jsonl", rows=40)
     words = ["--data", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model")]
-    bf16_model_gradients.main([*words, "--tokens", "256", "--length", "64"])
+    bf16_model_gradients.main([*words, "--tokens", "256", "--length", "64", "--chunks", str(2**14)])
     found = json.loads(capsys.readouterr().out)
     assert found["error"] < 0.02
     assert found["largest ratio"][1] < 1.2
-    assert found["chunks move most"][1] < 2e-3
+    assert 0 < found["chunks move most"][1] < 2e-3, "0: the head was not computed in more pieces"
