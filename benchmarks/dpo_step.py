@@ -92,7 +92,7 @@ def our_step(options: argparse.Namespace) -> Step:
     from dpo_jax import mesh as meshes
     from dpo_jax.align import dpo
     from dpo_jax.config import DPOConfig, OptimizerConfig
-    from dpo_jax.data.sets.group_windows import Packing, pack_batch
+    from dpo_jax.data.sets.group_packing import Packing, pack_batch
     from dpo_jax.types import PreferenceBatch
 
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.01, clip_norm=None)

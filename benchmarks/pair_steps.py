@@ -70,7 +70,8 @@ def write_rows(options: argparse.Namespace, folder: Path) -> None:
     from dpo_jax.align import reward
     from dpo_jax.config import DataConfig, RewardConfig
     from dpo_jax.data.sets.dataset import load_preferences
-    from dpo_jax.data.sets.group_windows import Packing, plan_windows
+    from dpo_jax.data.sets.group_packing import Packing
+    from dpo_jax.data.sets.group_windows import plan_windows
     from dpo_jax.weights.huggingface.heads import as_reward_model, padded_apart
 
     tokenizer = dpo_jax.load_tokenizer(options.model)

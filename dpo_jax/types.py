@@ -149,6 +149,21 @@ class TokenBatch:
 
 
 @struct.dataclass
+class Updates:
+    """The mini-batches of a rollout's U updates, and their windows.
+
+    Attributes:
+      rows:    int32 [n, U]  the rows of the rollout in each mini-batch, in the order of its windows.
+      windows: of each; their arrays are [W, U, ...].
+
+    The first axis is that of rows and windows, which devices split as they split those of every batch.
+    """
+
+    rows: jax.Array
+    windows: Windows
+
+
+@struct.dataclass
 class Rollout:
     """Responses that a policy sampled, with all that was measured when they were. The update reads it and adds nothing.
 
@@ -176,6 +191,8 @@ class Rollout:
                                         for each turn); the rest stands on the last. None: all of it does.
       own:              bool [B, R]     tokens that the policy wrote, where others stand among them (what an environment
                                         says between its turns); the last real one is the policy's. None: all are.
+      windows:          how its tokens are packed for one forward pass, as `PreferenceBatch` has it; or None.
+      updates:          how they are packed for the updates of a step, or None. What is computed is the same.
     """
 
     prompts: jax.Array
@@ -194,6 +211,8 @@ class Rollout:
     greedy_scores: jax.Array | None = None
     step_scores: jax.Array | None = None
     own: jax.Array | None = None
+    windows: tuple[Windows, ...] | None = None
+    updates: Updates | None = None
 
     @property
     def logps(self) -> jax.Array:
@@ -220,4 +239,5 @@ class Rollout:
             response_lengths=split(self.response_lengths),
             weights=split(self.weights).max(axis=1),
             rows=split(self.rows)[:, 0],
+            windows=self.windows,
         )

@@ -11,7 +11,8 @@ other weights is weighted (`align/surrogates.py`).
     L^V  = ½ mean_t max((V_t − R_t)², (clip(V_t, V_old ± ε_V) − R_t)²)
     L    = L^π + c_V L^V − c_H mean_t H_t  (+ β mean_t k_t where the KL divergence is a term of the loss)
 
-K = `config.group` neighbouring rows answer one prompt, which is computed once for them (`config.layout`).
+K = `config.group` neighbouring rows answer one prompt, which is computed once for them (`config.layout`). Windows of
+real tokens are planned on the host (`train/packing.py`); a rollout without is laid out as shared.
 
 Means are over all response tokens of a mini-batch, over devices and micro-batches, or as `config.averaging` says, which
 holds for all terms alike. A_t and R_t: `align/advantages.py`; other ratios, surrogates and averages:
@@ -176,15 +177,15 @@ def policy_of(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {name: variables[name] for name in ("params", "adapters") if name in variables}
 
 
-def _layout(config: PPOConfig, k: int) -> Layout:
-    """How groups of k responses are laid out: with one there is nothing to share."""
-    return config.layout if k > 1 else "separate"
+def _layout(config: PPOConfig, rollout: Rollout, k: int) -> Layout:
+    """How groups of k responses are laid out: unpacked, and with one to a prompt, there is nothing to share."""
+    return config.layout if k > 1 or rollout.windows is not None else "separate"
 
 
-def _how(config: PPOConfig, k: int) -> dict[str, Any]:
+def _how(config: PPOConfig, rollout: Rollout, k: int) -> dict[str, Any]:
     """What log-probabilities of groups of k responses are computed with."""
     names = ("temperature", "vocabulary", "head_budget_bytes")
-    return {"layout": _layout(config, k), **{name: getattr(config, name) for name in names}}
+    return {"layout": _layout(config, rollout, k), **{name: getattr(config, name) for name in names}}
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -208,7 +209,7 @@ def _values(
     if not of_policy or states is None:
         # Under LoRA the separate value model has adapters of its own on the policy's frozen weights.
         trunk = policy_of(variables) if of_policy else policy_of({"params": variables.get("params"), **own})
-        states = predicting_states(state.apply_fn, trunk, rollout.groups(k), layout=_layout(config, k))
+        states = predicting_states(state.apply_fn, trunk, rollout.groups(k), layout=_layout(config, rollout, k))
     assert states is not None, "made above"
     if kind == "stopped":
         states = dataclasses.replace(states, hidden=jax.lax.stop_gradient(states.hidden))
@@ -222,7 +223,7 @@ def _predict(state: TrainState, trainable: Any, rollout: Rollout, config: PPOCon
         state.apply_fn,
         policy_of(variables),
         rollout.groups(k),
-        **_how(config, k),
+        **_how(config, rollout, k),
     )
     values = _values(state, variables, rollout, out.states, config, k)
     return _Predictions(_rows(out.logps), _rows(out.entropy), values)
@@ -235,7 +236,17 @@ def sharing(config: PPOConfig, rows: int, pieces: int, group: int | None = None)
     (`update.together`); 1 with the layout "separate". The numbers are the same whatever it is.
     """
     group = config.group if group is None else group
-    return update.together(rows, group, pieces) if config.layout == "shared" else 1
+    return 1 if config.layout == "separate" else update.together(rows, group, pieces)
+
+
+def order(config: PPOConfig, step: Any, rows: int) -> jax.Array:
+    """int32 [updates, rows / minibatches]: the rows of each mini-batch of a rollout, pass after pass, at a step."""
+    m = config.minibatches
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    unit = update.together(rows, config.group, m)
+    return jnp.concatenate(
+        [_order(jax.random.fold_in(key, e), rows, unit).reshape(m, rows // m) for e in range(config.passes)]
+    )
 
 
 def reference_logps(
@@ -247,7 +258,7 @@ def reference_logps(
         apply_fn,
         variables,
         rollout.groups(k),
-        **_how(config, k),
+        **_how(config, rollout, k),
     )
     return _rows(found)
 
@@ -371,34 +382,40 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
             "the rollout has no old_logps, which several updates, and a KL in the reward, need (ppo.measure)"
         )
     targets = learning_targets(rollout, config)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    unit = update.together(b, config.group, m)
-    orders = [_order(jax.random.fold_in(key, e), b, unit).reshape(m, b // m) for e in range(config.passes)]
+    updates, rollout = rollout.updates, dataclasses.replace(rollout, windows=None, updates=None)
+    if updates is None:
+        batches: tuple[jax.Array, Any] = order(config, state.step, b), None
+    else:
+        batches = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (updates.rows, (updates.windows,)))
     k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
     lr, averaging = state.schedule(state.step), config.settled.averaging
+    # Micro-batches are made of blocks, so that responses that share a prompt stay together; windows keep them so.
+    cut, joined = (partial(_blocks, k=k), _rows) if updates is None else (_as_is, _as_is)
 
-    def one(carry: tuple[Any, Any, jax.Array], rows: jax.Array) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
-        trainable, opt_state, stopped = carry
+    def one(
+        carry: tuple[Any, Any, jax.Array], batch: tuple[jax.Array, Any]
+    ) -> tuple[tuple[Any, Any, jax.Array], UpdateFigures]:
+        (trainable, opt_state, stopped), (rows, windows) = carry, batch
         part, aims = _taken((rollout, targets), rows)
+        part = dataclasses.replace(part, windows=jax.tree.map(_split, windows))
         tokens = jnp.sum(aims.learned.astype(jnp.float32), axis=1)
         counts = row_weights(averaging, tokens, aims.group_tokens, aims.group_rows, config.max_response)
 
         def gradients(blocks: tuple[Rollout, Targets, jax.Array]) -> tuple[Any, tuple[jax.Array, TokenParts]]:
-            micro, goals, counts = jax.tree.map(_rows, blocks)
+            micro, goals, counts = jax.tree.map(joined, blocks)
 
             def objective(weights: Any) -> tuple[jax.Array, tuple[jax.Array, TokenParts]]:
                 loss, parts = _losses(state, weights, micro, goals, counts, config, k)
                 return loss, (jnp.full(counts.shape, loss / counts.shape[0]), parts)
 
             slopes, found = jax.grad(objective, has_aux=True)(trainable)
-            return slopes, jax.tree.map(partial(_blocks, k=k), found)
+            return slopes, jax.tree.map(cut, found)
 
-        # Micro-batches are made of blocks, so that responses that share a prompt stay together.
-        blocks = jax.tree.map(partial(_blocks, k=k), (part, aims, counts))
+        blocks = jax.tree.map(cut, (part, aims, counts))
         found, blocks = update.sum_gradients(
             gradients, blocks, config.accumulate, like=trainable, crossing_dtype=config.crossing_dtype
         )
-        shares, parts = jax.tree.map(_rows, blocks)
+        shares, parts = jax.tree.map(joined, blocks)
         loss, norm = jnp.sum(shares), optax.tree.norm(found)
         stopped |= ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.stop_kl is not None:
@@ -408,10 +425,10 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
 
     bad = jnp.any(nonfinite(rollout, targets.mask))
     start = (state.trainable, state.opt_state, bad)
-    (trainable, opt_state, _), updates = jax.lax.scan(one, start, jnp.concatenate(orders))
-    finite = ~bad & jnp.all(jnp.isfinite(updates.loss)) & jnp.all(jnp.isfinite(updates.grad_norm))
+    (trainable, opt_state, _), made = jax.lax.scan(one, start, batches)
+    finite = ~bad & jnp.all(jnp.isfinite(made.loss)) & jnp.all(jnp.isfinite(made.grad_norm))
     new_state = dataclasses.replace(state, step=state.step + finite, trainable=trainable, opt_state=opt_state)
-    return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, updates, config)}
+    return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, made, config)}
 
 
 def _order(key: jax.Array, rows: int, unit: int) -> jax.Array:
@@ -425,9 +442,18 @@ def _blocks(x: jax.Array, k: int) -> jax.Array:
     return meshes.constrain(x.reshape(x.shape[0] // k, k, *x.shape[1:]), meshes.batch_axes(x.ndim + 1))
 
 
+def _as_is(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """Laid out over the devices by its first axis."""
+    return meshes.constrain(x, meshes.batch_axes(x.ndim))
+
+
 def _taken(tree: Any, rows: jax.Array) -> Any:
     """The rows [n] of every array of a tree, laid out over the devices again."""
-    return jax.tree.map(lambda x: meshes.constrain(jnp.take(x, rows, axis=0), meshes.batch_axes(x.ndim)), tree)
+    return jax.tree.map(lambda x: _split(jnp.take(x, rows, axis=0)), tree)
 
 
 jit_train_step = update.jit_train(train_step)

@@ -124,7 +124,7 @@ def train(config: PPORun) -> Path:
         player = Player(policy, environment, encoder, bounds)
         rollouts = EpisodeRollouts(policy, data, prompts, log, player=player, **learning)
         if heldout is not None:
-            shares = step_config.layout == "shared"
+            shares = step_config.layout != "separate"
             evaluate = HeldOutEpisodes(policy, heldout, training.out, player=player, shares=shares, **held_out)
     final = training.fit(
         state,

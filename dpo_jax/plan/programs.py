@@ -29,7 +29,8 @@ from dpo_jax.config import (
     SFTRun,
     TrainingRun,
 )
-from dpo_jax.data.sets.group_windows import Packing, plan_windows
+from dpo_jax.data.sets.group_packing import Packing
+from dpo_jax.data.sets.group_windows import plan_windows
 from dpo_jax.data.sets.segment_views import SegmentViews
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama

@@ -4,7 +4,7 @@ What is drawn is a function of the seed, the iteration and the row alone, so a r
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,13 +152,10 @@ class Policy:
             found[i, :count] = at_tokens(own, text, count, lambda n: self.text(prompt, tokens[:n]))  # noqa: B023 - used at once
         return found
 
-    def measured(self, measure: Callable[[Any], Any], rows: Any, at_once: int) -> tuple[Any, ...]:
-        """What a jitted `measure` gives of `rows`, a batch or rollout of host arrays, so many at once, on the host."""
-        parts = []
-        for first in range(0, len(rows.rows), at_once):
-            part = jax.tree.map(lambda x: x[first : first + at_once], rows)  # noqa: B023 - used at once
-            parts.append(jax.device_get(measure(put_batch(self.mesh, part))))
-        return tuple(None if x[0] is None else np.concatenate(x) for x in zip(*parts, strict=True))
+    def measured(self, measure: Callable[[Any], Any], parts: Iterable[Any]) -> tuple[Any, ...]:
+        """What a jitted `measure` gives of batches or rollouts of host arrays, one after the other, on the host."""
+        found = [jax.device_get(measure(put_batch(self.mesh, part))) for part in parts]
+        return tuple(None if x[0] is None else np.concatenate(x) for x in zip(*found, strict=True))
 
 
 class Answered:
@@ -277,6 +274,11 @@ class Answered:
             n, size = place[done.request], len(done.tokens)
             tokens[n, :size], mask[n, :size], logps[n, :size] = done.tokens, True, done.logps
         return tokens, mask, logps
+
+
+def rows_of(batch: Any, rows: Any) -> Any:
+    """Some rows, or one, of every host array of a batch or rollout."""
+    return jax.tree.map(lambda x: x[rows], batch)
 
 
 def reference_of(

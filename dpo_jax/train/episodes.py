@@ -50,7 +50,7 @@ class EpisodeRollouts(Rollouts):
         key, prompts = jax.random.fold_in(self._key, batch.step), [self._data.prompts[i] for i in batch.indices]
         episodes, scoring = self._player.play(self._policy.prepared(state), key, prompts, batch.rows.tolist())
         clock.append(time.perf_counter())
-        if self._config.layout == "shared":
+        if self._config.layout != "separate":
             check_beginnings(episodes, self._config.group)
         price = np.full(len(episodes), self.kl_coefficient, np.float32)
         rollout = self._measured(state, self._player.rollout(episodes, kl_coefficient=price))

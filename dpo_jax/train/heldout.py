@@ -16,7 +16,7 @@ from dpo_jax import mesh as meshes
 from dpo_jax.align import sft
 from dpo_jax.config import RewardConfig, SFTConfig
 from dpo_jax.data.sets.dataset import PreferenceDataset
-from dpo_jax.data.sets.group_windows import Packing
+from dpo_jax.data.sets.group_packing import Packing
 from dpo_jax.data.sets.loader import eval_batches
 from dpo_jax.files.log import ProgressBar
 from dpo_jax.judge.figures import rewards as reward_judgement

@@ -22,7 +22,7 @@ from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import is_narrow
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered, Policy, with_reference
+from dpo_jax.train.answered import Answered, Policy, rows_of, with_reference
 from dpo_jax.train.rollouts import Scorer
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -74,7 +74,8 @@ class OnlinePairs(Answered):
         clock.append(time.perf_counter())
         groups = written.groups(k)
         measure = partial(self._measure, state, self._reference)
-        reference, policy = self._policy.measured(measure, groups, self._policy.piece // k)
+        pieces = np.arange(len(groups.rows)).reshape(-1, self._policy.piece // k)
+        reference, policy = self._policy.measured(measure, (rows_of(groups, own) for own in pieces))
         clock.append(time.perf_counter())
         groups = dataclasses.replace(groups, reference_logps=reference)
         choice = online.best_and_worst(jnp.asarray(scores.reshape(-1, k)))

@@ -27,6 +27,7 @@ from dpo_jax.judge.rewards.step_scores import Steps
 from dpo_jax.model.llama import Llama
 from dpo_jax.state import TrainState
 from dpo_jax.train.answered import Answered, Policy, with_reference
+from dpo_jax.train.rollout_packing import RolloutPacking
 from dpo_jax.types import Rollout
 
 Scorer = Callable[[Responses], Scores]
@@ -58,6 +59,7 @@ class Rollouts(Answered):
         super().__init__(policy, data, loader, group=config.group)
         self._scorer, self._samples, self._reference, self._config = scorer, samples, reference, config
         self._measure = jit_measure(policy.model, config, policy.mesh)
+        self._packing = RolloutPacking(config, policy.mesh, policy.piece)
         self.kl_coefficient = float(np.float32(config.kl_price))
 
     def get_state(self) -> dict[str, Any]:
@@ -157,10 +159,14 @@ class Rollouts(Answered):
         return np.repeat(scores.total, group)
 
     def _measured(self, state: TrainState, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities, the policy's own, and the values."""
+        """The rollout with the reference's log-probabilities, the policy's own and the values, packed for the step."""
         measure = partial(self._measure, state, self._reference)
-        logps, old, values = self._policy.measured(measure, rollout, self._policy.piece)
-        return dataclasses.replace(rollout, reference_logps=logps, old_logps=old, values=values)
+        order, parts = self._packing.pieces(rollout)
+        back = np.argsort(order)
+        found = self._policy.measured(measure, parts)
+        logps, old, values = (None if x is None else x[back] for x in found)
+        rollout = dataclasses.replace(rollout, reference_logps=logps, old_logps=old, values=values)
+        return self._packing.with_updates(rollout, int(jax.device_get(state.step)))
 
     def _write(
         self,

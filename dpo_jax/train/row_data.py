@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dpo_jax.config import DPORun, HoldoutRun, Layout, TrainingRun
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import is_text, text_files
-from dpo_jax.data.sets.group_windows import Packing
+from dpo_jax.data.sets.group_packing import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader
 from dpo_jax.data.sets.row_mixture import Rows, read_mixture
 from dpo_jax.data.sets.steps_loader import RowOptions

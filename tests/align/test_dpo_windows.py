@@ -12,7 +12,7 @@ from pairs import TINY, gradients, make_batch, model_and_variables, pad, quick_j
 
 from dpo_jax.align import dpo, reward
 from dpo_jax.config import DPOConfig, OptimizerConfig, RewardConfig
-from dpo_jax.data.sets.group_windows import Packing, pack_batch
+from dpo_jax.data.sets.group_packing import Packing, pack_batch
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.types import PreferenceBatch, Windows
 

@@ -1,4 +1,4 @@
-"""Responses that share their prompt in PPO's step give the numbers of whole rows, however the rows are cut."""
+"""Responses that share a prompt in PPO's step, or a window, give the numbers of whole rows, however they are cut."""
 
 import dataclasses
 from functools import partial
@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pairs import quick_jit
 
 from dpo_jax.align import ppo, update
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
-from dpo_jax.errors import InputError
 from dpo_jax.mesh import Replicated, make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
 from dpo_jax.model.variables import init_adapters, init_variables
+from dpo_jax.train.rollout_packing import RolloutPacking
 from dpo_jax.types import Rollout
 
 SHAPE = LlamaConfig(
@@ -59,8 +58,10 @@ def policy(lora: int, mesh=None):
     return model, variables
 
 
-def result(config: PPOConfig, rollout: Rollout, lora: int = 0, mesh=None):
-    """What the reference pass, the measurement and the updates give; the weights as a sum of gradients."""
+def result(config: PPOConfig, rollout: Rollout, lora: int = 0, mesh=None, piece: int | None = None, packs=False):
+    """What the reference pass, the measurement (so many rows at once) and the updates give; the weights as a sum of
+    gradients. `packs`: whether the updates are to have windows.
+    """
     model, variables = policy(lora, mesh)
     other = {**variables, "params": jax.tree.map(lambda x: 1.1 * x, variables["params"])}
     state = ppo.init_state(model, variables, config)
@@ -72,17 +73,21 @@ def result(config: PPOConfig, rollout: Rollout, lora: int = 0, mesh=None):
 
     def measure(state, other, rollout):
         reference = ppo.reference_logps(model.apply, other, rollout, config)
-        return ppo.measure(state, dataclasses.replace(rollout, reference_logps=reference), config=config)
+        ready = ppo.measure(state, rollout, config=config)
+        return reference, ready.old_logps, ready.values
 
+    packing = RolloutPacking(config, mesh, piece or B)
+    order, parts = packing.pieces(rollout)
+    measured = quick_jit(measure) if mesh is None else Replicated(measure, mesh)
+    found = [jax.device_get(measured(state, other, put_batch(mesh, part))) for part in parts]
+    reference, old, values = (
+        None if x[0] is None else np.concatenate(x)[np.argsort(order)] for x in zip(*found, strict=True)
+    )
+    ready = dataclasses.replace(rollout, reference_logps=reference, old_logps=old, values=values)
+    packed = packing.with_updates(ready, int(state.step))
+    assert (packed.updates is not None) == packs
     step = partial(ppo.train_step, config=config)
-    if mesh is None:
-        ready = quick_jit(measure)(state, other, rollout)
-        new, metrics = quick_jit(step)(state, ready)
-    else:
-        with jax.set_mesh(mesh):
-            placed = put_batch(mesh, rollout)
-        ready = Replicated(measure, mesh)(state, other, placed)
-        new, metrics = Replicated(step, mesh)(state, ready)
+    new, metrics = (quick_jit(step) if mesh is None else Replicated(step, mesh))(state, put_batch(mesh, packed))
     rate = config.optimizer.learning_rate
     gradients = jax.tree.map(lambda a, b: np.asarray(a - b) / rate, state.trainable, new.trainable)
     return jax.device_get((gradients, (ready.reference_logps, ready.old_logps, ready.values), metrics))
@@ -110,10 +115,26 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_shared_prompt_gives_the_numbers_of_whole_rows(case: str) -> None:
+def test_shared_prompts_and_windows_give_the_numbers_of_whole_rows(case: str) -> None:
     options, lora, turns = CASES[case]
     rollout = rollout_of(turns=turns)
-    close(*(result(config(layout=layout, **options), rollout, lora) for layout in ("shared", "separate")))
+    whole = result(config(layout="separate", **options), rollout, lora)
+    close(result(config(layout="shared", **options), rollout, lora), whole)
+    close(result(config(layout="windows", **options), rollout, lora, piece=B // 2, packs=True), whole)
+
+
+@pytest.mark.parametrize(("accumulate", "packs"), [(2, True), (4, False)])
+def test_windows_of_micro_batches(accumulate: int, packs: bool) -> None:
+    """Of four groups in two mini-batches, each micro-batch has a window of one; of half a group there is none."""
+    options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate)
+    whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
+    close(result(options, rollout_of(), packs=packs), whole)
+
+
+def test_windows_of_lone_responses() -> None:
+    options = dataclasses.replace(config(epochs=2, minibatches=2, accumulate=2), group_size=1)
+    whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
+    close(result(options, rollout_of(), packs=True), whole)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +142,7 @@ def test_a_shared_prompt_gives_the_numbers_of_whole_rows(case: str) -> None:
 )
 def test_micro_batches_keep_what_shares_a_prompt_together(accumulate: int) -> None:
     """Of four groups in two mini-batches, micro-batches hold one group, half a group, a lone response."""
-    options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate)
+    options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate, layout="shared")
     assert ppo.sharing(options, B, 2 * accumulate) == {2: 4, 4: 2, 8: 1}[accumulate]
     whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
     close(result(options, rollout_of()), whole)
@@ -132,7 +153,7 @@ def test_devices_change_nothing() -> None:
     """Two devices split the batch, two each layer, two its heads."""
     options = config(epochs=2, value="separate")
     whole = result(dataclasses.replace(options, layout="separate"), rollout_of())
-    close(result(options, rollout_of(), mesh=make_mesh(1, 4, 2)), whole)
+    close(result(options, rollout_of(), mesh=make_mesh(1, 4, 2), packs=True), whole)
     split = result(dataclasses.replace(options, accumulate=4), rollout_of(), mesh=make_mesh(2, 2, 2))
     close(split, whole)
 
@@ -164,11 +185,6 @@ def test_how_many_stay_together() -> None:
     assert update.together(64, 8, 64) == 1
     assert update.together(48, 6, 16) == 3
     assert update.together(64, 1, 8) == 1
-
-
-def test_no_windows_of_what_is_sampled() -> None:
-    with pytest.raises(InputError, match="take shared or separate"):
-        config(layout="windows")
 
 
 def test_mini_batches_take_whole_groups_where_they_divide() -> None:

@@ -99,7 +99,6 @@ def test_the_recipes_parse(name: str) -> None:
         (["--sft.model", "m"], "--sft.model has no effect in dpo-jax recipe llama2_chat"),
         (["--rejection.rejection.pool_from", "x"], "--rejection.rejection.pool_from has no effect"),
         (["--ppo.environment", "e.py:E"], "--ppo.environment has no effect in dpo-jax recipe llama2_chat"),
-        (["--ppo.train.layout", "separate"], "train.layout separate has no effect with one response"),
         (["--safety_judge", "vader"], "give --safety_data and --safety_judge together"),
         (["--safety.mix", "0.2"], "--safety.* has no effect without --safety_data"),
         (["--recipe.heldout", "1"], "--recipe.heldout 1.0 must lie in (0, 1)"),

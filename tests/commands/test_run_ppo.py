@@ -373,7 +373,6 @@ def test_several_rewards() -> None:
         (["--reward", "vader", "--ppo.group_size", "3"], "not made of groups of 3"),
         (["--reward", "vader", "--ppo.minibatches", "3"], "does not split into --ppo.minibatches 3"),
         (["--reward", "vader", "--train.accumulate", "4", "--ppo.minibatches", "32"], "does not divide by 128"),
-        (["--reward", "vader", "--train.layout", "separate"], "has no effect with one response to a prompt"),
         (["--reward", "vader", "--train.eval_every", "2"], "--train.eval_every has no effect without --eval_data"),
         (["--reward", "vader", "--reward_timeout", "3"], "no judge is a URL, a function"),
         (["--reward", "vader", "--rollout_batch_size", "5"], "that divides --train.batch_size 64"),

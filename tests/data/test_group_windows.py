@@ -11,7 +11,8 @@ import pytest
 from dpo_jax.data.sets.batches import CLASSES, length_classes
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.dealing import compose
-from dpo_jax.data.sets.group_windows import Packing, WindowPlan, pack_batch, plan_windows
+from dpo_jax.data.sets.group_packing import Packing, pack_batch
+from dpo_jax.data.sets.group_windows import WindowPlan, plan_windows
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.sets.row_mixture import RowMixture
 from dpo_jax.data.tokens.ragged import Ragged

@@ -13,7 +13,7 @@ import runs
 
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.documents import DocumentDataset
-from dpo_jax.data.sets.group_windows import Packing
+from dpo_jax.data.sets.group_packing import Packing
 from dpo_jax.data.sets.loader import PreferenceLoader, TokenLoader, eval_batches
 from dpo_jax.data.sets.sequences import SequenceDataset
 from dpo_jax.data.sets.text_windows import EvalWindows, TextLoader

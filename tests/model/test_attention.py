@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.data.sets.group_windows import Packing, pack_batch
+from dpo_jax.data.sets.group_packing import Packing, pack_batch
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, platform
 from dpo_jax.model import attention, attention_splash, attention_xla

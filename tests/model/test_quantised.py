@@ -13,7 +13,7 @@ from pairs import TINY, gradients, make_batch, model_and_variables, quick_jit, w
 
 from dpo_jax.align import dpo
 from dpo_jax.config import DPOConfig, OptimizerConfig
-from dpo_jax.data.sets.group_windows import Packing, pack_batch
+from dpo_jax.data.sets.group_packing import Packing, pack_batch
 from dpo_jax.errors import InputError
 from dpo_jax.mesh import make_mesh, put_batch
 from dpo_jax.model import quantised

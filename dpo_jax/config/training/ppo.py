@@ -298,15 +298,15 @@ class PPOConfig(PPOLossConfig, StepConfig):
     responses ends."""
     seed: int = 0
     """Seed of the mini-batches."""
-    layout: Layout = "shared"
-    """shared: a prompt is computed once for the responses to it that stand together. separate: once for each."""
+    layout: Layout = "windows"
+    """windows: real tokens only, as the rollout's windows say; one without them is laid out as shared. shared: a prompt
+    is computed once for the responses to it that stand together. separate: once for each."""
     head_budget_bytes: int = 256 * 2**20
     """Memory a device may spend on one chunk of logits."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, "PPO samples: the temperature must be positive")
-        require(self.layout != "windows", "layout windows packs responses known beforehand; take shared or separate")
         if self.settled.averaging == "constant" or self.settled.overlong == "ramp":
             require(self.max_response, "averaging constant and overlong ramp need max_response")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.options import Count, Finite, not_given, part, require
-from dpo_jax.config.sections import SampleConfig
+from dpo_jax.config.sections import Layout, SampleConfig
 from dpo_jax.config.training.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.training.run import JudgedRun, SampledRun
 
@@ -71,10 +71,6 @@ class PPORun(SampledRun, JudgedRun):
             f"--train.batch_size {size} responses are not made of groups of {group} (--ppo.group_size)",
         )
         self._check_environment()
-        require(
-            self.layout == "shared" or group > 1 or self.settled.eval_samples > 1,
-            "--train.layout separate has no effect with one response to a prompt (--ppo.group_size, --eval_samples)",
-        )
         require(size % m == 0, f"--train.batch_size {size} does not split into --ppo.minibatches {m}")
         self.check_sampling("PPO", size, group, "--ppo.group_size")
         apart = self.ppo.settled.zero_variance == "resample" or self.ppo.estimator == "greedy"
@@ -164,6 +160,11 @@ class PPORun(SampledRun, JudgedRun):
             f" --train.accumulate x devices that split the batch); choose a multiple of {parts}",
         )
         self.check_pieces(devices)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of prompts with the responses sampled to them."""
+        return self.train.settled.layout
 
     def step_config(self) -> PPOConfig:
         """What the step needs to know of these options."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from dpo_jax.data.sets import batches, group_windows, packing
 from dpo_jax.data.sets.dataset import PreferenceDataset
-from dpo_jax.data.sets.group_windows import Packing
+from dpo_jax.data.sets.group_packing import Packing
 from dpo_jax.data.sets.row_mixture import weighted
 from dpo_jax.data.sets.segment_views import LOOKED_AT, SegmentViews
 from dpo_jax.data.sets.sequences import SequenceDataset

@@ -1,0 +1,82 @@
+"""Sampled responses in windows of real tokens, in few shapes though no two rollouts are alike.
+
+The sizes of a window are steps of what it would have if all prompts and responses were full: a sixteenth of its places
+and response tokens, one share for both; an eighth of the longest sequence that attention sees, for the longer half of
+these and for the shorter half. So a run has a few shapes, each a function of its rollout's lengths alone: a run that
+goes on where it stopped computes what it would have computed.
+
+G groups, K responses each, n groups a batch, U batches, W windows a batch.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax.data.sets.batches import Shape
+from dpo_jax.data.sets.group_packing import Lengths, Need, Packing, WindowShape, pack, up
+from dpo_jax.types import Rollout, Windows
+
+_STEPS = 16
+_VIEW_STEPS = 8
+
+
+class Packed(NamedTuple):
+    """Batches of a rollout's rows in windows.
+
+    Attributes:
+      rows: int [U, n K], the rollout's rows of each batch, window after window.
+      windows: of each batch; its arrays are [U, W, ...].
+      shape: that all of them have.
+      real: share of real tokens in their places.
+    """
+
+    rows: np.ndarray
+    windows: Windows
+    shape: WindowShape
+    real: float
+
+
+def packed(rollout: Rollout, batches: np.ndarray, packing: Packing, group: int) -> Packed:
+    """Pack batches of whole groups of a rollout of host arrays.
+
+    Args:
+      rollout: `group` neighbouring rows answer one prompt.
+      batches: int [U, n], numbers of groups; those of a batch may change places.
+      packing: its windows divide n.
+      group: K.
+    """
+    (rows, p), r, (many, n) = rollout.prompts.shape, rollout.responses.shape[1], batches.shape
+    prompts = np.asarray(rollout.prompt_lengths).reshape(rows // group, group)[:, 0]
+    lengths = Lengths.of(prompts, np.asarray(rollout.response_lengths).reshape(rows // group, group))
+    arranged = lengths.arranged(batches, packing.windows)
+    need = lengths.need(arranged)
+    shape = _shape(need, n // packing.windows, group, (p, r), packing.multiple)
+    order = arranged.reshape(many, n)
+    windows = [
+        pack(lengths.prompts[one], lengths.responses[one], shape, packing.windows, (p, r), (0, group)) for one in order
+    ]
+    return Packed(
+        rows=(order[..., None] * group + np.arange(group)).reshape(many, n * group),
+        windows=jax.tree.map(lambda *x: np.stack(x), *windows),
+        shape=shape,
+        real=float(need.size.sum() / (need.size.size * shape.size)),
+    )
+
+
+def _shape(need: Need, groups: int, k: int, full: Shape, multiple: int) -> WindowShape:
+    """The sizes of windows of so many groups that hold what `need` says, of each."""
+    p, r = full
+    sizes = np.asarray([groups * (p + k * r), groups * k * r])  # of full windows: places, response tokens
+    most = np.asarray([need.size.max(), need.reads.max()])
+    share = math.ceil((most * _STEPS / sizes).max())
+    places, reads = (up(-(-int(size) * share // _STEPS), multiple) for size in sizes)
+    step = up(-(-(p + r) // _VIEW_STEPS), multiple)
+    longest = need.views.reshape(-1, groups * k).max(axis=0)
+    first = (groups * k + 1) // 2
+    classes = {up(int(longest[0]), step): first}
+    if first < groups * k:
+        shorter = up(int(longest[first]), step)
+        classes[shorter] = classes.get(shorter, 0) + groups * k - first
+    return WindowShape(places, reads, tuple((n, length) for length, n in classes.items()))
