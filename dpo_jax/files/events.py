@@ -6,13 +6,30 @@ import itertools
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import scalar
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Imports go on as if the package `name` were not installed, where nothing has imported it."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType] - what Python reads as "cannot be imported"
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+with _hidden("torch"):  # it would be imported, seconds and 200 MB, for the sake of one type
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.summary import scalar
 
 
 class EventFile:

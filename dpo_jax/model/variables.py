@@ -1,7 +1,7 @@
 """The variables of a `Llama`: their shapes, their places on a mesh, fresh ones, and adapters merged into their base."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -32,12 +32,20 @@ def _init(model: Llama) -> Callable[[jax.Array], Any]:
     return lambda key: model.clone(attention="xla").init(key, jnp.zeros((1, 1), jnp.int32))
 
 
+@lru_cache(maxsize=64)
+def _shapes(model: Llama) -> Any:
+    """The shapes of `init`, which a command asks for time and again: a trace through the model each."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(_init(model), jax.random.key(0))
+    )
+
+
 def abstract_variables(model: Llama, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct`s of the variables; parameters in `dtype`, adapters always float32.
 
     With the word int8 or nf4 the kernels of the layers are `Quantised`, and other parameters in the model's own dtype.
     """
-    tree, kind = dict(jax.eval_shape(_init(model), jax.random.key(0))), kind_of(dtype)
+    tree, kind = jax.tree.map(lambda x: x, dict(_shapes(model))), kind_of(dtype)
     if kind is None:
         tree["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree["params"])
     else:

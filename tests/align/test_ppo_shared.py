@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pairs import quick_jit
 
 from dpo_jax.align import ppo, update
 from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig

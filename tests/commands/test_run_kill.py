@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import tiny
 from safetensors.numpy import load_file
 
@@ -50,7 +51,7 @@ def spawn(inputs: Path, *words: str, devices: int = 1) -> subprocess.Popen:
     env |= {
         "DPO_JAX_CACHE": str(inputs / "cache"),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": runs.xla_flags(devices),
         "JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),

@@ -82,11 +82,16 @@ def stages_below(out: Path) -> list[str]:
     return sorted(name for path in out.rglob("stages.json") for name in json.loads(path.read_text()))
 
 
+def xla_flags(devices: int) -> str:
+    """Those of a process with so many CPU devices that compiles as this one does."""
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
+
+
 def one_device() -> dict[str, str]:
     """The environment of a process that compiles as this one does, for one device."""
-    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     less = str(int(jax.config.read("jax_disable_most_optimizations")))
-    own = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": less}
+    own = {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": less}
     root = str(Path(__file__).resolve().parents[2])
     return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
@@ -110,7 +115,7 @@ def start_together(
     root = str(Path(__file__).resolve().parents[2])
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
     }
@@ -137,7 +142,7 @@ def two_say(script: str, *words: str, devices: int = 2) -> list[str]:
         port = free.getsockname()[1]
     tests = Path(__file__).resolve().parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests / "support"))),
     }
     command = [sys.executable, "-c", script, *words, str(port), str(tests / "weights")]
