@@ -45,7 +45,8 @@ def abstract_variables(model: Llama, dtype: Any = jnp.float32) -> dict[str, Any]
 
     With the word int8 or nf4 the kernels of the layers are `Quantised`, and other parameters in the model's own dtype.
     """
-    tree, kind = jax.tree.map(lambda x: x, dict(_shapes(model))), kind_of(dtype)
+    shapes = _shapes(model)  # pyright: ignore[reportArgumentType] - flax gives modules a hash
+    tree, kind = jax.tree.map(lambda x: x, dict(shapes)), kind_of(dtype)
     if kind is None:
         tree["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree["params"])
     else:

@@ -12,7 +12,7 @@ import pytest
 from pairs import quick_jit
 
 from dpo_jax.align import ppo, update
-from dpo_jax.config import LoraConfig, OptimizerConfig, PPOConfig
+from dpo_jax.config import Layout, LoraConfig, OptimizerConfig, PPOConfig
 from dpo_jax.mesh import Replicated, make_mesh, put_batch
 from dpo_jax.model.architecture import LlamaConfig
 from dpo_jax.model.llama import Llama
@@ -115,16 +115,25 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_shared_prompts_and_windows_give_the_numbers_of_whole_rows(case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        *((case, "windows") for case in CASES),
+        ("grpo", "shared"),
+        ("values on the policy's trunk", "shared"),
+        pytest.param("separate values, two epochs", "shared", marks=pytest.mark.slow),
+        pytest.param("rloo", "shared", marks=pytest.mark.slow),
+        pytest.param("LoRA with values", "shared", marks=pytest.mark.slow),
+    ],
+)
+def test_shared_prompts_and_windows_give_the_numbers_of_whole_rows(case: str, layout: Layout) -> None:
     options, lora, turns = CASES[case]
-    rollout = rollout_of(turns=turns)
+    rollout, packs = rollout_of(turns=turns), layout == "windows"
     whole = result(config(layout="separate", **options), rollout, lora)
-    close(result(config(layout="shared", **options), rollout, lora), whole)
-    close(result(config(layout="windows", **options), rollout, lora, piece=B // 2, packs=True), whole)
+    close(result(config(layout=layout, **options), rollout, lora, piece=B // 2, packs=packs), whole)
 
 
-@pytest.mark.parametrize(("accumulate", "packs"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("accumulate", "packs"), [(2, True), pytest.param(4, False, marks=pytest.mark.slow)])
 def test_windows_of_micro_batches(accumulate: int, packs: bool) -> None:
     """Of four groups in two mini-batches, each micro-batch has a window of one; of half a group there is none."""
     options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate)
