@@ -37,6 +37,7 @@ from dpo_jax.sample import engine, layout as layouts
 from dpo_jax.sample.program import is_narrow, prepared_shapes
 from dpo_jax.train.flops import ModelFlops, Work, distill_flops, preference_work
 from dpo_jax.train.online_pairs import jit_sums
+from dpo_jax.train.rollout_packing import RolloutPacking
 from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
@@ -76,13 +77,14 @@ def build_ppo(
     reference, held = _held(run, shape, mesh, state)
     piece = run.rollout_batch_size or run.train.batch_size
     flops = ModelFlops.of(shape, run.lora)
-    plays = run.environment is not None
+    plays, packing = run.environment is not None, RolloutPacking(config, mesh, piece)
     if name == "train step":
         rollout = _rollout(run.train.batch_size, lengths, config, measured=True, plays=plays)
+        rollout = packing.with_updates(rollout, 0)
         step, arguments, count = ppo.jit_train_step(config, mesh), (state, rollout), _update(run, flops)
         pieces = config.minibatches * config.accumulate * batch_parts(mesh)
     elif name == "measure":
-        rollout = _rollout(piece, lengths, config, measured=False, plays=plays)
+        _, (rollout,) = packing.pieces(_rollout(piece, lengths, config, measured=False, plays=plays))
         step, arguments, count = jit_measure(model, config, mesh), (state, reference, rollout), _measure(run, flops)
         pieces = batch_parts(mesh)
     elif name == "generate":

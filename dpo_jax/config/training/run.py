@@ -136,7 +136,7 @@ class SampledRun(TrainingRun):
         """The layout of prompts with the responses sampled to them. Raises `InputError`."""
         require(
             self.train.layout != "windows",
-            "--train.layout windows packs responses known beforehand; where they are sampled, give shared or separate",
+            "--train.layout windows is not for online DPO and distillation; give shared or separate",
         )
         return self.train.layout or "shared"
 
