@@ -1,7 +1,7 @@
 """Sampled responses in windows of real tokens, in few shapes though no two rollouts are alike.
 
 The sizes of a window are steps of what it would have if all prompts and responses were full: a sixteenth of its places
-and response tokens, one share for both; an eighth of the longest sequence that attention sees, for the longer half of
+and response tokens, one share for both; a quarter of the longest sequence that attention sees, for the longer half of
 these and for the shorter half. So a run has a few shapes, each a function of its rollout's lengths alone: a run that
 goes on where it stopped computes what it would have computed.
 
@@ -19,7 +19,7 @@ from dpo_jax.data.sets.group_packing import Lengths, Need, Packing, WindowShape,
 from dpo_jax.types import Rollout, Windows
 
 _STEPS = 16
-_VIEW_STEPS = 8
+_VIEW_STEPS = 4
 
 
 class Packed(NamedTuple):
