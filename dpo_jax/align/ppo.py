@@ -240,13 +240,12 @@ def sharing(config: PPOConfig, rows: int, pieces: int, group: int | None = None)
 
 
 def order(config: PPOConfig, step: Any, rows: int) -> jax.Array:
-    """int32 [updates, rows / minibatches]: the rows of each mini-batch of a rollout, pass after pass, at a step."""
-    m = config.minibatches
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    """int32 [updates, rows / minibatches]: the rows of each mini-batch of a rollout at a step, shuffled in every pass."""
+    m, key = config.minibatches, jax.random.fold_in(jax.random.key(config.seed), step)
     unit = update.together(rows, config.group, m)
-    return jnp.concatenate(
-        [_order(jax.random.fold_in(key, e), rows, unit).reshape(m, rows // m) for e in range(config.passes)]
-    )
+    keys = [jax.random.fold_in(key, e) for e in range(config.passes)]
+    firsts = jnp.concatenate([jax.random.permutation(one, rows // unit) for one in keys])
+    return (unit * firsts[:, None] + jnp.arange(unit)).reshape(-1, rows // m)
 
 
 def reference_logps(
@@ -390,7 +389,7 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     k = sharing(config, b, m * config.accumulate * meshes.parts("batch"))
     lr, averaging = state.schedule(state.step), config.settled.averaging
     # Micro-batches are made of blocks, so that responses that share a prompt stay together; windows keep them so.
-    cut, joined = (partial(_blocks, k=k), _rows) if updates is None else (_as_is, _as_is)
+    cut, joined = (partial(_blocks, k=k), _rows) if updates is None else (jnp.asarray, jnp.asarray)
 
     def one(
         carry: tuple[Any, Any, jax.Array], batch: tuple[jax.Array, Any]
@@ -431,19 +430,9 @@ def train_step(state: TrainState, rollout: Rollout, *, config: PPOConfig) -> tup
     return new_state, {"learning_rate": jnp.asarray(lr), **metrics(rollout, targets, made, config)}
 
 
-def _order(key: jax.Array, rows: int, unit: int) -> jax.Array:
-    """int32 [rows]: their numbers shuffled, `unit` neighbours at a time."""
-    first = unit * jax.random.permutation(key, rows // unit)
-    return (first[:, None] + jnp.arange(unit)).reshape(rows)
-
-
 def _blocks(x: jax.Array, k: int) -> jax.Array:
     """[B, ...] as blocks of k neighbours, [B / k, k, ...]: what `_rows` undoes."""
     return meshes.constrain(x.reshape(x.shape[0] // k, k, *x.shape[1:]), meshes.batch_axes(x.ndim + 1))
-
-
-def _as_is(x: jax.Array) -> jax.Array:
-    return x
 
 
 def _split(x: jax.Array) -> jax.Array:

@@ -198,7 +198,10 @@ def test_how_many_stay_together() -> None:
 
 
 def test_mini_batches_take_whole_groups_where_they_divide() -> None:
-    order = np.asarray(ppo._order(jax.random.key(0), 16, 4)).reshape(4, 4)
-    assert sorted(order.ravel().tolist()) == list(range(16))
-    assert (order - order[:, :1] == np.arange(4)).all()
-    assert order[:, 0].tolist() != [0, 4, 8, 12]
+    options = config(preset="grpo", epochs=2, minibatches=4)
+    orders = [np.asarray(ppo.order(options, step, B)).reshape(2, 4, K) for step in range(3)]
+    for order in (order for both in orders for order in both):
+        assert sorted(order.ravel().tolist()) == list(range(B))
+        assert (order - order[:, :1] == np.arange(K)).all()
+    firsts = {tuple(order[:, 0].tolist()) for both in orders for order in both}
+    assert len(firsts) > 3, "shuffled in every pass of every step"
