@@ -240,7 +240,7 @@ def sharing(config: PPOConfig, rows: int, pieces: int, group: int | None = None)
 
 
 def order(config: PPOConfig, step: Any, rows: int) -> jax.Array:
-    """int32 [updates, rows / minibatches]: the rows of each mini-batch of a rollout at a step, shuffled in every pass."""
+    """int32 [updates, rows / minibatches]: the rows of a rollout's mini-batches at a step, each pass shuffled anew."""
     m, key = config.minibatches, jax.random.fold_in(jax.random.key(config.seed), step)
     unit = update.together(rows, config.group, m)
     keys = [jax.random.fold_in(key, e) for e in range(config.passes)]
