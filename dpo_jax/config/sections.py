@@ -192,7 +192,7 @@ class TrainConfig(Options, prefix="--train."):
     """Attention kernel; auto takes the best that can run on these devices and says which."""
     layout: Layout | None = None
     """windows: real tokens only, each prompt once. shared: each prompt once, padded. separate: once for each response.
-    Not given: windows, and shared in online DPO and distillation."""
+    Not given: windows."""
     eval_every: Count | None = None
     """Evaluate on --eval_data every so many steps, and at the end. Not given: at the end only."""
     stop_after: Count | None = None
@@ -222,9 +222,7 @@ class TrainConfig(Options, prefix="--train."):
 
     @classmethod
     def _settle(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Of what another option says: weights kept as they are computed with; the layout of rows that hold responses
-        (of what is sampled: `layout` of the run).
-        """
+        """Of what another option says: weights kept as they are computed with; and the layout."""
         kept = {"frozen_dtype": given["frozen_dtype"] or given["dtype"], "layout": given["layout"] or "windows"}
         return super()._settle(given) | kept
 

@@ -37,7 +37,7 @@ from dpo_jax.sample import engine, layout as layouts
 from dpo_jax.sample.program import is_narrow, prepared_shapes
 from dpo_jax.train.flops import ModelFlops, Work, distill_flops, preference_work
 from dpo_jax.train.online_pairs import jit_sums
-from dpo_jax.train.rollout_packing import RolloutPacking
+from dpo_jax.train.rollout_packing import GroupPacking, RolloutPacking
 from dpo_jax.train.rollouts import jit_measure
 from dpo_jax.types import Rollout
 
@@ -116,6 +116,7 @@ def build_online(
     state = dpo.init_state(model, programs.trained(run, model, mesh), dataclasses.replace(config, reference="cached"))
     reference, held = _held(run, shape, mesh, state)
     piece, flops = run.rollout_batch_size or run.responses, ModelFlops.of(shape, run.lora)
+    packing = GroupPacking(config.layout, mesh)
     if name == "train step":
         sums: dict[str, Any] = {"reference_logps": np.zeros((rows, 2), np.float32)}
         if run.online.exploration is not None:
@@ -125,13 +126,14 @@ def build_online(
         needed = flops.training(pair)
         computed = needed + programs.again(flops, run.train.remat, pair) + programs.laid_apart(run, flops, batch)
         step = dpo.jit_train_step(config, mesh)
+        batch = packing.whole(batch, config.accumulate)
         return Program.of(step, mesh, (state, batch), needed, computed, pair.tokens, held=held)
     if name == "measure":
         groups = programs.full_pairs(piece // k, k, lengths, sampled=True)
         work = preference_work(groups, 0, k)
         needed = flops.forward(work, adapted=False) + (flops.forward(work) if is_narrow(run.sample) else 0.0)
         step, repeats = jit_sums(model, config, mesh, narrow=is_narrow(run.sample)), run.responses // piece
-        arguments = (state, reference, groups)
+        arguments = (state, reference, packing.pieces(groups, piece // k)[1][0])
         return Program.of(step, mesh, arguments, needed, needed, work.tokens, held=held, repeats=repeats)
     apart = run.online.opponent != "policy"  # each writes one of the two
     pieces = run.responses // piece * (2 if apart else 1)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo_jax.config import DistillRun, PlanRun, SampledRun, SFTRun
+from dpo_jax.config import DistillRun, PlanRun, SFTRun
 from dpo_jax.plan.estimate import Estimate, assumptions, crossing
 from dpo_jax.plan.hardware import GIB, Topology
 from dpo_jax.plan.outcome import Outcome, Planned
@@ -28,8 +28,7 @@ def show(options: PlanRun, made: Planned, console: Console) -> None:
     tokens = f"{job.response} tokens" if not job.prompt else f"{job.prompt} + {job.response} tokens"
     run = job.run
     without = isinstance(run, SFTRun | DistillRun)
-    chosen = run.layout if isinstance(run, SampledRun) else train.settled.layout
-    layout = "" if without else f", layout {chosen}"
+    layout = "" if without else f", layout {train.settled.layout}"
     _say(console, f"{rows} of {tokens}, {train.dtype}, remat {train.remat}{layout}")
     _memory_table(made, console)
     for outcome in made.outcomes:

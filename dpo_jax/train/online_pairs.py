@@ -22,7 +22,8 @@ from dpo_jax.model.groups import response_logps
 from dpo_jax.model.llama import Llama
 from dpo_jax.sample import is_narrow
 from dpo_jax.state import TrainState
-from dpo_jax.train.answered import Answered, Policy, rows_of, with_reference
+from dpo_jax.train.answered import Answered, Policy, with_reference
+from dpo_jax.train.rollout_packing import GroupPacking
 from dpo_jax.train.rollouts import Scorer
 from dpo_jax.types import PreferenceBatch, Rollout
 
@@ -52,6 +53,7 @@ class OnlinePairs(Answered):
         self._scorer, self._samples, self._reference = scorer, samples, reference
         self._config, self._step = config, step
         self._measure = jit_sums(policy.model, step, policy.mesh, narrow=is_narrow(policy.sample))
+        self._packing = GroupPacking(step.layout, policy.mesh)
 
     def prepare(self, state: TrainState, batch: PromptBatch) -> tuple[PreferenceBatch, Row]:
         """Pairs of responses to the prompts of `batch`, a filler row for each prompt without a pair.
@@ -74,21 +76,22 @@ class OnlinePairs(Answered):
         clock.append(time.perf_counter())
         groups = written.groups(k)
         measure = partial(self._measure, state, self._reference)
-        pieces = np.arange(len(groups.rows)).reshape(-1, self._policy.piece // k)
-        reference, policy = self._policy.measured(measure, (rows_of(groups, own) for own in pieces))
+        order, pieces = self._packing.pieces(groups, self._policy.piece // k)
+        (reference, policy), back = self._policy.measured(measure, pieces), np.argsort(order)
+        reference = reference[back]
         clock.append(time.perf_counter())
         groups = dataclasses.replace(groups, reference_logps=reference)
         choice = online.best_and_worst(jnp.asarray(scores.reshape(-1, k)))
         pairs = jax.device_get(online.pairs_of(groups, choice, exploration=self._config.exploration))
         choice = jax.device_get(choice)
-        policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k) if policy is None else policy
+        policy = logps.sum(axis=1, dtype=np.float64).reshape(-1, k) if policy is None else policy[back]
         told = _Written(responses, scores, parts, policy - reference, lengths, ended)
         self._write(batch.step + 1, told, choice)
         own = slice(None) if self._config.opponent == "policy" else slice(0, online.OPPONENT)
         figures = self._figures(scores.reshape(-1, k), policy, reference, ended.reshape(-1, k), choice, own)
         sampling, scoring, measuring = np.diff(clock).tolist()
         figures |= {"seconds_sampling": sampling, "seconds_measuring": measuring, "seconds_scoring": scoring}
-        return pairs, figures | part_figures(parts)
+        return self._packing.whole(pairs, self._step.accumulate), figures | part_figures(parts)
 
     def _responses(self, state: TrainState, batch: PromptBatch) -> tuple[np.ndarray, ...]:
         """Tokens, mask and log-probabilities at temperature 1 (of an opponent: any) of all responses, [B K, R]."""

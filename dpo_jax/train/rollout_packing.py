@@ -1,4 +1,4 @@
-"""The windows of a rollout, planned on the host when it has been sampled: for measuring it, and for the step's updates.
+"""The windows of what has been sampled, planned on the host: for measuring it, and for the step's updates.
 
 Where groups do not divide over the windows (one for each micro-batch of each device), nothing is packed, and prompts
 are shared as far as they can be (`ppo.sharing`).
@@ -12,68 +12,48 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo_jax.align import ppo
-from dpo_jax.config import PPOConfig
+from dpo_jax.config import Layout, PPOConfig
+from dpo_jax.data.sets.batches import Shape
 from dpo_jax.data.sets.group_packing import Packing, WindowShape
 from dpo_jax.data.sets.sampled_windows import Packed, packed
 from dpo_jax.train.answered import rows_of
 from dpo_jax.train.row_data import packing_of
-from dpo_jax.types import Rollout, Updates
+from dpo_jax.types import PreferenceBatch, Rollout, Updates
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class RolloutPacking:
-    """How a run packs its rollouts.
+class GroupPacking:
+    """How a run packs groups of responses, and which shapes it had so far.
 
     Attributes:
-      config: of the PPO step.
+      layout: packs or does not.
       mesh: for whose devices.
-      piece: responses measured at once.
     """
 
-    config: PPOConfig
+    layout: Layout
     mesh: Mesh
-    piece: int
     _known: dict[str, set[WindowShape]] = field(default_factory=dict)
 
-    def pieces(self, rollout: Rollout) -> tuple[np.ndarray, list[Rollout]]:
-        """The rollout in pieces to be measured, and which of its rows they hold, int [B], one behind the other."""
-        rows, group = len(rollout.rows), self.config.group
-        packing = self._packing(self.piece, 1)
-        if packing is None:
-            order = np.arange(rows).reshape(-1, self.piece)
-            return order.reshape(-1), [rows_of(rollout, own) for own in order]
-        groups = np.arange(rows // group).reshape(-1, self.piece // group)
-        plan = self._told("measuring", packed(rollout, groups, packing, group))
-        parts = [replace(rows_of(rollout, x), windows=(rows_of(plan.windows, i),)) for i, x in enumerate(plan.rows)]
-        return plan.rows.reshape(-1), parts
+    def of(self, groups: int, k: int, *, accumulate: int = 1) -> Packing | None:
+        """How a batch of so many groups of k responses is packed; None: it is not."""
+        packing = packing_of(self.layout, self.mesh, k, accumulate=accumulate, pairs=False)
+        return None if packing is None or groups % packing.windows else packing
 
-    def with_updates(self, rollout: Rollout, step: int) -> Rollout:
-        """The rollout with the windows of the updates that the step of a state at `step` makes of it."""
-        config, rows = self.config, len(rollout.rows)
-        packing = self._packing(rows // config.minibatches, config.accumulate)
-        if packing is None:
-            return rollout
-        batches = np.asarray(ppo.order(config, step, rows))[:, :: config.group] // config.group
-        plan = self._told("updates", packed(rollout, batches, packing, config.group))
-        arrays = {"rows": plan.rows.astype(np.int32), "windows": plan.windows}
-        return replace(rollout, updates=Updates(**jax.tree.map(lambda x: np.swapaxes(x, 0, 1), arrays)))
+    def plan(self, what: str, batch: PreferenceBatch, batches: np.ndarray, packing: Packing) -> Packed:
+        """The windows of batches, int [U, n], of the groups of `batch`, host arrays.
 
-    def _packing(self, rows: int, accumulate: int) -> Packing | None:
-        """How batches of so many rows are packed; None: they are not."""
-        group = self.config.group
-        packing = packing_of(self.config.layout, self.mesh, group, accumulate=accumulate, pairs=False)
-        return None if packing is None or rows % (group * packing.windows) else packing
-
-    def _told(self, what: str, plan: Packed) -> Packed:
-        """`plan`, with a line in the log where it has a shape that nothing is compiled for yet."""
+        The log tells of a shape that nothing is compiled for yet; `what`: who takes the batches.
+        """
+        sizes: Shape = batch.prompts.shape[1], batch.responses.shape[2]
+        plan = packed(np.asarray(batch.prompt_lengths), np.asarray(batch.response_lengths), sizes, batches, packing)
         known = self._known.setdefault(what, set())
         if plan.shape not in known:
             known.add(plan.shape)
             _log.info(
-                "%s: a program for windows of %d tokens, %d of them predicted (shape %d of this run; %.0f%% of this"
-                " rollout's places are real)",
+                "%s: a program for windows of %d tokens, %d of them predicted (number %d of this run; %.0f%% of these"
+                " places are real)",
                 what,
                 plan.shape.size,
                 plan.shape.reads,
@@ -81,3 +61,59 @@ class RolloutPacking:
                 100 * plan.real,
             )
         return plan
+
+    def pieces(self, batch: PreferenceBatch, at_once: int) -> tuple[np.ndarray, list[PreferenceBatch]]:
+        """A batch in pieces of so many groups to be measured, and which these are, int [B], one behind the other."""
+        order = np.arange(len(batch.rows)).reshape(-1, at_once)
+        packing = self.of(at_once, batch.responses.shape[1])
+        if packing is None:
+            return order.reshape(-1), [rows_of(batch, own) for own in order]
+        plan = self.plan("measuring", batch, order, packing)
+        parts = [replace(rows_of(batch, x), windows=(rows_of(plan.windows, i),)) for i, x in enumerate(plan.groups)]
+        return plan.groups.reshape(-1), parts
+
+    def whole(self, batch: PreferenceBatch, accumulate: int) -> PreferenceBatch:
+        """A batch for one update, its rows in the order of its windows."""
+        rows, k = batch.response_lengths.shape
+        packing = self.of(rows, k, accumulate=accumulate)
+        if packing is None:
+            return batch
+        plan = self.plan("updates", batch, np.arange(rows)[None], packing)
+        return replace(rows_of(batch, plan.groups[0]), windows=(rows_of(plan.windows, 0),))
+
+
+class RolloutPacking:
+    """How a run packs its rollouts."""
+
+    def __init__(self, config: PPOConfig, mesh: Mesh, piece: int):
+        """`config`: of the PPO step; `piece`: responses measured at once."""
+        self._config, self._piece, self._packing = config, piece, GroupPacking(config.layout, mesh)
+
+    def pieces(self, rollout: Rollout) -> tuple[np.ndarray, list[Rollout]]:
+        """The rollout in pieces to be measured, and which of its rows they hold, int [B], one behind the other."""
+        k = self._config.group
+        order = np.arange(len(rollout.rows)).reshape(-1, self._piece)
+        packing = self._packing.of(self._piece // k, k)
+        if packing is None:
+            return order.reshape(-1), [rows_of(rollout, own) for own in order]
+        plan = self._packing.plan("measuring", rollout.groups(k), order[:, ::k] // k, packing)
+        order = _rows(plan.groups, k)
+        parts = [replace(rows_of(rollout, x), windows=(rows_of(plan.windows, i),)) for i, x in enumerate(order)]
+        return order.reshape(-1), parts
+
+    def with_updates(self, rollout: Rollout, step: int) -> Rollout:
+        """The rollout with the windows of the updates that the step of a state at `step` makes of it."""
+        config, k, rows = self._config, self._config.group, len(rollout.rows)
+        groups, rest = divmod(rows // config.minibatches, k)
+        packing = None if rest else self._packing.of(groups, k, accumulate=config.accumulate)
+        if packing is None:
+            return rollout
+        batches = np.asarray(ppo.order(config, step, rows))[:, ::k] // k
+        plan = self._packing.plan("updates", rollout.groups(k), batches, packing)
+        arrays = {"rows": _rows(plan.groups, k).astype(np.int32), "windows": plan.windows}
+        return replace(rollout, updates=Updates(**jax.tree.map(lambda x: np.swapaxes(x, 0, 1), arrays)))
+
+
+def _rows(groups: np.ndarray, k: int) -> np.ndarray:
+    """int [U, n k]: the rows of groups, int [U, n]."""
+    return (groups[..., None] * k + np.arange(k)).reshape(len(groups), -1)

@@ -85,4 +85,4 @@ class OnlineDPORun(SampledRun, JudgedRun):
 
     def step_config(self) -> DPOConfig:
         """What the step needs to know of these options."""
-        return self.step(DPOConfig, self.dpo, layout=self.layout)
+        return self.step(DPOConfig, self.dpo, layout=self.train.settled.layout)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_jax.config.options import Count, Finite, not_given, part, require
-from dpo_jax.config.sections import Layout, SampleConfig
+from dpo_jax.config.sections import SampleConfig
 from dpo_jax.config.training.ppo import PPOConfig, PPOLossConfig
 from dpo_jax.config.training.run import JudgedRun, SampledRun
 
@@ -161,11 +161,6 @@ class PPORun(SampledRun, JudgedRun):
         )
         self.check_pieces(devices)
 
-    @property
-    def layout(self) -> Layout:
-        """The layout of prompts with the responses sampled to them."""
-        return self.train.settled.layout
-
     def step_config(self) -> PPOConfig:
         """What the step needs to know of these options."""
         return self.step(
@@ -173,7 +168,7 @@ class PPORun(SampledRun, JudgedRun):
             self.ppo,
             temperature=self.sample.temperature,
             max_response=self.response_room,
-            layout=self.layout,
+            layout=self.train.settled.layout,
             seed=self.train.seed,
         )
 

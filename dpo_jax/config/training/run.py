@@ -12,7 +12,6 @@ from dpo_jax.config.sections import (
     CheckpointConfig,
     DataConfig,
     EnergyConfig,
-    Layout,
     LogConfig,
     LoraConfig,
     SampleConfig,
@@ -130,15 +129,6 @@ class SampledRun(TrainingRun):
             pieces is None or pieces % devices == 0,
             f"--rollout_batch_size {pieces} does not divide over {devices} devices that split the batch",
         )
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of prompts with the responses sampled to them. Raises `InputError`."""
-        require(
-            self.train.layout != "windows",
-            "--train.layout windows is not for online DPO and distillation; give shared or separate",
-        )
-        return self.train.layout or "shared"
 
     @property
     def response_room(self) -> int:

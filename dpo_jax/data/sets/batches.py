@@ -18,7 +18,7 @@ import numpy as np
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.types import PreferenceBatch
 
-CLASSES = 4
+CLASSES = 6
 """Most lengths that attention's sequences of a window are padded to."""
 _LEVELS = 64  # lengths are told apart on a grid of at most so many steps an axis: it bounds the search, not the result
 

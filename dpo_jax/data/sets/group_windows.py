@@ -180,7 +180,6 @@ def _usual(needs: Sequence[Need], most: int, multiple: int) -> list[tuple[Window
     """At most so many shapes that hold all these windows, [batches, W] of each span, cheapest first."""
     sizes, reads = ([getattr(need, name).max(axis=1) for need in needs] for name in ("size", "reads"))
     chosen = plan_buckets(sizes[0], reads[0][:, None], buckets=most, batch_size=1, multiple=multiple)
-    views = [length_classes(need.views.max(axis=(0, 1)), multiple) for need in needs]
     found = []
     for bucket, shape in enumerate(chosen.shapes):
         of = chosen.rows == bucket
@@ -188,6 +187,7 @@ def _usual(needs: Sequence[Need], most: int, multiple: int) -> list[tuple[Window
             (up(int(size[of].max(initial=0)), multiple), up(int(read[of].max(initial=0)), multiple))
             for size, read in zip(sizes[1:], reads[1:], strict=True)
         ]
+        views = [length_classes(need.views[of].max(axis=(0, 1), initial=0), multiple) for need in needs]
         found.append(tuple(WindowShape(*one, view) for one, view in zip([shape, *rest], views, strict=True)))
     return found
 

@@ -16,49 +16,51 @@ import numpy as np
 
 from dpo_jax.data.sets.batches import Shape
 from dpo_jax.data.sets.group_packing import Lengths, Need, Packing, WindowShape, pack, up
-from dpo_jax.types import Rollout, Windows
+from dpo_jax.types import Windows
 
 _STEPS = 16
 _VIEW_STEPS = 4
 
 
 class Packed(NamedTuple):
-    """Batches of a rollout's rows in windows.
+    """Batches of groups in windows.
 
     Attributes:
-      rows: int [U, n K], the rollout's rows of each batch, window after window.
+      groups: int [U, n], those of each batch, window after window.
       windows: of each batch; its arrays are [U, W, ...].
       shape: that all of them have.
       real: share of real tokens in their places.
     """
 
-    rows: np.ndarray
+    groups: np.ndarray
     windows: Windows
     shape: WindowShape
     real: float
 
 
-def packed(rollout: Rollout, batches: np.ndarray, packing: Packing, group: int) -> Packed:
-    """Pack batches of whole groups of a rollout of host arrays.
+def packed(
+    prompt_lengths: np.ndarray, response_lengths: np.ndarray, sizes: Shape, batches: np.ndarray, packing: Packing
+) -> Packed:
+    """Pack batches of groups.
 
     Args:
-      rollout: `group` neighbouring rows answer one prompt.
+      prompt_lengths: int [G].
+      response_lengths: int [G, K].
+      sizes: (P, R), of the arrays that hold the tokens.
       batches: int [U, n], numbers of groups; those of a batch may change places.
       packing: its windows divide n.
-      group: K.
     """
-    (rows, p), r, (many, n) = rollout.prompts.shape, rollout.responses.shape[1], batches.shape
-    prompts = np.asarray(rollout.prompt_lengths).reshape(rows // group, group)[:, 0]
-    lengths = Lengths.of(prompts, np.asarray(rollout.response_lengths).reshape(rows // group, group))
+    (p, r), k, (many, n) = sizes, response_lengths.shape[1], batches.shape
+    lengths = Lengths.of(prompt_lengths, response_lengths)
     arranged = lengths.arranged(batches, packing.windows)
     need = lengths.need(arranged)
-    shape = _shape(need, n // packing.windows, group, (p, r), packing.multiple)
-    order = arranged.reshape(many, n)
+    shape = _shape(need, n // packing.windows, k, (p, r), packing.multiple)
+    groups = arranged.reshape(many, n)
     windows = [
-        pack(lengths.prompts[one], lengths.responses[one], shape, packing.windows, (p, r), (0, group)) for one in order
+        pack(lengths.prompts[one], lengths.responses[one], shape, packing.windows, (p, r), (0, k)) for one in groups
     ]
     return Packed(
-        rows=(order[..., None] * group + np.arange(group)).reshape(many, n * group),
+        groups=groups,
         windows=jax.tree.map(lambda *x: np.stack(x), *windows),
         shape=shape,
         real=float(need.size.sum() / (need.size.size * shape.size)),
