@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from pairs import TINY, make_batch, model_and_variables, quick_jit
 
 from dpo_jax.align import dpo
@@ -114,7 +115,7 @@ def test_two_processes_give_the_losses_of_one_device(on_one_device):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": runs.xla_flags(2),
         "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent / "support"))),
     }
     command = [sys.executable, "-c", PROCESS, coordinator]

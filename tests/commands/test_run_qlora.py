@@ -1,7 +1,6 @@
 """`--train.frozen_dtype int8|nf4` from end to end: QLoRA, and references in fewer bits."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +142,7 @@ def test_the_benchmark(inputs: Path, tmp_path: Path) -> None:
         "--data.max_length",
         "96",
     ]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": ""})
+    done = subprocess.run(line, capture_output=True, text=True, check=True, env=runs.one_device())
     table = [row for row in done.stdout.splitlines() if row.startswith("| ")]
     assert [row.split()[1] for row in table[1:]] == ["float32", "int8", "nf4"]
     kept = json.loads((tmp_path / "qlora.json").read_text())

@@ -1,7 +1,6 @@
 """A minute of `fuzz.py` with a fixed seed; and faults by name, each one line."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import fuzz
 import pytest
+import runs
 import tiny
 
 from dpo_jax.cli import main
@@ -22,7 +22,7 @@ from dpo_jax.headers import parse_json, read_json
 @pytest.mark.slow
 def test_mutations_of_valid_files_end_in_success_or_in_one_line() -> None:
     """In a process of its own, which has one device, and may be ended by a library."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "RUST_BACKTRACE")}
+    environment = {name: value for name, value in runs.one_device().items() if name != "RUST_BACKTRACE"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # files are tried here, not programs
     command = [sys.executable, fuzz.__file__, "--minutes", "1", "--most", "4000", "--processes", "20", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
