@@ -32,15 +32,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # The files that take longest, the longest first. Whole files go to the workers in turn: one of these left to the end
 # would run alone while the other workers have nothing to do.
 _LONGEST = """
-tests/sample/test_sample_smollm2.py tests/plan/test_tpu_compile.py tests/commands/test_run_kill.py
-tests/weights/test_families.py tests/align/test_bf16_gradients.py tests/house/test_fuzz.py
-tests/commands/test_run_rejection.py tests/commands/test_recipe_llama2_chat.py
-tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py
-tests/sample/test_sample_narrow.py tests/house/test_notebooks.py tests/commands/test_run_gatt.py
+tests/plan/test_tpu_compile.py tests/commands/test_recipe_llama3.py tests/commands/test_run_kill.py
+tests/align/test_slices.py tests/align/test_bf16_gradients.py tests/commands/test_run_qlora.py
+tests/sample/test_sample_smollm2.py tests/house/test_fuzz.py tests/processes/test_run_host_losses.py
+tests/commands/test_kill_campaign.py tests/commands/test_run_environment.py tests/weights/test_families.py
+tests/align/test_ppo_shared.py tests/commands/test_recipe_llama2_chat.py tests/commands/test_recipe_zephyr.py
+tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py tests/commands/test_recipe_iterative_rpo.py
+tests/model/test_quantised.py tests/align/test_dpo_windows.py tests/align/test_dpo_step.py
+tests/house/test_notebooks.py tests/commands/test_recipe_frontier.py tests/align/test_ppo_step.py
+tests/commands/test_run_samples.py tests/commands/test_run_online_dpo.py tests/commands/test_run_rejection.py
+tests/commands/test_zephyr_arms.py tests/align/test_dpo_devices.py tests/plan/test_published_shapes.py
+tests/sample/test_sample_narrow.py tests/commands/test_run_gatt.py tests/ground/test_moments.py
 tests/commands/test_full_disk.py tests/commands/test_run_reward.py tests/align/test_sft_devices.py
-tests/sample/test_sample_engine.py tests/commands/test_recipe_frontier.py tests/commands/test_prepare.py
+tests/sample/test_sample_engine.py tests/commands/test_prepare.py tests/commands/test_cli_errors.py
 tests/commands/test_demo.py tests/commands/test_run_texts.py tests/sample/test_stops.py
-tests/commands/test_cli_commands.py
 """.split()
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -392,7 +392,7 @@ def kinds_of_a_run(work: Path) -> dict[str, Kind]:
     model, data = work / "model", work / "data" / "pairs.jsonl"
     run = work / "run"
     training = ["--model", str(model), "--data", str(data), "--train.batch_size", "2", "--data.max_length", "96"]
-    training += ["--checkpoint.every", "1", "--train.steps", "2"]
+    training += ["--data.buckets", "1", "--checkpoint.every", "1", "--train.steps", "2"]
     assert main(["dpo", *training, "--out", str(run), "--lora.rank", "2"]) == 0
     unfinished = work / "unfinished"
     shutil.copytree(run, unfinished)
