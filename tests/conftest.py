@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -47,6 +48,8 @@ tests/commands/test_full_disk.py tests/commands/test_run_reward.py tests/align/t
 tests/sample/test_sample_engine.py tests/commands/test_prepare.py tests/commands/test_cli_errors.py
 tests/commands/test_demo.py tests/commands/test_run_texts.py tests/sample/test_stops.py
 """.split()
+
+_SLOWER = ("slow", "multiprocess", "real", "cuda_compile")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,10 +109,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] += f" {_QUICK}"
 
 
+def pytest_collection_finish() -> None:
+    """What the tests are stays; a program's traces are tens of thousands of objects, which live as long as it does."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the order within a file, and of all others, stays."""
+    """The longest files first; the order within a file, and of all others, stays.
+
+    CI finds the files of the slower tests by their markers' names (`.ci/run`), which therefore stand in them.
+    """
     place = {ROOT / file: i for i, file in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+    marked = {(item.path, name) for item in items for name in _SLOWER if item.get_closest_marker(name)}
+    for path, name in marked:
+        if f"pytest.mark.{name}" not in path.read_text(encoding="utf-8"):
+            raise pytest.UsageError(f"{path}: CI looks for pytest.mark.{name} by this name; write it there")
 
 
 def pytest_unconfigure() -> None:
