@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -203,9 +205,7 @@ def _svg(plot: Plot) -> str:
 
 def svg_of(figure: Figure) -> str:
     """A figure as SVG to stand in a report. Call it under `rc_context(LOOK)`."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
+    text = _drawn(figure, FigureCanvasSVG, dpi=72, Date=None).decode()
     return text[text.index("<svg") :]
 
 
@@ -220,9 +220,7 @@ def png_of(plots: Sequence[Plot]) -> bytes:
             _panel(axes, plot)
         for axes in panels:  # those left over
             axes.set_axis_off()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+        return _drawn(figure, FigureCanvasAgg, dpi=110, Software=None)
 
 
 def write_png(path: Path, plot: Plot) -> None:
@@ -233,9 +231,16 @@ def write_png(path: Path, plot: Plot) -> None:
 
 def write_figure(path: Path, figure: Figure) -> None:
     """A figure as a PNG file. Call it under `rc_context(LOOK)`. Raises `InputError` when the disk is not writable."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _drawn(figure, FigureCanvasAgg, dpi=150))
+
+
+def _drawn(figure: Figure, kind: type[FigureCanvasSVG] | type[FigureCanvasAgg], *, dpi: int, **metadata: None) -> bytes:
+    """The bytes of a picture. By its canvas: `Figure.savefig` lays out and draws everything twice."""
+    figure.set_dpi(dpi)
+    canvas, buffer = kind(figure), io.BytesIO()
+    write = canvas.print_svg if isinstance(canvas, FigureCanvasSVG) else canvas.print_png
+    write(buffer, metadata=metadata)
+    return buffer.getvalue()
 
 
 # A fixed salt and no date: the same run gives the same file.

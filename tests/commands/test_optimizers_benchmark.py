@@ -25,6 +25,7 @@ def test_bytes_of_state(tmp_path: Path) -> None:
 def test_it_measures_and_writes_after_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in runs.one_device().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(optimizers, "COMMON", [*optimizers.COMMON, "--data.buckets", "1"])  # one shape to compile
     model = tiny.folder(tmp_path / "model", layers=1, hidden=64)
     data = tiny.preferences(tmp_path / "pairs.jsonl", rows=24)
     words = ["--model", str(model), "--data", str(data), "--folder", str(tmp_path / "runs"), "--steps", "6"]
