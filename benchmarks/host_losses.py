@@ -43,7 +43,6 @@ MOMENTS = ("step", "save", "restore")
 BAD_INPUT, AGAIN, LIMIT = 2, 75, 60
 FULL = 12_000
 """Bytes of the largest file that still fits: the log of a process, but not what it keeps of the arrays."""
-STEPS = 100
 
 
 @dataclass
@@ -192,8 +191,8 @@ def run_whole(words: Sequence[str], work: Path) -> None:
         raise SystemExit(f"exit codes {codes}\n" + (work / "process0.log").read_text()[-3000:])
 
 
-def same(out: Path, whole: Path) -> list[str]:
-    """What of two runs differs, by name."""
+def same(out: Path, whole: Path, last: int) -> list[str]:
+    """What of two runs of `last` steps differs, by name."""
     from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 
     rows = [
@@ -207,13 +206,13 @@ def same(out: Path, whole: Path) -> list[str]:
     for path in sorted(whole.glob("*/*.safetensors")):
         if (out / path.relative_to(whole)).read_bytes() != path.read_bytes():
             found.append(str(path.relative_to(whole)))
-    state = f"checkpoints/{STEPS}/meta/metadata"  # the position in the data, and a hash of weights and optimizer
+    state = f"checkpoints/{last}/meta/metadata"  # the position in the data, and a hash of weights and optimizer
     if json.loads((out / state).read_text()) != json.loads((whole / state).read_text()):
         found.append(state)
     return found
 
 
-def inputs(work: Path) -> list[str]:
+def inputs(work: Path, steps: int) -> list[str]:
     """A tiny model and its data in `work`; the words of the run but for --out."""
     import tiny
 
@@ -224,7 +223,7 @@ def inputs(work: Path) -> list[str]:
         os._exit(0)
     if ended(child):
         raise SystemExit("the inputs could not be made")
-    words = ["dpo", "--model", f"{work}/model", "--data", f"{work}/train.jsonl", "--train.steps", str(STEPS)]
+    words = ["dpo", "--model", f"{work}/model", "--data", f"{work}/train.jsonl", "--train.steps", str(steps)]
     words += ["--train.batch_size", "4", "--data.max_length", "96", "--data.buckets", "1", "--checkpoint.every", "5"]
     return [*words, "--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--distributed.lost_after", "20"]
 
@@ -234,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, runs and logs; emptied first")
     parser.add_argument("--losses", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=100, help="of the run: some eight for each loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--local", action="store_true", help="with --checkpoint.local, too")
     options = parser.parse_args()
@@ -242,7 +242,7 @@ def main() -> None:
     work.mkdir(parents=True)
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1".strip(),
         "DPO_JAX_CACHE": str(work / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -252,7 +252,7 @@ def main() -> None:
         importlib.import_module(module)  # read once, before the first fork
 
     began = time.monotonic()
-    words = inputs(work)
+    words = inputs(work, options.steps)
     if options.local:
         words += ["--checkpoint.local", str(work / "own"), "--checkpoint.local_every", "2"]
     whole, out = work / "whole", work / "run"
@@ -265,7 +265,7 @@ def main() -> None:
         how = f"{loss.victim}, {'full' if loss.moment == 'full disk' else 'frozen' if loss.frozen else 'killed'}"
         print(f"{loss.moment:<9} process {how:<10} {loss.step:>11} {loss.seconds:>16.1f} s", flush=True)
     run_whole([*words, "--out", str(out)], work)
-    differences = same(out, whole)
+    differences = same(out, whole, options.steps)
     seconds = time.monotonic() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime

@@ -4,14 +4,13 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
+import started
 import tiny
 from safetensors.numpy import load_file
 
@@ -35,7 +34,7 @@ def start_words(inputs: Path, out: Path) -> list[str]:
     return ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), "--out", str(out)]
 
 
-def start(inputs: Path, out: Path, *options: str) -> subprocess.Popen:
+def start(inputs: Path, out: Path, *options: str) -> started.Started:
     """Start `dpo-jax dpo` in a process of its own, on one CPU device."""
     command = [*start_words(inputs, out), "--eval_data", str(inputs / "eval.jsonl")]
     command += ["--train.steps", str(STEPS), "--train.batch_size", "4", "--train.eval_every", "7"]
@@ -44,9 +43,8 @@ def start(inputs: Path, out: Path, *options: str) -> subprocess.Popen:
     return spawn(inputs, *command)
 
 
-def spawn(inputs: Path, *words: str, devices: int = 1) -> subprocess.Popen:
+def spawn(inputs: Path, *words: str, devices: int = 1) -> started.Started:
     """`dpo-jax dpo` with these options, in a process of its own on so many CPU devices."""
-    command = [sys.executable, "-m", "dpo_jax", "dpo", *words]
     env = {name: value for name, value in os.environ.items() if name != "DPO_JAX_CACHE"}
     env |= {
         "DPO_JAX_CACHE": str(inputs / "cache"),
@@ -56,17 +54,17 @@ def spawn(inputs: Path, *words: str, devices: int = 1) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started.start(["dpo", *words], env, folder=ROOT, both=True)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: started.Started, code: int = 0) -> str:
     """Wait; what the process said. It must have ended with this code."""
     said, _ = process.communicate(timeout=600)
     assert process.returncode == code, said
     return said
 
 
-def wait_for_rows(process: subprocess.Popen, out: Path, rows: int) -> None:
+def wait_for_rows(process: started.Started, out: Path, rows: int) -> None:
     """Return as soon as the log has so many rows."""
     deadline = time.monotonic() + 600
     while len(read_metrics(out / "metrics.jsonl")) < rows:
@@ -133,12 +131,12 @@ def test_terminated_and_rerun(inputs: Path, whole: Path, tmp_path: Path, number:
     assert_same_run(out, whole)
 
 
-DEVICES, TOGETHER = 4, 200
+DEVICES, TOGETHER = 4, 80
 SMALL = ("--train.batch_size", "4", "--mesh.tensor", "2", "--data.max_length", "96", "--data.buckets", "1")
 SMALL += ("--dpo.loss", "simpo", "--optimizer.learning_rate", "3e-3", "--checkpoint.every", "20")
 
 
-def start_together(inputs: Path, out: Path, processes: int) -> list[subprocess.Popen]:
+def start_together(inputs: Path, out: Path, processes: int) -> list[started.Started]:
     """So many processes on one run, which share four devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -174,7 +172,7 @@ def test_preempted_and_killed_then_restarted_with_other_counts(inputs: Path, tmp
     assert "stopped" not in said[1]
 
     (killed,) = start_together(inputs, out, 1)
-    wait_for_rows(killed, out, done + 20)
+    wait_for_rows(killed, out, done + 10)
     killed.send_signal(signal.SIGKILL)
     assert f"going on after step {done} of {TOGETHER}" in finish(killed, -signal.SIGKILL)
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -570,7 +569,7 @@ def test_two_processes_choose_what_one_does(inputs: Path, whole: Path, tmp_path:
     """One writes the files, both read them; killed together in the middle of the samples, they go on together."""
     out = tmp_path / "run"
 
-    def start() -> list[subprocess.Popen[str]]:
+    def start() -> list[runs.Process]:
         more = ["--eval_data", str(inputs / "eval.jsonl"), "--rejection.temperatures", *map(str, TEMPERATURES)]
         more += ["--rejection.eval_samples", str(SAMPLES), "--data.packing", "--train.steps", "2"]
         return runs.start_together([*words(inputs, out), *more, "--mesh.fsdp", "2"], 2)

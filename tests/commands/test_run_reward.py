@@ -22,6 +22,11 @@ MESH = ["--mesh.data", "8", "--mesh.fsdp", "1"]
 SMALL = ["--data.max_length", "48", "--data.buckets", "1", "--data.workers", "0", *MESH]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> None:
+    """Pictures are drawn here."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.folder(tmp_path_factory.mktemp("model") / "tiny", layers=1)

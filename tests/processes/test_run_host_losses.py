@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.multiprocess
 def test_lost_hosts_change_no_bit(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "host_losses.py"), "--work", str(tmp_path / "work")]
-    done = subprocess.run([*command, "--losses", "3", "--local"], capture_output=True, text=True, check=False)
+    command += ["--losses", "3", "--steps", "40", "--local"]
+    done = subprocess.run(command, env=runs.one_device(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith("differences: none")

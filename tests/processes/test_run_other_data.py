@@ -3,7 +3,6 @@
 import re
 import shutil
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def ends(inputs: Path, hosts: list[Path], *words: str) -> list[str]:
     return said
 
 
-def told(process: subprocess.Popen[str]) -> str:
+def told(process: runs.Process) -> str:
     process.kill()  # nothing where it has ended
     error = process.communicate()[1]
     assert process.returncode == BAD_INPUT, error

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import started
 import tiny
 
 from dpo_jax.cli import main
@@ -484,12 +485,14 @@ def in_process(arguments: list[str], limit: float = LIMIT) -> tuple[str | None, 
 
 def as_process(arguments: list[str]) -> tuple[str | None, int, str]:
     """`in_process`, in a process of its own."""
-    command = [sys.executable, "-m", "dpo_jax", *arguments]
+    process = started.start(arguments, os.environ)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=6 * LIMIT, check=False)
+        _, said = process.communicate(6 * LIMIT)
     except subprocess.TimeoutExpired:
+        process.kill()
         return f"took more than {6 * LIMIT:.0f} s", -1, ""
-    return verdict(done.returncode, done.stderr), done.returncode, done.stderr
+    code = process.wait()
+    return verdict(code, said), code, said
 
 
 def resident() -> int:

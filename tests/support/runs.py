@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import started
 from safetensors.numpy import load_file
 
 from dpo_jax import cli, mesh
 from dpo_jax.errors import Stopped
 from dpo_jax.files.log import CLOCK_KEYS, read_metrics
 from dpo_jax.files.sample_log import SampleLog
+
+Process = subprocess.Popen[str] | started.Started
 
 
 def small_mesh(data: int, fsdp: int, tensor: int, context: int = 1) -> jax.sharding.Mesh:
@@ -100,13 +103,14 @@ def start_together(
     words: Sequence[str],
     count: int,
     *,
-    program: Sequence[str] = ("-m", "dpo_jax"),
+    program: Sequence[str] = (),
     devices: int = 1,
     folders: Sequence[Path | None] | None = None,
-) -> list[subprocess.Popen[str]]:
+) -> list[Process]:
     """So many processes of `dpo-jax` that train together over loopback (of one: alone).
 
-    `program`: what Python is given before the words. `devices`: of each process. `folders`: in which each works.
+    `program`: what Python is given before the words, where it is not `dpo-jax`. `devices`: of each process. `folders`:
+    in which each works.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -119,17 +123,16 @@ def start_together(
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, *words, *([*several, "--distributed.process_id", str(i)] if count > 1 else [])],
-            cwd=None if folders is None else folders[i],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(count)
-    ]
+
+    def start(i: int) -> Process:
+        told = [*words, *([*several, "--distributed.process_id", str(i)] if count > 1 else [])]
+        folder = None if folders is None else folders[i]
+        if not program:
+            return started.start(told, environment, folder=folder)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *program, *told], cwd=folder, env=environment, **pipes)
+
+    return [start(i) for i in range(count)]
 
 
 def two_say(script: str, *words: str, devices: int = 2) -> list[str]:
