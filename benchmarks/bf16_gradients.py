@@ -154,7 +154,14 @@ def given_states(vocab: int, length: int, width: int, dtype: Any) -> Any:
 
 
 def loss_head_errors(
-    rows: int, length: int, width: int, vocab: int, *, chunks: int = 16, jit: Callable[..., Any] = jax.jit
+    rows: int,
+    length: int,
+    width: int,
+    vocab: int,
+    *,
+    chunks: int = 16,
+    jit: Callable[..., Any] = jax.jit,
+    often: Callable[..., Any] = jax.jit,
 ) -> Iterator[tuple[str, Errors]]:
     """Errors of the gradient of the head of each loss, the same bfloat16 hidden states being given.
 
@@ -168,7 +175,7 @@ def loss_head_errors(
     others = tuple(loss for loss in LOSSES if loss not in STEEP)
     for matrix, losses in ((kernel, others), (held, STEEP)):
         variables = {"params": {"lm_head": {"kernel": matrix}}}
-        yield from _errors(exact, rough, variables, (rows, length, vocab), 1, chunks, losses, jit)
+        yield from _errors(exact, rough, variables, (rows, length, vocab), 1, chunks, losses, jit, often)
 
 
 def step_errors(
@@ -183,8 +190,12 @@ def step_errors(
     chunks: int = 16,
     losses: Sequence[str] = LOSSES,
     jit: Callable[..., Any] = jax.jit,
+    often: Callable[..., Any] = jax.jit,
 ) -> Iterator[tuple[str, Errors]]:
-    """Errors of the gradient of every parameter of a two-layer model, one loss after the other."""
+    """Errors of the gradient of every parameter of a two-layer model, one loss after the other.
+
+    `jit` compiles what runs once or twice, `often` what runs for every preference loss.
+    """
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -205,7 +216,7 @@ def step_errors(
             lambda path, x: noise[:, : x.shape[2]] + x if path[-1].key == "lora_b" else x, variables["adapters"]
         )
     rough = exact.clone(dtype=jnp.bfloat16)
-    yield from _errors(exact, rough, variables, (rows, length, vocab), accumulate, chunks, losses, jit)
+    yield from _errors(exact, rough, variables, (rows, length, vocab), accumulate, chunks, losses, jit, often)
 
 
 def _errors(
@@ -217,6 +228,7 @@ def _errors(
     chunks: int,
     losses: Sequence[str],
     jit: Callable[..., Any],
+    often: Callable[..., Any],
 ) -> Iterator[tuple[str, Errors]]:
     """Of what is trained of `variables`, in batches of `sizes` = (rows, tokens of a row, vocabulary)."""
     rows, length, vocab = sizes
@@ -253,7 +265,7 @@ def _errors(
         if name in STEPS:
             yield name, errors(step(rough, name), step(exact, name))
     asked = [name for name in losses if name in PREFERENCES]
-    both = (preference_gradients(model.apply, variables, groups, asked, budget, jit) for model in (rough, exact))
+    both = (preference_gradients(model.apply, variables, groups, asked, budget, jit, often) for model in (rough, exact))
     for name, got, want in ((a, b, d) for (a, b), (_, d) in zip(*both, strict=True)):
         yield name, errors(got, want)
 
@@ -265,22 +277,22 @@ def preference_gradients(
     losses: Sequence[str],
     budget: int,
     jit: Callable[..., Any],
+    often: Callable[..., Any],
 ) -> Iterator[tuple[str, Any]]:
-    """The gradient of each preference loss, by the chain rule over the summed log-probabilities: one program for all.
+    """The gradient of each preference loss, by the chain rule over the summed log-probabilities: one forward pass for
+    all, and one program that goes back, which `often` compiles.
 
     As `dpo.train_step` has it for one micro-batch.
     """
     part = "adapters" if "adapters" in variables else "params"
 
-    def pull(trained: Any, slope: jax.Array) -> tuple[jax.Array, Any]:
+    def pull(trained: Any) -> tuple[jax.Array, Any]:
         options = DPOConfig(head_budget_bytes=budget)
-        whole = lambda x: dpo.reference_logps(apply_fn, {**variables, part: x}, groups, config=options)  # noqa: E731
-        sums, back = jax.vjp(whole, trained)
-        return sums, back(slope)[0]
+        return jax.vjp(lambda x: dpo.reference_logps(apply_fn, {**variables, part: x}, groups, config=options), trained)
 
-    pulled, reference, lengths = jit(pull), groups.reference_logps, groups.response_lengths
+    reference, lengths = groups.reference_logps, groups.response_lengths
     assert reference is not None
-    at, _ = pulled(variables[part], jnp.zeros_like(reference))
+    (at, back), pulled = jit(pull)(variables[part]), often(lambda back, slope: back(slope)[0])
     for name in losses:
         c = DPOConfig(loss=name, **PREFERENCES[name])  # type: ignore[arg-type]
         given = () if c.objective.reference_free else (reference[:, 0], reference[:, 1])
@@ -289,7 +301,7 @@ def preference_gradients(
         loss = lambda x, c=c, given=given, told=told: jnp.mean(  # noqa: E731
             dpo.preference_loss(x[:, 0], x[:, 1], *given, config=c, **told)
         )
-        yield name, pulled(variables[part], jax.grad(loss)(at))[1]
+        yield name, pulled(back, jax.grad(loss)(at))
 
 
 def _pairs(groups: PreferenceBatch) -> PreferenceBatch:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -30,6 +30,19 @@ def check_score(source: str, architecture: LlamaConfig) -> None:
     """Raise `InputError` where a checkpoint has no score: it is a language model."""
     if not architecture.num_labels:
         raise InputError(f"{source}: has no reward head (score.weight); train one with dpo-jax reward")
+
+
+@lru_cache(maxsize=8)
+def _forward(model: Llama, classes: tuple[ClassHead, ...], mesh: Mesh) -> meshes.Replicated:
+    """Scores and chances of a batch; the same for reward models of one shape, as rounds have them, and compiled once."""
+
+    def forward(variables: Any, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = response_states(model.apply, variables, batch)
+        logits = {head: heads.apply(variables, head.name, hidden) for head in classes}
+        chances = {h.name: nn.sigmoid(x) if h.overlapping else nn.softmax(x) for h, x in logits.items()}
+        return heads.apply(variables, heads.SCORE, hidden)[..., 0], chances
+
+    return meshes.Replicated(forward, mesh)
 
 
 class RewardModel:
@@ -67,14 +80,7 @@ class RewardModel:
         self.model, self.variables, self.mesh = model, variables, mesh
         self.classes = tuple(classes)
         self._batch_size, self._multiple = batch_size, multiple
-
-        def forward(variables: Any, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            hidden = response_states(model.apply, variables, batch)
-            logits = {head: heads.apply(variables, head.name, hidden) for head in self.classes}
-            chances = {h.name: nn.sigmoid(x) if h.overlapping else nn.softmax(x) for h, x in logits.items()}
-            return heads.apply(variables, heads.SCORE, hidden)[..., 0], chances
-
-        self._forward = meshes.Replicated(forward, mesh)
+        self._forward = _forward(model, self.classes, mesh)
 
     @classmethod
     def load(

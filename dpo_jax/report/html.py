@@ -214,8 +214,7 @@ def png_of(plots: Sequence[Plot]) -> bytes:
     columns = min(len(plots), 2)
     rows = -(-len(plots) // columns)
     with rc_context(LOOK):
-        figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).flat
+        figure, panels = _panels(rows, columns)
         for axes, plot in zip(panels, plots, strict=False):
             _panel(axes, plot)
         for axes in panels:  # those left over
@@ -252,14 +251,28 @@ LOOK: dict[Any, Any] = {
 }
 
 
-# Room for tick labels of ten characters, a title above a power of ten, a label below: measuring takes longer than
-# drawing.
-_MARGINS = {"left": 0.14, "right": 0.95, "bottom": 0.16, "top": 0.84}
+# Of a panel: room for tick labels of ten characters, a title above a power of ten, a label below. To measure what each
+# takes is longer than to draw it.
+_LEFT, _RIGHT, _BELOW, _ABOVE = 0.14, 0.05, 0.16, 0.16
+
+
+def _panels(rows: int, columns: int) -> tuple[Figure, Sequence[Any]]:
+    """A figure and its panels, row by row."""
+    figure = Figure(figsize=(5.2 * columns, 3.0 * rows))
+    places = {
+        "left": _LEFT / columns,
+        "right": 1 - _RIGHT / columns,
+        "bottom": _BELOW / rows,
+        "top": 1 - _ABOVE / rows,
+        "wspace": (_LEFT + _RIGHT) / (1 - _LEFT - _RIGHT),
+        "hspace": (_BELOW + _ABOVE) / (1 - _BELOW - _ABOVE),
+    }
+    return figure, list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=places).flat)
 
 
 def _figure(plot: Plot) -> Figure:
-    figure = Figure(figsize=(5.2, 3.0))
-    _panel(figure.subplots(gridspec_kw=_MARGINS), plot)
+    figure, (axes,) = _panels(1, 1)
+    _panel(axes, plot)
     return figure
 
 

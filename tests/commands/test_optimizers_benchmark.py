@@ -12,6 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import optimizers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> None:
+    """Pictures are drawn here."""
+
+
 def test_bytes_of_state(tmp_path: Path) -> None:
     """Next to a quarter of AdamW's but for the embedding, which stays float32; rows and columns are next to nothing."""
     model = str(tiny.folder(tmp_path, layers=3, hidden=64, heads=4))

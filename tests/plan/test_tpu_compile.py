@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of
+from plans import GIB, PARAMETERS, compiled, dpo_run, job, job_of, quickly
 
 from dpo_jax.config import (
     DataConfig,
@@ -27,6 +28,7 @@ from dpo_jax.config import (
 )
 from dpo_jax.mesh import make_mesh
 from dpo_jax.model.architecture import LlamaConfig
+from dpo_jax.plan import compiling
 from dpo_jax.plan.hardware import Topology
 from dpo_jax.plan.programs import names
 from dpo_jax.plan.shapes import parameters
@@ -95,8 +97,11 @@ def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
     assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
-def test_a_refusal_is_an_answer() -> None:
-    figures = compiled(job(dpo_run(pairs=512, remat="none"), "v5e:2x2", prompt=1024, response=1024, layers=2))
+def test_a_refusal_is_an_answer(tmp_path: Path) -> None:
+    """Of the process that `dpo-jax plan` starts."""
+    one = job(dpo_run(pairs=512, remat="none"), "v5e:2x2", prompt=1024, response=1024, layers=2)
+    with quickly():
+        figures = compiling.figures_of(one, tmp_path)
     refused = figures["refused"]
     assert refused["limit"] == pytest.approx(15.75 * GIB, rel=0.01)
     assert refused["wanted"] > refused["limit"]
