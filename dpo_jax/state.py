@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -210,8 +211,10 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return schedule
 
 
+@lru_cache(maxsize=64)
 def make_optimizer(config: OptimizerConfig, *, scheduled: bool = True) -> Optimizer:
-    """Clipping, then the rule that `config.name` says, weight decay, then the schedule.
+    """Clipping, then the rule that `config.name` says, weight decay, then the schedule. The same for the same options,
+    so that a step is compiled once for all states that have it.
 
     Without `scheduled` the updates are those of a learning rate of 1: for steps of several updates, which multiply them
     by the `schedule` of the step themselves.

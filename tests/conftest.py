@@ -36,11 +36,11 @@ _LONGEST = """
 tests/plan/test_tpu_compile.py tests/commands/test_recipe_llama3.py tests/commands/test_run_kill.py
 tests/align/test_slices.py tests/align/test_bf16_gradients.py tests/commands/test_run_qlora.py
 tests/house/test_notebooks.py tests/sample/test_sample_smollm2.py tests/house/test_fuzz.py
-tests/processes/test_run_host_losses.py tests/commands/test_kill_campaign.py tests/commands/test_run_environment.py tests/weights/test_families.py
-tests/align/test_ppo_shared.py tests/commands/test_recipe_llama2_chat.py tests/commands/test_recipe_zephyr.py
-tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py tests/commands/test_recipe_iterative_rpo.py
-tests/model/test_quantised.py tests/align/test_dpo_windows.py tests/align/test_dpo_step.py
-tests/commands/test_recipe_frontier.py tests/align/test_ppo_step.py
+tests/processes/test_run_host_losses.py tests/commands/test_kill_campaign.py tests/commands/test_run_environment.py
+tests/weights/test_families.py tests/align/test_ppo_shared.py tests/commands/test_recipe_llama2_chat.py
+tests/commands/test_recipe_zephyr.py tests/commands/test_run_dpo.py tests/commands/test_run_ppo.py
+tests/commands/test_recipe_iterative_rpo.py tests/model/test_quantised.py tests/align/test_dpo_windows.py
+tests/align/test_dpo_step.py tests/commands/test_recipe_frontier.py tests/align/test_ppo_step.py
 tests/commands/test_run_samples.py tests/commands/test_run_online_dpo.py tests/commands/test_run_rejection.py
 tests/commands/test_zephyr_arms.py tests/align/test_dpo_devices.py tests/plan/test_published_shapes.py
 tests/sample/test_sample_narrow.py tests/commands/test_run_gatt.py tests/ground/test_moments.py

@@ -8,7 +8,7 @@ micro-batch gives the gradient of its share Σ_i w_i ℓ_i / Σ w of the loss. S
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import jax
@@ -184,18 +184,22 @@ def of_batch(batch: PreferenceBatch, loss: jax.Array, numbers: jax.Array) -> Met
     }
 
 
+_kept = lru_cache(maxsize=2)
+"""So few of a kind, since what is compiled takes memory of the devices."""
+
+
 def jit_train(train_step: Callable[..., Any]) -> Callable[[Any, Mesh], meshes.ShardedStep]:
     """`jit_train_step(config, mesh)`: `step(state, batch) -> (state, metrics)`, jitted for `mesh`.
 
     The state is donated. Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the
-    devices.
+    devices. Who asks for the same again gets the same, which may be compiled already: rounds ask again and again.
     """
-    return lambda config, mesh: meshes.ShardedStep(partial(train_step, config=config), mesh)
+    return _kept(lambda config, mesh: meshes.ShardedStep(partial(train_step, config=config), mesh))
 
 
 def jit_eval(eval_step: Callable[..., Metrics]) -> Callable[[Any, Mesh], Callable[[TrainState, Any], Metrics]]:
     """`jit_eval_step(config, mesh)`: `step(state, batch) -> metrics`, jitted for `mesh`; every process gets the whole.
 
-    The state stays as it is.
+    The state stays as it is. Kept as `jit_train` says.
     """
-    return lambda config, mesh: meshes.Replicated(partial(eval_step, config=config), mesh)
+    return _kept(lambda config, mesh: meshes.Replicated(partial(eval_step, config=config), mesh))

@@ -32,9 +32,9 @@ def check_score(source: str, architecture: LlamaConfig) -> None:
         raise InputError(f"{source}: has no reward head (score.weight); train one with dpo-jax reward")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _forward(model: Llama, classes: tuple[ClassHead, ...], mesh: Mesh) -> meshes.Replicated:
-    """Scores and chances of a batch; the same for reward models of one shape, as rounds have them, and compiled once."""
+    """Scores and chances of a batch. The same for models of one shape, as rounds have them, and compiled once."""
 
     def forward(variables: Any, batch: PreferenceBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = response_states(model.apply, variables, batch)
@@ -80,7 +80,8 @@ class RewardModel:
         self.model, self.variables, self.mesh = model, variables, mesh
         self.classes = tuple(classes)
         self._batch_size, self._multiple = batch_size, multiple
-        self._forward = _forward(model, self.classes, mesh)
+        # flax gives modules the hash of their fields, which type checkers do not see.
+        self._forward = _forward(model, self.classes, mesh)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def load(

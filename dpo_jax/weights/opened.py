@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,12 +112,18 @@ class StoredModel:
         `chosen`: fields of `Llama`. `lora`: adapters that will be put on it. `mesh` and `dtype`: see `load_pretrained`.
         """
         config, reader = self._contents
-        model = Llama(config, lora=lora, **chosen)
+        model = _model(config, lora, **chosen)
         target = _target(model, "params", mesh, dtype)
         variables = {"params": layout.load_tree(layout.parameter_slots(config), reader.read, target)}
         found = heads.load_score(model, reader.read, mesh) if config.num_labels else {}
         found |= heads.load_others(self.path / heads.FILE, model, mesh)
         return model, variables | ({"heads": found} if found else {})
+
+
+@lru_cache(maxsize=64)
+def _model(config: LlamaConfig, lora: LoraConfig, **chosen: Any) -> Llama:
+    """The same object for the same model: a program that was compiled for one takes its `apply`, and no other."""
+    return Llama(config, lora=lora, **chosen)
 
 
 class _GGUFFile(StoredModel):
@@ -147,7 +153,7 @@ class _OrbaxFolder(StoredModel):
         return orbax_params.stored_dtype(self.path)
 
     def load(self, chosen: Mapping[str, Any], lora: LoraConfig, mesh: Mesh | None, dtype: Any) -> Loaded:
-        model = Llama(self.architecture, lora=lora, **chosen)
+        model = _model(self.architecture, lora, **chosen)
         return model, {"params": orbax_params.load_params(self.path, _target(model, "params", mesh, dtype))}
 
 
@@ -279,7 +285,7 @@ class RunCheckpoint(_OnAnother):
         if self.has_adapters:
             model, variables, target["adapters"] = self._adapted(chosen, mesh, dtype)
         else:
-            model, variables = Llama(self.architecture, lora=lora, **chosen), {}
+            model, variables = _model(self.architecture, lora, **chosen), {}
             target["params"] = _target(model, "params", mesh, dtype)
         if self._heads:
             target["heads"] = heads.target_of(model, self._heads, mesh)

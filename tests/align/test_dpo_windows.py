@@ -1,6 +1,8 @@
 """Steps on windows of real tokens: the losses and gradients of whole sequences, and nothing of padding."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -14,15 +16,22 @@ from dpo_jax.align import dpo, reward
 from dpo_jax.config import DPOConfig, OptimizerConfig, RewardConfig
 from dpo_jax.data.sets.group_packing import Packing, pack_batch
 from dpo_jax.mesh import make_mesh, put_batch
+from dpo_jax.model.variables import shardings
 from dpo_jax.types import PreferenceBatch, Windows
 
 KTO = ((0, 2), (2, 3))
 LIVE = DPOConfig(reference="live", nll_coefficient=0.1)
 
 
+@functools.cache
+def weights(lora: int) -> tuple[Any, Any]:
+    return model_and_variables(lora=lora, noise=0.3)
+
+
 @pytest.fixture(scope="module")
 def adapted() -> Any:
-    return model_and_variables(lora=2, noise=0.3)
+    """A state, of one reference as of another: its base."""
+    return start(*weights(4))
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +39,29 @@ def small() -> Any:
     return model_and_variables(dataclasses.replace(TINY, num_layers=1))
 
 
-def run(model: Any, variables: Any, batch: PreferenceBatch, config: Any, algorithm: Any = dpo) -> tuple[Any, Any]:
+@pytest.fixture(scope="module")
+def small_state(small: Any) -> Any:
+    return start(*small)
+
+
+@pytest.fixture(scope="module")
+def full() -> tuple[Any, Any, Any]:
+    """(model, variables, state)."""
+    return *weights(0), start(*weights(0))
+
+
+def start(model: Any, variables: Any, config: Any = LIVE, algorithm: Any = dpo) -> Any:
+    return with_sgd(algorithm.init_state(model, variables, config))
+
+
+@functools.cache
+def step_of(config: Any, algorithm: Any) -> Callable[..., Any]:
+    return quick_jit(algorithm.train_step, config=config)
+
+
+def run(state: Any, batch: PreferenceBatch, config: Any, algorithm: Any = dpo) -> tuple[Any, Any]:
     """(metrics, gradients) of one step."""
-    state = with_sgd(algorithm.init_state(model, variables, config))
-    after, metrics = quick_jit(algorithm.train_step, config=config)(state, batch)
+    after, metrics = step_of(config, algorithm)(state, batch)
     return metrics, gradients(state, after)
 
 
@@ -54,17 +82,18 @@ def with_a_filler(batch: PreferenceBatch) -> PreferenceBatch:
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_steps_equal_those_of_whole_sequences(adapted: Any, reference: Any, windows: int) -> None:
     batch, config = with_a_filler(make_batch()), dataclasses.replace(LIVE, reference=reference)
-    separate = run(*adapted, batch, dataclasses.replace(config, layout="separate"))
-    assert_same(run(*adapted, pack_batch(batch, Packing(windows)), config), separate)
+    separate = run(adapted, batch, dataclasses.replace(config, layout="separate"))
+    assert_same(run(adapted, pack_batch(batch, Packing(windows)), config), separate)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_full_weights_with_accumulation_and_any_remat(remat: Any) -> None:
-    model, variables = model_and_variables(remat=remat)
+def test_full_weights_with_accumulation_and_any_remat(full: Any, remat: Any) -> None:
+    model, variables, state = full
     batch = with_a_filler(make_batch())
-    separate = run(model, variables, batch, dataclasses.replace(LIVE, layout="separate"))
+    separate = run(state, batch, dataclasses.replace(LIVE, layout="separate"))
     packed = pack_batch(batch, Packing(4))
-    assert_same(run(model, variables, packed, dataclasses.replace(LIVE, accumulate=2)), separate)
+    state = start(model.clone(remat=remat), variables)
+    assert_same(run(state, packed, dataclasses.replace(LIVE, accumulate=2)), separate)
 
 
 def test_kto_packs_mismatched_responses_apart(adapted: Any) -> None:
@@ -73,9 +102,9 @@ def test_kto_packs_mismatched_responses_apart(adapted: Any) -> None:
     lengths[[0, 4], 1] = lengths[3, 0] = lengths[5, 2] = 0
     batch = dataclasses.replace(batch, response_lengths=lengths)
     config = DPOConfig(loss="kto", reference="live")
-    separate = run(*adapted, batch, dataclasses.replace(config, layout="separate"))
+    separate = run(adapted, batch, dataclasses.replace(config, layout="separate"))
     packed = pack_batch(batch, Packing(2, KTO))
-    assert_same(run(*adapted, packed, dataclasses.replace(config, accumulate=2)), separate)
+    assert_same(run(adapted, packed, dataclasses.replace(config, accumulate=2)), separate)
 
 
 def test_reference_log_probabilities_of_every_span(small: Any) -> None:
@@ -86,10 +115,10 @@ def test_reference_log_probabilities_of_every_span(small: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"use_weighting": True}, {"mask_format_tokens": True}], ids=str)
-def test_what_is_summed_may_be_changed(small: Any, options: Any) -> None:
+def test_what_is_summed_may_be_changed(small_state: Any, options: Any) -> None:
     config = dataclasses.replace(LIVE, **options)
-    separate = run(*small, make_batch(), dataclasses.replace(config, layout="separate"))
-    assert_same(run(*small, pack_batch(make_batch(), Packing(2)), config), separate)
+    separate = run(small_state, make_batch(), dataclasses.replace(config, layout="separate"))
+    assert_same(run(small_state, pack_batch(make_batch(), Packing(2)), config), separate)
 
 
 def test_reward_models_of_several_replies(small: Any) -> None:
@@ -98,9 +127,11 @@ def test_reward_models_of_several_replies(small: Any) -> None:
     lengths = batch.response_lengths.copy()
     lengths[1, 3] = lengths[4, 2] = 0
     batch = dataclasses.replace(batch, response_lengths=lengths)
-    separate = run(model, variables, batch, RewardConfig(layout="separate", centering=0.1), reward)
+    config = RewardConfig(layout="separate", centering=0.1)
+    state = start(model, variables, config, reward)
+    separate = run(state, batch, config, reward)
     packed = pack_batch(batch, Packing(4))
-    assert_same(run(model, variables, packed, RewardConfig(centering=0.1, accumulate=2), reward), separate)
+    assert_same(run(state, packed, RewardConfig(centering=0.1, accumulate=2), reward), separate)
 
 
 def poisoned(windows: Windows, lengths: np.ndarray, response: int) -> Windows:
@@ -127,21 +158,21 @@ def poisoned(windows: Windows, lengths: np.ndarray, response: int) -> Windows:
     )
 
 
-def test_nothing_that_stands_at_padding_is_read(small: Any) -> None:
+def test_nothing_that_stands_at_padding_is_read(small_state: Any) -> None:
     batch = pad(make_batch(), 5, 9)  # which holds ids outside the vocabulary
     packed = pack_batch(batch, Packing(2, multiple=64))
     (windows,) = packed.windows or ()
     other = dataclasses.replace(packed, windows=(poisoned(windows, batch.response_lengths, batch.responses.shape[2]),))
-    chex.assert_trees_all_equal(run(*small, other, LIVE), run(*small, packed, LIVE))
+    chex.assert_trees_all_equal(run(small_state, other, LIVE), run(small_state, packed, LIVE))
 
 
-def test_bfloat16_is_as_near_to_float32_as_whole_sequences_are() -> None:
-    model, variables = model_and_variables()
+def test_bfloat16_is_as_near_to_float32_as_whole_sequences_are(full: Any) -> None:
+    model, variables, state = full
     batch = make_batch()
-    exact, _ = run(model, variables, batch, dataclasses.replace(LIVE, layout="separate"))
-    rough = model.clone(dtype=jnp.bfloat16)
-    separate, g = run(rough, variables, batch, dataclasses.replace(LIVE, layout="separate"))
-    windows, h = run(rough, variables, pack_batch(batch, Packing(2)), LIVE)
+    exact, _ = run(state, batch, dataclasses.replace(LIVE, layout="separate"))
+    rough = start(model.clone(dtype=jnp.bfloat16), variables)
+    separate, g = run(rough, batch, dataclasses.replace(LIVE, layout="separate"))
+    windows, h = run(rough, pack_batch(batch, Packing(2)), LIVE)
     for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm"):
         off = abs(float(separate[name] - exact[name]))
         assert abs(float(windows[name] - exact[name])) < 2 * off + 2e-2 * abs(float(exact[name])), name
@@ -158,10 +189,11 @@ def losses(mesh: Any, *, layout: Any, accumulate: int, lora: int) -> list[float]
     """Of three steps."""
     rule = OptimizerConfig(learning_rate=2e-3)
     config = dataclasses.replace(LIVE, layout=layout, accumulate=accumulate, optimizer=rule)
-    model, variables = model_and_variables(mesh=mesh, lora=lora, noise=0.3)
+    model, variables = weights(lora)
+    variables = jax.device_put(jax.tree.map(np.array, variables), shardings(model, mesh))  # the step uses them up
     state, step, out = dpo.init_state(model, variables, config), dpo.jit_train_step(config, mesh), []
-    for i in range(3):
-        batch = make_batch(16, seed=i)
+    for seed in (0, 2, 3):  # whose windows have one shape
+        batch = make_batch(16, seed=seed)
         if layout == "windows":
             batch = pack_batch(batch, Packing(8))
         state, metrics = step(state, put_batch(mesh, batch))

@@ -1,7 +1,7 @@
 """Responses that share a prompt in PPO's step, or a window, give the numbers of whole rows, however they are cut."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -51,6 +51,7 @@ def rollout_of(*, turns: bool = False) -> Rollout:
     )
 
 
+@cache
 def policy(lora: int, mesh=None):
     model = Llama(SHAPE, lora=LoraConfig(rank=lora))
     variables = init_variables(model, jax.random.key(0), mesh=mesh)
@@ -99,6 +100,16 @@ def config(**options) -> PPOConfig:
     return PPOConfig(optimizer=optimizer, group_size=K, temperature=0.9, entropy_coefficient=0.01, **options)
 
 
+@cache
+def in_one(options: PPOConfig, lora: int, turns: bool):
+    return result(options, rollout_of(turns=turns), lora)
+
+
+def whole_rows(options: PPOConfig, lora: int = 0, *, turns: bool = False):
+    """What `result` gives of whole rows without micro-batches, which several tests compare theirs with."""
+    return in_one(dataclasses.replace(options, accumulate=1, layout="separate"), lora, turns)
+
+
 def close(one, other) -> None:
     for a, b in zip(one[:2], other[:2], strict=True):
         chex.assert_trees_all_close(a, b, atol=1e-5)
@@ -129,7 +140,7 @@ CASES = {
 def test_shared_prompts_and_windows_give_the_numbers_of_whole_rows(case: str, layout: Layout) -> None:
     options, lora, turns = CASES[case]
     rollout, packs = rollout_of(turns=turns), layout == "windows"
-    whole = result(config(layout="separate", **options), rollout, lora)
+    whole = whole_rows(config(**options), lora, turns=turns)
     close(result(config(layout=layout, **options), rollout, lora, piece=B // 2, packs=packs), whole)
 
 
@@ -137,14 +148,12 @@ def test_shared_prompts_and_windows_give_the_numbers_of_whole_rows(case: str, la
 def test_windows_of_micro_batches(accumulate: int, packs: bool) -> None:
     """Of four groups in two mini-batches, each micro-batch has a window of one; of half a group there is none."""
     options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate)
-    whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
-    close(result(options, rollout_of(), packs=packs), whole)
+    close(result(options, rollout_of(), packs=packs), whole_rows(options))
 
 
 def test_windows_of_lone_responses() -> None:
     options = dataclasses.replace(config(epochs=2, minibatches=2, accumulate=2), group_size=1)
-    whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
-    close(result(options, rollout_of(), packs=True), whole)
+    close(result(options, rollout_of(), packs=True), whole_rows(options))
 
 
 @pytest.mark.parametrize(
@@ -154,15 +163,14 @@ def test_micro_batches_keep_what_shares_a_prompt_together(accumulate: int) -> No
     """Of four groups in two mini-batches, micro-batches hold one group, half a group, a lone response."""
     options = config(preset="grpo", epochs=2, minibatches=2, accumulate=accumulate, layout="shared")
     assert ppo.sharing(options, B, 2 * accumulate) == {2: 4, 4: 2, 8: 1}[accumulate]
-    whole = result(dataclasses.replace(options, accumulate=1, layout="separate"), rollout_of())
-    close(result(options, rollout_of()), whole)
+    close(result(options, rollout_of()), whole_rows(options))
 
 
 @pytest.mark.slow
 def test_devices_change_nothing() -> None:
     """Two devices split the batch, two each layer, two its heads."""
     options = config(epochs=2, value="separate")
-    whole = result(dataclasses.replace(options, layout="separate"), rollout_of())
+    whole = whole_rows(options)
     close(result(options, rollout_of(), mesh=make_mesh(1, 4, 2), packs=True), whole)
     split = result(dataclasses.replace(options, accumulate=4), rollout_of(), mesh=make_mesh(2, 2, 2))
     close(split, whole)

@@ -1,7 +1,7 @@
 """The PPO step: what holds of every update, PyTorch's numbers, device counts, and a problem with a known optimum."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -27,6 +27,7 @@ SHAPE = LlamaConfig(
 B, P, R = 8, 5, 6
 
 
+@cache
 def weights(lora: int = 0, seed: int = 0):
     """A policy that compiles at once; with adapters, a Llama."""
     if not lora:
@@ -38,6 +39,11 @@ def weights(lora: int = 0, seed: int = 0):
 
 
 def logps_of(model, variables, rollout, temperature=1.0):
+    return _logps_of(model.apply, variables, rollout, temperature)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _logps_of(apply, variables, rollout, temperature):
     batch = PreferenceBatch(
         prompts=rollout.prompts,
         prompt_lengths=rollout.prompt_lengths,
@@ -46,7 +52,7 @@ def logps_of(model, variables, rollout, temperature=1.0):
         weights=rollout.weights,
         rows=rollout.rows,
     )
-    return response_logps(model.apply, variables, batch, layout="separate", temperature=temperature)[:, 0]
+    return response_logps(apply, variables, batch, layout="separate", temperature=temperature)[:, 0]
 
 
 def make_rollout(model, variables, *, temperature=1.0, seed=0, fillers=0, reference=None) -> Rollout:
@@ -211,7 +217,7 @@ def test_a_reward_model_as_the_beginning_of_the_values() -> None:
     options = config(epochs=1)
     model, variables = weights()
     _, judge = weights(seed=3)
-    judge["heads"] = {"score": {"kernel": jnp.ones((8, 1))}}
+    judge = {**judge, "heads": {"score": {"kernel": jnp.ones((8, 1))}}}
     state = ppo.init_state(model, variables, options, value=judge)
     rollout = ppo.measure(state, make_rollout(model, variables), config=options)
     assert rollout.values is not None

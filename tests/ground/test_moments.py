@@ -1,5 +1,7 @@
 """Optimizers whose moments are smaller than float32: against their libraries, layer by layer, and over devices."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,26 +122,25 @@ def test_adafactor_takes_each_layer_for_itself(parameter_scale):
     ours = stepped(fresh(weights, name="adafactor", **options), gradients).trainable["params"]["layers"]
 
     rule = optax.adafactor(0.1, min_dim_size_to_factor=1, multiply_by_parameter_scale=bool(parameter_scale))
-    state = fresh(weights)
+    init = jax.jit(rule.init)
 
-    def run(layer):
-        own = jax.tree.map(lambda x: x[layer], weights)
-        state = rule.init(own)
+    @jax.jit
+    def update(own, state, g):
+        changes, state = rule.update(g, state, own)
+        return optax.apply_updates(own, changes), state
+
+    def run(part):
+        own = jax.tree.map(lambda x: np.asarray(x)[part], weights)
+        state = init(own)
         for g in gradients:
-            changes, state = rule.update(jax.tree.map(lambda x: x[layer], g), state, own)
-            own = optax.apply_updates(own, changes)
+            own, state = update(own, state, jax.tree.map(lambda x: np.asarray(x)[part], g))
         return own["params"]["layers"]
 
     for layer in range(4):
         alone = run(layer)
         for name in stack:
             np.testing.assert_allclose(ours[name][layer], alone[name], rtol=2e-5, atol=1e-6)
-
-    state, whole = rule.init(weights), weights
-    for g in gradients:
-        changes, state = rule.update(g, state, whole)
-        whole = optax.apply_updates(whole, changes)
-    assert not np.allclose(whole["params"]["layers"]["kernel"], ours["kernel"], rtol=0.01)
+    assert not np.allclose(run(slice(None))["kernel"], ours["kernel"], rtol=0.01)
 
 
 def test_what_has_no_effect_is_refused():
@@ -186,8 +187,12 @@ def spread(tiles: np.ndarray) -> np.ndarray:
     return np.repeat(np.repeat(tiles, 16, 0), 16, 1)
 
 
+encoded = jax.jit(blocks.encoded, static_argnames="signed")
+decoded = jax.jit(blocks.decoded, static_argnames="signed")
+
+
 def read_back(x: np.ndarray, *, signed: bool) -> np.ndarray:
-    return np.asarray(blocks.decoded(blocks.encoded(jnp.asarray(x, jnp.float32), signed=signed), signed=signed))
+    return np.asarray(decoded(encoded(jnp.asarray(x, jnp.float32), signed=signed), signed=signed))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -195,12 +200,12 @@ def test_bytes_stand_for_what_the_paper_says(signed):
     values = table(signed=signed)
     assert len(values) == 256
     every = blocks.Blocks(jnp.arange(256, dtype=jnp.uint8)[None], jnp.ones((1, 1)))
-    np.testing.assert_allclose(blocks.decoded(every, signed=signed)[0], values, rtol=3e-7, atol=0)
+    np.testing.assert_allclose(decoded(every, signed=signed)[0], values, rtol=3e-7, atol=0)
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.uniform(-1, 1, 2048), 10 ** rng.uniform(-8, 0, 1792) * rng.choice([-1, 1], 1792), values])
     x = (x if signed else np.abs(x)).astype(np.float32).reshape(16, 256)
     x[0, ::16] = 1.0  # each tile's largest
-    got, wanted = np.asarray(blocks.encoded(jnp.asarray(x), signed=signed).codes), nearest(x, values)
+    got, wanted = np.asarray(encoded(jnp.asarray(x), signed=signed).codes), nearest(x, values)
     assert np.all(np.abs(values[got] - x) <= np.abs(values[wanted] - x) + 1e-6 * np.abs(x))
     assert np.mean(got != wanted) < 1e-3  # half way between two
 
@@ -218,7 +223,7 @@ def test_a_block_is_a_tile_of_256_where_it_can_be():
         assert blocks.tile_of(*shape) == tile
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     scales = np.abs(in_tiles(x)).max(-1)
-    np.testing.assert_array_equal(blocks.encoded(jnp.asarray(x), signed=True).scales, scales)
+    np.testing.assert_array_equal(encoded(jnp.asarray(x), signed=True).scales, scales)
     assert np.all(np.abs(read_back(x, signed=True) - x) <= spread(scales) * 0.0071)  # half a bin of the widest decade
     assert not np.any(read_back(np.zeros((16, 16)), signed=True))
 
@@ -273,7 +278,7 @@ def test_adamw_8bit_is_the_papers(stack):
 
 
 def test_which_moments_are_8_bit():
-    state = fresh(model_variables.init_variables(llama.Llama(SMALL), jax.random.key(0)), name="adamw_8bit")
+    state = fresh(placed(0, 1), name="adamw_8bit")
     mu = optax.tree.get(state.opt_state, "mu")["params"]
     assert isinstance(mu["layers"]["mlp"]["up_proj"]["kernel"], blocks.Blocks)
     assert isinstance(mu["lm_head"]["kernel"], blocks.Blocks)
@@ -295,20 +300,31 @@ def test_8_bit_moments_are_updated_a_layer_at_a_time():
 # ---------------------------------------------------------------- over devices
 
 
+@cache
+def placed(lora: int, devices: int):
+    """Variables on one device, or on eight."""
+    mesh = make_mesh(fsdp=1, devices=jax.devices()[:1]) if devices == 1 else make_mesh(fsdp=4, tensor=2)
+    return model_variables.init_variables(llama.Llama(SMALL, lora=LoraConfig(rank=lora)), jax.random.key(0), mesh=mesh)
+
+
+@cache
+def noise_of(lora: int, devices: int):
+    name = "adapters" if lora else "params"
+    weights = {name: placed(lora, devices)[name]}
+    like = jax.tree.map(lambda x: x.sharding, weights)
+    return [jax.device_put(g, like) for g in noise(weights, 4)]
+
+
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("options", LEAN, ids=str)
 def test_devices_change_an_update_by_rounding_only(options, lora):
     """Four updates on one device and on eight end nearer to each other than 1e-5 of their length; where a moment is
     rounded to less than float32, some of its numbers fall on the other side: 1e-3."""
-    model = llama.Llama(SMALL, lora=LoraConfig(rank=lora))
     ends, starts = [], []
-    for mesh in (make_mesh(fsdp=1, devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)):
-        state = fresh(
-            model_variables.init_variables(model, jax.random.key(0), mesh=mesh), learning_rate=0.01, **options
-        )
-        like = jax.tree.map(lambda x: x.sharding, state.trainable)
+    for devices in (1, 8):
+        state = fresh(placed(lora, devices), learning_rate=0.01, **options)
         starts.append(jax.device_get(state.trainable))
-        ends.append(stepped(state, [jax.device_put(g, like) for g in noise(state.trainable, 4)]))
+        ends.append(stepped(state, noise_of(lora, devices)))
     bound = 1e-5 if options.get("name") == "adafactor" else 1e-3
     for a, b, start in zip(*(jax.tree.leaves(x) for x in (*(e.trainable for e in ends), starts[0])), strict=True):
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= bound * np.linalg.norm(np.asarray(a) - start)
@@ -322,10 +338,9 @@ def test_devices_change_an_update_by_rounding_only(options, lora):
 def test_bytes_of_moments(options, share):
     """Bytes a weight on one device; on 8 (fsdp 4, tensor 2) each holds next to an eighth of them. Of Adafactor's rows,
     which lie along one axis of the mesh, and columns, along the other, it holds a quarter or a half."""
-    model = llama.Llama(SMALL)
     held = []
-    for mesh in (make_mesh(fsdp=1, devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)):
-        state = fresh(model_variables.init_variables(model, jax.random.key(0), mesh=mesh), **options)
+    for devices in (1, 8):
+        state = fresh(placed(0, devices), **options)
         held.append(device_bytes(state.opt_state))
     weights = sum(x.size for x in jax.tree.leaves(state.trainable))
     assert 0.98 * share <= held[0] / weights <= share * 1.01

@@ -107,6 +107,37 @@ BLOCKS = {
 }
 
 
+def slots_of(mask):
+    return 25 if mask.positions is not None else 22
+
+
+@functools.cache
+def one_softmax(name, cap):
+    """What the plain formula gives, and its gradients by autodiff."""
+    mask = BLOCKS[name]
+    slots = np.arange(slots_of(mask))
+    t = np.arange(22)[None] if mask.positions is None else np.asarray(mask.positions)
+    visible = slots <= t[..., None]
+    if mask.segments is not None:
+        segments = np.asarray(mask.segments)
+        visible = visible & (segments[:, :, None] == segments[:, None])
+    if mask.window is not None:
+        visible = visible & (t[..., None] - slots < mask.window)
+
+    def plain(q, k, v):
+        scores = jnp.einsum("btgmc,bsgc->bgmts", q.reshape(2, 22, 2, 2, 8), k) / np.sqrt(8)
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
+        return jnp.einsum("bgmts,bsgc->btgmc", weights, v).reshape(q.shape)
+
+    return both(plain, slots_of(mask))
+
+
+def both(f, slots):
+    """f of some queries, keys and values, and the gradients of a sum over it: one program."""
+    return jax.jit(lambda *x: (f(*x), jax.grad(_sine(f), (0, 1, 2))(*x)))(*qkv(0, 2, 22, slots, 4, 2, 8))
+
+
 @pytest.mark.parametrize("scores", [2**29, 2**10], ids=["at once", "by queries"])
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("name", BLOCKS)
@@ -115,28 +146,15 @@ def test_blocks_of_xla_and_their_gradients_equal_one_softmax(name, cap, scores, 
     monkeypatch.setattr(attention_xla, "QUERIES", 4)
     monkeypatch.setattr(attention_xla, "MOST_BLOCKS", 3)
     monkeypatch.setattr(attention_xla, "SCORES", scores)
-    mask, slots = BLOCKS[name], 25 if name.startswith("cached") else 22
-    q, k, v = qkv(0, 2, 22, slots, 4, 2, 8)
-    t = jnp.arange(22)[None] if mask.positions is None else mask.positions
-    visible = jnp.arange(slots) <= t[..., None]
-    if mask.segments is not None:
-        visible = visible & (mask.segments[:, :, None] == mask.segments[:, None])
-    if mask.window is not None:
-        visible = visible & (t[..., None] - jnp.arange(slots) < mask.window)
-
-    def plain(q, k, v):
-        scores = jnp.einsum("btgmc,bsgc->bgmts", q.reshape(2, 22, 2, 2, 8), k) / np.sqrt(8)
-        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
-        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf))
-        return jnp.einsum("bgmts,bsgc->btgmc", weights, v).reshape(q.shape)
+    mask = BLOCKS[name]
 
     def ours(q, k, v):
         k, v = (x.swapaxes(1, 2) if mask.positions is not None else x for x in (k, v))
         return attend(q, k, v, mask=mask, kernel="xla", cap=cap)
 
-    chex.assert_trees_all_close(jax.jit(ours)(q, k, v), plain(q, k, v), atol=2e-6)
-    gradients = (jax.jit(jax.grad(_sine(f), (0, 1, 2)))(q, k, v) for f in (ours, plain))
-    chex.assert_trees_all_close(*gradients, atol=5e-6)
+    (out, gradients), (expected, theirs) = both(ours, slots_of(mask)), one_softmax(name, cap)
+    chex.assert_trees_all_close(out, expected, atol=2e-6)
+    chex.assert_trees_all_close(gradients, theirs, atol=5e-6)
 
 
 def _sine(f):

@@ -37,7 +37,8 @@ def model_and_variables(
         return x if name in ("scale", "lora_a") else 5 * x
 
     variables = model_variables.init_variables(model, jax.random.key(seed), mesh=mesh)
-    where = jax.tree.map(lambda x: x.sharding, variables)
+    # Without a mesh nothing is tied to a device, as a new state's counts are: else a second step is compiled anew.
+    where = None if mesh is None else jax.tree.map(lambda x: x.sharding, variables)
     return model, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(scaled, tree), out_shardings=where)(variables)
 
 
