@@ -81,7 +81,7 @@ def test_where_a_kill_falls(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_small_campaign(tmp_path: Path) -> None:
     """Six kills over three commands; `--kills 100` is all of them."""
     out, script = tmp_path / "kills.json", ROOT / "benchmarks" / "kill_campaign.py"

@@ -27,6 +27,7 @@ def test_bytes_of_state(tmp_path: Path) -> None:
     assert held["adafactor"] < held["adamw_8bit"] < held["rmsprop"] * 1.01
 
 
+@pytest.mark.campaign
 def test_it_measures_and_writes_after_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in runs.one_device().items():
         monkeypatch.setenv(name, value)

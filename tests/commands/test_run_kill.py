@@ -95,7 +95,7 @@ def whole(inputs: Path) -> Path:
     return inputs / "whole"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("rank", [0, 2])
 def test_killed_at_random_steps_and_rerun(inputs: Path, whole: Path, tmp_path: Path, rank: int) -> None:
     out, uninterrupted = tmp_path / "run", whole

@@ -127,7 +127,7 @@ def test_without_effect_it_is_refused(
     assert "--train.frozen_dtype has no effect" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_benchmark(inputs: Path, tmp_path: Path) -> None:
     line = [sys.executable, str(BENCHMARK), "--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl")]
     line += ["--out", str(tmp_path), "--steps", "3", "--rows", "16", "--train.batch_size", "4"]

@@ -77,7 +77,7 @@ def test_the_judge_learns_what_people_say(source: Path) -> None:
             assert verdict(reply["content"]) == ("A" if first.endswith("good") else "B")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_all_of_it_once(source: Path, tmp_path: Path) -> None:
     model, out = tiny.folder(tmp_path / "model", hidden=16, heads=2, kv_heads=1, layers=1), tmp_path / "out"
     words = ["--data", source, "--out", out, "--model", model, "--dpo_steps", "1", "--judge_steps", "1"]

@@ -46,7 +46,7 @@ def data(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_four_arms_once(tmp_path: Path) -> None:
     model, out = tiny.folder(tmp_path / "model", hidden=16, heads=2, kv_heads=1, layers=1), tmp_path / "out"
     words = ["--data", data(tmp_path / "data"), "--out", out, "--model", model, "--seeds", "3", "--prompts", "6"]

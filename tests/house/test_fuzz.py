@@ -19,7 +19,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.headers import parse_json, read_json
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_mutations_of_valid_files_end_in_success_or_in_one_line() -> None:
     """In a process of its own, which has one device, and may be ended by a library."""
     environment = {name: value for name, value in runs.one_device().items() if name != "RUST_BACKTRACE"}

@@ -10,7 +10,7 @@ import runs
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.multiprocess
+@pytest.mark.campaign
 def test_lost_hosts_change_no_bit(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "host_losses.py"), "--work", str(tmp_path / "work")]
     command += ["--losses", "3", "--steps", "40", "--local"]
