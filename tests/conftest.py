@@ -49,7 +49,7 @@ tests/sample/test_sample_engine.py tests/commands/test_prepare.py tests/commands
 tests/commands/test_demo.py tests/commands/test_run_texts.py tests/sample/test_stops.py
 """.split()
 
-_SLOWER = ("slow", "multiprocess", "real", "campaign", "cuda_compile")
+_SLOWER = ("slow", "multiprocess", "real", "campaign", "tpu_compile", "cuda_compile")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -47,7 +47,7 @@ def test_the_weights_of_a_published_model_have_their_places(name: str, tmp_path:
     assert split < held < 1.01 * split + 12 * lora  # an adapter's A is split, its B lies on every device
 
 
-@pytest.mark.slow
+@pytest.mark.tpu_compile
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu (in the test extra)")
 @pytest.mark.parametrize("name", PLACED)
 def test_the_step_of_a_published_model_compiles(name: str, tmp_path: Path) -> None:

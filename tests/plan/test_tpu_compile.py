@@ -35,7 +35,7 @@ from dpo_jax.plan.shapes import parameters
 from dpo_jax.plan.worker import devices_of
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.tpu_compile,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu (in the test extra)"),
 ]
 
