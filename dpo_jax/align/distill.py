@@ -107,5 +107,5 @@ def train_step(
 
 
 def jit_train_step(config: DistillStepConfig, mesh: Mesh, teacher: Callable[..., Any]) -> meshes.ShardedStep:
-    """`step(state, batch) -> (state, metrics)`, jitted for `mesh`; see `update.jit_train`."""
+    """`step(state, batch) -> (state, metrics)`, jitted for `mesh`, anew for each call; see `update.jit_train`."""
     return update.jit_train(partial(train_step, teacher=teacher))(config, mesh)

@@ -192,7 +192,8 @@ def jit_train(train_step: Callable[..., Any]) -> Callable[[Any, Mesh], meshes.Sh
     """`jit_train_step(config, mesh)`: `step(state, batch) -> (state, metrics)`, jitted for `mesh`.
 
     The state is donated. Batches of host arrays go through `mesh.put_batch` first, which splits their rows over the
-    devices. Who asks for the same again gets the same, which may be compiled already: rounds ask again and again.
+    devices. Who asks for the same again gets the same step, which may be compiled already: rounds ask again and again.
+    So `config` must be hashable, as a frozen dataclass is.
     """
     return _kept(lambda config, mesh: meshes.ShardedStep(partial(train_step, config=config), mesh))
 

@@ -4,21 +4,18 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+import undrawn
 
 from dpo_jax.report import html
 
 
-def _frame(plot: html.Plot) -> str:
-    return f"<svg><!-- {html.plain(plot.title)} --></svg>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def undrawn() -> Iterator[None]:
-    """Reports have a frame for each picture: drawing takes up to a tenth of a tiny run, and `tests/report` looks at it.
-    A module that draws has a fixture of this name which does nothing."""
+@pytest.fixture(scope="module", autouse=True, name="undrawn")
+def _undrawn() -> Iterator[None]:
+    """Reports have a frame for each picture; `tests/report` looks at pictures, and so does a module with a fixture of
+    this name that does nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "_svg", _frame)
-        patch.setattr(html, "png_of", lambda plots: b"\x89PNG\r\n" + bytes(len(plots)))
+        patch.setattr(html, "_svg", undrawn.svg)
+        patch.setattr(html, "png_of", undrawn.png)
         yield
 
 

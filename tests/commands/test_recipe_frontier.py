@@ -20,7 +20,7 @@ from dpo_jax.errors import InputError
 from dpo_jax.files.jsonl import read_lines
 from dpo_jax.files.log import read_metrics
 from dpo_jax.judge.rewards import continuations
-from dpo_jax.report import frontier as frontier_report, html
+from dpo_jax.report import frontier as frontier_report
 from dpo_jax.train import session as training
 
 pytestmark = pytest.mark.usefixtures("compile_roughly")
@@ -167,7 +167,6 @@ def whole(run: FrontierRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_JAX_CACHE", str(out.parent / "cache"))
         patch.setattr(training, "make_mesh", runs.small_mesh)
-        patch.setattr(html, "_svg", lambda plot: f"<svg><!-- {len(plot.series)} --></svg>")  # as `cheaply` does
         return frontier.recipe(dataclasses.replace(run, out=str(out)))
 
 
@@ -205,7 +204,6 @@ def test_the_whole_recipe(run: FrontierRun, whole: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cheaply")
 def test_killed_it_gives_the_same_table(run: FrontierRun, whole: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Killed in the middle of the samples, of a point, and of PPO; then its inputs are changed below its feet."""
     first, second = whole, tmp_path / "second"

@@ -181,7 +181,6 @@ def options(folder: Path, out: Path) -> Llama2ChatRun:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cheaply")
 def test_the_whole_recipe_killed_and_not(tmp_path: Path, capsys, monkeypatch) -> None:
     for module in (training, generate, judged_answers):
         monkeypatch.setattr(module, "make_mesh", runs.small_mesh)

@@ -1,6 +1,6 @@
 """Mutations of small valid files through the command line: each ends in success or in one line, soon, in little memory.
 
-`test_fuzz.py` runs half a minute of it with a fixed seed. A longer run, here for ten minutes:
+`test_fuzz.py` runs a minute of it with a fixed seed. A longer run, here for ten minutes:
 
     python tests/support/fuzz.py --minutes 10 --seed 1
 
