@@ -184,6 +184,7 @@ def planned(run: TrainingRun, name: str, shape: str, budget: Budget) -> dict[str
     step = made.outcomes[0].estimate
     found: dict[str, Any] = {"topology": name, "fits": made.fits, "peak": made.worst.peak, "limit": made.worst.limit}
     found["programs"] = {outcome.name: outcome.peak for outcome in made.outcomes}
+    found["computed"] = {outcome.name: outcome.figures["computed"] for outcome in made.outcomes}
     say(f"{job.word} of {shape} on {name}: {made.worst.name} {made.worst.describe()}")
     if made.seconds is not None and step is not None:
         found |= {"seconds": made.seconds, "tokens_per_second": step.tokens / made.seconds, "mfu": step.mfu}
@@ -222,22 +223,29 @@ def _configs(cells: dict[str, Any]) -> list[str]:
         "",
         "## The configs",
         "",
-        "Each on the devices that it names, with its own batch and lengths; GiB of one device for every program of the",
-        "command.",
+        "Each on the devices that it names, with its own batch and lengths: GiB of one device, and what is computed,",
+        "in PFLOP of all devices together (what the backward pass makes again counts), for every program of the",
+        "command. In brackets: commit 04ba7b3, before rows were packed, responses of PPO shared prompts, and weights",
+        "were laid out for sampling.",
         "",
-        "| config | devices | fits | peak, GiB | tokens a second | MFU |",
-        "|---|---|---|---|---|---|",
+        "| config | devices | program | peak, GiB | of | PFLOP | tokens a second | MFU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, (topology, _) in CONFIGS.items():
-        found = cells.get(f"config/{name}")
-        lines.append(f"| `{name}` | {topology} | " + ("· | · | · | · |" if found is None else _plan(found)))
+        found, before = cells.get(f"config/{name}"), cells.get(f"before/{name}")
+        if found is None:
+            lines.append(f"| `{name}` | {topology} | · | · | · | · | · | · |")
+            continue
+        rate, mfu = (f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.0%}") if "seconds" in found else ("", "")
+        for i, (program, peak) in enumerate(found["programs"].items()):
+            gib, computed = _gib(peak), f"{found['computed'][program] / 1e15:.3g}"
+            if before is not None:
+                gib += f" ({_gib(before['programs'][program])})"
+                computed += f" ({before['computed'][program] / 1e15:.3g})"
+            whole = (rate, mfu) if i == 0 else ("", "")
+            start = f"`{name}` | {topology}" if i == 0 else " |"
+            lines.append(f"| {start} | {program} | {gib} | {_gib(found['limit'])} | {computed} | {' | '.join(whole)} |")
     return lines
-
-
-def _plan(found: dict[str, Any]) -> str:
-    peaks = ", ".join(f"{name} {_gib(peak)}" for name, peak in found["programs"].items())
-    rate, mfu = (f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.0%}") if "seconds" in found else ("", "")
-    return f"{'yes' if found['fits'] else 'no'} | {peaks} of {_gib(found['limit'])} | {rate} | {mfu} |"
 
 
 def _written(cells: dict[str, Any]) -> list[str]:

@@ -121,6 +121,7 @@ def parsed(options: argparse.Namespace) -> Any:
 
 def ours(options: argparse.Namespace, desk: Desk) -> None:
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     import dpo_jax
@@ -133,18 +134,20 @@ def ours(options: argparse.Namespace, desk: Desk) -> None:
 
     run = parsed(options)
     mesh, config = meshes.make_mesh(devices=jax.devices()[:1]), run.step_config()
-    how = {"mesh": mesh, "remat": run.train.remat, "lora": run.lora if run.lora.rank else None}
+    lora = run.lora if run.lora.rank else None
+    kept = jnp.float32 if lora is None else run.train.settled.frozen_dtype
+    how = {"mesh": mesh, "remat": run.train.remat, "lora": lora, "dtype": kept, "compute_dtype": run.train.dtype}
     model, variables = dpo_jax.load_pretrained(str(options.folder / "model"), **how)
     tokenizer, rows = dpo_jax.load_tokenizer(str(options.folder / "model")), str(options.folder / "rows.jsonl")
     cached: dict[str, float] = {}
     if options.trainer == "reward":
         data = load_comparisons(rows, tokenizer, run.data, run.reward, vocab_size=model.config.vocab_size)
         state, step = reward.init_state(model, variables, config), reward.jit_train_step(config, mesh)
-        work = flops.reward_flops(flops.ModelFlops.of(model.config, how["lora"], outputs=1))
+        work = flops.reward_flops(flops.ModelFlops.of(model.config, lora, outputs=1))
     else:
         data = load_preferences(rows, tokenizer, run.data, vocab_size=model.config.vocab_size)
         state, step = dpo.init_state(model, variables, config), dpo.jit_train_step(config, mesh)
-        work = flops.dpo_flops(flops.ModelFlops.of(model.config, how["lora"]), config.objective)
+        work = flops.dpo_flops(flops.ModelFlops.of(model.config, lora), config.objective)
         before = Stopwatch()
         if options.reference == "cached":
             base = jax.jit(lambda params, batch: dpo.reference_logps(model.apply, params, batch, config=config))
@@ -165,9 +168,17 @@ def ours(options: argparse.Namespace, desk: Desk) -> None:
         jax.block_until_ready(state)
         read = watch.read()
         told = {"loss": float(metrics["loss"]), "peak": peak_gib(), "flops": work(batch)}
-        told |= {"real": sum(int(x.real.sum()) for x in batch.windows), "predicted": int(batch.response_lengths.sum())}
-        told["places"] = sum(one.real.size for one in batch.windows)
+        told |= {"real": int(batch.prompt_lengths.sum() + batch.response_lengths.sum())}
+        told |= {"predicted": int(batch.response_lengths.sum()), "places": places(batch, run.train.settled.layout)}
         desk.answer(read | told)
+
+
+def places(batch: Any, layout: str) -> int:
+    """Tokens that a batch of preference groups puts through the layers, padding included."""
+    if layout == "windows":
+        return sum(one.real.size for one in batch.windows)
+    responses, (rows, prompt) = batch.responses.size, batch.prompts.shape
+    return responses + rows * prompt * (1 if layout == "shared" else batch.responses.shape[1])
 
 
 def bound(options: argparse.Namespace, desk: Desk) -> None:

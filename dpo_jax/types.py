@@ -17,19 +17,32 @@ CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
 class Views:
     """What attention sees of windows of T places: sequences of their own, each a plain causal one, right-padded.
 
-    A place may stand in several sequences (a prompt stands in those of all its responses), and then what attention
-    gives there is taken from the first: it is the same in all. Sequences of like length share a class.
+    A place may stand in several sequences (a prompt stands in those of all its responses), and is a query in one alone:
+    what attention gives there would be the same in all. Of the sequences of the last classes only the ends are queries.
+    Sequences of like length share a class.
 
     Attributes:
       places:  a class each: int32 [W, n, L], the place in the window of each token of n sequences; any at padding.
       lengths: a class each: int32 [W, n], tokens of each sequence; 0 for one that is not there.
       homes:   int32 [W, T, J], where each place stands in the sequences of its window, all classes one behind the
                other; the sum of all n L where there are fewer than J.
+      tails:   each of the last classes: int32 [W, n, Q], the places that are queries; any at padding.
+      starts:  each of the last classes: int32 [W, n], which token of its sequence the first of them is.
+      answers: int32 [W, T], where each place stands among the queries of all classes (L or Q of each sequence), one
+               behind the other; the sum of all where there is none.
     """
 
     places: tuple[jax.Array, ...]
     lengths: tuple[jax.Array, ...]
     homes: jax.Array
+    tails: tuple[jax.Array, ...]
+    starts: tuple[jax.Array, ...]
+    answers: jax.Array
+
+    @property
+    def queries(self) -> tuple[jax.Array, ...]:
+        """A class each: int32 [W, n, L or Q], the places that are queries."""
+        return (*self.places[: len(self.places) - len(self.tails)], *self.tails)
 
     @property
     def longest(self) -> int:

@@ -72,17 +72,15 @@ def sampled_logps(
       float32 [N, R], in nats.
     """
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
-    shaped = unembedding if isinstance(unembedding, Shaped) else None
-    head = rounded(unembedding.matrix if isinstance(unembedding, Shaped) else unembedding, hidden.dtype)
-    head = jax.tree.map(lambda x: meshes.for_lookup(x, ("embed", "vocab")), head)
-    sample = jax.tree.map(lambda x: meshes.constrain(x, (None, None)), take(head, negatives.ids, axis=1))
-    own = read(take(jax.tree.map(jnp.transpose, head), meshes.constrain_in_copy(targets, ("copies", None)), axis=0))
+    shaped = unembedding if isinstance(unembedding, Shaped) else Shaped(unembedding)
+    head = jax.tree.map(lambda x: meshes.for_lookup(x, shaped.axes), rounded(shaped.matrix, hidden.dtype))
+    drawn = take(head, negatives.ids, axis=shaped.axes.index("vocab"))
+    sample = dataclasses.replace(shaped, matrix=jax.tree.map(lambda x: meshes.constrain(x, (None, None)), drawn))
+    by_token = head if shaped.tied else jax.tree.map(jnp.transpose, head)
+    own = read(take(by_token, meshes.constrain_in_copy(targets, ("copies", None)), axis=0))
     own = meshes.constrain_in_copy(own, ("copies", None, "embed"))
     own = meshes.constrain(own, ("batch", length_axis(targets.shape[1]), None))
-    z_target = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1)
-
-    if shaped is not None:
-        z_target, sample = shaped.of(z_target), dataclasses.replace(shaped, matrix=sample)
+    z_target = shaped.of(jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=-1))
 
     def chunk(h: jax.Array, y: jax.Array, z_y: jax.Array) -> jax.Array:
         z = logits_of(h, sample) - negatives.log_expected

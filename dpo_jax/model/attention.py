@@ -56,7 +56,7 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if mask.views is not None:
         plain = partial(attend, kernel=kernel, scale=scale, cap=cap, windowed=windowed)
-        return attention_views.attend(q, k, v, mask, plain)
+        return attention_views.attend(q, k, v, mask, plain, ends=kernel == "xla")
     if mask.prefix is not None:
         prompt, responses, length = mask.prefix
         if q.shape[1] != prompt + responses * length:

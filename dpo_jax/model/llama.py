@@ -418,19 +418,21 @@ class Llama(nn.Module):
         return x, None if cache is None else tuple(after)
 
     def unembedding(self) -> Any:
-        """The output matrix [D, V], as it is kept: the transposed embedding where they are tied.
+        """The output matrix [D, V], as it is kept; whoever multiplies by it rounds it, not its gradient (`rounded`).
 
-        Whoever multiplies by it rounds it, so that its gradient need not be rounded (`products.rounded`). A
-        `products.Shaped` where logits are scaled or capped. Raises `InputError` for a reward model, which has none.
+        A `products.Shaped` where it is the embedding, and where logits are scaled or capped. Raises `InputError` for a
+        reward model, which has none.
         """
         c, matrix = self.config, self._output_matrix()
-        return matrix if c.logit_scale == 1 and c.logit_cap is None else Shaped(matrix, c.logit_scale, c.logit_cap)
+        plain = c.logit_scale == 1 and c.logit_cap is None and not c.tie_embeddings
+        return matrix if plain else Shaped(matrix, c.logit_scale, c.logit_cap, tied=c.tie_embeddings)
 
     def _output_matrix(self) -> jax.Array:
+        """[D, V]; the embedding [V, D] where they are tied."""
         c = self.config
         if c.num_labels:
             raise InputError("this model is a reward model: it scores texts, and has no output matrix to write them")
-        return self.embed_tokens.value.T if c.tie_embeddings else self.lm_head.value
+        return self.embed_tokens.value if c.tie_embeddings else self.lm_head.value
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] from hidden states [..., D]. For log-probabilities of long texts use `model/logprobs.py`."""
@@ -438,9 +440,7 @@ class Llama(nn.Module):
         if "lm_head" in self.variables.get("narrow", {}):
             z = narrow.matmul(hidden, self.variables["narrow"]["lm_head"]["kernel"])
         else:
-            matrix, spec = self._output_matrix().astype(self.dtype), "...d,dv->...v"
-            if c.tie_embeddings:
-                # The other way round, because XLA's CPU backend would copy the transposed matrix for a lone row.
-                matrix, spec = matrix.T, "...d,vd->...v"
+            matrix = self._output_matrix().astype(self.dtype)
+            spec = "...d,vd->...v" if c.tie_embeddings else "...d,dv->...v"
             z = jnp.einsum(spec, hidden, matrix, precision=precision(self.dtype), preferred_element_type=jnp.float32)
         return Shaped(None, c.logit_scale, c.logit_cap).of(z)

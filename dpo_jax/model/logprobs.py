@@ -50,28 +50,26 @@ def chunk_length(batch: int, length: int, vocab: int, budget_bytes: int) -> int:
     return split * max(1, min(budget_bytes // a_position, -(-(length // split) // 2)))
 
 
-def head_of(unembedding: Output, dtype: Any) -> Any:
-    """The output matrix [D, V] for products with hidden states of `dtype`, chunk by chunk.
+def head_of(unembedding: Output, dtype: Any) -> Shaped:
+    """The output matrix for products with hidden states of `dtype`, chunk by chunk.
 
     Its values are gathered over the devices here, once, not once a chunk. A float32 gradient beside bfloat16 values
     stays split as the matrix is: it is twice as large.
     """
-    if isinstance(unembedding, Shaped):
-        return dataclasses.replace(unembedding, matrix=head_of(unembedding.matrix, dtype))
-    head = rounded(unembedding, dtype)
+    shaped = unembedding if isinstance(unembedding, Shaped) else Shaped(unembedding)
+    head = rounded(shaped.matrix, dtype)
+    gathered = tuple(None if axis == "embed" else axis for axis in shaped.axes)
     if isinstance(head, Rounded):
-        values, master = (
-            meshes.constrain(head.values, (None, "vocab")),
-            meshes.constrain(head.master, ("embed", "vocab")),
-        )
-        return Rounded(values, master)
-    return meshes.constrain(head, (None, "vocab"))
+        head = Rounded(meshes.constrain(head.values, gathered), meshes.constrain(head.master, shaped.axes))
+    else:
+        head = meshes.constrain(head, gathered)
+    return dataclasses.replace(shaped, matrix=head)
 
 
 def logits_of(hidden: jax.Array, unembedding: Weight | Shaped) -> jax.Array:
     """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
     if isinstance(unembedding, Shaped):
-        return unembedding.of(matmul(hidden, unembedding.matrix, jnp.float32))
+        return unembedding.of(matmul(hidden, unembedding.matrix, jnp.float32, turned=unembedding.tied))
     return matmul(hidden, unembedding, jnp.float32)
 
 

@@ -52,19 +52,26 @@ class Shaped:
     """An output matrix whose logits z become cap tanh(scale z / cap), or without a cap scale z, in float32.
 
     Attributes:
-      matrix: [D, V].
+      matrix: [D, V]; tied, the embedding [V, D].
       scale: static (Granite 3, 1 / `logits_scaling`).
       cap: static (Gemma 2, arXiv 2408.00118, section 2).
+      tied: static. The embedding stays as it lies: neither it nor its gradient is copied to be turned.
     """
 
     matrix: Any
     scale: float = struct.field(pytree_node=False, default=1.0)
     cap: float | None = struct.field(pytree_node=False, default=None)
+    tied: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(D, V)."""
-        return self.matrix.shape
+        return self.matrix.shape[::-1] if self.tied else self.matrix.shape
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """Logical axes of `matrix`."""
+        return ("vocab", "embed") if self.tied else ("embed", "vocab")
 
     def of(self, z: jax.Array) -> jax.Array:
         """What products z with the matrix become."""
@@ -94,14 +101,29 @@ def read(weight: Weight) -> jax.Array:
     return _values_for(weight.master, weight.values) if isinstance(weight, Rounded) else weight
 
 
-def matmul(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array,
+    kernel: Weight | Quantised,
+    dtype: Any = None,
+    bias: jax.Array | None = None,
+    *,
+    turned: bool = False,
+) -> jax.Array:
     """`product`, kept for the backward pass."""
-    return saved(product(x, kernel, dtype, bias))
+    return saved(product(x, kernel, dtype, bias, turned=turned))
 
 
-def product(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
+def product(
+    x: jax.Array,
+    kernel: Weight | Quantised,
+    dtype: Any = None,
+    bias: jax.Array | None = None,
+    *,
+    turned: bool = False,
+) -> jax.Array:
     """x [..., D] times kernel [D, F] (+ bias [F], before the sum is rounded), [..., F] in `dtype` (default: that of x).
 
+    `turned`: the kernel, which is not quantised, is given as [F, D], and so is its gradient.
     The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
     of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master). A quantised kernel is
     made whole for the product, and again for the gradient of x.
@@ -111,11 +133,11 @@ def product(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: j
     if isinstance(kernel, Quantised):
         y: Any = _frozen_product(x, kernel, x.dtype, sums)
     elif x.dtype == jnp.float32:
-        y = _product(x, read(kernel), None, sums)
+        y = _product(x, read(kernel), None, sums, turned)
     elif isinstance(kernel, Rounded):
-        y = _product(x, kernel.values, kernel.master, sums)
+        y = _product(x, kernel.values, kernel.master, sums, turned)
     else:
-        y = _product(x, kernel, None, sums)
+        y = _product(x, kernel, None, sums, turned)
     return y if bias is None else shifted(y, bias, dtype)
 
 
@@ -197,23 +219,29 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1]) if meshes.platform() == "cpu" and meshes.parts("length") == 1 else x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(
+    x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype, turned: bool = False
+) -> jax.Array:
     """x times kernel; the gradient of the kernel goes to `master` where there is one."""
-    return _dot(x, kernel.astype(x.dtype), ((x.ndim - 1,), (0,)), dtype)
+    return _dot(x, kernel.astype(x.dtype), ((x.ndim - 1,), (int(turned),)), dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
-    return _product(x, kernel, master, dtype), (x, kernel, None if master is None else ())
+def _forward(
+    x: jax.Array, kernel: jax.Array, master: jax.Array | None, dtype: jnp.dtype, turned: bool
+) -> tuple[jax.Array, Any]:
+    return _product(x, kernel, master, dtype, turned), (x, kernel, None if master is None else ())
 
 
-def _backward(_: jnp.dtype, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+def _backward(
+    _: jnp.dtype, turned: bool, saved: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     x, kernel, apart = saved
     g = g.astype(x.dtype)
-    by_x = _dot(g, kernel.astype(x.dtype), ((g.ndim - 1,), (1,)), x.dtype)
+    by_x = _dot(g, kernel.astype(x.dtype), ((g.ndim - 1,), (1 - turned,)), x.dtype)
     x, g = _flat(x), _flat(g)
     rows = tuple(range(x.ndim - 1))
-    by_kernel = _dot(x, g, (rows, rows))
+    by_kernel = _dot(*((g, x) if turned else (x, g)), (rows, rows))
     return (by_x, by_kernel.astype(kernel.dtype), None) if apart is None else (by_x, None, by_kernel)
 
 

@@ -146,7 +146,10 @@ def poisoned(windows: Windows, lengths: np.ndarray, response: int) -> Windows:
     read = np.arange(windows.reads.shape[1]) < real.sum(axis=1, keepdims=True)
     views = windows.views
     at = [np.arange(x.shape[2]) < n[..., None] for x, n in zip(views.places, views.lengths, strict=True)]
-    assert all((~x).any() for x in (windows.real, real, read, *at))
+    whole = len(views.places) - len(views.tails)
+    asked = [n - start for n, start in zip(views.lengths[whole:], views.starts, strict=True)]
+    ends = [np.arange(x.shape[2]) < n[..., None] for x, n in zip(views.tails, asked, strict=True)]
+    assert all((~x).any() for x in (windows.real, real, read, *at, *ends))
     rows = int(windows.source.max())
     return windows.replace(
         source=junk(windows.source, windows.real, rows),
@@ -154,7 +157,11 @@ def poisoned(windows: Windows, lengths: np.ndarray, response: int) -> Windows:
         reads=junk(windows.reads, read, T),
         targets=junk(windows.targets, read, rows),
         spread=junk(windows.spread, real, windows.reads.shape[1]),
-        views=views.replace(places=tuple(junk(x, y, T) for x, y in zip(views.places, at, strict=True))),
+        views=views.replace(
+            places=tuple(junk(x, y, T) for x, y in zip(views.places, at, strict=True)),
+            tails=tuple(junk(x, y, T) for x, y in zip(views.tails, ends, strict=True)),
+            starts=tuple(junk(x, n > 0, T) for x, n in zip(views.starts, views.lengths[whole:], strict=True)),
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax.align.sampled_softmax import Negatives, draw, sampled_logps
 from dpo_jax.model.logprobs import token_logps, token_scores
+from dpo_jax.model.products import Shaped
 
 V, D = 50, 8
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -38,6 +39,16 @@ def test_every_id_once_is_the_exact_softmax(exact):
         got = estimate(HIDDEN, HEAD, EVERY)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("logps", [token_logps, partial(sampled_logps, negatives=EVERY, budget_bytes=2**20)])
+def test_a_tied_head_is_read_as_it_lies(logps):
+    """The embedding [V, D] in place of its transpose: the same values, and the gradient transposed."""
+    f = jax.value_and_grad(lambda h, w, tied: jnp.mean(logps(h, Shaped(w, 1.5, 8.0, tied), TARGETS)), argnums=(0, 1))
+    (value, (by_hidden, by_head)), (tied, (by_state, by_embedding)) = f(HIDDEN, HEAD, False), f(HIDDEN, HEAD.T, True)
+    assert Shaped(HEAD.T, tied=True).shape == HEAD.shape
+    for a, b in ((tied, value), (by_state, by_hidden), (by_embedding.T, by_head)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from dpo_jax.data.sets.group_windows import WindowPlan, plan_windows
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.sets.row_mixture import RowMixture
 from dpo_jax.data.tokens.ragged import Ragged
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.types import PreferenceBatch, Windows
 
 
 def skewed(n: int, k: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -217,12 +218,13 @@ def test_nearly_all_places_are_real_tokens(size: int, share: float) -> None:
 def test_attention_pads_little() -> None:
     prompts, responses = skewed(1000)
     plan = plan_windows(prompts, responses, batch_size=8, packing=Packing(1), shuffle=True)
-    for shapes in plan.shapes:
-        assert 1 <= len(shapes[0].views) <= CLASSES
-        assert sum(n for n, _ in shapes[0].views) == 16
-    views = plan.shapes[0][0].views
-    real = np.square(prompts[:, None] + responses).sum() / 125
-    assert sum(n * length**2 for n, length in views) < 2.5 * real
+    for (shape,) in plan.shapes:
+        assert 2 <= len(shape.views) + len(shape.tails) <= CLASSES
+        assert sum(n for n, _ in shape.views) == sum(n for n, *_ in shape.tails) == 8
+    (shape,), whole = plan.shapes[0], prompts[:, None] + responses
+    scores = sum(n * length**2 for n, length in shape.views) + sum(n * q * length for n, q, length in shape.tails)
+    real = (np.square(whole[:, 0]) + whole[:, 1] * responses[:, 1]).sum() / 125
+    assert scores < 3 * real
 
 
 def test_length_classes_cost_least() -> None:
@@ -255,6 +257,22 @@ def sequences(batch: PreferenceBatch) -> list[list[int]]:
     return found
 
 
+def queries(windows: Windows) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(window, places of a sequence, those of them that are queries), of all; checks where answers are found."""
+    views = windows.views
+    whole = len(views.places) - len(views.tails)
+    starts = (*(np.zeros_like(x) for x in views.lengths[:whole]), *views.starts)
+    for w, real in enumerate(windows.real):
+        asked = np.concatenate([x[w].reshape(-1) for x in views.queries])
+        assert (asked[views.answers[w, real]] == np.flatnonzero(real)).all()
+        assert (views.answers[w, ~real] == len(asked)).all()
+        for at, lengths, first, own in zip(views.places, views.lengths, starts, views.queries, strict=True):
+            for i in np.flatnonzero(lengths[w]):
+                end, start = lengths[w, i], first[w, i]
+                assert (own[w, i, : end - start] == at[w, i, start:end]).all()
+                yield w, at[w, i, :end].tolist(), at[w, i, start:end].tolist()
+
+
 @pytest.mark.parametrize("windows", [1, 2, 4])
 def test_windows_hold_each_prompt_once_and_attention_sees_each_response_behind_its_own(windows: int) -> None:
     rng = np.random.default_rng(0)
@@ -268,6 +286,10 @@ def test_windows_hold_each_prompt_once_and_attention_sees_each_response_behind_i
         if batch.response_lengths[b, k] and batch.weights[b]
     ]
     assert sorted(sequences(packed)) == sorted([[int(x) for x in row] for row in expected])
+    found = list(queries(one))
+    asked = [(w, place) for w, _, own in found for place in own]
+    assert len(set(asked)) == len(asked) == one.real.sum()
+    assert any(len(own) < len(places) for _, places, own in found)  # a prompt's are asked once
     there = batch.weights > 0
     alone = there & (batch.response_lengths.sum(axis=1) > 0)
     assert one.real.sum() == batch.prompt_lengths[alone].sum() + batch.response_lengths[there].sum()

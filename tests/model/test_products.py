@@ -29,6 +29,25 @@ def test_products_and_gradients(out):
         assert 0 < jnp.linalg.norm(got - want) < 5e-3 * jnp.linalg.norm(want)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_turned_kernel_and_its_gradient_stay_as_they_lie(dtype, apart):
+    def made(kernel):
+        return products.rounded(kernel, dtype) if apart else kernel
+
+    def plain(x, kernel, out):
+        return products.matmul(x, made(kernel), out)
+
+    def turned(x, kernel, out):
+        return products.matmul(x, made(kernel.T), out, turned=True)
+
+    chex.assert_trees_all_close(
+        value_and_gradients(turned, dtype, jnp.float32), value_and_gradients(plain, dtype, jnp.float32), rtol=1e-5
+    )
+    backward = jax.grad(lambda kernel: jnp.sum(products.matmul(x.astype(dtype), made(kernel), turned=True)))
+    assert "transpose[" not in str(jax.make_jaxpr(backward)(kernel.T))
+
+
 def test_sums_are_float32():
     """1,000 products of 1 after one of 1,024: a sum in bfloat16, whose steps are 8 there, would stay at 1,024."""
     row, column = jnp.ones((1, 1001), jnp.bfloat16).at[0, 0].set(1024), jnp.ones((1001, 1))

@@ -207,8 +207,8 @@ def _runs(needs: np.ndarray, counts: np.ndarray, k: int, n: int) -> np.ndarray:
     return np.stack(shapes[::-1])
 
 
-def length_classes(longest: np.ndarray, multiple: int) -> tuple[Shape, ...]:
-    """(n, L) of at most `CLASSES` classes for n sequences each of at most L tokens, longest first, with least n L^2.
+def length_classes(longest: np.ndarray, multiple: int, most: int = CLASSES) -> tuple[Shape, ...]:
+    """(n, L) of at most so many classes for n sequences each of at most L tokens, longest first, with least n L^2.
 
     longest: int [n], tokens that each sequence may have, descending.
     """
@@ -217,7 +217,7 @@ def length_classes(longest: np.ndarray, multiple: int) -> tuple[Shape, ...]:
     # best[end]: cost and beginnings of the classes that hold the sizes before `end`.
     best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
     best += [(int(before[end] * sizes[0] ** 2), (0,)) for end in range(1, len(sizes) + 1)]
-    for _ in range(CLASSES - 1):
+    for _ in range(most - 1):
         runs = [
             [(best[at][0] + int((before[end] - before[at]) * sizes[at] ** 2), (*best[at][1], at)) for at in range(end)]
             for end in range(len(sizes) + 1)

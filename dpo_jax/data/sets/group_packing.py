@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import Shape, length_classes
+from dpo_jax.data.sets.batches import CLASSES, Shape, length_classes
 from dpo_jax.data.sets.dealing import arrange, compose
-from dpo_jax.data.sets.segment_views import slots_of, views_of
-from dpo_jax.types import PreferenceBatch, Windows
+from dpo_jax.data.sets.segment_views import slots_of
+from dpo_jax.types import PreferenceBatch, Views, Windows
+
+Tails = tuple[int, int, int]
+"""(n, Q, L): n sequences of at most L tokens, at most Q of which, the last ones, are queries."""
 
 
 class Packing(NamedTuple):
@@ -45,17 +48,25 @@ class WindowShape:
     Attributes:
       size: T.
       reads: M.
-      views: (n, L) a class, longest first: attention sees n sequences of at most L tokens.
+      views: (n, L) a class, longest first: attention sees n sequences of at most L tokens, each a prompt and the
+        first of its responses.
+      tails: a class each, longest responses first: the sequences of further responses, whose prompts are queries above.
     """
 
     size: int
     reads: int
     views: tuple[Shape, ...]
+    tails: tuple[Tails, ...] = ()
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """See `segment_views.slots_of`."""
+        """See `segment_views.slots_of`; of `views`."""
         return slots_of(self.views)
+
+    @cached_property
+    def tail_slots(self) -> np.ndarray:
+        """int [2, n of all tails]: queries that each sequence may have, and tokens."""
+        return np.stack([slots_of([(n, of[i]) for n, *of in self.tails]) for i in (0, 1)])
 
 
 class Need(NamedTuple):
@@ -63,19 +74,26 @@ class Need(NamedTuple):
 
     Attributes:
       size, reads: tokens; response tokens.
-      views: [..., g K], tokens of each sequence that attention sees, longest first; 0 where there is none.
+      views: [..., g], tokens of each sequence that attention sees whole, longest first; 0 where there is none.
+      queries: [..., g (K - 1)], tokens of each further response, longest first; 0 likewise.
+      tails: [..., g (K - 1)], tokens of the sequences that these stand at the end of.
     """
 
     size: np.ndarray
     reads: np.ndarray
     views: np.ndarray
+    queries: np.ndarray
+    tails: np.ndarray
 
     def within(self, shape: WindowShape) -> np.ndarray:
         """bool [...]: whether `shape` holds them."""
-        slots = np.zeros(max(self.views.shape[-1], len(shape.slots)), int)
-        slots[: len(shape.slots)] = shape.slots
-        fit = (self.views <= slots[: self.views.shape[-1]]).all(axis=-1)
-        return fit & (self.size <= shape.size) & (self.reads <= shape.reads)
+        fit = (self.size <= shape.size) & (self.reads <= shape.reads)
+        tails = zip((self.queries, self.tails), shape.tail_slots, strict=True)
+        for needed, slots in ((self.views, shape.slots), *tails):
+            room = np.zeros(max(needed.shape[-1], len(slots)), int)
+            room[: len(slots)] = slots
+            fit = fit & (needed <= room[: needed.shape[-1]]).all(axis=-1)
+        return fit
 
 
 @dataclass(frozen=True)
@@ -126,9 +144,25 @@ class Lengths:
     def need(self, rows: np.ndarray) -> Need:
         """Of windows of these rows, int [..., g]."""
         responses = self.responses[rows]
-        views = np.where(responses > 0, self.prompts[rows][..., None] + responses, 0)
-        views = -np.sort(-views.reshape(*rows.shape[:-1], -1), axis=-1)
-        return Need(self.totals[rows].sum(axis=-1), responses.sum(axis=(-1, -2)), views)
+        there, *many = responses > 0, *rows.shape[:-1]
+        first = there & (np.cumsum(there, axis=-1) == 1)
+        whole = np.where(there, self.prompts[rows][..., None] + responses, 0)
+        views = -np.sort(-np.where(first, whole, 0).max(axis=-1), axis=-1)
+        tails, queries = (np.where(first, 0, x).reshape(*many, -1) for x in (whole, responses))
+        longest = np.lexsort((-tails, -queries))[..., : rows.shape[-1] * (responses.shape[-1] - 1)]
+        tails, queries = (np.take_along_axis(x, longest, axis=-1) for x in (tails, queries))
+        return Need(self.totals[rows].sum(axis=-1), responses.sum(axis=(-1, -2)), views, queries, tails)
+
+
+def window_shape(size: int, reads: int, need: Need, multiple: int) -> WindowShape:
+    """Of so many places and response tokens, with room for the sequences of all windows of `need`, in few classes."""
+    views, queries, tails = (x.max(axis=tuple(range(x.ndim - 1)), initial=0) for x in need[2:])
+    share = CLASSES // 2 if len(tails) else CLASSES
+    classes, found, at = length_classes(queries, multiple, share) if len(tails) else (), [], 0
+    for n, asked in classes:
+        found.append((n, asked, up(int(tails[at : at + n].max()), multiple)))
+        at += n
+    return WindowShape(size, reads, length_classes(views, multiple, share), tuple(found))
 
 
 # ---------------------------------------------------------------- the windows of a batch
@@ -153,17 +187,14 @@ def pack(
       span: (first, last), which of the batch's responses these are.
     """
     (p, r), (b, k) = padded, response_lengths.shape
-    g, slots = b // windows, shape.slots
-    offsets, total = np.concatenate([[0], np.cumsum(slots)]), int(slots.sum())
+    g, sequences = b // windows, _Sequences(shape, windows, k)
     source, positions = (np.zeros((windows, shape.size), np.int32) for _ in range(2))
     real = np.zeros((windows, shape.size), bool)
     reads, targets = (np.zeros((windows, shape.reads), np.int32) for _ in range(2))
     spread, ends = np.zeros((windows, g * k * r), np.int32), np.zeros((windows, g * k), np.int32)
-    along, homes = np.zeros((windows, total), np.int32), np.full((windows, shape.size, k), total, np.int32)
-    held = np.zeros((windows, len(slots)), np.int32)
     for w in range(windows):
         at = read = 0
-        views: list[tuple[int, int, int, int, int]] = []  # length, prompt's place and length, response's place, which
+        views: list[_View] = []
         for i in range(g):
             prompt = int(prompt_lengths[w * g + i])
             row, start = i * (p + k * r), at
@@ -180,21 +211,15 @@ def pack(
                 targets[w, read : read + length] = own
                 spread[w, (i * k + j) * r :][:length] = read + np.arange(length)
                 ends[w, i * k + j] = at + length - 1
-                views.append((prompt + length, start, prompt, at, which))
+                views.append(_View(which, start, prompt, at, length))
                 at, read = at + length, read + length
         real[w, :at] = True
-        for slot, (length, start, prompt, response, which) in enumerate(sorted(views, key=lambda one: -one[0])):
-            places = np.concatenate([start + np.arange(prompt), response + np.arange(length - prompt)])
-            where = offsets[slot] + np.arange(length)
-            along[w, where] = places
-            homes[w, places[:prompt], which] = where[:prompt]
-            homes[w, places[prompt:], 0] = where[prompt:]
-            held[w, slot] = length
+        sequences.place(w, views)
     arrays: dict[str, Any] = {
         "source": source,
         "positions": positions,
         "real": real,
-        "views": views_of(along, held, homes, shape.views),
+        "views": sequences.views(),
         "reads": reads,
         "targets": targets,
         "spread": spread,
@@ -216,6 +241,70 @@ def pack_batch(batch: PreferenceBatch, packing: Packing) -> PreferenceBatch:
         own = whole.span(*span)
         need = own.need(np.arange(b).reshape(packing.windows, -1))
         places, reads = (up(int(x.max()), packing.multiple) for x in (need.size, need.reads))
-        shape = WindowShape(places, reads, length_classes(need.views.max(axis=0), packing.multiple))
+        shape = window_shape(places, reads, need, packing.multiple)
         made.append(pack(own.prompts[:-1], own.responses[:-1], shape, packing.windows, sizes, span))
     return replace(batch, windows=tuple(made))
+
+
+class _View(NamedTuple):
+    """One of a prompt's responses, and where the two stand in a window. `which`: how many stand before it."""
+
+    which: int
+    prompt_at: int
+    prompt: int
+    response_at: int
+    response: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+
+class _Sequences:
+    """The `Views` of windows of one shape, window by window. S places of all sequences, Q of their queries."""
+
+    def __init__(self, shape: WindowShape, windows: int, k: int):
+        self.shape = shape
+        whole, (queries, tails) = shape.slots, shape.tail_slots
+        self.first = len(whole)
+        self.begins, self.asked = (np.concatenate([[0], np.cumsum([*whole, *x])]) for x in (tails, queries))
+        self.along, self.queries = (np.zeros((windows, x[-1]), np.int32) for x in (self.begins, self.asked))
+        self.held, self.starts = (np.zeros((windows, len(self.begins) - 1), np.int32) for _ in range(2))
+        self.homes = np.full((windows, shape.size, k), self.begins[-1], np.int32)
+        self.answers = np.full((windows, shape.size), self.asked[-1], np.int32)
+
+    def place(self, w: int, views: list[_View]) -> None:
+        """The sequences of a window, the longest in the first slots."""
+        whole = sorted((one for one in views if not one.which), key=lambda one: -one.length)
+        tails = sorted((one for one in views if one.which), key=lambda one: (-one.response, -one.length))
+        for slot, one in (*enumerate(whole), *enumerate(tails, self.first)):
+            prompt, response = one.prompt_at + np.arange(one.prompt), one.response_at + np.arange(one.response)
+            where = self.begins[slot] + np.arange(one.length)
+            self.along[w, where] = np.concatenate([prompt, response])
+            self.homes[w, prompt, one.which] = where[: one.prompt]
+            self.homes[w, response, 0] = where[one.prompt :]
+            self.held[w, slot] = one.length
+            own = response if one.which else np.concatenate([prompt, response])
+            self.answers[w, own] = self.asked[slot] + np.arange(len(own))
+            self.queries[w, self.answers[w, own]] = own
+            self.starts[w, slot] = one.prompt if one.which else 0
+
+    def views(self) -> Views:
+        """Of all windows."""
+        classes = [*((n, size, size) for n, size in self.shape.views), *self.shape.tails]
+        ends, many = [np.cumsum([n * of[i] for n, *of in classes])[:-1] for i in (1, 0)], len(self.along)
+        ns = np.cumsum([n for n, *_ in classes])[:-1]
+        places, queries = (
+            tuple(part.reshape(many, n, -1) for part, (n, *_) in zip(np.split(x, at, axis=1), classes, strict=True))
+            for x, at in zip((self.along, self.queries), ends, strict=True)
+        )
+        first = len(self.shape.views)
+        arrays: dict[str, Any] = {
+            "places": places,
+            "lengths": tuple(np.split(self.held, ns, axis=1)),
+            "homes": self.homes,
+            "tails": queries[first:],
+            "starts": tuple(np.split(self.starts, ns, axis=1))[first:],
+            "answers": self.answers,
+        }
+        return Views(**arrays)

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import RowBatch, Shape, collate, completed, length_classes, plan_buckets
+from dpo_jax.data.sets.batches import RowBatch, Shape, collate, completed, plan_buckets
 from dpo_jax.data.sets.dataset import PreferenceDataset
-from dpo_jax.data.sets.group_packing import Lengths, Need, Packing, WindowShape, pack, up
+from dpo_jax.data.sets.group_packing import Lengths, Need, Packing, WindowShape, pack, up, window_shape
 from dpo_jax.types import PreferenceBatch, Windows
 
 _SAMPLE = 128  # batches whose shapes are looked at beforehand, at least, and those of one epoch
@@ -187,8 +187,8 @@ def _usual(needs: Sequence[Need], most: int, multiple: int) -> list[tuple[Window
             (up(int(size[of].max(initial=0)), multiple), up(int(read[of].max(initial=0)), multiple))
             for size, read in zip(sizes[1:], reads[1:], strict=True)
         ]
-        views = [length_classes(need.views[of].max(axis=(0, 1), initial=0), multiple) for need in needs]
-        found.append(tuple(WindowShape(*one, view) for one, view in zip([shape, *rest], views, strict=True)))
+        own = [Need(*(x[of] for x in need)) for need in needs]
+        found.append(tuple(window_shape(*one, need, multiple) for one, need in zip([shape, *rest], own, strict=True)))
     return found
 
 
@@ -210,14 +210,12 @@ def _always(
     for span in spans:
         own = lengths.span(*span)
         one = own.need(order[:, None])  # of each row alone, longest first
-        size, reads, views = (
+        size, reads, *sequences = (
             np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
             for x in one
         )
-        envelope = -np.sort(-views.reshape(-1))
-        found.append(
-            WindowShape(
-                up(int(size.sum()), multiple), up(int(reads.sum()), multiple), length_classes(envelope, multiple)
-            )
-        )
+        *sequences, tails = (-np.sort(-x.reshape(1, -1)) for x in sequences)
+        tails = np.broadcast_to(tails.max(initial=0), tails.shape)  # a short response may have a long prompt
+        places = (up(int(x.sum()), multiple) for x in (size, reads))
+        found.append(window_shape(*places, Need(size, reads, *sequences, tails), multiple))
     return tuple(found)

@@ -1,9 +1,10 @@
 """Sampled responses in windows of real tokens, in few shapes though no two rollouts are alike.
 
 The sizes of a window are steps of what it would have if all prompts and responses were full: a sixteenth of its places
-and response tokens, one share for both; a quarter of the longest sequence that attention sees, for the longer half of
-these and for the shorter half. So a run has a few shapes, each a function of its rollout's lengths alone: a run that
-goes on where it stopped computes what it would have computed.
+and response tokens, one share for both; a quarter of the longest sequence that attention sees; and a quarter of the
+longest response, for the longer half of those that are not the first of their prompt, and for the shorter half. (Where
+none is, the sequences have halves.) So a run has a few shapes, each a function of its rollout's lengths alone: a run
+that goes on where it stopped computes what it would have computed.
 
 G groups, K responses each, n groups a batch, U batches, W windows a batch.
 """
@@ -74,11 +75,20 @@ def _shape(need: Need, groups: int, k: int, full: Shape, multiple: int) -> Windo
     most = np.asarray([need.size.max(), need.reads.max()])
     share = math.ceil((most * _STEPS / sizes).max())
     places, reads = (up(-(-int(size) * share // _STEPS), multiple) for size in sizes)
-    step = up(-(-(p + r) // _VIEW_STEPS), multiple)
-    longest = need.views.reshape(-1, groups * k).max(axis=0)
-    first = (groups * k + 1) // 2
-    classes = {up(int(longest[0]), step): first}
-    if first < groups * k:
-        shorter = up(int(longest[first]), step)
-        classes[shorter] = classes.get(shorter, 0) + groups * k - first
-    return WindowShape(places, reads, tuple((n, length) for length, n in classes.items()))
+    step, fewer = (up(-(-length // _VIEW_STEPS), multiple) for length in (p + r, r))
+    if k == 1:
+        return WindowShape(places, reads, _halves(need.views, step))
+    length = up(int(max(need.views.max(), need.tails.max())), step)
+    tails = tuple((n, asked, length) for n, asked in _halves(need.queries, fewer))
+    return WindowShape(places, reads, ((groups, length),), tails)
+
+
+def _halves(longest: np.ndarray, step: int) -> tuple[Shape, ...]:
+    """(n, L) of the longer half of lengths [..., many], longest first, and of the shorter one; joined if L is the same."""
+    most = longest.max(axis=tuple(range(longest.ndim - 1)))
+    first = (len(most) + 1) // 2
+    counts = {up(int(most[0]), step): first}
+    if first < len(most):
+        shorter = up(int(most[first]), step)
+        counts[shorter] = counts.get(shorter, 0) + len(most) - first
+    return tuple((n, length) for length, n in counts.items())

@@ -98,11 +98,12 @@ def _views(runs: list[tuple[np.ndarray, np.ndarray]], shape: tuple[Shape, ...], 
 
 def slots_of(shape: tuple[Shape, ...]) -> np.ndarray:
     """int [n of all classes]: tokens that each sequence may have, longest first."""
-    return np.repeat([length for _, length in shape], [n for n, _ in shape])
+    counts, lengths = np.asarray(shape, int).reshape(-1, 2).T
+    return np.repeat(lengths, counts)
 
 
 def views_of(along: np.ndarray, held: np.ndarray, homes: np.ndarray, shape: tuple[Shape, ...]) -> Views:
-    """Views in the classes of a shape.
+    """Views in the classes of a shape; every place of a sequence is a query in it.
 
     along: int [W, all n L], `Views.places` of the classes one behind the other.
     held: int [W, all n], `Views.lengths` likewise.
@@ -113,5 +114,6 @@ def views_of(along: np.ndarray, held: np.ndarray, homes: np.ndarray, shape: tupl
         "places": tuple(part.reshape(len(along), *one) for part, one in parts),
         "lengths": tuple(np.split(held, ns, axis=1)),
         "homes": homes,
+        "answers": homes[..., 0],
     }
-    return Views(**arrays)
+    return Views(**arrays, tails=(), starts=())
