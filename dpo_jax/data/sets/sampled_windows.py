@@ -84,7 +84,7 @@ def _shape(need: Need, groups: int, k: int, full: Shape, multiple: int) -> Windo
 
 
 def _halves(longest: np.ndarray, step: int) -> tuple[Shape, ...]:
-    """(n, L) of the longer half of lengths [..., many], longest first, and of the shorter one; joined if L is the same."""
+    """(n, L) of the longer half of lengths [..., many], longest first, and of the rest; one where L is the same."""
     most = longest.max(axis=tuple(range(longest.ndim - 1)))
     first = (len(most) + 1) // 2
     counts = {up(int(most[0]), step): first}
