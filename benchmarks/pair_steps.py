@@ -20,6 +20,7 @@ compared.
     bound   what `ours` cannot pass: model FLOPs of its real tokens (`dpo_jax/train/flops.py`; a prompt once, attention
             causal) and those of the head computed again, at the rate of this backend's products of these shapes
             (forward, by the inputs, by the weights; each the fastest of three), and the optimizer's update alone
+    lora_bound  what `lora` cannot pass
 """
 
 import argparse
@@ -36,7 +37,8 @@ from peers import Desk, Stopwatch, Worker, peak_gib, use_cores, versions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LONGEST, PROMPT, RATE, BETA = 512, 256, 1e-6, 0.1
-CONTENDERS = ("ours", "trl", "lora", "other", "bound")
+CONTENDERS = ("ours", "trl", "lora", "other", "bound", "lora_bound")
+BOUNDS = {"bound": "ours", "lora_bound": "lora"}
 LORA = "--lora.rank 16"
 MEDIANS = ("cpu_share", "other_cores", "gflops_a_second", "update")
 TRIES = 3
@@ -104,7 +106,8 @@ def write_rows(options: argparse.Namespace, folder: Path) -> None:
 
 def told_options(options: argparse.Namespace) -> str:
     """What the worker adds to the options that all of ours share."""
-    return {"lora": f"{options.options} {LORA}", "other": options.other}.get(options.worker, options.options)
+    with_lora = f"{options.options} {LORA}"
+    return {"lora": with_lora, "lora_bound": with_lora, "other": options.other}.get(options.worker, options.options)
 
 
 def parsed(options: argparse.Namespace) -> Any:
@@ -182,7 +185,7 @@ def places(batch: Any, layout: str) -> int:
 
 
 def bound(options: argparse.Namespace, desk: Desk) -> None:
-    """Answers a turn of `ours` with the seconds that it cannot pass; the request is that turn's figures."""
+    """Answers a turn with the seconds that it cannot pass; the request is that turn's figures."""
     import time
 
     import jax
@@ -311,7 +314,7 @@ def main() -> None:
     options = arguments()
     use_cores(options.cores)
     if options.worker:
-        {"trl": trl, "bound": bound}.get(options.worker, ours)(options, Desk())
+        (bound if options.worker in BOUNDS else trl if options.worker == "trl" else ours)(options, Desk())
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_rows(options, Path(folder))
@@ -323,7 +326,7 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
         for turn in range(options.rounds + 1):
             for worker in workers:
-                got = worker.turn(found["ours"][-1] if worker.name == "bound" else turn)
+                got = worker.turn(found[BOUNDS[worker.name]][-1] if worker.name in BOUNDS else turn)
                 found[worker.name].append(got)
                 print(turn, worker.name, json.dumps(got), file=sys.stderr, flush=True)
     print(json.dumps(table_of(options, workers, found)))
@@ -352,6 +355,9 @@ def table_of(
         table[f"{name} / {first}, seconds"] = median(b["seconds"] / a["seconds"] for a, b in turns[1:])
         if "loss" in turns[0][1]:
             table[f"{name}, largest difference of losses"] = max(abs(a["loss"] - b["loss"]) for a, b in turns)
+    if "lora_bound" in found:
+        turns = list(zip(found["lora"], found["lora_bound"], strict=True))
+        table["lora_bound / lora, seconds"] = median(b["seconds"] / a["seconds"] for a, b in turns[1:])
     return table
 
 
