@@ -9,6 +9,7 @@ W windows, T places, N sequences of a class, L places of each, Q queries of each
 that a place may stand in, H heads (of keys and values: G), C channels of a head.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,45 +34,35 @@ def attend(
       mask: with views.
       plain: (q, k, v, mask) -> what attention gives, for right-padded rows [W N, L, ...].
       ends: whether `plain` takes the last queries of a sequence alone, at `positions` in the form of a cache; else all
-        of its queries are computed, and these taken.
+        of its queries are computed, and what stands in several sequences is taken from the first.
 
     Returns:
       [W, T, H, C]; 0 at places of no sequence.
     """
     views = mask.views
     assert views is not None
-    kinds = ("query_heads", "key_heads", "key_heads")
-    asked = _sequences(q, views.queries, views.answers[..., None]) if ends else _sequences(q, views.places, views.homes)
-    keys, values = (_sequences(x, views.places, views.homes) for x in (k, v))
-    first = len(views.places) - len(views.tails)
+    queries, answers = (views.queries, views.answers) if ends else (views.places, views.homes[..., 0])
+    qs = _sequences(q, queries, answers[..., None] if ends else views.homes)
+    ks, vs = (_sequences(x, views.places, views.homes) for x in (k, v))
+    starts = [None] * (len(ks) - len(views.starts)) + list(views.starts)
     parts = []
-    for i, (x, lengths) in enumerate(zip(zip(asked, keys, values, strict=True), views.lengths, strict=True)):
+    for one, lengths, first in zip(zip(qs, ks, vs, strict=True), views.lengths, starts, strict=True):
         w, n = lengths.shape
         rows = [
-            meshes.constrain(one.reshape(w * n, *one.shape[2:]), ("batch", "queries", heads, "channels"))
-            for one, heads in zip(x, kinds, strict=True)
+            meshes.constrain(x.reshape(w * n, *x.shape[2:]), ("batch", "queries", heads, "channels"))
+            for x, heads in zip(one, ("query_heads", "key_heads", "key_heads"), strict=True)
         ]
-        last = None if i < first else _from(views.starts[i - first], views.tails[i - first].shape[2])
-        if last is not None and ends:
-            own = AttentionMask(positions=last, window=mask.window, at=None if mask.window is None else last)
-            out = plain(rows[0], rows[1].swapaxes(1, 2), rows[2].swapaxes(1, 2), mask=own)
+        at = jnp.broadcast_to(jnp.arange(rows[0].shape[1]), rows[0].shape[:2])
+        if ends and first is not None:
+            at = at + first.reshape(w * n, 1)
+            rows[1:] = (x.swapaxes(1, 2) for x in rows[1:])
+            own = AttentionMask(positions=at)
         else:
-            at = _from(jnp.zeros((w, n), jnp.int32), rows[0].shape[1])
-            own = AttentionMask(
-                segments=(at < lengths.reshape(w * n, 1)).astype(jnp.int32),
-                packed=False,
-                window=mask.window,
-                at=None if mask.window is None else at,
-            )
-            out = plain(*rows, mask=own)
-            out = out if last is None else _take(out, last)
-        parts.append(out.reshape(w, -1, *q.shape[2:]))
-    return _windows(jnp.concatenate(parts, axis=1), views.queries, views.answers)
-
-
-def _from(starts: jax.Array, size: int) -> jax.Array:
-    """int32 [W N, size]: so many numbers from each of `starts` [W, N]."""
-    return starts.reshape(-1, 1) + jnp.arange(size)
+            own = AttentionMask(segments=(at < lengths.reshape(w * n, 1)).astype(jnp.int32), packed=False)
+        if mask.window is not None:
+            own = dataclasses.replace(own, window=mask.window, at=at)
+        parts.append(plain(*rows, mask=own).reshape(w, -1, *q.shape[2:]))
+    return _windows(jnp.concatenate(parts, axis=1), queries, answers)
 
 
 def _along(places: Places) -> jax.Array:

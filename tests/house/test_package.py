@@ -203,3 +203,9 @@ def test_ci_runs_the_readmes_command() -> None:
 )
 def test_a_long_file_says_why(path: Path) -> None:
     assert "though long" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""), path
+
+
+def test_every_benchmark_is_listed() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {path.name for kind in ("*.py", "*.sh") for path in (ROOT / "benchmarks").glob(kind)}
+    assert scripts == set(re.findall(r"`(\w+\.(?:py|sh))`", text))
