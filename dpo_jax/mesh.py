@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax import overlap
 from dpo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -447,4 +448,5 @@ class ShardedStep(Replicated):
 
     def _jit(self, *args: Any) -> Any:
         kept = jax.tree.map(lambda x: x.sharding, args[0])
-        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, replicated(self.mesh)))
+        where, options = (kept, replicated(self.mesh)), overlap.compiler_options(self.mesh)
+        return jax.jit(self._function, donate_argnums=0, out_shardings=where, compiler_options=options)

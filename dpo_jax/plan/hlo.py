@@ -10,8 +10,8 @@ what crosses is a `send` to the runtime between slices, of what a device holds a
 
 A TPU's asynchronous collective is a chain of fusions: one starts it, others compute while it runs, one ends it; in each
 of them it stands again, and its buffers go through. It counts where it starts. What a device sends in collectives that
-are not asynchronous, or end before anything is computed, is counted apart (`waits`): nothing hides it. What runs on a TPU's
-SparseCores is a call of their own, begun and ended as an asynchronous collective is.
+are not asynchronous, or end before anything is computed, is counted apart (`waits`): nothing hides it. What runs on the
+SparseCores of a TPU is a call of their own, begun and ended as an asynchronous collective is.
 
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps

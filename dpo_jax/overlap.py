@@ -1,0 +1,65 @@
+"""What XLA is told when it compiles a step for TPUs, so that collectives run beside what is computed.
+
+By itself libtpu (0.0.42.1) gathers what is split over 4 x 4 x 4 chips of v5p with an all-reduce of zeros and a piece: twice
+the bytes, on the core that computes, which waits. The same collectives on the SparseCores of a chip (v5p and v6e have
+some, v5e and v4 none) are gathers and scatters, and run beside products (`docs/performance.md` has what that changes).
+Nothing but where and when collectives run is set here; what is computed stays, but for the order of a sum.
+
+All are options of one compiled program: other programs of the process are compiled as ever. Whoever names one of them in
+LIBTPU_INIT_ARGS has the say over all, and none is set here; so
+LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false switches them off.
+"""
+
+import logging
+import os
+from functools import cache
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_log = logging.getLogger(__name__)
+
+_SPARSE_CORES = {
+    # Collectives are fused with products on the core that computes, or run on the SparseCores; not both.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_enable_3d_reduce_scatter_decomposer": "false",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+OPTIONS = {"TPU v5": _SPARSE_CORES}
+"""By `jax.Device.device_kind`; "TPU v5" is v5p."""
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Of a step that is compiled for `mesh` (`jax.jit`'s argument of that name); empty for CPUs, GPUs and other TPUs.
+
+    Empty, too, where the installed libtpu does not know one of them: then a line in the log says so.
+    """
+    options = OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    own = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
+    if not options or mesh.size == 1 or own & options.keys() or not _known(mesh, tuple(options.items())):
+        return {}
+    return options
+
+
+@cache
+def _known(mesh: Mesh, options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the compiler of these devices takes all the options: it refuses a program with one it does not know."""
+    number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+    try:
+        jax.jit(lambda x: x, compiler_options=dict(options)).lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        _log.info("this libtpu does not take the options that overlap collectives, trains without: %s", said)
+        return False
+    return True
