@@ -1,13 +1,13 @@
-"""What XLA is told when it compiles a step for TPUs, so that collectives run beside what is computed.
+"""What XLA is told when it compiles a training step for TPUs, so that collectives run beside what is computed.
 
-By itself libtpu (0.0.42.1) gathers what is split over 4 x 4 x 4 chips of v5p with an all-reduce of zeros and a piece: twice
-the bytes, on the core that computes, which waits. The same collectives on the SparseCores of a chip (v5p and v6e have
-some, v5e and v4 none) are gathers and scatters, and run beside products (`docs/performance.md` has what that changes).
-Nothing but where and when collectives run is set here; what is computed stays, but for the order of a sum.
+By itself libtpu (0.0.42.1) gathers what is split over 4 x 4 x 4 chips of v5p with all-reduces, of zeros and one piece:
+twice the bytes, and the core that computes waits. On the SparseCores of the chip the same collectives are gathers and
+scatters, which run beside products (`docs/performance.md` says what that changes). Nothing is set here but where and
+when collectives run: values stay as they are, but for the order in which sums over devices are added.
 
-All are options of one compiled program: other programs of the process are compiled as ever. Whoever names one of them in
-LIBTPU_INIT_ARGS has the say over all, and none is set here; so
-LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false switches them off.
+All are options of one compiled program; other programs of the process are compiled as ever. Whoever names one of them in
+LIBTPU_INIT_ARGS has the say over all, and none is set here: so they are switched off by
+`LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false`.
 """
 
 import logging
