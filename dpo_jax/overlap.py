@@ -5,8 +5,8 @@ twice the bytes, and the core that computes waits. On the SparseCores of the chi
 scatters, which run beside products (`docs/performance.md` says what that changes). Nothing is set here but where and
 when collectives run: values stay as they are, but for the order in which sums over devices are added.
 
-All are options of one compiled program; other programs of the process are compiled as ever. Whoever names one of them in
-LIBTPU_INIT_ARGS has the say over all, and none is set here: so they are switched off by
+All are options of one compiled program; other programs of the process are compiled as ever. Whoever names one of them
+in LIBTPU_INIT_ARGS has the say over all, and none is set here: so they are switched off by
 `LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false`.
 """
 
