@@ -448,5 +448,6 @@ class ShardedStep(Replicated):
 
     def _jit(self, *args: Any) -> Any:
         kept = jax.tree.map(lambda x: x.sharding, args[0])
-        where, options = (kept, replicated(self.mesh)), overlap.compiler_options(self.mesh)
-        return jax.jit(self._function, donate_argnums=0, out_shardings=where, compiler_options=options)
+        whole = replicated(self.mesh)
+        options = overlap.compiler_options(whole)
+        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, whole), compiler_options=options)

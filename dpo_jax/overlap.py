@@ -1,7 +1,7 @@
 """What XLA is told when it compiles a training step for TPUs, so that collectives run beside what is computed.
 
-By itself libtpu (0.0.42.1) gathers what is split over 4 x 4 x 4 chips of v5p with all-reduces, of zeros and one piece:
-twice the bytes, and the core that computes waits. On the SparseCores of the chip the same collectives are gathers and
+By itself libtpu (0.0.42.1) gathers what is split over many chips of v5p or v6e with all-reduces, of zeros and one piece:
+twice the bytes, and the core that computes waits. On the SparseCores of a chip the same collectives are gathers and
 scatters, which run beside products (`docs/performance.md` says what that changes). Nothing is set here but where and
 when collectives run: values stay as they are, but for the order in which sums over devices are added.
 
@@ -15,7 +15,7 @@ import os
 from functools import cache
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 _log = logging.getLogger(__name__)
 
@@ -36,26 +36,27 @@ _SPARSE_CORES = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
 }
-OPTIONS = {"TPU v5": _SPARSE_CORES}
-"""By `jax.Device.device_kind`; "TPU v5" is v5p."""
+OPTIONS = {"TPU v5": _SPARSE_CORES, "TPU v6 lite": _SPARSE_CORES}
+"""By `jax.Device.device_kind`: v5p and v6e."""
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Of a step that is compiled for `mesh` (`jax.jit`'s argument of that name); empty for CPUs, GPUs and other TPUs.
+def compiler_options(whole: NamedSharding) -> dict[str, str]:
+    """`jax.jit`'s argument of that name, for a step on the devices of `whole`, of which each holds the whole of an array.
 
-    Empty, too, where the installed libtpu does not know one of them: then a line in the log says so.
+    Empty for CPUs, GPUs and other TPUs, and where the installed libtpu does not know one of them: then the log says so.
     """
-    options = OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+    devices = whole.device_set
+    options = OPTIONS.get(next(iter(devices)).device_kind, {})
     own = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    if not options or mesh.size == 1 or own & options.keys() or not _known(mesh, tuple(options.items())):
+    if not options or len(devices) == 1 or own & options.keys() or not _known(whole, tuple(options.items())):
         return {}
     return options
 
 
 @cache
-def _known(mesh: Mesh, options: tuple[tuple[str, str], ...]) -> bool:
+def _known(whole: NamedSharding, options: tuple[tuple[str, str], ...]) -> bool:
     """Whether the compiler of these devices takes all the options: it refuses a program with one it does not know."""
-    number = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+    number = jax.ShapeDtypeStruct((), "float32", sharding=whole)
     try:
         jax.jit(lambda x: x, compiler_options=dict(options)).lower(number).compile()
     except jax.errors.JaxRuntimeError as error:

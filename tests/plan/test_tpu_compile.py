@@ -104,8 +104,8 @@ def test_a_step_for_v5p_sends_and_waits_less_with_its_options(tmp_path: Path, mo
         with quickly():
             collectives = compiling.figures_of(one, tmp_path)["collectives"]
         keys.append(one.key)
-        sent.append(sum(one["sent"] for one in collectives))
-        waits.append(sum(one["waits"] for one in collectives))
+        sent.append(sum(kind["sent"] for kind in collectives))
+        waits.append(sum(kind["waits"] for kind in collectives))
     assert keys[0] != keys[1]
     assert sent[0] < 0.75 * sent[1]
     assert waits[0] < 0.75 * waits[1]
