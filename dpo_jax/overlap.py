@@ -1,6 +1,6 @@
 """What XLA is told when it compiles a training step for TPUs, so that collectives run beside what is computed.
 
-By itself libtpu (0.0.42.1) gathers what is split over many chips of v5p or v6e with all-reduces, of zeros and one piece:
+By itself libtpu (0.0.42.1) gathers what is split over 4 x 4 x 4 chips of v5p with all-reduces, of zeros and one piece:
 twice the bytes, and the core that computes waits. On the SparseCores of a chip the same collectives are gathers and
 scatters, which run beside products (`docs/performance.md` says what that changes). Nothing is set here but where and
 when collectives run: values stay as they are, but for the order in which sums over devices are added.
@@ -41,7 +41,7 @@ OPTIONS = {"TPU v5": _SPARSE_CORES, "TPU v6 lite": _SPARSE_CORES}
 
 
 def compiler_options(whole: NamedSharding) -> dict[str, str]:
-    """`jax.jit`'s argument of that name, for a step on the devices of `whole`, of which each holds the whole of an array.
+    """`jax.jit`'s argument of that name, for a step on the devices of `whole`, an array's place on all of them.
 
     Empty for CPUs, GPUs and other TPUs, and where the installed libtpu does not know one of them: then the log says so.
     """
