@@ -393,8 +393,7 @@ def put_batch(mesh: Mesh | None, batch: Any) -> Any:
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
-        where = sharding(mesh, batch_axes(x.ndim))
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding(mesh, batch_axes(x.ndim)), lambda index: x[index])
 
     return jax.tree.map(put, batch)
 
@@ -447,7 +446,5 @@ class ShardedStep(Replicated):
     """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings."""
 
     def _jit(self, *args: Any) -> Any:
-        kept = jax.tree.map(lambda x: x.sharding, args[0])
-        whole = replicated(self.mesh)
-        options = overlap.compiler_options(whole)
-        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, whole), compiler_options=options)
+        kept, whole = jax.tree.map(lambda x: x.sharding, args[0]), replicated(self.mesh)
+        return overlap.jit(self._function, whole, donate_argnums=0, out_shardings=(kept, whole))

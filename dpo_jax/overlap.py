@@ -12,7 +12,9 @@ in LIBTPU_INIT_ARGS has the say over all, and none is set here: so they are swit
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -38,6 +40,11 @@ _SPARSE_CORES = {
 }
 OPTIONS = {"TPU v5": _SPARSE_CORES, "TPU v6 lite": _SPARSE_CORES}
 """By `jax.Device.device_kind`: v5p and v6e."""
+
+
+def jit(function: Callable[..., Any], whole: NamedSharding, **how: Any) -> Any:
+    """`jax.jit(function, **how)`, with the options for the devices of `whole`."""
+    return jax.jit(function, compiler_options=compiler_options(whole), **how)
 
 
 def compiler_options(whole: NamedSharding) -> dict[str, str]:
