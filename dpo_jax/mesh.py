@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax import overlap
 from dpo_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -392,8 +393,7 @@ def put_batch(mesh: Mesh | None, batch: Any) -> Any:
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
-        where = sharding(mesh, batch_axes(x.ndim))
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding(mesh, batch_axes(x.ndim)), lambda index: x[index])
 
     return jax.tree.map(put, batch)
 
@@ -446,5 +446,5 @@ class ShardedStep(Replicated):
     """`step(state, batch) -> (state, metrics)`, jitted for one mesh: the state is donated and keeps its shardings."""
 
     def _jit(self, *args: Any) -> Any:
-        kept = jax.tree.map(lambda x: x.sharding, args[0])
-        return jax.jit(self._function, donate_argnums=0, out_shardings=(kept, replicated(self.mesh)))
+        kept, whole = jax.tree.map(lambda x: x.sharding, args[0]), replicated(self.mesh)
+        return overlap.jit(self._function, whole, donate_argnums=0, out_shardings=(kept, whole))

@@ -10,7 +10,8 @@ what crosses is a `send` to the runtime between slices, of what a device holds a
 
 A TPU's asynchronous collective is a chain of fusions: one starts it, others compute while it runs, one ends it; in each
 of them it stands again, and its buffers go through. It counts where it starts. What a device sends in collectives that
-are not asynchronous, or end before anything is computed, is counted apart (`waits`): nothing hides it.
+are not asynchronous, or end before anything is computed, is counted apart (`waits`): nothing hides it. What runs on the
+SparseCores of a TPU is a call of their own, begun and ended as an asynchronous collective is.
 
 Bytes to and from memory are those of the operands and results of every instruction outside of fusions, as in XLA's
 cost analysis: of a slice only the slice counts, an update in place counts what is written, and what the compiler keeps
@@ -129,6 +130,8 @@ def _loop_length(loop: Instruction, inside: Computation, computations: Mapping[s
     return max(-(-(last - first) // step), 0)
 
 
+_BESIDE = ("async-start", "call-start")
+"""Calls that run beside what follows; the second, of a TPU's SparseCores."""
 _CHAINED, _STARTS, _ENDS = 'chain_id="', "AsyncCollectiveStart", "AsyncCollectiveDone"
 
 
@@ -148,7 +151,7 @@ def _hidden(made: Instruction, inside: Computation) -> bool:
     for other in order[start + 1 :]:
         if made.name in other.operands:
             return False
-        if other.opcode in _WORK:
+        if other.opcode in _WORK and "PrepareAsync" not in other.text:  # which readies a call, and computes nothing
             return True
     return False
 
@@ -253,8 +256,8 @@ class _Reader:
                 self.walk(made.called("body"), times * (self.unknown_trips if length is None else length))
             elif made.opcode == "fusion":
                 self.walk(made.called("calls"), times, fused=True)
-            elif made.opcode in ("call", "conditional", "async-start"):
-                beside = made.opcode == "async-start" and _hidden(made, inside)
+            elif made.opcode in ("call", "conditional", *_BESIDE):
+                beside = made.opcode in _BESIDE and _hidden(made, inside)
                 for called in called_by(made):
                     self.walk(called, times, hidden=beside)
             if not fused:
@@ -272,7 +275,7 @@ class _Reader:
         total.waits += times * within * waits
 
     def _bytes(self, made: Instruction, inside: Computation) -> float:
-        if made.opcode in _NOTHING_MOVES or made.opcode.endswith(("-done", "-update")) or made.opcode == "async-start":
+        if made.opcode in _NOTHING_MOVES or made.opcode.endswith(("-done", "-update")) or made.opcode in _BESIDE:
             return 0.0
         out = arrays(made.shape)
 

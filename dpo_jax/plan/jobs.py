@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import typing
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,7 @@ class Job:
         for name in ("model", "out", "eval_data", "on_bad_rows", "checkpoint", "distributed", "energy"):
             raw["run"].pop(name)
         raw["run"]["data"].pop("files")
-        text = json.dumps([raw, _versions(), _source()], sort_keys=True)
+        text = json.dumps([raw, _versions(), _source(), os.environ.get("LIBTPU_INIT_ARGS", "")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -250,6 +250,36 @@ ENTRY %main (a: f32[8]) -> f32[64] {{
     assert (one.sent, one.waits) == (224, waits)
 
 
+@pytest.mark.parametrize(
+    ("between", "waits"),
+    [("fusion(%a), kind=kLoop, calls=%twice", 0), ('custom-call(), target="PrepareAsyncCallStart"', 224)],
+)
+def test_a_collective_on_sparse_cores(between: str, waits: float) -> None:
+    """The call begins and ends as an asynchronous collective does; what readies another call computes nothing."""
+    text = f"""
+%twice (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %d = f32[8]{{0}} add(%x, %x)
+}}
+
+%offloaded (p: f32[8]) -> f32[64] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %w = f32[64]{{0}} all-gather(%p), replica_groups={{{{0,1,2,3,4,5,6,7}}}}
+}}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[8]) -> f32[64] {{
+  %a = f32[8]{{0}} parameter(0)
+  %s = ((f32[8]{{0}}), f32[64]{{0}}) call-start(%a), async_execution_thread="sparsecore", to_apply=%offloaded
+  %y = f32[8]{{0}} {between}
+  ROOT %g = f32[64]{{0}} call-done(%s)
+}}
+"""
+    found = hlo.read_traffic(text, slices=[0] * 8)
+    one = found.collectives["all-gather", 8, 1]
+    assert (one.count, one.sent, one.waits) == (1, 224, waits)
+    assert found.memory == 4 * (8 + 64) + (4 * 16 if waits == 0 else 0)
+
+
 # ---------------------------------------------------------------- refusals, hardware, the roofline
 
 

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "headers": 0,
     "voice": 0,
+    "overlap": 0,
     "mesh": 1,
     "config": 1,
     "moments": 1,
@@ -50,7 +51,20 @@ HOUSE = {"processes", "files", "report", "complete", "judge", "train", "plan", "
 
 # Third-party packages that only some rooms may import. A package that is not listed is in nobody's house.
 OWNERS = {
-    "jax": {"types", "masked", "mesh", "moments", "state", "model", "sample", "weights", "data", "align", *HOUSE},
+    "jax": {
+        "types",
+        "masked",
+        "overlap",
+        "mesh",
+        "moments",
+        "state",
+        "model",
+        "sample",
+        "weights",
+        "data",
+        "align",
+        *HOUSE,
+    },
     "numpy": {"types", "masked", "mesh", "model", "sample", "weights", "data", *HOUSE},
     "flax": {"types", "state", "model", "weights", "align", "complete", "judge", "train", "plan", "commands"},
     "optax": {"moments", "state", "align", "plan"},

@@ -89,6 +89,28 @@ def test_offload_leaves_the_inputs_of_layers_on_the_host() -> None:
     assert figures["memory"]["host"] == pytest.approx(2 * 512 * 512 * 2 / GIB, rel=0.01)
 
 
+def test_a_step_for_v5p_sends_and_waits_less_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are scattered on the SparseCores, where libtpu by itself sums the whole of them on every chip."""
+    run = SFTRun(
+        model="m",
+        out="o",
+        data=SFTDataConfig("d", kind="text", max_length=256),
+        train=TrainConfig(batch_size=8, dtype="bfloat16", remat="full"),
+    )
+    one = job_of(run, "v5p:2x2x2", SMALL, prompt=0, response=256)
+    keys, sent, waits = [], [], []
+    for own in ("", "--xla_tpu_enable_sparse_core_collective_offload_all_gather=false"):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
+        with quickly():
+            collectives = compiling.figures_of(one, tmp_path)["collectives"]
+        keys.append(one.key)
+        sent.append(sum(kind["sent"] for kind in collectives))
+        waits.append(sum(kind["waits"] for kind in collectives))
+    assert keys[0] != keys[1]
+    assert sent[0] < 0.75 * sent[1]
+    assert waits[0] < 0.75 * waits[1]
+
+
 def test_a_mesh_may_cut_an_axis_of_the_torus() -> None:
     """jax lays no axis of 8 along a torus of 4 x 4 x 4 unless it is told that it may."""
     devices = devices_of(Topology.parse("v5p:4x4x4"))
