@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.data.sets.batches import CLASSES, length_classes
+from dpo_jax.data.sets.batches import CLASSES, length_classes, sequence_classes
 from dpo_jax.data.sets.dataset import PreferenceDataset
 from dpo_jax.data.sets.dealing import compose
-from dpo_jax.data.sets.group_packing import Packing, pack_batch
+from dpo_jax.data.sets.group_packing import OF_EACH, Packing, pack_batch
 from dpo_jax.data.sets.group_windows import WindowPlan, plan_windows
 from dpo_jax.data.sets.loader import PreferenceLoader, eval_batches
 from dpo_jax.data.sets.row_mixture import RowMixture
@@ -219,12 +219,25 @@ def test_attention_pads_little() -> None:
     prompts, responses = skewed(1000)
     plan = plan_windows(prompts, responses, batch_size=8, packing=Packing(1), shuffle=True)
     for (shape,) in plan.shapes:
-        assert 2 <= len(shape.views) + len(shape.tails) <= CLASSES
+        assert 1 <= len(shape.views) <= OF_EACH
+        assert 1 <= len(shape.tails) <= OF_EACH
         assert sum(n for n, _ in shape.views) == sum(n for n, *_ in shape.tails) == 8
-    (shape,), whole = plan.shapes[0], prompts[:, None] + responses
+    (shape,), long, short = plan.shapes[0], responses.max(axis=1), responses.min(axis=1)
     scores = sum(n * length**2 for n, length in shape.views) + sum(n * q * length for n, q, length in shape.tails)
-    real = (np.square(whole[:, 0]) + whole[:, 1] * responses[:, 1]).sum() / 125
-    assert scores < 3 * real
+    assert scores < 2.5 * (np.square(prompts + long) + (prompts + short) * short).sum() / 125
+
+
+def test_classes_of_tails_cost_least() -> None:
+    """Beside every cut of few sequences."""
+    rng = np.random.default_rng(0)
+    longest, queries = -np.sort(-rng.integers(1, 90, 12)), rng.integers(1, 40, 12)
+    found = sequence_classes(longest, queries, 1, 3)
+    cuts = [np.array_split(np.arange(12), 1)]
+    cuts += [np.split(np.arange(12), cut) for k in (1, 2) for cut in itertools.combinations(range(1, 12), k)]
+    least = min(sum(len(of) * longest[of].max() * queries[of].max() for of in many) for many in cuts)
+    assert sum(n * q * length for n, q, length in found) == least
+    assert sum(n for n, *_ in found) == 12
+    assert sequence_classes(longest[:0], queries[:0], 16, 3) == ()
 
 
 def test_length_classes_cost_least() -> None:

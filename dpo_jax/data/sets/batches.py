@@ -23,6 +23,8 @@ CLASSES = 6
 _LEVELS = 64  # lengths are told apart on a grid of at most so many steps an axis: it bounds the search, not the result
 
 Shape = tuple[int, int]
+Tails = tuple[int, int, int]
+"""(n, Q, L): n sequences of at most L tokens, at most Q of which, the last ones, are queries."""
 
 
 class RowBatch(NamedTuple):
@@ -212,18 +214,41 @@ def length_classes(longest: np.ndarray, multiple: int, most: int = CLASSES) -> t
 
     longest: int [n], tokens that each sequence may have, descending.
     """
-    sizes, counts = np.unique(-(-np.maximum(longest, 1) // multiple) * multiple, return_counts=True)
-    sizes, before = sizes[::-1], np.concatenate([[0], np.cumsum(counts[::-1])])
-    # best[end]: cost and beginnings of the classes that hold the sizes before `end`.
-    best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
-    best += [(int(before[end] * sizes[0] ** 2), (0,)) for end in range(1, len(sizes) + 1)]
-    for _ in range(most - 1):
-        runs = [
-            [(best[at][0] + int((before[end] - before[at]) * sizes[at] ** 2), (*best[at][1], at)) for at in range(end)]
-            for end in range(len(sizes) + 1)
-        ]
-        best = [min([one, *more]) for one, more in zip(best, runs, strict=True)]
-    return tuple((int(before[b] - before[a]), int(sizes[a])) for a, b in itertools.pairwise((*best[-1][1], len(sizes))))
+    return tuple((n, length) for n, _, length in sequence_classes(longest, longest, multiple, most))
+
+
+def sequence_classes(longest: np.ndarray, queries: np.ndarray, multiple: int, most: int) -> tuple[Tails, ...]:
+    """Of at most so many classes for n sequences that are queries at their end alone, longest first, with least n Q L.
+
+    Args:
+      longest: int [n], tokens that each sequence may have, descending.
+      queries: int [n], how many of these are queries.
+    """
+    lengths, asked = (-(-np.maximum(x, 1) // multiple) * multiple for x in (longest, queries))
+    sizes, starts = np.unique(-lengths, return_index=True)
+    sizes, bounds, count = -sizes, np.append(starts, len(lengths)), len(sizes)
+    if not count:
+        return ()
+    of_size = np.maximum.reduceat(asked, starts)
+    cost = np.full((count, count + 1), np.inf)  # of a class of the sizes from one on, before another
+    for at in range(count):
+        most_asked = np.maximum.accumulate(of_size[at:])
+        cost[at, at + 1 :] = (bounds[at + 1 :] - bounds[at]) * sizes[at] * most_asked
+    # The cost of all sizes before an end, in so many classes, and where the last of these begins.
+    least, begins = np.append(0.0, np.full(count, np.inf)), []
+    for _ in range(min(most, count)):
+        each = least[:-1, None] + cost
+        begins.append(each.argmin(axis=0))
+        least = np.append(0.0, each.min(axis=0)[1:])
+    end, cuts = count, [count]
+    for begin in reversed(begins):
+        end = int(begin[end])
+        cuts.append(end)
+        if end == 0:
+            break
+    return tuple(
+        (int(bounds[b] - bounds[a]), int(of_size[a:b].max()), int(sizes[a])) for a, b in itertools.pairwise(cuts[::-1])
+    )
 
 
 def _fill(members: list[np.ndarray], larger: tuple[int, ...], batch_size: int) -> list[list[np.ndarray]]:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sets.batches import CLASSES, Shape, length_classes
+from dpo_jax.data.sets.batches import CLASSES, Shape, Tails, length_classes, sequence_classes
 from dpo_jax.data.sets.dealing import arrange, compose
 from dpo_jax.data.sets.segment_views import slots_of
 from dpo_jax.types import PreferenceBatch, Views, Windows
 
-Tails = tuple[int, int, int]
-"""(n, Q, L): n sequences of at most L tokens, at most Q of which, the last ones, are queries."""
+OF_EACH = 5
+"""Most classes of whole sequences, and most of others, where there are both."""
 
 
 class Packing(NamedTuple):
@@ -49,8 +49,8 @@ class WindowShape:
       size: T.
       reads: M.
       views: (n, L) a class, longest first: attention sees n sequences of at most L tokens, each a prompt and the
-        first of its responses.
-      tails: a class each, longest responses first: the sequences of further responses, whose prompts are queries above.
+        longest of its responses.
+      tails: a class each, longest first: the sequences of other responses, whose prompts are queries above.
     """
 
     size: int
@@ -65,8 +65,8 @@ class WindowShape:
 
     @cached_property
     def tail_slots(self) -> np.ndarray:
-        """int [2, n of all tails]: queries that each sequence may have, and tokens."""
-        return np.stack([slots_of([(n, of[i]) for n, *of in self.tails]) for i in (0, 1)])
+        """int [2, n of all tails]: tokens that each sequence may have, and queries among them."""
+        return np.stack([slots_of([(n, of[i]) for n, *of in self.tails]) for i in (1, 0)])
 
 
 class Need(NamedTuple):
@@ -75,20 +75,20 @@ class Need(NamedTuple):
     Attributes:
       size, reads: tokens; response tokens.
       views: [..., g], tokens of each sequence that attention sees whole, longest first; 0 where there is none.
-      queries: [..., g (K - 1)], tokens of each further response, longest first; 0 likewise.
-      tails: [..., g (K - 1)], tokens of the sequences that these stand at the end of.
+      tails: [..., g (K - 1)], tokens of each other sequence, longest first; 0 likewise.
+      queries: [..., g (K - 1)], tokens of the responses that these end with.
     """
 
     size: np.ndarray
     reads: np.ndarray
     views: np.ndarray
-    queries: np.ndarray
     tails: np.ndarray
+    queries: np.ndarray
 
     def within(self, shape: WindowShape) -> np.ndarray:
         """bool [...]: whether `shape` holds them."""
         fit = (self.size <= shape.size) & (self.reads <= shape.reads)
-        tails = zip((self.queries, self.tails), shape.tail_slots, strict=True)
+        tails = zip((self.tails, self.queries), shape.tail_slots, strict=True)
         for needed, slots in ((self.views, shape.slots), *tails):
             room = np.zeros(max(needed.shape[-1], len(slots)), int)
             room[: len(slots)] = slots
@@ -144,25 +144,22 @@ class Lengths:
     def need(self, rows: np.ndarray) -> Need:
         """Of windows of these rows, int [..., g]."""
         responses = self.responses[rows]
-        there, *many = responses > 0, *rows.shape[:-1]
-        first = there & (np.cumsum(there, axis=-1) == 1)
-        whole = np.where(there, self.prompts[rows][..., None] + responses, 0)
-        views = -np.sort(-np.where(first, whole, 0).max(axis=-1), axis=-1)
-        tails, queries = (np.where(first, 0, x).reshape(*many, -1) for x in (whole, responses))
-        longest = np.lexsort((-tails, -queries))[..., : rows.shape[-1] * (responses.shape[-1] - 1)]
-        tails, queries = (np.take_along_axis(x, longest, axis=-1) for x in (tails, queries))
-        return Need(self.totals[rows].sum(axis=-1), responses.sum(axis=(-1, -2)), views, queries, tails)
+        *many, g, k = responses.shape
+        by_length = -np.sort(-responses, axis=-1)
+        whole = np.where(by_length > 0, self.prompts[rows][..., None] + by_length, 0)
+        views = -np.sort(-whole[..., 0], axis=-1)
+        tails, queries = (x[..., 1:].reshape(*many, g * (k - 1)) for x in (whole, by_length))
+        order = np.lexsort((-queries, -tails))
+        tails, queries = (np.take_along_axis(x, order, axis=-1) for x in (tails, queries))
+        return Need(self.totals[rows].sum(axis=-1), responses.sum(axis=(-1, -2)), views, tails, queries)
 
 
 def window_shape(size: int, reads: int, need: Need, multiple: int) -> WindowShape:
     """Of so many places and response tokens, with room for the sequences of all windows of `need`, in few classes."""
-    views, queries, tails = (x.max(axis=tuple(range(x.ndim - 1)), initial=0) for x in need[2:])
-    share = CLASSES // 2 if len(tails) else CLASSES
-    classes, found, at = length_classes(queries, multiple, share) if len(tails) else (), [], 0
-    for n, asked in classes:
-        found.append((n, asked, up(int(tails[at : at + n].max()), multiple)))
-        at += n
-    return WindowShape(size, reads, length_classes(views, multiple, share), tuple(found))
+    views, tails, queries = (x.max(axis=tuple(range(x.ndim - 1)), initial=0) for x in need[2:])
+    most = OF_EACH if len(tails) else CLASSES
+    rest = sequence_classes(tails, queries, multiple, most)
+    return WindowShape(size, reads, length_classes(views, multiple, most), rest)
 
 
 # ---------------------------------------------------------------- the windows of a batch
@@ -202,6 +199,7 @@ def pack(
             positions[w, at : at + prompt] = np.arange(prompt)
             at += prompt
             present = [(j, length) for j, length in enumerate(response_lengths[w * g + i].tolist()) if length]
+            longest = max(present, key=lambda one: one[1], default=(0, 0))[0]
             for which, (j, length) in enumerate(present):
                 own = row + p + j * r + np.arange(length)
                 source[w, at : at + length] = own
@@ -211,7 +209,7 @@ def pack(
                 targets[w, read : read + length] = own
                 spread[w, (i * k + j) * r :][:length] = read + np.arange(length)
                 ends[w, i * k + j] = at + length - 1
-                views.append(_View(which, start, prompt, at, length))
+                views.append(_View(j == longest, which, start, prompt, at, length))
                 at, read = at + length, read + length
         real[w, :at] = True
         sequences.place(w, views)
@@ -247,8 +245,12 @@ def pack_batch(batch: PreferenceBatch, packing: Packing) -> PreferenceBatch:
 
 
 class _View(NamedTuple):
-    """One of a prompt's responses, and where the two stand in a window. `which`: how many stand before it."""
+    """One of a prompt's responses, and where the two stand in a window.
 
+    whole: whether the prompt is a query here; which: how many of its responses stand before this one.
+    """
+
+    whole: bool
     which: int
     prompt_at: int
     prompt: int
@@ -265,7 +267,7 @@ class _Sequences:
 
     def __init__(self, shape: WindowShape, windows: int, k: int):
         self.shape = shape
-        whole, (queries, tails) = shape.slots, shape.tail_slots
+        whole, (tails, queries) = shape.slots, shape.tail_slots
         self.first = len(whole)
         self.begins, self.asked = (np.concatenate([[0], np.cumsum([*whole, *x])]) for x in (tails, queries))
         self.along, self.queries = (np.zeros((windows, x[-1]), np.int32) for x in (self.begins, self.asked))
@@ -275,8 +277,8 @@ class _Sequences:
 
     def place(self, w: int, views: list[_View]) -> None:
         """The sequences of a window, the longest in the first slots."""
-        whole = sorted((one for one in views if not one.which), key=lambda one: -one.length)
-        tails = sorted((one for one in views if one.which), key=lambda one: (-one.response, -one.length))
+        longest = sorted(views, key=lambda one: (-one.length, -one.response))
+        whole, tails = [one for one in longest if one.whole], [one for one in longest if not one.whole]
         for slot, one in (*enumerate(whole), *enumerate(tails, self.first)):
             prompt, response = one.prompt_at + np.arange(one.prompt), one.response_at + np.arange(one.response)
             where = self.begins[slot] + np.arange(one.length)
@@ -284,10 +286,10 @@ class _Sequences:
             self.homes[w, prompt, one.which] = where[: one.prompt]
             self.homes[w, response, 0] = where[one.prompt :]
             self.held[w, slot] = one.length
-            own = response if one.which else np.concatenate([prompt, response])
+            own = np.concatenate([prompt, response]) if one.whole else response
             self.answers[w, own] = self.asked[slot] + np.arange(len(own))
             self.queries[w, self.answers[w, own]] = own
-            self.starts[w, slot] = one.prompt if one.which else 0
+            self.starts[w, slot] = 0 if one.whole else one.prompt
 
     def views(self) -> Views:
         """Of all windows."""

@@ -214,8 +214,8 @@ def _always(
             np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
             for x in one
         )
-        *sequences, tails = (-np.sort(-x.reshape(1, -1)) for x in sequences)
-        tails = np.broadcast_to(tails.max(initial=0), tails.shape)  # a short response may have a long prompt
+        *sequences, queries = (-np.sort(-x.reshape(1, -1)) for x in sequences)
+        queries = np.broadcast_to(queries.max(initial=0), queries.shape)  # a short sequence may have a long response
         places = (up(int(x.sum()), multiple) for x in (size, reads))
-        found.append(window_shape(*places, Need(size, reads, *sequences, tails), multiple))
+        found.append(window_shape(*places, Need(size, reads, *sequences, queries), multiple))
     return tuple(found)

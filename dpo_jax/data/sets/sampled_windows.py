@@ -2,9 +2,9 @@
 
 The sizes of a window are steps of what it would have if all prompts and responses were full: a sixteenth of its places
 and response tokens, one share for both; a quarter of the longest sequence that attention sees; and a quarter of the
-longest response, for the longer half of those that are not the first of their prompt, and for the shorter half. (Where
-none is, the sequences have halves.) So a run has a few shapes, each a function of its rollout's lengths alone: a run
-that goes on where it stopped computes what it would have computed.
+longest response, for those in the longer half of the sequences whose prompts are queries in another, and for the rest.
+(Where no sequence is, all of them have halves.) So a run has a few shapes, each a function of its rollout's lengths
+alone: a run that goes on where it stopped computes what it would have computed.
 
 G groups, K responses each, n groups a batch, U batches, W windows a batch.
 """
@@ -84,11 +84,9 @@ def _shape(need: Need, groups: int, k: int, full: Shape, multiple: int) -> Windo
 
 
 def _halves(longest: np.ndarray, step: int) -> tuple[Shape, ...]:
-    """(n, L) of the longer half of lengths [..., many], longest first, and of the rest; one where L is the same."""
-    most = longest.max(axis=tuple(range(longest.ndim - 1)))
-    first = (len(most) + 1) // 2
-    counts = {up(int(most[0]), step): first}
-    if first < len(most):
-        shorter = up(int(most[first]), step)
-        counts[shorter] = counts.get(shorter, 0) + len(most) - first
+    """(n, L) of the first half of lengths [..., many] and of the rest; one where L is the same."""
+    many, counts = longest.shape[-1], dict[int, int]()
+    for half in filter(len, (range((many + 1) // 2), range((many + 1) // 2, many))):
+        most = up(int(longest[..., half].max()), step)
+        counts[most] = counts.get(most, 0) + len(half)
     return tuple((n, length) for length, n in counts.items())
