@@ -66,7 +66,7 @@ class WindowShape:
     @cached_property
     def tail_slots(self) -> np.ndarray:
         """int [2, n of all tails]: tokens that each sequence may have, and queries among them."""
-        return np.stack([slots_of([(n, of[i]) for n, *of in self.tails]) for i in (1, 0)])
+        return np.stack([slots_of(tuple((n, of[i]) for n, *of in self.tails)) for i in (1, 0)])
 
 
 class Need(NamedTuple):

@@ -210,12 +210,15 @@ def _always(
     for span in spans:
         own = lengths.span(*span)
         one = own.need(order[:, None])  # of each row alone, longest first
-        size, reads, *sequences = (
-            np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
-            for x in one
+        most = Need(
+            *(
+                np.append(np.maximum.accumulate(x[::-1])[::-1], np.zeros_like(x[:1]), axis=0)[np.minimum(starts, n)]
+                for x in one
+            )
         )
-        *sequences, queries = (-np.sort(-x.reshape(1, -1)) for x in sequences)
+        size, reads = (up(int(x.sum()), multiple) for x in (most.size, most.reads))
+        views, tails, queries = (-np.sort(-x.reshape(1, -1)) for x in (most.views, most.tails, most.queries))
         queries = np.broadcast_to(queries.max(initial=0), queries.shape)  # a short sequence may have a long response
-        places = (up(int(x.sum()), multiple) for x in (size, reads))
-        found.append(window_shape(*places, Need(size, reads, *sequences, queries), multiple))
+        need = most._replace(views=views, tails=tails, queries=queries)
+        found.append(window_shape(size, reads, need, multiple))
     return tuple(found)
