@@ -234,7 +234,8 @@ def _configs(cells: dict[str, Any]) -> list[str]:
     for name, (topology, _) in CONFIGS.items():
         found, before = cells.get(f"config/{name}"), cells.get(f"before/{name}")
         if found is None:
-            lines.append(f"| `{name}` | {topology} | · | · | · | · | · | · |")
+            peaks = "" if before is None else f" ({', '.join(map(_gib, before['programs'].values()))})"
+            lines.append(f"| `{name}` | {topology} | · | ·{peaks} | · | · | · | · |")
             continue
         rate, mfu = (f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.0%}") if "seconds" in found else ("", "")
         for i, (program, peak) in enumerate(found["programs"].items()):
@@ -306,7 +307,7 @@ def main() -> None:
         cells[name] = found
         write_atomically(path, json.dumps(cells, indent=1, sort_keys=True) + "\n")
     write_atomically(DOCS / "capacity.md", table(cells))
-    say(f"{len(cells)} of {len(wanted)} cells: {DOCS / 'capacity.md'}")
+    say(f"{sum(name in cells for name in wanted)} of {len(wanted)} cells: {DOCS / 'capacity.md'}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def sampled_logps(
       float32 [N, R], in nats.
     """
     # Gathered once, not once a chunk: the gradient of a gather is as large as the head.
-    shaped = unembedding if isinstance(unembedding, Shaped) else Shaped(unembedding)
+    shaped = Shaped.whole(unembedding)
     head = jax.tree.map(lambda x: meshes.for_lookup(x, shaped.axes), rounded(shaped.matrix, hidden.dtype))
     drawn = take(head, negatives.ids, axis=shaped.axes.index("vocab"))
     sample = dataclasses.replace(shaped, matrix=jax.tree.map(lambda x: meshes.constrain(x, (None, None)), drawn))

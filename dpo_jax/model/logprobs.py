@@ -16,7 +16,7 @@ from flax import struct
 
 from dpo_jax import mesh as meshes
 from dpo_jax.model.chunks import by_chunks, length_axis, split_over
-from dpo_jax.model.products import Rounded, Shaped, Weight, matmul, rounded
+from dpo_jax.model.products import Rounded, Shaped, product, rounded, saved
 
 Output = jax.Array | Shaped
 """An output matrix [D, V], as `Llama.unembedding` gives it."""
@@ -56,7 +56,7 @@ def head_of(unembedding: Output, dtype: Any) -> Shaped:
     Its values are gathered over the devices here, once, not once a chunk. A float32 gradient beside bfloat16 values
     stays split as the matrix is: it is twice as large.
     """
-    shaped = unembedding if isinstance(unembedding, Shaped) else Shaped(unembedding)
+    shaped = Shaped.whole(unembedding)
     head = rounded(shaped.matrix, dtype)
     gathered = tuple(None if axis == "embed" else axis for axis in shaped.axes)
     if isinstance(head, Rounded):
@@ -66,11 +66,9 @@ def head_of(unembedding: Output, dtype: Any) -> Shaped:
     return dataclasses.replace(shaped, matrix=head)
 
 
-def logits_of(hidden: jax.Array, unembedding: Weight | Shaped) -> jax.Array:
-    """float32 [..., V] from hidden [..., D] and [D, V]; float32 means float32, on every device."""
-    if isinstance(unembedding, Shaped):
-        return unembedding.of(matmul(hidden, unembedding.matrix, jnp.float32, turned=unembedding.tied))
-    return matmul(hidden, unembedding, jnp.float32)
+def logits_of(hidden: jax.Array, head: Shaped) -> jax.Array:
+    """float32 [..., V] from hidden [..., D] and what `head_of` gives; float32 means float32, on every device."""
+    return head.of(saved(product(hidden, head.matrix, jnp.float32, turned=head.tied)))
 
 
 def _at(z: jax.Array, y: jax.Array) -> jax.Array:

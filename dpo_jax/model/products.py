@@ -73,6 +73,11 @@ class Shaped:
         """Logical axes of `matrix`."""
         return ("vocab", "embed") if self.tied else ("embed", "vocab")
 
+    @classmethod
+    def whole(cls, unembedding: "jax.Array | Shaped") -> "Shaped":
+        """A plain output matrix, too, as one of these."""
+        return unembedding if isinstance(unembedding, cls) else cls(unembedding)
+
     def of(self, z: jax.Array) -> jax.Array:
         """What products z with the matrix become."""
         z = z if self.scale == 1 else z * self.scale
@@ -101,16 +106,9 @@ def read(weight: Weight) -> jax.Array:
     return _values_for(weight.master, weight.values) if isinstance(weight, Rounded) else weight
 
 
-def matmul(
-    x: jax.Array,
-    kernel: Weight | Quantised,
-    dtype: Any = None,
-    bias: jax.Array | None = None,
-    *,
-    turned: bool = False,
-) -> jax.Array:
+def matmul(x: jax.Array, kernel: Weight | Quantised, dtype: Any = None, bias: jax.Array | None = None) -> jax.Array:
     """`product`, kept for the backward pass."""
-    return saved(product(x, kernel, dtype, bias, turned=turned))
+    return saved(product(x, kernel, dtype, bias))
 
 
 def product(
@@ -123,7 +121,7 @@ def product(
 ) -> jax.Array:
     """x [..., D] times kernel [D, F] (+ bias [F], before the sum is rounded), [..., F] in `dtype` (default: that of x).
 
-    `turned`: the kernel, which is not quantised, is given as [F, D], and so is its gradient.
+    `turned`: the kernel is given as [F, D], and so is its gradient. Raises `ValueError` for a quantised one.
     The kernel is rounded to the dtype of x. So is the gradient that comes back, before it is multiplied; the gradient
     of the kernel never was narrower than the kernel (or, of a `Rounded` one, than its master). A quantised kernel is
     made whole for the product, and again for the gradient of x.
@@ -131,6 +129,8 @@ def product(
     dtype = jnp.dtype(dtype or x.dtype)
     sums = dtype if bias is None else jnp.dtype(jnp.float32)
     if isinstance(kernel, Quantised):
+        if turned:
+            raise ValueError("a quantised kernel is [D, F]")
         y: Any = _frozen_product(x, kernel, x.dtype, sums)
     elif x.dtype == jnp.float32:
         y = _product(x, read(kernel), None, sums, turned)

@@ -53,7 +53,7 @@ def test_every_token_of_a_batch_stands_in_its_windows_once(windows: int, batches
 def test_rollouts_of_a_run_have_few_shapes() -> None:
     """A hundred rollouts alike, of half the most tokens: a window is not much larger than what it holds."""
     plans = [plan_of(groups_of(seed), 2)[1] for seed in range(100)]
-    assert len({plan.shape for plan in plans}) <= 10
+    assert len({plan.shape for plan in plans}) <= 8
     assert np.mean([plan.real for plan in plans]) > 0.8
     assert plan_of(groups_of(7), 2)[1].shape == plans[7].shape
     assert plan_of(groups_of(0, mean=9.0), 2, multiple=1)[1].shape.reads == 6 * K * R

@@ -39,12 +39,12 @@ def test_a_turned_kernel_and_its_gradient_stay_as_they_lie(dtype, apart):
         return products.matmul(x, made(kernel), out)
 
     def turned(x, kernel, out):
-        return products.matmul(x, made(kernel.T), out, turned=True)
+        return products.product(x, made(kernel.T), out, turned=True)
 
     chex.assert_trees_all_close(
         value_and_gradients(turned, dtype, jnp.float32), value_and_gradients(plain, dtype, jnp.float32), rtol=1e-5
     )
-    backward = jax.grad(lambda kernel: jnp.sum(products.matmul(x.astype(dtype), made(kernel), turned=True)))
+    backward = jax.grad(lambda kernel: jnp.sum(products.product(x.astype(dtype), made(kernel), turned=True)))
     assert "transpose[" not in str(jax.make_jaxpr(backward)(kernel.T))
 
 
